@@ -1,0 +1,373 @@
+"""Run configuration: frozen dataclasses, values from YAML files and `key=value` overrides.
+
+`load` stacks any number of YAML files and overrides over a project's own dataclass, checks names, types and
+closed choices, and returns the frozen object. YAML never names a Python class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmkd.errors import UserError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One training source: shards, their share of the stream, and stored teacher embeddings."""
+
+    shards: list[str] = field(default_factory=list)
+    """Shard names: local paths, brace ranges, globs, `https://...`, `pipe:COMMAND`, or `emoji:train`."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the other sources' weights."""
+    teacher_caches: list[str] = field(default_factory=list)
+    """Folders written by data_tools/embed_teacher.py, one per teacher in the order of `teachers`; empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training stream."""
+
+    kind: Literal["webdataset", "synthetic"] = "webdataset"
+    """`webdataset` reads `sources`; `synthetic` makes noise images and is for dry runs only."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where the samples come from."""
+    workers: int = 2
+    """Loader processes per rank; 0 loads in the training process."""
+    shuffle_buffer: int = 2000
+    """Samples held (still encoded) for shuffling, per worker."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
+    """Aspect-ratio range of RandomResizedCrop."""
+    flip: float = 0.0
+    """Probability of a horizontal flip (the paper: none)."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter; the teacher sees the same jittered view."""
+    image_keys: list[str] = field(default_factory=lambda: ["jpg", "png", "jpeg", "webp"])
+    """Sample members that may hold the image, first match wins."""
+    text_key: str = "txt"
+    """Sample member that holds the caption."""
+    max_pixels: int = 89_478_485
+    """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the samples read so far (after 1,000) was bad."""
+    shard_cache: str = ""
+    """Folder for downloaded remote shards; empty streams them each epoch."""
+    synthetic_samples: int = 4096
+    """Samples of one `synthetic` epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.2
+    """Decay of tensors with two or more dimensions whose name holds none of bn, ln, bias, logit_scale."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """AdamW betas."""
+    eps: float = 1e-6
+    """AdamW epsilon."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after warm-up: cosine to zero, warmup-stable-decay, or constant."""
+    warmup_steps: int = 2000
+    """Linear warm-up: lr * (step + 1) / warmup_steps."""
+    decay_steps: int = 0
+    """Length of the final linear decay of `wsd`."""
+    clip_grad_norm: float = 5.0
+    """Global gradient-norm clip; 0 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """What goes into DeepSpeed's JSON; vlmkd writes the file and keeps it in the run folder."""
+
+    zero_stage: int = 1
+    """ZeRO stage: 1, 2 or 3 (0 is not offered: its checkpoints cannot be converted to full weights)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute precision of the student; fp16 needs a GPU."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimiser state (stage 3: parameters too) is kept between uses."""
+    nvme_path: str = ""
+    """Folder on a fast disk for offload=nvme."""
+    activation_checkpointing: bool = False
+    """Recompute the student's activations in the backward pass."""
+    file: str = ""
+    """A hand-written DeepSpeed JSON; its "auto" values are filled in from this config."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further entries merged into the generated JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig:
+    """One zero-shot classification set."""
+
+    name: str = ""
+    """Name in tables and logs; empty: the last part of `data`."""
+    data: str = ""
+    """ImageNet-layout folder, webdataset shards, or `emoji:unseen_drawing` / `emoji:unseen_concept`."""
+    class_names: str = ""
+    """`imagenet`, or a text file with one class per line; empty: the data set's own classnames.txt."""
+    templates: str = ""
+    """`openai`, `simple`, or a text file with `{}` or `{c}` per line; empty: the data set's own, else `openai`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """One image-text retrieval set."""
+
+    name: str = ""
+    """Name in tables and logs; empty: the last part of `data`."""
+    data: str = ""
+    """Image folder of a captions file, webdataset shards, or an `emoji:` test set."""
+    captions: str = ""
+    """COCO or Karpathy captions JSON for an image folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which evaluations run, and when."""
+
+    zero_shot: list[ZeroShotConfig] = field(default_factory=list)
+    """Zero-shot classification sets."""
+    retrieval: list[RetrievalConfig] = field(default_factory=list)
+    """Retrieval sets."""
+    every_steps: int = 0
+    """Evaluate every so many steps; 0: only at the end."""
+    batch_size: int = 64
+    """Images per evaluation batch."""
+    teacher: bool = True
+    """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Console, metrics.jsonl (always) and trackers."""
+
+    every_steps: int = 20
+    """Console and metrics line every so many optimiser steps."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+    wandb: str = ""
+    """wandb project; empty: off."""
+    trackio: str = ""
+    """trackio project; empty: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the resumable state is written and how much of it is kept."""
+
+    every_steps: int = 1000
+    """Save every so many optimiser steps; 0: only by hours, at SIGTERM and at the end."""
+    every_hours: float = 0.0
+    """Save when so many hours have passed since the last save; 0: off."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; at least 2, so that a torn one has a predecessor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has; a project's config adds its method's fields."""
+
+    run_dir: str = ""
+    """Folder of this run, e.g. runs/tinyclip_nano."""
+    seed: int = 0
+    """Seed of initialisation, data order, views and masks."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 1024
+    """Global batch: samples per optimiser step over all ranks."""
+    micro_batch_size: int = 0
+    """Samples per rank and forward pass; 0: batch_size / ranks, no gradient accumulation."""
+    threads: int = 0
+    """CPU threads per rank; 0: torch's default."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training stream."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """DeepSpeed engine."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluations."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logging."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run_dir), "run_dir", "is empty; set it, e.g. run_dir=runs/my_run")
+        require(self.steps > 0, "steps", f"is {self.steps}; it must be at least 1")
+        require(self.batch_size > 0, "batch_size", f"is {self.batch_size}; it must be at least 1")
+        require(
+            self.deepspeed.zero_stage in (1, 2, 3),
+            "deepspeed.zero_stage",
+            f"is {self.deepspeed.zero_stage}; choose 1, 2 or 3",
+        )
+        require(self.checkpoint.keep >= 2, "checkpoint.keep", f"is {self.checkpoint.keep}; keep at least 2")
+        nvme = self.deepspeed.offload == "nvme"
+        require(nvme == bool(self.deepspeed.nvme_path), "deepspeed.nvme_path", "goes with offload=nvme, and only with it")
+        require(
+            self.optim.decay_steps == 0 or self.optim.schedule == "wsd",
+            "optim.decay_steps",
+            "has no effect unless optim.schedule=wsd",
+        )
+
+
+def require(condition: bool, path: str, message: str) -> None:
+    """Raise a UserError that names the config field `path` unless `condition` holds."""
+    if not condition:
+        raise UserError(f"config field {path} {message}")
+
+
+def load(cls: type[C], argv: list[str]) -> C:
+    """Build a `cls` from YAML files (arguments without `=`) and dotted `key=value` overrides, left to right.
+
+    Raises:
+        UserError: a missing file, an unknown field (with the nearest right one), a wrong type or choice.
+    """
+    schema = OmegaConf.structured(cls)
+    values = OmegaConf.create(OmegaConf.to_container(schema))  # plain, because frozen nodes refuse item updates
+    for arg in argv:
+        if arg.startswith("--local_rank"):
+            continue
+        is_override = "=" in arg
+        origin = f"override {arg}" if is_override else arg
+        layer = _read_override(arg) if is_override else _read_yaml(arg)
+        _check_names(cls, layer, "", origin)
+        try:
+            if is_override:
+                OmegaConf.update(values, arg.partition("=")[0], _leaf(layer, arg), merge=False)
+            else:
+                values = OmegaConf.merge(values, layer)
+            OmegaConf.merge(schema, values)
+        except (OmegaConfBaseException, TypeError, IndexError) as error:
+            raise UserError(_explain(error, origin)) from None
+    try:
+        return typing.cast(C, OmegaConf.to_object(OmegaConf.merge(schema, values)))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(_explain(error, "config")) from None
+
+
+def _explain(error: Exception, origin: str) -> str:
+    """One line for what OmegaConf refused."""
+    full_key = getattr(error, "full_key", None)
+    message = str(error).strip().splitlines()[0]
+    return f"{origin}: config field {full_key}: {message}" if full_key else f"{origin}: {message}"
+
+
+def to_yaml(cfg: Any) -> str:
+    """The resolved config as YAML; loading it back gives an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def help_text(cls: type[Any], prefix: str = "") -> str:
+    """Every field of `cls` with its type, default and docstring, one block a field."""
+    lines = []
+    docs = _field_docs(cls)
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        nested = _dataclass_of(hints[item.name])
+        if nested is not None and nested is hints[item.name]:
+            lines.append(f"{prefix}{item.name}: {docs.get(item.name, '')}")
+            lines.append(help_text(nested, f"{prefix}{item.name}."))
+            continue
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+        lines.append(f"{prefix}{item.name} = {default!r}\n    {docs.get(item.name, '')}")
+        if nested is not None:
+            lines.append(textwrap.indent(help_text(nested, f"{prefix}{item.name}.N."), "    "))
+    return "\n".join(lines)
+
+
+def _read_yaml(path: str) -> DictConfig:
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist (overrides are written key=value)")
+    try:
+        layer = OmegaConf.create(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(layer, DictConfig):
+        raise UserError(f"config file {path} must hold `field: value` lines at its top level")
+    return layer
+
+
+def _read_override(arg: str) -> DictConfig:
+    """`a.b=value` as a nested config."""
+    try:
+        return OmegaConf.from_dotlist([arg])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"override {arg} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _leaf(layer: DictConfig, arg: str) -> Any:
+    """The value that `arg` sets, as plain data."""
+    value: Any = layer
+    for part in arg.partition("=")[0].split("."):
+        value = value[part]
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _dataclass_of(hint: Any) -> type[Any] | None:
+    """The dataclass in `hint` (itself, or the element of a list), or None."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type[Any], hint)
+    for inner in typing.get_args(hint):
+        if dataclasses.is_dataclass(inner):
+            return typing.cast(type[Any], inner)
+    return None
+
+
+def _check_names(cls: type[Any], layer: Any, prefix: str, origin: str) -> None:
+    """Refuse unknown fields by full path, with the nearest known one."""
+    names = [item.name for item in dataclasses.fields(cls)]
+    hints = typing.get_type_hints(cls)
+    for key in layer:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            mend = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(names))}"
+            raise UserError(f"{origin}: unknown config field {prefix}{key}; {mend}")
+        value = OmegaConf.select(layer, str(key))
+        nested = _dataclass_of(hints[key])
+        if nested is None:
+            continue
+        if isinstance(value, DictConfig) and nested is hints[key]:
+            _check_names(nested, value, f"{prefix}{key}.", origin)
+        elif value is not None and not isinstance(value, (str, int, float, bool)) and nested is not hints[key]:
+            # A list from YAML, or `{index: fields}` from an override such as data.sources.1.weight=3.
+            pairs = value.items() if isinstance(value, DictConfig) else enumerate(value)
+            for index, element in pairs:
+                if isinstance(element, DictConfig):
+                    _check_names(nested, element, f"{prefix}{key}.{index}.", origin)
+
+
+def _field_docs(cls: type[Any]) -> dict[str, str]:
+    """Docstrings written under the fields of `cls` and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            source = inspect.getsource(base)
+            docs.update(re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, flags=re.M | re.S))
+    return docs
+
+
+def print_help(cls: type[Any]) -> None:
+    """Print usage and every field; used for `--help`."""
+    sys.stdout.write("usage: CONFIG.yaml [MORE.yaml ...] [field=value ...]\n\n" + help_text(cls) + "\n")

@@ -1,0 +1,134 @@
+"""Rank facts and the few collectives that tasks and loops use. One process needs no process group."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on rank 0."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """Index of this process on its machine, from torchrun, DeepSpeed or SLURM variables."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU when there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def environment() -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from torchrun, DeepSpeed or SLURM, or for one process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = {"RANK": env["RANK"], "WORLD_SIZE": env["WORLD_SIZE"], "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
+    else:
+        found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    found["MASTER_ADDR"] = env.get("MASTER_ADDR", "127.0.0.1")
+    found["MASTER_PORT"] = env.get("MASTER_PORT", "0" if found["WORLD_SIZE"] == "1" else "29500")
+    return found
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather along dim 0 whose backward sums every rank's gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        rows = grad.shape[0] // dist.get_world_size()
+        return grad[dist.get_rank() * rows : (dist.get_rank() + 1) * rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, [B/W, ...] -> [B, ...], in rank order; every rank must bring the same shape.
+
+    Carries gradients when `x` needs them: the backward pass sums what all ranks ask of this rank's rows, so that
+    the mean over ranks of a local-rows loss has exactly the gradient of the global loss (TinyCLIP spec, b).
+    """
+    if world_size() == 1:
+        return x
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Gather.apply(x)
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def row_offset(local_rows: int) -> int:
+    """Index of this rank's first row in a gathered tensor."""
+    return rank() * local_rows
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Mean over ranks of a flat dictionary with the same keys on every rank."""
+    if world_size() == 1:
+        return values
+    packed = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(packed)
+    return dict(zip(sorted(values), (packed / world_size()).tolist(), strict=True))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when `flag` is true on any."""
+    if world_size() == 1:
+        return flag
+    box = torch.tensor([float(flag)], device=_collective_device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+def _collective_device() -> torch.device:
+    return device() if dist.get_backend() == "nccl" else torch.device("cpu")
