@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlmkd.timing import Stopwatch
+
 if TYPE_CHECKING:
     from vlmkd.config import OptimConfig
     from vlmkd.evaluation.base import Result
@@ -39,6 +41,8 @@ class Task:
     """Holds every trainable parameter; called once per step."""
     teachers: list[nn.Module]
     """Frozen, in eval mode, outside the student, never checkpointed; empty when cached or none."""
+    watch: Stopwatch
+    """Times the parts of a step: `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Forward pass and losses of one micro-batch at optimiser step `step`."""
@@ -50,8 +54,12 @@ class Task:
 
         return decay_groups(self.student, optim)
 
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """Parameters that the engine clamps to [low, high] after each optimiser step, master weights included."""
+        return []
+
     def after_update(self, step: int) -> None:
-        """Called after each optimiser step (clamps, averages)."""
+        """Called after each optimiser step and its clamps (averages)."""
 
     def after_evaluation(self, results: list[Result], step: int) -> bool:
         """Called after each evaluation; True ends the run."""
@@ -76,8 +84,8 @@ class Task:
         """Write the student into `folder` from its complete `weights` (rank 0 only)."""
         raise AssertionError(f"{type(self).__name__} does not define export()")
 
-    def check_export(self, folder: Path, batch: Batch) -> None:
-        """Reload `folder` with an outside library in a fresh process and compare outputs on `batch`."""
+    def check_export(self, folder: Path) -> None:
+        """Reload `folder` with an outside library in a fresh process and compare its outputs with what was exported."""
         raise AssertionError(f"{type(self).__name__} does not define check_export()")
 
 

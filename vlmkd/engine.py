@@ -1,0 +1,258 @@
+"""DeepSpeed around one task; the only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_local_fp32_param
+from torch import Tensor, nn
+
+from vlmkd import distributed
+from vlmkd.config import RunConfig, require
+from vlmkd.errors import UserError
+from vlmkd.task import Task
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TAG = "deepspeed"
+
+
+def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+    """Micro-batch per rank and accumulation steps that make up `cfg.batch_size` on `world_size` ranks.
+
+    Raises:
+        UserError: the three do not fit; names the nearest batch sizes that do.
+    """
+    micro = cfg.micro_batch_size or cfg.batch_size // world_size
+    unit = max(1, micro) * world_size
+    if micro < 1 or cfg.batch_size % unit:
+        lower = cfg.batch_size // unit * unit
+        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise UserError(
+            f"config field batch_size is {cfg.batch_size}, which is no multiple of micro_batch_size x ranks = "
+            f"{max(1, micro)} x {world_size} = {unit}; nearest valid: batch_size={near}"
+        )
+    return micro, cfg.batch_size // unit
+
+
+def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: generated, or the user's file with its "auto" values filled in."""
+    micro, accumulation = batch_triple(cfg, world_size)
+    zero: dict[str, Any] = {"stage": cfg.deepspeed.zero_stage}
+    if cfg.deepspeed.offload != "none":
+        target = {"device": cfg.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
+        if cfg.deepspeed.offload == "nvme":
+            target["nvme_path"] = cfg.deepspeed.nvme_path
+        zero["offload_optimizer"] = target
+        if cfg.deepspeed.zero_stage == 3:
+            zero["offload_param"] = dict(target)
+    generated: dict[str, Any] = {
+        "train_batch_size": cfg.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": cfg.optim.clip_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": cfg.deepspeed.precision == "bf16"},
+        "fp16": {"enabled": cfg.deepspeed.precision == "fp16"},
+        "steps_per_print": 2**31 - 1,  # the run's own log speaks
+    }
+    if cfg.deepspeed.file:
+        generated = _fill_auto(_read_json(cfg.deepspeed.file), generated, cfg.deepspeed.file)
+    return _merge(generated, cfg.deepspeed.extra)
+
+
+def check_machine(cfg: RunConfig) -> None:
+    """Refuse what this machine cannot do, before anything is loaded."""
+    gpu = torch.cuda.is_available()
+    require(cfg.deepspeed.precision != "fp16" or gpu, "deepspeed.precision", "is fp16, which needs a GPU; use bf16 or fp32")
+    if gpu and cfg.deepspeed.precision == "bf16":
+        require(torch.cuda.is_bf16_supported(), "deepspeed.precision", "is bf16, which this GPU lacks; use fp16 or fp32")
+
+
+class Engine:
+    """Trains `task.student` under DeepSpeed; afterwards `task.student` is the wrapped module."""
+
+    def __init__(self, task: Task, cfg: RunConfig) -> None:
+        self.task = task
+        self.dtype = PRECISIONS[cfg.deepspeed.precision]
+        self.config = deepspeed_json(cfg, distributed.world_size())
+        groups = [dict(group) for group in task.param_groups(cfg.optim)]
+        for group in groups:
+            group["peak_lr"] = group.get("lr", cfg.optim.lr)
+            group.setdefault("schedule", True)
+        optimizer = self._optimizer(groups, cfg)
+        engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
+        )
+        self._engine = engine
+        task.student = engine
+
+    def _optimizer(self, groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
+        betas = (cfg.optim.betas[0], cfg.optim.betas[1])
+        if cfg.deepspeed.offload != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, lr=cfg.optim.lr, betas=betas, eps=cfg.optim.eps, adamw_mode=True)
+        return torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=betas, eps=cfg.optim.eps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student lives."""
+        return self._engine.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The student without DeepSpeed's wrapper."""
+        return self._engine.module
+
+    def set_lr(self, factor: float) -> float:
+        """Give every scheduled group `factor` times its peak; returns the first scheduled group's rate."""
+        rates = []
+        for group in self.optimizer.param_groups:
+            if group["schedule"]:
+                group["lr"] = group["peak_lr"] * factor
+                rates.append(group["lr"])
+        return rates[0] if rates else 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch."""
+        self._engine.backward(loss)
+
+    def update(self) -> bool:
+        """Count one micro-batch; True when it completed an optimiser step."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if boundary:
+            self._clamp()
+        return bool(boundary)
+
+    def grad_norm(self) -> float:
+        """Gradient norm of the last optimiser step, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Apply `task.bounds()` to the weights and to this rank's part of the fp32 master weights."""
+        for parameter, low, high in self.task.bounds():
+            if hasattr(parameter, "ds_id"):
+                local = safe_get_local_fp32_param(parameter)
+                safe_set_local_fp32_param(parameter, local.clamp(low, high))
+                parameter.ds_tensor.data.clamp_(low, high)
+                continue
+            parameter.data.clamp_(low, high)
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:  # None: another rank holds this parameter's master weights
+                mapping.get_hp_fragment().data.clamp_(low, high)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every rank sees complete parameters, so that any method of the student can be called."""
+        parameters = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+            yield
+
+    def student_weights(self) -> dict[str, Tensor] | None:
+        """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective at any ZeRO stage."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        full: dict[int, Tensor] = {}
+        for parameter in self.module.parameters():
+            if id(parameter) in full:
+                continue
+            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if value is None:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    value = parameter.detach().float()
+            if distributed.is_main():
+                full[id(parameter)] = value.detach().float().cpu().clone()
+        if not distributed.is_main():
+            return None
+        weights = {names[key]: value for key, value in full.items()}
+        persistent = self.module.state_dict(keep_vars=True)
+        for name, value in persistent.items():
+            if name not in weights:  # buffers and tied names
+                weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
+        return weights
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimiser shards of all ranks into `folder`."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, bit for bit."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise UserError(f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks")
+
+    def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
+        """The frozen teacher in compute precision on this rank, or sharded over the ranks by ZeRO stage 3."""
+        teacher.to(self.dtype)
+        if not shard:
+            return teacher.to(self.device)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": self.dtype is torch.bfloat16},
+            "fp16": {"enabled": self.dtype is torch.float16},
+        }
+        engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
+        return engine.module
+
+
+def start_ranks() -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
+    import os
+
+    os.environ.update(distributed.environment())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.device())
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", dist_init_required=False)
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config field deepspeed.file: {path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"config field deepspeed.file: {path} is not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"config field deepspeed.file: {path} must hold a JSON object")
+    return loaded
+
+
+def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) -> dict[str, Any]:
+    """`given` with each "auto" taken from the same place of `generated`; batch sizes are always the run's own."""
+    filled: dict[str, Any] = {}
+    for key, value in given.items():
+        counterpart = generated.get(key)
+        if value == "auto":
+            if counterpart is None:
+                raise UserError(f'config field deepspeed.file: {origin} asks for "auto" at {key}, which vlmkd does not set')
+            filled[key] = counterpart
+        elif isinstance(value, dict):
+            filled[key] = _fill_auto(value, counterpart if isinstance(counterpart, dict) else {}, origin)
+        else:
+            filled[key] = value
+    return filled
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

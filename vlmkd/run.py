@@ -1,0 +1,225 @@
+"""The life of one run: parse, start ranks, build, fit, evaluate, export, check the export."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+
+import vlmkd
+from vlmkd import config, distributed, engine, trainer
+from vlmkd.config import RunConfig
+from vlmkd.errors import UserError
+from vlmkd.logging import Metrics, start_console
+from vlmkd.trainer import Job, Stopped
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=RunConfig)
+
+# What may differ when a run is continued: none of it changes the weights, except that other workers re-start the stream.
+_CHANGEABLE = ("log", "checkpoint", "evaluation", "threads", "data.workers", "data.shard_cache")
+_PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
+
+
+def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | None = None) -> None:
+    """Entry point of every train script: `CONFIG.yaml [MORE.yaml ...] [field=value ...] [--help] [--dry-run]`.
+
+    Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a SIGTERM whose state is saved.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        config.print_help(config_class)
+        return
+    dry_run = "--dry-run" in argv
+    try:
+        cfg = config.load(config_class, [arg for arg in argv if arg != "--dry-run"])
+        world_size = int(distributed.environment()["WORLD_SIZE"])
+        engine.check_machine(cfg)
+        generated = engine.deepspeed_json(cfg, world_size)
+        if dry_run:
+            print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
+            return
+        with _run_folder(cfg):
+            _run(cfg, build, generated)
+    except UserError as error:
+        rank = distributed.environment()["RANK"]
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(128 + 15)
+    finally:
+        engine.stop_ranks()
+
+
+def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
+    run_dir = Path(cfg.run_dir)
+    if (run_dir / "done.json").is_file():
+        print(f"run {run_dir} is complete; export: {run_dir / 'export'} (delete the folder to run it again)")
+        return
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    engine.start_ranks()
+    _seed(cfg.seed)
+    start_console(run_dir)
+    job = build(cfg)
+    if distributed.is_main():
+        _write_origin(run_dir, cfg, generated)
+        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
+    student_parameters = sum(p.numel() for p in job.task.student.parameters())
+    log.info("student: %.2f M parameters, %d teacher(s) loaded", student_parameters / 1e6, len(job.task.teachers))
+    around = engine.Engine(job.task, cfg)
+    for teacher in job.task.teachers:
+        around.place_teacher(teacher, shard=False)
+    state_dir = run_dir / "state"
+    start = trainer.resume(job, around, state_dir)
+    metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)
+    _, accumulation = engine.batch_triple(cfg, distributed.world_size())
+    try:
+        step = trainer.fit(cfg, job, around, metrics, state_dir, start=start, accumulation=accumulation)
+        _finish(cfg, job, around, metrics, run_dir, step)
+    finally:
+        metrics.close()
+
+
+def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
+    """Final evaluation of student and teachers, export, and its check in a fresh process."""
+    results = {"student": trainer.evaluate(cfg, job.evaluators, job.task.predictor(), around, metrics, step)}
+    if cfg.evaluation.teacher:
+        for name, predictor in job.task.teacher_predictors().items():
+            results[name] = trainer.evaluate(cfg, job.evaluators, predictor, around, metrics, step, model=name)
+    weights = around.student_weights()
+    if weights is not None:
+        (run_dir / "eval").mkdir(exist_ok=True)
+        _write(run_dir / "eval" / "results.json", trainer.results_json(results))
+        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
+        job.task.export(run_dir / "export", weights)
+        job.task.check_export(run_dir / "export")
+        log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
+        _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
+    distributed.barrier()
+
+
+@contextmanager
+def _run_folder(cfg: RunConfig) -> Iterator[None]:
+    """Create or re-open the run folder and hold its lock (rank 0); refuse another run's folder."""
+    if distributed.environment()["RANK"] != "0":
+        yield
+        return
+    run_dir = Path(cfg.run_dir)
+    before = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"config field run_dir: {run_dir} is a file; name a folder")
+    if before.is_file():
+        _check_same_run(before, cfg)
+    elif run_dir.is_dir() and any(path.name not in (".lock", "log.txt") for path in run_dir.iterdir()):
+        raise UserError(f"config field run_dir: {run_dir} holds files of something else; choose an empty or new folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"config field run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"run folder {run_dir} is in use by another process; wait for it or choose another run_dir") from None
+        yield
+
+
+def _check_same_run(path: Path, cfg: RunConfig) -> None:
+    """Refuse to continue a folder whose config differs in anything that changes the weights."""
+    old = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    new = _flatten(yaml.safe_load(config.to_yaml(cfg)))
+    changed = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(_CHANGEABLE) and name != "run_dir"
+    ]
+    if changed:
+        first = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"run folder {path.parent} belongs to a run with {first}={old.get(first)!r}, now {new.get(first)!r}{more}; "
+            f"choose another run_dir or give the same config to go on"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _seed(seed: int) -> None:
+    """Seed what libraries draw outside our own generators, the same on every rank, so that initial weights agree."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _write_origin(run_dir: Path, cfg: RunConfig, generated: dict[str, Any]) -> None:
+    """What goes out with a number of this run: config, DeepSpeed JSON, command, versions, commit, devices."""
+    _write(run_dir / "config.yaml", config.to_yaml(cfg))
+    _write(run_dir / "ds_config.json", json.dumps(generated, indent=1))
+    _write(run_dir / "command.txt", shlex.join(sys.argv) + "\n")
+    _write(run_dir / "env.json", json.dumps(environment_facts(), indent=1))
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, git commit and digest of uncommitted changes, device, threads and ranks."""
+    root = Path(vlmkd.__file__).parent.parent
+    versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
+    changes = _git(root, "diff", "HEAD")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "vlmkd": vlmkd.__version__,
+        "packages": versions,
+        "python": sys.version.split()[0],
+        "git_commit": _git(root, "rev-parse", "HEAD"),
+        "git_changes_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
+        "gpu": gpu,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": distributed.world_size(),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git(root: Path, *args: str) -> str | None:
+    """Output of a git command in the source tree; None for an installed copy without one."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
