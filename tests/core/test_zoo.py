@@ -1,0 +1,343 @@
+"""The zoo's list and its downloads, against a small HTTP server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from vlmkd import zoo
+from vlmkd.errors import UserError
+
+NAME = "TinyCLIP-ViT-8M-16-Text-3M-YFCC15M"
+FILE = f"{NAME}.pt"
+CONTENT = bytes(range(256)) * 400
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+@dataclass
+class Server:
+    """What the test server holds and what it was asked."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    ranges: list[str] = field(default_factory=list)
+    cut_after: list[int] = field(default_factory=list)
+    """Bytes after which the next replies break off, one per reply."""
+    etag: str = '"one"'
+    honours_range: bool = True
+    requests: int = 0
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.requests += 1
+            body = state.files.get(self.path)
+            if body is None:
+                self.send_error(404)
+                return
+            asked = self.headers.get("Range", "")
+            state.ranges.append(asked)
+            start = int(re.findall(r"bytes=(\d+)-", asked)[0]) if asked and state.honours_range else 0
+            if self.headers.get("If-Range", state.etag) != state.etag:
+                start = 0
+            if start >= len(body):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.end_headers()
+                return
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("ETag", state.etag)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            rest = body[start:]
+            self.wfile.write(rest[: state.cut_after.pop(0)] if state.cut_after else rest)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+        state.url = f"http://127.0.0.1:{httpd.server_port}"
+        yield state
+        httpd.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLMKD_CACHE", str(tmp_path / "cache"))
+    for name in (
+        "VLMKD_MIRROR",
+        "HF_ENDPOINT",
+        "VLMKD_OFFLINE",
+        "HF_HUB_OFFLINE",
+        "http_proxy",
+        "HTTP_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(zoo, "BACKOFF_S", 0.0)
+    return tmp_path / "cache" / "zoo"
+
+
+@pytest.fixture
+def mirror(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setenv("VLMKD_MIRROR", f"{server.url}/base/")
+    server.files[f"/base/{FILE}"] = CONTENT
+    return server
+
+
+def test_first_download_pins_and_a_later_different_file_is_refused(mirror: Server, cache: Path) -> None:
+    path = zoo.fetch(f"zoo:{NAME}")
+    assert path == cache / FILE and path.read_bytes() == CONTENT
+    assert json.loads((cache / "pins.json").read_text())[NAME] == {"sha256": SHA}
+    assert zoo.fetch(NAME) == path and mirror.requests == 1
+
+    path.unlink()
+    other = CONTENT[:-1] + b"!"
+    mirror.files[f"/base/{FILE}"] = other
+    with pytest.raises(UserError, match=f"pinned at the first download.*{FILE}.rejected-"):
+        zoo.fetch(NAME)
+    aside = cache / f"{FILE}.rejected-{hashlib.sha256(other).hexdigest()[:8]}"
+    assert aside.read_bytes() == other and not path.exists()
+
+    mirror.files[f"/base/{FILE}"] = CONTENT
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+
+
+def test_a_file_changed_in_the_cache_is_set_aside(mirror: Server, cache: Path) -> None:
+    path = zoo.fetch(NAME)
+    path.write_bytes(b"changed")
+    with pytest.raises(UserError, match="rejected"):
+        zoo.fetch(NAME)
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+
+
+def test_wrong_sha256_of_zoo_yaml(mirror: Server, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    import dataclasses
+
+    item = dataclasses.replace(zoo.entry(NAME), sha256="0" * 64)
+    monkeypatch.setitem(zoo.entries(), NAME, item)
+    with pytest.raises(UserError, match=f"sha256 {SHA}, not the 0{{64}} of zoo.yaml"):
+        zoo.fetch(NAME)
+    assert not (cache / FILE).exists()
+
+
+def test_truncated_transfer_is_continued_where_it_stopped(mirror: Server) -> None:
+    mirror.cut_after = [1000, 5000]
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+    assert mirror.ranges == ["", "bytes=1000-", "bytes=6000-"]
+
+
+def test_partial_file_survives_a_failed_call_and_is_continued_by_the_next(
+    mirror: Server, cache: Path
+) -> None:
+    mirror.cut_after = [100] * zoo.ATTEMPTS
+    with pytest.raises(UserError, match=f"stopped at 400 of {len(CONTENT)} bytes.*400 bytes kept"):
+        zoo.fetch(NAME)
+    assert (cache / f"{FILE}.part").stat().st_size == 100 * zoo.ATTEMPTS
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+    assert mirror.ranges[-1] == f"bytes={100 * zoo.ATTEMPTS}-"
+    assert sorted(path.name for path in cache.iterdir()) == [f"{NAME}.lock", FILE, "pins.json"]
+
+
+def test_two_versions_are_never_joined(mirror: Server) -> None:
+    mirror.cut_after = [100] * zoo.ATTEMPTS
+    with pytest.raises(UserError):
+        zoo.fetch(NAME)
+    newer = CONTENT[::-1]
+    mirror.files[f"/base/{FILE}"], mirror.etag = newer, '"two"'
+    assert zoo.fetch(NAME).read_bytes() == newer
+
+
+def test_server_without_ranges_starts_again(mirror: Server) -> None:
+    mirror.honours_range, mirror.cut_after = False, [1000]
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+
+
+def test_complete_and_overlong_partial_files(mirror: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / f"{FILE}.part").write_bytes(CONTENT)
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+    (cache / FILE).unlink()
+    (cache / f"{FILE}.part").write_bytes(CONTENT + b"more")
+    assert zoo.fetch(NAME).read_bytes() == CONTENT
+
+
+def test_missing_file_is_one_line_with_the_mend(
+    server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setenv("VLMKD_MIRROR", server.url)
+    with pytest.raises(UserError) as caught:
+        zoo.fetch(NAME)
+    message = str(caught.value)
+    assert f"{server.url}/{FILE}: HTTP 404" in message and "VLMKD_MIRROR" in message
+    assert str(cache / FILE) in message and "\n" not in message
+    assert server.requests == 1  # a refusal is not tried again
+
+
+def test_unreachable_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMKD_MIRROR", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot download http://127.0.0.1:9/.*refused.*by hand"):
+        zoo.fetch(NAME)
+
+
+@pytest.mark.parametrize("variable", ["VLMKD_OFFLINE", "HF_HUB_OFFLINE", ""])
+def test_offline_uses_the_cache_only(
+    mirror: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    offline = None if variable else True
+    with pytest.raises(UserError, match=f"{FILE} and offline mode is on; .*{FILE} by hand"):
+        zoo.fetch(NAME, offline=offline)
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / FILE).write_bytes(CONTENT)  # by hand
+    assert zoo.fetch(NAME, offline=offline) == cache / FILE
+    assert mirror.requests == 0
+
+
+def _hub(server: Server, name: str, revision: str, listed: str) -> None:
+    repo = zoo.entry(name).source
+    files = {"config.json": b"{}", "model.safetensors": CONTENT, "merges.txt": b"a b"}
+    unwanted = {"pytorch_model.bin": b"pickle", "onnx/config.json": b"{}", "../evil.json": b"{}"}
+    siblings = [{"rfilename": item} for item in files | unwanted]
+    listing = {"sha": revision, "siblings": siblings}
+    server.files[f"/api/models/{repo}/revision/{listed}"] = json.dumps(listing).encode()
+    server.files |= {f"/{repo}/resolve/{revision}/{item}": data for item, data in files.items()}
+
+
+def test_hub_entry_at_its_pinned_revision(
+    server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    name = f"{NAME}-hf"
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    revision = zoo.entry(name).revision
+    _hub(server, name, revision, listed=revision)
+    server.cut_after = [10_000, 1, 50]
+    folder = zoo.fetch(name)
+    assert folder == cache / name
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+    ]
+    assert (folder / "model.safetensors").read_bytes() == CONTENT
+    assert json.loads((cache / "pins.json").read_text())[name] == {"sha256": SHA}
+
+
+def test_hub_entry_without_revision_pins_the_first_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    name = "TinyCLIP-ViT-39M-16-Text-19M-YFCC15M-hf"
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    revision = "ab" * 20
+    _hub(server, name, revision, listed="main")
+    folder = zoo.fetch(name)
+    assert json.loads((cache / "pins.json").read_text())[name] == {"sha256": SHA, "revision": revision}
+    import shutil
+
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"revision/{revision}: HTTP 404.*HF_ENDPOINT"):
+        zoo.fetch(name)  # asks for the pinned commit, not for main
+
+
+def test_local_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "REPOSITORY", tmp_path)
+    item = zoo.Entry(
+        name="nano", project="p", kind="local", source="zoo/nano", licence="MIT", link="zoo/nano", sha256=SHA
+    )
+    monkeypatch.setitem(zoo.entries(), "nano", item)
+    with pytest.raises(UserError, match="zoo/nano of the repository.* is missing"):
+        zoo.fetch("nano")
+    (tmp_path / "zoo/nano").mkdir(parents=True)
+    with pytest.raises(UserError, match="neither"):
+        zoo.fetch("nano")
+    (tmp_path / "zoo/nano/open_clip_model.safetensors").write_bytes(CONTENT)
+    assert zoo.fetch("nano") == tmp_path / "zoo/nano"
+    (tmp_path / "zoo/nano/open_clip_model.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match="git checkout"):
+        zoo.fetch("nano")
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean TinyCLIP-ViT-61M-32-Text-29M-LAION400M"):
+        zoo.entry("tinyclip-vit-61m-32-text-29m-laion400")
+    with pytest.raises(UserError, match="--list"):
+        zoo.entry("zzz")
+
+
+def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: Server) -> None:
+    import errno
+    import os
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zoo, "_copy", full)
+    with pytest.raises(UserError, match="No space left.*VLMKD_CACHE"):
+        zoo.fetch(NAME)
+
+
+def test_entries_are_complete_and_honest() -> None:
+    """Every checkpoint of the paper's release is there; no digest or score is stated without its origin."""
+    items = zoo.entries().values()
+    released = [item for item in items if item.kind == "release"]
+    assert len(released) == 11 and sum(item.kind == "hub" for item in items) == 4
+    for item in items:
+        assert item.licence and item.link
+        assert item.sha256 == zoo.PIN_AT_FIRST_DOWNLOAD or re.fullmatch("[0-9a-f]{64}", item.sha256)
+        assert item.revision == "" or re.fullmatch("[0-9a-f]{40}", item.revision)
+        assert all(one.command for one in item.ours)
+        assert item.kind != "local" or re.fullmatch("[0-9a-f]{64}", item.sha256)
+    for item in released:
+        assert item.source.endswith(f"/{item.name}.pt") and item.paper_imagenet_top1 is not None
+
+
+@pytest.mark.parametrize(
+    "name", [item.name for item in zoo.entries().values() if item.kind == "release" and item.architecture]
+)
+def test_stated_parameters_are_those_of_the_stated_architecture(name: str) -> None:
+    import torch
+    from open_clip.model import CLIP
+
+    item = zoo.entry(name)
+    with torch.device("meta"):
+        model = CLIP(**item.architecture)
+    vision = sum(p.numel() for p in model.visual.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    text = total - vision - model.token_embedding.weight.numel() - 1  # the scale belongs to neither tower
+    measured = [round(count / 1e6, 2) for count in (vision, text, total)]
+    assert measured == [item.params.vision, item.params.text, item.params.total]
+
+
+def test_model_zoo_page_is_up_to_date() -> None:
+    page = zoo.REPOSITORY / "MODEL_ZOO.md"
+    assert page.read_text(encoding="utf-8") == zoo.markdown(), "run python scripts/check_zoo.py --write"
+
+
+def test_no_torch_for_listing_and_downloading() -> None:
+    code = "import sys, vlmkd.zoo; vlmkd.zoo.entries(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=zoo.REPOSITORY, check=False).returncode == 0
+
+
+def test_command_line(tmp_path: Path) -> None:
+    script = str(zoo.REPOSITORY / "scripts" / "download.py")
+    listing = subprocess.run([sys.executable, script, "--list"], capture_output=True, text=True, check=True)
+    assert len(listing.stdout.splitlines()) == len(zoo.entries())
+    wrong = subprocess.run([sys.executable, script, NAME + "x"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and f"did you mean {NAME}" in wrong.stderr

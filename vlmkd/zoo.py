@@ -1,0 +1,465 @@
+"""Named models: what they are, where they come from, and a verified local copy of each.
+
+`zoo.yaml` (beside this file) is the only list; MODEL_ZOO.md is written from it by `scripts/check_zoo.py --write`.
+This module needs no torch, so that listing and downloading start at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import fnmatch
+import functools
+import hashlib
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vlmkd.errors import UserError
+
+PIN_AT_FIRST_DOWNLOAD = "pinned at first download"
+"""`sha256` of an entry whose file we have not seen; the user's cache pins what the first download brings."""
+REPOSITORY = Path(__file__).resolve().parents[1]
+HUB = "https://huggingface.co"
+TIMEOUT_S = 30.0
+ATTEMPTS = 4
+"""Tries of one download call; each continues where the last one broke off."""
+BACKOFF_S = 0.5
+"""Wait before the second try; doubled each time."""
+CHUNK_BYTES = 1 << 20
+HUB_FILES = ["*.json", "*.safetensors", "merges.txt"]
+"""Files of a hub repository that a CLIP needs; pickles stay away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Millions of parameters; `text` leaves out the token table, 0.0 means not counted yet."""
+
+    vision: float = 0.0
+    text: float = 0.0
+    total: float = 0.0
+    approximate: bool = False
+    """True when the figures come from the model's name and not from a count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A number that we measured, with the command that measures it again."""
+
+    dataset: str
+    metric: str
+    value: float
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One model of the zoo."""
+
+    name: str
+    project: str
+    kind: Literal["release", "hub", "local"]
+    """`release`: one file by URL; `hub`: a Hugging Face repository; `local`: a file or folder of this repository."""
+    source: str
+    """URL, repository id, or path inside this repository."""
+    revision: str = ""
+    """Commit of a hub repository; empty: the commit of the first download is pinned in the user's cache."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """open_clip model config of a bare weights file; empty when the source has its own or shapes tell it."""
+    params: Params = field(default_factory=Params)
+    data: str = ""
+    paper_imagenet_top1: float | None = None
+    """ImageNet-1K zero-shot top-1 (%) as the authors publish it; not measured by us."""
+    macs_g: float | None = None
+    """Billions of multiply-adds of one image and one text."""
+    size_mb: float | None = None
+    """Megabytes (10^6) of the weights file; None: not seen."""
+    licence: str
+    link: str
+    teacher: str = ""
+    init: str = ""
+    """What the weights started from."""
+    sha256: str = PIN_AT_FIRST_DOWNLOAD
+    """Of the weights file."""
+    ours: list[Measurement] = field(default_factory=list)
+    note: str = ""
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """All entries of zoo.yaml by name, in file order."""
+    rows = yaml.safe_load((Path(__file__).parent / "zoo.yaml").read_text(encoding="utf-8"))
+    found: dict[str, Entry] = {}
+    for row in rows:
+        row["params"] = Params(**row.get("params", {}))
+        row["ours"] = [Measurement(**item) for item in row.get("ours", [])]
+        assert row["name"] not in found, f"zoo.yaml names {row['name']} twice"
+        found[row["name"]] = Entry(**row)
+    return found
+
+
+def entry(name: str) -> Entry:
+    """The entry called `name` (a leading `zoo:` is dropped).
+
+    Raises:
+        UserError: no such entry; the nearest names are suggested.
+    """
+    name = name.removeprefix("zoo:")
+    if name in entries():
+        return entries()[name]
+    lowered = {known.lower(): known for known in entries()}
+    near = difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.5)
+    mend = (
+        f"did you mean {' or '.join(lowered[item] for item in near)}?"
+        if near
+        else "see scripts/download.py --list"
+    )
+    raise UserError(f"zoo has no model {name}; {mend}")
+
+
+def cache_folder() -> Path:
+    """Where downloads and their pins live: VLMKD_CACHE/zoo, else ~/.cache/vlmkd/zoo."""
+    root = os.environ.get("VLMKD_CACHE") or Path.home() / ".cache" / "vlmkd"
+    return Path(root).expanduser() / "zoo"
+
+
+def weights_name(folder: Path) -> str:
+    """Name of the weights file inside an exported or downloaded model folder."""
+    for name in ("open_clip_model.safetensors", "model.safetensors"):
+        if (folder / name).is_file():
+            return name
+    raise UserError(
+        f"{folder} holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
+    )
+
+
+def fetch(name: str, *, offline: bool | None = None) -> Path:
+    """A verified local copy of `name`: a weights file (`release`, `local`) or a model folder (`hub`, `local`).
+
+    The sha256 is compared with the entry's, or with the one pinned at this user's first download. `offline`
+    defaults to the variables VLMKD_OFFLINE and HF_HUB_OFFLINE; VLMKD_MIRROR (a base URL under which release files
+    lie by their names) and HF_ENDPOINT replace the hosts; proxies come from the usual variables.
+
+    Raises:
+        UserError: unknown name, unreachable source, missing disk space, or a file that is not the pinned one.
+    """
+    item = entry(name)
+    if item.kind == "local":
+        return _local(item)
+    from filelock import FileLock  # several ranks may ask for the same file at the same time
+
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{item.name}.lock"):
+            return _cached(item, folder, _is_offline() if offline is None else offline)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise UserError(
+                f"cannot write {folder}: {error.strerror}; free space or set VLMKD_CACHE"
+            ) from None
+        raise
+
+
+def _cached(item: Entry, folder: Path, offline: bool) -> Path:
+    target = folder / (item.source.rpartition("/")[2] if item.kind == "release" else item.name)
+    if target.exists():
+        _verify(item, target, target)
+        return target
+    by_hand = (
+        f"put {item.source if item.kind == 'release' else 'the files of ' + item.link} at {target} by hand"
+    )
+    if offline:
+        raise UserError(
+            f"zoo:{item.name} is not at {target} and offline mode is on; turn it off, or {by_hand}"
+        )
+    if item.kind == "release":
+        arrived = folder / f"{target.name}.part"
+        mend = f"set VLMKD_MIRROR to a base URL that has the file, or {by_hand}"
+        download(release_url(item), arrived, mend=mend)
+    else:
+        arrived = folder / f"{item.name}.partial"
+        _download_hub(item, arrived, mend=f"set HF_ENDPOINT to a mirror of the hub, or {by_hand}")
+    _verify(item, arrived, target)
+    os.replace(arrived, target)
+    return target
+
+
+def release_url(item: Entry) -> str:
+    """Where the file of a release entry is asked for, VLMKD_MIRROR respected."""
+    mirror = os.environ.get("VLMKD_MIRROR", "")
+    return f"{mirror.rstrip('/')}/{item.source.rpartition('/')[2]}" if mirror else item.source
+
+
+def _is_offline() -> bool:
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("VLMKD_OFFLINE", "HF_HUB_OFFLINE"))
+
+
+def _local(item: Entry) -> Path:
+    path = REPOSITORY / item.source
+    if not path.exists():
+        raise UserError(
+            f"zoo:{item.name} is {item.source} of the repository, and {path} is missing; use a full clone"
+        )
+    digest = sha256_of(path / weights_name(path) if path.is_dir() else path)
+    if digest != item.sha256:
+        raise UserError(
+            f"{path} has sha256 {digest}, zoo.yaml says {item.sha256}; restore it with git checkout"
+        )
+    return path
+
+
+def _verify(item: Entry, path: Path, target: Path) -> None:
+    """Compare `path` with the known digest, pin it when there is none, set it aside when it differs."""
+    digest = sha256_of(path / weights_name(path) if path.is_dir() else path)
+    pins = _read_pins()
+    pinned = pins.get(item.name, {}).get("sha256", "")
+    expected = pinned if item.sha256 == PIN_AT_FIRST_DOWNLOAD else item.sha256
+    if expected and digest != expected:
+        aside = target.with_name(f"{target.name}.rejected-{digest[:8]}")
+        if not aside.exists():
+            os.replace(path, aside)
+        origin = "pinned at the first download" if expected == pinned else "of zoo.yaml"
+        raise UserError(
+            f"zoo:{item.name} has sha256 {digest}, not the {expected} {origin}; kept as {aside}: fetch again, from "
+            f"another mirror if it happens twice, or delete its line in {_pins_file()} if you trust the new file"
+        )
+    if not expected:
+        pins.setdefault(item.name, {})["sha256"] = digest
+        _write_pins(pins)
+        sys.stderr.write(f"zoo:{item.name}: first download, sha256 {digest} pinned in {_pins_file()}\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of the file at `path`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _pins_file() -> Path:
+    return cache_folder() / "pins.json"
+
+
+def _read_pins() -> dict[str, dict[str, str]]:
+    path = _pins_file()
+    if not path.exists():
+        return {}
+    pins: dict[str, dict[str, str]] = _read_json(path, "list of pinned digests")
+    return pins
+
+
+def _write_pins(pins: dict[str, dict[str, str]]) -> None:
+    temporary = _pins_file().with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(pins, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, _pins_file())
+
+
+# ---------------------------------------------------------------------------------------------- one file by URL
+
+
+class _Broken(Exception):
+    """A transfer that may succeed when it is tried again."""
+
+
+def download(url: str, part: Path, *, mend: str) -> None:
+    """Fetch `url` into `part`, continuing what `part` already holds, until the server's length is reached.
+
+    A transfer that breaks is continued with an HTTP Range request, here and in later calls; a note beside the file
+    remembers the server's ETag, so that two versions of a file are never joined. `mend` ends the error line: what
+    the user can do without this server.
+
+    Raises:
+        UserError: the server refuses, cannot be reached, or keeps breaking off.
+    """
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+        try:
+            _transfer(url, part)
+            _note(part).unlink(missing_ok=True)
+            return
+        except _Broken as error:
+            reason = str(error)
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {error.reason}"
+            if error.code < 500 and error.code not in (408, 429):
+                break
+        except urllib.error.URLError as error:
+            reason = str(error.reason)
+        except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            reason = str(error) or type(error).__name__
+    kept = f" ({part.stat().st_size} bytes kept; the next call continues)" if part.exists() else ""
+    raise UserError(f"cannot download {url}: {reason}{kept}; check network and proxy, {mend}")
+
+
+def _note(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _transfer(url: str, part: Path) -> None:
+    """One request, appended to `part`; raises _Broken when fewer bytes than announced arrived."""
+    note = _note(part)
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "vlmkd", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        etag = _read_json(note, "note on a partial download").get("etag", "") if note.exists() else ""
+        if etag and not etag.startswith("W/"):
+            headers["If-Range"] = etag
+    try:
+        reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        if error.headers.get("Content-Range", "").endswith(f"/{have}"):
+            return
+        part.unlink()
+        raise _Broken("the partial file does not belong to the server's file and was dropped") from None
+    with reply:
+        have = _resume_point(reply, have)
+        length = reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        note.write_text(json.dumps({"etag": reply.headers.get("ETag", "")}), encoding="utf-8")
+        written = have + _copy(reply, part, have, total)
+    if total is not None and written < total:
+        raise _Broken(f"the transfer stopped at {written} of {total} bytes")
+
+
+def _resume_point(reply: http.client.HTTPResponse, have: int) -> int:
+    """Bytes of the partial file that stay: all when the server continues (206) exactly there, else none."""
+    continues = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    if reply.status == 206 and not continues:
+        raise _Broken(f"the server continued at {reply.headers.get('Content-Range')} instead of byte {have}")
+    return have if continues else 0
+
+
+def _copy(reply: http.client.HTTPResponse, part: Path, have: int, total: int | None) -> int:
+    from tqdm import tqdm
+
+    written = 0
+    with (
+        open(part, "ab" if have else "wb") as stream,
+        tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, mininterval=1.0) as bar,
+    ):
+        while block := reply.read(CHUNK_BYTES):
+            stream.write(block)
+            written += len(block)
+            bar.update(len(block))
+    return written
+
+
+# ---------------------------------------------------------------------------------------------- hub repositories
+
+
+def _download_hub(item: Entry, folder: Path, *, mend: str) -> None:
+    """Fetch the files of a hub repository at its pinned commit into `folder`; later calls continue.
+
+    Speaks the hub's two public addresses itself, so that resuming, proxies and error lines are those of `download`
+    and do not change with the hub client's HTTP library.
+    """
+    host = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+    pins = _read_pins()
+    revision = item.revision or pins.get(item.name, {}).get("revision", "")
+    folder.mkdir(exist_ok=True)
+    listing = folder / "listing"
+    download(f"{host}/api/models/{item.source}/revision/{revision or 'main'}", listing, mend=mend)
+    info = _read_json(listing, f"answer of {host}")
+    listing.unlink()
+    if not revision:
+        revision = info["sha"]
+        pins.setdefault(item.name, {})["revision"] = revision
+        _write_pins(pins)
+    for sibling in info["siblings"]:
+        name = sibling["rfilename"]
+        wanted = "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in HUB_FILES)
+        if wanted and not (folder / name).exists():
+            part = folder / f"{name}.part"
+            download(f"{host}/{item.source}/resolve/{revision}/{name}", part, mend=mend)
+            os.replace(part, folder / name)
+
+
+def _read_json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{what} ({path}) is not valid JSON ({error}); delete that file and call again"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------------- MODEL_ZOO.md
+
+HEADER = """# Model zoo
+
+Written from `vlmkd/zoo.yaml` by `python scripts/check_zoo.py --write`; do not edit this page.
+
+`python scripts/download.py NAME` fetches and verifies an entry; `zoo:NAME` names it wherever a model is asked for.
+*Paper* is what the authors publish. *Ours* is what we measured, with the command beside it, or "not run". Parameters
+are in millions; *text* leaves out the token table, which *total* includes; a figure with ≈ comes from the model's name. MACs
+are of one image and one text. A sha256 that we have not seen is pinned in your cache at the first download, and a
+different file is refused from then on.
+"""
+COLUMNS = (
+    "Name",
+    "Params vision / text / total (M)",
+    "Data",
+    "IN-1K zero-shot top-1, paper (%)",
+    "Ours",
+    "GMACs",
+    "Size (MB)",
+    "Licence",
+    "Link",
+    "sha256",
+)
+
+
+def markdown() -> str:
+    """MODEL_ZOO.md: one table per project, rows in the order of zoo.yaml, then what each model came from."""
+    parts = [HEADER]
+    for project in dict.fromkeys(item.project for item in entries().values()):
+        rows = [item for item in entries().values() if item.project == project]
+        parts.append(f"\n## {project}\n")
+        parts.append("| " + " | ".join(COLUMNS) + " |")
+        parts.append("|" + " --- |" * len(COLUMNS))
+        parts.extend("| " + " | ".join(_cells(item)) + " |" for item in rows)
+        parts.append("\n| Name | Teacher | Started from | Note |\n| --- | --- | --- | --- |")
+        parts.extend(
+            f"| {item.name} | {item.teacher or '–'} | {item.init or '–'} | {item.note or '–'} |"
+            for item in rows
+        )
+    return "\n".join(parts) + "\n"
+
+
+def _cells(item: Entry) -> list[str]:
+    decimals = 0 if item.params.approximate else 2
+    sign = "≈" if item.params.approximate else ""
+    params = [
+        f"{sign}{value:.{decimals}f}" if value else "not counted"
+        for value in (item.params.vision, item.params.text, item.params.total)
+    ]
+    ours = "<br>".join(f"{one.dataset} {one.metric} {one.value:g} (`{one.command}`)" for one in item.ours)
+    return [
+        item.name,
+        " / ".join(params),
+        item.data,
+        "–" if item.paper_imagenet_top1 is None else f"{item.paper_imagenet_top1:.1f} (paper)",
+        ours or "not run",
+        "–" if item.macs_g is None else f"{item.macs_g:g}",
+        "not seen" if item.size_mb is None else f"{item.size_mb:g}",
+        item.licence,
+        f"[{item.kind}]({item.link})",
+        f"`{item.sha256}`" if item.sha256 != PIN_AT_FIRST_DOWNLOAD else item.sha256,
+    ]
