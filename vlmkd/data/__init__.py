@@ -1,0 +1,1 @@
+"""Training data: shards, loaders, transforms, stored teacher embeddings."""

@@ -1,0 +1,106 @@
+"""From raw samples to pixels: what makes a sample complete, and its views; shared by loader, teacher cache and tools."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlmkd.config import DataConfig
+from vlmkd.data.decode import BadImageError, decode, image_size
+from vlmkd.data.shards import RawSample
+from vlmkd.data.transforms import View, ViewConfig, reduction_for, render
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+
+REASONS = (
+    "broken_tar",
+    "duplicate_key",
+    "missing_image",
+    "missing_caption",
+    "oversized_image",
+    "undecodable_image",
+    "missing_teacher_embedding",
+)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was dropped."""
+
+    reason: str
+    name: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A complete sample before decoding."""
+
+    name: str
+    image: bytes
+    text: str
+
+
+def view_config(cfg: DataConfig) -> ViewConfig:
+    """The distribution of training views that `cfg` asks for."""
+    for name, value in (("crop_scale", cfg.crop_scale), ("crop_ratio", cfg.crop_ratio)):
+        if len(value) != 2:
+            raise UserError(f"config field data.{name} is {list(value)}; give [low, high]")
+    scale, ratio = (cfg.crop_scale[0], cfg.crop_scale[1]), (cfg.crop_ratio[0], cfg.crop_ratio[1])
+    return ViewConfig(scale, ratio, cfg.flip, cfg.color_jitter)
+
+
+def members(cfg: DataConfig) -> frozenset[str]:
+    """The tar members that a sample needs."""
+    return frozenset([*cfg.image_keys, cfg.text_key])
+
+
+def unpack(raw: RawSample, image_keys: Sequence[str], text_key: str) -> Encoded | BadSample:
+    """Image bytes and caption of a raw sample, or why it has none; a caption of white space only is missing."""
+    if raw.reason:
+        return BadSample(raw.reason, raw.name, raw.detail)
+    image = next((raw.members[key] for key in image_keys if key in raw.members), None)
+    if image is None:
+        return BadSample("missing_image", raw.name, f"has none of {', '.join(image_keys)}")
+    text = raw.members.get(text_key, b"").decode("utf-8", errors="replace").strip()
+    if not text:
+        return BadSample("missing_caption", raw.name, f"has no text in {text_key}")
+    return Encoded(raw.name, image, text)
+
+
+def checked_size(image: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height from the image's header.
+
+    Raises:
+        BadImageError: `undecodable_image`; `oversized_image` above `max_pixels`.
+    """
+    width, height = image_size(image)
+    if width * height > max_pixels:
+        raise BadImageError("oversized_image", f"{width}x{height} is more than data.max_pixels={max_pixels}")
+    return width, height
+
+
+def views_of(
+    image: bytes, size: tuple[int, int], views: Sequence[View], specs: list[ImageSpec]
+) -> list[list[Tensor]]:
+    """uint8 [h,w,3] for each view and each spec, from one decoding; transparency lies on the first spec's fill.
+
+    Raises:
+        BadImageError: `undecodable_image`.
+    """
+    reduction = min(reduction_for(view, specs) for view in views)
+    pixels = decode(image, fill=specs[0].fill, reduction=reduction)
+    width, height = size
+    if pixels.shape[:2] != (-(-height // reduction), -(-width // reduction)):
+        raise BadImageError(
+            "undecodable_image", f"header says {width}x{height}, pixels are {tuple(pixels.shape)}"
+        )
+    return [[render(pixels, view, spec, reduction) for spec in specs] for view in views]
+
+
+def sample_digest(image: bytes, text: str) -> bytes:
+    """sha256 over the image's bytes and the caption."""
+    return hashlib.sha256(image + text.encode("utf-8")).digest()

@@ -1,0 +1,482 @@
+"""Shard lists, the samples of one shard in a fixed order, and an endless, resumable stream of them.
+
+Vocabulary: a *shard* is one tar in webdataset layout; a *raw sample* is one group of members with the same key, or
+one marker for a shard that could not be read to its end. A *position* is (epoch, ordinal of the shard in this
+worker's share of the epoch, index of the raw sample in the shard). Every raw sample has one, good or bad, so
+positions never depend on what later steps drop.
+
+The tar reading is our own and not webdataset's, because Python's tarfile takes a header that is missing, torn or
+garbage for the end of the archive: a truncated download would then look like a short shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import subprocess
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from vlmkd.errors import UserError
+
+READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, http.client.HTTPException)
+"""What a shard that cannot be read to its end may raise."""
+
+_RETRIES = 3
+_RETRY_PAUSE = 0.5  # seconds before the first retry, doubled for each next one
+_TIMEOUT = 60.0  # seconds without a byte
+_CHUNK = 1 << 20
+_MEMBER = re.compile(
+    r"^((?:.*/|)[^.]+)[.]([^/]*)$"
+)  # webdataset's rule: the key ends at the file name's first dot
+
+
+def expand(shards: list[str], where: str) -> list[str]:
+    """Every shard that `shards` names, in order: brace ranges, globs and `emoji:` names are written out.
+
+    Raises:
+        UserError: an empty list, a pattern without a match, a path that is missing or a folder; names `where`.
+    """
+    found: list[str] = []
+    for entry in shards:
+        found.extend(_expand_one(entry, where))
+    if not found:
+        raise UserError(
+            f"{where} is empty; name at least one shard, e.g. {where}=['data/{{00000..00099}}.tar']"
+        )
+    return found
+
+
+def _expand_one(entry: str, where: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    if entry.startswith("emoji:"):
+        from vlmkd.data.embedded import resolve
+
+        return list(resolve(entry))
+    found = []
+    for name in braceexpand(entry):
+        if is_remote(name):
+            found.append(name)
+            continue
+        path = os.path.expanduser(name)
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        if not matches:
+            raise UserError(f"{where}: no file matches {name} (looked from {os.getcwd()}); correct the path")
+        for match in matches:
+            if os.path.isdir(match):
+                raise UserError(
+                    f"{where}: {match} is a folder; name its shards: {os.path.join(match, '*.tar')}"
+                )
+        found.extend(matches)
+    return found
+
+
+def is_remote(name: str) -> bool:
+    """True for shards that are not local files."""
+    return name.startswith(("http://", "https://", "pipe:"))
+
+
+def shard_name(url: str) -> str:
+    """Short name of a shard: its file name without `.tar` and what follows; for pipes, of the last word with one."""
+    if url.startswith("pipe:"):
+        words = [word.strip("'\"") for word in url[5:].split() if ".tar" in word]
+        if not words:
+            return "pipe-" + hashlib.sha256(url.encode()).hexdigest()[:12]
+        url = words[-1]
+    path = urllib.parse.urlparse(url).path if "://" in url else url
+    return os.path.basename(path).split(".tar")[0]
+
+
+def check_count(num_shards: int, world_size: int, workers: int, where: str) -> None:
+    """Refuse fewer shards than loading streams (`world_size` ranks times `workers`, at least one each)."""
+    streams = world_size * max(workers, 1)
+    if num_shards >= streams:
+        return
+    reshard = f"re-shard with `python data_tools/images_to_shards.py --reshard SHARDS --out FOLDER --num-shards {streams}`"
+    fitting = num_shards // world_size
+    mend = (
+        f"set data.workers={fitting} or {reshard}"
+        if fitting >= 1
+        else f"use at most {num_shards} ranks or {reshard}"
+    )
+    raise UserError(
+        f"{where} has {num_shards} shards, but {world_size} ranks x {max(workers, 1)} workers need {streams}; {mend}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- opening a shard
+
+
+@contextmanager
+def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
+    """The bytes of a shard as a file; a `shard_cache` folder keeps http(s) shards after their first download."""
+    if url.startswith("pipe:"):
+        with _open_pipe(url[len("pipe:") :]) as stream:
+            yield stream
+    elif is_remote(url) and not shard_cache:
+        with HttpStream(url) as http_stream:
+            yield cast(BinaryIO, http_stream)
+    else:
+        with open(download(url, Path(shard_cache)) if is_remote(url) else url, "rb") as file:
+            yield file
+
+
+@contextmanager
+def _open_pipe(command: str) -> Iterator[BinaryIO]:
+    """Output of a shell command; a failing command is an OSError once its output was read to the end."""
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+    stream = cast(BinaryIO, process.stdout)
+    try:
+        yield stream
+        while stream.read(_CHUNK):  # a tar is padded behind its end mark; closing early would fail the writer
+            pass
+        if process.wait() != 0:
+            raise OSError(f"`{command}` ended with exit code {process.returncode}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        stream.close()
+        process.wait()
+
+
+class HttpStream:
+    """A readable http(s) response that reconnects at the byte where a connection broke.
+
+    Raises OSError (or http.client.HTTPException) after three attempts in a row without progress.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.position = 0
+        self.total: int | None = None
+        self._response: http.client.HTTPResponse | None = None
+        self._retrying(self._connect)
+
+    def __enter__(self) -> HttpStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; empty only at the end of the file."""
+        data = self._retrying(lambda: self._read_once(size))
+        self.position += len(data)
+        return data
+
+    def _read_once(self, size: int) -> bytes:
+        if self._response is None:
+            self._connect()
+        assert self._response is not None
+        data = self._response.read(size)
+        if not data and self.total is not None and self.position < self.total and size:
+            raise ConnectionError(f"connection closed at byte {self.position} of {self.total}")
+        return data
+
+    def _connect(self) -> None:
+        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
+        response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=_TIMEOUT)
+        length = response.headers.get("Content-Length")
+        if self.total is None and length is not None:
+            self.total = int(length)
+        if self.position and response.status != 206:  # a server without ranges starts over
+            skip = self.position
+            while skip:
+                skipped = len(response.read(min(skip, _CHUNK)))
+                if not skipped:
+                    raise ConnectionError(f"connection closed before byte {self.position}")
+                skip -= skipped
+        self._response = response
+
+    def _retrying(self, action: Callable[[], Any]) -> Any:
+        for attempt in range(_RETRIES + 1):
+            try:
+                return action()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                permanent = (
+                    isinstance(error, urllib.error.HTTPError)
+                    and 400 <= error.code < 500
+                    and error.code != 429
+                )
+                if attempt == _RETRIES or permanent:
+                    raise
+                time.sleep(_RETRY_PAUSE * 2**attempt)
+
+
+def download(url: str, folder: Path) -> Path:
+    """`url` as a file in `folder`, fetched when it is not there yet; written to a temporary name first.
+
+    Raises:
+        UserError: the folder cannot be written or its disk is full.
+        OSError: the server cannot be reached or hangs up.
+    """
+    final = (
+        folder
+        / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.path.basename(urllib.parse.urlparse(url).path)}"
+    )
+    if final.exists():
+        return final
+    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(partial, "wb")
+    except OSError as error:
+        raise UserError(
+            f"data.shard_cache: cannot write to {folder} ({error.strerror}); name another folder"
+        ) from None
+    try:
+        with file, HttpStream(url) as stream:
+            while block := stream.read(_CHUNK):
+                _write(file, block, folder)
+        os.replace(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+    return final
+
+
+def _write(file: BinaryIO, block: bytes, folder: Path) -> None:
+    try:
+        file.write(block)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"data.shard_cache: the disk of {folder} is full; free space or leave shard_cache empty"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------- samples of a shard
+
+
+@dataclass(slots=True)
+class RawSample:
+    """One undecoded sample, or one thing that went wrong in its place."""
+
+    shard: str
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    reason: str = ""
+    """Empty, or why this is no sample: `broken_tar`, `duplicate_key`."""
+    detail: str = ""
+    position: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def name(self) -> str:
+        """`shard/key`, as in a batch's `keys`."""
+        return f"{self.shard}/{self.key}" if self.key else self.shard
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header reader that accepts nothing but the end mark as the end of an archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from None
+
+
+def read_shard(
+    url: str, members: frozenset[str] | None = None, *, skip: int = 0, shard_cache: str = ""
+) -> Iterator[RawSample]:
+    """The raw samples of a shard after the first `skip`, with the named members only (None: all).
+
+    Neighbouring members of one key make a sample. A key that comes again is a `duplicate_key`. Whatever ends the
+    reading early gives one `broken_tar` in place of the sample that was being read.
+    """
+    name = shard_name(url)
+    seen: set[str] = set()
+    index = 0
+    sample: RawSample | None = None
+    try:
+        for key, extension, data in _read_members(url, members, shard_cache):
+            if sample is None or sample.key != key or extension in sample.members:
+                if sample is not None:
+                    if index >= skip:
+                        yield sample
+                    index += 1
+                sample = RawSample(name, key)
+                if key in seen:
+                    sample.reason, sample.detail = "duplicate_key", "this key came earlier in the shard"
+                seen.add(key)
+            if data is not None:
+                sample.members[extension] = data
+    except READ_ERRORS as error:
+        sample = RawSample(name, "", reason="broken_tar", detail=f"{url}: {_one_line(error)}")
+    if sample is not None and index >= skip:
+        yield sample
+
+
+def _read_members(
+    url: str, wanted: frozenset[str] | None, shard_cache: str
+) -> Iterator[tuple[str, str, bytes | None]]:
+    """(key, lower-case extension, bytes or None when not wanted) of each regular file."""
+    with open_shard(url, shard_cache) as stream:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+                match = _MEMBER.match(info.name)
+                if not info.isreg() or match is None or info.name.startswith("__"):
+                    continue
+                key, extension = match.group(1), match.group(2).lower()
+                if wanted is not None and extension not in wanted:
+                    yield key, extension, None
+                    continue
+                file = tar.extractfile(info)
+                assert file is not None
+                yield key, extension, file.read()
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# ----------------------------------------------------------------------------------------------- endless stream
+
+
+class ShardStream:
+    """Endless raw samples of one source for one of `workers` logical workers, shuffled in blocks, resumable.
+
+    Each epoch orders all shards by (salt, epoch) and deals them to the workers in turn. Within a worker, each
+    block of `shuffle` neighbouring raw samples (fewer at the end of an epoch) is given out in an order of its own.
+    While a block is given out the next one is read, sample for sample, so that about `shuffle` samples are held
+    and reading stays even. A block is fixed by where it starts, so the state is that position and how many samples
+    of the block were given out; a resumed stream reads the block again, without decoding.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        read: Callable[..., Iterator[RawSample]],
+        *,
+        salt: str,
+        worker: int,
+        workers: int,
+        shuffle: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        assert len(shards) >= workers
+        self._shards, self._read, self._salt = shards, read, salt
+        self._worker, self._workers, self._size = worker, workers, max(shuffle, 1)
+        state = state or {"start": [0, 0, 0], "block": 0, "given": 0}
+        self._block = int(state["block"])
+        self._given = int(state["given"])
+        self._reader = self._raw(*state["start"])
+        self._ahead: list[RawSample] = []
+        self._ahead_full = False
+        self._start = tuple(state["start"])
+        self._current: list[RawSample | None] = []
+        self._next_block()
+        for _ in range(self._given):
+            self._extend()
+
+    def __iter__(self) -> ShardStream:
+        return self
+
+    def __next__(self) -> RawSample:
+        if self._given == len(self._current):
+            self._block += 1
+            self._given = 0
+            self._next_block()
+        sample = self._current[self._given]
+        assert sample is not None
+        self._current[self._given] = None  # frees the bytes
+        self._given += 1
+        self._extend()
+        return sample
+
+    @property
+    def passes(self) -> int:
+        """How many times this worker has gone through its share of the shards."""
+        return int(self._start[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the current block starts, its number, and how many of its samples were given out."""
+        return {"start": list(self._start), "block": self._block, "given": self._given}
+
+    def _next_block(self) -> None:
+        while not self._ahead_full:
+            self._extend()
+        block, self._ahead, self._ahead_full = self._ahead, [], False
+        self._start = block[0].position
+        random.Random(f"{self._salt}/block/{self._worker}/{self._block}").shuffle(block)
+        self._current = cast("list[RawSample | None]", block)
+
+    def _extend(self) -> None:
+        """Read one raw sample into the next block unless that block is complete."""
+        if self._ahead_full:
+            return
+        sample = next(self._reader)
+        if sample is None:
+            self._ahead_full = bool(self._ahead)  # an epoch's end closes a block, but makes no empty one
+            return
+        self._ahead.append(sample)
+        self._ahead_full = len(self._ahead) == self._size
+
+    def _raw(self, epoch: int, ordinal: int, index: int) -> Iterator[RawSample | None]:
+        """Raw samples from a position on; None after each epoch."""
+        fresh = (ordinal, index) == (0, 0)
+        while True:
+            count = 0
+            share = self.epoch_order(epoch)[self._worker :: self._workers]
+            for number in range(ordinal, len(share)):
+                for sample in self._read(self._shards[share[number]], skip=index):
+                    sample.position = (epoch, number, index)
+                    index += 1
+                    count += 1
+                    yield sample
+                index = 0
+            if count == 0 and fresh:
+                names = ", ".join(self._shards[number] for number in share[:3])
+                raise UserError(
+                    f"data.sources: {len(share)} shards hold no samples at all ({names} ...); check them"
+                )
+            yield None
+            epoch, ordinal, fresh = epoch + 1, 0, True
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """Indices of all shards in the order of `epoch`, before they are dealt to workers."""
+        order = list(range(len(self._shards)))
+        random.Random(f"{self._salt}/order/{epoch}").shuffle(order)
+        return order
+
+
+def known_samples(shards: list[str]) -> int | None:
+    """Samples in local `shards` by the sizes.json beside them (data_tools/index_shards.py); None unless all are there."""
+    sizes: dict[str, dict[str, int]] = {}
+    total = 0
+    for url in shards:
+        folder, name = os.path.split(url)
+        if folder not in sizes:
+            path = Path(folder) / "sizes.json"
+            sizes[folder] = json.loads(path.read_text()) if not is_remote(url) and path.is_file() else {}
+        if name not in sizes[folder]:
+            return None
+        total += sizes[folder][name]
+    return total
