@@ -430,7 +430,9 @@ def config_from_clip(model: nn.Module) -> Config:
     if isinstance(model, PrunedCLIP):
         return model.config
     visual: Any = getattr(model, "visual", None)
-    stacks = [getattr(getattr(part, "transformer", None), "resblocks", ()) for part in (visual, model)]
+    stacks: list[Any] = [
+        getattr(getattr(part, "transformer", None), "resblocks", ()) for part in (visual, model)
+    ]
     if not all(stacks) or not hasattr(visual, "class_embedding"):
         raise UserError(
             "model: pruning needs an open_clip CLIP with a ViT image tower and its own text transformer"

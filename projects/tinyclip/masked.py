@@ -1,0 +1,308 @@
+"""The student of the `mask` runs: a full-size CLIP whose two towers run under hard-concrete masks.
+
+All trainable parameters (encoders, log alphas, multipliers) are in one module, and its forward pass changes no state.
+Mask arithmetic and LayerNorm statistics are fp32 whatever the precision of the encoders, and nothing in the forward
+pass waits for the device.
+
+Letters: B batch, T tokens, D width of the tower, L layers, H heads a layer, F FFN channels a layer, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from projects.tinyclip.masks import (
+    LOG_ALPHA_LIMIT,
+    Mask,
+    Multipliers,
+    Sides,
+    TowerMasks,
+    expected_sparsity,
+    lagrangian,
+)
+from vlmkd.config import OptimConfig
+from vlmkd.errors import UserError
+from vlmkd.models.pruned_clip import (
+    Config,
+    PrunedAttention,
+    PrunedImageTower,
+    PrunedMLP,
+    PrunedTextTower,
+    config_from_clip,
+    tower_names,
+)
+from vlmkd.optim import decay_groups
+
+
+class MaskedOutput(NamedTuple):
+    """What one forward pass gives; parts that were not asked for are None."""
+
+    image_embeds: Tensor | None
+    """[B, E], unit length, fp32."""
+    text_embeds: Tensor | None
+    """[B, E], unit length, fp32."""
+    logit_scale: Tensor
+    """Scalar, already exponentiated."""
+    logit_bias: Tensor | None
+    """Scalar."""
+    image_sparsity: Tensor
+    """Expected sparsity of the image tower, scalar."""
+    text_sparsity: Tensor
+    """Expected sparsity of the text tower, scalar."""
+    joint_sparsity: Tensor
+    """Expected sparsity of both towers together, scalar."""
+    penalty: Tensor | None
+    """Sparsity penalty at the target that was given, scalar."""
+
+
+class MaskedLayerNorm(nn.LayerNorm):
+    """LayerNorm over the kept coordinates only; the output is zero elsewhere."""
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
+        """x [..., D], kept [D] (bool) -> [..., D].
+
+        Masked sums rather than index selection: the number of kept coordinates never reaches the host.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mask = kept.to(wide)
+        count = mask.sum().clamp(min=1)
+        values = x.to(wide) * mask
+        centred = (values - values.sum(dim=-1, keepdim=True) / count) * mask
+        variance = centred.square().sum(dim=-1, keepdim=True) / count
+        normal = centred * torch.rsqrt(variance + self.eps)
+        return ((normal * self.weight.to(wide) + self.bias.to(wide)) * mask).to(x.dtype)
+
+
+class MaskedAttention(PrunedAttention):
+    """Self-attention whose heads are scaled before the output projection."""
+
+    def forward(self, x: Tensor, causal: bool, heads: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, T, D], heads [H] -> [B, T, D]."""
+        scaled = self.attend(x, causal) * heads.to(x.dtype).view(-1, 1, 1)
+        return self.out_proj(scaled.transpose(1, 2).flatten(2))
+
+
+class MaskedMLP(PrunedMLP):
+    """Feed-forward layer whose channels are scaled after the activation."""
+
+    def forward(self, x: Tensor, channels: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, T, D], channels [F] -> [B, T, D]."""
+        return self.c_proj(self.activate(x) * channels.to(x.dtype))
+
+
+class MaskedBlock(nn.Module):
+    """Pre-norm transformer block under a mask; what it adds to the stream is scaled by the hidden mask."""
+
+    def __init__(self, width: int, heads: int, channels: int, head_width: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.ln_1 = MaskedLayerNorm(width)
+        self.attn = MaskedAttention(width, heads, head_width)
+        self.ln_2 = MaskedLayerNorm(width)
+        self.mlp = MaskedMLP(width, channels, quick_gelu)
+
+    def forward(self, x: Tensor, causal: bool, hidden: Tensor, heads: Tensor, channels: Tensor) -> Tensor:
+        """x [B, T, D], hidden [D], heads [H], channels [F] -> [B, T, D]."""
+        kept, scale = hidden != 0, hidden.to(x.dtype)
+        x = x + self.attn(self.ln_1(x, kept), causal, heads) * scale
+        return x + self.mlp(self.ln_2(x, kept), channels) * scale
+
+
+class MaskedTransformer(nn.Module):
+    """A stack of MaskedBlocks."""
+
+    def __init__(self, tower: Config, quick_gelu: bool) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.resblocks = nn.ModuleList(
+            MaskedBlock(tower["width"], heads, channels, tower["head_width"], quick_gelu)
+            for heads, channels in zip(tower["heads"], tower["mlp"], strict=True)
+        )
+
+    def forward(self, x: Tensor, causal: bool, mask: Mask) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        for layer, block in enumerate(self.resblocks):
+            inputs = (x, causal, mask.hidden, mask.heads[layer], mask.intermediate[layer])
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
+        return x
+
+
+class MaskedImageTower(PrunedImageTower):
+    """Vision transformer under a mask."""
+
+    def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
+        super().__init__({**tower, "heads": [], "mlp": []}, embed_dim, quick_gelu)
+        self.ln_pre = MaskedLayerNorm(tower["width"])
+        self.transformer = MaskedTransformer(tower, quick_gelu)
+        self.ln_post = MaskedLayerNorm(tower["width"])
+
+    def forward(self, images: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
+        """images [B, 3, h, w] -> [B, E], not normalised."""
+        kept = mask.hidden != 0
+        x = self.embed(images)
+        x = self.ln_pre(x * mask.hidden.to(x.dtype), kept)
+        return self.ln_post(self.transformer(x, False, mask)[:, 0], kept) @ self.proj
+
+
+class MaskedTextTower(PrunedTextTower):
+    """Causal text transformer under a mask."""
+
+    def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
+        super().__init__({**tower, "heads": [], "mlp": []}, embed_dim, quick_gelu)
+        self.transformer = MaskedTransformer(tower, quick_gelu)
+        self.ln_final = MaskedLayerNorm(tower["width"])
+
+    def forward(self, tokens: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
+        """tokens [B, T] -> [B, E], not normalised."""
+        x = self.embed(tokens)
+        x = self.transformer(x * mask.hidden.to(x.dtype), True, mask)
+        return self.ln_final(self.pool(x, tokens), mask.hidden != 0) @ self.text_projection
+
+
+class MaskedCLIP(nn.Module):
+    """A full-size CLIP with masks on both towers.
+
+    Args:
+        config: pruned config (vlmkd.models.pruned_clip) whose layers are all alike.
+        joint: one sparsity over both towers with their mean multipliers (published scripts), so that the split
+            between image and text is learned; otherwise each tower is driven to the target by itself.
+        sides: see masks.lagrangian.
+    """
+
+    def __init__(self, config: Config, *, joint: bool = True, sides: Sides = "one") -> None:
+        super().__init__()
+        self.config, self.joint, self.sides = config, joint, sides
+        image, text = config["vision_cfg"], config["text_cfg"]
+        quick_gelu = config["activation"] == "quick_gelu"
+        self.visual = MaskedImageTower(image, config["embed_dim"], quick_gelu)
+        self.text = MaskedTextTower(text, config["embed_dim"], quick_gelu)
+        self.image_masks = _tower_masks(image, "image", sides)
+        self.text_masks = _tower_masks(text, "text", sides)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.logit_bias = nn.Parameter(torch.zeros(())) if config.get("logit_bias") else None
+
+    @classmethod
+    def from_clip(cls, model: nn.Module, *, joint: bool = True, sides: Sides = "one") -> MaskedCLIP:
+        """A masked copy of an open_clip CLIP (ViT and text transformer) or of an unpruned PrunedCLIP.
+
+        Raises:
+            UserError: the model has parts that cannot be masked.
+        """
+        masked = cls(config_from_clip(model), joint=joint, sides=sides)
+        masked.load_encoders(tower_names(model.state_dict()))
+        return masked
+
+    def load_encoders(self, state: dict[str, Tensor]) -> None:
+        """Load everything but the masks, under PrunedCLIP's names, strictly."""
+        result = self.load_state_dict(state, strict=False)
+        missing = [
+            name for name in result.missing_keys if not name.startswith(("image_masks.", "text_masks."))
+        ]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        seed: int | None = None,
+        target: float | None = None,
+    ) -> MaskedOutput:
+        """Embeddings, sparsities and, with a `target` sparsity, the penalty.
+
+        Args:
+            images: [B, 3, h, w].
+            tokens: [B, T].
+            seed: training only, and needed there: the masks are a pure function of it, so a caller that derives it
+                from (run seed, rank, micro-step) resumes exactly. Evaluation uses the deterministic masks.
+            target: sparsity to reach (masks.sparsity_target).
+        """
+        assert (seed is not None) == self.training, "a training forward pass needs a seed, an evaluation none"
+        # Two streams from one seed, so that a tower's masks do not depend on whether the other one runs.
+        seeds = (None, None) if seed is None else (2 * seed % 2**63, (2 * seed + 1) % 2**63)
+        image_mask, image_size, image_multipliers = self.image_masks(seeds[0])
+        text_mask, text_size, text_multipliers = self.text_masks(seeds[1])
+        sizes = ((image_size, self.image_masks.full_size()), (text_size, self.text_masks.full_size()))
+        sparsities = (expected_sparsity(sizes[0]), expected_sparsity(sizes[1]), expected_sparsity(*sizes))
+        penalty = None
+        if target is not None:
+            penalty = self._penalty(sparsities, target, image_multipliers, text_multipliers)
+        return MaskedOutput(
+            None if images is None else F.normalize(self.visual(images, image_mask).float(), dim=-1),
+            None if tokens is None else F.normalize(self.text(tokens, text_mask).float(), dim=-1),
+            self.logit_scale.float().exp(),
+            None if self.logit_bias is None else self.logit_bias.float(),
+            *sparsities,
+            penalty,
+        )
+
+    def _penalty(
+        self, sparsities: tuple[Tensor, Tensor, Tensor], target: float, image: Multipliers, text: Multipliers
+    ) -> Tensor:
+        if self.joint:
+            mean = Multipliers(*((a + b) / 2 for a, b in zip(image, text, strict=True)))
+            return lagrangian(sparsities[2], target, mean, self.sides)
+        return lagrangian(sparsities[0], target, image, self.sides) + lagrangian(
+            sparsities[1], target, text, self.sides
+        )
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """images [B, 3, h, w] -> [B, E] under the deterministic mask."""
+        features = self.visual(images, self.image_masks(None)[0])
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """tokens [B, T] -> [B, E] under the deterministic mask."""
+        features = self.text(tokens, self.text_masks(None)[0])
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of both towers in the backward pass, under the same masks."""
+        self.visual.transformer.grad_checkpointing = enable
+        self.text.transformer.grad_checkpointing = enable
+
+    def param_groups(
+        self, optim: OptimConfig, mask_lr: float = 0.02, multiplier_lr: float = 0.02
+    ) -> list[dict[str, Any]]:
+        """The encoders' groups, then `masks` and `multipliers` with constant rates, no decay and AdamW's own betas.
+
+        Multipliers ascend although their rate is positive: their gradient is reversed in the forward pass.
+        """
+        towers = (self.image_masks, self.text_masks)
+        masks = [parameter for tower in towers for parameter in tower.log_alphas()]
+        multipliers = [parameter for tower in towers for parameter in (tower.linear, tower.quadratic)]
+        apart = {id(parameter) for parameter in masks + multipliers}
+        groups = decay_groups(self, optim)
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        constant = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "schedule": False}
+        groups.append({"name": "masks", "params": masks, "lr": mask_lr, **constant})
+        groups.append({"name": "multipliers", "params": multipliers, "lr": multiplier_lr, **constant})
+        return [group for group in groups if group["params"]]
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """The log alphas with the interval that they are clamped to after each optimiser step (Task.bounds)."""
+        towers = (self.image_masks, self.text_masks)
+        return [
+            (alpha, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) for tower in towers for alpha in tower.log_alphas()
+        ]
+
+
+def _tower_masks(tower: Config, name: str, sides: Sides) -> TowerMasks:
+    if (
+        len(set(tower["heads"])) != 1
+        or len(set(tower["mlp"])) != 1
+        or not tower["heads"][0]
+        or not tower["mlp"][0]
+    ):
+        raise UserError(
+            f"model: the layers of the {name} tower differ in heads or FFN channels, so it was pruned before; "
+            "enter it through fuse.reenter with the full-size config"
+        )
+    return TowerMasks(tower["width"], len(tower["heads"]), tower["heads"][0], tower["mlp"][0], sides)
