@@ -1,0 +1,159 @@
+"""Contrastive losses over unit embeddings: CLIP, SigLIP, interactive (student against teacher), general InfoNCE.
+
+Letters: b local rows, B gathered columns (B = b without gathering), D width, N anchors, M keys.
+
+Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean over
+ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def clip_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    all_image_embeds: Tensor | None = None,
+    all_text_embeds: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Half image-to-text plus half text-to-image cross entropy, mean over local rows (CLIP, Radford et al. 2021).
+
+    Args:
+        image_embeds, text_embeds: [b, D] unit vectors; row i of one belongs to row i of the other.
+        logit_scale: scale of the logits (already exponentiated).
+        all_image_embeds, all_text_embeds: [B, D] of all ranks; None: the local rows are the batch.
+        offset: position of the first local row among the gathered rows.
+    """
+    if (all_image_embeds is None) != (all_text_embeds is None):
+        raise ValueError("all_image_embeds and all_text_embeds must be given together")
+    columns = image_embeds if all_image_embeds is None else all_image_embeds
+    labels = _labels(image_embeds, columns, offset)
+    image_logits = _logits(
+        image_embeds, text_embeds if all_text_embeds is None else all_text_embeds, logit_scale
+    )
+    text_logits = (
+        image_logits.T if all_image_embeds is None else _logits(text_embeds, all_image_embeds, logit_scale)
+    )
+    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+
+
+def sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float = 0.0,
+    *,
+    all_text_embeds: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Binary loss on every pair: (1/b) sum_ij softplus(-y_ij (s I_i.T_j + c)), y = 1 on pairs, else -1 (SigLIP, eq. 1).
+
+    The sum over columns is not divided. Images need no gathering: each rank's rows meet all texts once.
+
+    Args:
+        image_embeds, text_embeds: [b, D] unit vectors; row i of one belongs to row i of the other.
+        logit_scale, logit_bias: s (already exponentiated) and c.
+        all_text_embeds: [B, D] of all ranks; None: the local texts are the batch.
+        offset: position of the first local row among the gathered texts.
+    """
+    columns = text_embeds if all_text_embeds is None else all_text_embeds
+    _check_offset(image_embeds, columns, offset)
+    signed = -(_logits(image_embeds, columns, logit_scale) + logit_bias)
+    # In place, because a matrix of signs would be as large as the logits.
+    signed.diagonal(offset=offset).neg_()
+    # logsigmoid rather than softplus, which returns its argument above 20.
+    return -F.logsigmoid(signed).sum() / image_embeds.shape[0]
+
+
+def interactive_contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    all_teacher_image_embeds: Tensor | None = None,
+    all_teacher_text_embeds: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Student anchors against teacher keys of the other modality, half each way, mean over local rows (CLIP-KD, ICL).
+
+    Args:
+        image_embeds, text_embeds: [b, D] unit vectors of the student, projected to the teacher's width if they differ.
+        teacher_image_embeds, teacher_text_embeds: [b, D] unit vectors of the teacher; no gradient reaches them.
+        logit_scale: scale of these logits (already exponentiated), not the student's own.
+        all_teacher_image_embeds, all_teacher_text_embeds: [B, D] of all ranks; None: the local rows are the batch.
+        offset: position of the first local row among the gathered rows.
+    """
+    if (all_teacher_image_embeds is None) != (all_teacher_text_embeds is None):
+        raise ValueError("all_teacher_image_embeds and all_teacher_text_embeds must be given together")
+    images = teacher_image_embeds if all_teacher_image_embeds is None else all_teacher_image_embeds
+    texts = teacher_text_embeds if all_teacher_text_embeds is None else all_teacher_text_embeds
+    labels = _labels(image_embeds, images, offset)
+    image_loss = F.cross_entropy(_logits(image_embeds, texts.detach(), logit_scale), labels)
+    text_loss = F.cross_entropy(_logits(text_embeds, images.detach(), logit_scale), labels)
+    return (image_loss + text_loss) / 2
+
+
+def info_nce(
+    anchors: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    positives: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE with any number of positives per anchor (SupCon, the form with the mean outside the logarithm).
+
+    Anchor i costs -(1/|P_i|) sum_{j in P_i} log( e^{s a_i.k_j} / sum_{k in P_i or N_i} e^{s a_i.k_k} ), and the loss is
+    the weighted mean over the anchors that have a positive; 0 when none has.
+
+    Args:
+        anchors: [N, D] unit vectors.
+        keys: [M, D] unit vectors.
+        logit_scale: inverse temperature s.
+        positives: bool [N, M], the sets P_i.
+        negatives: bool [N, M], the sets N_i; None: every key that is not a positive. Other keys are left out.
+        weights: [N] non-negative weight of each anchor; None: equal.
+    """
+    logits = _logits(anchors, keys, logit_scale)
+    if negatives is not None:
+        logits = logits.masked_fill(~(positives | negatives), -torch.inf)
+    counts = positives.sum(1)
+    used = counts > 0
+    # An anchor without any key has a log-sum-exp of -inf, whose gradient is NaN even when it is not used.
+    normaliser = logits.masked_fill(~used[:, None], 0.0).logsumexp(1)
+    mean_positive = logits.masked_fill(~positives, 0.0).sum(1) / counts.clamp_min(1)
+    weight = used.to(logits.dtype) if weights is None else used * weights.to(logits.dtype)
+    total = weight.sum()
+    # Without any weight the numerator is 0, and so shall be the loss.
+    return ((normaliser - mean_positive) * weight).sum() / torch.where(
+        total > 0, total, torch.ones_like(total)
+    )
+
+
+def _logits(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Tensor:
+    """scale * rows @ columns.T in float32 or float64, [b, B]; half-precision logits would cost 2.5 % of the gradient."""
+    with torch.autocast(rows.device.type, enabled=False):
+        rows, columns = (x if x.dtype == torch.float64 else x.float() for x in (rows, columns))
+        return (scale * rows).to(rows.dtype) @ columns.T
+
+
+def _labels(rows: Tensor, columns: Tensor, offset: int) -> Tensor:
+    """Column of each row's own pair, [b]."""
+    _check_offset(rows, columns, offset)
+    return torch.arange(offset, offset + rows.shape[0], device=rows.device)
+
+
+def _check_offset(rows: Tensor, columns: Tensor, offset: int) -> None:
+    if offset < 0 or offset + rows.shape[0] > columns.shape[0]:
+        raise ValueError(
+            f"offset is {offset}; {rows.shape[0]} local rows must lie within {columns.shape[0]} columns"
+        )

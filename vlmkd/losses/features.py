@@ -1,0 +1,42 @@
+"""Losses between feature vectors of a student and a teacher of the same width.
+
+Letters: D width, `...` any leading dimensions, whose product is the number of positions. Computed in float32
+(float64 stays float64); no gradient reaches the teacher.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine similarity, mean over positions; between 0 and 2. Both [..., D], of any length.
+
+    Differs from VL2V-ADiP's negative cosine by a constant.
+    """
+    student, teacher = _pair(student, teacher)
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+def feature_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error, mean over positions and over D (CLIP-KD, FD). Both [..., D] unit vectors.
+
+    For unit vectors this is 2 (1 - cosine) / D, so the weight that goes with it is large (CLIP-KD: 2000).
+    """
+    student, teacher = _pair(student, teacher)
+    return F.mse_loss(student, teacher)
+
+
+def l2_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance, summed over D, mean over positions. Both [..., D]."""
+    student, teacher = _pair(student, teacher)
+    return (student - teacher).square().sum(-1).mean()
+
+
+def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape:
+        raise ValueError(f"student features {list(student.shape)}, teacher features {list(teacher.shape)}")
+    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
+    return student, teacher.detach()
