@@ -61,7 +61,7 @@ fi
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
     fail "$prefix has no pip; delete it, or name another environment with VLMKD_VENV"
 echo "setup: installing vlmkd${extras:+[$extras]} into $prefix (the first time: about 3 GB, some minutes)" >&2
-"$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}" ||
+"$python" -m pip install -qq --disable-pip-version-check --editable ".${extras:+[$extras]}" ||
     fail "pip failed (see above); a CPU-only machine can install torch first, see requirements.txt"
 if [ -w "$prefix" ]; then
     # Older lines of the same files stay: each names extras that are installed as well.

@@ -1,0 +1,43 @@
+"""Make one HTML page (and a Markdown table) out of run folders.
+
+python scripts/report.py runs/tinyclip_nano [runs/MORE ...] --out report.html [--markdown table.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
+
+from vlmkd.errors import UserError
+from vlmkd.report import build_report, markdown_table
+
+
+def main() -> int:
+    """Parse arguments and write; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Run folders -> one self-contained HTML page.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders (run_dir of a config)")
+    parser.add_argument("--out", type=Path, help="the page; default: report.html in the first run folder")
+    parser.add_argument("--title", default="vlmkd report", help="heading of the page")
+    parser.add_argument(
+        "--gallery", type=Path, help="a gallery file instead of the runs' own eval/gallery.json"
+    )
+    parser.add_argument("--markdown", type=Path, help="also write the results table as Markdown to this file")
+    args = parser.parse_args()
+    try:
+        out = build_report(
+            args.runs, args.out or args.runs[0] / "report.html", title=args.title, samples=args.gallery
+        )
+        if args.markdown is not None:
+            args.markdown.write_text(markdown_table(args.runs), encoding="utf-8")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

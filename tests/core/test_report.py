@@ -1,0 +1,289 @@
+"""The report: its numbers are the runs' numbers, it loads nothing, and bad input is told in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from vlmkd import charts, report
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+
+ROOT = Path(__file__).parents[2]
+TEACHER = "teacher <ViT & text>"
+TEACHER_SCORES = {"unseen/top1": 0.3661, "unseen/top5": 0.646, "unseen/image_to_text_r1": 0.254}
+
+
+class Colours:
+    """A dual encoder that sees mean colours: red, green and blue texts lie on the three axes."""
+
+    logit_scale = 20.0
+    image_spec = ImageSpec(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def __init__(self, name: str, swapped: bool = False) -> None:
+        self.name = name
+        self._order = [1, 0, 2] if swapped else [0, 1, 2]
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(images.mean(dim=(2, 3))[:, self._order], dim=1)
+
+    def encode_text(self, texts: list[str]) -> torch.Tensor:
+        return torch.eye(3)[[["red", "green", "blue"].index(text) for text in texts]]
+
+
+def write_run(folder: Path, scores: dict[str, float], *, steps: int = 40) -> Path:
+    """A run folder as `vlmkd.run` writes it; its last evaluation has `scores`."""
+    (folder / "eval").mkdir(parents=True)
+    lines: list[dict[str, Any]] = []
+    for step in range(10, steps + 1, 10):
+        facts = {
+            "loss": 5.0 / step,
+            "samples_per_s": 100.0 + step,
+            "peak_memory_mb": 1500.0,
+            "skipped/corrupt_image": 3,
+        }
+        lines.append({"step": step, "time": 1000.0 + 6 * step, "kind": "train", **facts})
+    half = {key: value / 2 for key, value in scores.items()}
+    lines.append({"step": steps // 2, "time": 1.0, "kind": "eval", "model": "student", **half})
+    lines.append({"step": steps, "time": 2.0, "kind": "eval", "model": "student", **scores})
+    lines.append({"step": steps, "time": 2.0, "kind": "eval", "model": TEACHER, **TEACHER_SCORES})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "command.txt").write_text("launch <config> run_dir=here\n")
+    (folder / "env.json").write_text(json.dumps({"packages": {"torch": "2.99"}, "cpus": 2}))
+    (folder / "data.json").write_text(json.dumps({"attributions": ["Pictures by A & B, CC BY 4.0"]}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs with the same teacher and one gallery each."""
+    first = write_run(
+        tmp_path / "inherited", {"unseen/top1": 0.21875, "unseen/top5": 0.5, "unseen/image_to_text_r1": 0.2}
+    )
+    second = write_run(
+        tmp_path / "scratch", {"unseen/top1": 0.125, "unseen/top5": 0.75, "unseen/image_to_text_r1": 0.1}
+    )
+    images = [Image.new("RGB", (40, 20), colour) for colour in ("red", "lime", "blue")]
+    for folder, swapped in ((first, False), (second, True)):
+        models = {TEACHER: Colours("t"), "student": Colours("s", swapped)}
+        sizes = {TEACHER: 4_600_000, "student": 1_150_000}
+        path = folder / "eval/gallery.json"
+        report.write_gallery(path, models, images, ["red", "green", "blue"], parameters=sizes, top=2)
+    return [first, second]
+
+
+class Page(HTMLParser):
+    """Collects table rows (text and exact values), what the page would load, and all text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[tuple[str, str | None]]] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        named = dict(attrs)
+        self.loads += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")
+        ]
+        if tag == "tr":
+            self.rows.append([])
+        self.cell = self.cell or tag in ("td", "th")
+        if tag in ("td", "th"):
+            self.rows[-1].append(("", named.get("title")))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.cell:
+            text, title = self.rows[-1][-1]
+            self.rows[-1][-1] = (text + data, title)
+
+
+def test_the_table_holds_the_runs_numbers(runs: list[Path], tmp_path: Path) -> None:
+    text = report.build_report(runs, tmp_path / "page.html", title="Nano").read_text()
+    rows = Page(text).rows[:4]
+    assert [cell for cell, _ in rows[0]] == ["model", "parameters", "top-1", "top-5", "image→text R@1"]
+    assert [row[0][0] for row in rows[1:]] == [f"{TEACHER} teacher", "inherited", "scratch"]
+    assert [row[1][0] for row in rows[1:]] == ["4.60 M", "1.15 M", "1.15 M"]
+    assert [[cell for cell, _ in row[2:]] for row in rows[1:]] == [
+        ["36.6", "64.6", "25.4"],
+        ["21.9", "50.0", "20.0"],
+        ["12.5", "75.0", "10.0"],
+    ]
+    assert [[float(exact or "nan") for _, exact in row[2:]] for row in rows[1:]] == [
+        [0.3661, 0.646, 0.254],
+        [0.21875, 0.5, 0.2],
+        [0.125, 0.75, 0.1],
+    ]
+
+
+def test_the_page_loads_nothing(runs: list[Path], tmp_path: Path) -> None:
+    text = report.build_report(runs, tmp_path / "page.html", title="Nano").read_text()
+    page = Page(text)
+    assert page.loads, "the pictures should be found"
+    assert all(load.startswith(("data:image/png;base64,", "#")) for load in page.loads)
+    assert not re.search(r"url\(|@import", text)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+
+
+def test_names_are_escaped_and_credits_shown(runs: list[Path], tmp_path: Path) -> None:
+    text = report.build_report(runs, tmp_path / "page.html", title="A < B").read_text()
+    assert "<title>A &lt; B</title>" in text
+    assert "<ViT" not in text and "teacher &lt;ViT &amp; text&gt;" in text
+    assert "Pictures by A &amp; B, CC BY 4.0" in text
+    assert "launch &lt;config&gt; run_dir=here" in text
+    assert "packages / torch" in text
+
+
+def test_emoji_runs_credit_the_artists(runs: list[Path], tmp_path: Path) -> None:
+    (runs[1] / "config.yaml").write_text("data: {sources: [{shards: ['emoji:train']}]}\n")
+    text = report.build_report(runs, tmp_path / "page.html", title="Nano").read_text()
+    for words in ("Twemoji", "CC BY 4.0", "OpenMoji", "CC BY-SA 4.0", "Noto Emoji", "SIL Open Font License"):
+        assert words in text
+
+
+def test_curves_pass_through_the_logged_values(runs: list[Path], tmp_path: Path) -> None:
+    text = report.build_report(runs, tmp_path / "page.html", title="Nano").read_text()
+    for words in (
+        "inherited, step 10: 0.5",
+        "scratch, step 40: 0.125",
+        "inherited, step 20: 10.94",
+        "scratch, step 40: 12.5",
+    ):
+        assert f"<title>{words}</title>" in text
+    assert "scratch: 1.15 million parameters, 12.5" in text
+
+
+def test_affinity_is_the_softmax_of_scaled_cosines(runs: list[Path]) -> None:
+    gallery = json.loads((runs[0] / "eval/gallery.json").read_text())
+    own = math.exp(20.0) / (math.exp(20.0) + 2.0)
+    for model in (TEACHER, "student"):
+        for index, line in enumerate(gallery["models"][model]["affinity"]):
+            assert line[index] == pytest.approx(own, abs=1e-5)
+            assert sum(line) == pytest.approx(1.0, abs=1e-4)
+    assert [line[0] for line in gallery["models"]["student"]["retrieved"]] == [0, 1, 2]
+    # The second run's student takes red for green.
+    swapped = json.loads((runs[1] / "eval/gallery.json").read_text())["models"]["student"]
+    assert [line[0] for line in swapped["retrieved"]] == [1, 0, 2]
+
+
+def test_right_and_wrong_pictures_are_marked(runs: list[Path], tmp_path: Path) -> None:
+    text = report.build_report(runs, tmp_path / "page.html", title="Nano").read_text()
+    # Two pictures a text and model: the teacher and the first student have 3 right ones each among 6, the second,
+    # whose first two answers are swapped, finds "blue" first, and red and green second or not at all.
+    cards = re.findall(r'<figure class="card">.*?</figure>', text, flags=re.S)
+    assert len(cards) == 3
+    hits = [re.findall(r'<span class="thumb (right|wrong)">', card) for card in cards]
+    assert [marks[:4] for marks in hits] == [["right", "wrong", "right", "wrong"]] * 3
+    assert hits[0][4] == hits[1][4] == "wrong" and hits[2][4] == "right"
+
+
+def test_targets_may_hold_several_pictures(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue", "maroon")]
+    path = tmp_path / "gallery.json"
+    report.write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0, 2], [1]], top=3)
+    gallery = json.loads(path.read_text())
+    assert set(gallery["models"]["m"]["retrieved"][0][:2]) == {0, 2}
+    assert gallery["targets"] == [[0, 2], [1]]
+    with pytest.raises(ValueError, match="targets"):
+        report.write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0], [3]])
+
+
+def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
+    lines = report.markdown_table(runs).splitlines()
+    assert lines[0] == "| model | parameters | unseen top-1 | unseen top-5 | unseen image→text R@1 |"
+    assert lines[2] == f"| {TEACHER} (teacher) | 4.60 M | 36.6 | 64.6 | 25.4 |"
+    assert lines[4] == "| scratch | 1.15 M | 12.5 | 75.0 | 10.0 |"
+
+
+def test_results_file_wins_and_counts_parameters(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"unseen/top1": 0.1})
+    results = {"student": [{"name": "zero_shot", "dataset": "unseen", "metrics": {"top1": 0.12}, "count": 9}]}
+    (folder / "eval/results.json").write_text(json.dumps(results))
+    (folder / "export").mkdir()
+    from safetensors.torch import save_file
+
+    tensors = {
+        "a": torch.zeros(3, 5, dtype=torch.float16),
+        "b": torch.zeros(7),
+        "ids": torch.zeros(100, dtype=torch.int64),
+    }
+    save_file(tensors, str(folder / "export/open_clip_model.safetensors"))
+    run = report.read_run(folder)
+    assert run.final["student"] == {"unseen/top1": 0.12}
+    assert run.parameters["student"] == 22
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"unseen/top1": 0.1})
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 50, "ti')
+    assert [line["step"] for line in report.read_run(folder).train] == [10, 20, 30, 40]
+    path.write_text('{"step": 50, "ti\n' + path.read_text())
+    with pytest.raises(UserError, match="line 1"):
+        report.read_run(folder)
+
+
+def test_a_run_without_evaluation_has_a_page(tmp_path: Path) -> None:
+    folder = tmp_path / "young"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "time": 5.0, "kind": "train", "loss": null}\n')
+    text = report.build_report([folder], tmp_path / "page.html", title="Young").read_text()
+    assert "No evaluation has been written yet" in text
+
+
+def test_pictures_from_outside_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    gallery = json.loads((runs[0] / "eval/gallery.json").read_text())
+    gallery["images"][1] = "http://127.0.0.1/picture.png"
+    (tmp_path / "bad.json").write_text(json.dumps(gallery))
+    with pytest.raises(UserError, match="data:image/"):
+        report.build_report(runs, tmp_path / "page.html", title="x", samples=tmp_path / "bad.json")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_script_writes_both_files_and_refuses_a_wrong_folder(runs: list[Path], tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts/report.py")]
+    page, table = tmp_path / "out/page.html", tmp_path / "table.md"
+    command = [*script, *map(str, runs), "--out", str(page), "--markdown", str(table)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    assert page.is_file() and table.read_text() == report.markdown_table(runs)
+    result = subprocess.run(
+        [*script, str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert "nowhere has no metrics.jsonl" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (3.0, 97.0, [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]),
+        (5.0, 5.0, [5.0, 6.0]),
+    ],
+)
+def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float]) -> None:
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_thinning_keeps_the_mean_and_drops_what_is_not_finite() -> None:
+    points = [(float(index), float(index % 7)) for index in range(1600)] + [(1600.0, math.nan)]
+    thinned = charts.thin(points, 160)
+    assert len(thinned) == 160
+    assert sum(y for _, y in thinned) / 160 == pytest.approx(sum(index % 7 for index in range(1600)) / 1600)
+    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)

@@ -1,0 +1,86 @@
+"""Commands in the documents name files that exist; attributions cover what is used; nothing names this machine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("projects/*/README.md"), *ROOT.glob("benchmarks/*.md")})
+SCRIPTS = sorted({*ROOT.glob("scripts/*.sh"), *ROOT.glob("projects/*/scripts/*.sh")})
+OURS = ("projects/", "scripts/", "data_tools/", "benchmarks/", "vlmkd/", "tests/", "docs/")
+
+
+def bash_blocks(text: str) -> list[str]:
+    """Contents of fenced bash blocks, with continued lines joined."""
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, flags=re.M | re.S)
+    return [block.replace("\\\n", " ") for block in blocks]
+
+
+def files_named(commands: str) -> list[str]:
+    """Words of bash commands that look like files or folders of this repository."""
+    named = []
+    for line in commands.splitlines():
+        words = shlex.split(line, comments=True)
+        named += [word for word in words if word.startswith(OURS) and not set(word) & set("*{}$<>|")]
+    return [word.split("::")[0] for word in named]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_name_files_that_exist(path: Path) -> None:
+    for block in bash_blocks(path.read_text(encoding="utf-8")):
+        for name in files_named(block):
+            assert (ROOT / name).exists(), f"{path.name}: {name} does not exist"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), f"{path.name}: link to {target}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_scripts_parse_and_name_files_that_exist(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    for name in re.findall(
+        r"(?<![\w/}])(?:projects|scripts|data_tools)/[\w/.-]+\.(?:py|sh|yaml)\b", "\n".join(commands)
+    ):
+        if "PAPER" not in name:
+            assert (ROOT / name).exists(), f"{path.name}: {name} does not exist"
+
+
+def test_attributions_cover_the_data() -> None:
+    text = (ROOT / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    data_packages = re.findall(r"^([\w-]+)", requirements.split("The `emoji` data set")[1], flags=re.M)
+    extra = re.search(r"^emoji = \[(.*)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.M)
+    assert extra is not None and len(data_packages) >= 5
+    for name in data_packages + re.findall(r'"([\w-]+)', extra[1]):
+        assert f"`{name}`" in text, f"ATTRIBUTIONS.md does not name {name}"
+
+
+def test_attributions_name_every_photograph() -> None:
+    from vlmkd.data import embedded_draw
+
+    text = (ROOT / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
+    for name in embedded_draw._PHOTOGRAPHS:
+        assert f"`{Path(name).stem}`" in text, f"ATTRIBUTIONS.md does not name the photograph {name}"
+
+
+def test_the_licence_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_ci_runs_the_test_script() -> None:
+    lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == ["bash scripts/test.sh"]

@@ -1,0 +1,724 @@
+"""Run folders -> one self-contained HTML page and one Markdown table.
+
+Reads what every run writes (`metrics.jsonl`, `eval/*.json`, `eval/gallery.json`, `env.json`, `command.txt`,
+`data.json`) and loads no model. `write_gallery` makes the gallery, while models are at hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmkd import charts
+from vlmkd.charts import Series
+from vlmkd.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from vlmkd.evaluation.base import DualEncoder
+
+STUDENT = "student"
+
+_METRIC_NAMES = (
+    (re.compile(r"^top_?(\d+)$"), r"top-\1"),
+    (re.compile(r"^(?:image_to_text|i2t)_(?:r|recall)?@?_?(\d+)$"), r"image→text R@\1"),
+    (re.compile(r"^(?:text_to_image|t2i)_(?:r|recall)?@?_?(\d+)$"), r"text→image R@\1"),
+)
+_SHARE = re.compile(r"top_?\d+$|recall|(^|_)r@?\d+$|(i2t|t2i|to_text|to_image)|accuracy|agreement")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a run folder says about its run."""
+
+    name: str
+    folder: Path
+    train: list[dict[str, Any]] = field(default_factory=list)
+    """Train lines of metrics.jsonl, by step."""
+    evals: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
+    """Model name -> step -> scores by `dataset/metric`."""
+    final: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Model name -> final scores by `dataset/metric`."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Model name -> number of parameters, where known."""
+    gallery: dict[str, Any] | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One model of the results table."""
+
+    label: str
+    teacher: bool
+    color: int
+    """Series colour: -1 for teachers, else the number of the run."""
+    scores: dict[str, float]
+    parameters: int | None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: no metrics.jsonl there, or a line that is not JSON (the last one may be torn by a kill).
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
+        )
+    run = Run(name=folder.resolve().name, folder=folder)
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in _json_lines(path):
+        if line.get("kind") == "train":
+            by_step[int(line["step"])] = line
+        elif line.get("kind") == "eval":
+            scores = {key: float(value) for key, value in line.items() if "/" in key and _is_number(value)}
+            steps = run.evals.setdefault(str(line.get("model", STUDENT)), {})
+            steps.setdefault(int(line["step"]), {}).update(scores)
+    run.train = [by_step[step] for step in sorted(by_step)]
+    run.final = {model: dict(steps[max(steps)]) for model, steps in run.evals.items()}
+    _read_evaluations(run)
+    run.environment = _read_object(folder / "env.json")
+    run.data = _read_object(folder / "data.json")
+    command = folder / "command.txt"
+    run.command = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
+    return run
+
+
+def rows_of(runs: Sequence[Run]) -> list[Row]:
+    """Teachers first, each once; then the student of every run, in the order of `runs`."""
+    rows: list[Row] = []
+    for run in runs:
+        for model, scores in run.final.items():
+            parameters = run.parameters.get(model)
+            if model == STUDENT:
+                continue
+            same_name = [row for row in rows if row.label == model]
+            if any(row.scores == scores for row in same_name):
+                continue
+            label = model if not same_name else f"{model} ({run.name})"
+            rows.append(Row(label=label, teacher=True, color=-1, scores=scores, parameters=parameters))
+    for index, run in enumerate(runs):
+        if STUDENT in run.final:
+            scores = run.final[STUDENT]
+            parameters = run.parameters.get(STUDENT)
+            rows.append(Row(label=run.name, teacher=False, color=index, scores=scores, parameters=parameters))
+    return rows
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The `dataset/metric` keys of `rows`, data sets together, in the order in which they were written."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.scores))
+    datasets = list(dict.fromkeys(_dataset(key) for key in keys))
+    return [key for dataset in datasets for key in keys if _dataset(key) == dataset]
+
+
+def markdown_table(run_dirs: Sequence[Path]) -> str:
+    """Models x test sets as a Markdown table; shares in per cent, `-` where a model was not evaluated."""
+    rows = rows_of([read_run(folder) for folder in run_dirs])
+    keys = columns_of(rows)
+    head = ["model", "parameters", *(f"{_dataset(key)} {metric_name(key)}" for key in keys)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in rows:
+        cells = [row.label + (" (teacher)" if row.teacher else ""), _millions(row.parameters)]
+        cells += [format_score(key, row.scores.get(key)) for key in keys]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
+    """Write one HTML page about `run_dirs` to `out`; it loads nothing from outside. Returns `out`.
+
+    Args:
+        run_dirs: run folders; each is one line in the curves and one row of the table.
+        title: heading of the page.
+        samples: a gallery file instead of the runs' own `eval/gallery.json`.
+
+    Raises:
+        UserError: no run, a folder without metrics, or a gallery that is not one.
+    """
+    if not run_dirs:
+        raise UserError("no run folder was given; name at least one, e.g. runs/tinyclip_nano")
+    runs = [read_run(folder) for folder in run_dirs]
+    if samples is not None:
+        runs[0].gallery = _read_gallery(samples)
+        for run in runs[1:]:
+            run.gallery = None
+    rows = rows_of(runs)
+    galleries = merge_galleries(runs)
+    body = [
+        _header(title, rows),
+        _table_section(rows),
+        _size_section(rows),
+        _curve_section(runs, rows),
+        *(_gallery_section(gallery, index) for index, gallery in enumerate(galleries)),
+        _run_section(runs),
+        _attribution_section(runs, galleries),
+    ]
+    page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(part for part in body if part))
+    _write_text(out, page)
+    return out
+
+
+def write_gallery(
+    path: Path,
+    predictors: dict[str, DualEncoder],
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    *,
+    targets: Sequence[Sequence[int]] | None = None,
+    parameters: dict[str, int] | None = None,
+    top: int = 5,
+    device: torch.device | None = None,
+) -> None:
+    """Write how each model relates `texts` to `images`: affinities, and the images it retrieves for a text.
+
+    The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
+
+    Args:
+        predictors: models by name, teachers first.
+        images: M pictures; stored as PNG of at most 96 pixels.
+        texts: N texts.
+        targets: for each text the indexes of its right images; None: text i belongs to image i.
+        parameters: number of parameters by model name, where known.
+        top: images retrieved for a text.
+        device: where the models are; None: the CPU.
+
+    Raises:
+        ValueError: N texts without as many targets, or an index outside the images.
+    """
+    import torch  # here, because pages are made without it
+
+    from vlmkd.data.transforms import eval_transform
+
+    right = (
+        [list(indexes) for indexes in targets]
+        if targets is not None
+        else [[index] for index in range(len(texts))]
+    )
+    if len(right) != len(texts) or any(not 0 <= index < len(images) for line in right for index in line):
+        raise ValueError(f"{len(texts)} texts and {len(images)} images do not fit targets {right}")
+    models: dict[str, dict[str, Any]] = {}
+    for name, predictor in predictors.items():
+        transform = eval_transform(predictor.image_spec)
+        with torch.no_grad():
+            batch = torch.stack([transform(image) for image in images]).to(device)
+            image_embeds = predictor.encode_image(batch).float()
+            text_embeds = predictor.encode_text(list(texts)).float()
+        similarity = text_embeds @ image_embeds.T
+        affinity = torch.softmax(float(predictor.logit_scale) * similarity, dim=1)
+        order = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]
+        models[name] = {
+            "affinity": [[round(value, 5) for value in line] for line in affinity.tolist()],
+            "retrieved": order.tolist(),
+        }
+        if parameters is not None and name in parameters:
+            models[name]["parameters"] = parameters[name]
+    gallery = {
+        "texts": list(texts),
+        "images": [_data_uri(image) for image in images],
+        "targets": right,
+        "models": models,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_text(path, json.dumps(gallery))
+
+
+def merge_galleries(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One gallery for each set of texts and images, with the models of all runs that share it.
+
+    A run's student takes the run's name; teachers stand once.
+    """
+    merged: list[dict[str, Any]] = []
+    for run in runs:
+        if run.gallery is None:
+            continue
+        same = [
+            item
+            for item in merged
+            if item["texts"] == run.gallery["texts"] and item["images"] == run.gallery["images"]
+        ]
+        if not same:
+            same = [run.gallery | {"models": {}}]
+            merged.append(same[0])
+        for model, entry in run.gallery["models"].items():
+            same[0]["models"].setdefault(run.name if model == STUDENT else model, entry)
+    for item in merged:
+        names = [run.name for run in runs]
+        item["models"] = dict(
+            sorted(
+                item["models"].items(), key=lambda entry: names.index(entry[0]) if entry[0] in names else -1
+            )
+        )
+    return merged
+
+
+def metric_name(key: str) -> str:
+    """How tables call the metric of a `dataset/metric` key."""
+    name = key.rpartition("/")[2]
+    for pattern, shown in _METRIC_NAMES:
+        if pattern.match(name):
+            return pattern.sub(shown, name)
+    return name.replace("_", " ")
+
+
+def format_score(key: str, value: float | None) -> str:
+    """A score as tables show it: shares as per cent with one decimal."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if _is_share(key) else charts.number(value)
+
+
+def _header(title: str, rows: Sequence[Row]) -> str:
+    """Heading, and the best student beside the best teacher in one sentence."""
+    return f"<header><h1>{escape(title)}</h1>{_headline(rows)}</header>"
+
+
+def _headline(rows: Sequence[Row]) -> str:
+    key = next((key for key in columns_of(rows) if metric_name(key) == "top-1"), None)
+    teachers = [row for row in rows if row.teacher and key in row.scores]
+    students = [row for row in rows if not row.teacher and key in row.scores]
+    if key is None or not students:
+        return ""
+    student = max(students, key=lambda row: row.scores[key])
+    text = f"<b>{escape(student.label)}</b> has {format_score(key, student.scores[key])} % top-1 on {escape(_dataset(key))}"
+    if teachers:
+        teacher = max(teachers, key=lambda row: row.scores[key])
+        text += f"; its teacher <b>{escape(teacher.label)}</b> has {format_score(key, teacher.scores[key])} %"
+        if student.parameters and teacher.parameters:
+            text += f" with {teacher.parameters / student.parameters:.1f} times the parameters"
+    return f'<p class="lead">{text}.</p>'
+
+
+def _table_section(rows: Sequence[Row]) -> str:
+    """One table for each data set: a page is seldom wide enough for the columns of two."""
+    keys = columns_of(rows)
+    if not keys:
+        return _section("Results", "<p>No evaluation has been written yet.</p>")
+    tables = []
+    for dataset in dict.fromkeys(_dataset(key) for key in keys):
+        shown = [key for key in keys if _dataset(key) == dataset]
+        tables.append(f"<h3>{escape(dataset)}</h3>{_results_table(rows, shown)}")
+    note = "Accuracies and recalls in per cent; the best student is bold. Rest the pointer on a number for all digits."
+    return _section("Results", "".join(tables) + f'<p class="note">{note}</p>')
+
+
+def _results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    names = "".join(f'<th scope="col">{escape(metric_name(key))}</th>' for key in keys)
+    students = [row for row in rows if not row.teacher]
+    best = {key: max((row.scores.get(key, -math.inf) for row in students), default=None) for key in keys}
+    lines = []
+    for row in rows:
+        role = " <i>teacher</i>" if row.teacher else ""
+        cells = [f'<th scope="row">{_dot(row.color)}{_breakable(row.label)}{role}</th>']
+        cells.append(f"<td>{_millions(row.parameters)}</td>")
+        for key in keys:
+            value = row.scores.get(key)
+            mark = ' class="top"' if not row.teacher and value is not None and value == best[key] else ""
+            exact = f' title="{value!r}"' if value is not None else ""
+            cells.append(f"<td{mark}{exact}>{format_score(key, value)}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = f'<tr><th scope="col">model</th><th scope="col">parameters</th>{names}</tr>'
+    return (
+        f'<div class="scroll"><table class="results"><thead>{head}</thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _size_section(rows: Sequence[Row]) -> str:
+    figures = []
+    for key in _primary(columns_of(rows)):
+        points = [
+            Series(name=row.label, points=[(float(row.parameters), 100 * row.scores[key])], color=row.color)
+            for row in rows
+            if row.parameters and key in row.scores
+        ]
+        if points:
+            chart = charts.scatter_chart(
+                points, x_label="million parameters", y_label=f"{metric_name(key)}, %", unit=1e6
+            )
+            figures.append(_figure(chart, f"{_dataset(key)}: {metric_name(key)}, %"))
+    if not figures:
+        return ""
+    return _section("Accuracy against parameters", f'<div class="grid">{"".join(figures)}</div>')
+
+
+def _curve_section(runs: Sequence[Run], rows: Sequence[Row]) -> str:
+    legend = "".join(
+        f"<li>{_dot(index)}{escape(run.name)}</li>"
+        for index, run in enumerate(runs)
+        if run.train or run.evals
+    )
+    teachers = [row for row in rows if row.teacher]
+    if teachers:
+        legend += f"<li>{_dot(-1)}teacher</li>"
+    losses = [
+        Series(name=run.name, points=_points(run.train, "loss"), color=index)
+        for index, run in enumerate(runs)
+    ]
+    figures = []
+    if any(series.points for series in losses):
+        figures.append(_figure(charts.line_chart(losses, x_label="step", y_label="loss"), "Training loss"))
+    for key in _primary(columns_of(rows)):
+        lines = [
+            Series(name=row.label, points=[(0.0, 100 * row.scores[key])], color=-1, level=True)
+            for row in teachers
+            if key in row.scores
+        ]
+        for index, run in enumerate(runs):
+            steps = run.evals.get(STUDENT, {})
+            points = [(float(step), 100 * steps[step][key]) for step in sorted(steps) if key in steps[step]]
+            lines.append(Series(name=run.name, points=points, color=index))
+        if any(line.points for line in lines):
+            chart = charts.line_chart(lines, x_label="step", y_label=f"{metric_name(key)}, %")
+            figures.append(_figure(chart, f"{_dataset(key)}: {metric_name(key)}, %"))
+    if not figures:
+        return ""
+    note = '<p class="note">Losses of different recipes are different quantities: compare their shapes, not their heights.</p>'
+    return _section(
+        "Curves",
+        f'<ul class="legend">{legend}</ul><div class="grid">{"".join(figures)}</div>{note if len(runs) > 1 else ""}',
+    )
+
+
+def _gallery_section(gallery: dict[str, Any], number: int) -> str:
+    """Affinity matrices side by side, then retrieved images for each text, one row a model."""
+    ids = [f"g{number}i{index}" for index in range(len(gallery["images"]))]
+    # Stored once; every chart and thumbnail refers to it.
+    symbols = "".join(
+        f'<symbol id="{name}" viewBox="0 0 72 72"><image width="72" height="72" href="{escape(uri)}"/></symbol>'
+        for name, uri in zip(ids, gallery["images"], strict=True)
+    )
+    store = f'<svg width="0" height="0" class="store" aria-hidden="true">{symbols}</svg>'
+    maps = []
+    for model, entry in gallery["models"].items():
+        right = _mean_right(entry["affinity"], gallery["targets"])
+        chart = charts.heat_map(entry["affinity"], gallery["texts"], ids, label=f"affinity of {model}")
+        maps.append(
+            _figure(chart, f"{model}: {100 * right:.0f} % of a text's affinity falls on its own picture")
+        )
+    note = (
+        "Each row is a text, each column a picture; a cell is the share of the text's affinity that the picture gets "
+        "(softmax of the scaled cosines over the row; drawn with the square root as opacity). The ring marks the strongest cell of a row. A student that mimics "
+        "its teacher shows the same pattern, mistakes included."
+    )
+    affinity = _section(
+        "Affinity matrices", store + f'<div class="grid wide">{"".join(maps)}</div><p class="note">{note}</p>'
+    )
+    cards = [_retrieval_card(gallery, index, ids) for index in range(len(gallery["texts"]))]
+    shown, more = cards[:12], cards[12:]
+    rest = (
+        f'<details><summary>{len(more)} more texts</summary><div class="grid">{"".join(more)}</div></details>'
+        if more
+        else ""
+    )
+    return affinity + _section("Retrieved pictures", f'<div class="grid">{"".join(shown)}</div>{rest}')
+
+
+def _retrieval_card(gallery: dict[str, Any], index: int, ids: list[str]) -> str:
+    right = set(gallery["targets"][index])
+    lines = []
+    for model, entry in gallery["models"].items():
+        thumbs = []
+        for image in entry["retrieved"][index]:
+            good = image in right
+            thumbs.append(
+                f'<span class="thumb {"right" if good else "wrong"}"><svg viewBox="0 0 72 72" role="img" '
+                f'aria-label="picture {image + 1}, {"right" if good else "wrong"}"><use href="#{ids[image]}"/></svg>'
+                f"<b>{'✓' if good else '✗'}</b></span>"
+            )
+        lines.append(f'<div class="hits"><span>{_breakable(model)}</span><div>{"".join(thumbs)}</div></div>')
+    return f'<figure class="card"><figcaption>“{escape(gallery["texts"][index])}”</figcaption>{"".join(lines)}</figure>'
+
+
+def _run_section(runs: Sequence[Run]) -> str:
+    """What it took, the commands, and where they ran."""
+    lines = []
+    for index, run in enumerate(runs):
+        if not run.train:
+            continue
+        first, last = run.train[0], run.train[-1]
+        rates = sorted(line["samples_per_s"] for line in run.train if _is_number(line.get("samples_per_s")))
+        memory = [line["peak_memory_mb"] for line in run.train if _is_number(line.get("peak_memory_mb"))]
+        skipped = sum(
+            value for name, value in last.items() if name.startswith("skipped/") and _is_number(value)
+        )
+        cells = [
+            f'<th scope="row">{_dot(index)}{escape(run.name)}</th>',
+            f"<td>{last['step']}</td>",
+            f"<td>{(last.get('time', 0) - first.get('time', 0)) / 60:.1f}</td>",
+            f"<td>{rates[len(rates) // 2]:.0f}</td>" if rates else "<td>-</td>",
+            f"<td>{max(memory):,.0f}</td>" if memory else "<td>-</td>",
+            f"<td>{skipped:.0f}</td>",
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("run", "steps", "minutes", "samples/s (median)", "peak memory, MB", "skipped samples")
+    )
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    commands = "".join(
+        f"<h3>{escape(run.name)}</h3><pre>{escape(run.command)}</pre>" for run in runs if run.command
+    )
+    places = "".join(
+        f"<details><summary>Environment of {escape(run.name)}</summary><dl>{_definitions(run.environment)}</dl></details>"
+        for run in runs
+        if run.environment
+    )
+    return _section("Runs, commands and environment", (table if lines else "") + commands + places)
+
+
+def _attribution_section(runs: Sequence[Run], galleries: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        str(line)
+        for source in (*(run.data for run in runs), *galleries)
+        for line in source.get("attributions", [])
+    ]
+    for run in runs:
+        config = run.folder / "config.yaml"
+        if config.is_file() and "emoji:" in config.read_text(encoding="utf-8"):
+            from vlmkd.data.embedded_build import LICENCES  # here: other reports need none of its packages
+
+            lines += LICENCES.values()
+    if not lines:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))
+    return _section("Data and attributions", f"<ul>{items}</ul>")
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def _figure(chart: str, caption: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
+
+
+def _dot(color: int) -> str:
+    return f'<span class="dot" style="background:{charts.color_of(color)}"></span>'
+
+
+def _breakable(name: str) -> str:
+    """`name` with leave to break after underscores."""
+    return escape(name).replace("_", "_<wbr>")
+
+
+def _definitions(values: dict[str, Any], prefix: str = "") -> str:
+    """Nested facts as a flat definition list."""
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines.append(_definitions(value, f"{prefix}{name} / "))
+        else:
+            lines.append(f"<dt>{escape(prefix + str(name))}</dt><dd>{escape(str(value))}</dd>")
+    return "".join(lines)
+
+
+def _primary(keys: Iterable[str]) -> list[str]:
+    """For each data set top-1 and image-to-text recall at 1, which are what charts show."""
+    return [key for key in keys if metric_name(key) in ("top-1", "image→text R@1")]
+
+
+def _dataset(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _is_share(key: str) -> bool:
+    return bool(_SHARE.search(key.rpartition("/")[2]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _points(lines: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(float(line["step"]), float(line[name])) for line in lines if _is_number(line.get(name))]
+
+
+def _millions(parameters: int | None) -> str:
+    return "-" if parameters is None else f"{parameters / 1e6:.2f} M"
+
+
+def _mean_right(affinity: list[list[float]], targets: list[list[int]]) -> float:
+    """Mean over texts of the affinity on their right images."""
+    return sum(
+        sum(line[index] for index in right) for line, right in zip(affinity, targets, strict=True)
+    ) / len(targets)
+
+
+def _read_evaluations(run: Run) -> None:
+    """Final scores and parameter counts from `eval/*.json`, the gallery, and the exported weights."""
+    for path in sorted((run.folder / "eval").glob("*.json")):
+        if path.name == "gallery.json":
+            run.gallery = _read_gallery(path)
+            continue
+        for model, results in _read_object(path).items():
+            for result in results if isinstance(results, list) else []:
+                for metric, value in result["metrics"].items():
+                    if metric == "parameters":
+                        run.parameters[model] = int(value)
+                    elif _is_number(value) and result["dataset"]:
+                        run.final.setdefault(model, {})[f"{result['dataset']}/{metric}"] = float(value)
+    for model, entry in run.gallery["models"].items() if run.gallery else ():
+        if "parameters" in entry:
+            run.parameters.setdefault(model, int(entry["parameters"]))
+    weights = sorted((run.folder / "export").glob("*.safetensors"))
+    if weights and STUDENT not in run.parameters:
+        run.parameters[STUDENT] = sum(_count_weights(path) for path in weights)
+
+
+def _count_weights(path: Path) -> int:
+    """Number of floating-point values in a safetensors file, from its header alone."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    floats = [entry for name, entry in header.items() if name != "__metadata__" and "F" in entry["dtype"]]
+    return sum(math.prod(entry["shape"]) for entry in floats)
+
+
+def _read_gallery(path: Path) -> dict[str, Any]:
+    gallery = _read_object(path)
+    missing = {"texts", "images", "models"} - gallery.keys()
+    if missing:
+        raise UserError(
+            f"{path} is not a gallery: {', '.join(sorted(missing))} is missing; write it with write_gallery"
+        )
+    foreign = [uri[:40] for uri in gallery["images"] if not uri.startswith("data:image/")]
+    if foreign:
+        raise UserError(
+            f"{path}: image {foreign[0]!r} is not a data:image/ URI; the page would load it from outside"
+        )
+    gallery.setdefault("targets", [[index] for index in range(len(gallery["texts"]))])
+    return gallery
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}; delete it and evaluate again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object; delete it and evaluate again")
+    return value
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is not valid JSON; remove that line") from None
+    return values
+
+
+def _data_uri(image: Image.Image, side: int = 96) -> str:
+    """`image` as an inline PNG that fits a square of `side` pixels."""
+    small = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P") else "RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader never sees half a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: #fbfaf8; --card: #ffffff; --ink: #1d2127; --ink-2: #5c6470; --line: #dcdad5;
+  --accent: #1f5fbf; --good: #1a7f4b; --bad: #b83232;
+  --series-0: #1f6fd0; --series-1: #d4621e; --series-2: #16876b; --series-3: #9a45b5; --series-4: #a8820f; --series-5: #c23b6b; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171b; --card: #1c2026; --ink: #e9e7e3; --ink-2: #a2a9b4;
+  --line: #343a43; --accent: #78aef5; --good: #52c48a; --bad: #f07f7f;
+  --series-0: #6aa9f7; --series-1: #f29354; --series-2: #4cc3a2; --series-3: #c98ae0; --series-4: #d9b748; --series-5: #ef7ba3; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 8px 0 4px; }
+h2 { font-size: 1.2rem; margin: 40px 0 12px; }
+h3 { font-size: 1rem; margin: 20px 0 6px; }
+.lead { font-size: 1.05rem; max-width: 70ch; margin: 6px 0 0; }
+.note { color: var(--ink-2); font-size: .875rem; max-width: 80ch; }
+.scroll { overflow-x: auto; padding-bottom: 1px; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; background: var(--card); }
+th, td { padding: 6px 10px; border: 1px solid var(--line); text-align: right; white-space: nowrap; font-weight: 400; }
+thead th { color: var(--ink-2); text-align: center; font-size: .8rem; white-space: normal; line-height: 1.25; }
+tbody th { text-align: left; white-space: normal; min-width: 130px; }
+.results th:first-child { position: sticky; left: 0; background: var(--card); }
+tbody th i { color: var(--ink-2); font-size: .8rem; }
+td.top { font-weight: 700; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
+.legend { list-style: none; padding: 0; margin: 0 0 12px; display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .9rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px; }
+.grid.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
+figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
+figcaption { font-size: .9rem; margin-bottom: 8px; overflow-wrap: anywhere; }
+svg.chart, svg.heat { display: block; width: 100%; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink-2); }
+svg text.mark { fill: var(--ink); }
+svg text.row { font-size: 9.5px; }
+svg .grid { stroke: var(--line); }
+svg .axis { stroke: var(--ink-2); }
+svg .hover { fill: transparent; }
+svg.heat rect { fill: var(--accent); }
+svg.heat rect.ground { fill: var(--line); fill-opacity: .35; }
+svg.heat rect.best { stroke: var(--ink); stroke-width: 1; }
+.store { position: absolute; }
+.card figcaption { font-weight: 600; }
+.hits { display: grid; grid-template-columns: 100px 1fr; gap: 8px; align-items: center; margin-top: 8px; }
+.hits > span { font-size: .8rem; color: var(--ink-2); overflow-wrap: anywhere; line-height: 1.2; }
+.hits > div { display: flex; gap: 6px; }
+.thumb { position: relative; flex: 0 1 48px; background: #fff; border: 2px solid var(--line); border-radius: 6px; padding: 2px; }
+.thumb svg { display: block; width: 100%; aspect-ratio: 1; }
+.thumb b { position: absolute; right: -5px; bottom: -7px; font-size: 11px; line-height: 1; padding: 2px 3px; border-radius: 8px;
+  background: var(--card); border: 1px solid currentColor; }
+.thumb.right { border-color: var(--good); } .thumb.right b { color: var(--good); }
+.thumb.wrong b { color: var(--bad); }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
+  font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin: 12px 0; } summary { cursor: pointer; } details .grid { margin-top: 12px; }
+dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 2px 16px; font-size: .85rem; }
+dt { color: var(--ink-2); } dd { margin: 0; overflow-wrap: anywhere; }
+"""
