@@ -36,7 +36,9 @@ _METRIC_NAMES = (
     (re.compile(r"^(?:image_to_text|i2t)_(?:r|recall)?@?_?(\d+)$"), r"image→text R@\1"),
     (re.compile(r"^(?:text_to_image|t2i)_(?:r|recall)?@?_?(\d+)$"), r"text→image R@\1"),
 )
-_SHARE = re.compile(r"top_?\d+$|recall|(^|_)r@?\d+$|(i2t|t2i|to_text|to_image)|accuracy|agreement")
+_SHARE = re.compile(
+    r"top_?\d+$|recall|(^|_)r@?\d+$|(i2t|t2i|to_text|to_image)|accuracy|agreement|mean_per_class"
+)
 
 
 @dataclass(kw_only=True)
@@ -330,7 +332,8 @@ def _results_table(rows: Sequence[Row], keys: Sequence[str]) -> str:
         cells.append(f"<td>{_millions(row.parameters)}</td>")
         for key in keys:
             value = row.scores.get(key)
-            mark = ' class="top"' if not row.teacher and value is not None and value == best[key] else ""
+            winner = _is_share(key) and not row.teacher and value is not None and value == best[key]
+            mark = ' class="top"' if winner else ""
             exact = f' title="{value!r}"' if value is not None else ""
             cells.append(f"<td{mark}{exact}>{format_score(key, value)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")

@@ -211,6 +211,25 @@ def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
     assert lines[4] == "| scratch | 1.15 M | 12.5 | 75.0 | 10.0 |"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "name", "shown"),
+    [
+        ("emoji:unseen/drawing/top1", 0.12345, "top-1", "12.3"),
+        ("a/mean_per_class", 0.5, "mean per class", "50.0"),
+        ("a/text_to_image_r10", 1.0, "text→image R@10", "100.0"),
+        ("a/agreement_top1", 0.25, "agreement top1", "25.0"),
+        ("a/kl", 0.123456, "kl", "0.1235"),
+        ("a/affinity_correlation", 0.5, "affinity correlation", "0.5"),
+        ("a/unreadable", 3.0, "unreadable", "3"),
+        ("a/top1", None, "top-1", "-"),
+    ],
+)
+def test_shares_are_per_cent_and_other_numbers_are_not(
+    key: str, value: float | None, name: str, shown: str
+) -> None:
+    assert (report.metric_name(key), report.format_score(key, value)) == (name, shown)
+
+
 def test_results_file_wins_and_counts_parameters(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {"unseen/top1": 0.1})
     results = {"student": [{"name": "zero_shot", "dataset": "unseen", "metrics": {"top1": 0.12}, "count": 9}]}
