@@ -1,0 +1,372 @@
+"""Weights files of every layout we know, read without running anything that a file carries.
+
+TinyCLIP's two training layouts, automatic (fused) files, plain open_clip, transformers' CLIPModel, OpenAI's archives;
+half or single precision. Names come out as open_clip.CLIP's, with the text tower at the top level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+from vlmkd.models.convert import from_hf_state, is_hf_state, mlp_ratio
+from vlmkd.models.pruned_clip import PrunedCLIP, canonical_names, config_from_state_dict, tower_names
+
+Config = dict[str, Any]
+State = dict[str, Tensor]
+
+_NESTED = ("state_dict", "model", "module")
+"""Entries of a training checkpoint that may hold the weights, first match wins."""
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that wrappers (DDP, torch.compile, our encoder) put before every name."""
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+"""Extra tensors of OpenAI's archives."""
+_HARMLESS = ("torch", "collections", "argparse", "_codecs")
+"""Modules whose globals a plain tensor file names."""
+_NAMES_SHOWN = 3
+
+
+def read_state_dict(path: str | Path) -> State:
+    """The weights in `path` as fp32, under open_clip.CLIP's names.
+
+    Raises:
+        UserError: no such file, damaged, no weights inside, or a pickle that carries code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = (
+            "is a folder; name it local-dir:PATH (open_clip) or hf:PATH (transformers)"
+            if path.is_dir()
+            else "does not exist"
+        )
+        raise UserError(f"weights file {path} {what}")
+    if path.suffix == ".safetensors":
+        content: Any = read_safetensors(path)
+    elif is_torchscript(path):
+        content = _read_openai_archive(path)
+    else:
+        content = _read_pickle(path)
+    return normalise_names(_pick_weights(content, path))
+
+
+def normalise_names(state: Mapping[str, Tensor]) -> State:
+    """`state` of any known layout as fp32 under open_clip.CLIP's names (a foreign text tower keeps its own)."""
+    named = dict(state)
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in named):
+            named = {name.removeprefix(wrapper): tensor for name, tensor in named.items()}
+    if is_hf_state(named):
+        named = from_hf_state(named)
+    named = canonical_names(tower_names(named))
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in named.items()
+        if name not in _NOT_WEIGHTS
+    }
+
+
+def read_safetensors(path: Path) -> State:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"weights file {path} is damaged ({error}); fetch it again") from None
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether `path` is a TorchScript archive, the form of OpenAI's own downloads."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
+
+
+def _read_openai_archive(path: Path) -> State:
+    """The tensors of one of OpenAI's published archives; any other TorchScript program is refused unread."""
+    from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
+
+    with open(path, "rb") as stream:
+        digest = (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(path)
+        )
+    urls = [get_pretrained_url(name, "openai") for name in list_pretrained_models_by_tag("openai")]
+    if not any(f"/{digest}/" in url for url in urls):  # the digest is a part of OpenAI's addresses
+        raise UserError(
+            f"weights file {path} is a TorchScript program and none of OpenAI's (sha256 {digest}); "
+            "it is not run: give its state dict as safetensors"
+        )
+    return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+
+
+def _sha256(path: Path) -> str:
+    """For Python 3.10, which has no hashlib.file_digest."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_pickle(path: Path) -> Any:
+    """A torch.save'd file read as data; a Namespace (the `args` of training checkpoints) counts as data."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = [name for name in _globals_of(path) if name.split(".")[0] not in _HARMLESS]
+        if foreign:
+            raise UserError(
+                f"weights file {path} is a pickle that would run {foreign[0]}; it is not read: get the weights as "
+                "safetensors, or save its tensors alone from a program you trust"
+            ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"weights file {path} is no tensor file ({reason}); fetch it again, or give safetensors"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        reason = (str(error).strip() or "empty file").splitlines()[0]
+        raise UserError(f"weights file {path} is damaged ({reason}); fetch it again") from None
+
+
+def _globals_of(path: Path) -> Iterator[str]:
+    """Dotted names of the globals in the pickles of `path`, found without unpickling."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            blobs = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    else:
+        blobs = [path.read_bytes()]
+    for blob in blobs:
+        strings: list[str] = []
+        try:
+            for opcode, argument, _ in pickletools.genops(blob):
+                if opcode.name in ("GLOBAL", "INST"):
+                    yield str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    yield ".".join(strings[-2:])
+                elif "UNICODE" in opcode.name or "STRING" in opcode.name:
+                    strings.append(str(argument))
+        except ValueError:  # no pickle at all: nothing to name
+            return
+
+
+def _pick_weights(content: Any, path: Path) -> State:
+    """The dictionary of tensors in what a file held."""
+    for key in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = (
+        {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
+    if not state:
+        raise UserError(
+            f"weights file {path} holds no tensors by name; expected a state dict, bare or under `state_dict`"
+        )
+    return state
+
+
+# ------------------------------------------------------------------------------------------------ what a file holds
+
+
+def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
+    """The model config that fits `state` (any layout of `read_state_dict`), read from its shapes.
+
+    A standard open_clip config where one can say it, else the pruned config of the ragged shapes. The activation is
+    not in a file: GELU is assumed, which holds for every TinyCLIP (spec e); set `quick_gelu` for OpenAI's.
+
+    Raises:
+        UserError: neither a ViT nor a ResNet CLIP, or shapes that do not fit `head_width`.
+    """
+    named = normalise_names(state)
+    if "visual.layer1.0.conv1.weight" in named:
+        return _resnet_config(named, head_width)
+    config = config_from_state_dict(named, head_width=head_width)
+    return _standard_config(config) or config
+
+
+def _standard_config(pruned: Config) -> Config | None:
+    """The open_clip config equal to `pruned`, or None when a layer or width is ragged."""
+    image, text = pruned["vision_cfg"], pruned["text_cfg"]
+    for tower in (image, text):
+        if not tower["heads"] or len(set(tower["heads"])) > 1 or len(set(tower["mlp"])) > 1:
+            return None
+        if tower["heads"][0] * tower["head_width"] != tower["width"] or not tower["mlp"][0]:
+            return None
+    config: Config = {
+        "embed_dim": pruned["embed_dim"],
+        "vision_cfg": {
+            "image_size": image["image_size"],
+            "layers": len(image["heads"]),
+            "width": image["width"],
+            "patch_size": image["patch_size"],
+        },
+        "text_cfg": {
+            "context_length": text["context_length"],
+            "vocab_size": text["vocab_size"],
+            "width": text["width"],
+            "heads": text["heads"][0],
+            "layers": len(text["heads"]),
+        },
+    }
+    if image["head_width"] != 64:
+        config["vision_cfg"]["head_width"] = image["head_width"]
+    for tower, section in ((image, config["vision_cfg"]), (text, config["text_cfg"])):
+        if tower["mlp"][0] != 4 * tower["width"]:
+            section["mlp_ratio"] = mlp_ratio(tower["mlp"][0], tower["width"])
+    if pruned.get("logit_bias"):
+        config["init_logit_bias"] = -10.0
+    return config
+
+
+def _resnet_config(named: State, head_width: int) -> Config:
+    required = (
+        "visual.attnpool.positional_embedding",
+        "positional_embedding",
+        "token_embedding.weight",
+        "text_projection",
+    )
+    for name in required:
+        if name not in named:
+            raise UserError(f"weights: {name} is missing, so this is no ResNet and text transformer CLIP")
+    grid = math.isqrt(len(named["visual.attnpool.positional_embedding"]) - 1)
+    width = named["token_embedding.weight"].shape[1]
+    return {
+        "embed_dim": named["text_projection"].shape[1],
+        "vision_cfg": {
+            "image_size": 32 * grid,
+            "layers": [_depth(named, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+            "width": len(named["visual.layer1.0.conv1.weight"]),
+            "patch_size": None,
+        },
+        "text_cfg": {
+            "context_length": len(named["positional_embedding"]),
+            "vocab_size": len(named["token_embedding.weight"]),
+            "width": width,
+            "heads": width // head_width,
+            "layers": _depth(named, "transformer.resblocks."),
+        },
+    }
+
+
+def _depth(named: State, prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in named if name.startswith(prefix)})
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Fill `module` (open_clip model or PrunedCLIP) from `state` of any known layout, strictly.
+
+    `origin` names the file or tag in errors.
+
+    Raises:
+        UserError: weights of another architecture; lists the first missing, unexpected and resized tensors and, where
+            there is one, the known architecture that these weights do fit.
+    """
+    if isinstance(module, PrunedCLIP):
+        try:
+            module.load_upstream_state(normalise_names(state))
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+        return
+    from open_clip.convert import convert_state_dict
+
+    named = normalise_names(convert_state_dict(module, dict(state)))
+    wanted = module.state_dict()
+    given = {f"text.{name}" if f"text.{name}" in wanted else name: tensor for name, tensor in named.items()}
+    for name in ("logit_scale", "logit_bias"):  # saved as [] or as [1]
+        if name in given and name in wanted:
+            given[name] = given[name].reshape(wanted[name].shape)
+    given = {name: tensor for name, tensor in given.items() if not name.endswith("embeddings.position_ids")}
+    problems = _differences(wanted, given)
+    if problems:
+        raise UserError(f"weights {origin} are of another architecture: {problems}{_suggestion(named)}")
+    module.load_state_dict(given)
+
+
+def _differences(wanted: State, given: State) -> str:
+    """The first missing, unexpected and resized tensors in words; empty when all fit."""
+    groups = {
+        "missing": [f"{name} {list(wanted[name].shape)}" for name in wanted if name not in given],
+        "unexpected": [f"{name} {list(given[name].shape)}" for name in given if name not in wanted],
+        "resized": [
+            f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+            for name in wanted
+            if name in given and given[name].shape != wanted[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''}"
+        for kind, names in groups.items()
+        if names
+    )
+
+
+def _suggestion(named: State) -> str:
+    """What `named` is instead, where its shapes tell."""
+    try:
+        config = identify(named)
+    except UserError:  # no CLIP that shapes can describe: there is nothing to suggest
+        return ""
+    if config.get("pruned"):
+        return "; they are a pruned CLIP with ragged layers: write identify()'s config as JSON and name that file as the model"
+    names = known_architectures(config)
+    if names:
+        return f"; they fit {' or '.join(names[:_NAMES_SHOWN])}"
+    return f"; their shapes are {describe(config)}"
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Sizes of a standard config in words."""
+    image, text = config["vision_cfg"], config["text_cfg"]
+    patch = f", patch {image['patch_size']}" if image.get("patch_size") else ""
+    return (
+        f"vision {image['layers']} layers x {image['width']}{patch}, "
+        f"text {text['layers']} layers x {text['width']}, embedding {config['embed_dim']}"
+    )
+
+
+def known_architectures(config: Mapping[str, Any]) -> list[str]:
+    """Names of the zoo's and open_clip's models with the sizes of `config`; the activation is left out."""
+    import open_clip
+
+    from vlmkd import zoo
+
+    known = {f"zoo:{item.name}": item.architecture for item in zoo.entries().values() if item.architecture}
+    known |= {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    return [name for name, other in known.items() if _sizes(other) == _sizes(config)]
+
+
+def _sizes(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    image, text = config["vision_cfg"], config["text_cfg"]
+    return (
+        config["embed_dim"],
+        *(image.get(field) for field in ("image_size", "layers", "width", "patch_size", "timm_model_name")),
+        *(text.get(field) for field in ("context_length", "vocab_size", "width", "layers", "hf_model_name")),
+        image.get("mlp_ratio", 4.0),
+        text.get("mlp_ratio", 4.0),
+    )

@@ -1,0 +1,666 @@
+"""Load any CLIP by name, folder or file; the trainable encoder around it; the predictor that evaluators call.
+
+Letters: B batch, N texts, T tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import http.client
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
+from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
+
+Config = dict[str, Any]
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+MAX_LOGIT_SCALE = 100.0
+"""Learned scales are clamped to [1, 100], as OpenAI's CLIP did."""
+_FOLDER_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+"""Weights of a model folder, first match wins (open_clip's own order)."""
+_CONFIG_FIELDS = (
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+    "custom_text",
+    "multimodal_cfg",
+)
+
+
+@dataclass
+class ClipModel:
+    """A loaded CLIP of any kind."""
+
+    module: nn.Module
+    """open_clip model or PrunedCLIP: encode_image, encode_text, logit_scale (log), logit_bias or None."""
+    config: Config
+    """open_clip model config, or the pruned config."""
+    image_spec: ImageSpec
+    tokenizer: Callable[[list[str]], Tensor]
+    """N texts -> int64 [N, T]."""
+    source: str
+    """What the user named."""
+    digest: str
+    """sha256 over the weights, for caches; empty for a random initialisation."""
+    tokenizer_folder: Path | None = None
+    """Folder with tokenizer.json; None: open_clip's own tokenizer."""
+
+
+class ClipOutput(NamedTuple):
+    """What an encoder gives; an embedding is None when its input was not given."""
+
+    image_embeds: Tensor | None
+    """Unit vectors [B, D], fp32."""
+    text_embeds: Tensor | None
+    """Unit vectors [B, D], fp32."""
+    logit_scale: Tensor
+    """Scalar, fp32, not its logarithm."""
+    logit_bias: Tensor | None
+    """Scalar, fp32; None unless the model is SigLIP-like."""
+
+
+def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> ClipModel:
+    """Load the CLIP that a user names.
+
+    `model` is an open_clip architecture, a JSON model config, `local-dir:PATH` (open_clip folder or our export),
+    `hf:PATH` (transformers CLIPModel folder) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a
+    weights file of any layout, or empty for a random initialisation, drawn from `seed` where it is given.
+
+    Activation and pixel statistics are those of the weights: of the tag, or of the config beside the weights file.
+
+    Raises:
+        UserError: nothing there, weights that cannot be downloaded or belong to another architecture.
+    """
+    scheme, _, rest = model.partition(":")
+    if scheme in ("zoo", "local-dir", "hf") and rest:
+        if pretrained:
+            raise UserError(f"model {model} brings its own weights; leave pretrained ({pretrained}) empty")
+        if scheme == "zoo":
+            return _load_zoo(rest)
+        loader = _load_open_clip_folder if scheme == "local-dir" else _load_hf_folder
+        return loader(_folder(rest, scheme), model)
+    config, folder = _named_config(model)
+    if not pretrained:
+        module = build_clip(config, seed=seed)
+        return _clip_model(module, config, {}, model, folder, digest=False)
+    source = f"{model}@{pretrained}"
+    tag = _tag(model, pretrained)
+    if tag:
+        weights, preprocess = _download(tag, source), tag
+    elif Path(pretrained).is_file():
+        weights, preprocess = Path(pretrained), _beside(Path(pretrained))
+    else:
+        raise UserError(f"pretrained {pretrained}: neither a file nor one of {model}'s tags: {_tags(model)}")
+    if preprocess.get("quick_gelu") or is_torchscript(
+        weights
+    ):  # such archives are OpenAI's, which had QuickGELU
+        config["quick_gelu"] = True
+    module = build_clip(config)
+    if weights.suffix in (".npz", ".npy"):  # big_vision's SigLIP files; open_clip knows their layout
+        import open_clip
+
+        open_clip.load_checkpoint(module, str(weights))
+    else:
+        load_weights(module, read_state_dict(weights), source)
+    return _clip_model(module, config, preprocess, source, folder)
+
+
+def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Module:
+    """A randomly initialised open_clip model, or PrunedCLIP when `config["pruned"]`; nothing is downloaded.
+
+    With `seed` the draw does not depend on, nor change, the global random state.
+
+    Raises:
+        UserError: the config lacks a field, or has one that nobody reads.
+    """
+    with contextlib.ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(seed)
+        if config.get("pruned"):
+            from vlmkd.models.pruned_clip import PrunedCLIP
+
+            return PrunedCLIP.from_config(dict(config))
+        return _build_open_clip(config)
+
+
+def _build_open_clip(config: Mapping[str, Any]) -> nn.Module:
+    from open_clip import CLIP, CoCa, CustomTextCLIP
+
+    _check_config(config)
+    config = copy.deepcopy(dict(config))
+    foreign_text = bool(config["text_cfg"].get("hf_model_name"))
+    custom = config.pop("custom_text", False) or foreign_text
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    if foreign_text:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    if custom and "multimodal_cfg" in config:
+        return CoCa(**config)
+    try:
+        return (CustomTextCLIP if custom else CLIP)(**config)
+    except OSError as error:  # a Hugging Face text tower whose config is not in the local cache
+        name = config["text_cfg"]["hf_model_name"]
+        raise UserError(
+            f"text tower {name}: its config is not in the Hugging Face cache and cannot be downloaded "
+            f"({_first_line(error)}); go online once, or set HF_ENDPOINT to a mirror"
+        ) from None
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config without its three required fields, or with a field that open_clip would not read."""
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
+
+    for field in ("embed_dim", "vision_cfg", "text_cfg"):
+        if field not in config:
+            raise UserError(f"model config: field {field} is missing")
+    known = {
+        "": list(_CONFIG_FIELDS),
+        "vision_cfg": [item.name for item in dataclasses.fields(CLIPVisionCfg)],
+        "text_cfg": [item.name for item in dataclasses.fields(CLIPTextCfg)],
+    }
+    for section, fields in known.items():
+        for field in config[section] if section else config:
+            if field not in fields:
+                near = difflib.get_close_matches(field, fields, n=1)
+                mend = f"did you mean {near[0]}?" if near else "remove it"
+                raise UserError(f"model config: unknown field {f'{section}.{field}'.lstrip('.')}; {mend}")
+
+
+# ---------------------------------------------------------------------------------------------- names and folders
+
+
+def _named_config(model: str) -> tuple[Config, Path | None]:
+    """Config of an architecture name or JSON file, and the folder in which its relative paths lie."""
+    import open_clip
+
+    if model.endswith(".json"):
+        config = read_json(Path(model), "model config")
+        return config.get("model_cfg", config), Path(model).parent
+    config = open_clip.get_model_config(model.replace("/", "-"))
+    if config is None:
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=2)
+        mend = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "give a name, a .json file, local-dir:, hf: or zoo:"
+        )
+        raise UserError(f"model {model} is no open_clip architecture; {mend}")
+    return config, None
+
+
+def read_json(path: Path, what: str) -> Config:
+    """The object in a JSON file; `what` names it in errors.
+
+    Raises:
+        UserError: no file, no JSON, or no object.
+    """
+    if not path.is_file():
+        raise UserError(f"{what} {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path} must hold a JSON object")
+    return content
+
+
+def _tag(model: str, pretrained: str) -> Config:
+    """open_clip's entry of a pretrained tag, empty when it has none."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    entry: Config = get_pretrained_cfg(model.replace("/", "-"), pretrained)
+    return entry
+
+
+def _tags(model: str) -> str:
+    from open_clip.pretrained import list_pretrained_tags_by_model
+
+    return ", ".join(list_pretrained_tags_by_model(model.replace("/", "-"))) or "it has none"
+
+
+def _download(tag: Config, source: str) -> Path:
+    """The weights file of a pretrained tag, from the local cache or the net."""
+    import open_clip
+
+    place = f"hub repository {tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url", "")
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot get the weights {source}: not in the local cache, nor from {place} ({_first_line(error)}); "
+            "go online (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, or give a weights file as pretrained; "
+            "models of the zoo come by scripts/download.py"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _beside(weights: Path) -> Config:
+    """Pixel statistics and activation from the config that lies beside a weights file; empty without one."""
+    folder = weights.parent
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        content = read_json(folder / OPEN_CLIP_CONFIG, "model config")
+        return {
+            **content.get("preprocess_cfg", {}),
+            "quick_gelu": content.get("model_cfg", {}).get("quick_gelu", False),
+        }
+    if (folder / "config.json").is_file():
+        content = read_json(folder / "config.json", "model config")
+        if content.get("model_type") == "clip":
+            config = from_hf_config(content, str(folder / "config.json"))
+            spec = _hf_image_spec(folder, config)
+            return {**dataclasses.asdict(spec), "quick_gelu": config["quick_gelu"]}
+    return {}
+
+
+def _folder(path: str, scheme: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model {scheme}:{path}: no such folder")
+    other = {"local-dir": "config.json", "hf": OPEN_CLIP_CONFIG}[scheme]
+    own = {"local-dir": OPEN_CLIP_CONFIG, "hf": "config.json"}[scheme]
+    if not (folder / own).is_file():
+        mend = "; name it hf:PATH" if scheme == "local-dir" else "; name it local-dir:PATH"
+        raise UserError(
+            f"model {scheme}:{path}: the folder has no {own}{mend if (folder / other).is_file() else ''}"
+        )
+    return folder
+
+
+def folder_weights(folder: Path) -> Path:
+    """The weights file of a model folder.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    for name in _FOLDER_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"model folder {folder} has no weights; looked for {', '.join(_FOLDER_WEIGHTS)}")
+
+
+def _load_open_clip_folder(folder: Path, source: str) -> ClipModel:
+    content = read_json(folder / OPEN_CLIP_CONFIG, "model config")
+    config = content.get("model_cfg", content)
+    module = build_clip(config)
+    weights = folder_weights(folder)
+    load_weights(module, read_state_dict(weights), str(weights))
+    return _clip_model(module, config, content.get("preprocess_cfg", {}), source, folder)
+
+
+def _load_hf_folder(folder: Path, source: str) -> ClipModel:
+    config = from_hf_config(read_json(folder / "config.json", "model config"), str(folder / "config.json"))
+    module = build_clip(config)
+    weights = folder_weights(folder)
+    load_weights(module, read_state_dict(weights), str(weights))
+    if config["text_cfg"]["vocab_size"] != open_clip_vocabulary():
+        config["text_cfg"]["hf_tokenizer_name"] = (
+            "."  # CLIP's own vocabulary is read by open_clip's tokenizer
+        )
+    spec = _hf_image_spec(folder, config)
+    return _clip_model(module, config, dataclasses.asdict(spec), source, folder)
+
+
+def _hf_image_spec(folder: Path, config: Config) -> ImageSpec:
+    """Pixel statistics of a transformers folder, OpenAI's when it has no processor file."""
+    processor: Config = {}
+    if (folder / "preprocessor_config.json").is_file():
+        processor = read_json(folder / "preprocessor_config.json", "processor config")
+    elif (folder / "processor_config.json").is_file():
+        processor = read_json(folder / "processor_config.json", "processor config").get("image_processor", {})
+    return from_hf_processor(processor, config["vision_cfg"]["image_size"])
+
+
+def _load_zoo(name: str) -> ClipModel:
+    from vlmkd import zoo
+
+    path, source = zoo.fetch(name), f"zoo:{name.removeprefix('zoo:')}"
+    if path.is_dir():
+        is_open_clip = (path / OPEN_CLIP_CONFIG).is_file()
+        return (
+            _load_open_clip_folder(path, source)
+            if is_open_clip
+            else _load_hf_folder(_folder(str(path), "hf"), source)
+        )
+    state = read_state_dict(path)
+    config = copy.deepcopy(zoo.entry(name).architecture) or identify(state)
+    module = build_clip(config)
+    load_weights(module, state, source)
+    return _clip_model(module, config, {}, source, None)
+
+
+def _clip_model(
+    module: nn.Module,
+    config: Config,
+    preprocess: Mapping[str, Any],
+    source: str,
+    folder: Path | None,
+    digest: bool = True,
+) -> ClipModel:
+    tokenizer, tokenizer_folder = _tokenizer(config, source, folder)
+    return ClipModel(
+        module=module.eval(),
+        config=config,
+        image_spec=image_spec(module, config, preprocess),
+        tokenizer=tokenizer,
+        source=source,
+        digest=weights_digest(module.state_dict()) if digest else "",
+        tokenizer_folder=tokenizer_folder,
+    )
+
+
+def image_spec(module: nn.Module, config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> ImageSpec:
+    """ImageSpec of a model: the size its tower is built for, the rest from an open_clip preprocess config.
+
+    Absent fields have open_clip's defaults (OpenAI's statistics, bicubic, shortest side).
+    """
+    size = getattr(module.visual, "image_size", None) or config["vision_cfg"].get("image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    mean, std = preprocess.get("mean") or OPENAI_MEAN, preprocess.get("std") or OPENAI_STD
+    fill = preprocess.get("fill_color") or preprocess.get("fill") or 0
+    red, green, blue = (fill, fill, fill) if isinstance(fill, int) else fill
+    return ImageSpec(
+        size=(height, width),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        interpolation=preprocess.get("interpolation") or "bicubic",
+        resize_mode=preprocess.get("resize_mode") or "shortest",
+        fill=(red, green, blue),
+    )
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of `state`, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+@dataclass
+class Tokenizer:
+    """A text encoder whose ids are checked against the model's token table."""
+
+    encode: Callable[[list[str]], Tensor]
+    vocab_size: int
+    source: str
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """N texts -> int64 [N, T].
+
+        Raises:
+            UserError: an id beyond the token table.
+        """
+        ids = self.encode(texts)
+        if ids.numel() and int(ids.max()) >= self.vocab_size:
+            raise UserError(
+                f"model {self.source}: its tokenizer gives id {int(ids.max())}, but the token table has "
+                f"{self.vocab_size} rows; put its tokenizer.json beside the config and set text_cfg.hf_tokenizer_name"
+            )
+        return ids
+
+
+def open_clip_vocabulary() -> int:
+    """Vocabulary size of open_clip's own tokenizer (CLIP's)."""
+    from open_clip.tokenizer import _tokenizer as clip_tokenizer  # built once, at open_clip's import
+
+    return int(clip_tokenizer.vocab_size)
+
+
+def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> tuple[Tokenizer, Path | None]:
+    """The tokenizer of a model, and the folder of its files when it is not open_clip's own.
+
+    A `hf_tokenizer_name` is looked up beside the config first: there as a sub-folder of that name, or in the config's
+    own folder when that has a tokenizer.json; else it is a hub repository.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    text = config["text_cfg"]
+    length, vocabulary = text.get("context_length", 77), text.get("vocab_size", open_clip_vocabulary())
+    if text.get("hf_model_name"):
+        vocabulary = 1 << 62  # the token table is the foreign tower's own
+    name, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
+    if not name:
+        return Tokenizer(SimpleTokenizer(context_length=length, **options), vocabulary, source), None
+    places = [folder / name, folder] if folder else []
+    local = next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    try:
+        encode = HFTokenizer(
+            str(local or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
+        )
+    except OSError as error:
+        raise UserError(
+            f"model {source}: its tokenizer {name} is neither in the Hugging Face cache nor downloadable "
+            f"({_first_line(error)}); go online once, or set HF_ENDPOINT to a mirror"
+        ) from None
+    return Tokenizer(encode, vocabulary, source), local
+
+
+# ---------------------------------------------------------------------------------------------------------- student
+
+
+class CLIPEncoder(nn.Module):
+    """A trainable CLIP: one forward call does all gradient work.
+
+    `scale_mode` fixed holds the logit scale at `scale` (its own, without one): it is no trained parameter, and exact
+    in any precision. `learned` trains it, from `scale` where that is given, within `scale_bounds`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scale_mode: Literal["fixed", "learned"] = "learned",
+        scale: float | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        parameter: Any = model.logit_scale
+        if scale is not None:
+            if not 0.0 < scale <= MAX_LOGIT_SCALE:
+                raise UserError(
+                    f"logit_scale.value is {scale}; it must be above 0 and at most {MAX_LOGIT_SCALE:g}"
+                )
+            with torch.no_grad():
+                parameter.fill_(math.log(scale))
+        parameter.requires_grad_(scale_mode == "learned")
+        own = scale if scale is not None else float(parameter.detach().float().exp())
+        self.fixed_scale = own if scale_mode == "fixed" else None
+        if activation_checkpointing:
+            _checkpoint_activations(model)
+
+    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
+        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
+        return encode(self.model, images, tokens, self.fixed_scale)
+
+    def scale_bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """The learned log scale with its range [0, ln 100], for `Task.bounds`; nothing when it is fixed."""
+        if self.fixed_scale is not None:
+            return []
+        parameter: Any = self.model.logit_scale
+        return [(parameter, 0.0, math.log(MAX_LOGIT_SCALE))]
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Clamp the learned log scale into its range, in loops whose engine does not do it."""
+        for parameter, low, high in self.scale_bounds():
+            parameter.clamp_(low, high)
+
+    def model_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inner model's state dict from this encoder's, with the exact logarithm of a fixed scale."""
+        inner = {
+            name.removeprefix("model."): tensor
+            for name, tensor in weights.items()
+            if name.startswith("model.")
+        }
+        if self.fixed_scale is not None:
+            inner["logit_scale"] = torch.full_like(inner["logit_scale"].float(), math.log(self.fixed_scale))
+        return inner
+
+
+def encode(
+    model: nn.Module, images: Tensor | None, tokens: Tensor | None, fixed_scale: float | None
+) -> ClipOutput:
+    """Run the towers of an open_clip-like `model`; unit vectors and scale in fp32, `fixed_scale` in place of its own."""
+    towers: Any = model
+    image_embeds = text_embeds = None
+    if images is not None:
+        image_embeds = F.normalize(
+            towers.encode_image(images.to(compute_dtype(towers.visual))).float(), dim=-1
+        )
+    if tokens is not None:
+        text_embeds = F.normalize(towers.encode_text(tokens).float(), dim=-1)
+    scale = towers.logit_scale.float().exp().reshape(())
+    if fixed_scale is not None:
+        scale = torch.full_like(scale.detach(), fixed_scale)
+    bias = None if towers.logit_bias is None else towers.logit_bias.float().reshape(())
+    return ClipOutput(image_embeds, text_embeds, scale, bias)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """Type of the module's first parameter: what its inputs must have."""
+    return next(module.parameters()).dtype
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    from open_clip.modified_resnet import ModifiedResNet
+
+    towers: Any = model
+    if isinstance(towers.visual, ModifiedResNet):
+        warnings.warn(
+            "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it",
+            stacklevel=3,
+        )
+    towers.set_grad_checkpointing(True)
+
+
+def build_image_tower(
+    timm_name: str, *, embed_dim: int, image_size: int | None = None, seed: int | None = None
+) -> tuple[nn.Module, ImageSpec]:
+    """An image-only student: a timm model with a linear projection to [B, embed_dim], randomly initialised.
+
+    Size and statistics are those of timm's weights for that name, unless `image_size` is given.
+
+    Raises:
+        UserError: timm has no such model.
+    """
+    import timm
+    from open_clip.timm_model import TimmModel
+
+    if not timm.is_model(timm_name):
+        near = difflib.get_close_matches(timm_name, timm.list_models(), n=2)
+        raise UserError(
+            f"timm has no model {timm_name}; {'did you mean ' + ' or '.join(near) if near else 'see timm.list_models()'}"
+        )
+    defaults: Any = timm.get_pretrained_cfg(timm_name)
+    size = image_size or defaults.input_size[-1]
+    with contextlib.ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(seed)
+        # An empty pool keeps the trunk's own pooling before the projection.
+        tower = TimmModel(timm_name, embed_dim, image_size=size, pool="", proj="linear")
+    preprocess = {"mean": defaults.mean, "std": defaults.std, "interpolation": defaults.interpolation}
+    return tower, ImageSpec(**_spec_fields(size, preprocess))
+
+
+def _spec_fields(size: int, preprocess: Mapping[str, Any]) -> Config:
+    interpolation = preprocess["interpolation"]
+    return {
+        "size": (size, size),
+        "mean": tuple(preprocess["mean"]),
+        "std": tuple(preprocess["std"]),
+        "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- predictor
+
+
+class ClipPredictor:
+    """The DualEncoder that evaluators call, around any module with CLIPEncoder's forward (an engine's wrapper too)."""
+
+    def __init__(
+        self,
+        name: str,
+        encoder: nn.Module,
+        image_spec: ImageSpec,
+        tokenizer: Callable[[list[str]], Tensor],
+    ) -> None:
+        self.name = name
+        self.image_spec = image_spec
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_clip(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
+        """The predictor of a loaded model, called `name` or as the user named it."""
+        return cls(name or clip.source, CLIPEncoder(clip.module), clip.image_spec, clip.tokenizer)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w] in `image_spec`'s statistics -> unit vectors [B, D], fp32."""
+        return self._run(images.to(self._device()), None).image_embeds
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """N texts -> unit vectors [N, D], fp32."""
+        return self._run(None, self._tokenizer(texts).to(self._device())).text_embeds
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosines in the model's logits."""
+        return float(self._run(None, None).logit_scale)
+
+    def _device(self) -> torch.device:
+        return next(self._encoder.parameters()).device
+
+    @torch.no_grad()
+    def _run(self, images: Tensor | None, tokens: Tensor | None) -> Any:
+        with _evaluating(self._encoder):
+            return self._encoder(images, tokens)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former mode afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -1,0 +1,73 @@
+"""The frozen teacher: takes the student's pixels, converts them to its own statistics and size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.clip import ClipModel, ClipOutput, encode
+
+
+class ClipTeacher(nn.Module):
+    """A frozen CLIP that accepts images in `student_spec`'s statistics.
+
+    `scale` replaces the teacher's own logit scale (TinyCLIP spec b: 50 for both); `dtype` is the type it computes in.
+    Runs without gradients, and stays in eval mode whatever `train` says. Not in inference mode, because losses keep its
+    outputs for their backward pass.
+    """
+
+    def __init__(
+        self,
+        clip: ClipModel,
+        student_spec: ImageSpec,
+        *,
+        scale: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.source = clip.source
+        self.image_spec = clip.image_spec
+        self.student_spec = student_spec
+        self.fixed_scale = scale
+        self.model = clip.module.to(dtype).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ClipTeacher:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> ClipOutput:
+        """images [B, 3, h, w] in the student's statistics, tokens [B, T] of the teacher's tokenizer -> ClipOutput."""
+        return self.embed(images, tokens)
+
+    @torch.no_grad()
+    def embed(
+        self, images: Tensor | None = None, tokens: Tensor | None = None, *, own_view: bool = False
+    ) -> ClipOutput:
+        """Embed either or both; `own_view` says that `images` are in the teacher's own statistics and size already."""
+        if images is not None and not own_view:
+            images = convert_images(images, self.student_spec, self.image_spec)
+        return encode(self.model, images, tokens, self.fixed_scale)
+
+
+def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
+    """images [B, 3, h, w] from `source`'s statistics and size to `target`'s; returned as they are when both agree.
+
+    Another size is made by bicubic or bilinear interpolation with antialiasing, as `target` says. The change of
+    statistics is exact; an enlarged view is not what the teacher would see of the original, so the loader makes a view
+    of its own where sizes differ, and this is the fallback.
+    """
+    if source.mean != target.mean or source.std != target.std:
+        # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
+        options = {"dtype": torch.float32, "device": images.device}
+        gain = torch.tensor(source.std, **options) / torch.tensor(target.std, **options)
+        shift = (torch.tensor(source.mean, **options) - torch.tensor(target.mean, **options)) / torch.tensor(
+            target.std, **options
+        )
+        images = torch.addcmul(shift.view(1, 3, 1, 1), images.float(), gain.view(1, 3, 1, 1))
+    if tuple(images.shape[-2:]) != target.size:
+        images = F.interpolate(
+            images.float(), size=target.size, mode=target.interpolation, antialias=True, align_corners=False
+        )
+    return images
