@@ -289,7 +289,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     """
     if isinstance(module, PrunedCLIP):
         try:
-            module.load_upstream_state(normalise_names(state))
+            module.load_upstream_state(_shape_scalars(normalise_names(state), module.state_dict()))
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
         return
@@ -298,14 +298,18 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     named = normalise_names(convert_state_dict(module, dict(state)))
     wanted = module.state_dict()
     given = {f"text.{name}" if f"text.{name}" in wanted else name: tensor for name, tensor in named.items()}
-    for name in ("logit_scale", "logit_bias"):  # saved as [] or as [1]
-        if name in given and name in wanted:
-            given[name] = given[name].reshape(wanted[name].shape)
+    given = _shape_scalars(given, wanted)
     given = {name: tensor for name, tensor in given.items() if not name.endswith("embeddings.position_ids")}
     problems = _differences(wanted, given)
     if problems:
         raise UserError(f"weights {origin} are of another architecture: {problems}{_suggestion(named)}")
     module.load_state_dict(given)
+
+
+def _shape_scalars(given: State, wanted: State) -> State:
+    """`given` with scale and bias in the shape of the model, [] or [1]; files have either."""
+    scalars = [name for name in ("logit_scale", "logit_bias") if name in given and name in wanted]
+    return given | {name: given[name].reshape(wanted[name].shape) for name in scalars}
 
 
 def _differences(wanted: State, given: State) -> str:

@@ -72,6 +72,16 @@ class ClipModel:
     tokenizer_folder: Path | None = None
     """Folder with tokenizer.json; None: open_clip's own tokenizer."""
 
+    def with_weights(self, weights: Mapping[str, Tensor]) -> ClipModel:
+        """The same architecture with `weights` (any layout of load_weights) in a module of its own.
+
+        Raises:
+            UserError: the weights are of another architecture.
+        """
+        module = build_clip(self.config)
+        load_weights(module, weights, self.source)
+        return dataclasses.replace(self, module=module.eval(), digest=weights_digest(module.state_dict()))
+
 
 class ClipOutput(NamedTuple):
     """What an encoder gives; an embedding is None when its input was not given."""
@@ -86,12 +96,15 @@ class ClipOutput(NamedTuple):
     """Scalar, fp32; None unless the model is SigLIP-like."""
 
 
-def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> ClipModel:
+def load_clip(
+    model: str, pretrained: str = "", *, seed: int | None = None, tokenizer_folder: Path | None = None
+) -> ClipModel:
     """Load the CLIP that a user names.
 
     `model` is an open_clip architecture, a JSON model config, `local-dir:PATH` (open_clip folder or our export),
     `hf:PATH` (transformers CLIPModel folder) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a
     weights file of any layout, or empty for a random initialisation, drawn from `seed` where it is given.
+    `tokenizer_folder` is for an architecture whose tokenizer.json does not lie beside its JSON config.
 
     Activation and pixel statistics are those of the weights: of the tag, or of the config beside the weights file.
 
@@ -107,6 +120,7 @@ def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> C
         loader = _load_open_clip_folder if scheme == "local-dir" else _load_hf_folder
         return loader(_folder(rest, scheme), model)
     config, folder = _named_config(model)
+    folder = tokenizer_folder or folder
     if not pretrained:
         module = build_clip(config, seed=seed)
         return _clip_model(module, config, {}, model, folder, digest=False)
@@ -491,7 +505,11 @@ class CLIPEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        parameter: Any = model.logit_scale
+        for name in ("logit_scale", "logit_bias"):
+            scalar = getattr(model, name)
+            if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast parameters without dimensions
+                setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
+        parameter = self.logit_scale
         if scale is not None:
             if not 0.0 < scale <= MAX_LOGIT_SCALE:
                 raise UserError(
@@ -500,7 +518,7 @@ class CLIPEncoder(nn.Module):
             with torch.no_grad():
                 parameter.fill_(math.log(scale))
         parameter.requires_grad_(scale_mode == "learned")
-        own = scale if scale is not None else float(parameter.detach().float().exp())
+        own = scale if scale is not None else float(parameter.detach().double().exp())
         self.fixed_scale = own if scale_mode == "fixed" else None
         if activation_checkpointing:
             _checkpoint_activations(model)
@@ -509,12 +527,17 @@ class CLIPEncoder(nn.Module):
         """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
         return encode(self.model, images, tokens, self.fixed_scale)
 
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """The logarithm of the scale, as open_clip names it."""
+        parameter: Any = self.model.logit_scale
+        return parameter
+
     def scale_bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """The learned log scale with its range [0, ln 100], for `Task.bounds`; nothing when it is fixed."""
         if self.fixed_scale is not None:
             return []
-        parameter: Any = self.model.logit_scale
-        return [(parameter, 0.0, math.log(MAX_LOGIT_SCALE))]
+        return [(self.logit_scale, 0.0, math.log(MAX_LOGIT_SCALE))]
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -629,7 +652,7 @@ class ClipPredictor:
         self._tokenizer = tokenizer
 
     @classmethod
-    def from_clip(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
+    def of(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
         """The predictor of a loaded model, called `name` or as the user named it."""
         return cls(name or clip.source, CLIPEncoder(clip.module), clip.image_spec, clip.tokenizer)
 

@@ -27,11 +27,10 @@ class ClipTeacher(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.source = clip.source
-        self.image_spec = clip.image_spec
+        self.model = clip
         self.student_spec = student_spec
         self.fixed_scale = scale
-        self.model = clip.module.to(dtype).eval().requires_grad_(False)
+        self.module = clip.module.to(dtype).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> ClipTeacher:
         """Stay in eval mode."""
@@ -39,16 +38,23 @@ class ClipTeacher(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> ClipOutput:
         """images [B, 3, h, w] in the student's statistics, tokens [B, T] of the teacher's tokenizer -> ClipOutput."""
-        return self.embed(images, tokens)
+        return self._run(images, tokens, own_statistics=False)
+
+    def embed(
+        self, images: Tensor | None = None, tokens: Tensor | None = None, *, own_statistics: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Unit vectors [B, D], fp32, of images and tokens; None for what was not given.
+
+        `own_statistics` says that the images are a view of the teacher's own: its size, its statistics.
+        """
+        output = self._run(images, tokens, own_statistics)
+        return output.image_embeds, output.text_embeds
 
     @torch.no_grad()
-    def embed(
-        self, images: Tensor | None = None, tokens: Tensor | None = None, *, own_view: bool = False
-    ) -> ClipOutput:
-        """Embed either or both; `own_view` says that `images` are in the teacher's own statistics and size already."""
-        if images is not None and not own_view:
-            images = convert_images(images, self.student_spec, self.image_spec)
-        return encode(self.model, images, tokens, self.fixed_scale)
+    def _run(self, images: Tensor | None, tokens: Tensor | None, own_statistics: bool) -> ClipOutput:
+        if images is not None and not own_statistics:
+            images = convert_images(images, self.student_spec, self.model.image_spec)
+        return encode(self.module, images, tokens, self.fixed_scale)
 
 
 def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
