@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmkd.config import DataConfig
+from vlmkd.config import DataConfig, require
 from vlmkd.data import shards as sharding
 from vlmkd.data.batch import check_batch
 from vlmkd.data.pipeline import Pipeline, Sample, TeacherView, Tokenizer
@@ -113,6 +113,10 @@ def _shard_lists(cfg: DataConfig, world_size: int) -> list[list[str]]:
         raise UserError(
             "config field data.sources is empty; add one, e.g. data.sources.0.shards=['emoji:train']"
         )
+    require(cfg.workers >= 0, "data.workers", f"is {cfg.workers}; 0 loads in the training process")
+    require(
+        0 <= cfg.max_bad_share <= 1, "data.max_bad_share", f"is {cfg.max_bad_share}; it is a share of 0 to 1"
+    )
     lists = []
     for number, source in enumerate(cfg.sources):
         where = f"config field data.sources.{number}.shards"
@@ -240,30 +244,54 @@ class _Deliveries(IterableDataset[dict[str, Any]]):
         stream = _Mixture(
             self._cfg, self._shard_lists, self._salt, worker, self._world_size * number, self._states[local]
         )
+        tally = _Tally(self._states[local])
         good: list[Sample] = []
         bad: list[tuple[str, str, str]] = []
-        read, streak, streak_start = 0, 0, stream.passes
         while True:
             source, raw = next(stream)
-            read += 1
             rng = random.Random(f"{self._salt}/{source}/{raw.position[0]}/{raw.name}")
             sample = self._pipeline.process(raw, source, rng)
+            tally.count(isinstance(sample, BadSample), stream.passes)
             if isinstance(sample, BadSample):
                 bad.append((sample.reason, sample.name, sample.detail))
-                streak += 1
-                if streak >= _MIN_READ or stream.passes - streak_start >= 2:
-                    raise UserError(_all_bad(bad, streak))
+                if tally.hopeless(stream.passes):
+                    raise UserError(_all_bad(bad, tally.streak))
                 continue
             good.append(sample)
-            streak, streak_start = 0, stream.passes
             if len(good) == self._batch_size:
                 batch = self._pipeline.collate(good)
                 batch["positions"] = {"worker": worker, "raw": stream.given}
-                yield {
-                    "batch": batch, "local": local, "state": stream.state_dict(), "passes": stream.passes,
-                    "read": read, "bad": bad,
-                }  # fmt: skip
-                good, bad, read = [], [], 0
+                state = {**stream.state_dict(), **tally.state_dict()}
+                yield {"batch": batch, "local": local, "state": state, "bad": bad}
+                good, bad = [], []
+
+
+class _Tally:
+    """How many raw samples of a worker were read and bad: in all, in its first pass, and in a row."""
+
+    def __init__(self, state: dict[str, Any] | None) -> None:
+        self.read: int = state["tally"][0] if state else 0
+        self.bad: int = state["tally"][1] if state else 0
+        self.first_pass: list[int] | None = state["first_pass"] if state else None
+        self.streak = 0
+        self._streak_start = 0
+
+    def count(self, bad: bool, passes: int) -> None:
+        """Count one raw sample of a stream that has finished `passes` passes before it."""
+        if passes >= 1 and self.first_pass is None:
+            self.first_pass = [self.read, self.bad]
+        self.read += 1
+        self.bad += bad
+        if self.streak == 0:
+            self._streak_start = passes
+        self.streak = self.streak + 1 if bad else 0
+
+    def hopeless(self, passes: int) -> bool:
+        """Whether a thousand samples in a row, or a whole pass, were bad."""
+        return self.streak >= _MIN_READ or (self.streak > 0 and passes - self._streak_start >= 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tally": [self.read, self.bad], "first_pass": self.first_pass}
 
 
 def _all_bad(bad: list[tuple[str, str, str]], streak: int) -> str:
@@ -301,7 +329,6 @@ class ShardLoader:
         self._topology, self._salt = topology, salt
         self._delivered = 0
         self._states: list[dict[str, Any] | None] = [None] * max(cfg.workers, 1)
-        self._passes = [0] * max(cfg.workers, 1)
         self._read = 0
         self._names: list[str] = []
         self.skipped: dict[str, int] = {}
@@ -338,9 +365,9 @@ class ShardLoader:
 
     def _account(self, delivery: dict[str, Any]) -> None:
         local = delivery["local"]
-        self._states[local], self._passes[local] = delivery["state"], delivery["passes"]
+        self._read += delivery["state"]["tally"][0] - (self._states[local] or {"tally": [0]})["tally"][0]
+        self._states[local] = delivery["state"]
         self._delivered += 1
-        self._read += delivery["read"]
         for reason, name, detail in delivery["bad"]:
             count = self.skipped[reason] = self.skipped.get(reason, 0) + 1
             if len(self._names) < _NAMES_KEPT:
@@ -349,11 +376,16 @@ class ShardLoader:
                 log.warning(
                     "skipped %s: %s %s (%d such on rank %d so far)", name, reason, detail, count, self._rank
                 )
-        total = sum(self.skipped.values())
-        enough = self._read >= _MIN_READ or min(self._passes) >= 1
-        if enough and total > self._cfg.max_bad_share * self._read:
+        if self._read >= _MIN_READ:
+            self._refuse_if_many(sum(self.skipped.values()), self._read)
+        firsts = [state["first_pass"] for state in self._states if state and state["first_pass"]]
+        if len(firsts) == len(self._states):  # a small set is judged by one whole pass
+            self._refuse_if_many(sum(bad for _, bad in firsts), sum(read for read, _ in firsts))
+
+    def _refuse_if_many(self, bad: int, read: int) -> None:
+        if bad > self._cfg.max_bad_share * read:
             raise UserError(
-                f"data.max_bad_share={self._cfg.max_bad_share}: {total} of {self._read} samples were bad "
+                f"data.max_bad_share={self._cfg.max_bad_share}: {bad} of {read} samples were bad "
                 f"({_count_text(self.skipped)}), first {', '.join(self._names)}; mend the shards "
                 f"(`python data_tools/check_shards.py SHARDS` lists them) or raise data.max_bad_share"
             )
@@ -365,7 +397,6 @@ class ShardLoader:
             "salt": self._salt,
             "delivered": self._delivered,
             "workers": list(self._states),
-            "passes": list(self._passes),
             "read": self._read,
             "names": list(self._names),
             "skipped": dict(self.skipped),
@@ -382,10 +413,10 @@ class ShardLoader:
         changed = [name for name, value in self._topology.items() if state["topology"].get(name) != value]
         if not changed:
             self._salt = state["salt"]
-            self._states, self._passes = list(state["workers"]), list(state["passes"])
+            self._states = list(state["workers"])
             return
         self._salt = f"{self._topology['seed']}/from{self._delivered}"
-        self._states, self._passes = [None] * len(self._states), [0] * len(self._states)
+        self._states = [None] * len(self._states)
         told = "; ".join(
             f"{name} changed"
             if name == "data.sources"

@@ -30,15 +30,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from vlmkd.errors import UserError
 
 READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, http.client.HTTPException)
 """What a shard that cannot be read to its end may raise."""
 
-_RETRIES = 3
-_RETRY_PAUSE = 0.5  # seconds before the first retry, doubled for each next one
+_RETRIES = 5
+_RETRY_PAUSE = 0.5  # seconds before the first retry, doubled for each next one: 15 s in all
+_PERMANENT = (400, 401, 403, 404, 405, 410, 416)  # HTTP codes that a retry does not change
 _TIMEOUT = 60.0  # seconds without a byte
 _CHUNK = 1 << 20
 _MEMBER = re.compile(
@@ -158,7 +159,7 @@ def _open_pipe(command: str) -> Iterator[BinaryIO]:
 class HttpStream:
     """A readable http(s) response that reconnects at the byte where a connection broke.
 
-    Raises OSError (or http.client.HTTPException) after three attempts in a row without progress.
+    Raises OSError (or http.client.HTTPException) after six attempts in a row without progress.
     """
 
     def __init__(self, url: str) -> None:
@@ -312,31 +313,37 @@ def read_shard(
     """
     name = shard_name(url)
     seen: set[str] = set()
+    extensions: set[str] = set()
     index = 0
     sample: RawSample | None = None
     try:
-        for key, extension, data in _read_members(url, members, shard_cache):
-            if sample is None or sample.key != key or extension in sample.members:
+        for key, extension, file in _open_members(url, members, shard_cache):
+            if sample is None or sample.key != key or extension in extensions:
                 if sample is not None:
                     if index >= skip:
                         yield sample
                     index += 1
-                sample = RawSample(name, key)
+                sample, extensions = RawSample(name, key), set()
                 if key in seen:
                     sample.reason, sample.detail = "duplicate_key", "this key came earlier in the shard"
                 seen.add(key)
-            if data is not None:
-                sample.members[extension] = data
+            extensions.add(extension)
+            if file is not None:
+                sample.members[extension] = file.read()
     except READ_ERRORS as error:
         sample = RawSample(name, "", reason="broken_tar", detail=f"{url}: {_one_line(error)}")
     if sample is not None and index >= skip:
         yield sample
 
 
-def _read_members(
+def _open_members(
     url: str, wanted: frozenset[str] | None, shard_cache: str
-) -> Iterator[tuple[str, str, bytes | None]]:
-    """(key, lower-case extension, bytes or None when not wanted) of each regular file."""
+) -> Iterator[tuple[str, str, IO[bytes] | None]]:
+    """(key, lower-case extension, content or None when not wanted) of each regular file.
+
+    The content must be read before the next file is asked for. It is left to the caller, who knows from the key
+    alone that the sample before it is complete.
+    """
     with open_shard(url, shard_cache) as stream:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
             for info in tar:
@@ -345,12 +352,7 @@ def _read_members(
                 if not info.isreg() or match is None or info.name.startswith("__"):
                     continue
                 key, extension = match.group(1), match.group(2).lower()
-                if wanted is not None and extension not in wanted:
-                    yield key, extension, None
-                    continue
-                file = tar.extractfile(info)
-                assert file is not None
-                yield key, extension, file.read()
+                yield key, extension, tar.extractfile(info) if wanted is None or extension in wanted else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -187,12 +187,10 @@ def _read_info(folder: Path) -> CacheInfo:
 
 
 def _info_from(data: dict[str, Any]) -> CacheInfo:
-    spec = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in data["image_spec"].items()
-    }
-    views = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in data["views"].items()
-    }
+    def tuples(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+
+    spec, views = tuples(data["image_spec"]), tuples(data["views"])
     return CacheInfo(**{**data, "image_spec": ImageSpec(**spec), "views": ViewConfig(**views)})
 
 

@@ -1,0 +1,116 @@
+r"""Store a CLIP teacher's embeddings beside the samples, so that training needs no teacher.
+
+    python data_tools/embed_teacher.py --model ViT-B-32 --pretrained laion2b_e16 --shards 'shards/*.tar' \
+        --out teacher_cache --crops 4
+
+Several views of every image are embedded and stored with their crop boxes; the loader replays one of them. Name the
+folder in `data.sources.N.teacher_caches`, with the same crop options in `data`. An interrupted call continues where it
+stopped; shards that are there already are not embedded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkd.config import DataConfig
+from vlmkd.data.shards import expand
+from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.errors import UserError
+from vlmkd.models.clip import ClipModel, load_clip
+
+
+class ClipEncoder:
+    """A loaded CLIP as the `DualEncoder` that the cache asks for."""
+
+    def __init__(self, model: ClipModel, device: torch.device) -> None:
+        self._module = model.module.eval().requires_grad_(False).to(device)
+        self._tokenizer, self._device = model.tokenizer, device
+        self.image_spec = model.image_spec
+        self.logit_scale = float(model.module.logit_scale.exp())
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] -> [B,D] unit vectors in fp32."""
+        return F.normalize(self._module.encode_image(images).float(), dim=-1)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Captions -> [N,D] unit vectors in fp32."""
+        return F.normalize(self._module.encode_text(self._tokenizer(texts).to(self._device)).float(), dim=-1)
+
+
+def main(argv: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    data = DataConfig()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="open_clip name, JSON config, local-dir:, hf: or zoo: name"
+    )
+    parser.add_argument("--pretrained", default="", help="open_clip tag or weights file")
+    parser.add_argument("--shards", nargs="+", required=True, help="as data.sources.N.shards")
+    parser.add_argument("--out", required=True, help="cache folder")
+    parser.add_argument("--crops", type=int, default=1, help="views per image")
+    parser.add_argument(
+        "--crop-scale", type=float, nargs=2, default=data.crop_scale, help="as data.crop_scale"
+    )
+    parser.add_argument(
+        "--crop-ratio", type=float, nargs=2, default=data.crop_ratio, help="as data.crop_ratio"
+    )
+    parser.add_argument("--flip", type=float, default=data.flip, help="as data.flip")
+    parser.add_argument("--color-jitter", type=float, default=data.color_jitter, help="as data.color_jitter")
+    parser.add_argument("--image-keys", nargs="+", default=data.image_keys, help="as data.image_keys")
+    parser.add_argument("--text-key", default=data.text_key, help="as data.text_key")
+    parser.add_argument("--max-pixels", type=int, default=data.max_pixels, help="as data.max_pixels")
+    parser.add_argument("--shard-cache", default="", help="as data.shard_cache")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the views")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.crops < 1 or args.batch_size < 1:
+        raise UserError("--crops and --batch-size must be at least 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shards = expand(args.shards, "--shards")
+    model = load_clip(args.model, args.pretrained)
+    skipped = embed_shards(
+        ClipEncoder(model, torch.device(args.device)),
+        shards,
+        args.out,
+        source=model.source,
+        digest=model.digest,
+        data=DataConfig(
+            crop_scale=list(args.crop_scale),
+            crop_ratio=list(args.crop_ratio),
+            flip=args.flip,
+            color_jitter=args.color_jitter,
+            image_keys=args.image_keys,
+            text_key=args.text_key,
+            max_pixels=args.max_pixels,
+            shard_cache=args.shard_cache,
+        ),
+        crops=args.crops,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=args.device,
+        progress=lambda line: print(line, flush=True),
+    )
+    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+    print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

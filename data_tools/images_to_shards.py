@@ -1,0 +1,211 @@
+"""Pack images with captions into webdataset shards, or deal existing shards out into another number of them.
+
+    python data_tools/images_to_shards.py --images photos --captions captions.csv --out shards
+    python data_tools/images_to_shards.py --reshard 'old/*.tar' --out shards --num-shards 64
+
+Captions come as CSV or TSV with the columns `filepath` and `title`, as JSON `{"file": "caption"}`, as a JSON list of
+`{"filepath": ..., "title": ...}`, or as a COCO captions file. Beside the shards lie `manifest.json` (counts and
+sha256) and `sizes.json` (samples per shard). Nothing appears under its final name before it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vlmkd.data.shards import expand, read_shard
+from vlmkd.errors import UserError
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
+_DEFAULT_PER_SHARD = 1000
+
+
+def read_captions(path: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
+    """(file, caption) pairs of a captions file, in its order.
+
+    Raises:
+        UserError: no such file, another layout, or a missing column.
+    """
+    if not path.is_file():
+        raise UserError(f"--captions {path}: no such file")
+    if path.suffix.lower() == ".json":
+        return _read_json(path, image_column, caption_column)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        rows = csv.DictReader(file, delimiter=delimiter)
+        for column, option in ((image_column, "--image-column"), (caption_column, "--caption-column")):
+            if column not in (rows.fieldnames or []):
+                raise UserError(
+                    f"--captions {path}: no column {column!r}, only {rows.fieldnames}; set {option}"
+                )
+        return [(row[image_column], row[caption_column] or "") for row in rows]
+
+
+def _read_json(path: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, list):
+            return [(row[image_column], row[caption_column]) for row in data]
+        if "annotations" in data:
+            files = {image["id"]: image["file_name"] for image in data["images"]}
+            return [(files[entry["image_id"]], entry["caption"]) for entry in data["annotations"]]
+        return [(str(name), str(caption)) for name, caption in data.items()]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--captions {path}: not a captions JSON ({type(error).__name__}: {error})") from None
+
+
+def image_samples(
+    folder: Path, pairs: list[tuple[str, str]], left_out: Counter[str]
+) -> Iterator[dict[str, bytes]]:
+    """Members of each pair; pairs without a caption are counted in `left_out`.
+
+    Raises:
+        UserError: an image that is missing or of an unknown type.
+    """
+    for name, caption in pairs:
+        path = folder / name
+        extension = path.suffix.lower().lstrip(".")
+        if extension not in IMAGE_TYPES:
+            raise UserError(
+                f"{path}: not an image of type {', '.join(IMAGE_TYPES)}; convert it or drop its row"
+            )
+        if not path.is_file():
+            raise UserError(f"{path}: no such image; correct --images, or drop its row from --captions")
+        if not caption.strip():
+            left_out["missing_caption"] += 1
+            continue
+        yield {extension: path.read_bytes(), "txt": caption.strip().encode("utf-8")}
+
+
+def shard_samples(shards: list[str], left_out: Counter[str]) -> Iterator[dict[str, bytes]]:
+    """Members of every sample of existing shards; duplicate keys are counted in `left_out`.
+
+    Raises:
+        UserError: a shard that cannot be read to its end.
+    """
+    for url in shards:
+        for raw in read_shard(url):
+            if raw.reason == "broken_tar":
+                raise UserError(f"shard {raw.detail} is broken; fetch it again, or leave it out of --reshard")
+            if raw.reason:
+                left_out[raw.reason] += 1
+            else:
+                yield raw.members
+
+
+def write_shards(
+    samples: Iterable[dict[str, bytes]], out: Path, num_shards: int, left_out: Counter[str]
+) -> int:
+    """Deal `samples` in turn to `num_shards` tars in `out`; returns how many there were.
+
+    Raises:
+        UserError: `out` holds shards already, or there are fewer samples than shards.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("*.tar")):
+        raise UserError(f"--out {out} holds shards already; name an empty folder")
+    digits = max(5, len(str(num_shards - 1)))
+    names = [f"{number:0{digits}d}.tar" for number in range(num_shards)]
+    partial = [out / f".{name}.partial" for name in names]
+    counts = [0] * num_shards
+    try:
+        tars = [tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) for path in partial]
+        for index, members in enumerate(samples):
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{index:09d}.{extension}")
+                info.size = len(data)
+                tars[index % num_shards].addfile(info, io.BytesIO(data))
+            counts[index % num_shards] += 1
+        for tar in tars:
+            tar.close()
+        if min(counts) == 0:
+            raise UserError(f"{sum(counts)} samples do not fill {num_shards} shards; lower --num-shards")
+        _write_manifest(out, names, partial, counts, left_out)
+        for name, path in zip(names, partial, strict=True):
+            os.replace(path, out / name)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return sum(counts)
+
+
+def _write_manifest(
+    out: Path, names: list[str], files: list[Path], counts: list[int], left_out: Counter[str]
+) -> None:
+    shards = [
+        {"name": name, "samples": count, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path, count in zip(names, files, counts, strict=True)
+    ]
+    manifest = {"samples": sum(counts), "left_out": dict(left_out), "shards": shards}
+    _write_text(out / "manifest.json", json.dumps(manifest, indent=1))
+    _write_text(out / "sizes.json", json.dumps(dict(zip(names, counts, strict=True)), indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main(argv: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, help="folder that the captions file's paths start from")
+    parser.add_argument("--captions", type=Path, help="captions file")
+    parser.add_argument("--image-column", default="filepath")
+    parser.add_argument("--caption-column", default="title")
+    parser.add_argument("--reshard", nargs="+", metavar="SHARDS", help="existing shards, instead of images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new shards")
+    parser.add_argument(
+        "--num-shards", type=int, default=0, help="at least ranks x workers; 0: one per 1,000 samples"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="order of the images")
+    args = parser.parse_args(argv)
+    left_out: Counter[str] = Counter()
+    if args.reshard:
+        if args.num_shards < 1:
+            raise UserError("--reshard needs --num-shards")
+        num_shards = args.num_shards
+        samples = shard_samples(expand(args.reshard, "--reshard"), left_out)
+    elif args.images and args.captions:
+        pairs = read_captions(args.captions, args.image_column, args.caption_column)
+        random.Random(args.seed).shuffle(pairs)
+        num_shards = args.num_shards or max(len(pairs) // _DEFAULT_PER_SHARD, 1)
+        samples = image_samples(args.images, pairs, left_out)
+    else:
+        raise UserError("give --images and --captions, or --reshard")
+    count = write_shards(samples, args.out, num_shards, left_out)
+    told = "".join(f", {number} left out ({reason})" for reason, number in left_out.items())
+    print(f"{count} samples in {num_shards} shards in {args.out}{told}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
