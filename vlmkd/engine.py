@@ -140,12 +140,13 @@ class Engine:
     def _clamp(self) -> None:
         """Apply `task.bounds()` to the weights and to this rank's part of the fp32 master weights."""
         for parameter, low, high in self.task.bounds():
+            # Empty where ZeRO 3 has freed it; whole for small parameters, which ZeRO 3 keeps gathered.
+            parameter.data.clamp_(low, high)
             if hasattr(parameter, "ds_id"):
                 local = safe_get_local_fp32_param(parameter)
                 safe_set_local_fp32_param(parameter, local.clamp(low, high))
                 parameter.ds_tensor.data.clamp_(low, high)
                 continue
-            parameter.data.clamp_(low, high)
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:  # None: another rank holds this parameter's master weights
                 mapping.get_hp_fragment().data.clamp_(low, high)

@@ -20,7 +20,6 @@ import torch
 
 from vlmkd import checkpoint, distributed
 from vlmkd.config import RunConfig
-from vlmkd.data.batch import check_batch
 from vlmkd.data.loader import Loader
 from vlmkd.engine import Engine
 from vlmkd.errors import UserError
@@ -65,8 +64,6 @@ def fit(cfg: RunConfig, job: Job, engine: Engine, metrics: Metrics, state_dir: P
             for _ in range(accumulation):
                 with window.data_wait():
                     batch = next(batches)
-                if step == start:
-                    check_batch(batch)
                 output = job.task.step(to_device(batch, engine.device), step)
                 engine.backward(output.loss)
                 outputs.append(output)

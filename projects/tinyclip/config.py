@@ -1,0 +1,183 @@
+"""TinyCLIP's configuration: what is distilled from what, how the student starts, and the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vlmkd.averaging import check_average
+from vlmkd.config import RunConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A CLIP: any name that vlmkd.models.clip.load_clip takes."""
+
+    model: str = ""
+    """open_clip architecture, JSON model config, `local-dir:FOLDER`, `hf:FOLDER` or `zoo:NAME`."""
+    pretrained: str = ""
+    """open_clip tag or weights file; empty: random, or the folder's own weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InheritConfig:
+    """Manual weight inheritance (spec c1); each tower may come from another source."""
+
+    image_from: ModelConfig = field(default_factory=ModelConfig)
+    """Source of the image tower; empty: not inherited."""
+    text_from: ModelConfig = field(default_factory=ModelConfig)
+    """Source of the text tower; empty: not inherited."""
+    layers: Literal["interval_front", "uniform", "list"] = "interval_front"
+    """Which layers: every floor(D/K)-th from the front (the released code), evenly spread, or a list."""
+    image_layers: list[int] = field(default_factory=list)
+    """Source layers of the image tower, with layers=list."""
+    text_layers: list[int] = field(default_factory=list)
+    """Source layers of the text tower, with layers=list."""
+    width: Literal["front", "magnitude"] = "front"
+    """Which channels and heads: the leading ones (the released code), or those of the largest weights."""
+    positional: Literal["interpolate", "refuse"] = "interpolate"
+    """What happens when the student has another patch grid than the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitScaleConfig:
+    """Temperature of the affinities: logit_scale = 1 / temperature."""
+
+    mode: Literal["fixed", "learned"] = "fixed"
+    """`fixed` pins student and teachers (published scripts); `learned` trains the student's, teachers keep theirs."""
+    value: float = 50.0
+    """Scale with mode=fixed, for student and teachers."""
+    legacy_first_step: bool = False
+    """Replay the released code, whose student runs step 0 at 1 / 0.07 before it is pinned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the loss terms; 0 leaves a term out."""
+
+    affinity: float = 1.0
+    """Affinity mimicking (paper eq. 3-5; alpha of the released code)."""
+    affinity_reduction: Literal["half", "sum"] = "half"
+    """`half` averages the two directions (released code), `sum` adds them (paper)."""
+    affinity_chunk: int = 0
+    """Column tile of the memory-saving affinity loss; 0: dense."""
+    contrastive: float = 0.0
+    """Hard-label image-text loss (1 - alpha of the released code)."""
+    contrastive_kind: Literal["softmax", "sigmoid"] = "softmax"
+    """CLIP's InfoNCE or SigLIP's pairwise sigmoid loss."""
+    feature: float = 0.0
+    """Feature distillation FD (CLIP-KD; its weight is 2000)."""
+    interactive: float = 0.0
+    """Interactive contrastive loss ICL (CLIP-KD)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyCLIPConfig(RunConfig):
+    """What both kinds of TinyCLIP runs share."""
+
+    student: ModelConfig = field(default_factory=ModelConfig)
+    """The student; `local-dir:RUN/export` starts it from an earlier stage."""
+    teachers: list[ModelConfig] = field(default_factory=list)
+    """Frozen teachers, their affinities averaged; with data.sources.N.teacher_caches they are never loaded."""
+    logit_scale: LogitScaleConfig = field(default_factory=LogitScaleConfig)
+    """Temperature."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.student.model), "student.model", "is empty; name an architecture, a JSON file or local-dir:FOLDER")
+        weights = {name: getattr(self.loss, name) for name in ("affinity", "contrastive", "feature", "interactive")}
+        for name, weight in weights.items():
+            require(weight >= 0, f"loss.{name}", f"is {weight}; weights are not negative, and 0 turns a term off")
+        require(any(weights.values()), "loss", "has all weights 0; give at least one term a weight")
+        mimics = weights["affinity"] + weights["feature"] + weights["interactive"] > 0
+        require(
+            self.has_teacher == mimics,
+            "teachers",
+            "is empty but a distillation term has a weight; name a teacher or a teacher cache"
+            if mimics
+            else "is given but loss.affinity, loss.feature and loss.interactive are all 0; drop it or weigh a term",
+        )
+        require(
+            self.logit_scale.value > 0, "logit_scale.value", f"is {self.logit_scale.value}; it must be above 0"
+        )
+        require(
+            not self.logit_scale.legacy_first_step or self.logit_scale.mode == "fixed",
+            "logit_scale.legacy_first_step",
+            "goes with logit_scale.mode=fixed",
+        )
+
+    @property
+    def cached(self) -> bool:
+        """Whether teacher embeddings come from caches."""
+        return any(source.teacher_caches for source in self.data.sources)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher, loaded or cached."""
+        return bool(self.teachers) or self.cached
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TinyCLIPConfig):
+    """Distil a student that starts at random, by manual inheritance, or from an earlier stage."""
+
+    inherit: InheritConfig = field(default_factory=InheritConfig)
+    """Manual inheritance into the student."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the student, which is then evaluated and exported; 0: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_average(self.ema_decay, self.deepspeed.zero_stage)
+        listed = bool(self.inherit.image_layers or self.inherit.text_layers)
+        require(
+            listed == (self.inherit.layers == "list"),
+            "inherit.image_layers",
+            "and inherit.text_layers go with inherit.layers=list, and only with it",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSettings:
+    """Learned masks (spec c2)."""
+
+    start_sparsity: float = 0.0
+    """Target at step 0; absolute, relative to the full model."""
+    target_sparsity: float = 0.25
+    """Share of the transformer weights to remove."""
+    sparsity_warmup_steps: int = 1000
+    """Steps over which the target rises linearly."""
+    lr: float = 0.02
+    """Learning rate of the log alphas."""
+    multiplier_lr: float = 0.02
+    """Learning rate of the Lagrange multipliers, which ascend."""
+    sides: Literal["one", "two"] = "one"
+    """`one` penalises only missing sparsity (released code), `two` any deviation (paper)."""
+    joint: bool = True
+    """One sparsity over both towers, so that their split is learned."""
+    freeze_pruned: bool = False
+    """Units that an earlier stage removed cannot come back."""
+    round_to: int = 1
+    """Round kept widths to multiples of 1 (off), 8, 16 or 64 when fusing."""
+    legacy_projection_scale: bool = False
+    """Replay the released fusing, which also scales the output projections."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(TinyCLIPConfig):
+    """Learn which units to keep while distilling; the export is the fused dense student, which `distill` trains on."""
+
+    masks: MaskSettings = field(default_factory=MaskSettings)
+    """Masks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        masks = self.masks
+        require(
+            0.0 <= masks.start_sparsity <= masks.target_sparsity < 1.0,
+            "masks.target_sparsity",
+            f"is {masks.target_sparsity} with start {masks.start_sparsity}; 0 <= start <= target < 1 must hold",
+        )
+        require(masks.round_to in (1, 8, 16, 64), "masks.round_to", f"is {masks.round_to}; choose 1, 8, 16 or 64")

@@ -1,0 +1,287 @@
+"""The two TinyCLIP runs: distilling a student, and learning which of its units to keep."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from projects.tinyclip.config import DistillConfig, LossConfig, MaskConfig, TinyCLIPConfig
+from projects.tinyclip.fuse import fuse
+from projects.tinyclip.masked import MaskedCLIP
+from projects.tinyclip.masks import sparsity_target
+from projects.tinyclip.objective import StudentEmbeds, objective
+from vlmkd import distributed
+from vlmkd.averaging import moving_average
+from vlmkd.config import OptimConfig
+from vlmkd.export import export_clip, verify_export
+from vlmkd.losses.affinity import TeacherEmbeds
+from vlmkd.models.clip import ClipModel, ClipPredictor
+from vlmkd.models.pruned_clip import PrunedCLIP
+from vlmkd.models.teacher import ClipTeacher
+from vlmkd.optim import decay_groups
+from vlmkd.task import Batch, StepOutput, Task, combine
+from vlmkd.timing import Stopwatch
+from vlmkd.trainer import stream_seed
+
+LEGACY_FIRST_SCALE = 1 / 0.07  # the released student's scale before its first optimiser step
+_SCALE_LIMIT = math.log(100.0)
+
+
+class Student(nn.Module):
+    """The CLIP that is trained, and what the losses train beside it: projectors and ICL's own scale."""
+
+    def __init__(self, encoder: nn.Module, embed_dim: int, teacher_dims: list[int], loss: LossConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.image_projectors = nn.ModuleList()
+        self.text_projectors = nn.ModuleList()
+        self._projects = bool(loss.feature or loss.interactive)
+        for dim in teacher_dims if self._projects else []:
+            for projectors in (self.image_projectors, self.text_projectors):
+                projectors.append(nn.Identity() if dim == embed_dim else nn.Linear(embed_dim, dim))
+        self.interactive_log_scale = nn.Parameter(torch.tensor(math.log(LEGACY_FIRST_SCALE))) if loss.interactive else None
+
+    def forward(self, images: Tensor, tokens: Tensor, **encoder_options: Any) -> tuple[Any, list[tuple[Tensor, Tensor]], Tensor | float]:
+        """The encoder's output, unit embeddings in each teacher's space [b, D'], and ICL's scale."""
+        output = self.encoder(images, tokens, **encoder_options)
+        projected = [
+            (_project(image, output.image_embeds), _project(text, output.text_embeds))
+            for image, text in zip(self.image_projectors, self.text_projectors, strict=True)
+        ]
+        scale = 1.0 if self.interactive_log_scale is None else self.interactive_log_scale.float().exp()
+        return output, projected, scale
+
+
+def _project(projector: nn.Module, embeds: Tensor) -> Tensor:
+    if isinstance(projector, nn.Identity):
+        return embeds
+    return F.normalize(projector(embeds.to(next(projector.parameters()).dtype)).float(), dim=-1)
+
+
+class TinyCLIPTask(Task):
+    """Teacher embeddings, student embeddings, gathering and the objective; how the student starts is its builder's."""
+
+    def __init__(
+        self,
+        cfg: TinyCLIPConfig,
+        student: Student,
+        source: ClipModel,
+        teachers: list[ClipTeacher],
+        teacher_scales: list[float],
+    ) -> None:
+        """`source` describes the student (config, pixels, tokenizer); `teacher_scales` holds one scale per teacher."""
+        self.cfg, self.core, self.source = cfg, student, source
+        self.student = student
+        self.teachers = list(teachers)
+        self.watch = Stopwatch()
+        self._teacher_scales = teacher_scales
+        scale = student.encoder.logit_scale
+        if cfg.logit_scale.mode == "fixed":
+            scale.requires_grad_(False).fill_(math.log(cfg.logit_scale.value))
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """One micro-batch: frozen teachers, student, gather, losses."""
+        with self.watch.span("teacher"):
+            teachers = self._teacher_embeds(batch)
+        output, projected, interactive_scale = self._forward(batch, step)
+        with self.watch.span("loss"):
+            student = StudentEmbeds(
+                output.image_embeds,
+                output.text_embeds,
+                self._student_scale(output.logit_scale, step),
+                0.0 if output.logit_bias is None else output.logit_bias,
+                *self._gathered(output.image_embeds, output.text_embeds),
+                projected=projected,
+                interactive_scale=interactive_scale,
+            )
+            offset = distributed.row_offset(len(output.image_embeds))
+            terms, weights, metrics = objective(student, teachers, self.cfg.loss, offset)
+        metrics["logit_scale"] = torch.as_tensor(student.logit_scale).detach()
+        return self._combine(output, terms, weights, metrics)
+
+    def _forward(self, batch: Batch, step: int) -> Any:
+        return self.student(batch["images"], batch["tokens"])
+
+    def _combine(self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]) -> StepOutput:
+        combined = combine(terms, weights)
+        combined.metrics = metrics
+        return combined
+
+    def _student_scale(self, learned: Tensor, step: int) -> Tensor | float:
+        scale = self.cfg.logit_scale
+        if scale.mode == "learned":
+            return learned
+        return LEGACY_FIRST_SCALE if scale.legacy_first_step and step == 0 else scale.value
+
+    @torch.no_grad()
+    def _teacher_embeds(self, batch: Batch) -> list[TeacherEmbeds]:
+        """Unit embeddings of every teacher, loaded or stored, gathered over the ranks."""
+        if "teacher_image_embeds" in batch:
+            pairs = list(zip(batch["teacher_image_embeds"], batch["teacher_text_embeds"], strict=True))
+        else:
+            pairs = []
+            for index, teacher in enumerate(self.teachers):
+                images, tokens = _own(batch, "teacher_images", index), _own(batch, "teacher_tokens", index)
+                pairs.append(
+                    teacher.embed(
+                        batch["images"] if images is None else images,
+                        batch["tokens"] if tokens is None else tokens,
+                        own_statistics=images is not None,
+                    )
+                )
+        fixed = self.cfg.logit_scale.mode == "fixed"
+        return [
+            TeacherEmbeds(image, text, self.cfg.logit_scale.value if fixed else scale, *self._gathered(image, text))
+            for (image, text), scale in zip(pairs, self._teacher_scales, strict=True)
+        ]
+
+    @staticmethod
+    def _gathered(image: Tensor, text: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of all ranks, both modalities in one collective; (None, None) for one rank."""
+        if distributed.world_size() == 1:
+            return None, None
+        both = distributed.gather(torch.cat([image, text], dim=1))
+        return both[:, : image.shape[1]], both[:, image.shape[1] :]
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """A learned scale stays in [1, 100], as CLIP's does."""
+        if self.cfg.logit_scale.mode == "fixed":
+            return []
+        return [(self.core.encoder.logit_scale, 0.0, _SCALE_LIMIT)]
+
+    def predictor(self) -> ClipPredictor:
+        """The student as evaluators see it."""
+        return ClipPredictor("student", self.core.encoder, self.source.image_spec, self.source.tokenizer)
+
+    def teacher_predictors(self) -> dict[str, ClipPredictor]:
+        """The loaded teachers by name."""
+        return {f"teacher {teacher.model.source}": ClipPredictor.of(teacher.model) for teacher in self.teachers}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the student as an open_clip folder (a ragged one as PrunedCLIP)."""
+        export_clip(folder, self._exported(weights))
+
+    def check_export(self, folder: Path) -> None:
+        """Compare the reloaded export with the weights that were written, in a fresh process."""
+        verify_export(folder, self._checked)
+
+    def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
+        """A ClipModel with the student's complete weights."""
+        prefix = "encoder."
+        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        self._checked = self.source.with_weights(state)
+        return self._checked
+
+
+def _own(batch: Batch, name: str, index: int) -> Tensor | None:
+    """A teacher's own view or tokens, None when the student's serve."""
+    return batch[name][index] if name in batch else None
+
+
+class DistillTask(TinyCLIPTask):
+    """Distil into a student of its final shape."""
+
+    cfg: DistillConfig
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._average: AveragedModel | None = None
+        if self.cfg.ema_decay:
+            self._average = moving_average(self.core, self.cfg.ema_decay)
+
+    def after_update(self, step: int) -> None:
+        """Feed the moving average."""
+        if self._average is not None:
+            self._average.to(next(self.core.parameters()).device)
+            self._average.update_parameters(self.core)
+
+    def state(self) -> dict[str, Any]:
+        """The moving average."""
+        return {} if self._average is None else {"average": self._average.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the moving average back."""
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+
+    def predictor(self) -> ClipPredictor:
+        """The averaged student when there is an average."""
+        encoder = self.core.encoder if self._average is None else self._average.module.encoder
+        return ClipPredictor("student", encoder, self.source.image_spec, self.source.tokenizer)
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the (averaged) student."""
+        if self._average is not None:
+            weights = {name: value.cpu() for name, value in self._average.module.state_dict().items()}
+        super().export(folder, weights)
+
+
+class MaskTask(TinyCLIPTask):
+    """Distil a full-size student under learned masks; the export is the fused dense model."""
+
+    cfg: MaskConfig
+
+    @property
+    def masked(self) -> MaskedCLIP:
+        """The masked student."""
+        assert isinstance(self.core.encoder, MaskedCLIP)
+        return self.core.encoder
+
+    def _forward(self, batch: Batch, step: int) -> Any:
+        masks = self.cfg.masks
+        seed = stream_seed(self.cfg.seed, distributed.rank(), batch["positions"]["worker"], batch["positions"]["raw"], "masks")
+        target = sparsity_target(step, masks.start_sparsity, masks.target_sparsity, masks.sparsity_warmup_steps)
+        return self.student(batch["images"], batch["tokens"], seed=seed, target=target)
+
+    def _combine(self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]) -> StepOutput:
+        metrics |= {
+            "sparsity": output.joint_sparsity.detach(),
+            "image_sparsity": output.image_sparsity.detach(),
+            "text_sparsity": output.text_sparsity.detach(),
+        }
+        return super()._combine(output, terms | {"sparsity": output.penalty}, weights | {"sparsity": 1.0}, metrics)
+
+    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Encoder weights, masks and multipliers, and the projectors."""
+        groups = self.masked.param_groups(optim, self.cfg.masks.lr, self.cfg.masks.multiplier_lr)
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        for group in decay_groups(self.core, optim):
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
+            groups += [group] if group["params"] else []
+        return groups
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """The learned scale, and the log alphas."""
+        return super().bounds() + self.masked.bounds()
+
+    def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
+        """The dense student of the deterministic masks; what was kept goes to the log."""
+        state = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+        fused = fuse(
+            state,
+            self.masked.config,
+            round_to=self.cfg.masks.round_to,  # type: ignore[arg-type]
+            legacy_projection_scale=self.cfg.masks.legacy_projection_scale,
+        )
+        self.fused_report = fused.report()
+        module: PrunedCLIP = fused.model()
+        self._checked = ClipModel(
+            module=module,
+            config=fused.config,
+            image_spec=self.source.image_spec,
+            tokenizer=self.source.tokenizer,
+            source="fused",
+            digest="",
+        )
+        return self._checked
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the fused student and the table of what each layer kept."""
+        super().export(folder, weights)
+        (folder / "kept.md").write_text(self.fused_report + "\n", encoding="utf-8")

@@ -1,0 +1,61 @@
+"""Parameter groups and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vlmkd.averaging import check_average, moving_average
+from vlmkd.config import OptimConfig
+from vlmkd.errors import UserError
+from vlmkd.optim import decay_groups, lr_factor
+
+
+def test_decay_goes_to_matrices_only() -> None:
+    module = nn.ModuleDict({"fc": nn.Linear(3, 2), "ln_1": nn.LayerNorm(2), "conv": nn.Conv2d(1, 1, 3)})
+    module["fc"].bias.requires_grad_(False)
+    decay, plain = decay_groups(module, OptimConfig(lr=0.5, weight_decay=0.1))
+    assert {id(p) for p in decay["params"]} == {id(module["fc"].weight), id(module["conv"].weight)}
+    assert {id(p) for p in plain["params"]} == {
+        id(p) for p in [*module["ln_1"].parameters(), module["conv"].bias]
+    }
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_cosine_with_warm_up() -> None:
+    optim = OptimConfig(warmup_steps=4)
+    assert [lr_factor(step, 12, optim) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_factor(4, 12, optim) == 1.0
+    assert lr_factor(8, 12, optim) == pytest.approx(0.5)
+    assert lr_factor(11, 12, optim) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_warmup_stable_decay() -> None:
+    optim = OptimConfig(warmup_steps=2, schedule="wsd", decay_steps=4)
+    assert [lr_factor(step, 10, optim) for step in (2, 5, 6, 7, 9)] == [1.0, 1.0, 1.0, 0.75, 0.25]
+    assert lr_factor(9, 10, OptimConfig(warmup_steps=2, schedule="constant")) == 1.0
+
+
+def test_moving_average_is_the_textbook_sum_even_from_bf16_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = moving_average(model, 0.9)
+    expected = None
+    model.to(torch.bfloat16)
+    for value in (1.0, 2.0, 4.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+    assert average.module.weight.dtype == torch.float32
+    assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_averaging_partitioned_weights_is_refused() -> None:
+    check_average(0.99, 2)
+    with pytest.raises(UserError, match="ema_decay needs whole weights"):
+        check_average(0.99, 3)
+    with pytest.raises(UserError, match="ema_decay is 1.0"):
+        check_average(1.0, 1)

@@ -1,0 +1,80 @@
+"""Run by test_engine.py under several processes: train, save, restore, compare; prints one JSON line on rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlmkd import checkpoint, distributed, engine
+from vlmkd.config import DeepSpeedConfig, OptimConfig, RunConfig
+from vlmkd.task import Task
+
+BOUND = 0.1
+
+
+class ToyTask(Task):
+    """A small network one of whose weights is clamped."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4))
+        self.student.register_buffer("note", torch.arange(3.0))
+        self.clamped = self.student[3].weight
+        self.teachers = []
+
+    def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
+        """The last weight stays in [-BOUND, BOUND]."""
+        return [(self.clamped, -BOUND, BOUND)]
+
+
+def train(task: Task, around: engine.Engine, begin: int, end: int) -> None:
+    """Optimiser steps on seeded global batches of eight rows, of which each rank takes its share."""
+    share = 8 // distributed.world_size()
+    for step in range(begin, end):
+        rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        local = rows[distributed.rank() * share : (distributed.rank() + 1) * share].to(around.dtype)
+        around.set_lr(1.0)
+        around.backward(task.student(local).float().pow(2).mean())
+        assert around.update()
+
+
+def main(state_dir: Path, stage: int, precision: str) -> None:
+    """Straight through against save and restore after three of six steps."""
+    engine.start_ranks()
+    cfg = RunConfig(
+        run_dir="unused",
+        batch_size=8,
+        deepspeed=DeepSpeedConfig(zero_stage=stage, precision=precision),  # type: ignore[arg-type]
+        optim=OptimConfig(lr=1e-2, warmup_steps=0),
+    )
+    first = ToyTask()
+    around = engine.Engine(first, cfg)
+    train(first, around, 0, 3)
+    checkpoint.save(state_dir, 3, around, shared={"step": 3}, per_rank={"rank": distributed.rank()}, keep=2)
+    train(first, around, 3, 6)
+    straight = around.student_weights()
+
+    second = ToyTask()
+    again = engine.Engine(second, cfg)
+    shared, own = checkpoint.load(checkpoint.latest(state_dir), again)
+    assert own == {"rank": distributed.rank()} and shared == {"step": 3}
+    train(second, again, 3, 6)
+    resumed = again.student_weights()
+    if straight is not None and resumed is not None:
+        result = {
+            "equal": all(torch.equal(straight[name], resumed[name]) for name in straight),
+            "names": sorted(straight),
+            "dtypes": sorted({str(value.dtype) for value in straight.values()}),
+            "largest_clamped": straight["3.weight"].abs().max().item(),
+            "weights": {name: value.tolist() for name, value in straight.items()},
+        }
+        print("RESULT " + json.dumps(result), flush=True)
+    engine.stop_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,62 @@
+"""The engine at ZeRO 1, 2 and 3 with one and two processes: equal weights, clamps, bit-exact restore."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(tmp_path: Path, stage: int, precision: str, ranks: int) -> dict:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+        str(Path(__file__).parent / "engine_worker.py"), str(tmp_path), str(stage), precision,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def _reference() -> dict[str, torch.Tensor]:
+    """Six AdamW steps in plain torch, with the same clipping and clamp."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4))
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
+    for step in range(6):
+        rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(rows).pow(2).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        with torch.no_grad():
+            model[3].weight.clamp_(-0.1, 0.1)
+    return model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks"),
+    [(1, "fp32", 1), (1, "fp32", 2), (1, "bf16", 2), (2, "fp32", 2), (3, "fp32", 2), (3, "bf16", 1)],
+)
+def test_restore_is_exact_and_weights_equal_plain_torch(tmp_path: Path, stage: int, precision: str, ranks: int) -> None:
+    result = _run(tmp_path, stage, precision, ranks)
+    assert result["equal"]
+    assert result["dtypes"] == ["torch.float32"]
+    assert result["largest_clamped"] == pytest.approx(0.1, abs=1e-7)
+    assert result["weights"]["note"] == [0.0, 1.0, 2.0]
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    for name, value in _reference().items():
+        torch.testing.assert_close(torch.tensor(result["weights"][name]), value, rtol=0, atol=tolerance)
