@@ -297,7 +297,7 @@ def _write_json(folder: Path, info: CacheInfo) -> None:
     shards = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            shards[path.stem] = file.metadata()
+            shards[path.stem] = json.loads(file.metadata()["shard"])
     text = json.dumps({"info": dataclasses.asdict(info), "shards": shards}, indent=1)
     partial = folder / f"cache.json.{os.getpid()}.partial"
     partial.write_text(text, encoding="utf-8")
@@ -385,10 +385,11 @@ def _save_shard(path: Path, columns: _Columns, info: CacheInfo) -> None:
         ),
         "keys": _pack_keys(columns.keys),
     }
-    digest = hashlib.sha256(b"".join(columns.digests)).hexdigest()
+    # One metadata entry: safetensors writes several in no fixed order, and the same cache should be the same bytes.
+    summary = {"samples": number, "digest": hashlib.sha256(b"".join(columns.digests)).hexdigest()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"samples": str(number), "digest": digest})
+        save_file(tensors, partial, metadata={"shard": json.dumps(summary)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
