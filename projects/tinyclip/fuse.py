@@ -90,7 +90,9 @@ def fuse_masks(
         "pruned": True,
         "unpruned": {key: config[key] for key in ("vision_cfg", "text_cfg")},
     }
-    state = {name: weights[name].clone() for name in ("logit_scale", "logit_bias") if name in weights}
+    state = {
+        name: weights[name].reshape(()).clone() for name in ("logit_scale", "logit_bias") if name in weights
+    }
     for prefix, field, name, mask in (
         ("visual.", "vision_cfg", "image", image),
         ("text.", "text_cfg", "text", text),
@@ -181,8 +183,10 @@ def reenter(
 ) -> MaskedCLIP:
     """A full-size MaskedCLIP that holds the pruned model in front (first heads, first channels) and zeros behind.
 
-    Log alphas are +10 for present and -10 for absent units. The first clamp moves the latter to -4.6, where a unit
-    is still sampled with 4.7 %; `freeze_pruned` keeps absent units out for good instead.
+    Log alphas are +10 for present and -10 for absent units. The first clamp moves the latter to -4.6, where a unit is
+    still sampled with 4.7 % and counts in the expected size. Zeros on both sides of an absent head or FFN channel make
+    its gradients exactly zero, and an absent hidden channel acts through the LayerNorm statistics only: they cannot
+    learn to be useful. `freeze_pruned` keeps them out for good instead.
 
     Args:
         full_config: sizes to restore; by default those that fusing noted in the pruned config.

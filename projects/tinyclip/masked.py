@@ -236,8 +236,8 @@ class MaskedCLIP(nn.Module):
         return MaskedOutput(
             None if images is None else F.normalize(self.visual(images, image_mask).float(), dim=-1),
             None if tokens is None else F.normalize(self.text(tokens, text_mask).float(), dim=-1),
-            self.logit_scale.float().exp(),
-            None if self.logit_bias is None else self.logit_bias.float(),
+            self.logit_scale.float().exp().reshape(()),
+            None if self.logit_bias is None else self.logit_bias.float().reshape(()),
             *sparsities,
             penalty,
         )

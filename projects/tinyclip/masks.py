@@ -113,7 +113,10 @@ class TowerMasks(nn.Module):
             generator = torch.Generator(self.hidden.device).manual_seed(seed)
             values = [sample_mask(alpha, generator) * present for alpha, present in self._families()]
             mask = Mask(*values)
-        multipliers = Multipliers(reverse_gradient(self.linear), reverse_gradient(self.quadratic))
+        # Reshaped, because an engine may keep scalars as vectors of one element.
+        multipliers = Multipliers(
+            *(reverse_gradient(value).reshape(()) for value in (self.linear, self.quadratic))
+        )
         return mask, self.expected_size(), multipliers
 
     def deterministic(self, hidden_multiple: int = 1, channel_multiple: int = 1) -> Mask:

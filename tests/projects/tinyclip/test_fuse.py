@@ -230,6 +230,28 @@ def test_frozen_units_get_no_gradient_and_stay_out_of_the_next_export() -> None:
     assert torch.equal(restored.image_masks.hidden_present, again.image_masks.hidden_present)
 
 
+def test_zero_padded_units_cannot_learn_even_when_they_are_sampled() -> None:
+    pruned = fuse((model := masked_clip()).state_dict(), model.config).model()
+    again = reenter(pruned).train()
+    for alpha, low, high in again.bounds():
+        alpha.data.clamp_(low, high)
+    images, tokens = inputs()
+    for seed in range(10):
+        output = again(images, tokens, seed=seed)
+        (output.image_embeds @ output.text_embeds.T).logsumexp(1).sum().backward()
+    width, tower = pruned.config["vision_cfg"]["width"], again.visual
+    channels = pruned.config["vision_cfg"]["mlp"][0]
+    assert tower.conv1.weight.grad[:width].abs().max() > 0
+    assert 0 < tower.conv1.weight.grad[width:].abs().max() < 1  # through the statistics
+    for gradient in (
+        tower.proj.grad[width:],
+        tower.ln_post.weight.grad[width:],
+        tower.transformer.resblocks[0].mlp.c_fc.weight.grad[channels:],
+        tower.transformer.resblocks[0].mlp.c_proj.weight.grad[:, channels:],
+    ):
+        assert len(gradient) and (gradient == 0).all()
+
+
 def test_refusals() -> None:
     model = masked_clip()
     fused = fuse(model.state_dict(), model.config)

@@ -426,6 +426,19 @@ def test_activation_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_training_step_never_waits_for_the_device() -> None:
+    """Fake tensors refuse every operation whose result the host would have to read."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = MaskedCLIP.from_clip(tiny_clip()).config
+    with FakeTensorMode() as mode:
+        model = MaskedCLIP(config).train()
+        images, tokens = (mode.from_tensor(value) for value in inputs())
+        output = model(images, tokens, seed=3, target=0.9)
+        (output.penalty + output.image_embeds.sum() + output.text_embeds.sum()).backward()
+        model.eval()(images, tokens)
+
+
 def test_mask_state_resumes_exactly() -> None:
     model = MaskedCLIP.from_clip(tiny_clip()).train()
     spread_masks(model)
