@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,25 @@ def test_losses_import_torch_and_einops_only(path: Path) -> None:
             f"{path.name} imports {name}"
         )
         assert not name.startswith("torch.distributed"), f"{path.name} imports {name}"
+
+
+def test_what_is_imported_is_required() -> None:
+    """Every outside package that the code imports by statement stands in requirements.txt itself."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    required = {re.split(r"[<>=;\s]", line)[0].lower() for line in lines if line and not line.startswith("#")}
+    other_names = {
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "open_clip": "open_clip_torch",
+        "skimage": "scikit-image",
+    }
+    known = set(sys.stdlib_module_names) | {"vlmkd", "projects"}
+    for package in ("vlmkd", "projects", "data_tools", "scripts"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for top in {name.partition(".")[0] for name in imported_names(path)} - known:
+                distribution = other_names.get(top, top).lower()
+                found = {distribution, distribution.replace("_", "-")} & required
+                assert found, f"{path.relative_to(ROOT)} imports {top}, which requirements.txt does not name"
 
 
 @pytest.mark.parametrize("package", ["vlmkd", "projects"])
