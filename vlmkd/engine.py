@@ -81,6 +81,10 @@ class Engine:
         self.task = task
         self.dtype = PRECISIONS[cfg.deepspeed.precision]
         self.config = deepspeed_json(cfg, distributed.world_size())
+        self._scalars = {name for name, p in task.student.named_parameters() if p.ndim == 0}
+        for parameter in task.student.parameters():
+            if parameter.ndim == 0:  # DeepSpeed 0.19 cannot broadcast a parameter without dimensions
+                parameter.data = parameter.data.reshape(1)
         groups = [dict(group) for group in task.param_groups(cfg.optim)]
         for group in groups:
             group["peak_lr"] = group.get("lr", cfg.optim.lr)
@@ -178,7 +182,7 @@ class Engine:
         for name, value in persistent.items():
             if name not in weights:  # buffers and tied names
                 weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
-        return weights
+        return {name: value.reshape(()) if name in self._scalars else value for name, value in weights.items()}
 
     def save(self, folder: Path) -> None:
         """Write model and optimiser shards of all ranks into `folder`."""

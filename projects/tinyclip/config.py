@@ -37,6 +37,8 @@ class InheritConfig:
     """Which channels and heads: the leading ones (the released code), or those of the largest weights."""
     positional: Literal["interpolate", "refuse"] = "interpolate"
     """What happens when the student has another patch grid than the source."""
+    allow_activation_change: bool = False
+    """Accept a source of another activation (published recipes: GELU students from OpenAI's QuickGELU weights)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,9 @@ class Student(nn.Module):
         for dim in teacher_dims if self._projects else []:
             for projectors in (self.image_projectors, self.text_projectors):
                 projectors.append(nn.Identity() if dim == embed_dim else nn.Linear(embed_dim, dim))
-        self.interactive_log_scale = nn.Parameter(torch.tensor(math.log(LEGACY_FIRST_SCALE))) if loss.interactive else None
+        self.interactive_log_scale = None
+        if loss.interactive:  # one element, because DeepSpeed cannot broadcast parameters without dimensions
+            self.interactive_log_scale = nn.Parameter(torch.full((1,), math.log(LEGACY_FIRST_SCALE)))
 
     def forward(self, images: Tensor, tokens: Tensor, **encoder_options: Any) -> tuple[Any, list[tuple[Tensor, Tensor]], Tensor | float]:
         """The encoder's output, unit embeddings in each teacher's space [b, D'], and ICL's scale."""
@@ -54,7 +56,7 @@ class Student(nn.Module):
             (_project(image, output.image_embeds), _project(text, output.text_embeds))
             for image, text in zip(self.image_projectors, self.text_projectors, strict=True)
         ]
-        scale = 1.0 if self.interactive_log_scale is None else self.interactive_log_scale.float().exp()
+        scale = 1.0 if self.interactive_log_scale is None else self.interactive_log_scale.float().exp().reshape(())
         return output, projected, scale
 
 
@@ -81,9 +83,6 @@ class TinyCLIPTask(Task):
         self.teachers = list(teachers)
         self.watch = Stopwatch()
         self._teacher_scales = teacher_scales
-        scale = student.encoder.logit_scale
-        if cfg.logit_scale.mode == "fixed":
-            scale.requires_grad_(False).fill_(math.log(cfg.logit_scale.value))
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch: frozen teachers, student, gather, losses."""
@@ -155,6 +154,14 @@ class TinyCLIPTask(Task):
             return []
         return [(self.core.encoder.logit_scale, 0.0, _SCALE_LIMIT)]
 
+    def _encoder_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder's part of the student's complete weights; a fixed scale is written exactly."""
+        state = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+        if self.cfg.logit_scale.mode == "fixed":
+            (name,) = [name for name in state if name.endswith("logit_scale")]
+            state[name] = torch.full_like(state[name], math.log(self.cfg.logit_scale.value))
+        return state
+
     def predictor(self) -> ClipPredictor:
         """The student as evaluators see it."""
         return ClipPredictor("student", self.core.encoder, self.source.image_spec, self.source.tokenizer)
@@ -173,9 +180,8 @@ class TinyCLIPTask(Task):
 
     def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
         """A ClipModel with the student's complete weights."""
-        prefix = "encoder."
-        state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        self._checked = self.source.with_weights(state)
+        state = self._encoder_weights(weights)
+        self._checked = self.source.with_weights({name.removeprefix("model."): value for name, value in state.items()})
         return self._checked
 
 
@@ -262,9 +268,8 @@ class MaskTask(TinyCLIPTask):
 
     def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
         """The dense student of the deterministic masks; what was kept goes to the log."""
-        state = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
         fused = fuse(
-            state,
+            self._encoder_weights(weights),
             self.masked.config,
             round_to=self.cfg.masks.round_to,  # type: ignore[arg-type]
             legacy_projection_scale=self.cfg.masks.legacy_projection_scale,

@@ -1,0 +1,152 @@
+"""From a TinyCLIP config to a job: models, inheritance, loader, evaluators."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from projects.tinyclip.config import DistillConfig, InheritConfig, MaskConfig, ModelConfig, TinyCLIPConfig
+from projects.tinyclip.fuse import reenter
+from projects.tinyclip.inherit import Inheritance, inherit
+from projects.tinyclip.masked import MaskedCLIP
+from projects.tinyclip.task import DistillTask, MaskTask, Student
+from vlmkd import distributed
+from vlmkd.config import require
+from vlmkd.data.loader import Loader, build_loader
+from vlmkd.data.teacher_cache import TeacherCache
+from vlmkd.engine import batch_triple
+from vlmkd.evaluation.base import Evaluator
+from vlmkd.evaluation.retrieval import Retrieval
+from vlmkd.evaluation.zero_shot import ZeroShot
+from vlmkd.models.clip import ClipModel, CLIPEncoder, load_clip, load_weights
+from vlmkd.models.pruned_clip import PrunedCLIP
+from vlmkd.models.teacher import ClipTeacher
+from vlmkd.trainer import Job
+
+log = logging.getLogger("vlmkd.tinyclip")
+
+
+def distill_job(cfg: DistillConfig) -> Job:
+    """The `distill` run."""
+    source = load_clip(cfg.student.model, cfg.student.pretrained, seed=cfg.seed)
+    inherited = inherited_weights(cfg.inherit, source.config)
+    if inherited is not None:
+        log.info("inherited:\n%s", inherited.describe())
+        load_weights(source.module, {**source.module.state_dict(), **inherited.state}, "inherited weights")
+    scale = cfg.logit_scale
+    encoder = CLIPEncoder(
+        source.module,
+        scale_mode=scale.mode,
+        scale=scale.value if scale.mode == "fixed" else None,
+        activation_checkpointing=cfg.deepspeed.activation_checkpointing,
+    )
+    return _job(cfg, DistillTask, encoder, source)
+
+
+def mask_job(cfg: MaskConfig) -> Job:
+    """The `mask` run: a full-size model under masks, or an earlier stage's export padded back to full size."""
+    source = load_clip(cfg.student.model, cfg.student.pretrained, seed=cfg.seed)
+    masks = cfg.masks
+    if isinstance(source.module, PrunedCLIP):
+        encoder = reenter(source.module, freeze_pruned=masks.freeze_pruned, joint=masks.joint, sides=masks.sides)
+    else:
+        require(not masks.freeze_pruned, "masks.freeze_pruned", "has no effect on a student that was never pruned")
+        encoder = MaskedCLIP.from_clip(source.module, joint=masks.joint, sides=masks.sides)
+    if cfg.deepspeed.activation_checkpointing:
+        encoder.set_grad_checkpointing()
+    if cfg.logit_scale.mode == "fixed":
+        encoder.logit_scale.data.fill_(math.log(cfg.logit_scale.value))
+        encoder.logit_scale.requires_grad_(False)
+    return _job(cfg, MaskTask, encoder, source)
+
+
+def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inheritance | None:
+    """Weights cut out of the sources of `cfg`; None when it names none."""
+    result = None
+    for tower, source, layers in (
+        ("image", cfg.image_from, cfg.image_layers),
+        ("text", cfg.text_from, cfg.text_layers),
+    ):
+        if not source.model:
+            continue
+        loaded = load_clip(source.model, source.pretrained)
+        part = inherit(
+            loaded.module.state_dict(),
+            loaded.config,
+            student_config,
+            layer_select=layers if cfg.layers == "list" else cfg.layers,
+            width_select=cfg.width,
+            tower=tower,  # type: ignore[arg-type]
+            positions=cfg.positional,
+            allow_activation_change=cfg.allow_activation_change,
+        )
+        result = part if result is None else result.merge(part)
+    return result
+
+
+def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipModel) -> Job:
+    teachers = [] if cfg.cached else [_teacher(teacher, cfg, source) for teacher in cfg.teachers]
+    dims, scales = _teacher_facts(cfg, teachers)
+    loader = _loader(cfg, source, teachers)
+    with torch.random.fork_rng(devices=[]):  # new projectors depend on the run's seed alone
+        torch.manual_seed(cfg.seed)
+        student = Student(encoder, source.config["embed_dim"], dims, cfg.loss)
+    return Job(task_class(cfg, student, source, teachers, scales), loader, evaluators(cfg))
+
+
+def _teacher(teacher: ModelConfig, cfg: TinyCLIPConfig, student: ClipModel) -> ClipTeacher:
+    return ClipTeacher(load_clip(teacher.model, teacher.pretrained), student.image_spec)
+
+
+def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[list[int], list[float]]:
+    """Embedding width and own logit scale of every teacher, from its cache when there is one."""
+    if cfg.cached:
+        folders = cfg.data.sources[0].teacher_caches
+        infos = [TeacherCache(folder).info for folder in folders]
+        named = [teacher.model + (f"@{teacher.pretrained}" if teacher.pretrained else "") for teacher in cfg.teachers]
+        held = [info.source for info in infos]
+        require(
+            not named or named == held,
+            "teachers",
+            f"names {', '.join(named)}, but the teacher caches {', '.join(folders)} are of {', '.join(held)}; "
+            f"write caches of these teachers with data_tools/embed_teacher.py, or leave teachers empty",
+        )
+        return [info.dim for info in infos], [info.logit_scale for info in infos]
+    models = [teacher.model for teacher in teachers]
+    scales = [float(model.module.logit_scale.detach().double().exp()) for model in models]  # type: ignore[operator, union-attr]
+    return [int(model.config["embed_dim"]) for model in models], scales
+
+
+def _loader(cfg: TinyCLIPConfig, source: ClipModel, teachers: list[ClipTeacher]) -> Loader:
+    world_size = distributed.world_size()
+    micro, _ = batch_triple(cfg, world_size)
+    views = [
+        (teacher.model.image_spec, None if _same_tokens(teacher.model, source) else teacher.model.tokenizer)
+        for teacher in teachers
+    ]
+    return build_loader(
+        cfg.data,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world_size=world_size,
+        micro_batch_size=micro,
+        image_spec=source.image_spec,
+        tokenizer=source.tokenizer,
+        teacher_views=views,
+    )
+
+
+def _same_tokens(one: ClipModel, other: ClipModel) -> bool:
+    """Whether two tokenizers give the same ids, by a probe of ordinary and odd texts."""
+    probe = ["a photo of a cat", "", "Ünïcode & <html> 12:30", "very long " * 100]
+    first, second = one.tokenizer(probe), other.tokenizer(probe)
+    return first.shape == second.shape and bool((first == second).all())
+
+
+def evaluators(cfg: TinyCLIPConfig) -> list[Evaluator]:
+    """Zero-shot sets, then retrieval sets."""
+    zero_shot: list[Evaluator] = [ZeroShot.from_config(item) for item in cfg.evaluation.zero_shot]
+    return zero_shot + [Retrieval.from_config(item) for item in cfg.evaluation.retrieval]
