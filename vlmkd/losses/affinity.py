@@ -67,28 +67,27 @@ def affinity_loss(
     Raises:
         ValueError: no teacher, half of a gathered pair, a negative chunk, an unknown reduction, unequal row counts.
     """
-    gathered = all_image_embeds is not None
     _check(image_embeds, text_embeds, teachers, all_image_embeds, all_text_embeds, chunk)
     if reduction not in ("half", "sum"):
         raise ValueError(f"reduction is {reduction!r}; choose half or sum")
-    blocks = [(image_embeds, all_text_embeds if gathered else text_embeds)]
-    targets = [
-        [(t.image_embeds, t.all_text_embeds if gathered else t.text_embeds, t.logit_scale) for t in teachers]
-    ]
+    gathered = all_image_embeds is not None
+    student = TeacherEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds)
+    # Without gathering one block serves both directions: its columns are the rows of the other direction.
+    blocks = [[_image_rows(x) for x in (student, *teachers)]]
     if gathered:
-        blocks.append((text_embeds, all_image_embeds))
-        targets.append([(t.text_embeds, t.all_image_embeds, t.logit_scale) for t in teachers])
+        blocks.append([_text_rows(x) for x in (student, *teachers)])
     terms: list[tuple[Tensor, Tensor]] = []
     with torch.autocast(image_embeds.device.type, enabled=False):
-        for (rows, columns), target in zip(blocks, targets, strict=True):
-            student = (_wide(rows), _wide(columns), _scalar(logit_scale, rows))
-            teacher = [(_wide(r).detach(), _wide(c).detach(), _scalar(s, r).detach()) for r, c, s in target]
-            # Without gathering one block serves both directions: its columns are the rows of the other direction.
+        for block in blocks:
+            triple, *teacher = [
+                (_wide(rows), _wide(columns), _scalar(scale, rows)) for rows, columns, scale in block
+            ]
+            teacher = [(rows.detach(), columns.detach(), scale.detach()) for rows, columns, scale in teacher]
             if chunk:
-                packed = [tensor for triple in teacher for tensor in triple]
-                terms.append(_Chunked.apply(*student, not gathered, chunk, torch.is_grad_enabled(), *packed))
+                packed = [tensor for each in teacher for tensor in each]
+                terms.append(_Chunked.apply(*triple, not gathered, chunk, torch.is_grad_enabled(), *packed))
             else:
-                terms.append(_dense(*student, teacher, both=not gathered))
+                terms.append(_dense(*triple, teacher, both=not gathered))
     weight = 0.5 if reduction == "half" else 1.0
     ce = torch.stack([cross_entropy for cross_entropy, _ in terms]).sum()
     entropy = torch.stack([teacher_entropy for _, teacher_entropy in terms]).sum()
@@ -121,6 +120,14 @@ def _check(
             raise ValueError(f"row counts differ between student and teachers: {[x.shape[0] for x in group]}")
 
 
+def _image_rows(x: TeacherEmbeds) -> tuple[Tensor, Tensor, Tensor | float]:
+    return x.image_embeds, x.text_embeds if x.all_text_embeds is None else x.all_text_embeds, x.logit_scale
+
+
+def _text_rows(x: TeacherEmbeds) -> tuple[Tensor, Tensor, Tensor | float]:
+    return x.text_embeds, x.image_embeds if x.all_image_embeds is None else x.all_image_embeds, x.logit_scale
+
+
 def _wide(x: Tensor) -> Tensor:
     """Half precisions as float32; float32 and float64 as they are (bf16 logits cost 2.5 % of the gradient)."""
     return x if x.dtype == torch.float64 else x.float()
@@ -143,13 +150,22 @@ def _dense(
     ce, entropy = rows.new_zeros(()), rows.new_zeros(())
     for dim in (1, 0) if both else (1,):
         with torch.no_grad():
-            target = teacher_logits[0].softmax(dim)
-            for other in teacher_logits[1:]:
-                target += other.softmax(dim)
-            target /= len(teacher)
-            entropy = entropy - _log(target).mul_(target).sum()
+            target, log_target = _mean_softmax(teacher_logits, dim)
+            entropy = entropy - log_target.mul_(target).sum()
         ce = ce - (target * logits.log_softmax(dim)).sum()
     return ce / rows.shape[0], entropy / rows.shape[0]
+
+
+def _mean_softmax(logits: list[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Mean over teachers of their softmax along `dim`, and its logarithm."""
+    first = logits[0].log_softmax(dim)
+    if len(logits) == 1:
+        return first.exp(), first
+    mean = first.exp_()
+    for other in logits[1:]:
+        mean += other.softmax(dim)
+    mean /= len(logits)
+    return mean, _log(mean)
 
 
 def _log(probabilities: Tensor, out: Tensor | None = None) -> Tensor:
@@ -201,9 +217,12 @@ class _Chunked(torch.autograd.Function):
         if both:
             ce = ce + sums[0][1].log().sum()
         count = rows.shape[0]
-        grad_scale = (grad_rows * rows).sum() / count if needs[2] else None
-        grad_rows = grad_rows.mul_(scale / count) if needs[0] else None
-        grad_columns = grad_columns.mul_(scale / count) if needs[1] else None
+        grad_scale = None
+        if grad_rows is not None:
+            grad_scale = (grad_rows * rows).sum() / count
+            grad_rows.mul_(scale / count)
+        if grad_columns is not None:
+            grad_columns.mul_(scale / count)
         ctx.save_for_backward(grad_rows, grad_columns, grad_scale)
         entropy = entropy / count
         ctx.mark_non_differentiable(entropy)
@@ -212,8 +231,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ce: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = tuple(None if saved is None else grad_ce * saved for saved in ctx.saved_tensors)
-        return grads + (None,) * (len(ctx.needs_input_grad) - 3)
+        needed = zip(
+            ctx.saved_tensors, ctx.needs_input_grad, strict=False
+        )  # the other inputs carry no gradient
+        grads = tuple(grad_ce * saved if need else None for saved, need in needed)
+        return grads + (None,) * (len(ctx.needs_input_grad) - len(grads))
 
 
 def _column_sums(rows: Tensor, columns: Tensor, scale: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,15 +32,15 @@ def clip_loss(
     """
     if (all_image_embeds is None) != (all_text_embeds is None):
         raise ValueError("all_image_embeds and all_text_embeds must be given together")
-    columns = image_embeds if all_image_embeds is None else all_image_embeds
-    labels = _labels(image_embeds, columns, offset)
-    image_logits = _logits(
-        image_embeds, text_embeds if all_text_embeds is None else all_text_embeds, logit_scale
-    )
-    text_logits = (
-        image_logits.T if all_image_embeds is None else _logits(text_embeds, all_image_embeds, logit_scale)
-    )
-    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+    if all_image_embeds is None or all_text_embeds is None:
+        _check_offset(image_embeds, text_embeds, offset)
+        logits = _logits(image_embeds, text_embeds, logit_scale)
+        # One block read along both dimensions: a transposed copy of it would cost more than the softmax.
+        return -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
+    labels = _labels(image_embeds, all_image_embeds, offset)
+    image_loss = F.cross_entropy(_logits(image_embeds, all_text_embeds, logit_scale), labels)
+    text_loss = F.cross_entropy(_logits(text_embeds, all_image_embeds, logit_scale), labels)
+    return (image_loss + text_loss) / 2
 
 
 def sigmoid_loss(
