@@ -69,7 +69,7 @@ def list_class_folders(root: str, split: str = "val") -> ClassFolders:
 
 def list_images(folder: Path) -> list[str]:
     """Paths of all images in `folder` and below, sorted; hidden files and folders are left out."""
-    found = []
+    found: list[str] = []
     for current, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found.extend(os.path.join(current, name) for name in files if is_image(name))

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Zero-shot classification of any CLIP: top-1, top-5 and mean per-class accuracy.
+
+  python scripts/eval_zero_shot.py --model zoo:NAME ViT-B-32/openai --data /data/imagenet --json out.json
+  python scripts/eval_zero_shot.py --model runs/my_run --data emoji:unseen_drawing emoji:unseen_concept
+
+--data takes an ImageNet-layout folder (val/<class>/*), a folder or list of webdataset shards with `cls` members, or
+an embedded set. Class names and templates come from classnames.txt and templates.txt beside the data, else from the
+folders' names (OpenAI's names for ImageNet's wnids) and OpenAI's 80 templates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vlmkd.evaluation import command
+from vlmkd.evaluation.agreement import Agreement
+from vlmkd.evaluation.base import Context, Evaluator
+from vlmkd.evaluation.datasets import labelled
+from vlmkd.evaluation.zero_shot import ZeroShot
+from vlmkd.models.clip import ClipPredictor, load_clip
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit code."""
+    parser = command.parser(__doc__ or "")
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="sets to classify")
+    parser.add_argument(
+        "--class-names", nargs="+", default=[], metavar="NAMES", help="`imagenet`, or a text file"
+    )
+    parser.add_argument(
+        "--templates", nargs="+", default=[], help="`openai`, `simple`, or a text file with {} or {c}"
+    )
+    parser.add_argument(
+        "--teacher", default="", metavar="NAME", help="add agreement and KL with this model's answers"
+    )
+    args = parser.parse_args(argv)
+    return command.run(args, lambda context: _evaluators(args, context))
+
+
+def _evaluators(args: argparse.Namespace, context: Context) -> list[Evaluator]:
+    class_names = command.per_set(args.class_names, args.data, "--class-names")
+    templates = command.per_set(args.templates, args.data, "--templates")
+    names = command.per_set(args.name, args.data, "--name", shared=False)
+    sets = [
+        labelled(data, class_names=class_names[index], templates=templates[index], name=names[index])
+        for index, data in enumerate(args.data)
+    ]
+    evaluators: list[Evaluator] = [ZeroShot(one) for one in sets]
+    if args.teacher:
+        clip = load_clip(*command.model_name(args.teacher))
+        clip.module.to(context.device)
+        teacher = ClipPredictor.of(clip, args.teacher)
+        evaluators += [Agreement(teacher, one) for one in sets]
+    return evaluators
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

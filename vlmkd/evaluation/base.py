@@ -1,0 +1,138 @@
+"""What evaluators ask of a model, and what they give back.
+
+Letters: B images, N texts, D embedding width, C classes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from vlmkd import distributed
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class DualEncoder(Protocol):
+    """A model with one embedding space for images and texts."""
+
+    name: str
+    image_spec: ImageSpec
+    logit_scale: float
+    """Factor (not its logarithm) of cosine similarities in the softmax."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors, float32."""
+        ...
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """N captions -> [N,D] unit vectors, float32."""
+        ...
+
+
+@runtime_checkable
+class ImageClassifier(Protocol):
+    """A model with a fixed list of classes."""
+
+    name: str
+    image_spec: ImageSpec
+    class_names: list[str]
+
+    def classify(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] in the statistics of `image_spec` -> [B,C] logits, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """How an evaluation runs."""
+
+    device: torch.device = torch.device("cpu")
+    batch_size: int = 64
+    """Images, or texts, per forward pass."""
+    workers: int = 0
+    """Loader processes per rank; 0 decodes in the calling process."""
+    progress: bool = True
+    """Progress line with the time left, on rank 0."""
+    max_unreadable_share: float = 0.01
+    """An evaluation with a larger share of unreadable images than this fails."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Metrics of one model on one data set."""
+
+    name: str
+    """The evaluator's name."""
+    dataset: str
+    metrics: dict[str, float]
+    """Shares are in [0, 1]."""
+    count: int
+    """Images that were evaluated."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Whatever is too long for a table (per-class counts, unreadable files); plain data."""
+
+
+class Evaluator(Protocol):
+    """One evaluation of any predictor that has the protocol it needs."""
+
+    name: str
+
+    def run(self, predictor: Any, context: Context) -> list[Result]:
+        """Evaluate on all ranks together; every rank gets the same results.
+
+        Raises:
+            UserError: `predictor` lacks the protocol, or too many images cannot be read.
+        """
+        ...
+
+
+def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:
+    """Refuse a predictor that lacks members of `protocol`, by name.
+
+    Raises:
+        UserError: names the evaluator, the protocol, the predictor and what it lacks.
+    """
+    if isinstance(predictor, protocol):
+        return
+    members = [
+        name for base in protocol.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", {}))
+    ]
+    public = dict.fromkeys(name for name in members if not name.startswith("_"))
+    lacking = ", ".join(name for name in public if not hasattr(predictor, name))
+    raise UserError(
+        f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {lacking}; leave the "
+        f"evaluator out for this model"
+    )
+
+
+def progress(items: Iterable[T], total: int, title: str, context: Context) -> Iterator[T]:
+    """`items` with a progress line that shows the time left (rank 0 only)."""
+    from tqdm import tqdm
+
+    hidden = not (context.progress and distributed.is_main())
+    interval = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
+    return iter(
+        tqdm(items, total=total, desc=title, disable=hidden, mininterval=interval, dynamic_ncols=True)
+    )
+
+
+def rank_share(count: int) -> range:
+    """The indices below `count` that this rank works on: every W-th, from its rank on."""
+    return range(distributed.rank(), count, distributed.world_size())
+
+
+def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [n], rows [n,D]) of all ranks on the CPU, sorted by id; ranks may bring different n."""
+    parts = distributed.gather_objects((ids.cpu(), rows.cpu()))
+    all_ids, all_rows = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    order = all_ids.argsort()
+    return all_ids[order], all_rows[order]

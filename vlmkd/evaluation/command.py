@@ -1,0 +1,274 @@
+"""What the evaluation scripts share: naming models on a command line, running evaluators, table and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vlmkd import distributed, zoo
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Context, Evaluator, Result
+from vlmkd.evaluation.efficiency import count_macs, count_parameters, latency_ms
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+
+MODEL_HELP = """model names:
+  ViT-B-32/laion2b_s34b_b79k, ViT-B-32@openai   open_clip architecture and tag (or @weights file)
+  config.json@weights.safetensors               model config and weights file
+  zoo:NAME, or NAME alone                       entry of MODEL_ZOO.md (fetched when it is not in the cache)
+  runs/my_run, runs/my_run/export               a run's export
+  local-dir:PATH                                open_clip folder
+  hf:PATH                                       transformers CLIPModel folder
+
+Under torchrun (or scripts/launch.sh) the ranks share the work. Exit code 2: bad input, told in one line."""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments of every evaluation script."""
+    result = argparse.ArgumentParser(
+        description=description, epilog=MODEL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--model", nargs="+", required=True, metavar="NAME", help="models to evaluate, see below"
+    )
+    result.add_argument(
+        "--name", nargs="+", default=[], help="names of the sets in the table (default: from --data)"
+    )
+    result.add_argument("--json", default="", metavar="FILE", help="write all results, with details, to FILE")
+    result.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default 64)")
+    result.add_argument("--workers", type=int, default=0, help="processes that decode images (default 0)")
+    result.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
+    result.add_argument("--device", default="", help="cpu, cuda, cuda:1 (default: a GPU when there is one)")
+    result.add_argument("--cost", action="store_true", help="add GMACs and latency at batch size 1")
+    result.add_argument("--quiet", action="store_true", help="no progress lines")
+    return result
+
+
+def per_set(values: list[str], sets: list[str], option: str, *, shared: bool = True) -> list[str]:
+    """One value of an option for each data set: none, one each, or (when it can be `shared`) one for all.
+
+    Raises:
+        UserError: another number of values.
+    """
+    if not values or (shared and len(values) == 1):
+        return (values or [""]) * len(sets)
+    if len(values) != len(sets):
+        allowed = "one for all or one each" if shared else "one each"
+        raise UserError(f"{option} has {len(values)} values for {len(sets)} data sets; give {allowed}")
+    return values
+
+
+def model_name(name: str) -> tuple[str, str]:
+    """The `model` and `pretrained` of load_clip that a command-line name means.
+
+    Raises:
+        UserError: a folder without a model, or an architecture without weights.
+    """
+    if name.partition(":")[0] in ("zoo", "local-dir", "hf") and ":" in name:
+        return name, ""
+    if name in zoo.entries():
+        return f"zoo:{name}", ""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _model_folder(path), ""
+    if "@" in name:
+        model, _, pretrained = name.partition("@")
+        return model, pretrained
+    import open_clip
+
+    known = open_clip.list_models()
+    model, _, pretrained = name.rpartition("/")
+    if model.replace("/", "-") in known and name.replace("/", "-") not in known:
+        return model, pretrained
+    if name.replace("/", "-") in known or path.suffix == ".json":
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name.replace("/", "-")))
+        choice = f"one of: {tags}" if tags else "a weights file"
+        raise UserError(f"--model {name} names no weights; write {name}@ and {choice}")
+    if "/" in name and not difflib.get_close_matches(model, known, n=1):
+        raise UserError(
+            f"--model {name}: no such folder, nor ARCHITECTURE/TAG of open_clip; correct the path"
+        )
+    if "/" in name:
+        return model, pretrained  # load_clip suggests the right architecture
+    zoo.entry(name)  # raises with the nearest names of the zoo
+    raise AssertionError("unreachable: zoo names were handled above")
+
+
+def _model_folder(path: Path) -> str:
+    for file, scheme in (("open_clip_config.json", "local-dir"), ("config.json", "hf")):
+        for folder in (path, path / "export"):
+            if (folder / file).is_file():
+                return f"{scheme}:{folder}"
+    raise UserError(f"--model {path}: neither it nor its export/ has an open_clip_config.json or config.json")
+
+
+_GAP = 2  # spaces between columns
+
+
+@dataclass
+class Row:
+    """One evaluated model."""
+
+    model: str
+    digest: str
+    parameters: dict[str, int]
+    cost: dict[str, float]
+    results: list[Result]
+
+
+def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Evaluator]]) -> int:
+    """Evaluate every model of `args`, print the table, write the JSON; returns the exit code.
+
+    All names and data are checked before the first model is loaded. A model that fails ends the evaluation; those
+    before it are in the table and the JSON.
+    """
+    rows: list[Row] = []
+    try:
+        context = _start(args)
+        models = [model_name(name) for name in args.model]
+        evaluators = make_evaluators(context)
+        for name, (model, pretrained) in zip(args.model, models, strict=True):
+            rows.append(_evaluate(name, load_clip(model, pretrained), evaluators, context, cost=args.cost))
+            if args.json and distributed.is_main():
+                _write_json(Path(args.json), rows)
+    except UserError as error:
+        _print_table(rows)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    _print_table(rows)
+    return 0
+
+
+def _start(args: argparse.Namespace) -> Context:
+    """Check the options and start the ranks that a launcher asked for."""
+    for option in ("batch_size", "workers", "threads"):
+        if getattr(args, option) < (option == "batch_size"):
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is too small")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError(f"--json {args.json}: folder {Path(args.json).parent} does not exist; make it first")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if int(distributed.environment()["WORLD_SIZE"]) > 1:
+        os.environ.update(distributed.environment())
+        dist.init_process_group("nccl" if torch.cuda.is_available() and args.device != "cpu" else "gloo")
+    return Context(_device(args.device), args.batch_size, args.workers, progress=not args.quiet)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name) if name else distributed.device()
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; write cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; write cpu or another index"
+        )
+    return device
+
+
+def _evaluate(
+    name: str, clip: ClipModel, evaluators: Sequence[Evaluator], context: Context, *, cost: bool
+) -> Row:
+    clip.module.to(context.device)
+    predictor = ClipPredictor.of(clip, name)
+    results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
+    counted = count_parameters(clip.module)
+    parameters = {**asdict(counted), "total": counted.total}
+    return Row(name, clip.digest, parameters, _cost(clip, context.device) if cost else {}, results)
+
+
+def _cost(clip: ClipModel, device: torch.device) -> dict[str, float]:
+    module: Any = clip.module
+    images = torch.zeros(1, 3, *clip.image_spec.size, device=device)
+    tokens = clip.tokenizer(["a photo"]).to(device)
+    vision, text = count_macs(module, images, tokens)
+    return {
+        "GMACs": (vision + text) / 1e9,
+        "image ms": latency_ms(module.encode_image, images),
+        "text ms": latency_ms(module.encode_text, tokens),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Plain-text table: one line per model, data sets above their metrics; shares in per cent, parameters in millions."""
+    costs = list(dict.fromkeys(name for row in rows for name in row.cost))
+    sets: dict[str, list[str]] = {}
+    for result in (result for row in rows for result in row.results):
+        known = sets.setdefault(result.dataset, [])
+        known += [metric for metric in result.metrics if metric not in known]
+    lines = [
+        ["model", "params (M)", *costs, *(_short(metric) for metrics in sets.values() for metric in metrics)]
+    ]
+    for row in rows:
+        values = {
+            (one.dataset, metric): value for one in row.results for metric, value in one.metrics.items()
+        }
+        cells = [
+            row.model,
+            f"{row.parameters['total'] / 1e6:.2f}",
+            *(f"{row.cost[name]:.3g}" for name in costs),
+        ]
+        lines.append(
+            cells + [_shown(metric, values.get((name, metric))) for name in sets for metric in sets[name]]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    start = 2 + len(costs)
+    above = " " * (sum(widths[:start]) + _GAP * start)
+    for name, metrics in sets.items():
+        end = start + len(metrics)
+        span = sum(widths[start:end]) + _GAP * (len(metrics) - 1)
+        widths[end - 1] += max(len(name) - span, 0)
+        above += name.center(max(span, len(name))) + " " * _GAP
+        start = end
+    return "\n".join([above.rstrip(), *(_line(line, widths) for line in lines)])
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    """The first cell to the left, the others to the right of their columns."""
+    aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    return (" " * _GAP).join([cells[0].ljust(widths[0]), *aligned[1:]])
+
+
+def _short(metric: str) -> str:
+    """Metric names as column titles."""
+    for long, short in (
+        ("image_to_text_r", "I2T R@"),
+        ("text_to_image_r", "T2I R@"),
+        ("agreement_top", "same top-"),
+        ("top", "top-"),
+    ):
+        if metric.startswith(long):
+            return short + metric.removeprefix(long)
+    return metric.replace("_", " ")
+
+
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if metric == "unreadable":
+        return f"{value:.0f}"
+    return f"{value:.4f}" if metric in ("kl", "affinity_correlation") else f"{100 * value:.2f}"
+
+
+def _print_table(rows: list[Row]) -> None:
+    if rows and distributed.is_main():
+        print(table(rows))
+
+
+def _write_json(path: Path, rows: list[Row]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    content = {"command": sys.argv, "torch": torch.__version__, "models": [asdict(row) for row in rows]}
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

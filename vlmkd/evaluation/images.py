@@ -1,0 +1,130 @@
+"""Images of an evaluation set: where their bytes lie, and batches of them for one rank."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlmkd import distributed
+from vlmkd.data.transforms import eval_transform
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Context, DualEncoder, progress, rank_share
+from vlmkd.image_spec import ImageSpec
+
+UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
+_NAMED = 3  # unreadable files that an error line names
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image file, or a stretch of bytes of an uncompressed tar."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+    """Bytes; -1 is the whole file."""
+    key: str = ""
+    """Name inside the tar."""
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.size)
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.key}" if self.key else self.path
+
+
+class _Decoded(Dataset[tuple[int, Tensor, bool]]):
+    """(index into all images, pixels, readable) of one rank's share; unreadable images are zeros."""
+
+    def __init__(self, images: Sequence[ImageRef], spec: ImageSpec) -> None:
+        self._images, self._share = images, rank_share(len(images))
+        self._transform = eval_transform(spec)
+        self._blank = torch.zeros(3, *spec.size)
+
+    def __len__(self) -> int:
+        return len(self._share)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor, bool]:
+        index = self._share[position]
+        try:
+            with Image.open(io.BytesIO(self._images[index].read())) as image:
+                return index, self._transform(image), True
+        except UNREADABLE:
+            return index, self._blank, False
+
+
+class EmbeddedImages:
+    """Iterates over (indices [b], unit vectors [b,D]) of this rank's share of `images`, in order.
+
+    Images go through the evaluation transform of the predictor's own ImageSpec. Unreadable ones are left out and
+    counted; after the iteration `unreadable()` gives those of all ranks.
+    """
+
+    def __init__(
+        self, predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
+    ) -> None:
+        self._predictor, self._images, self._title, self._context = predictor, images, title, context
+        self._unreadable: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        context = self._context
+        decoded = _Decoded(self._images, self._predictor.image_spec)
+        loader = DataLoader(decoded, batch_size=context.batch_size, num_workers=context.workers)
+        self._unreadable = []
+        for indices, images, readable in progress(loader, len(loader), self._title, context):
+            self._unreadable += [str(self._images[int(index)]) for index in indices[~readable]]
+            with torch.no_grad():
+                vectors = self._predictor.encode_image(images.to(context.device))
+            yield indices[readable], vectors[readable.to(vectors.device)].float()
+
+    def unreadable(self) -> list[str]:
+        """Unreadable images of all ranks, sorted.
+
+        Raises:
+            UserError: they are more than the context's share of the set.
+        """
+        found = sorted(name for part in distributed.gather_objects(self._unreadable) for name in part)
+        share = len(found) / len(self._images)
+        if share > self._context.max_unreadable_share or share == 1:
+            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            raise UserError(
+                f"{self._title}: {len(found)} of {len(self._images)} images cannot be read, more than "
+                f"{self._context.max_unreadable_share:.1%}: {', '.join(found[:_NAMED])}{more}; restore these files"
+            )
+        return found
+
+
+def embed_all(
+    predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Indices [n] of the readable images, their vectors [n,D] on this rank's share, and all unreadable names."""
+    stream = EmbeddedImages(predictor, images, title, context)
+    parts = list(stream)
+    unreadable = stream.unreadable()
+    # The empty tensors stand for the share of a rank that has no images.
+    indices = torch.cat([torch.empty(0, dtype=torch.long), *(part[0] for part in parts)])
+    return indices, torch.cat([torch.empty(0), *(part[1].cpu() for part in parts)]), unreadable
+
+
+def embed_texts(
+    predictor: DualEncoder, texts: list[str], title: str, context: Context
+) -> tuple[Tensor, Tensor]:
+    """Indices [n] and unit vectors [n,D] (CPU) of this rank's share of `texts`."""
+    share = rank_share(len(texts))
+    starts = range(0, len(share), context.batch_size)
+    parts = [torch.empty(0)]
+    with torch.no_grad():
+        for start in progress(starts, len(starts), title, context):
+            chunk = share[start : start + context.batch_size]
+            parts.append(predictor.encode_text([texts[index] for index in chunk]).float().cpu())
+    return torch.tensor(list(share), dtype=torch.long), torch.cat(parts)

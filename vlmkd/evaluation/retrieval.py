@@ -1,0 +1,106 @@
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions.
+
+Q queries, N candidates, D embedding width. An image-to-text query is a hit when any of its captions is among the
+first k texts; a text-to-image query is one caption, and a hit when its image (any of its images) is among the first k.
+
+Tie rule: candidates are ranked by falling score, equal scores by rising index, as a stable sort does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkd import distributed
+from vlmkd.config import RetrievalConfig
+from vlmkd.evaluation.base import Context, DualEncoder, Result, gather_rows, rank_share, require_protocol
+from vlmkd.evaluation.datasets import CaptionedImages, captioned
+from vlmkd.evaluation.images import embed_all, embed_texts
+
+RECALL_AT = (1, 5, 10)
+BLOCK_ELEMENTS = 1 << 24
+"""Scores held at once: 64 MB in float32, whatever the size of the set."""
+
+
+class Retrieval:
+    """`image_to_text_r<k>` and `text_to_image_r<k>` for k = 1, 5, 10 (k >= number of candidates is left out)."""
+
+    name = "retrieval"
+
+    def __init__(self, dataset: CaptionedImages) -> None:
+        self.dataset = dataset
+
+    @classmethod
+    def from_config(cls, cfg: RetrievalConfig) -> Retrieval:
+        """The evaluator of a run's or script's retrieval set."""
+        return cls(captioned(cfg.data, captions=cfg.captions, name=cfg.name))
+
+    def run(self, predictor: Any, context: Context) -> list[Result]:
+        """Recalls over all ranks. An unreadable image leaves the set, with the captions that are only its own."""
+        require_protocol(self.name, predictor, DualEncoder)
+        data = self.dataset
+        ids, rows, unreadable = embed_all(predictor, data.images, f"{data.name}: images", context)
+        ids, images = gather_rows(ids, rows)
+        _, texts = gather_rows(*embed_texts(predictor, data.texts, f"{data.name}: texts", context))
+        texts_of_image = [data.texts_of_image[index] for index in ids.tolist()]
+        kept = sorted({index for indices in texts_of_image for index in indices})
+        place = {index: position for position, index in enumerate(kept)}
+        texts_of_image = [[place[index] for index in indices] for indices in texts_of_image]
+        images_of_text: dict[int, list[int]] = defaultdict(list)
+        for image, indices in enumerate(texts_of_image):
+            for text in indices:
+                images_of_text[text].append(image)
+        images, texts = images.to(context.device), texts[kept].to(context.device)
+        metrics = recalls(images, texts, texts_of_image, "image_to_text")
+        metrics |= recalls(
+            texts, images, [images_of_text[text] for text in range(len(kept))], "text_to_image"
+        )
+        details: dict[str, Any] = {"texts": len(kept)}
+        if unreadable:
+            metrics["unreadable"] = float(len(unreadable))
+            details["unreadable"] = unreadable
+        return [Result(self.name, data.name, metrics, len(ids), details)]
+
+
+def recalls(queries: Tensor, candidates: Tensor, positives: list[list[int]], prefix: str) -> dict[str, float]:
+    """Share of queries [Q,D] with a positive among the first k of candidates [N,D]; ranks of a run share the queries."""
+    share = rank_share(len(queries))
+    found = first_positive(
+        queries[share.start :: share.step], candidates, [positives[index] for index in share]
+    )
+    ks = [k for k in RECALL_AT if k == 1 or k < len(candidates)]
+    hits = distributed.gather_objects([int((found < k).sum()) for k in ks])
+    totals = [sum(part[column] for part in hits) for column in range(len(ks))]
+    return {f"{prefix}_r{k}": total / len(queries) for k, total in zip(ks, totals, strict=True)}
+
+
+def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> Tensor:
+    """Place (0 = first) of each query's best positive among all candidates, int64 [Q] on the CPU.
+
+    Works on blocks of queries, so that at most BLOCK_ELEMENTS scores exist at a time.
+    """
+    rows_per_block = max(1, BLOCK_ELEMENTS // max(len(candidates), 1))
+    order = torch.arange(len(candidates), device=candidates.device)
+    places = [torch.empty(0, dtype=torch.long)]
+    for start in range(0, len(queries), rows_per_block):
+        block = positives[start : start + rows_per_block]
+        scores = queries[start : start + rows_per_block] @ candidates.T
+        row = torch.tensor(
+            [number for number, indices in enumerate(block) for _ in indices], device=scores.device
+        )
+        column = torch.tensor([index for indices in block for index in indices], device=scores.device)
+        own = scores[row, column]
+        best = scores.new_full((len(block),), -torch.inf).scatter_reduce_(0, row, own, "amax")
+        # Among a query's positives with the best score the lowest index comes first.
+        index = torch.where(own == best[row], column, len(candidates))
+        lowest = (
+            torch.full_like(order[:1], len(candidates))
+            .repeat(len(block))
+            .scatter_reduce_(0, row, index, "amin")
+        )
+        ahead = (scores > best[:, None]) | ((scores == best[:, None]) & (order < lowest[:, None]))
+        places.append(ahead.sum(dim=1).cpu())
+    return torch.cat(places)

@@ -1,0 +1,115 @@
+"""Zero-shot classification: images against the mean text embedding of each class's prompts.
+
+B images, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkd import distributed
+from vlmkd.config import ZeroShotConfig
+from vlmkd.evaluation import prompts
+from vlmkd.evaluation.base import (
+    Context,
+    DualEncoder,
+    Result,
+    gather_rows,
+    progress,
+    rank_share,
+    require_protocol,
+)
+from vlmkd.evaluation.datasets import LabelledImages, labelled
+from vlmkd.evaluation.images import EmbeddedImages
+
+LOGIT_SCALE = 100.0
+"""Factor of the cosines; any positive one gives the same order. 100 is open_clip's."""
+CLASSES_PER_BATCH = 10
+"""Classes whose prompts go through the text tower together, as in open_clip."""
+TOP_K = (1, 5)
+
+
+class ZeroShot:
+    """Top-1, top-5 and mean per-class accuracy; the class with the highest cosine is the prediction.
+
+    A top-k with k >= C is left out. Ties are broken by torch.topk, as in open_clip.
+    """
+
+    name = "zero_shot"
+
+    def __init__(self, dataset: LabelledImages) -> None:
+        self.dataset = dataset
+
+    @classmethod
+    def from_config(cls, cfg: ZeroShotConfig) -> ZeroShot:
+        """The evaluator of a run's or script's zero-shot set."""
+        return cls(labelled(cfg.data, class_names=cfg.class_names, templates=cfg.templates, name=cfg.name))
+
+    def run(self, predictor: Any, context: Context) -> list[Result]:
+        """Accuracies over all ranks; `details` has (right, seen) per class and the unreadable files."""
+        require_protocol(self.name, predictor, DualEncoder)
+        data = self.dataset
+        weights = class_weights(predictor, data.class_names, data.templates, context, title=data.name)
+        weights = weights.to(context.device)
+        labels = torch.tensor(data.labels)
+        ks = [k for k in TOP_K if k == 1 or k < len(data.class_names)]
+        right = torch.zeros(len(ks), len(data.class_names), dtype=torch.long)
+        seen = torch.zeros(len(data.class_names), dtype=torch.long)
+        stream = EmbeddedImages(predictor, data.images, f"{data.name}: images", context)
+        for indices, vectors in stream:
+            target = labels[indices]
+            hits = topk_hits(LOGIT_SCALE * vectors @ weights, target.to(vectors.device), ks).cpu()
+            seen += torch.bincount(target, minlength=len(seen))
+            for row, hit in enumerate(hits):
+                right[row] += torch.bincount(target[hit], minlength=len(seen))
+        unreadable = stream.unreadable()
+        right, seen = (torch.stack(distributed.gather_objects(part)).sum(0) for part in (right, seen))
+        return [_result(data, ks, right, seen, unreadable)]
+
+
+def class_weights(
+    predictor: DualEncoder, class_names: list[str], templates: list[str], context: Context, title: str
+) -> Tensor:
+    """Classifier [D,C]: per class the mean of its prompts' unit vectors, made a unit vector again.
+
+    Ranks share the classes; the result is the same on all of them.
+    """
+    share = rank_share(len(class_names))
+    starts = range(0, len(share), CLASSES_PER_BATCH)
+    rows = [torch.empty(0)]
+    with torch.no_grad():
+        for start in progress(starts, len(starts), f"{title}: classes", context):
+            chunk = share[start : start + CLASSES_PER_BATCH]
+            texts = [prompts.fill(template, class_names[index]) for index in chunk for template in templates]
+            vectors = predictor.encode_text(texts).float()
+            mean = vectors.reshape(len(chunk), len(templates), -1).mean(dim=1)
+            rows.append(F.normalize(mean, dim=-1).cpu())
+    _, weights = gather_rows(torch.tensor(list(share), dtype=torch.long), torch.cat(rows))
+    return weights.T
+
+
+def topk_hits(logits: Tensor, target: Tensor, ks: list[int]) -> Tensor:
+    """Whether the target [B] is among the k highest of logits [B,C]: bool [len(ks), B]."""
+    found = logits.topk(max(ks), dim=1).indices == target[:, None]
+    return torch.stack([found[:, :k].any(dim=1) for k in ks])
+
+
+def _result(
+    data: LabelledImages, ks: list[int], right: Tensor, seen: Tensor, unreadable: list[str]
+) -> Result:
+    count = int(seen.sum())
+    metrics = {f"top{k}": int(right[row].sum()) / count for row, k in enumerate(ks)}
+    present = seen > 0
+    metrics["mean_per_class"] = float((right[0][present].double() / seen[present]).mean())
+    details: dict[str, Any] = {
+        "classes": data.class_names,
+        "per_class": [list(pair) for pair in zip(right[0].tolist(), seen.tolist(), strict=True)],
+    }
+    if unreadable:
+        metrics["unreadable"] = float(len(unreadable))
+        details["unreadable"] = unreadable
+    return Result(ZeroShot.name, data.name, metrics, count, details)
