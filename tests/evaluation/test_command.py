@@ -105,9 +105,9 @@ def test_table() -> None:
     )
     assert text.splitlines() == [
         "                                 birds          a_set_with_a_long_name",
-        "model  params (M)  GMACs  top-1  top-5      kl   top-1        unreadable",
-        "one          1.23    1.5  50.00  75.00  0.1000  100.00                 2",
-        "two          1.23      2      –      –       –  100.00                 2",
+        "model  params (M)  GMACs  top-1  top-5      kl   top-1      unreadable",
+        "one          1.23    1.5  50.00  75.00  0.1000  100.00               2",
+        "two          1.23      2      –      –       –  100.00               2",
     ]
 
 
