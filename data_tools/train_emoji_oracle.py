@@ -1,114 +1,120 @@
-"""Train the heads of the emoji oracle on frozen features of the emoji training shards.
+r"""Train the strong emoji teacher's heads and store its embeddings: what the nano teacher is distilled from.
 
-Writes heads.safetensors and a report into $VLMKD_CACHE/emoji-v1-oracle. Deterministic on one thread; features take
-almost all of the time (EfficientNet-Lite0 over 30,294 pictures), the heads themselves under a minute.
+    python data_tools/train_emoji_oracle.py --out CACHE_FOLDER --crops 3 --crop-scale 0.6 1.0 --threads 2
+
+The teacher is pretrained EfficientNet-Lite0 (images) and MiniLM (texts), both from installed packages, joined by two
+small heads that are trained here on the training shards alone. The heads go to OUT/heads.safetensors, the embeddings
+of every training image (several crops) and caption beside them, as a teacher cache for `data.sources.N.teacher_caches`.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import os
+import random
 import sys
-import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlmkd.data.embedded import emoji_folder, resolve
+from vlmkd.config import DataConfig
+from vlmkd.data.embedded import resolve
+from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
+from vlmkd.data.shards import read_shard
+from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.errors import UserError
-from vlmkd.models.emoji_oracle import PIXELS, EmojiOracle, TextBackbone, load_image_backbone, train_heads
+from vlmkd.logging import duration
+from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle, train_heads
+from vlmkd.zoo import sha256_of
+
+HEADS = "heads.safetensors"
+_BATCH = 64
 
 
-def samples(shards: list[str]) -> Iterator[tuple[Image.Image, str]]:
-    """Pictures and captions of the shards, in order."""
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            picture: Image.Image | None = None
-            for member in tar:
-                stream = tar.extractfile(member)
-                assert stream is not None
-                if member.name.endswith((".png", ".jpg")):
-                    picture = Image.open(io.BytesIO(stream.read())).convert("RGB")
-                elif member.name.endswith(".txt"):
-                    assert picture is not None
-                    yield picture, stream.read().decode("utf-8")
+def features(oracle: EmojiOracle, shards: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Backbone features of whole training images [M, 1280], of distinct captions [N, 384], and each image's caption [M]."""
+    whole = ViewConfig((1.0, 1.0), (1.0, 1.0), 0.0, 0.0)
+    data = DataConfig()
+    pixels: list[Tensor] = []
+    images: list[Tensor] = []
+    captions: dict[str, int] = {}
+    ids: list[int] = []
+    begin = time.monotonic()
+    for number, shard in enumerate(shards, 1):
+        for raw in read_shard(shard, members(data)):
+            encoded = unpack(raw, data.image_keys, data.text_key)
+            if not isinstance(encoded, Encoded):
+                raise UserError(f"shard {shard}: {encoded.name} {encoded.reason}; delete the emoji cache to build it again")
+            size = checked_size(encoded.image, data.max_pixels)
+            view = whole.draw(*size, random.Random(0))
+            pixels.append(views_of(encoded.image, size, [view], [oracle.image_spec])[0][0])
+            ids.append(captions.setdefault(encoded.text, len(captions)))
+            if len(pixels) == _BATCH:
+                images.append(_run(oracle, pixels))
+                pixels = []
+        spent = time.monotonic() - begin
+        print(f"features: shard {number}/{len(shards)}, ETA {duration(spent / number * (len(shards) - number))}", flush=True)
+    if pixels:
+        images.append(_run(oracle, pixels))
+    print(f"features of {len(captions)} captions", flush=True)
+    return torch.cat(images), oracle.language(list(captions)), torch.tensor(ids)
 
 
-@torch.inference_mode()
-def picture_features(backbone: nn.Module, pictures: list[Image.Image]) -> Tensor:
-    """Frozen features [B, 1280] of RGB pictures, resized and normalised as the oracle's image_spec says."""
-    spec = EmojiOracle.image_spec
-    resized = np.stack([np.asarray(p.resize(spec.size[::-1], Image.Resampling.BICUBIC)) for p in pictures])
-    pixels = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-    return backbone(((pixels - mean) / std).contiguous(memory_format=torch.channels_last)).clone()
-
-
-def extract(shards: list[str], limit: int) -> tuple[Tensor, list[str]]:
-    """Features [M, 1280] and captions of the first `limit` samples (0: all), with a progress line."""
-    backbone = load_image_backbone().to(memory_format=torch.channels_last)
-    features, captions, pending, begin = [], [], [], time.monotonic()
-    for picture, text in samples(shards):
-        pending.append(picture)
-        captions.append(text)
-        if len(pending) == 64:
-            features.append(picture_features(backbone, pending))
-            pending = []
-            if len(features) % 40 == 0:
-                speed = len(captions) / (time.monotonic() - begin)
-                print(f"{len(captions):,} pictures, {speed:.0f} per second", file=sys.stderr, flush=True)
-        if len(captions) == limit:
-            break
-    if pending:
-        features.append(picture_features(backbone, pending))
-    return torch.cat(features), captions
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--limit", type=int, default=0, help="use only the first LIMIT training samples (0: all)"
-    )
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder (default: emoji-v1-oracle beside the data set)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    try:
-        folder = emoji_folder()
-        image_features, captions = extract(resolve("emoji:train"), options.limit)
-        unique = sorted(set(captions))
-        text_features = TextBackbone()(unique)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    rows = {text: row for row, text in enumerate(unique)}
-    text_ids = torch.tensor([rows[text] for text in captions])
-    heads = train_heads(image_features, text_features, text_ids, steps=options.steps, seed=options.seed)
-    output = options.output or folder.parent / f"{folder.name}-oracle"
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f".heads.{os.getpid()}"
-    save_file(heads.state_dict(), temporary)
-    os.replace(temporary, output / "heads.safetensors")
+def _run(oracle: EmojiOracle, pixels: list[Tensor]) -> Tensor:
+    batch = normalise(pixels, oracle.image_spec).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        cosine = F.cosine_similarity(
-            heads.embed_image(image_features[:4096]), heads.embed_text(text_features[text_ids[:4096]])
-        )
-    report = {"samples": len(captions), "pixels": PIXELS, "steps": options.steps, "seed": options.seed}
-    report["train_cosine"] = round(float(cosine.mean()), 4)
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(output / "heads.safetensors", report)
+        return oracle.vision(batch).float()
+
+
+def main(argv: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="folder of the heads and of the teacher cache")
+    parser.add_argument("--crops", type=int, default=3, help="views per image")
+    parser.add_argument("--crop-scale", type=float, nargs=2, default=[0.6, 1.0], help="as data.crop_scale")
+    parser.add_argument("--flip", type=float, default=0.0, help="as data.flip")
+    parser.add_argument("--color-jitter", type=float, default=0.0, help="as data.color_jitter")
+    parser.add_argument("--steps", type=int, default=800, help="steps of the heads' training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shards = resolve("emoji:train")
+    heads_file = args.out / HEADS
+    if not heads_file.is_file():
+        args.out.mkdir(parents=True, exist_ok=True)
+        image, text, ids = features(EmojiOracle(Heads()), shards)
+        heads = train_heads(image, text, ids, steps=args.steps, seed=args.seed)
+        partial = heads_file.with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, partial)
+        os.replace(partial, heads_file)
+        print(f"heads: {heads_file}", flush=True)
+    embed_shards(
+        load_oracle(heads_file),
+        shards,
+        args.out / "cache",
+        source="emoji_oracle",
+        digest=sha256_of(heads_file),
+        data=DataConfig(crop_scale=args.crop_scale, flip=args.flip, color_jitter=args.color_jitter),
+        crops=args.crops,
+        seed=args.seed,
+        batch_size=_BATCH,
+        progress=lambda line: print(line, flush=True),
+    )
+    print(f"{args.out / 'cache'} is complete")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -318,8 +318,10 @@ def _read_override(arg: str) -> DictConfig:
 
 
 def _leaf(layer: DictConfig, arg: str) -> Any:
-    """The value that `arg` sets, as plain data."""
+    """The value that `arg` sets, as plain data; `field=` sets the empty string."""
     value: Any = layer
+    if arg.endswith("="):
+        return ""
     for part in arg.partition("=")[0].split("."):
         value = value[part]
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

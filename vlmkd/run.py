@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -21,12 +22,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 
 import vlmkd
 from vlmkd import config, distributed, engine, trainer
 from vlmkd.config import RunConfig
 from vlmkd.errors import UserError
+from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.logging import Metrics, start_console
+from vlmkd.report import build_report, write_gallery
 from vlmkd.trainer import Job, Stopped
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ C = TypeVar("C", bound=RunConfig)
 
 # What may differ when a run is continued: none of it changes the weights, except that other workers re-start the stream.
 _CHANGEABLE = ("log", "checkpoint", "evaluation", "threads", "data.workers", "data.shard_cache")
+_GALLERY_IMAGES = 24
 _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
 
 
@@ -109,12 +114,29 @@ def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: 
     if weights is not None:
         (run_dir / "eval").mkdir(exist_ok=True)
         _write(run_dir / "eval" / "results.json", trainer.results_json(results))
+        with around.whole_weights():
+            _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
+        build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
         job.task.export(run_dir / "export", weights)
         job.task.check_export(run_dir / "export")
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
         _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
     distributed.barrier()
+
+
+def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
+    """How teachers and student relate some texts and images of the first retrieval set, for the report."""
+    sets = [evaluator.dataset for evaluator in job.evaluators if isinstance(evaluator, Retrieval)]
+    if not sets:
+        return
+    dataset = sets[0]
+    spread = range(0, len(dataset.images), max(1, len(dataset.images) // _GALLERY_IMAGES))
+    rows = {dataset.texts_of_image[index][0]: index for index in spread}  # one image a text
+    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()][:_GALLERY_IMAGES]
+    texts = [dataset.texts[text] for text in rows][:_GALLERY_IMAGES]
+    predictors = {**job.task.teacher_predictors(), "student": job.task.predictor()}
+    write_gallery(path, predictors, images, texts, parameters=job.task.parameter_counts(), device=device)
 
 
 @contextmanager

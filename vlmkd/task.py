@@ -80,6 +80,10 @@ class Task:
         """Predictors of the loaded teachers by name, evaluated once beside the student."""
         return {}
 
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of the exported student (`student`) and of the loaded teachers, under their predictors' names."""
+        return {}
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the student into `folder` from its complete `weights` (rank 0 only)."""
         raise AssertionError(f"{type(self).__name__} does not define export()")

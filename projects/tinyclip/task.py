@@ -170,6 +170,13 @@ class TinyCLIPTask(Task):
         """The loaded teachers by name."""
         return {f"teacher {teacher.model.source}": ClipPredictor.of(teacher.model) for teacher in self.teachers}
 
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the student's encoder and the teachers; a student under masks is not counted, its size is still open."""
+        counts = {f"teacher {t.model.source}": sum(p.numel() for p in t.module.parameters()) for t in self.teachers}
+        if not isinstance(self.core.encoder, MaskedCLIP):
+            counts["student"] = sum(getattr(p, "ds_numel", p.numel()) for p in self.core.encoder.parameters())
+        return counts
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the student as an open_clip folder (a ragged one as PrunedCLIP)."""
         export_clip(folder, self._exported(weights))

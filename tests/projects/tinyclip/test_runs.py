@@ -1,0 +1,121 @@
+"""Whole runs in processes of their own: resume after kill -9 and SIGTERM is exact, stages chain, mistakes are one line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.projects.tinyclip.tiny_runs import Runs
+
+pytestmark = pytest.mark.slow
+
+MASKS = {"target_sparsity": 0.5, "sparsity_warmup_steps": 4, "lr": 0.5}
+
+
+def exported(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights of a run's export."""
+    return load_file(run_dir / "export" / "open_clip_model.safetensors")
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Bit-identical exports."""
+    first, second = exported(one), exported(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """Train lines of metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith("loss") or k == "step"} for line in found]
+
+
+def test_kill_and_sigterm_and_a_torn_checkpoint_change_nothing(runs: Runs) -> None:
+    config = runs.config("distill", loss={"affinity": 1.0, "feature": 10.0}, ema_decay=0.5)
+    whole, broken = runs.folder / "whole", runs.folder / "broken"
+    code, output = runs.finish("train_distill", config, f"run_dir={whole}")
+    assert code == 0, output
+    assert [line["step"] for line in lines(whole)] == list(range(1, 9))
+
+    code, _ = runs.interrupt(
+        signal.SIGKILL, (broken / "state" / "step_000004").exists, "train_distill", config, f"run_dir={broken}"
+    )
+    assert code == -signal.SIGKILL
+    newest = sorted((broken / "state").glob("step_*"))[-1]
+    shared = newest / "shared.pt"
+    shared.write_bytes(shared.read_bytes()[:-10])
+    seen = len(lines(broken))
+    code, output = runs.interrupt(
+        signal.SIGTERM, lambda: len(lines(broken)) > 0 and (broken / "log.txt").read_text().count("resumed") == 1,
+        "train_distill", config, f"run_dir={broken}",
+    )  # fmt: skip
+    assert code in (0, 143), output
+    assert f"{newest} is damaged (shared.pt does not match its sha256)" in output
+    code, output = runs.finish("train_distill", config, f"run_dir={broken}")
+    assert code == 0, output
+    assert seen > 0
+    assert_same(whole, broken)
+    assert lines(whole) == lines(broken)
+    code, output = runs.finish("train_distill", config, f"run_dir={broken}")
+    assert code == 0 and "is complete" in output
+
+
+def test_mask_stages_resume_fuse_and_chain(runs: Runs) -> None:
+    config = runs.config("mask", masks=MASKS, student={"model": str(runs.folder / "teacher.json")})
+    whole, broken = runs.folder / "whole", runs.folder / "broken"
+    code, output = runs.finish("train_mask", config, f"run_dir={whole}")
+    assert code == 0 and "reloaded in a fresh process with equal outputs" in output, output
+    code, _ = runs.interrupt(
+        signal.SIGKILL, (broken / "state" / "step_000004").exists, "train_mask", config, f"run_dir={broken}"
+    )
+    code, output = runs.finish("train_mask", config, f"run_dir={broken}")
+    assert code == 0 and "resumed from" in output, output
+    assert_same(whole, broken)
+
+    student = f"student.model=local-dir:{whole / 'export'}"
+    distilled, again = runs.folder / "distilled", runs.folder / "again"
+    code, output = runs.finish("train_distill", runs.config("distill"), f"run_dir={distilled}", student, "steps=2")
+    assert code == 0, output
+    kept = json.loads((whole / "export" / "open_clip_config.json").read_text())["model_cfg"]
+    assert kept["vision_cfg"]["width"] < 48 and sum(kept["text_cfg"]["mlp"]) < 4 * 4 * 48
+    stage = [f"student.model=local-dir:{distilled / 'export'}", "masks.start_sparsity=0.5", "masks.target_sparsity=0.75"]
+    code, output = runs.finish("train_mask", config, f"run_dir={again}", *stage, "masks.freeze_pruned=true", "steps=4")
+    assert code == 0, output
+    second = json.loads((again / "export" / "open_clip_config.json").read_text())["model_cfg"]
+    assert second["vision_cfg"]["width"] <= kept["vision_cfg"]["width"]
+
+
+def test_a_loss_that_is_not_finite_names_its_samples_and_keeps_the_last_state(runs: Runs) -> None:
+    config = runs.config("blow", optim={"lr": 1e30, "warmup_steps": 1, "clip_grad_norm": 0.0, "schedule": "constant"})
+    run_dir = runs.folder / "run"
+    code, output = runs.finish("train_distill", config, f"run_dir={run_dir}", "checkpoint.every_steps=1")
+    assert code == 2
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: the loss is not finite at step") and "lower optim.lr" in last
+    (dump,) = run_dir.glob("nonfinite_step_*_rank_0.json")
+    assert len(json.loads(dump.read_text())["keys"]) == 8
+    assert not (run_dir / "export").exists()
+
+
+def test_a_folder_in_use_or_of_another_run_is_refused(runs: Runs) -> None:
+    config = runs.config("distill")
+    run_dir = runs.folder / "run"
+    run_dir.mkdir()
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = runs.finish("train_distill", config, f"run_dir={run_dir}")
+        assert code == 2 and f"run folder {run_dir} is in use" in output.strip().splitlines()[-1]
+    (run_dir / "thesis.tex").write_text("precious")
+    code, output = runs.finish("train_distill", config, f"run_dir={run_dir}")
+    assert code == 2 and "holds files of something else" in output
+    (run_dir / "thesis.tex").unlink()
+    done = runs.finish("train_distill", config, f"run_dir={run_dir}", "steps=1")
+    assert done[0] == 0, done[1]
+    code, output = runs.finish("train_distill", config, f"run_dir={run_dir}", "steps=1", "optim.lr=0.5")
+    assert code == 2 and "optim.lr=0.001, now 0.5" in output.strip().splitlines()[-1]
