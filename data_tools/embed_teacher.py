@@ -81,6 +81,10 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(args.threads)
     shards = expand(args.shards, "--shards")
     model = load_clip(args.model, args.pretrained)
+    if not model.digest:
+        raise UserError(
+            f"--model {args.model} alone has random weights; name the trained ones with --pretrained"
+        )
     skipped = embed_shards(
         ClipEncoder(model, torch.device(args.device)),
         shards,

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmkd.data.shards import read_shard
+from vlmkd.data.teacher_cache import TeacherCache
 from vlmkd.errors import UserError
+from vlmkd.models.clip import ClipModel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,15 +232,15 @@ class TinyClip(nn.Module):
 
 
 def test_embed_teacher_wraps_a_loaded_clip(make_shards, tmp_path, spec, tokenizer, monkeypatch, capsys):
-    clip = pytest.importorskip("vlmkd.models.clip")
     torch.manual_seed(0)
     module = TinyClip()
     called = []
 
     def load_clip(model, pretrained=""):
         called.append((model, pretrained))
-        return clip.ClipModel(
-            module=module, config={}, image_spec=spec, tokenizer=tokenizer, source="tiny@tag", digest="f" * 64
+        digest = "f" * 64 if pretrained else ""
+        return ClipModel(
+            module=module, config={}, image_spec=spec, tokenizer=tokenizer, source="tiny@tag", digest=digest
         )
 
     embed_teacher = tool("embed_teacher")
@@ -265,10 +267,13 @@ def test_embed_teacher_wraps_a_loaded_clip(make_shards, tmp_path, spec, tokenize
     info = json.loads((tmp_path / "cache" / "cache.json").read_text())["info"]
     assert info["source"] == "tiny@tag" and info["digest"] == "f" * 64 and info["views"]["flip"] == 0.5
     assert info["logit_scale"] == pytest.approx(float(torch.tensor(3.0).exp())) and info["crops"] == 2
-    from vlmkd.data.teacher_cache import TeacherCache
-
     stored = TeacherCache(tmp_path / "cache").get("001", "0002").text_embed
     expected = F.normalize(module.encode_text(tokenizer(["picture 1 2"])), dim=-1)[0]
     torch.testing.assert_close(stored.float(), expected.detach(), rtol=0, atol=1e-3)
     with pytest.raises(UserError, match="--crops and --batch-size must be at least 1"):
         embed_teacher.main([*arguments, "--crops", "0"])
+    with pytest.raises(
+        UserError, match="--model tiny alone has random weights; name the trained ones with --pretrained"
+    ):
+        embed_teacher.main(["--model", "tiny", "--shards", *shards, "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()

@@ -266,8 +266,9 @@ def embed_shards(
         columns = _embed_shard(encoder, url, info, data, batch_size, torch.device(device), skipped)
         _save_shard(folder / f"{shard_name(url)}.safetensors", columns, info)
         done += len(columns.keys)
-        rate = done / (time.monotonic() - started)
-        eta = (time.monotonic() - started) / number * (len(todo) - number)
+        elapsed = time.monotonic() - started
+        rate = done / max(elapsed, 1e-3)
+        eta = elapsed / number * (len(todo) - number)
         progress(
             f"shard {number + len(shards) - len(todo)}/{len(shards)} {shard_name(url)}: {len(columns.keys)} samples, "
             f"{rate:.1f} samples/s, {sum(skipped.values())} skipped, ETA {eta / 60:.1f} min"
