@@ -231,6 +231,16 @@ def test_teacher_gets_no_gradient_and_half_precision_is_widened(chunk: int) -> N
     assert half["image_embeds"].grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_teacher_in_inference_mode(chunk: int) -> None:
+    leaves, teachers = problem(6, 12, 4, (5, 3), torch.float64)
+    with torch.inference_mode():
+        copies = [TeacherEmbeds(*(1.0 * value for value in teacher)) for teacher in teachers]
+    torch.testing.assert_close(
+        gradients(leaves, copies, chunk=chunk), gradients(leaves, teachers, chunk=chunk), rtol=0, atol=1e-15
+    )
+
+
 def test_only_needed_gradients() -> None:
     leaves, teachers = problem(6, 12, 4, (5,), torch.float64)
     expected = dict(zip(leaves, gradients(leaves, teachers), strict=True))

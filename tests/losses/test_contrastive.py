@@ -145,6 +145,17 @@ def test_interactive_is_clip_when_teacher_is_student_and_teacher_gets_no_gradien
     assert teacher.grad is None and text.grad is not None
 
 
+def test_interactive_with_teacher_in_inference_mode() -> None:
+    image, fixed = unit(0, 6, 4).requires_grad_(), unit(1, 6, 4)
+    with torch.inference_mode():
+        teacher = 1.0 * fixed
+    (gradient,) = torch.autograd.grad(
+        interactive_contrastive_loss(image, fixed, teacher, teacher, 8.0), image
+    )
+    (expected,) = torch.autograd.grad(interactive_contrastive_loss(image, fixed, fixed, fixed, 8.0), image)
+    assert torch.equal(gradient, expected)
+
+
 def test_sigmoid_is_exact_for_large_logits() -> None:
     # The only pair has logit 100: softplus(-100) = e^-100; a wrong sign or a cut-off would give 100 or 0.
     one = torch.ones(1, 1, dtype=torch.float64)

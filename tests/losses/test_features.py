@@ -66,6 +66,15 @@ def test_gradcheck_order_equality_and_teacher(loss: Callable[[Tensor, Tensor], T
         loss(student, teacher[:1])
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_teacher_in_inference_mode(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    student, fixed = features(0, 4, 3).requires_grad_(), features(1, 4, 3)
+    with torch.inference_mode():
+        teacher = 1.0 * fixed
+    (gradient,) = torch.autograd.grad(loss(student, teacher), student)
+    assert torch.equal(gradient, *torch.autograd.grad(loss(student, fixed), student))
+
+
 def test_cosine_ignores_length() -> None:
     student, teacher = features(0, 4, 3), features(1, 4, 3)
     assert cosine_loss(5 * student, 0.1 * teacher).item() == pytest.approx(

@@ -96,8 +96,10 @@ def interactive_contrastive_loss(
     images = teacher_image_embeds if all_teacher_image_embeds is None else all_teacher_image_embeds
     texts = teacher_text_embeds if all_teacher_text_embeds is None else all_teacher_text_embeds
     labels = _labels(image_embeds, images, offset)
-    image_loss = F.cross_entropy(_logits(image_embeds, texts.detach(), logit_scale), labels)
-    text_loss = F.cross_entropy(_logits(text_embeds, images.detach(), logit_scale), labels)
+    # A copy, because autograd cannot save the output of a teacher that ran in inference mode.
+    images, texts = images.detach().clone(), texts.detach().clone()
+    image_loss = F.cross_entropy(_logits(image_embeds, texts, logit_scale), labels)
+    text_loss = F.cross_entropy(_logits(text_embeds, images, logit_scale), labels)
     return (image_loss + text_loss) / 2
 
 
