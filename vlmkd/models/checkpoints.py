@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import math
 import pickle
 import pickletools
@@ -157,17 +158,19 @@ def _globals_of(path: Path) -> Iterator[str]:
     else:
         blobs = [path.read_bytes()]
     for blob in blobs:
-        strings: list[str] = []
-        try:
-            for opcode, argument, _ in pickletools.genops(blob):
-                if opcode.name in ("GLOBAL", "INST"):
-                    yield str(argument).replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL":
-                    yield ".".join(strings[-2:])
-                elif "UNICODE" in opcode.name or "STRING" in opcode.name:
-                    strings.append(str(argument))
-        except ValueError:  # no pickle at all: nothing to name
-            return
+        stream = io.BytesIO(blob)  # torch's legacy format is several pickles in a row, then raw numbers
+        while stream.tell() < len(blob):
+            strings: list[str] = []
+            try:
+                for opcode, argument, _ in pickletools.genops(stream):
+                    if opcode.name in ("GLOBAL", "INST"):
+                        yield str(argument).replace(" ", ".")
+                    elif opcode.name == "STACK_GLOBAL":
+                        yield ".".join(strings[-2:])
+                    elif "UNICODE" in opcode.name or "STRING" in opcode.name:
+                        strings.append(str(argument))
+            except ValueError:  # no pickle: nothing (more) to name
+                break
 
 
 def _pick_weights(content: Any, path: Path) -> State:

@@ -132,10 +132,12 @@ def load_clip(
         weights, preprocess = Path(pretrained), _beside(Path(pretrained))
     else:
         raise UserError(f"pretrained {pretrained}: neither a file nor one of {model}'s tags: {_tags(model)}")
-    if preprocess.get("quick_gelu") or is_torchscript(
-        weights
-    ):  # such archives are OpenAI's, which had QuickGELU
+    if is_torchscript(weights):  # such archives are OpenAI's, trained with QuickGELU
         config["quick_gelu"] = True
+    elif tag:  # a tag may lack what its architecture's config has (roberta-ViT-B-32)
+        config["quick_gelu"] = bool(config.get("quick_gelu") or tag.get("quick_gelu"))
+    elif "quick_gelu" in preprocess:
+        config["quick_gelu"] = preprocess["quick_gelu"]
     module = build_clip(config)
     if weights.suffix in (".npz", ".npy"):  # big_vision's SigLIP files; open_clip knows their layout
         import open_clip
@@ -165,11 +167,11 @@ def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Modu
         return _build_open_clip(config)
 
 
-def _build_open_clip(config: Mapping[str, Any]) -> nn.Module:
+def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
     from open_clip import CLIP, CoCa, CustomTextCLIP
 
-    _check_config(config)
-    config = copy.deepcopy(dict(config))
+    _check_config(given)
+    config = copy.deepcopy(dict(given))
     foreign_text = bool(config["text_cfg"].get("hf_model_name"))
     custom = config.pop("custom_text", False) or foreign_text
     config["vision_cfg"]["timm_model_pretrained"] = False
@@ -419,7 +421,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -507,7 +509,9 @@ class CLIPEncoder(nn.Module):
         self.model = model
         for name in ("logit_scale", "logit_bias"):
             scalar = getattr(model, name)
-            if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast parameters without dimensions
+            if (
+                scalar is not None and scalar.ndim == 0
+            ):  # DeepSpeed 0.19 cannot broadcast parameters without dimensions
                 setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
         parameter = self.logit_scale
         if scale is not None:

@@ -66,12 +66,11 @@ def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tens
     """
     if source.mean != target.mean or source.std != target.std:
         # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
-        options = {"dtype": torch.float32, "device": images.device}
-        gain = torch.tensor(source.std, **options) / torch.tensor(target.std, **options)
-        shift = (torch.tensor(source.mean, **options) - torch.tensor(target.mean, **options)) / torch.tensor(
-            target.std, **options
-        )
-        images = torch.addcmul(shift.view(1, 3, 1, 1), images.float(), gain.view(1, 3, 1, 1))
+        statistics = (source.mean, source.std, target.mean, target.std)
+        mean, std, new_mean, new_std = torch.tensor(
+            statistics, dtype=torch.float32, device=images.device
+        ).view(4, 3, 1, 1)
+        images = torch.addcmul((mean - new_mean) / new_std, images.float(), std / new_std)
     if tuple(images.shape[-2:]) != target.size:
         images = F.interpolate(
             images.float(), size=target.size, mode=target.interpolation, antialias=True, align_corners=False
