@@ -108,6 +108,8 @@ def evaluate(
     model: str = "student",
 ) -> list[Result]:
     """Run every evaluator on `predictor`; logs and returns the results."""
+    if not evaluators:
+        return []
     context = Context(device=engine.device, batch_size=cfg.evaluation.batch_size, workers=0, progress=False)
     results: list[Result] = []
     with engine.whole_weights(), torch.no_grad():

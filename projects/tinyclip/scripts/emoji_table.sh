@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The table of the README: six ways to the same small CLIP on the emoji set, equal steps, several seeds.
+#
+#   bash projects/tinyclip/scripts/emoji_table.sh            (two CPU cores; the page says how long it took)
+#
+# RUNS (default: runs/emoji_table), SEEDS (default: "0 1 2") and STEPS (default: 600, divisible by 12) may be set.
+# Finished runs are kept and interrupted ones go on, so the command can be repeated at any time.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+runs="${RUNS:-runs/emoji_table}"
+steps="${STEPS:-600}"
+configs=projects/tinyclip/configs/emoji
+python="$(bash scripts/setup.sh --python)"
+
+distill() { # NAME CONFIG [field=value ...]
+    local name="$1" config="$2"
+    shift 2
+    bash scripts/launch.sh projects/tinyclip/train_distill.py "$configs/base.yaml" "$configs/$config.yaml" \
+        run_dir="$runs/$name" seed="$seed" steps="$steps" evaluation.every_steps=$((steps / 12)) "$@"
+}
+
+# One stage: a third of its steps learns the masks, the rest distils the fused model.
+stage() { # NAME INIT START TARGET STEPS FREEZE
+    bash scripts/launch.sh projects/tinyclip/train_mask.py "$configs/base.yaml" "$configs/mask.yaml" \
+        run_dir="$runs/$1_mask" seed="$seed" steps=$(($5 / 3)) student.model="$2" masks.start_sparsity="$3" \
+        masks.target_sparsity="$4" masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6"
+    distill "$1" distill_pruned student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+    distill "scratch_contrastive_s$seed" scratch
+    distill "scratch_affinity_s$seed" distill inherit.image_from.model= inherit.text_from.model=
+    distill "inherited_contrastive_s$seed" distill "teachers=[]" loss.affinity=0 loss.contrastive=1 logit_scale.mode=learned
+    distill "inherited_affinity_s$seed" distill
+    stage "automatic_s$seed" zoo:tinyclip-emoji-teacher 0 0.75 "$steps" false
+    stage "multi75_s$seed" zoo:tinyclip-emoji-teacher 0 0.25 $((steps / 3)) false
+    stage "multi50_s$seed" "local-dir:$runs/multi75_s$seed/export" 0.25 0.5 $((steps / 3)) true
+    stage "multi25_s$seed" "local-dir:$runs/multi50_s$seed/export" 0.5 0.75 $((steps / 3)) true
+done
+
+"$python" scripts/seeds_table.py "$runs" --baseline scratch_contrastive --markdown "$runs/table.md"
+cat "$runs/table.md"
