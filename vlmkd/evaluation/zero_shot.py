@@ -29,7 +29,7 @@ from vlmkd.evaluation.images import EmbeddedImages
 LOGIT_SCALE = 100.0
 """Factor of the cosines; any positive one gives the same order. 100 is open_clip's."""
 CLASSES_PER_BATCH = 10
-"""Classes whose prompts go through the text tower together, as in open_clip."""
+"""Classes whose prompts are made and averaged together, as in open_clip."""
 TOP_K = (1, 5)
 
 
@@ -85,7 +85,9 @@ def class_weights(
         for start in progress(starts, len(starts), f"{title}: classes", context):
             chunk = share[start : start + CLASSES_PER_BATCH]
             texts = [prompts.fill(template, class_names[index]) for index in chunk for template in templates]
-            vectors = predictor.encode_text(texts).float()
+            # Encoded in batches, because 10 classes times 80 templates take gigabytes in a wide text tower.
+            pieces = [texts[at : at + context.batch_size] for at in range(0, len(texts), context.batch_size)]
+            vectors = torch.cat([predictor.encode_text(piece).float() for piece in pieces])
             mean = vectors.reshape(len(chunk), len(templates), -1).mean(dim=1)
             rows.append(F.normalize(mean, dim=-1).cpu())
     _, weights = gather_rows(torch.tensor(list(share), dtype=torch.long), torch.cat(rows))
