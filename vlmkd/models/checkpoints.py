@@ -7,7 +7,6 @@ half or single precision. Names come out as open_clip.CLIP's, with the text towe
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import math
 import pickle
@@ -105,12 +104,9 @@ def _read_openai_archive(path: Path) -> State:
     """The tensors of one of OpenAI's published archives; any other TorchScript program is refused unread."""
     from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
 
-    with open(path, "rb") as stream:
-        digest = (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(path)
-        )
+    from vlmkd.zoo import sha256_of
+
+    digest = sha256_of(path)
     urls = [get_pretrained_url(name, "openai") for name in list_pretrained_models_by_tag("openai")]
     if not any(f"/{digest}/" in url for url in urls):  # the digest is a part of OpenAI's addresses
         raise UserError(
@@ -118,15 +114,6 @@ def _read_openai_archive(path: Path) -> State:
             "it is not run: give its state dict as safetensors"
         )
     return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-
-
-def _sha256(path: Path) -> str:
-    """For Python 3.10, which has no hashlib.file_digest."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_pickle(path: Path) -> Any:

@@ -139,7 +139,10 @@ def load_clip(
     elif "quick_gelu" in preprocess:
         config["quick_gelu"] = preprocess["quick_gelu"]
     module = build_clip(config)
-    if weights.suffix in (".npz", ".npy"):  # big_vision's SigLIP files; open_clip knows their layout
+    if tag or weights.suffix in (
+        ".npz",
+        ".npy",
+    ):  # open_clip's own files, and big_vision's, whose layout it knows
         import open_clip
 
         open_clip.load_checkpoint(module, str(weights))
@@ -421,7 +424,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -490,11 +493,26 @@ def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> t
 # ---------------------------------------------------------------------------------------------------------- student
 
 
-class CLIPEncoder(nn.Module):
+class ClipTowers(nn.Module):
+    """Any CLIP with this module's forward, otherwise left as it is."""
+
+    fixed_scale: float | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
+        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
+        return encode(self.model, images, tokens, self.fixed_scale)
+
+
+class CLIPEncoder(ClipTowers):
     """A trainable CLIP: one forward call does all gradient work.
 
     `scale_mode` fixed holds the logit scale at `scale` (its own, without one): it is no trained parameter, and exact
-    in any precision. `learned` trains it, from `scale` where that is given, within `scale_bounds`.
+    in any precision. `learned` trains it, from `scale` where that is given; its log is kept in [0, ln 100] by the
+    task's bounds or by `clamp_logit_scale`. The model's scale and bias become vectors of one element.
     """
 
     def __init__(
@@ -505,60 +523,35 @@ class CLIPEncoder(nn.Module):
         scale: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         for name in ("logit_scale", "logit_bias"):
             scalar = getattr(model, name)
-            if (
-                scalar is not None and scalar.ndim == 0
-            ):  # DeepSpeed 0.19 cannot broadcast parameters without dimensions
+            if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast these
                 setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
-        parameter = self.logit_scale
         if scale is not None:
-            if not 0.0 < scale <= MAX_LOGIT_SCALE:
-                raise UserError(
-                    f"logit_scale.value is {scale}; it must be above 0 and at most {MAX_LOGIT_SCALE:g}"
-                )
-            with torch.no_grad():
-                parameter.fill_(math.log(scale))
-        parameter.requires_grad_(scale_mode == "learned")
-        own = scale if scale is not None else float(parameter.detach().double().exp())
-        self.fixed_scale = own if scale_mode == "fixed" else None
+            low, high = (1.0, MAX_LOGIT_SCALE) if scale_mode == "learned" else (0.0, math.inf)
+            if not low <= scale <= high or scale == 0.0:
+                limits = f"from {low:g} to {high:g}" if scale_mode == "learned" else "above 0"
+                raise UserError(f"logit_scale.value is {scale}; with mode {scale_mode} it must be {limits}")
+            self.logit_scale.data.fill_(math.log(scale))
+        self.logit_scale.requires_grad_(scale_mode == "learned")
+        if scale_mode == "fixed":
+            own = float(self.logit_scale.detach().double().exp())
+            self.fixed_scale = own if scale is None else scale
         if activation_checkpointing:
             _checkpoint_activations(model)
 
-    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
-        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
-        return encode(self.model, images, tokens, self.fixed_scale)
-
     @property
     def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the scale, as open_clip names it."""
+        """The logarithm of the scale [1], as open_clip names it."""
         parameter: Any = self.model.logit_scale
         return parameter
 
-    def scale_bounds(self) -> list[tuple[nn.Parameter, float, float]]:
-        """The learned log scale with its range [0, ln 100], for `Task.bounds`; nothing when it is fixed."""
-        if self.fixed_scale is not None:
-            return []
-        return [(self.logit_scale, 0.0, math.log(MAX_LOGIT_SCALE))]
-
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the learned log scale into its range, in loops whose engine does not do it."""
-        for parameter, low, high in self.scale_bounds():
-            parameter.clamp_(low, high)
-
-    def model_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inner model's state dict from this encoder's, with the exact logarithm of a fixed scale."""
-        inner = {
-            name.removeprefix("model."): tensor
-            for name, tensor in weights.items()
-            if name.startswith("model.")
-        }
-        if self.fixed_scale is not None:
-            inner["logit_scale"] = torch.full_like(inner["logit_scale"].float(), math.log(self.fixed_scale))
-        return inner
+        """Clamp a learned log scale to [0, ln 100]."""
+        if self.fixed_scale is None:
+            self.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
 
 
 def encode(
@@ -641,7 +634,7 @@ def _spec_fields(size: int, preprocess: Mapping[str, Any]) -> Config:
 
 
 class ClipPredictor:
-    """The DualEncoder that evaluators call, around any module with CLIPEncoder's forward (an engine's wrapper too)."""
+    """The DualEncoder that evaluators call, around any module with ClipTowers' forward (an engine's wrapper too)."""
 
     def __init__(
         self,
@@ -658,7 +651,7 @@ class ClipPredictor:
     @classmethod
     def of(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
         """The predictor of a loaded model, called `name` or as the user named it."""
-        return cls(name or clip.source, CLIPEncoder(clip.module), clip.image_spec, clip.tokenizer)
+        return cls(name or clip.source, ClipTowers(clip.module), clip.image_spec, clip.tokenizer)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w] in `image_spec`'s statistics -> unit vectors [B, D], fp32."""
