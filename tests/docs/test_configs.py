@@ -1,62 +1,86 @@
-"""Every YAML that is shipped loads with its project's config class, and says how to run it."""
+"""Every YAML that is shipped loads with its project's config class, as its first comment's command would load it."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from braceexpand import braceexpand
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlmkd import config
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path for path in (ROOT / "projects").glob("*/configs/*.yaml"))
+CONFIGS = sorted((ROOT / "projects").glob("*/configs/**/*.yaml"))
 
 
-def config_class(project: str, stage: str) -> type[Any]:
-    """The config class that `projects/PROJECT/STAGE.py` gives to `vlmkd.run.main`."""
-    path = ROOT / "projects" / project / f"{stage}.py"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def config_class(script: Path) -> type[Any]:
+    """The config class that a train script gives to `vlmkd.run.main`."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "main" and node.args:
-            module = importlib.import_module(f"projects.{project}.config")
+            module = importlib.import_module(f"projects.{script.parent.name}.config")
             return getattr(module, ast.unparse(node.args[0]).rpartition(".")[2])
-    raise AssertionError(f"{path} calls no main(ConfigClass, build)")
+    raise AssertionError(f"{script} calls no main(ConfigClass, build)")
 
 
-def header(path: Path) -> str:
-    """The comment lines before the first field, without their `#`."""
-    lines = []
+def commands_of(path: Path) -> list[list[str]]:
+    """Arguments of every `bash scripts/launch.sh ...` in the comments before the first field."""
+    comments = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.lstrip("# "))
-    return "\n".join(lines)
+        comments.append(line.lstrip("# "))
+    text = "\n".join(comments).replace("\\\n", " ")
+    commands = re.findall(r"^bash scripts/launch\.sh (.*)$", text, flags=re.M)
+    return [[word for part in shlex.split(command) for word in braceexpand(part)] for command in commands]
 
 
-def stage_of(path: Path) -> str:
-    """The train script that the config's first comment runs."""
-    project = path.parent.parent.name
-    words = header(path).replace("\\\n", " ").split()
-    named = [word for word in words if word.startswith(f"projects/{project}/train_") and word.endswith(".py")]
-    assert named, f"{path.relative_to(ROOT)}: the first comment must hold the command that runs it"
-    return Path(named[0]).stem
+RUNS = [path for path in CONFIGS if any(str(path.relative_to(ROOT)) in words for words in commands_of(path))]
+PARTS = [path for path in CONFIGS if path not in RUNS]
 
 
-def stack_of(path: Path) -> list[str]:
-    """The YAML files that the header's command stacks, ending with this one."""
-    words = header(path).replace("\\\n", " ").split()
-    named = [word for word in words if word.endswith(".yaml") and (ROOT / word).is_file()]
-    own = str(path.relative_to(ROOT))
-    return [str(ROOT / word) for word in named[: named.index(own) + 1]] if own in named else [str(path)]
+def name_of(path: Path) -> str:
+    """Test id of a config."""
+    return str(path.relative_to(ROOT / "projects"))
 
 
-@pytest.mark.skipif(not CONFIGS, reason="no config is shipped yet")
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_config_loads(path: Path, tmp_path: Path) -> None:
-    cls = config_class(path.parent.parent.name, stage_of(path))
-    cfg = config.load(cls, [*stack_of(path), f"run_dir={tmp_path / 'run'}"])
-    resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(config.to_yaml(cfg))
-    assert config.load(cls, [str(resolved)]) == cfg
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_run_loads_as_its_command_says_and_loads_back_equal(path: Path, tmp_path: Path) -> None:
+    for script, *arguments in commands_of(path):
+        if str(path.relative_to(ROOT)) not in arguments:
+            continue
+        cls = config_class(ROOT / script)
+        stack = [
+            str(ROOT / word) if word.endswith(".yaml") else word for word in arguments if "..." not in word
+        ]
+        cfg = config.load(cls, [*stack, f"run_dir={tmp_path / 'run'}"])
+        resolved = tmp_path / "resolved.yaml"
+        resolved.write_text(config.to_yaml(cfg))
+        assert config.load(cls, [str(resolved)]) == cfg
+
+
+@pytest.mark.parametrize("path", PARTS, ids=name_of)
+def test_a_part_of_runs_has_known_fields_of_the_right_types(path: Path) -> None:
+    """A file that only stands in a stack, or gets values from a shell script, is not complete by itself."""
+    project = ROOT / "projects" / path.relative_to(ROOT / "projects").parts[0]
+    refusals = []
+    for script in sorted(project.glob("train_*.py")):
+        try:
+            OmegaConf.merge(OmegaConf.structured(config_class(script)), OmegaConf.load(path))
+        except OmegaConfBaseException as error:
+            refusals.append(f"{script.name}: {error}")
+    assert len(refusals) < len(list(project.glob("train_*.py"))), "\n".join(refusals)
+
+
+def test_runs_name_files_that_exist() -> None:
+    for path in CONFIGS:
+        for arguments in commands_of(path):
+            for word in arguments:
+                if word.startswith("projects/"):
+                    assert (ROOT / word).is_file(), f"{path.relative_to(ROOT)}: {word} does not exist"
