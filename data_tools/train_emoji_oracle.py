@@ -50,7 +50,9 @@ def features(oracle: EmojiOracle, shards: list[str]) -> tuple[Tensor, Tensor, Te
         for raw in read_shard(shard, members(data)):
             encoded = unpack(raw, data.image_keys, data.text_key)
             if not isinstance(encoded, Encoded):
-                raise UserError(f"shard {shard}: {encoded.name} {encoded.reason}; delete the emoji cache to build it again")
+                raise UserError(
+                    f"shard {shard}: {encoded.name} {encoded.reason}; delete the emoji cache to build it again"
+                )
             size = checked_size(encoded.image, data.max_pixels)
             view = whole.draw(*size, random.Random(0))
             pixels.append(views_of(encoded.image, size, [view], [oracle.image_spec])[0][0])
@@ -59,7 +61,10 @@ def features(oracle: EmojiOracle, shards: list[str]) -> tuple[Tensor, Tensor, Te
                 images.append(_run(oracle, pixels))
                 pixels = []
         spent = time.monotonic() - begin
-        print(f"features: shard {number}/{len(shards)}, ETA {duration(spent / number * (len(shards) - number))}", flush=True)
+        print(
+            f"features: shard {number}/{len(shards)}, ETA {duration(spent / number * (len(shards) - number))}",
+            flush=True,
+        )
     if pixels:
         images.append(_run(oracle, pixels))
     print(f"features of {len(captions)} captions", flush=True)
@@ -74,8 +79,12 @@ def _run(oracle: EmojiOracle, pixels: list[Tensor]) -> Tensor:
 
 def main(argv: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the heads and of the teacher cache")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder of the heads and of the teacher cache"
+    )
     parser.add_argument("--crops", type=int, default=3, help="views per image")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=[0.6, 1.0], help="as data.crop_scale")
     parser.add_argument("--flip", type=float, default=0.0, help="as data.flip")

@@ -36,7 +36,9 @@ def arms_in(folder: Path) -> dict[str, list[Run]]:
             if run.final.get(STUDENT):
                 arms.setdefault(match[1], []).append(run)
     if not arms:
-        raise UserError(f"{folder} has no finished run whose name ends in _sSEED; run the table's script first")
+        raise UserError(
+            f"{folder} has no finished run whose name ends in _sSEED; run the table's script first"
+        )
     return arms
 
 
@@ -76,14 +78,18 @@ def table(arms: dict[str, list[Run]], baseline: str) -> str:
             goal = statistics.mean(run.final[STUDENT][keys[0]] for run in arms[baseline])
             shares = [first_pass(run, keys[0], goal) for run in runs]
             whole = [share for share in shares if share is not None]
-            cells.append(f"{statistics.mean(whole):.2f}" if len(whole) == len(shares) else "not reached by all")
+            cells.append(
+                f"{statistics.mean(whole):.2f}" if len(whole) == len(shares) else "not reached by all"
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     """Parse arguments and write; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Runs named ARM_sSEED -> mean ± standard deviation as Markdown.")
+    parser = argparse.ArgumentParser(
+        description="Runs named ARM_sSEED -> mean ± standard deviation as Markdown."
+    )
     parser.add_argument("folder", type=Path, help="folder of the run folders")
     parser.add_argument("--baseline", default="", help="arm whose final score the others are timed against")
     parser.add_argument("--markdown", type=Path, help="write the table to this file instead of printing it")

@@ -23,7 +23,9 @@ _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{6,})$")
 
 
-def save(state_dir: Path, step: int, engine: Engine, *, shared: dict[str, Any], per_rank: dict[str, Any], keep: int) -> None:
+def save(
+    state_dir: Path, step: int, engine: Engine, *, shared: dict[str, Any], per_rank: dict[str, Any], keep: int
+) -> None:
     """Write `state_dir/step_NNNNNN`, then drop all but the newest `keep` checkpoints.
 
     `shared` comes from rank 0, `per_rank` from each rank; both hold tensors and plain data only. A collective.
@@ -97,12 +99,18 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Restore the engine; returns the shared state and this rank's own (None when the world size changed)."""
+def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore the engine; returns the shared state and this rank's own.
+
+    Raises:
+        UserError: it was written by another number of ranks.
+    """
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     saved, now = manifest["world_size"], distributed.world_size()
     if saved != now:
-        raise UserError(f"checkpoint {folder} was written by {saved} ranks and this run has {now}; start it with {saved} ranks")
+        raise UserError(
+            f"checkpoint {folder} was written by {saved} ranks and this run has {now}; start it with {saved} ranks"
+        )
     engine.load(folder)
     shared = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
     own = torch.load(folder / f"rank_{distributed.rank()}.pt", map_location="cpu", weights_only=True)

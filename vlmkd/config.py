@@ -222,7 +222,11 @@ class RunConfig:
         )
         require(self.checkpoint.keep >= 2, "checkpoint.keep", f"is {self.checkpoint.keep}; keep at least 2")
         nvme = self.deepspeed.offload == "nvme"
-        require(nvme == bool(self.deepspeed.nvme_path), "deepspeed.nvme_path", "goes with offload=nvme, and only with it")
+        require(
+            nvme == bool(self.deepspeed.nvme_path),
+            "deepspeed.nvme_path",
+            "goes with offload=nvme, and only with it",
+        )
         require(
             self.optim.decay_steps == 0 or self.optim.schedule == "wsd",
             "optim.decay_steps",
@@ -243,7 +247,9 @@ def load(cls: type[C], argv: list[str]) -> C:
         UserError: a missing file, an unknown field (with the nearest right one), a wrong type or choice.
     """
     schema = OmegaConf.structured(cls)
-    values = OmegaConf.create(OmegaConf.to_container(schema))  # plain, because frozen nodes refuse item updates
+    values: Any = OmegaConf.create(
+        OmegaConf.to_container(schema)
+    )  # plain, because frozen nodes refuse item updates
     for arg in argv:
         if arg.startswith("--local_rank"):
             continue
@@ -290,7 +296,8 @@ def help_text(cls: type[Any], prefix: str = "") -> str:
             lines.append(f"{prefix}{item.name}: {docs.get(item.name, '')}")
             lines.append(help_text(nested, f"{prefix}{item.name}."))
             continue
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+        factory = item.default_factory
+        default = item.default if factory is dataclasses.MISSING else factory()
         lines.append(f"{prefix}{item.name} = {default!r}\n    {docs.get(item.name, '')}")
         if nested is not None:
             lines.append(textwrap.indent(help_text(nested, f"{prefix}{item.name}.N."), "    "))
@@ -352,9 +359,11 @@ def _check_names(cls: type[Any], layer: Any, prefix: str, origin: str) -> None:
             continue
         if isinstance(value, DictConfig) and nested is hints[key]:
             _check_names(nested, value, f"{prefix}{key}.", origin)
-        elif value is not None and not isinstance(value, (str, int, float, bool)) and nested is not hints[key]:
+        elif (
+            value is not None and not isinstance(value, (str, int, float, bool)) and nested is not hints[key]
+        ):
             # A list from YAML, or `{index: fields}` from an override such as data.sources.1.weight=3.
-            pairs = value.items() if isinstance(value, DictConfig) else enumerate(value)
+            pairs: Any = value.items() if isinstance(value, DictConfig) else enumerate(value)
             for index, element in pairs:
                 if isinstance(element, DictConfig):
                     _check_names(nested, element, f"{prefix}{key}.{index}.", origin)

@@ -41,9 +41,17 @@ def environment() -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from torchrun, DeepSpeed or SLURM, or for one process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        found = {"RANK": env["RANK"], "WORLD_SIZE": env["WORLD_SIZE"], "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
+        found = {
+            "RANK": env["RANK"],
+            "WORLD_SIZE": env["WORLD_SIZE"],
+            "LOCAL_RANK": env.get("LOCAL_RANK", "0"),
+        }
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
+        found = {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env["SLURM_NTASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+        }
     else:
         found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     found["MASTER_ADDR"] = env.get("MASTER_ADDR", "127.0.0.1")
@@ -92,7 +100,9 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     """Mean over ranks of a flat dictionary with the same keys on every rank."""
     if world_size() == 1:
         return values
-    packed = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64, device=_collective_device())
+    packed = torch.tensor(
+        [values[name] for name in sorted(values)], dtype=torch.float64, device=_collective_device()
+    )
     dist.all_reduce(packed)
     return dict(zip(sorted(values), (packed / world_size()).tolist(), strict=True))
 

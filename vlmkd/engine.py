@@ -1,16 +1,15 @@
-"""DeepSpeed around one task; the only module that imports deepspeed."""
+"""DeepSpeed around one task; the only module that imports deepspeed, and only when an engine is made."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from vlmkd import distributed
@@ -45,7 +44,7 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     micro, accumulation = batch_triple(cfg, world_size)
     zero: dict[str, Any] = {"stage": cfg.deepspeed.zero_stage}
     if cfg.deepspeed.offload != "none":
-        target = {"device": cfg.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
+        target: dict[str, Any] = {"device": cfg.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
         if cfg.deepspeed.offload == "nvme":
             target["nvme_path"] = cfg.deepspeed.nvme_path
         zero["offload_optimizer"] = target
@@ -69,9 +68,17 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
 def check_machine(cfg: RunConfig) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
     gpu = torch.cuda.is_available()
-    require(cfg.deepspeed.precision != "fp16" or gpu, "deepspeed.precision", "is fp16, which needs a GPU; use bf16 or fp32")
+    require(
+        cfg.deepspeed.precision != "fp16" or gpu,
+        "deepspeed.precision",
+        "is fp16, which needs a GPU; use bf16 or fp32",
+    )
     if gpu and cfg.deepspeed.precision == "bf16":
-        require(torch.cuda.is_bf16_supported(), "deepspeed.precision", "is bf16, which this GPU lacks; use fp16 or fp32")
+        require(
+            torch.cuda.is_bf16_supported(),
+            "deepspeed.precision",
+            "is bf16, which this GPU lacks; use fp16 or fp32",
+        )
 
 
 class Engine:
@@ -90,6 +97,8 @@ class Engine:
             group["peak_lr"] = group.get("lr", cfg.optim.lr)
             group.setdefault("schedule", True)
         optimizer = self._optimizer(groups, cfg)
+        import deepspeed
+
         engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
         )
@@ -143,6 +152,9 @@ class Engine:
     @torch.no_grad()
     def _clamp(self) -> None:
         """Apply `task.bounds()` to the weights and to this rank's part of the fp32 master weights."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        parameter: Any  # DeepSpeed hangs its own attributes on it
         for parameter, low, high in self.task.bounds():
             # Empty where ZeRO 3 has freed it; whole for small parameters, which ZeRO 3 keeps gathered.
             parameter.data.clamp_(low, high)
@@ -158,12 +170,17 @@ class Engine:
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Inside, every rank sees complete parameters, so that any method of the student can be called."""
+        import deepspeed
+
         parameters = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
             yield
 
     def student_weights(self) -> dict[str, Tensor] | None:
         """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective at any ZeRO stage."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
         names = {id(p): name for name, p in self.module.named_parameters()}
         full: dict[int, Tensor] = {}
         for parameter in self.module.parameters():
@@ -182,7 +199,9 @@ class Engine:
         for name, value in persistent.items():
             if name not in weights:  # buffers and tied names
                 weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
-        return {name: value.reshape(()) if name in self._scalars else value for name, value in weights.items()}
+        return {
+            name: value.reshape(()) if name in self._scalars else value for name, value in weights.items()
+        }
 
     def save(self, folder: Path) -> None:
         """Write model and optimiser shards of all ranks into `folder`."""
@@ -192,7 +211,9 @@ class Engine:
         """Restore what `save` wrote, bit for bit."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
-            raise UserError(f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks")
+            raise UserError(
+                f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
+            )
 
     def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
         """The frozen teacher in compute precision on this rank, or sharded over the ranks by ZeRO stage 3."""
@@ -205,20 +226,26 @@ class Engine:
             "bf16": {"enabled": self.dtype is torch.bfloat16},
             "fp16": {"enabled": self.dtype is torch.float16},
         }
+        import deepspeed
+
         engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
         return engine.module
 
 
 def start_ranks() -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
-    import os
-
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("training needs the package deepspeed: pip install deepspeed") from None
     os.environ.update(distributed.environment())
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", dist_init_required=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", dist_init_required=False
+    )
 
 
 def stop_ranks() -> None:
@@ -246,7 +273,9 @@ def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) ->
         counterpart = generated.get(key)
         if value == "auto":
             if counterpart is None:
-                raise UserError(f'config field deepspeed.file: {origin} asks for "auto" at {key}, which vlmkd does not set')
+                raise UserError(
+                    f'config field deepspeed.file: {origin} asks for "auto" at {key}, which vlmkd does not set'
+                )
             filled[key] = counterpart
         elif isinstance(value, dict):
             filled[key] = _fill_auto(value, counterpart if isinstance(counterpart, dict) else {}, origin)

@@ -41,7 +41,9 @@ class Metrics:
     Lines of steps at or after `resume_step` belong to work that was lost with a killed process; they are dropped.
     """
 
-    def __init__(self, run_dir: Path, cfg: LogConfig, config: dict[str, Any], *, resume_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, cfg: LogConfig, config: dict[str, Any], *, resume_step: int = 0
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._trackers: list[Any] = []
         self._active = distributed.is_main()
@@ -62,7 +64,9 @@ class Metrics:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), "kind": kind, **plain}) + "\n")
+            file.write(
+                json.dumps({"step": step, "time": round(time.time(), 3), "kind": kind, **plain}) + "\n"
+            )
         scalars = {f"{kind}/{k}": float(v) for k, v in plain.items() if isinstance(v, (int, float))}
         for tracker in self._trackers:
             tracker.log(scalars, step)
@@ -78,7 +82,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("config field log.tensorboard needs the package: pip install tensorboard") from None
+            raise UserError(
+                "config field log.tensorboard needs the package: pip install tensorboard"
+            ) from None
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, scalars: dict[str, float], step: int) -> None:

@@ -18,7 +18,8 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     Decay goes to tensors of two or more dimensions whose name holds none of `NO_DECAY_NAMES` (the rule of the
     TinyCLIP reference). A group may carry its own `lr` and `schedule: False` (constant); see `group_lr`.
     """
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

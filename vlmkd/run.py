@@ -65,7 +65,9 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
             _run(cfg, build, generated)
     except UserError as error:
         rank = distributed.environment()["RANK"]
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        print(
+            f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True
+        )
         sys.exit(2)
     except Stopped as stopped:
         print(stopped, flush=True)
@@ -89,7 +91,9 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
         _write_origin(run_dir, cfg, generated)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
     student_parameters = sum(p.numel() for p in job.task.student.parameters())
-    log.info("student: %.2f M parameters, %d teacher(s) loaded", student_parameters / 1e6, len(job.task.teachers))
+    log.info(
+        "student: %.2f M parameters, %d teacher(s) loaded", student_parameters / 1e6, len(job.task.teachers)
+    )
     around = engine.Engine(job.task, cfg)
     for teacher in job.task.teachers:
         around.place_teacher(teacher, shard=False)
@@ -109,7 +113,9 @@ def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: 
     results = {"student": trainer.evaluate(cfg, job.evaluators, job.task.predictor(), around, metrics, step)}
     if cfg.evaluation.teacher:
         for name, predictor in job.task.teacher_predictors().items():
-            results[name] = trainer.evaluate(cfg, job.evaluators, predictor, around, metrics, step, model=name)
+            results[name] = trainer.evaluate(
+                cfg, job.evaluators, predictor, around, metrics, step, model=name
+            )
     weights = around.student_weights()
     if weights is not None:
         (run_dir / "eval").mkdir(exist_ok=True)
@@ -133,7 +139,9 @@ def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
     dataset = sets[0]
     spread = range(0, len(dataset.images), max(1, len(dataset.images) // _GALLERY_IMAGES))
     rows = {dataset.texts_of_image[index][0]: index for index in spread}  # one image a text
-    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()][:_GALLERY_IMAGES]
+    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()][
+        :_GALLERY_IMAGES
+    ]
     texts = [dataset.texts[text] for text in rows][:_GALLERY_IMAGES]
     predictors = {**job.task.teacher_predictors(), "student": job.task.predictor()}
     write_gallery(path, predictors, images, texts, parameters=job.task.parameter_counts(), device=device)
@@ -152,17 +160,23 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
     if before.is_file():
         _check_same_run(before, cfg)
     elif run_dir.is_dir() and any(path.name not in (".lock", "log.txt") for path in run_dir.iterdir()):
-        raise UserError(f"config field run_dir: {run_dir} holds files of something else; choose an empty or new folder")
+        raise UserError(
+            f"config field run_dir: {run_dir} holds files of something else; choose an empty or new folder"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"config field run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"config field run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"run folder {run_dir} is in use by another process; wait for it or choose another run_dir") from None
+            raise UserError(
+                f"run folder {run_dir} is in use by another process; wait for it or choose another run_dir"
+            ) from None
         yield
 
 
@@ -235,7 +249,9 @@ def _installed(name: str) -> bool:
 def _git(root: Path, *args: str) -> str | None:
     """Output of a git command in the source tree; None for an installed copy without one."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=False
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None

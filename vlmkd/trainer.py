@@ -44,7 +44,16 @@ class Stopped(Exception):
     """SIGTERM came; the state is saved and the run can be resumed."""
 
 
-def fit(cfg: RunConfig, job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: int, accumulation: int) -> int:
+def fit(
+    cfg: RunConfig,
+    job: Job,
+    engine: Engine,
+    metrics: Metrics,
+    state_dir: Path,
+    *,
+    start: int,
+    accumulation: int,
+) -> int:
     """Train from optimiser step `start` to `cfg.steps`; returns the step reached.
 
     One step: fetch, `task.step`, backward, finite check, update, `after_update`; then log, evaluate and save when due.
@@ -115,7 +124,9 @@ def evaluate(
     with engine.whole_weights(), torch.no_grad():
         for evaluator in evaluators:
             results.extend(evaluator.run(predictor, context))
-    values = {f"{result.dataset}/{name}": value for result in results for name, value in result.metrics.items()}
+    values = {
+        f"{result.dataset}/{name}": value for result in results for name, value in result.metrics.items()
+    }
     metrics.write("eval", step, {"model": model, **values})
     for result in results:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -165,7 +176,8 @@ class _Window:
 
     def __init__(self, cfg: RunConfig, engine: Engine, job: Job) -> None:
         self._cfg, self._engine, self._job = cfg, engine, job
-        self._begin, self._begin_step = time.monotonic(), None
+        self._begin = time.monotonic()
+        self._begin_step: int | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -184,7 +196,11 @@ class _Window:
     def add(self, outputs: list[StepOutput], samples: int, lr: float) -> None:
         """Count one optimiser step; values stay on the device until the line is written."""
         for output in outputs:
-            named = {"loss": output.loss.detach(), **{f"loss/{k}": v for k, v in output.terms.items()}, **output.metrics}
+            named = {
+                "loss": output.loss.detach(),
+                **{f"loss/{k}": v for k, v in output.terms.items()},
+                **output.metrics,
+            }
             for name, value in named.items():
                 self._sums[name] = self._sums[name].to(value.device) + value.detach().float() / len(outputs)
         self._count, self._samples, self._lr = self._count + 1, self._samples + samples, lr
@@ -200,11 +216,13 @@ class _Window:
         values |= {"lr": self._lr, "grad_norm": self._engine.grad_norm(), "peak_memory_mb": peak_memory_mb()}
         skipped = _sum_ranks(self._job.loader.skipped)
         values |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
-        metrics.write("train", done, values)
+        metrics.write("train", done, {**values})
         if self._begin_step is None:
             self._begin_step = done - self._count
         rate = (time.monotonic() - self._begin) / max(1, done - self._begin_step)
-        terms = "  ".join(f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in values if name.startswith("loss/"))
+        terms = "  ".join(
+            f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in values if name.startswith("loss/")
+        )
         log.info(
             "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %.0f samples/s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
             done,
@@ -242,12 +260,16 @@ def _stop_check_due(cfg: RunConfig, done: int) -> bool:
     return distributed.world_size() == 1 or done % min(10, cfg.log.every_steps) == 0
 
 
-def _non_finite(run_dir: Path, step: int, outputs: list[StepOutput], keys: list[str], finite: bool) -> UserError:
+def _non_finite(
+    run_dir: Path, step: int, outputs: list[StepOutput], keys: list[str], finite: bool
+) -> UserError:
     """Write down the samples of this rank's batch and say what was not finite."""
     path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
     bad = sorted({name for part in terms for name, value in part.items() if not math.isfinite(value)})
-    path.write_text(json.dumps({"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys}, indent=1))
+    path.write_text(
+        json.dumps({"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys}, indent=1)
+    )
     where = f"terms {', '.join(bad)}" if bad else "on another rank"
     return UserError(
         f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "
@@ -268,4 +290,6 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
 
 def results_json(results: dict[str, list[Result]]) -> str:
     """Results by model name as JSON."""
-    return json.dumps({model: [asdict(result) for result in items] for model, items in results.items()}, indent=1)
+    return json.dumps(
+        {model: [asdict(result) for result in items] for model, items in results.items()}, indent=1
+    )

@@ -21,8 +21,8 @@ from vlmkd.engine import batch_triple
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.evaluation.zero_shot import ZeroShot
-from vlmkd.models.clip import ClipModel, CLIPEncoder, load_clip, load_weights
-from vlmkd.models.pruned_clip import PrunedCLIP
+from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, load_weights
+from vlmkd.models.pruned_clip import PrunedCLIP, config_from_clip
 from vlmkd.models.teacher import ClipTeacher
 from vlmkd.trainer import Job
 
@@ -51,9 +51,15 @@ def mask_job(cfg: MaskConfig) -> Job:
     source = load_clip(cfg.student.model, cfg.student.pretrained, seed=cfg.seed)
     masks = cfg.masks
     if isinstance(source.module, PrunedCLIP):
-        encoder = reenter(source.module, freeze_pruned=masks.freeze_pruned, joint=masks.joint, sides=masks.sides)
+        full = config_from_clip(load_clip(masks.full_model).module) if masks.full_model else None
+        encoder = reenter(
+            source.module, full, freeze_pruned=masks.freeze_pruned, joint=masks.joint, sides=masks.sides
+        )
     else:
-        require(not masks.freeze_pruned, "masks.freeze_pruned", "has no effect on a student that was never pruned")
+        require(not masks.full_model, "masks.full_model", "has no effect on a student that was never pruned")
+        require(
+            not masks.freeze_pruned, "masks.freeze_pruned", "has no effect on a student that was never pruned"
+        )
         encoder = MaskedCLIP.from_clip(source.module, joint=masks.joint, sides=masks.sides)
     if cfg.deepspeed.activation_checkpointing:
         encoder.set_grad_checkpointing()
@@ -106,7 +112,10 @@ def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[li
     if cfg.cached:
         folders = cfg.data.sources[0].teacher_caches
         infos = [TeacherCache(folder).info for folder in folders]
-        named = [teacher.model + (f"@{teacher.pretrained}" if teacher.pretrained else "") for teacher in cfg.teachers]
+        named = [
+            teacher.model + (f"@{teacher.pretrained}" if teacher.pretrained else "")
+            for teacher in cfg.teachers
+        ]
         held = [info.source for info in infos]
         require(
             not named or named == held,

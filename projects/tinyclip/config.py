@@ -88,10 +88,18 @@ class TinyCLIPConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.student.model), "student.model", "is empty; name an architecture, a JSON file or local-dir:FOLDER")
-        weights = {name: getattr(self.loss, name) for name in ("affinity", "contrastive", "feature", "interactive")}
+        require(
+            bool(self.student.model),
+            "student.model",
+            "is empty; name an architecture, a JSON file or local-dir:FOLDER",
+        )
+        weights = {
+            name: getattr(self.loss, name) for name in ("affinity", "contrastive", "feature", "interactive")
+        }
         for name, weight in weights.items():
-            require(weight >= 0, f"loss.{name}", f"is {weight}; weights are not negative, and 0 turns a term off")
+            require(
+                weight >= 0, f"loss.{name}", f"is {weight}; weights are not negative, and 0 turns a term off"
+            )
         require(any(weights.values()), "loss", "has all weights 0; give at least one term a weight")
         mimics = weights["affinity"] + weights["feature"] + weights["interactive"] > 0
         require(
@@ -102,7 +110,9 @@ class TinyCLIPConfig(RunConfig):
             else "is given but loss.affinity, loss.feature and loss.interactive are all 0; drop it or weigh a term",
         )
         require(
-            self.logit_scale.value > 0, "logit_scale.value", f"is {self.logit_scale.value}; it must be above 0"
+            self.logit_scale.value > 0,
+            "logit_scale.value",
+            f"is {self.logit_scale.value}; it must be above 0",
         )
         require(
             not self.logit_scale.legacy_first_step or self.logit_scale.mode == "fixed",
@@ -159,6 +169,8 @@ class MaskSettings:
     """`one` penalises only missing sparsity (released code), `two` any deviation (paper)."""
     joint: bool = True
     """One sparsity over both towers, so that their split is learned."""
+    full_model: str = ""
+    """Full-size architecture of a pruned student that does not know its own (a published `auto` checkpoint)."""
     freeze_pruned: bool = False
     """Units that an earlier stage removed cannot come back."""
     round_to: int = 1
@@ -182,4 +194,6 @@ class MaskConfig(TinyCLIPConfig):
             "masks.target_sparsity",
             f"is {masks.target_sparsity} with start {masks.start_sparsity}; 0 <= start <= target < 1 must hold",
         )
-        require(masks.round_to in (1, 8, 16, 64), "masks.round_to", f"is {masks.round_to}; choose 1, 8, 16 or 64")
+        require(
+            masks.round_to in (1, 8, 16, 64), "masks.round_to", f"is {masks.round_to}; choose 1, 8, 16 or 64"
+        )

@@ -47,7 +47,12 @@ def objective(
     pair = (student.image_embeds, student.text_embeds)
     if loss.affinity:
         affinity = affinity_loss(
-            *pair, student.logit_scale, teachers, **columns, reduction=loss.affinity_reduction, chunk=loss.affinity_chunk
+            *pair,
+            student.logit_scale,
+            teachers,
+            **columns,
+            reduction=loss.affinity_reduction,
+            chunk=loss.affinity_chunk,
         )
         terms["affinity"] = affinity.ce
         metrics["affinity_kl"] = affinity.kl.detach()
@@ -55,11 +60,16 @@ def objective(
         terms["contrastive"] = clip_loss(*pair, student.logit_scale, **columns, offset=offset)
     elif loss.contrastive:
         terms["contrastive"] = sigmoid_loss(
-            *pair, student.logit_scale, student.logit_bias, all_text_embeds=student.all_text_embeds, offset=offset
+            *pair,
+            student.logit_scale,
+            student.logit_bias,
+            all_text_embeds=student.all_text_embeds,
+            offset=offset,
         )
     if loss.feature:
         parts = [
-            feature_distillation_loss(mine[0], teacher.image_embeds) + feature_distillation_loss(mine[1], teacher.text_embeds)
+            feature_distillation_loss(mine[0], teacher.image_embeds)
+            + feature_distillation_loss(mine[1], teacher.text_embeds)
             for mine, teacher in zip(student.projected, teachers, strict=True)
         ]
         terms["feature"] = torch.stack(parts).mean()

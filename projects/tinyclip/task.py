@@ -49,14 +49,20 @@ class Student(nn.Module):
         if loss.interactive:  # one element, because DeepSpeed cannot broadcast parameters without dimensions
             self.interactive_log_scale = nn.Parameter(torch.full((1,), math.log(LEGACY_FIRST_SCALE)))
 
-    def forward(self, images: Tensor, tokens: Tensor, **encoder_options: Any) -> tuple[Any, list[tuple[Tensor, Tensor]], Tensor | float]:
+    def forward(
+        self, images: Tensor, tokens: Tensor, **encoder_options: Any
+    ) -> tuple[Any, list[tuple[Tensor, Tensor]], Tensor | float]:
         """The encoder's output, unit embeddings in each teacher's space [b, D'], and ICL's scale."""
         output = self.encoder(images, tokens, **encoder_options)
         projected = [
             (_project(image, output.image_embeds), _project(text, output.text_embeds))
             for image, text in zip(self.image_projectors, self.text_projectors, strict=True)
         ]
-        scale = 1.0 if self.interactive_log_scale is None else self.interactive_log_scale.float().exp().reshape(())
+        scale = (
+            1.0
+            if self.interactive_log_scale is None
+            else self.interactive_log_scale.float().exp().reshape(())
+        )
         return output, projected, scale
 
 
@@ -107,7 +113,9 @@ class TinyCLIPTask(Task):
     def _forward(self, batch: Batch, step: int) -> Any:
         return self.student(batch["images"], batch["tokens"])
 
-    def _combine(self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]) -> StepOutput:
+    def _combine(
+        self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]
+    ) -> StepOutput:
         combined = combine(terms, weights)
         combined.metrics = metrics
         return combined
@@ -136,7 +144,9 @@ class TinyCLIPTask(Task):
                 )
         fixed = self.cfg.logit_scale.mode == "fixed"
         return [
-            TeacherEmbeds(image, text, self.cfg.logit_scale.value if fixed else scale, *self._gathered(image, text))
+            TeacherEmbeds(
+                image, text, self.cfg.logit_scale.value if fixed else scale, *self._gathered(image, text)
+            )
             for (image, text), scale in zip(pairs, self._teacher_scales, strict=True)
         ]
 
@@ -156,7 +166,11 @@ class TinyCLIPTask(Task):
 
     def _encoder_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's part of the student's complete weights; a fixed scale is written exactly."""
-        state = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+        state = {
+            name.removeprefix("encoder."): value
+            for name, value in weights.items()
+            if name.startswith("encoder.")
+        }
         if self.cfg.logit_scale.mode == "fixed":
             (name,) = [name for name in state if name.endswith("logit_scale")]
             state[name] = torch.full_like(state[name], math.log(self.cfg.logit_scale.value))
@@ -168,11 +182,15 @@ class TinyCLIPTask(Task):
 
     def teacher_predictors(self) -> dict[str, ClipPredictor]:
         """The loaded teachers by name."""
-        return {f"teacher {teacher.model.source}": ClipPredictor.of(teacher.model) for teacher in self.teachers}
+        return {
+            f"teacher {teacher.model.source}": ClipPredictor.of(teacher.model) for teacher in self.teachers
+        }
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the student's encoder and the teachers; a student under masks is not counted, its size is still open."""
-        counts = {f"teacher {t.model.source}": sum(p.numel() for p in t.module.parameters()) for t in self.teachers}
+        counts = {
+            f"teacher {t.model.source}": sum(p.numel() for p in t.module.parameters()) for t in self.teachers
+        }
         if not isinstance(self.core.encoder, MaskedCLIP):
             counts["student"] = sum(getattr(p, "ds_numel", p.numel()) for p in self.core.encoder.parameters())
         return counts
@@ -188,7 +206,9 @@ class TinyCLIPTask(Task):
     def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
         """A ClipModel with the student's complete weights."""
         state = self._encoder_weights(weights)
-        self._checked = self.source.with_weights({name.removeprefix("model."): value for name, value in state.items()})
+        self._checked = self.source.with_weights(
+            {name.removeprefix("model."): value for name, value in state.items()}
+        )
         return self._checked
 
 
@@ -248,17 +268,29 @@ class MaskTask(TinyCLIPTask):
 
     def _forward(self, batch: Batch, step: int) -> Any:
         masks = self.cfg.masks
-        seed = stream_seed(self.cfg.seed, distributed.rank(), batch["positions"]["worker"], batch["positions"]["raw"], "masks")
-        target = sparsity_target(step, masks.start_sparsity, masks.target_sparsity, masks.sparsity_warmup_steps)
+        seed = stream_seed(
+            self.cfg.seed,
+            distributed.rank(),
+            batch["positions"]["worker"],
+            batch["positions"]["raw"],
+            "masks",
+        )
+        target = sparsity_target(
+            step, masks.start_sparsity, masks.target_sparsity, masks.sparsity_warmup_steps
+        )
         return self.student(batch["images"], batch["tokens"], seed=seed, target=target)
 
-    def _combine(self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]) -> StepOutput:
+    def _combine(
+        self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]
+    ) -> StepOutput:
         metrics |= {
             "sparsity": output.joint_sparsity.detach(),
             "image_sparsity": output.image_sparsity.detach(),
             "text_sparsity": output.text_sparsity.detach(),
         }
-        return super()._combine(output, terms | {"sparsity": output.penalty}, weights | {"sparsity": 1.0}, metrics)
+        return super()._combine(
+            output, terms | {"sparsity": output.penalty}, weights | {"sparsity": 1.0}, metrics
+        )
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """Encoder weights, masks and multipliers, and the projectors."""

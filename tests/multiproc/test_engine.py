@@ -51,7 +51,9 @@ def _reference() -> dict[str, torch.Tensor]:
     ("stage", "precision", "ranks"),
     [(1, "fp32", 1), (1, "fp32", 2), (1, "bf16", 2), (2, "fp32", 2), (3, "fp32", 2), (3, "bf16", 1)],
 )
-def test_restore_is_exact_and_weights_equal_plain_torch(tmp_path: Path, stage: int, precision: str, ranks: int) -> None:
+def test_restore_is_exact_and_weights_equal_plain_torch(
+    tmp_path: Path, stage: int, precision: str, ranks: int
+) -> None:
     result = _run(tmp_path, stage, precision, ranks)
     assert result["equal"]
     assert result["dtypes"] == ["torch.float32"]

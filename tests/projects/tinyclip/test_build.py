@@ -45,7 +45,9 @@ def test_config_mistakes(runs: Runs, overrides: list[str], parts: list[str]) -> 
 
 def test_an_impossible_batch_triple_names_the_nearest(runs: Runs) -> None:
     cfg = _distill(runs, "batch_size=10", "micro_batch_size=4")
-    with pytest.raises(UserError, match="multiple of micro_batch_size x ranks = 4 x 1 = 4; nearest valid: batch_size=8 or 12"):
+    with pytest.raises(
+        UserError, match="multiple of micro_batch_size x ranks = 4 x 1 = 4; nearest valid: batch_size=8 or 12"
+    ):
         engine.deepspeed_json(cfg, 1)
     with pytest.raises(UserError, match="nearest valid: batch_size=16"):
         engine.deepspeed_json(_distill(runs, "batch_size=10"), 16)
@@ -53,7 +55,9 @@ def test_an_impossible_batch_triple_names_the_nearest(runs: Runs) -> None:
 
 def test_the_users_deepspeed_file_is_filled_in(runs: Runs) -> None:
     path = runs.folder / "ds.json"
-    path.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": "auto", "overlap_comm": True}}))
+    path.write_text(
+        json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": "auto", "overlap_comm": True}})
+    )
     filled = engine.deepspeed_json(_distill(runs, f"deepspeed.file={path}", "deepspeed.zero_stage=2"), 2)
     assert filled == {"train_batch_size": 8, "zero_optimization": {"stage": 2, "overlap_comm": True}}
     path.write_text(json.dumps({"flops_profiler": "auto"}))
@@ -62,7 +66,9 @@ def test_the_users_deepspeed_file_is_filled_in(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "layers", "part"), [(64, 2, "64 units of hidden"), (32, 6, "layers"), (32, 2, "head")], ids=["wider", "deeper", "heads"]
+    ("width", "layers", "part"),
+    [(64, 2, "64 units of hidden"), (32, 6, "layers"), (32, 2, "head")],
+    ids=["wider", "deeper", "heads"],
 )
 def test_a_student_that_does_not_fit_into_its_source(runs: Runs, width: int, layers: int, part: str) -> None:
     head_width = 8 if part == "head" else 16
@@ -92,7 +98,11 @@ def test_missing_things_are_named(runs: Runs, overrides: list[str], parts: list[
 
 def test_too_few_shards_are_refused_with_numbers(runs: Runs) -> None:
     (runs.folder / "a.tar").write_bytes(b"")
-    overrides = ["data.kind=webdataset", f"data.sources=[{{shards: [{runs.folder}/a.tar]}}]", "data.workers=3"]
+    overrides = [
+        "data.kind=webdataset",
+        f"data.sources=[{{shards: [{runs.folder}/a.tar]}}]",
+        "data.workers=3",
+    ]
     with pytest.raises(UserError, match="1 .*3"):
         distill_job(_distill(runs, *overrides))
 
@@ -125,7 +135,11 @@ def test_weights_that_are_code_or_of_another_architecture_are_refused(runs: Runs
 def test_freezing_what_was_never_pruned_is_refused(runs: Runs) -> None:
     cfg = config.load(
         MaskConfig,
-        [str(runs.config("m", masks={"freeze_pruned": True})), f"run_dir={runs.folder / 'r'}", f"student.model={runs.folder}/teacher.json"],
+        [
+            str(runs.config("m", masks={"freeze_pruned": True})),
+            f"run_dir={runs.folder / 'r'}",
+            f"student.model={runs.folder}/teacher.json",
+        ],
     )
     with pytest.raises(UserError, match="masks.freeze_pruned"):
         mask_job(cfg)
@@ -141,10 +155,14 @@ def test_main_prints_one_line_and_leaves_nothing(runs: Runs, capsys: pytest.Capt
     assert not run_dir.exists()
 
 
-def test_dry_run_prints_the_resolved_config(runs: Runs, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dry_run_prints_the_resolved_config(
+    runs: Runs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     main(DistillConfig, distill_job, [str(runs.config("c")), "run_dir=somewhere", "--dry-run"])
     printed = capsys.readouterr().out
     again = tmp_path / "again.yaml"
     again.write_text(printed)
-    assert config.load(DistillConfig, [str(again)]) == config.load(DistillConfig, [str(runs.config("c")), "run_dir=somewhere"])
+    assert config.load(DistillConfig, [str(again)]) == config.load(
+        DistillConfig, [str(runs.config("c")), "run_dir=somewhere"]
+    )
     assert not Path("somewhere").exists()

@@ -32,7 +32,11 @@ def assert_same(one: Path, other: Path) -> None:
 
 def lines(run_dir: Path) -> list[dict]:
     """Train lines of metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    found = [
+        json.loads(line)
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
     return [{k: v for k, v in line.items() if k.startswith("loss") or k == "step"} for line in found]
 
 
@@ -45,7 +49,11 @@ def test_kill_and_sigterm_and_a_torn_checkpoint_change_nothing(runs: Runs) -> No
     assert [line["step"] for line in lines(whole)] == list(range(1, 41))
 
     code, _ = runs.interrupt(
-        signal.SIGKILL, (broken / "state" / "step_000010").exists, "train_distill", config, f"run_dir={broken}"
+        signal.SIGKILL,
+        (broken / "state" / "step_000010").exists,
+        "train_distill",
+        config,
+        f"run_dir={broken}",
     )
     assert code == -signal.SIGKILL
     newest = sorted((broken / "state").glob("step_*"))[-1]
@@ -80,19 +88,29 @@ def test_mask_stages_resume_fuse_and_chain(runs: Runs) -> None:
 
     student = f"student.model=local-dir:{whole / 'export'}"
     distilled, again = runs.folder / "distilled", runs.folder / "again"
-    code, output = runs.finish("train_distill", runs.config("distill"), f"run_dir={distilled}", student, "steps=2")
+    code, output = runs.finish(
+        "train_distill", runs.config("distill"), f"run_dir={distilled}", student, "steps=2"
+    )
     assert code == 0, output
     kept = json.loads((whole / "export" / "open_clip_config.json").read_text())["model_cfg"]
     assert kept["vision_cfg"]["width"] < 48 and sum(kept["text_cfg"]["mlp"]) < 4 * 4 * 48
-    stage = [f"student.model=local-dir:{distilled / 'export'}", "masks.start_sparsity=0.5", "masks.target_sparsity=0.75"]
-    code, output = runs.finish("train_mask", config, f"run_dir={again}", *stage, "masks.freeze_pruned=true", "steps=4")
+    stage = [
+        f"student.model=local-dir:{distilled / 'export'}",
+        "masks.start_sparsity=0.5",
+        "masks.target_sparsity=0.75",
+    ]
+    code, output = runs.finish(
+        "train_mask", config, f"run_dir={again}", *stage, "masks.freeze_pruned=true", "steps=4"
+    )
     assert code == 0, output
     second = json.loads((again / "export" / "open_clip_config.json").read_text())["model_cfg"]
     assert second["vision_cfg"]["width"] <= kept["vision_cfg"]["width"]
 
 
 def test_a_loss_that_is_not_finite_names_its_samples_and_keeps_the_last_state(runs: Runs) -> None:
-    config = runs.config("blow", optim={"lr": 1e30, "warmup_steps": 1, "clip_grad_norm": 0.0, "schedule": "constant"})
+    config = runs.config(
+        "blow", optim={"lr": 1e30, "warmup_steps": 1, "clip_grad_norm": 0.0, "schedule": "constant"}
+    )
     run_dir = runs.folder / "run"
     code, output = runs.finish("train_distill", config, f"run_dir={run_dir}", "checkpoint.every_steps=1")
     assert code == 2

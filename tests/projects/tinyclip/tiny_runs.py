@@ -20,8 +20,20 @@ def model_config(width: int, layers: int, head_width: int = 16) -> dict:
     """An open_clip config small enough for a test, with open_clip's own tokenizer."""
     return {
         "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": layers, "width": width, "head_width": head_width, "patch_size": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": width, "heads": width // head_width, "layers": layers},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": layers,
+            "width": width,
+            "head_width": head_width,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": width,
+            "heads": width // head_width,
+            "layers": layers,
+        },
     }
 
 
@@ -56,7 +68,12 @@ class Runs:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", f"projects.tinyclip.{script}", *map(str, arguments)]
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=self.folder
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=self.folder,
         )
 
     def finish(self, script: str, *arguments: object) -> tuple[int, str]:
@@ -65,7 +82,9 @@ class Runs:
         output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
-    def interrupt(self, number: signal.Signals, when: Callable[[], bool], script: str, *arguments: object) -> tuple[int, str]:
+    def interrupt(
+        self, number: signal.Signals, when: Callable[[], bool], script: str, *arguments: object
+    ) -> tuple[int, str]:
         """Start a run and send it a signal once `when` holds."""
         process = self.start(script, *arguments)
         deadline = time.monotonic() + 300
