@@ -106,6 +106,8 @@ class DeepSpeedConfig:
     """Where optimiser state (stage 3: parameters too) is kept between uses."""
     nvme_path: str = ""
     """Folder on a fast disk for offload=nvme."""
+    shard_teacher: bool = False
+    """Spread frozen teachers over the ranks by ZeRO stage 3 instead of a whole copy on each."""
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass."""
     file: str = ""

@@ -89,9 +89,7 @@ class Engine:
         self.dtype = PRECISIONS[cfg.deepspeed.precision]
         self.config = deepspeed_json(cfg, distributed.world_size())
         self._scalars = {name for name, p in task.student.named_parameters() if p.ndim == 0}
-        for parameter in task.student.parameters():
-            if parameter.ndim == 0:  # DeepSpeed 0.19 cannot broadcast a parameter without dimensions
-                parameter.data = parameter.data.reshape(1)
+        _give_dimensions(task.student)
         groups = [dict(group) for group in task.param_groups(cfg.optim)]
         for group in groups:
             group["peak_lr"] = group.get("lr", cfg.optim.lr)
@@ -169,10 +167,11 @@ class Engine:
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Inside, every rank sees complete parameters, so that any method of the student can be called."""
+        """Inside, every rank sees complete parameters, so that any method of student and teachers can be called."""
         import deepspeed
 
-        parameters = [p for p in self.module.parameters() if hasattr(p, "ds_id")]
+        modules = [self.module, *self.task.teachers]
+        parameters = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
             yield
 
@@ -220,6 +219,7 @@ class Engine:
         teacher.to(self.dtype)
         if not shard:
             return teacher.to(self.device)
+        _give_dimensions(teacher)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3},
@@ -230,6 +230,13 @@ class Engine:
 
         engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
         return engine.module
+
+
+def _give_dimensions(module: nn.Module) -> None:
+    """Scalars become vectors of one element, because DeepSpeed 0.19 cannot broadcast parameters without dimensions."""
+    for parameter in module.parameters():
+        if parameter.ndim == 0:
+            parameter.data = parameter.data.reshape(1)
 
 
 def start_ranks() -> None:

@@ -96,7 +96,7 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
     )
     around = engine.Engine(job.task, cfg)
     for teacher in job.task.teachers:
-        around.place_teacher(teacher, shard=False)
+        around.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
     state_dir = run_dir / "state"
     start = trainer.resume(job, around, state_dir)
     metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)

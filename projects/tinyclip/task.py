@@ -135,13 +135,12 @@ class TinyCLIPTask(Task):
             pairs = []
             for index, teacher in enumerate(self.teachers):
                 images, tokens = _own(batch, "teacher_images", index), _own(batch, "teacher_tokens", index)
-                pairs.append(
-                    teacher.embed(
-                        batch["images"] if images is None else images,
-                        batch["tokens"] if tokens is None else tokens,
-                        own_statistics=images is not None,
-                    )
+                output = teacher(
+                    batch["images"] if images is None else images,
+                    batch["tokens"] if tokens is None else tokens,
+                    own_statistics=images is not None,
                 )
+                pairs.append((output.image_embeds, output.text_embeds))
         fixed = self.cfg.logit_scale.mode == "fixed"
         return [
             TeacherEmbeds(

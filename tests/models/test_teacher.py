@@ -50,9 +50,9 @@ def test_own_view_is_taken_as_it_is() -> None:
     model = teacher_model(TEACHER)
     teacher = ClipTeacher(model, STUDENT, scale=50.0)
     view = normalised(pixels(), TEACHER)
-    image, text = teacher.embed(view, own_statistics=True)
+    image, text, *_ = teacher(view, own_statistics=True)
     assert text is None
-    assert torch.allclose(image, teacher.embed(normalised(pixels(), STUDENT))[0], atol=1e-6)
+    assert torch.allclose(image, teacher(normalised(pixels(), STUDENT)).image_embeds, atol=1e-6)
     assert teacher(view, torch.zeros(4, 8, dtype=torch.long)).logit_scale.item() == 50.0
 
 
@@ -91,7 +91,7 @@ def test_teacher_is_frozen_and_its_outputs_serve_a_backward_pass() -> None:
     teacher.train()
     assert not any(part.training for part in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    image, _ = teacher.embed(normalised(pixels(), STUDENT))
+    image = teacher(normalised(pixels(), STUDENT)).image_embeds
     student = torch.randn(4, 24, requires_grad=True)
     (student * image).sum().backward()
     assert torch.equal(student.grad, image)
@@ -101,7 +101,7 @@ def test_half_precision_teacher_returns_single_precision_unit_vectors() -> None:
     single = ClipTeacher(teacher_model(TEACHER), STUDENT)
     half = ClipTeacher(teacher_model(TEACHER), STUDENT, dtype=torch.bfloat16)
     images = normalised(pixels(), STUDENT)
-    rounded = half.embed(images)[0]
+    rounded = half(images).image_embeds
     assert rounded.dtype == torch.float32
     assert torch.allclose(rounded.norm(dim=-1), torch.ones(4), atol=1e-6)
-    assert F.cosine_similarity(rounded, single.embed(images)[0]).min() > 0.999
+    assert F.cosine_similarity(rounded, single(images).image_embeds).min() > 0.999

@@ -36,22 +36,15 @@ class ClipTeacher(nn.Module):
         """Stay in eval mode."""
         return super().train(False)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> ClipOutput:
-        """images [B, 3, h, w] in the student's statistics, tokens [B, T] of the teacher's tokenizer -> ClipOutput."""
-        return self._run(images, tokens, own_statistics=False)
-
-    def embed(
-        self, images: Tensor | None = None, tokens: Tensor | None = None, *, own_statistics: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Unit vectors [B, D], fp32, of images and tokens; None for what was not given.
-
-        `own_statistics` says that the images are a view of the teacher's own: its size, its statistics.
-        """
-        output = self._run(images, tokens, own_statistics)
-        return output.image_embeds, output.text_embeds
-
     @torch.no_grad()
-    def _run(self, images: Tensor | None, tokens: Tensor | None, own_statistics: bool) -> ClipOutput:
+    def forward(
+        self, images: Tensor | None = None, tokens: Tensor | None = None, own_statistics: bool = False
+    ) -> ClipOutput:
+        """images [B, 3, h, w] in the student's statistics, tokens [B, T] of the teacher's tokenizer -> ClipOutput.
+
+        `own_statistics` says that the images are a view of the teacher's own: its size, its statistics. Either input
+        may be left out. Everything goes through this call, because ZeRO 3 gathers a sharded teacher's weights in it.
+        """
         if images is not None and not own_statistics:
             images = convert_images(images, self.student_spec, self.model.image_spec)
         return encode(self.module, images, tokens, self.fixed_scale)

@@ -137,3 +137,26 @@ def test_a_folder_in_use_or_of_another_run_is_refused(runs: Runs) -> None:
     assert done[0] == 0, done[1]
     code, output = runs.finish("train_distill", config, f"run_dir={run_dir}", "steps=1", "optim.lr=0.5")
     assert code == 2 and "optim.lr=0.001, now 0.5" in output.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_ranks_train_like_one(runs: Runs, zero_stage: int) -> None:
+    config = runs.config(
+        "distill", loss={"affinity": 1.0, "contrastive": 0.5, "feature": 10.0, "interactive": 1.0}
+    )
+    one, two = runs.folder / "one", runs.folder / "two"
+    code, output = runs.finish("train_distill", config, f"run_dir={one}", "steps=3")
+    assert code == 0, output
+    code, output = runs.launch(
+        2, "train_distill", config, f"run_dir={two}", "steps=3", f"deepspeed.zero_stage={zero_stage}",
+        f"deepspeed.shard_teacher={str(zero_stage == 3).lower()}",
+    )  # fmt: skip
+    assert code == 0, output
+    first, second = exported(one), exported(two)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(
+            second[name], value, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    losses = [[line["loss"] for line in lines(run_dir)] for run_dir in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)

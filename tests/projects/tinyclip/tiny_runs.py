@@ -82,6 +82,27 @@ class Runs:
         output, _ = process.communicate(timeout=400)
         return process.returncode, output
 
+    def launch(self, ranks: int, script: str, *arguments: object) -> tuple[int, str]:
+        """Exit code and output of a run of several processes, through scripts/launch.sh."""
+        environment = {**os.environ, "NPROC": str(ranks), "OMP_NUM_THREADS": "1", "VLMKD_NO_VENV": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        command = [
+            "bash",
+            ROOT / "scripts" / "launch.sh",
+            f"projects/tinyclip/{script}.py",
+            *map(str, arguments),
+        ]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            timeout=400,
+            cwd=self.folder,
+        )
+        return done.returncode, done.stdout
+
     def interrupt(
         self, number: signal.Signals, when: Callable[[], bool], script: str, *arguments: object
     ) -> tuple[int, str]:
