@@ -37,7 +37,9 @@ def lines(run_dir: Path) -> list[dict]:
         for line in (run_dir / "metrics.jsonl").read_text().splitlines()
         if line.endswith("}")
     ]
-    return [{k: v for k, v in line.items() if k.startswith("loss") or k == "step"} for line in found]
+    return [
+        {k: v for k, v in line.items() if k.startswith("loss/") or k in ("loss", "step")} for line in found
+    ]
 
 
 def test_kill_and_sigterm_and_a_torn_checkpoint_change_nothing(runs: Runs) -> None:
