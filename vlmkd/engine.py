@@ -241,10 +241,14 @@ def _give_dimensions(module: nn.Module) -> None:
 
 def start_ranks() -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
     try:
         import deepspeed
     except ImportError:
         raise UserError("training needs the package deepspeed: pip install deepspeed") from None
+    # A collective for inference on CPUs that training never calls; building it needs a C++ compiler and half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.update(distributed.environment())
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
