@@ -19,6 +19,7 @@ from vlmkd.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TAG = "deepspeed"
+_KEPT = -1  # no module has this number
 
 
 def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
@@ -167,13 +168,24 @@ class Engine:
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Inside, every rank sees complete parameters, so that any method of student and teachers can be called."""
+        """Inside, every rank sees complete parameters, so that any method of student and teachers can be called.
+
+        A collective; the body may do different work on each rank, also under ZeRO 3.
+        """
         import deepspeed
 
         modules = [self.module, *self.task.teachers]
-        parameters = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
+        parameters: list[Any] = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
-            yield
+            # Forward hooks free a weight after use, and gathering it again would wait for the other ranks: a user
+            # that never finishes keeps it until the end.
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.add(_KEPT)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.clear()
 
     def student_weights(self) -> dict[str, Tensor] | None:
         """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective at any ZeRO stage."""

@@ -116,12 +116,13 @@ def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: 
             results[name] = trainer.evaluate(
                 cfg, job.evaluators, predictor, around, metrics, step, model=name
             )
+    with around.whole_weights():
+        if distributed.is_main():
+            _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
     weights = around.student_weights()
     if weights is not None:
         (run_dir / "eval").mkdir(exist_ok=True)
         _write(run_dir / "eval" / "results.json", trainer.results_json(results))
-        with around.whole_weights():
-            _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
         build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
         job.task.export(run_dir / "export", weights)
