@@ -197,7 +197,9 @@ class EmojiOracle(nn.Module):
 def load_oracle(file: Path) -> EmojiOracle:
     """The oracle with heads from a safetensors file; raises UserError when it is absent."""
     if not file.is_file():
-        raise UserError(f"no oracle heads at {file}; run: python data_tools/train_emoji_oracle.py")
+        raise UserError(
+            f"no oracle heads at {file}; run: python data_tools/train_emoji_oracle.py --out {file.parent}"
+        )
     heads = Heads()
     heads.load_state_dict(load_file(file))
     return EmojiOracle(heads)
