@@ -194,7 +194,7 @@ def test_resolve_uses_the_cache_and_reports_a_lost_shard(
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     monkeypatch.setattr(embedded, "build", fake_build)
-    expected = [str(tmp_path / "emoji-v1" / "train" / "a.tar")]
+    expected = [str(tmp_path / f"emoji-v{VERSION}" / "train" / "a.tar")]
     assert embedded.resolve("emoji:train") == expected == embedded.resolve("emoji:train")
     assert len(builds) == 1 and not list(tmp_path.glob("*.tmp-*"))
     with pytest.raises(UserError, match="delete"):

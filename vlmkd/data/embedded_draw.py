@@ -31,8 +31,6 @@ _PHOTOGRAPHS = (
     "gravel.png",
     "hubble_deep_field.jpg",
     "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
     "retina.jpg",
     "rocket.jpg",
 )

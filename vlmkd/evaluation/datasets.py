@@ -20,7 +20,7 @@ from vlmkd.data import shards as shard_lists
 from vlmkd.data.folders import IMAGE_SUFFIXES, ClassFolders, list_class_folders
 from vlmkd.errors import UserError
 from vlmkd.evaluation import prompts
-from vlmkd.evaluation.images import ImageRef
+from vlmkd.data.images import ImageRef
 
 log = logging.getLogger(__name__)
 

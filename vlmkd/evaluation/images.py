@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlmkd import distributed
+from vlmkd.data.images import ImageRef
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, DualEncoder, progress, rank_share
@@ -20,27 +20,6 @@ from vlmkd.image_spec import ImageSpec
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
 _NAMED = 3  # unreadable files that an error line names
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """An image file, or a stretch of bytes of an uncompressed tar."""
-
-    path: str
-    offset: int = 0
-    size: int = -1
-    """Bytes; -1 is the whole file."""
-    key: str = ""
-    """Name inside the tar."""
-
-    def read(self) -> bytes:
-        """The encoded image."""
-        with open(self.path, "rb") as stream:
-            stream.seek(self.offset)
-            return stream.read(self.size)
-
-    def __str__(self) -> str:
-        return f"{self.path}/{self.key}" if self.key else self.path
 
 
 class _Decoded(Dataset[tuple[int, Tensor, bool]]):

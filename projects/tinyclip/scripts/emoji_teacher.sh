@@ -11,7 +11,7 @@ python="$(bash scripts/setup.sh --python)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
 
 # The strong teacher: pretrained EfficientNet-Lite0 and MiniLM with trained heads; its embeddings of two crops an image.
-"$python" data_tools/train_emoji_oracle.py --out "$runs/emoji_oracle" --crops 2 --crop-scale 0.6 1.0 --threads 2
+"$python" data_tools/train_emoji_oracle.py --out "$runs/emoji_oracle" --crops 3 --crop-scale 0.6 1.0 --threads 2
 
 # The ViT CLIP that is distilled from it, through the same code as every other run.
 bash scripts/launch.sh projects/tinyclip/train_distill.py \
