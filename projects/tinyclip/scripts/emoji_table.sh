@@ -12,6 +12,11 @@ steps="${STEPS:-600}"
 configs=projects/tinyclip/configs/emoji
 python="$(bash scripts/setup.sh --python)"
 
+# The teacher looks at four crops of every training image once; no run below has to ask it again.
+"$python" data_tools/embed_teacher.py --model zoo:tinyclip-emoji-teacher --shards emoji:train --crops 4 \
+    --crop-scale 0.6 1.0 --out "$runs/teacher_cache" --threads 2
+cached=("data.sources.0.teacher_caches=[$runs/teacher_cache]")
+
 distill() { # NAME CONFIG [field=value ...]
     local name="$1" config="$2"
     shift 2
@@ -23,15 +28,15 @@ distill() { # NAME CONFIG [field=value ...]
 stage() { # NAME INIT START TARGET STEPS FREEZE
     bash scripts/launch.sh projects/tinyclip/train_mask.py "$configs/base.yaml" "$configs/mask.yaml" \
         run_dir="$runs/$1_mask" seed="$seed" steps=$(($5 / 3)) student.model="$2" masks.start_sparsity="$3" \
-        masks.target_sparsity="$4" masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6"
-    distill "$1" distill_pruned student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
+        masks.target_sparsity="$4" masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6" "${cached[@]}"
+    distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
 }
 
 for seed in ${SEEDS:-0 1 2}; do
     distill "scratch_contrastive_s$seed" scratch
-    distill "scratch_affinity_s$seed" distill inherit.image_from.model= inherit.text_from.model=
+    distill "scratch_affinity_s$seed" distill "${cached[@]}" inherit.image_from.model= inherit.text_from.model=
     distill "inherited_contrastive_s$seed" distill "teachers=[]" loss.affinity=0 loss.contrastive=1 logit_scale.mode=learned
-    distill "inherited_affinity_s$seed" distill
+    distill "inherited_affinity_s$seed" distill "${cached[@]}"
     stage "automatic_s$seed" zoo:tinyclip-emoji-teacher 0 0.75 "$steps" false
     stage "multi75_s$seed" zoo:tinyclip-emoji-teacher 0 0.25 $((steps / 3)) false
     stage "multi50_s$seed" "local-dir:$runs/multi75_s$seed/export" 0.25 0.5 $((steps / 3)) true
