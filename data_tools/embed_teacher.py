@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--crops and --batch-size must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     shards = expand(args.shards, "--shards")
     model = load_clip(args.model, args.pretrained)
     if not model.digest:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.embedded import resolve
 from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     shards = resolve("emoji:train")
     heads_file = args.out / HEADS
     if not heads_file.is_file():

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Zero-shot classification of any CLIP: top-1, top-5 and mean per-class accuracy.
+"""Zero-shot classification of any CLIP, or of an exported classifier: top-1, top-5 and mean per-class accuracy.
 
   python scripts/eval_zero_shot.py --model zoo:NAME ViT-B-32/openai --data /data/imagenet --json out.json
   python scripts/eval_zero_shot.py --model runs/my_run --data emoji:unseen_drawing emoji:unseen_concept
+  python scripts/eval_zero_shot.py --model classifier:runs/my_dho/export --data emoji:unseen_drawing
 
 --data takes an ImageNet-layout folder (val/<class>/*), a folder or list of webdataset shards with `cls` members, or
 an embedded set. Class names and templates come from classnames.txt and templates.txt beside the data, else from the

@@ -125,16 +125,26 @@ def scatter_chart(series: Sequence[Series], *, x_label: str, y_label: str, unit:
     return _svg(WIDTH, HEIGHT, marks, f"{y_label} against {x_label}")
 
 
-def heat_map(values: list[list[float]], rows: list[str], column_images: list[str], *, label: str) -> str:
+def heat_map(
+    values: list[list[float]],
+    rows: list[str],
+    column_images: list[str],
+    *,
+    label: str,
+    column_names: list[str] | None = None,
+) -> str:
     """Squares whose opacity is the square root of a value in [0, 1]; the ring marks the strongest of a row.
 
     Args:
         values: one list a row, all of the same length.
         rows: names of the rows.
-        column_images: ids of SVG images on the page, drawn above the columns.
+        column_images: ids of SVG images on the page, drawn above the columns; may be empty.
+        label: what screen readers are told.
+        column_names: what a square's title calls its column; None: `image 1`, `image 2`, ...
     """
-    cell, left, top = 13, 118, 22
+    cell, left, top = 13, 118, 22 if column_images else 4
     columns = len(values[0]) if values else 0
+    names = column_names or [f"image {column + 1}" for column in range(columns)]
     marks = []
     for column, image in enumerate(column_images):
         marks.append(
@@ -151,7 +161,7 @@ def heat_map(values: list[list[float]], rows: list[str], column_images: list[str
             ring = ' class="best"' if column == best else ""
             marks.append(
                 f'<rect x="{left + column * cell}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
-                f'fill-opacity="{opacity:.2f}"{ring}><title>{escape(name)} × image {column + 1}: {value:.3f}</title></rect>'
+                f'fill-opacity="{opacity:.2f}"{ring}><title>{escape(name)} × {escape(names[column])}: {value:.3f}</title></rect>'
             )
     frame = (
         f'<rect x="{left}" y="{top}" width="{columns * cell}" height="{len(values) * cell}" class="ground"/>'

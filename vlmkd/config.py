@@ -73,23 +73,87 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule."""
+class LabelledDataConfig:
+    """Training images of a labelled set; which items a run trains on is its project's matter."""
 
+    set: str = ""
+    """Name of the set as `vlmkd.data.labelled_sets.load_set` takes it, e.g. `emoji`, `eurosat` or `folder:PATH`."""
+    root: str = ""
+    """Folder of the data sets on disk; embedded sets need none."""
+    workers: int = 2
+    """Loader processes per rank; 0 loads in the training process. Does not change what is drawn."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
+    """Aspect-ratio range of RandomResizedCrop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    hue: float = 0.0
+    """Largest shift of the hue, as a share of the colour circle, 0 to 0.5."""
+    grayscale: float = 0.0
+    """Probability of a view without colours."""
+    interpolation: Literal["model", "bicubic", "bilinear"] = "model"
+    """Resizing of training views: as the student was trained, or as a recipe says."""
+    view_count: int = 0
+    """Views per image, one a pass, then again from the first; 0: all stored ones, or a new view each pass."""
+    teacher_outputs: str = ""
+    """Folder written by data_tools/embed_labelled.py, whose vectors take the place of the teacher's image tower."""
+    teacher_view: Literal["same", "clean"] = "same"
+    """What the stored teacher saw: the student's very view, or the whole picture once, without augmentation."""
+    max_pixels: int = 89_478_485
+    """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the images read so far (after one pass, or 1,000) was bad."""
+    keep_encoded_mb: int = 512
+    """Files are kept in memory when all together are at most this many MB; 0: always read from disk."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "data.workers", f"is {self.workers}; 0 loads in the training process")
+        require(
+            self.view_count >= 0, "data.view_count", f"is {self.view_count}; 0 draws a new view each pass"
+        )
+        require(
+            0 <= self.max_bad_share <= 1,
+            "data.max_bad_share",
+            f"is {self.max_bad_share}; it is a share of 0 to 1",
+        )
+        require(
+            self.teacher_view == "same" or bool(self.teacher_outputs),
+            "data.teacher_view",
+            "=clean needs data.teacher_outputs, written with --clean",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and its schedule."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """AdamW, Adam (its decay is part of the gradient) or SGD."""
     lr: float = 1e-4
     """Peak learning rate."""
     weight_decay: float = 0.2
     """Decay of tensors with two or more dimensions whose name holds none of bn, ln, bias, logit_scale."""
+    decay_all: bool = False
+    """Decay every trained tensor, biases and norms too (PromptKD, DHO)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """AdamW betas."""
+    """Betas of AdamW and Adam."""
     eps: float = 1e-6
-    """AdamW epsilon."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Learning rate after warm-up: cosine to zero, warmup-stable-decay, or constant."""
+    """Epsilon of AdamW and Adam."""
+    momentum: float = 0.0
+    """Momentum of SGD (not Nesterov's)."""
+    schedule: Literal["cosine", "wsd", "constant", "linear", "epoch_cosine", "warmup_times_cosine"] = "cosine"
+    """Learning rate over the steps; the formulas are those of vlmkd.optim.lr_factor."""
     warmup_steps: int = 2000
-    """Linear warm-up: lr * (step + 1) / warmup_steps."""
+    """Linear warm-up: lr * (step + 1) / warmup_steps; `linear` starts at 0, `warmup_times_cosine` at lr / 100."""
     decay_steps: int = 0
     """Length of the final linear decay of `wsd`."""
+    steps_per_epoch: int = 0
+    """Optimiser steps of one epoch of `epoch_cosine`, whose rate changes between epochs only."""
+    first_epoch_lr: float = 1e-5
+    """Constant rate during the first epoch of `epoch_cosine`."""
     clip_grad_norm: float = 5.0
     """Global gradient-norm clip; 0 turns it off."""
 
@@ -152,6 +216,8 @@ class EvaluationConfig:
     """Retrieval sets."""
     every_steps: int = 0
     """Evaluate every so many steps; 0: only at the end."""
+    phase: int = 0
+    """Shift of `every_steps`: 1 evaluates after the steps 1, 1 + N, 1 + 2N, ... (DomainBed)."""
     batch_size: int = 64
     """Images per evaluation batch."""
     teacher: bool = True
@@ -186,7 +252,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run has; a project's config adds its method's fields."""
+    """What every run has; a project's config adds its data and its method's fields."""
 
     run_dir: str = ""
     """Folder of this run, e.g. runs/tinyclip_nano."""
@@ -200,8 +266,6 @@ class RunConfig:
     """Samples per rank and forward pass; 0: batch_size / ranks, no gradient accumulation."""
     threads: int = 0
     """CPU threads per rank; 0: torch's default."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The training stream."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -234,6 +298,55 @@ class RunConfig:
             "optim.decay_steps",
             "has no effect unless optim.schedule=wsd",
         )
+        every, phase = self.evaluation.every_steps, self.evaluation.phase
+        require(
+            phase == 0 or 0 <= phase < every,
+            "evaluation.phase",
+            f"is {phase}; it must be in [0, evaluation.every_steps = {every})",
+        )
+        _check_optim(self)
+
+
+def _check_optim(cfg: RunConfig) -> None:
+    """Refuse optimiser settings that would be ignored or that no optimiser takes."""
+    optim = cfg.optim
+    require(
+        0 <= optim.momentum < 1,
+        "optim.momentum",
+        f"is {optim.momentum}; it must be in [0, 1), 0 turns it off",
+    )
+    require(
+        optim.momentum == 0 or optim.name == "sgd", "optim.momentum", "has no effect unless optim.name=sgd"
+    )
+    require(
+        optim.name != "sgd" or cfg.deepspeed.offload == "none",
+        "deepspeed.offload",
+        "works with adamw and adam; use offload=none with optim.name=sgd",
+    )
+    by_epochs = optim.schedule == "epoch_cosine"
+    require(
+        by_epochs == (optim.steps_per_epoch > 0),
+        "optim.steps_per_epoch",
+        "goes with optim.schedule=epoch_cosine, and only with it",
+    )
+    require(
+        not (by_epochs and optim.warmup_steps),
+        "optim.warmup_steps",
+        f"is {optim.warmup_steps}, but epoch_cosine has its first epoch for that; set it to 0",
+    )
+    require(
+        optim.schedule != "warmup_times_cosine" or 0 < optim.warmup_steps < cfg.steps,
+        "optim.warmup_steps",
+        f"is {optim.warmup_steps}; warmup_times_cosine needs it between 1 and steps - 1 = {cfg.steps - 1}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamRunConfig(RunConfig):
+    """A run on image-text shards."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training stream."""
 
 
 def require(condition: bool, path: str, message: str) -> None:

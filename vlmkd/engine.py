@@ -61,6 +61,8 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": cfg.deepspeed.precision == "fp16"},
         "steps_per_print": 2**31 - 1,  # the run's own log speaks
     }
+    if cfg.optim.name == "sgd":
+        generated["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
     if cfg.deepspeed.file:
         generated = _fill_auto(_read_json(cfg.deepspeed.file), generated, cfg.deepspeed.file)
     return _merge(generated, cfg.deepspeed.extra)
@@ -105,12 +107,17 @@ class Engine:
         task.student = engine
 
     def _optimizer(self, groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
-        betas = (cfg.optim.betas[0], cfg.optim.betas[1])
+        optim = cfg.optim
+        if optim.name == "sgd":
+            return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+        betas = (optim.betas[0], optim.betas[1])
         if cfg.deepspeed.offload != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(groups, lr=cfg.optim.lr, betas=betas, eps=cfg.optim.eps, adamw_mode=True)
-        return torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=betas, eps=cfg.optim.eps)
+            adamw = optim.name == "adamw"
+            return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=adamw)
+        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+        return kinds[optim.name](groups, lr=optim.lr, betas=betas, eps=optim.eps)
 
     @property
     def device(self) -> torch.device:

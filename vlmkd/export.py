@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,21 +75,29 @@ def export_clip(
     Raises:
         UserError: an architecture that the layout cannot hold, a foreign folder in the way, or no space.
     """
+    with new_folder(folder, list(_CONFIG.values())) as partial:
+        (_write_open_clip if layout == "open_clip" else _write_hf)(partial, clip, half)
+        facts = provenance_of(partial / _WEIGHTS[layout], clip.source, clip.module.parameters())
+        write_json(partial / PROVENANCE, facts | {"half": half} | dict(provenance or {}))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when the block ends without an error.
+
+    An older folder there is replaced if it holds one of the files `marks`.
+
+    Raises:
+        UserError: a foreign folder in the way, or no space.
+    """
     folder = folder.absolute()
-    if (
-        folder.exists()
-        and any(folder.iterdir())
-        and not any((folder / name).is_file() for name in _CONFIG.values())
-    ):
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in marks):
         raise UserError(f"{folder} exists and is no model export; choose another folder")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (_write_open_clip if layout == "open_clip" else _write_hf)(partial, clip, half)
-        _write_json(
-            partial / PROVENANCE, _provenance(partial / _WEIGHTS[layout], clip, half) | dict(provenance or {})
-        )
+        yield partial
         _swap(partial, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -124,7 +133,7 @@ def _write_open_clip(folder: Path, clip: ClipModel, half: bool) -> None:
     if not config.get("nonscalar_logit_scale"):
         state |= {name: state[name].reshape(()) for name in _SCALARS if name in state}
     _write_weights(folder / _WEIGHTS["open_clip"], state, half)
-    _write_json(
+    write_json(
         folder / _CONFIG["open_clip"], {"model_cfg": config, "preprocess_cfg": _preprocess(clip.image_spec)}
     )
 
@@ -148,19 +157,27 @@ def _write_hf(folder: Path, clip: ClipModel, half: bool) -> None:
     state = normalise_names(clip.module.state_dict())
     state["logit_scale"] = state["logit_scale"].reshape(())
     _write_weights(folder / _WEIGHTS["hf"], to_hf_state(state), half)
-    _write_json(folder / "preprocessor_config.json", to_hf_processor(clip.image_spec))
-    _write_json(folder / _CONFIG["hf"], config | {"dtype": "float16" if half else "float32"})
+    write_json(folder / "preprocessor_config.json", to_hf_processor(clip.image_spec))
+    write_json(folder / _CONFIG["hf"], config | {"dtype": "float16" if half else "float32"})
     if not _write_tokenizer(folder, clip):
         _write_clip_tokenizer(folder, clip.config["text_cfg"].get("context_length", 77))
 
 
 def _write_weights(path: Path, state: Mapping[str, Tensor], half: bool) -> None:
+    write_tensors(path, {name: _stored(name, tensor, half) for name, tensor in state.items()})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with `facts` as its metadata.
+
+    Raises:
+        UserError: the disk refuses.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: _stored(name, tensor, half) for name, tensor in state.items()}
     try:
-        save_file(tensors, path, {"format": "pt"})
+        save_file(tensors, path, {"format": "pt", **(facts or {})})
     except SafetensorError as error:  # its form of every failure of the disk
         raise UserError(f"cannot write {path}: {error}; free space or choose another folder") from None
 
@@ -196,26 +213,27 @@ def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
     tokenizer = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): index for token, index in tokenizer.encoder.items()}
-    _write_json(folder / "vocab.json", vocabulary)
+    write_json(folder / "vocab.json", vocabulary)
     merges = "\n".join(" ".join(pair) for pair in tokenizer.bpe_ranks)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     start, end = names.values()
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True}
-    _write_json(folder / "tokenizer_config.json", settings | special)
+    write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _provenance(weights: Path, clip: ClipModel, half: bool) -> dict[str, Any]:
+def provenance_of(weights: Path, source: str, parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """sha256 of the weights, source and size of the model, versions, git commit and the command."""
     return {
         "file": weights.name,
         "sha256": sha256_of(weights),
-        "half": half,
-        "source": clip.source,
-        "parameters": sum(parameter.numel() for parameter in clip.module.parameters()),
+        "source": source,
+        "parameters": sum(parameter.numel() for parameter in parameters),
         "vlmkd": __version__,
         "torch": str(torch.__version__),
         "git_commit": _git_commit(),
@@ -257,20 +275,27 @@ def verify_export(folder: Path, clip: ClipModel) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
         _write_probe(probe, clip)
-        root = str(Path(__file__).resolve().parents[1])
-        env = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
-        env |= {
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
-        command = [sys.executable, "-m", "vlmkd.export", "--check", str(folder), str(probe)]
-        child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        run_check("vlmkd.export", folder, probe)
+
+
+def run_check(module: str, folder: Path, probe: Path) -> None:
+    """Run `python -m MODULE --check FOLDER PROBE` in a fresh process on the CPU, without the network.
+
+    Raises:
+        UserError: it exits with an error; quotes its last line.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", module, "--check", str(folder), str(probe)]
+    child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if child.returncode:
         lines = (child.stderr.strip() or child.stdout.strip() or f"exit code {child.returncode}").splitlines()
         raise UserError(
@@ -312,6 +337,11 @@ def _check(folder: Path, probe_file: Path) -> str:
         found = _run_pruned(folder, probe, spec)
     else:
         found = _run_open_clip(folder, probe, spec)
+    return compare(found, probe)
+
+
+def compare(found: Mapping[str, Tensor], probe: Mapping[str, Tensor]) -> str:
+    """What differs between outputs and those of the probe; empty when nothing does."""
     for name, value in found.items():
         if value.shape != probe[name].shape:
             return f"{name} is {list(value.shape)} instead of {list(probe[name].shape)}"
@@ -382,11 +412,16 @@ def _run_transformers(folder: Path, probe: Mapping[str, Tensor]) -> dict[str, Te
 
 def main(argv: list[str]) -> int:
     """Entry of the checking process; prints what differs and returns 1 when something does."""
-    parser = argparse.ArgumentParser(prog="python -m vlmkd.export", description=main.__doc__)
+    return check_main("vlmkd.export", _check, argv)
+
+
+def check_main(module: str, check: Callable[[Path, Path], str], argv: list[str]) -> int:
+    """The checking process of `module`: `check` says what differs between a folder and a probe."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=main.__doc__)
     parser.add_argument("--check", nargs=2, type=Path, required=True, metavar=("FOLDER", "PROBE"))
     args = parser.parse_args(argv)
     try:
-        difference = _check(*args.check)
+        difference = check(*args.check)
     except UserError as error:
         difference = str(error)
     if difference:

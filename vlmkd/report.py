@@ -1,7 +1,8 @@
 """Run folders -> one self-contained HTML page and one Markdown table.
 
 Reads what every run writes (`metrics.jsonl`, `eval/*.json`, `eval/gallery.json`, `env.json`, `command.txt`,
-`data.json`) and loads no model. `write_gallery` makes the gallery, while models are at hand.
+`data.json`) and loads no model. `write_gallery` makes the gallery, while models are at hand, and `write_mistakes` the
+pictures of a classifier's worst mistakes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -27,17 +28,22 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from vlmkd.evaluation.base import DualEncoder
+    from vlmkd.data.labelled import Item
+    from vlmkd.evaluation.base import DualEncoder, Result
 
 STUDENT = "student"
+GALLERY, MISTAKES = "gallery.json", "mistakes.json"
+_CONFUSED = 40
+"""Classes of a confusion matrix; of a larger set those with most wrong images."""
 
 _METRIC_NAMES = (
     (re.compile(r"^top_?(\d+)$"), r"top-\1"),
+    (re.compile(r"^(.+)_top_?(\d+)$"), r"\1 top-\2"),
     (re.compile(r"^(?:image_to_text|i2t)_(?:r|recall)?@?_?(\d+)$"), r"image→text R@\1"),
     (re.compile(r"^(?:text_to_image|t2i)_(?:r|recall)?@?_?(\d+)$"), r"text→image R@\1"),
 )
 _SHARE = re.compile(
-    r"top_?\d+$|recall|(^|_)r@?\d+$|(i2t|t2i|to_text|to_image)|accuracy|agreement|mean_per_class"
+    r"top_?\d+$|recall|(^|_)r@?\d+$|(i2t|t2i|to_text|to_image)|accuracy|agreement|mean_per_class|harmonic_mean"
 )
 
 
@@ -56,6 +62,10 @@ class Run:
     parameters: dict[str, int] = field(default_factory=dict)
     """Model name -> number of parameters, where known."""
     gallery: dict[str, Any] | None = None
+    classified: list[dict[str, Any]] = field(default_factory=list)
+    """The student's final results that have a confusion matrix."""
+    mistakes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Data set -> its worst mistakes with their pictures."""
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -169,6 +179,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
         _table_section(rows),
         _size_section(rows),
         _curve_section(runs, rows),
+        *(_classifier_section(run) for run in runs),
         *(_gallery_section(gallery, index) for index, gallery in enumerate(galleries)),
         _run_section(runs),
         _attribution_section(runs, galleries),
@@ -240,6 +251,34 @@ def write_gallery(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_text(path, json.dumps(gallery))
+
+
+def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Sequence[Item]]) -> None:
+    """Write the worst mistakes of classification results with their pictures (PNG of at most 96 pixels).
+
+    `items` has the images of data sets; results of others, and results without mistakes, are left out.
+    """
+    from PIL import Image  # here, because pages are made without it
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if "mistakes" not in result.details or result.dataset not in items:
+            continue
+        images = {item.key: item.image for item in items[result.dataset]}
+        names = result.details["classes"]
+        found[result.dataset] = [
+            {
+                "label": names[mistake["label"]],
+                "predicted": names[mistake["predicted"]],
+                "probability": mistake["probability"],
+                "key": mistake["key"],
+                "image": _data_uri(Image.open(io.BytesIO(images[mistake["key"]].read()))),
+            }
+            for mistake in result.details["mistakes"]
+        ]
+    if found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(path, json.dumps(found))
 
 
 def merge_galleries(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -434,6 +473,52 @@ def _gallery_section(gallery: dict[str, Any], number: int) -> str:
     return affinity + _section("Retrieved pictures", f'<div class="grid">{"".join(shown)}</div>{rest}')
 
 
+def _classifier_section(run: Run) -> str:
+    """Confusion matrix and worst mistakes of a run's student on each of its classification sets."""
+    parts = []
+    for result in run.classified:
+        details, dataset = result["details"], result["dataset"]
+        rows, shown = _confusion(details)
+        names = [details["classes"][index] for index in shown]
+        chart = charts.heat_map(rows, names, [], label=f"confusion matrix on {dataset}", column_names=names)
+        picked = f", the {len(shown)} of {len(details['classes'])} classes with most wrong images"
+        title = (
+            f"{dataset}: true class (row) and answers{picked if len(shown) < len(details['classes']) else ''}"
+        )
+        cards = "".join(_mistake_card(mistake) for mistake in run.mistakes.get(dataset, []))
+        parts.append(f'<div class="grid wide">{_figure(chart, title)}</div>')
+        if cards:
+            parts.append(f"<h3>{escape(dataset)}: most confident mistakes</h3>")
+            parts.append(f'<div class="mistakes">{cards}</div>')
+    if not parts:
+        return ""
+    note = (
+        "A square is the share of a class's images that got the column's answer (drawn with the square root as opacity); "
+        "columns are in the order of the rows, so that right answers lie on the diagonal. The ring marks a row's strongest."
+    )
+    return _section(f"Answers of {escape(run.name)}", "".join(parts) + f'<p class="note">{note}</p>')
+
+
+def _confusion(details: dict[str, Any]) -> tuple[list[list[float]], list[int]]:
+    """Shares of each shown class's images by answer, and the classes: all, or those with most wrong images."""
+    wrong = [seen - right for right, seen in details["per_class"]]
+    shown = sorted(sorted(range(len(wrong)), key=lambda index: -wrong[index])[:_CONFUSED])
+    place = {label: row for row, label in enumerate(shown)}
+    rows = [[0.0] * len(shown) for _ in shown]
+    for label, predicted, images in details["confusion"]:
+        if label in place and predicted in place:
+            rows[place[label]][place[predicted]] = images / details["per_class"][label][1]
+    return rows, shown
+
+
+def _mistake_card(mistake: dict[str, Any]) -> str:
+    text = f"{escape(mistake['label'])} → <b>{escape(mistake['predicted'])}</b>, {100 * mistake['probability']:.0f} %"
+    return (
+        f'<figure class="card" title="{escape(mistake["key"])}"><img src="{escape(mistake["image"])}" alt=""/>'
+        f"<p>{text}</p></figure>"
+    )
+
+
 def _retrieval_card(gallery: dict[str, Any], index: int, ids: list[str]) -> str:
     right = set(gallery["targets"][index])
     lines = []
@@ -568,11 +653,17 @@ def _mean_right(affinity: list[list[float]], targets: list[list[int]]) -> float:
 def _read_evaluations(run: Run) -> None:
     """Final scores and parameter counts from `eval/*.json`, the gallery, and the exported weights."""
     for path in sorted((run.folder / "eval").glob("*.json")):
-        if path.name == "gallery.json":
+        if path.name == GALLERY:
             run.gallery = _read_gallery(path)
+            continue
+        if path.name == MISTAKES:
+            run.mistakes = _read_object(path)
+            _refuse_foreign_images(path, [one["image"] for found in run.mistakes.values() for one in found])
             continue
         for model, results in _read_object(path).items():
             for result in results if isinstance(results, list) else []:
+                if model == STUDENT and "confusion" in result.get("details", {}):
+                    run.classified.append(result)
                 for metric, value in result["metrics"].items():
                     if metric == "parameters":
                         run.parameters[model] = int(value)
@@ -602,13 +693,17 @@ def _read_gallery(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a gallery: {', '.join(sorted(missing))} is missing; write it with write_gallery"
         )
-    foreign = [uri[:40] for uri in gallery["images"] if not uri.startswith("data:image/")]
+    _refuse_foreign_images(path, gallery["images"])
+    gallery.setdefault("targets", [[index] for index in range(len(gallery["texts"]))])
+    return gallery
+
+
+def _refuse_foreign_images(path: Path, uris: Iterable[str]) -> None:
+    foreign = [uri[:40] for uri in uris if not uri.startswith("data:image/")]
     if foreign:
         raise UserError(
             f"{path}: image {foreign[0]!r} is not a data:image/ URI; the page would load it from outside"
         )
-    gallery.setdefault("targets", [[index] for index in range(len(gallery["texts"]))])
-    return gallery
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -719,6 +814,9 @@ svg.heat rect.best { stroke: var(--ink); stroke-width: 1; }
   background: var(--card); border: 1px solid currentColor; }
 .thumb.right { border-color: var(--good); } .thumb.right b { color: var(--good); }
 .thumb.wrong b { color: var(--bad); }
+.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 10px; }
+.mistakes img { width: 72px; height: 72px; object-fit: contain; background: #fff; }
+.mistakes p { font-size: .8rem; line-height: 1.25; margin: 6px 0 0; overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
   font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: 12px 0; } summary { cursor: pointer; } details .grid { margin-top: 12px; }

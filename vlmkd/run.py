@@ -26,11 +26,13 @@ from PIL import Image
 
 import vlmkd
 from vlmkd import config, distributed, engine, trainer
+from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import RunConfig
 from vlmkd.errors import UserError
+from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.logging import Metrics, start_console
-from vlmkd.report import build_report, write_gallery
+from vlmkd.report import build_report, write_gallery, write_mistakes
 from vlmkd.trainer import Job, Stopped
 
 log = logging.getLogger(__name__)
@@ -43,10 +45,18 @@ _GALLERY_IMAGES = 24
 _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
 
 
-def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | None = None) -> None:
+def main(
+    config_class: type[C],
+    build: Callable[[C], Job],
+    argv: list[str] | None = None,
+    *,
+    resolve: Callable[[C], C] | None = None,
+) -> None:
     """Entry point of every train script: `CONFIG.yaml [MORE.yaml ...] [field=value ...] [--help] [--dry-run]`.
 
-    Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a SIGTERM whose state is saved.
+    `resolve` fills in what follows from the data, such as the steps of an epoch; the run is that of its result, a dry
+    run shows the config before it. Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a
+    SIGTERM whose state is saved.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -61,6 +71,7 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
         if dry_run:
             print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
             return
+        cfg = cfg if resolve is None else resolve(cfg)
         with _run_folder(cfg):
             _run(cfg, build, generated)
     except UserError as error:
@@ -83,6 +94,8 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
         return
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     engine.start_ranks()
     _seed(cfg.seed)
     start_console(run_dir)
@@ -110,12 +123,17 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
 
 def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
     """Final evaluation of student and teachers, export, and its check in a fresh process."""
-    results = {"student": trainer.evaluate(cfg, job.evaluators, job.task.predictor(), around, metrics, step)}
+    student = job.task.predictor()
+    results = {"student": trainer.evaluate(cfg, job.evaluators, student, around, metrics, step)}
+    job.task.after_evaluation(results["student"], step)
+    results["student"] += trainer.evaluate(cfg, job.final_evaluators, student, around, metrics, step)
+    others = job.task.final_predictors()
     if cfg.evaluation.teacher:
-        for name, predictor in job.task.teacher_predictors().items():
-            results[name] = trainer.evaluate(
-                cfg, job.evaluators, predictor, around, metrics, step, model=name
-            )
+        others |= job.task.teacher_predictors()
+    for name, predictor in others.items():
+        results[name] = trainer.evaluate(
+            cfg, [*job.evaluators, *job.final_evaluators], predictor, around, metrics, step, model=name
+        )
     with around.whole_weights():
         if distributed.is_main():
             _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
@@ -123,6 +141,14 @@ def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: 
     if weights is not None:
         (run_dir / "eval").mkdir(exist_ok=True)
         _write(run_dir / "eval" / "results.json", trainer.results_json(results))
+        classified = [
+            one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, Classification)
+        ]
+        write_mistakes(
+            run_dir / "eval" / "mistakes.json",
+            results["student"],
+            {one.dataset: one.items for one in classified},
+        )
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
         build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
         job.task.export(run_dir / "export", weights)

@@ -62,7 +62,7 @@ class Task:
         """Called after each optimiser step and its clamps (averages)."""
 
     def after_evaluation(self, results: list[Result], step: int) -> bool:
-        """Called after each evaluation; True ends the run."""
+        """Called after each evaluation of the student, the closing one too; True ends the run."""
         return False
 
     def state(self) -> dict[str, Any]:
@@ -75,6 +75,10 @@ class Task:
     def predictor(self) -> Any:
         """What evaluators receive (see vlmkd.evaluation.base)."""
         raise AssertionError(f"{type(self).__name__} does not define predictor()")
+
+    def final_predictors(self) -> dict[str, Any]:
+        """Other weights of the student by name (averages, the best so far), evaluated once when training has ended."""
+        return {}
 
     def teacher_predictors(self) -> dict[str, Any]:
         """Predictors of the loaded teachers by name, evaluated once beside the student."""

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Job:
     task: Task
     loader: Loader
     evaluators: list[Evaluator]
+    final_evaluators: list[Evaluator] = field(default_factory=list)
+    """Run once, when training has ended: what must not be looked at before, such as a held-out domain."""
 
 
 class Stopped(Exception):
@@ -88,7 +90,7 @@ def fit(
             done = step + 1
             if done % cfg.log.every_steps == 0 or done == cfg.steps:
                 window.write(metrics, done)
-            if cfg.evaluation.every_steps and done % cfg.evaluation.every_steps == 0 and done < cfg.steps:
+            if _evaluation_due(cfg, done):
                 results = evaluate(cfg, job.evaluators, job.task.predictor(), engine, metrics, done)
                 if job.task.after_evaluation(results, done):
                     log.info("step %d: the task ends the run", done)
@@ -258,6 +260,12 @@ def _sum_ranks(counts: dict[str, int]) -> dict[str, int]:
 def _stop_check_due(cfg: RunConfig, done: int) -> bool:
     """Each step for one process; with several, where a check is a collective, at most every tenth step."""
     return distributed.world_size() == 1 or done % min(10, cfg.log.every_steps) == 0
+
+
+def _evaluation_due(cfg: RunConfig, done: int) -> bool:
+    """By `every_steps` and `phase`; never after the last step, where the closing evaluation follows."""
+    every = cfg.evaluation.every_steps
+    return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
 
 
 def _non_finite(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlmkd.averaging import check_average
-from vlmkd.config import RunConfig, require
+from vlmkd.config import StreamRunConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyCLIPConfig(RunConfig):
+class TinyCLIPConfig(StreamRunConfig):
     """What both kinds of TinyCLIP runs share."""
 
     student: ModelConfig = field(default_factory=ModelConfig)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlmkd import config
-from vlmkd.config import RunConfig
+from vlmkd.config import StreamRunConfig
 from vlmkd.errors import UserError
 
 BASE = ["run_dir=r"]
@@ -17,30 +17,31 @@ def test_files_stack_and_overrides_win_from_left_to_right(tmp_path: Path) -> Non
     (tmp_path / "a.yaml").write_text("run_dir: r\nsteps: 5\noptim: {lr: 0.1, schedule: wsd}\n")
     (tmp_path / "b.yaml").write_text("steps: 7\noptim: {lr: 0.2}\n")
     cfg = config.load(
-        RunConfig, [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "optim.lr=3e-4", "--local_rank=1"]
+        StreamRunConfig,
+        [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "optim.lr=3e-4", "--local_rank=1"],
     )
     assert (cfg.steps, cfg.optim.lr, cfg.optim.schedule) == (7, 3e-4, "wsd")
 
 
 def test_list_elements_are_set_by_index() -> None:
     cfg = config.load(
-        RunConfig, [*BASE, "data.sources=[{shards: [a]}, {shards: [b]}]", "data.sources.1.weight=3"]
+        StreamRunConfig, [*BASE, "data.sources=[{shards: [a]}, {shards: [b]}]", "data.sources.1.weight=3"]
     )
     assert [(source.shards, source.weight) for source in cfg.data.sources] == [(["a"], 1.0), (["b"], 3.0)]
 
 
 def test_free_entries_keep_their_type() -> None:
-    cfg = config.load(RunConfig, [*BASE, "deepspeed.extra.prescale=3", "deepspeed.extra.inner.name=x"])
+    cfg = config.load(StreamRunConfig, [*BASE, "deepspeed.extra.prescale=3", "deepspeed.extra.inner.name=x"])
     assert cfg.deepspeed.extra == {"prescale": 3, "inner": {"name": "x"}}
 
 
 def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> None:
     cfg = config.load(
-        RunConfig,
+        StreamRunConfig,
         [*BASE, "data.sources=[{shards: [a], weight: 2}]", "data.crop_scale=[0.5, 1]", "optim.lr=1e-5"],
     )
     (tmp_path / "c.yaml").write_text(config.to_yaml(cfg))
-    assert config.load(RunConfig, [str(tmp_path / "c.yaml")]) == cfg
+    assert config.load(StreamRunConfig, [str(tmp_path / "c.yaml")]) == cfg
 
 
 @pytest.mark.parametrize(
@@ -59,13 +60,25 @@ def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> No
         (["deepspeed.zero_stage=0"], ["deepspeed.zero_stage", "1, 2 or 3"]),
         (["deepspeed.offload=nvme"], ["deepspeed.nvme_path"]),
         (["optim.decay_steps=5"], ["optim.decay_steps", "wsd"]),
+        (["optim.momentum=0.9"], ["optim.momentum", "sgd"]),
+        (["optim.name=sgd", "optim.momentum=1"], ["optim.momentum is 1", "[0, 1)"]),
+        (["optim.name=sgd", "deepspeed.offload=cpu"], ["deepspeed.offload", "sgd"]),
+        (["optim.name=lamb"], ["optim.name", "lamb", "adamw"]),
+        (["optim.schedule=epoch_cosine"], ["optim.steps_per_epoch", "epoch_cosine"]),
+        (["optim.steps_per_epoch=5"], ["optim.steps_per_epoch", "epoch_cosine"]),
+        (
+            ["optim.schedule=epoch_cosine", "optim.steps_per_epoch=5"],
+            ["optim.warmup_steps is 2000", "set it to 0"],
+        ),
+        (["optim.schedule=warmup_times_cosine"], ["optim.warmup_steps is 2000", "999"]),
+        (["evaluation.phase=1"], ["evaluation.phase", "every_steps = 0"]),
         (["checkpoint.keep=1"], ["checkpoint.keep"]),
         (["run_dir="], ["run_dir"]),
     ],
 )
 def test_mistakes_name_the_field_in_one_line(arguments: list[str], parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        config.load(RunConfig, [*BASE, *arguments])
+        config.load(StreamRunConfig, [*BASE, *arguments])
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in parts), message
@@ -74,11 +87,11 @@ def test_mistakes_name_the_field_in_one_line(arguments: list[str], parts: list[s
 def test_a_broken_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: [1\n")
     with pytest.raises(UserError, match="x.yaml is not valid YAML"):
-        config.load(RunConfig, [str(tmp_path / "x.yaml")])
+        config.load(StreamRunConfig, [str(tmp_path / "x.yaml")])
 
 
 def test_help_shows_every_field_with_its_docstring() -> None:
-    text = config.help_text(RunConfig)
+    text = config.help_text(StreamRunConfig)
     assert "optim.weight_decay = 0.2" in text
     assert "data.sources.N.weight = 1.0" in text
     lines = text.splitlines()

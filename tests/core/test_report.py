@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ import torch
 from PIL import Image
 
 from vlmkd import charts, report
+from vlmkd.data.images import ImageRef
+from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Result
 from vlmkd.image_spec import ImageSpec
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +221,7 @@ def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
         ("emoji:unseen/drawing/top1", 0.12345, "top-1", "12.3"),
         ("a/mean_per_class", 0.5, "mean per class", "50.0"),
         ("a/text_to_image_r10", 1.0, "text→image R@10", "100.0"),
-        ("a/agreement_top1", 0.25, "agreement top1", "25.0"),
+        ("a/agreement_top1", 0.25, "agreement top-1", "25.0"),
         ("a/kl", 0.123456, "kl", "0.1235"),
         ("a/affinity_correlation", 0.5, "affinity correlation", "0.5"),
         ("a/unreadable", 3.0, "unreadable", "3"),
@@ -306,3 +310,58 @@ def test_thinning_keeps_the_mean_and_drops_what_is_not_finite() -> None:
     assert len(thinned) == 160
     assert sum(y for _, y in thinned) / 160 == pytest.approx(sum(index % 7 for index in range(1600)) / 1600)
     assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
+
+
+def classified(folder: Path, classes: int) -> Path:
+    """A run with a classification of `classes` classes: every class confused once with the next, class 1 twice."""
+    confusion = [[c, c, 3] for c in range(classes)] + [[c, (c + 1) % classes, 1] for c in range(classes)]
+    confusion.append([1, 3, 1])
+    seen = [4 + (c == 1) for c in range(classes)]
+    mistakes = [{"key": "a/1.png", "label": 1, "predicted": 3, "probability": 0.975}]
+    details = {
+        "classes": [f"class <{c}>" for c in range(classes)],
+        "per_class": [[3, number] for number in seen],
+        "confusion": confusion,
+        "mistakes": mistakes,
+    }
+    metrics = {"top1": 0.75, "photo_top1": 0.5, "harmonic_mean": 0.625}
+    result = Result("classification", "pets", metrics, sum(seen), details)
+    write_run(folder, {"pets/top1": 0.75})
+    (folder / "eval/results.json").write_text(json.dumps({"student": [asdict(result)]}))
+    Image.new("RGB", (200, 100), "red").save(folder / "picture.png")
+    item = Item("a/1.png", ImageRef(str(folder / "picture.png")), 1)
+    report.write_mistakes(folder / "eval/mistakes.json", [result], {"pets": [item], "other": []})
+    return folder
+
+
+def test_confusion_matrix_and_worst_mistakes(tmp_path: Path) -> None:
+    folder = classified(tmp_path / "run", 5)
+    text = report.build_report([folder], tmp_path / "page.html", title="C").read_text()
+    assert (
+        "class &lt;1&gt; × class &lt;3&gt;: 0.200" in text
+        and "class &lt;0&gt; × class &lt;0&gt;: 0.750" in text
+    )
+    assert text.count("<title>class &lt;") == 25
+    assert "class &lt;1&gt; → <b>class &lt;3&gt;</b>, 98 %" in text
+    page = Page(text)
+    assert [load for load in page.loads if not load.startswith("#")]
+    assert all(load.startswith(("#", "data:image/png;base64,")) for load in page.loads)
+    table = {cell for row in page.rows for cell, _ in row}
+    assert {"photo top-1", "50.0", "harmonic mean", "62.5"} <= table
+
+
+def test_a_large_confusion_matrix_shows_the_classes_with_most_wrong_images(tmp_path: Path) -> None:
+    folder = classified(tmp_path / "run", 60)
+    text = report.build_report([folder], tmp_path / "page.html", title="C").read_text()
+    assert "the 40 of 60 classes with most wrong images" in text
+    assert "× class &lt;1&gt;:" in text and "× class &lt;50&gt;:" not in text
+
+
+def test_a_mistake_that_loads_from_outside_is_refused(tmp_path: Path) -> None:
+    folder = classified(tmp_path / "run", 5)
+    path = folder / "eval/mistakes.json"
+    content = json.loads(path.read_text())
+    content["pets"][0]["image"] = "https://example.org/x.png"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not a data:image/ URI"):
+        report.build_report([folder], tmp_path / "page.html", title="C")

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from vlmkd.data import embedded, embedded_build, embedded_catalog
+from vlmkd.data.embedded_build import VERSION
 from vlmkd.data.embedded_catalog import Concept, concepts, kin_of, training_styles, unit_hash
 from vlmkd.data.embedded_draw import PIXELS, compose, concept_picture
 from vlmkd.errors import UserError

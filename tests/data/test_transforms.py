@@ -81,6 +81,37 @@ def test_jitter_equals_torchvision():
     assert difference.abs().max() <= 0.5 / 255 + 1e-5
 
 
+@pytest.mark.parametrize("shift", [-0.5, -0.21, 0.07, 0.3])
+def test_hue_and_grey_equal_torchvision(shift):
+    spec = ImageSpec(size=(40, 40), mean=MEAN, std=STD)
+    pixels = torch.from_numpy(np.array(COFFEE))
+    box = (10, 20, 300, 300)
+    plain = render(pixels, View(box), spec).permute(2, 0, 1).float() / 255
+    shifted = render(pixels, View(box, hue=shift), spec).permute(2, 0, 1) / 255
+    assert (shifted - TF.adjust_hue(plain, shift)).abs().max() <= 0.5 / 255 + 1e-5
+    grey = render(pixels, View(box, hue=shift, grey=True), spec).permute(2, 0, 1) / 255
+    expected = TF.rgb_to_grayscale(TF.adjust_hue(plain, shift), 3)
+    assert (grey - expected).abs().max() <= 0.5 / 255 + 1e-5
+
+
+def test_views_without_hue_and_grayscale_are_drawn_as_before():
+    """The stored views of earlier caches stay what they were: these were drawn before both existed."""
+    plain, full = (
+        ViewConfig(flip=0.5, color_jitter=0.3),
+        ViewConfig(flip=0.5, color_jitter=0.3, hue=0.2, grayscale=0.25),
+    )
+    pairs = [
+        (plain.draw(64, 48, random.Random(seed)), full.draw(64, 48, random.Random(seed)))
+        for seed in range(1000)
+    ]
+    for old, new in pairs:
+        assert (old.box, old.flip, old.jitter) == (new.box, new.flip, new.jitter)
+        assert old.hue == 0 and not old.grey and abs(new.hue) <= 0.2
+    hues = np.array([new.hue for _, new in pairs])
+    assert hues.min() < -0.19 and hues.max() > 0.19 and np.array_equal(hues, hues.astype(np.float32))
+    assert np.mean([new.grey for _, new in pairs]) == pytest.approx(0.25, abs=0.05)
+
+
 def test_normalise_is_the_float64_formula():
     spec = ImageSpec(size=(5, 4), mean=MEAN, std=STD)
     images = [
@@ -152,6 +183,8 @@ def test_draw_is_a_function_of_its_generator_and_probabilities_hold():
         ({"crop_ratio": (2.0, 1.0)}, "data.crop_ratio"),
         ({"flip": 1.5}, "data.flip"),
         ({"color_jitter": -0.1}, "data.color_jitter"),
+        ({"hue": 0.6}, "data.hue"),
+        ({"grayscale": -1.0}, "data.grayscale"),
         ({"crop_scale": (math.nan, 1.0)}, "data.crop_scale"),
     ],
 )

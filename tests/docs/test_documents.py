@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("projects/*/README.md"), *ROOT.glob("benchmarks/*.md")})
+DOCUMENTS = sorted(
+    {
+        *ROOT.glob("*.md"),
+        *ROOT.glob("projects/*/README.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("docs/*.md"),
+    }
+)
 SCRIPTS = sorted({*ROOT.glob("scripts/*.sh"), *ROOT.glob("projects/*/scripts/*.sh")})
 OURS = ("projects/", "scripts/", "data_tools/", "benchmarks/", "vlmkd/", "tests/", "docs/")
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from vlmkd.data.images import ImageRef
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.datasets import CaptionedImages, LabelledImages
-from vlmkd.data.images import ImageRef
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.evaluation.zero_shot import ZeroShot
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmkd.data.images import ImageRef
 from vlmkd.errors import UserError
 from vlmkd.evaluation import retrieval
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.datasets import CaptionedImages
-from vlmkd.data.images import ImageRef
 from vlmkd.evaluation.retrieval import Retrieval, first_positive
 
 from .conftest import FixedEncoder, numbered_png

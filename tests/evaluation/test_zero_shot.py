@@ -13,10 +13,10 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 
 from vlmkd.config import ZeroShotConfig
+from vlmkd.data.images import ImageRef
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.datasets import LabelledImages, labelled
-from vlmkd.data.images import ImageRef
 from vlmkd.evaluation.zero_shot import ZeroShot, class_weights, topk_hits
 
 from .conftest import CLASSES, SPEC, Encoder, FixedEncoder, numbered_png

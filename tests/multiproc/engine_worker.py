@@ -42,14 +42,23 @@ def train(task: Task, around: engine.Engine, begin: int, end: int) -> None:
         assert around.update()
 
 
-def main(state_dir: Path, stage: int, precision: str) -> None:
+OPTIMISERS = {
+    "adamw": OptimConfig(lr=1e-2, warmup_steps=0),
+    "adam": OptimConfig(
+        name="adam", lr=1e-2, warmup_steps=0, weight_decay=0.05, decay_all=True, clip_grad_norm=0.0
+    ),
+    "sgd": OptimConfig(name="sgd", lr=5e-2, warmup_steps=0, weight_decay=0.05, decay_all=True, momentum=0.9),
+}
+
+
+def main(state_dir: Path, stage: int, precision: str, optimiser: str) -> None:
     """Straight through against save and restore after three of six steps."""
     engine.start_ranks()
     cfg = RunConfig(
         run_dir="unused",
         batch_size=8,
         deepspeed=DeepSpeedConfig(zero_stage=stage, precision=precision),  # type: ignore[arg-type]
-        optim=OptimConfig(lr=1e-2, warmup_steps=0),
+        optim=OPTIMISERS[optimiser],
     )
     first = ToyTask()
     around = engine.Engine(first, cfg)
@@ -77,4 +86,4 @@ def main(state_dir: Path, stage: int, precision: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -15,10 +15,10 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 
 
-def _run(tmp_path: Path, stage: int, precision: str, ranks: int) -> dict:
+def _run(tmp_path: Path, stage: int, precision: str, ranks: int, optimiser: str = "adamw") -> dict:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        str(Path(__file__).parent / "engine_worker.py"), str(tmp_path), str(stage), precision,
+        str(Path(__file__).parent / "engine_worker.py"), str(tmp_path), str(stage), precision, optimiser,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
@@ -27,19 +27,26 @@ def _run(tmp_path: Path, stage: int, precision: str, ranks: int) -> dict:
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
-def _reference() -> dict[str, torch.Tensor]:
-    """Six AdamW steps in plain torch, with the same clipping and clamp."""
+def _reference(optimiser: str = "adamw") -> dict[str, torch.Tensor]:
+    """Six steps in plain torch, with the same decay, clipping and clamp."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 4))
     plain = [p for p in model.parameters() if p.ndim < 2]
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6),
+        "adam": lambda: torch.optim.Adam(
+            model.parameters(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05
+        ),
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=5e-2, momentum=0.9, weight_decay=0.05),
+    }[optimiser]()
     for step in range(6):
         rows = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         model(rows).pow(2).mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        if optimiser != "adam":  # its config turns clipping off
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         with torch.no_grad():
             model[3].weight.clamp_(-0.1, 0.1)
@@ -62,3 +69,16 @@ def test_restore_is_exact_and_weights_equal_plain_torch(
     tolerance = 1e-5 if precision == "fp32" else 2e-2
     for name, value in _reference().items():
         torch.testing.assert_close(torch.tensor(result["weights"][name]), value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimiser", "stage", "ranks"), [("adam", 1, 1), ("sgd", 1, 1), ("sgd", 2, 2), ("sgd", 3, 1)]
+)
+def test_adam_and_sgd_equal_plain_torch_and_restore_exactly(
+    tmp_path: Path, optimiser: str, stage: int, ranks: int
+) -> None:
+    result = _run(tmp_path, stage, "fp32", ranks, optimiser)
+    assert result["equal"]
+    for name, value in _reference(optimiser).items():
+        torch.testing.assert_close(torch.tensor(result["weights"][name]), value, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from vlmkd.data.embedded_build import SPLITS, VERSION, build
@@ -29,6 +30,7 @@ from vlmkd.errors import UserError
 __all__ = [
     "Concept",
     "base_and_novel",
+    "build_once",
     "cache_root",
     "class_names",
     "concept_picture",
@@ -56,7 +58,14 @@ def emoji_folder() -> Path:
 
     Raises UserError when a package that carries the drawings is missing.
     """
-    folder = cache_root() / f"emoji-v{VERSION}"
+    return build_once(cache_root() / f"emoji-v{VERSION}", lambda folder: build(folder))
+
+
+def build_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, written by `write` (into an empty folder, `manifest.json` last) when it has no manifest yet.
+
+    One process writes while others wait, and the folder takes its name only when it is whole.
+    """
     if (folder / "manifest.json").is_file():
         return folder
     require_packages()
@@ -67,7 +76,7 @@ def emoji_folder() -> Path:
             return folder
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
         try:
-            build(temporary)
+            write(temporary)
             temporary.chmod(0o755)
             # A folder without a manifest was not made by this code's rename: someone deleted files in it.
             shutil.rmtree(folder, ignore_errors=True)

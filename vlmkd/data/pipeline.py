@@ -56,7 +56,7 @@ class Pipeline:
         self._teachers = list(teacher_views)
         self._caches = caches
         self._views = view_config(cfg)
-        self._own = [spec for spec, _ in self._teachers if spec is not None and not _serves(image_spec, spec)]
+        self._own = [spec for spec, _ in self._teachers if spec is not None and not serves(image_spec, spec)]
 
     def process(self, raw: RawSample, source: int, rng: random.Random) -> Sample | BadSample:
         """The sample's view drawn from `rng`, or why it was dropped.
@@ -83,7 +83,7 @@ class Pipeline:
         except BadImageError as error:
             return BadSample(error.reason, raw.name, str(error))
         own = iter(pixels[1:])
-        shared = [spec is None or _serves(self._spec, spec) for spec, _ in self._teachers]
+        shared = [spec is None or serves(self._spec, spec) for spec, _ in self._teachers]
         teacher_pixels = [None if same else next(own) for same in shared]
         return Sample(raw.name, encoded.text, pixels[0], teacher_pixels, cached)
 
@@ -116,10 +116,10 @@ class Pipeline:
         if samples[0].cached:
             number = len(samples[0].cached)
             batch["teacher_image_embeds"] = [
-                _stack_units([s.cached[i][0] for s in samples]) for i in range(number)
+                stack_units([s.cached[i][0] for s in samples]) for i in range(number)
             ]
             batch["teacher_text_embeds"] = [
-                _stack_units([s.cached[i][1] for s in samples]) for i in range(number)
+                stack_units([s.cached[i][1] for s in samples]) for i in range(number)
             ]
         if self._teachers:
             batch["teacher_images"] = [self._teacher_images(samples, i) for i in range(len(self._teachers))]
@@ -134,7 +134,7 @@ class Pipeline:
         return normalise(pixels, spec) if spec is not None and pixels else None
 
 
-def _serves(student: ImageSpec, teacher: ImageSpec) -> bool:
+def serves(student: ImageSpec, teacher: ImageSpec) -> bool:
     """Whether the student's view only needs other statistics to be the teacher's."""
     return student.size == teacher.size and student.interpolation == teacher.interpolation
 
@@ -147,6 +147,6 @@ def _check_digest(cache: TeacherCache, entry: CachedSample, encoded: Encoded) ->
         )
 
 
-def _stack_units(vectors: list[Tensor]) -> Tensor:
+def stack_units(vectors: list[Tensor]) -> Tensor:
     """float32 [B,D] of unit length; stored half-precision vectors are off by up to 5e-4."""
     return F.normalize(torch.stack(vectors).float(), dim=-1)

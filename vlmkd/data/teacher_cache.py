@@ -5,7 +5,7 @@ one safetensors file of the same name with N samples, K views an image and width
 
     image_embeds float16 [N,K,D]   text_embeds float16 [N,D]   boxes int32 [N,K,4] (left, top, width, height)
     flips uint8 [N,K]   jitter float32 [N,K,3]   digests uint8 [N,32] (sha256 of image bytes + caption)
-    keys uint8 (UTF-8, one line a key)
+    keys uint8 (UTF-8, one line a key)   with hue or grayscale also: hues float32 [N,K]   greys uint8 [N,K]
 
 The idea of storing several augmentations with their parameters is MobileCLIP's dataset reinforcement.
 """
@@ -61,6 +61,10 @@ class CacheInfo:
     """The teacher's input."""
     views: ViewConfig
     """Distribution that the views were drawn from."""
+    set_name: str = ""
+    """Labelled set that the images are of (`stored_outputs`); empty for shards."""
+    dtype: str = "float16"
+    """Type of the stored image embeddings."""
     version: int = VERSION
     """Layout of the files; changed whenever old files would be misread."""
 
@@ -87,8 +91,8 @@ class TeacherCache:
             UserError: no or an unreadable cache.json, or one of another version.
         """
         self.folder = Path(folder)
-        self.info = _read_info(self.folder)
-        self._files: dict[str, _ShardFile] = {}
+        self.info = read_info(self.folder)
+        self._files: dict[str, ShardFile] = {}
 
     def check(
         self, views: ViewConfig, fill: tuple[int, int, int], shards: list[str], digest: str | None = None
@@ -133,45 +137,53 @@ class TeacherCache:
         if shard not in self._files:
             if len(self._files) >= _OPEN_FILES:
                 del self._files[next(iter(self._files))]
-            self._files[shard] = _ShardFile(self.path_of(shard))
+            self._files[shard] = ShardFile(self.path_of(shard))
         return self._files[shard].get(key)
 
 
-class _ShardFile:
-    """One shard's file, memory-mapped; embeddings are read row by row."""
+class ShardFile:
+    """One shard's file, memory-mapped: its tensors take no memory until rows of them are read."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
-            self._rows = {key: row for row, key in enumerate(_unpack_keys(self._file.get_tensor("keys")))}
-            self._boxes = self._file.get_tensor("boxes")
-            self._flips = self._file.get_tensor("flips")
-            self._jitter = self._file.get_tensor("jitter")
-            self._digests = self._file.get_tensor("digests")
-            self._image = self._file.get_slice("image_embeds")
-            self._text = self._file.get_slice("text_embeds")
+            file = safe_open(path, framework="pt")
+            self.rows = {key: row for row, key in enumerate(_unpack_keys(file.get_tensor("keys")))}
+            self._boxes, self._flips = file.get_tensor("boxes"), file.get_tensor("flips")
+            self._jitter, self._digests = file.get_tensor("jitter"), file.get_tensor("digests")
+            self._image, self._text = file.get_tensor("image_embeds"), file.get_tensor("text_embeds")
+            recoloured = "hues" in file.keys()  # noqa: SIM118 - not a dict
+            shape = self._flips.shape
+            self._hues = file.get_tensor("hues") if recoloured else torch.zeros(shape)
+            self._greys = file.get_tensor("greys") if recoloured else torch.zeros(shape, dtype=torch.uint8)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"teacher cache file {path} cannot be read ({error}); delete it and embed again"
             ) from None
 
     def get(self, key: str) -> CachedSample | None:
-        row = self._rows.get(key)
+        """The stored part of a sample, or None when the file lacks it."""
+        row = self.rows.get(key)
         if row is None:
             return None
+        columns = (self._boxes, self._flips, self._jitter, self._hues, self._greys)
         views = [
-            View((box[0], box[1], box[2], box[3]), bool(flip), (jitter[0], jitter[1], jitter[2]))
-            for box, flip, jitter in zip(
-                self._boxes[row].tolist(), self._flips[row].tolist(), self._jitter[row].tolist(), strict=True
+            View(tuple(box), bool(flip), tuple(jitter), hue, bool(grey))
+            for box, flip, jitter, hue, grey in zip(
+                *(column[row].tolist() for column in columns), strict=True
             )
         ]
         digest = bytes(self._digests[row].tolist())
         return CachedSample(digest, views, self._image[row], self._text[row])
 
 
-def _read_info(folder: Path) -> CacheInfo:
+def read_info(folder: Path, tool: str = "embed_teacher.py") -> CacheInfo:
+    """What cache.json says; `tool` is the data tool that an error names.
+
+    Raises:
+        UserError: no or an unreadable cache.json, or one of another version.
+    """
     path = folder / "cache.json"
-    mend = "write one with `python data_tools/embed_teacher.py --out FOLDER ...`"
+    mend = f"write one with `python data_tools/{tool} --out FOLDER ...`"
     if not path.is_file():
         raise UserError(f"teacher cache {folder} has no cache.json; {mend}")
     try:
@@ -213,7 +225,7 @@ class DualEncoder(Protocol):
 
 
 @dataclass
-class _Columns:
+class Columns:
     """What one shard's file is made of, row by row."""
 
     keys: list[str] = field(default_factory=list)
@@ -258,13 +270,13 @@ def embed_shards(
         source=source, digest=digest, logit_scale=float(encoder.logit_scale), dim=width, crops=crops, seed=seed,
         image_spec=encoder.image_spec, views=views,
     )  # fmt: skip
-    _start_folder(folder, info)
+    start_folder(folder, info)
     skipped: Counter[str] = Counter()
     todo = [url for url in shards if not (folder / f"{shard_name(url)}.safetensors").is_file()]
     started, done = time.monotonic(), 0
     for number, url in enumerate(todo, 1):
         columns = _embed_shard(encoder, url, info, data, batch_size, torch.device(device), skipped)
-        _save_shard(folder / f"{shard_name(url)}.safetensors", columns, info)
+        save_shard(folder / f"{shard_name(url)}.safetensors", columns, info)
         done += len(columns.keys)
         elapsed = time.monotonic() - started
         rate = done / max(elapsed, 1e-3)
@@ -273,19 +285,19 @@ def embed_shards(
             f"shard {number + len(shards) - len(todo)}/{len(shards)} {shard_name(url)}: {len(columns.keys)} samples, "
             f"{rate:.1f} samples/s, {sum(skipped.values())} skipped, ETA {eta / 60:.1f} min"
         )
-    _write_json(folder, info)
+    write_json(folder, info)
     return skipped
 
 
-def _start_folder(folder: Path, info: CacheInfo) -> None:
+def start_folder(folder: Path, info: CacheInfo) -> None:
     """Write cache.json, or check that the one there says the same."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "cache.json").exists():
         if any(folder.glob("*.safetensors")):
             raise UserError(f"--out {folder} has safetensors files but no cache.json; name an empty folder")
-        _write_json(folder, info)
+        write_json(folder, info)
         return
-    old = dataclasses.asdict(_read_info(folder))
+    old = dataclasses.asdict(read_info(folder))
     new = dataclasses.asdict(info)
     differing = [
         f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
@@ -294,7 +306,8 @@ def _start_folder(folder: Path, info: CacheInfo) -> None:
         raise UserError(f"--out {folder} holds a cache made with {'; '.join(differing)}; name another folder")
 
 
-def _write_json(folder: Path, info: CacheInfo) -> None:
+def write_json(folder: Path, info: CacheInfo) -> None:
+    """Write cache.json for the files that are in the folder."""
     shards = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -314,8 +327,8 @@ def _embed_shard(
     batch_size: int,
     device: torch.device,
     skipped: Counter[str],
-) -> _Columns:
-    columns = _Columns()
+) -> Columns:
+    columns = Columns()
     images: list[Tensor] = []
     texts: list[str] = []
 
@@ -369,15 +382,16 @@ def _prepared(
         yield raw.key, digest, views, [per_spec[0] for per_spec in pixels], encoded.text
 
 
-def _save_shard(path: Path, columns: _Columns, info: CacheInfo) -> None:
+def save_shard(path: Path, columns: Columns, info: CacheInfo) -> None:
+    """Write one file whole or not at all; a labelled set's has texts of width 0."""
     number, crops = len(columns.keys), info.crops
     views = [view for row in columns.views for view in row]
-    images = torch.cat(columns.images) if columns.images else torch.empty(0, info.dim, dtype=torch.float16)
+    dtype = getattr(torch, info.dtype)
+    images = torch.cat(columns.images).to(dtype) if columns.images else torch.empty(0, info.dim, dtype=dtype)
+    no_texts = torch.empty(number, 0 if info.set_name else info.dim, dtype=torch.float16)
     tensors = {
         "image_embeds": images.view(number, crops, info.dim),
-        "text_embeds": torch.cat(columns.texts)
-        if columns.texts
-        else torch.empty(0, info.dim, dtype=torch.float16),
+        "text_embeds": torch.cat(columns.texts) if columns.texts else no_texts,
         "boxes": torch.tensor([view.box for view in views], dtype=torch.int32).view(number, crops, 4),
         "flips": torch.tensor([view.flip for view in views], dtype=torch.uint8).view(number, crops),
         "jitter": torch.tensor([view.jitter for view in views], dtype=torch.float32).view(number, crops, 3),
@@ -386,6 +400,9 @@ def _save_shard(path: Path, columns: _Columns, info: CacheInfo) -> None:
         ),
         "keys": _pack_keys(columns.keys),
     }
+    if info.views.hue or info.views.grayscale:
+        tensors["hues"] = torch.tensor([view.hue for view in views], dtype=torch.float32).view(number, crops)
+        tensors["greys"] = torch.tensor([view.grey for view in views], dtype=torch.uint8).view(number, crops)
     # One metadata entry: safetensors writes several in no fixed order, and the same cache should be the same bytes.
     summary = {"samples": number, "digest": hashlib.sha256(b"".join(columns.digests)).hexdigest()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

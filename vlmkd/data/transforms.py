@@ -7,6 +7,7 @@ H, W: pixels of a decoded image; h, w: pixels of a model's input.
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections.abc import Callable
@@ -37,6 +38,10 @@ class View:
     """Mirror left and right."""
     jitter: tuple[float, float, float] = NO_JITTER
     """Factors of brightness, contrast and saturation, applied in this order after resizing."""
+    hue: float = 0.0
+    """Shift along the colour circle, as a share of its length; after the factors."""
+    grey: bool = False
+    """Colours taken out, last of all."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class ViewConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     color_jitter: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -57,6 +64,8 @@ class ViewConfig:
         require(
             0 <= self.color_jitter < 1, "data.color_jitter", f"is {self.color_jitter}; needs 0 <= value < 1"
         )
+        require(0 <= self.hue <= 0.5, "data.hue", f"is {self.hue}; needs 0 <= value <= 0.5")
+        require(0 <= self.grayscale <= 1, "data.grayscale", f"is {self.grayscale}; it is a probability")
 
     def draw(self, width: int, height: int, rng: random.Random) -> View:
         """A random view of a W x H image: torchvision's RandomResizedCrop box on a grid that suits fast decoding."""
@@ -66,7 +75,10 @@ class ViewConfig:
         jitter = NO_JITTER
         if spread:
             jitter = (_around_one(rng, spread), _around_one(rng, spread), _around_one(rng, spread))
-        return View(box, flip, jitter)
+        # Drawn last and only when asked for, so that views of configs without them stay what they were.
+        hue = _float32(rng.uniform(-self.hue, self.hue)) if self.hue else 0.0
+        grey = rng.random() < self.grayscale if self.grayscale else False
+        return View(box, flip, jitter, hue, grey)
 
     def _box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
         low, high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
@@ -86,8 +98,13 @@ class ViewConfig:
 
 
 def _around_one(rng: random.Random, spread: float) -> float:
-    """Uniform in [1 - spread, 1 + spread], rounded to float32, in which views are stored."""
-    return float(torch.tensor(rng.uniform(1 - spread, 1 + spread), dtype=torch.float32))
+    """Uniform in [1 - spread, 1 + spread]."""
+    return _float32(rng.uniform(1 - spread, 1 + spread))
+
+
+def _float32(value: float) -> float:
+    """Rounded to float32, in which views are stored."""
+    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _snap(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -123,19 +140,45 @@ def render(pixels: Tensor, view: View, spec: ImageSpec, reduction: int = 1) -> T
     out = F.interpolate(crop, size=spec.size, mode=spec.interpolation, antialias=True)
     if view.flip:
         out = out.flip(-1)
-    if view.jitter != NO_JITTER:
-        out = _jitter(out, view.jitter)
+    if view.jitter != NO_JITTER or view.hue or view.grey:
+        out = _recolour(out, view)
     return out[0].permute(1, 2, 0)
 
 
-def _jitter(images: Tensor, factors: tuple[float, float, float]) -> Tensor:
-    """Brightness, contrast and saturation of uint8 [1,3,h,w], computed in float and rounded once at the end."""
-    brightness, contrast, saturation = factors
-    x = (images.float() / 255 * brightness).clamp(0, 1)
-    mean_grey = _grey(x).mean()
-    x = (contrast * x + (1 - contrast) * mean_grey).clamp(0, 1)
-    x = (saturation * x + (1 - saturation) * _grey(x)).clamp(0, 1)
+def _recolour(images: Tensor, view: View) -> Tensor:
+    """The view's colour changes on uint8 [1,3,h,w], computed in float and rounded once at the end.
+
+    torchvision's ColorJitter draws the order of the four changes as well; here it is fixed.
+    """
+    x = images.float() / 255
+    if view.jitter != NO_JITTER:
+        brightness, contrast, saturation = view.jitter
+        x = (x * brightness).clamp(0, 1)
+        mean_grey = _grey(x).mean()
+        x = (contrast * x + (1 - contrast) * mean_grey).clamp(0, 1)
+        x = (saturation * x + (1 - saturation) * _grey(x)).clamp(0, 1)
+    if view.hue:
+        x = _shift_hue(x, view.hue)
+    if view.grey:
+        x = _grey(x).expand(-1, 3, -1, -1)
     return (x * 255).round().to(torch.uint8)
+
+
+def _shift_hue(x: Tensor, shift: float) -> Tensor:
+    """[1,3,h,w] in [0, 1] with the hue of every pixel moved by `shift` turns; value and chroma stay."""
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    red, green, blue = x.unbind(1)
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    sector = torch.where(  # of the six sectors of the colour circle, counted from red
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    channels = []
+    for offset in (5, 3, 1):
+        place = (offset + sector + 6 * shift) % 6
+        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp(0, 1))
+    return torch.stack(channels, 1)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -159,6 +202,17 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
     and palette images are resized in RGB.
     """
     return _EvalTransform(spec)
+
+
+def eval_transform_of_bytes(spec: ImageSpec) -> Callable[[bytes], Tensor]:
+    """Encoded image -> float32 [3,h,w], by `eval_transform`."""
+    transform = eval_transform(spec)
+
+    def read(image: bytes) -> Tensor:
+        with Image.open(io.BytesIO(image)) as opened:
+            return transform(opened)
+
+    return read
 
 
 class _EvalTransform:

@@ -16,18 +16,24 @@ import torch
 import torch.distributed as dist
 
 from vlmkd import distributed, zoo
+from vlmkd.allocator import keep_freed_memory
+from vlmkd.classifier_export import load_classifier
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
-from vlmkd.evaluation.efficiency import count_macs, count_parameters, latency_ms
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.evaluation.efficiency import ParameterCount, count_macs, count_parameters, latency_ms, macs_of
+from vlmkd.models.classifier import ClassifierPredictor
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, weights_digest
 
+CLASSIFIER = "classifier"
+"""Scheme of the names of exported classifiers."""
 MODEL_HELP = """model names:
   ViT-B-32/laion2b_s34b_b79k, ViT-B-32@openai   open_clip architecture and tag (or @weights file)
   config.json@weights.safetensors               model config and weights file
   zoo:NAME, or NAME alone                       entry of MODEL_ZOO.md (fetched when it is not in the cache)
-  runs/my_run, runs/my_run/export               a run's export
+  runs/my_run, runs/my_run/export               a run's export (a CLIP or a classifier)
   local-dir:PATH                                open_clip folder
   hf:PATH                                       transformers CLIPModel folder
+  classifier:FOLDER                             exported classifier (classification only; its classes must be the set's)
 
 Under torchrun (or scripts/launch.sh) the ranks share the work. Exit code 2: bad input, told in one line."""
 
@@ -68,12 +74,13 @@ def per_set(values: list[str], sets: list[str], option: str, *, shared: bool = T
 
 
 def model_name(name: str) -> tuple[str, str]:
-    """The `model` and `pretrained` of load_clip that a command-line name means.
+    """The `model` and `pretrained` of load_clip that a command-line name means; a classifier's name stays as it is.
 
     Raises:
         UserError: a folder without a model, or an architecture without weights.
     """
-    if name.partition(":")[0] in ("zoo", "local-dir", "hf") and ":" in name:
+    scheme, colon, _ = name.partition(":")
+    if colon and scheme in ("zoo", "local-dir", "hf", CLASSIFIER):
         return name, ""
     if name in zoo.entries():
         return f"zoo:{name}", ""
@@ -104,11 +111,14 @@ def model_name(name: str) -> tuple[str, str]:
 
 
 def _model_folder(path: Path) -> str:
-    for file, scheme in (("open_clip_config.json", "local-dir"), ("config.json", "hf")):
+    layouts = (("open_clip_config.json", "local-dir"), ("config.json", "hf"), ("classifier.json", CLASSIFIER))
+    for file, scheme in layouts:
         for folder in (path, path / "export"):
             if (folder / file).is_file():
                 return f"{scheme}:{folder}"
-    raise UserError(f"--model {path}: neither it nor its export/ has an open_clip_config.json or config.json")
+    raise UserError(
+        f"--model {path}: neither it nor its export/ has an open_clip_config.json, config.json or classifier.json"
+    )
 
 
 _GAP = 2  # spaces between columns
@@ -137,7 +147,7 @@ def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Eval
         models = [model_name(name) for name in args.model]
         evaluators = make_evaluators(context)
         for name, (model, pretrained) in zip(args.model, models, strict=True):
-            rows.append(_evaluate(name, load_clip(model, pretrained), evaluators, context, cost=args.cost))
+            rows.append(_evaluate(name, model, pretrained, evaluators, context, cost=args.cost))
             if args.json and distributed.is_main():
                 _write_json(Path(args.json), rows)
     except UserError as error:
@@ -160,6 +170,7 @@ def _start(args: argparse.Namespace) -> Context:
         raise UserError(f"--json {args.json}: folder {Path(args.json).parent} does not exist; make it first")
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     if int(distributed.environment()["WORLD_SIZE"]) > 1:
         os.environ.update(distributed.environment())
         dist.init_process_group("nccl" if torch.cuda.is_available() and args.device != "cpu" else "gloo")
@@ -179,14 +190,30 @@ def _device(name: str) -> torch.device:
 
 
 def _evaluate(
-    name: str, clip: ClipModel, evaluators: Sequence[Evaluator], context: Context, *, cost: bool
+    name: str, model: str, pretrained: str, evaluators: Sequence[Evaluator], context: Context, *, cost: bool
 ) -> Row:
-    clip.module.to(context.device)
-    predictor = ClipPredictor.of(clip, name)
+    predictor: Any
+    if model.startswith(f"{CLASSIFIER}:"):
+        predictor = load_classifier(Path(model.partition(":")[2]).expanduser(), name)
+        module = predictor.module.to(context.device)
+        digest = weights_digest(module.state_dict())
+        counted = ParameterCount(sum(part.numel() for part in module.parameters()), 0, 0, 0)
+        costs = _classifier_cost(predictor, context.device) if cost else {}
+    else:
+        clip = load_clip(model, pretrained)
+        module = clip.module.to(context.device)
+        predictor, digest, counted = ClipPredictor.of(clip, name), clip.digest, count_parameters(module)
+        costs = _cost(clip, context.device) if cost else {}
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
-    counted = count_parameters(clip.module)
-    parameters = {**asdict(counted), "total": counted.total}
-    return Row(name, clip.digest, parameters, _cost(clip, context.device) if cost else {}, results)
+    return Row(name, digest, {**asdict(counted), "total": counted.total}, costs, results)
+
+
+def _classifier_cost(predictor: ClassifierPredictor, device: torch.device) -> dict[str, float]:
+    images = torch.zeros(1, 3, *predictor.image_spec.size, device=device)
+    return {
+        "GMACs": macs_of(predictor.module, predictor.classify, images) / 1e9,
+        "image ms": latency_ms(predictor.classify, images),
+    }
 
 
 def _cost(clip: ClipModel, device: torch.device) -> dict[str, float]:
@@ -218,7 +245,7 @@ def table(rows: list[Row]) -> str:
         cells = [
             row.model,
             f"{row.parameters['total'] / 1e6:.2f}",
-            *(f"{row.cost[name]:.3g}" for name in costs),
+            *(f"{row.cost[name]:.3g}" if name in row.cost else "–" for name in costs),
         ]
         lines.append(
             cells + [_shown(metric, values.get((name, metric))) for name in sets for metric in sets[name]]

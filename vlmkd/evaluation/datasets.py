@@ -10,22 +10,21 @@ import json
 import logging
 import os
 import re
-import tarfile
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmkd.data import shards as shard_lists
-from vlmkd.data.folders import IMAGE_SUFFIXES, ClassFolders, list_class_folders
+from vlmkd.data.folders import ClassFolders, list_class_folders
+from vlmkd.data.images import ImageRef
+from vlmkd.data.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.evaluation import prompts
-from vlmkd.data.images import ImageRef
 
 log = logging.getLogger(__name__)
 
 _WNID = re.compile(r"n\d{8}")
-_BLOCK = 512  # bytes of a tar header
 # `a.jpg#0<tab>text` (Flickr30k's token file), `a.jpg,text` and `a.jpg| 0| text` (its CSV forms)
 _CAPTION_LINE = re.compile(
     r"^\"?(.+?\.(?:jpe?g|png|webp))\"?(?:#\d+)?\s*[\t,|]\s*(?:\d+\s*\|\s*)?(.+)$", re.I
@@ -278,38 +277,6 @@ def _read_caption_lines(path: Path) -> list[tuple[list[str], list[str]]]:
 # --------------------------------------------------------------------------------------------------------- shards
 
 
-@dataclass
-class _Sample:
-    """Where the members of one sample lie in a tar."""
-
-    shard: str
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Offset and size in bytes, by lower-case extension."""
-
-    def image(self) -> ImageRef:
-        for extension, (offset, size) in self.members.items():
-            if f".{extension}" in IMAGE_SUFFIXES:
-                return ImageRef(self.shard, offset, size, f"{self.key}.{extension}")
-        raise UserError(
-            f"{self.shard}: sample {self.key} has no image member; remove it or write the shard again"
-        )
-
-    def text(self, extension: str) -> str:
-        if extension not in self.members:
-            raise UserError(
-                f"{self.shard}: sample {self.key} has no {extension} member; write the shard again with it"
-            )
-        offset, size = self.members[extension]
-        content = ImageRef(self.shard, offset, size).read()
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(
-                f"{self.shard}: {self.key}.{extension} is not UTF-8 text; write the shard again"
-            ) from None
-
-
 def _find_shards(data: str, where: str) -> list[str]:
     """Local tars that `data` names: an `emoji:` set, tars, a folder of tars (or its test/); [] for another folder."""
     if not data:
@@ -339,40 +306,9 @@ def _find_shards(data: str, where: str) -> list[str]:
         ) from None
 
 
-def _index(shard: str) -> list[_Sample]:
-    """The samples of a tar from its headers: neighbouring members with the same key, key = name up to its first dot.
-
-    Raises:
-        UserError: the tar is compressed, torn, or no tar.
-    """
-    samples: list[_Sample] = []
-    try:
-        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as stream:
-            for info in tar:
-                folder, _, base = info.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not info.isreg() or not dot or not stem:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                if not samples or samples[-1].key != key:
-                    samples.append(_Sample(shard, key))
-                samples[-1].members[extension.lower()] = (info.offset_data, info.size)
-            # tarfile takes a torn or garbled header for the end; a whole archive ends with a block of zeros.
-            stream.seek(tar.offset)
-            if stream.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"shard {shard} is not a whole, uncompressed tar ({error}); fetch or write it again"
-        ) from None
-    if not samples:
-        raise UserError(f"shard {shard} holds no samples; remove it from the list")
-    return samples
-
-
 def _labelled_shards(tars: list[str]) -> tuple[list[ImageRef], list[int]]:
     images, labels = [], []
-    for sample in (sample for tar in tars for sample in _index(tar)):
+    for sample in (sample for tar in tars for sample in index_tar(tar)):
         content = sample.text("cls").strip()
         if not content.isdecimal():
             raise UserError(
@@ -385,7 +321,7 @@ def _labelled_shards(tars: list[str]) -> tuple[list[ImageRef], list[int]]:
 
 def _captioned_shards(tars: list[str]) -> list[tuple[ImageRef, list[str]]]:
     pairs = []
-    for sample in (sample for tar in tars for sample in _index(tar)):
+    for sample in (sample for tar in tars for sample in index_tar(tar)):
         lines = [line.strip() for line in sample.text("txt").splitlines()]
         pairs.append((sample.image(), [line for line in lines if line]))
     return pairs

@@ -50,24 +50,26 @@ def count_parameters(module: nn.Module) -> ParameterCount:
 
 
 def count_macs(module: nn.Module, images: Tensor, tokens: Tensor) -> tuple[int, int]:
-    """Multiply-adds of `encode_image(images)` and of `encode_text(tokens)`: matrix products and convolutions.
+    """Multiply-adds of `encode_image(images)` and of `encode_text(tokens)`."""
+    towers: Any = module
+    return macs_of(module, towers.encode_image, images), macs_of(module, towers.encode_text, tokens)
+
+
+def macs_of(module: nn.Module, encode: Callable[[Tensor], Any], inputs: Tensor) -> int:
+    """Multiply-adds of `encode(inputs)`, which runs `module`: matrix products and convolutions.
 
     Attention runs unfused while counting, because fused kernels hide their products from the counter.
     """
     was_training, fast_path = module.training, torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
-    counts = []
     try:
-        encoders: list[Any] = [module.encode_image, module.encode_text]
-        for encode, inputs in zip(encoders, (images, tokens), strict=True):
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                encode(inputs)
-            counts.append(counter.get_total_flops() // 2)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            encode(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         module.train(was_training)
-    return counts[0], counts[1]
+    return int(counter.get_total_flops()) // 2
 
 
 def latency_ms(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -42,29 +42,34 @@ class _Decoded(Dataset[tuple[int, Tensor, bool]]):
             return index, self._blank, False
 
 
-class EmbeddedImages:
-    """Iterates over (indices [b], unit vectors [b,D]) of this rank's share of `images`, in order.
+class ImageOutputs:
+    """Iterates over (indices [b], rows [b,...] of `run`, fp32) of this rank's share of `images`, in order.
 
-    Images go through the evaluation transform of the predictor's own ImageSpec. Unreadable ones are left out and
-    counted; after the iteration `unreadable()` gives those of all ranks.
+    Images go through the evaluation transform of `spec`. Unreadable ones are left out and counted; after the iteration
+    `unreadable()` gives those of all ranks.
     """
 
     def __init__(
-        self, predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
+        self,
+        run: Callable[[Tensor], Tensor],
+        spec: ImageSpec,
+        images: Sequence[ImageRef],
+        title: str,
+        context: Context,
     ) -> None:
-        self._predictor, self._images, self._title, self._context = predictor, images, title, context
+        self._run, self._spec, self._images, self._title, self._context = run, spec, images, title, context
         self._unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         context = self._context
-        decoded = _Decoded(self._images, self._predictor.image_spec)
+        decoded = _Decoded(self._images, self._spec)
         loader = DataLoader(decoded, batch_size=context.batch_size, num_workers=context.workers)
         self._unreadable = []
         for indices, images, readable in progress(loader, len(loader), self._title, context):
             self._unreadable += [str(self._images[int(index)]) for index in indices[~readable]]
             with torch.no_grad():
-                vectors = self._predictor.encode_image(images.to(context.device))
-            yield indices[readable], vectors[readable.to(vectors.device)].float()
+                rows = self._run(images.to(context.device))
+            yield indices[readable], rows[readable.to(rows.device)].float()
 
     def unreadable(self) -> list[str]:
         """Unreadable images of all ranks, sorted.
@@ -87,7 +92,7 @@ def embed_all(
     predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Indices [n] of the readable images, their vectors [n,D] on this rank's share, and all unreadable names."""
-    stream = EmbeddedImages(predictor, images, title, context)
+    stream = ImageOutputs(predictor.encode_image, predictor.image_spec, images, title, context)
     parts = list(stream)
     unreadable = stream.unreadable()
     # The empty tensors stand for the share of a rank that has no images.

@@ -17,6 +17,7 @@ from vlmkd.evaluation import prompts
 from vlmkd.evaluation.base import (
     Context,
     DualEncoder,
+    ImageClassifier,
     Result,
     gather_rows,
     progress,
@@ -24,7 +25,8 @@ from vlmkd.evaluation.base import (
     require_protocol,
 )
 from vlmkd.evaluation.datasets import LabelledImages, labelled
-from vlmkd.evaluation.images import EmbeddedImages
+from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.models.class_vectors import require_same_classes
 
 LOGIT_SCALE = 100.0
 """Factor of the cosines; any positive one gives the same order. 100 is open_clip's."""
@@ -50,25 +52,45 @@ class ZeroShot:
         return cls(labelled(cfg.data, class_names=cfg.class_names, templates=cfg.templates, name=cfg.name))
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """Accuracies over all ranks; `details` has (right, seen) per class and the unreadable files."""
-        require_protocol(self.name, predictor, DualEncoder)
+        """Accuracies over all ranks; `details` has (right, seen) per class and the unreadable files.
+
+        An ImageClassifier answers by its own logits instead, if its classes are those of the data set.
+
+        Raises:
+            UserError: neither protocol, or a classifier of other classes.
+        """
         data = self.dataset
-        weights = class_weights(predictor, data.class_names, data.templates, context, title=data.name)
-        weights = weights.to(context.device)
+        stream = self._logits(predictor, context)
         labels = torch.tensor(data.labels)
         ks = [k for k in TOP_K if k == 1 or k < len(data.class_names)]
         right = torch.zeros(len(ks), len(data.class_names), dtype=torch.long)
         seen = torch.zeros(len(data.class_names), dtype=torch.long)
-        stream = EmbeddedImages(predictor, data.images, f"{data.name}: images", context)
-        for indices, vectors in stream:
+        for indices, logits in stream:
             target = labels[indices]
-            hits = topk_hits(LOGIT_SCALE * vectors @ weights, target.to(vectors.device), ks).cpu()
+            hits = topk_hits(logits, target.to(logits.device), ks).cpu()
             seen += torch.bincount(target, minlength=len(seen))
             for row, hit in enumerate(hits):
                 right[row] += torch.bincount(target[hit], minlength=len(seen))
         unreadable = stream.unreadable()
         right, seen = (torch.stack(distributed.gather_objects(part)).sum(0) for part in (right, seen))
         return [_result(data, ks, right, seen, unreadable)]
+
+    def _logits(self, predictor: Any, context: Context) -> ImageOutputs:
+        """Logits [b,C] of the images."""
+        data = self.dataset
+        title = f"{data.name}: images"
+        if isinstance(predictor, ImageClassifier):
+            require_same_classes(predictor.class_names, data.class_names, f"model {predictor.name}")
+            return ImageOutputs(predictor.classify, predictor.image_spec, data.images, title, context)
+        require_protocol(self.name, predictor, DualEncoder)
+        weights = class_weights(predictor, data.class_names, data.templates, context, title=data.name)
+        weights = weights.to(context.device)
+
+        def logits(images: Tensor) -> Tensor:
+            vectors: Tensor = predictor.encode_image(images)
+            return LOGIT_SCALE * vectors.float() @ weights
+
+        return ImageOutputs(logits, predictor.image_spec, data.images, title, context)
 
 
 def class_weights(

@@ -26,7 +26,7 @@ from vlmkd.models.pruned_clip import PrunedCLIP, canonical_names, config_from_st
 Config = dict[str, Any]
 State = dict[str, Tensor]
 
-_NESTED = ("state_dict", "model", "module")
+_NESTED = ("state_dict", "model_state_dict", "model_dict", "model", "module")
 """Entries of a training checkpoint that may hold the weights, first match wins."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that wrappers (DDP, torch.compile, our encoder) put before every name."""
@@ -39,6 +39,15 @@ _NAMES_SHOWN = 3
 
 def read_state_dict(path: str | Path) -> State:
     """The weights in `path` as fp32, under open_clip.CLIP's names.
+
+    Raises:
+        UserError: no such file, damaged, no weights inside, or a pickle that carries code.
+    """
+    return normalise_names(read_tensors(path))
+
+
+def read_tensors(path: str | Path) -> State:
+    """The weights in `path` as they are, under the file's own names.
 
     Raises:
         UserError: no such file, damaged, no weights inside, or a pickle that carries code.
@@ -57,7 +66,7 @@ def read_state_dict(path: str | Path) -> State:
         content = _read_openai_archive(path)
     else:
         content = _read_pickle(path)
-    return normalise_names(_pick_weights(content, path))
+    return _pick_weights(content, path)
 
 
 def normalise_names(state: Mapping[str, Tensor]) -> State:
@@ -290,7 +299,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     given = {f"text.{name}" if f"text.{name}" in wanted else name: tensor for name, tensor in named.items()}
     given = _shape_scalars(given, wanted)
     given = {name: tensor for name, tensor in given.items() if not name.endswith("embeddings.position_ids")}
-    problems = _differences(wanted, given)
+    problems = differences(wanted, given)
     if problems:
         raise UserError(f"weights {origin} are of another architecture: {problems}{_suggestion(named)}")
     module.load_state_dict(given)
@@ -302,8 +311,8 @@ def _shape_scalars(given: State, wanted: State) -> State:
     return given | {name: given[name].reshape(wanted[name].shape) for name in scalars}
 
 
-def _differences(wanted: State, given: State) -> str:
-    """The first missing, unexpected and resized tensors in words; empty when all fit."""
+def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first missing, unexpected and resized tensors in words; empty when all of `wanted` and nothing else is given."""
     groups = {
         "missing": [f"{name} {list(wanted[name].shape)}" for name in wanted if name not in given],
         "unexpected": [f"{name} {list(given[name].shape)}" for name in given if name not in wanted],

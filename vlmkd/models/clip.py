@@ -661,6 +661,13 @@ class ClipPredictor:
         """N texts -> unit vectors [N, D], fp32."""
         return self._run(None, self._tokenizer(texts).to(self._device())).text_embeds
 
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
+        towers: Any = self._encoder.model
+        with evaluating(self._encoder):
+            return towers.encode_text(self._tokenizer(texts).to(self._device())).float()
+
     @property
     def logit_scale(self) -> float:
         """The factor of the cosines in the model's logits."""
@@ -671,12 +678,12 @@ class ClipPredictor:
 
     @torch.no_grad()
     def _run(self, images: Tensor | None, tokens: Tensor | None) -> Any:
-        with _evaluating(self._encoder):
+        with evaluating(self._encoder):
             return self._encoder(images, tokens)
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode inside, the former mode afterwards."""
     was_training = module.training
     module.eval()

@@ -1,0 +1,188 @@
+r"""Store a teacher's image embeddings of a labelled set, so that training needs no teacher.
+
+    python data_tools/embed_labelled.py --set emoji --model zoo:NAME --views 4 --out outputs
+    python data_tools/embed_labelled.py --set office_home --root data --clean --out outputs \
+        --black-box https://HOST/embed --token-env TOKEN --teacher-id vendor-v3 --dim 512 --ledger ledger.sqlite --max-queries 15588
+
+Name the folder in `data.teacher_outputs`, with the same crop options in `data`. `--clean` embeds the whole picture once
+instead of drawn views (`data.teacher_view=clean`). An interrupted call continues where it stopped; images that are there
+already are not embedded again. A black-box teacher (vlmkd/models/black_box.py has the protocol; `local` lets --model play
+one) is asked through a ledger: `python data_tools/ledger.py report LEDGER` shows what was paid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from vlmkd.allocator import keep_freed_memory
+from vlmkd.config import LabelledDataConfig
+from vlmkd.data.labelled import Item
+from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.data.ledger import Budget, Ledger, Policy, Prices, embed_queried
+from vlmkd.data.stored_outputs import CLEAN, embed_items
+from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+
+_BLACK_BOX_ONLY = (
+    "token_env", "teacher_id", "dim", "ledger", "max_queries", "max_cost", "price", "resend_lost", "mask",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if args.views < 1 or args.batch_size < 1:
+        raise UserError("--views and --batch-size must be at least 1")
+    if args.clean and args.views != 1:
+        raise UserError("--clean has one view; leave out --views")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    views = CLEAN if args.clean else ViewConfig(
+        tuple(args.crop_scale), tuple(args.crop_ratio), args.flip, args.color_jitter, args.hue, args.grayscale
+    )  # fmt: skip
+    items = chosen_items(args.set, args.root, args.splits, args.keys)
+    skipped = (_queried if args.black_box else _embedded)(args, items, views)
+    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+    print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
+    return 0
+
+
+def chosen_items(name: str, root: str, splits: list[str], keys: str) -> list[Item]:
+    """The items of the splits (empty: `train`, or `all` where there is no such), only those named in the file `keys`."""
+    dataset = load_set(name, root)
+    names = splits or ["train" if "train" in dataset.splits else "all"]
+    items = list({item.key: item for split in names for item in items_of(dataset, split)}.values())
+    if not keys:
+        return items
+    try:
+        wanted = set(Path(keys).read_text(encoding="utf-8").split("\n")) - {""}
+    except OSError as error:
+        raise UserError(f"--keys {keys} cannot be read ({error.strerror})") from None
+    unknown = sorted(wanted - {item.key for item in items})
+    if unknown:
+        raise UserError(
+            f"--keys {keys}: {len(unknown)} keys are not in {name} {', '.join(names)}, first {unknown[0]}"
+        )
+    return [item for item in items if item.key in wanted]
+
+
+def _embedded(args: argparse.Namespace, items: list[Item], views: ViewConfig) -> dict[str, int]:
+    given = [name for name in _BLACK_BOX_ONLY if getattr(args, name)]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} goes with --black-box only")
+    model = _model(args)
+    model.module.to(args.device)
+    return embed_items(
+        ClipPredictor.of(model), items, args.out, name=args.set, source=model.source, digest=model.digest,
+        views=views, view_count=args.views, seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16,
+        batch_size=args.batch_size, max_pixels=args.max_pixels, workers=args.workers, device=args.device,
+        progress=_print,
+    )  # fmt: skip
+
+
+def _queried(args: argparse.Namespace, items: list[Item], views: ViewConfig) -> dict[str, int]:
+    for name in ("ledger", "teacher_id", "dim"):
+        if not getattr(args, name):
+            raise UserError(f"--black-box needs --{name.replace('_', '-')}")
+    teacher: BlackBox
+    if args.black_box == "local":
+        encoder = ClipPredictor.of(_model(args))
+        teacher = LocalTeacher(encoder, eval_transform_of_bytes(encoder.image_spec))
+    else:
+        teacher = HttpTeacher(
+            args.black_box, token_env=args.token_env, timeout=args.timeout, retries=args.retries
+        )
+    ledger = Ledger(
+        args.ledger, teacher, args.teacher_id, dim=args.dim, unit_norm=args.unit_norm,
+        logit_scale=args.logit_scale, budget=Budget(args.max_queries, args.max_cost),
+        prices=Prices(image=args.price or 0.0), batch_size=args.batch_size,
+        policy=Policy(args.retries, "mask" if args.mask else "abort", args.resend_lost),
+    )  # fmt: skip
+    # Only size, interpolation and fill of the views that are sent are read.
+    spec = ImageSpec(size=(args.size, args.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return embed_queried(
+        ledger, items, args.out, name=args.set, image_spec=spec, views=views, view_count=args.views,
+        seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16, max_pixels=args.max_pixels,
+        workers=args.workers, progress=_print,
+    )  # fmt: skip
+
+
+def _model(args: argparse.Namespace) -> ClipModel:
+    if not args.model:
+        raise UserError("--model is missing: the teacher's name, or --black-box with an address")
+    model = load_clip(args.model, args.pretrained)
+    if not model.digest:
+        raise UserError(
+            f"--model {args.model} alone has random weights; name the trained ones with --pretrained"
+        )
+    return model
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    data = LabelledDataConfig()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--set", required=True, help="as data.set")
+    add("--root", default="", help="as data.root")
+    add("--splits", nargs="+", default=[], help="splits to embed; default: train, or all")
+    add("--keys", default="", help="text file with the keys to embed, one a line; default: all")
+    add("--out", required=True, help="folder of the outputs")
+    add("--model", default="", help="open_clip name, JSON config, local-dir:, hf: or zoo: name")
+    add("--pretrained", default="", help="open_clip tag or weights file")
+    add("--views", type=int, default=1, help="views per image")
+    add("--clean", action="store_true", help="the whole picture once, no drawn views")
+    add("--crop-scale", type=float, nargs=2, default=data.crop_scale, help="as data.crop_scale")
+    add("--crop-ratio", type=float, nargs=2, default=data.crop_ratio, help="as data.crop_ratio")
+    add("--flip", type=float, default=data.flip, help="as data.flip")
+    add("--color-jitter", type=float, default=data.color_jitter, help="as data.color_jitter")
+    add("--hue", type=float, default=data.hue, help="as data.hue")
+    add("--grayscale", type=float, default=data.grayscale, help="as data.grayscale")
+    add("--max-pixels", type=int, default=data.max_pixels, help="as data.max_pixels")
+    add("--seed", type=int, default=0, help="seed of the views")
+    add("--fp32", action="store_true", help="store float32 instead of float16")
+    add("--batch-size", type=int, default=64, help="views per forward pass, or inputs per call")
+    add("--workers", type=int, default=0, help="processes that read and decode")
+    add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    box = parser.add_argument_group("black-box teacher")
+    add = box.add_argument
+    add("--black-box", default="", help="address of the call, or `local`")
+    add("--token-env", default="", help="environment variable that holds the token")
+    add("--teacher-id", default="", help="name and version of the teacher; another one is another teacher")
+    add("--dim", type=int, default=0, help="width of its vectors")
+    add("--unit-norm", action="store_true", help="it declares unit vectors")
+    add("--logit-scale", type=float, default=100.0, help="factor of its cosines in the softmax")
+    add("--ledger", default="", help="sqlite file on a local disk")
+    add("--max-queries", type=int, default=None, help="budget in queries")
+    add("--max-cost", type=float, default=None, help="budget in money")
+    add("--price", type=float, default=None, help="cost of one image query")
+    add("--timeout", type=float, default=60.0, help="seconds")
+    add("--retries", type=int, default=2, help="repetitions of a call that was not served")
+    add("--mask", action="store_true", help="leave out images that get no vector; default: stop")
+    add("--resend-lost", action="store_true", help="ask again where an answer was lost; may be charged twice")
+    add("--size", type=int, default=224, help="side of the views that are sent, in pixels")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

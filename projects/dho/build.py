@@ -1,0 +1,147 @@
+"""From a DHO config to a job: images and their labels, teacher, student with its heads, loader, evaluators."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from projects.dho.config import DhoConfig
+from projects.dho.labels import Images, choose
+from projects.dho.mixing import Mixture
+from projects.dho.selection import HeadSearch, Shifted
+from projects.dho.student import Student
+from projects.dho.task import DhoTask
+from projects.dho.teacher import Teacher, load_teacher, prompts_of
+from vlmkd import distributed
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.engine import batch_triple
+from vlmkd.evaluation.base import Evaluator
+from vlmkd.evaluation.classify import Classification
+from vlmkd.models.backbones import Backbone, load_backbone
+from vlmkd.models.class_vectors import encode_classes
+from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier
+from vlmkd.trainer import Job
+
+log = logging.getLogger("vlmkd.dho")
+
+
+def student_job(cfg: DhoConfig) -> Job:
+    """The run of a student."""
+    images = choose(cfg.data, cfg.split)
+    dataset = images.dataset
+    teacher = None
+    if cfg.loss.method != "ce":
+        teacher = load_teacher(
+            cfg.teacher,
+            dataset.class_names,
+            dataset.templates,
+            outputs=cfg.data.teacher_outputs,
+            duplicates=has_duplicates(dataset),
+        )
+    backbone = load_backbone(
+        cfg.student.backbone,
+        cfg.student.pretrained,
+        weights=cfg.student.weights,
+        image_size=cfg.student.image_size or None,
+        seed=cfg.seed,
+    )
+    with torch.random.fork_rng(devices=[]):  # new heads depend on the run's seed alone
+        torch.manual_seed(cfg.seed)
+        student = build_student(cfg, backbone, teacher, dataset)
+    task = DhoTask(cfg, student, backbone, teacher, dataset.class_names)
+    return Job(task, _loader(cfg, images, backbone, teacher), _validation(cfg, images), _tests(cfg, images))
+
+
+def has_duplicates(dataset: LabelledSet) -> bool:
+    """Whether the published class names contain a name twice (ImageNet's `missile` and `sunglasses`)."""
+    return dataset.name.startswith("imagenet")
+
+
+def build_student(
+    cfg: DhoConfig, backbone: Backbone, teacher: Teacher | None, dataset: LabelledSet
+) -> Student:
+    """The student of `cfg`'s method around a loaded backbone; heads and projector are drawn from torch's random state."""
+    classes = len(dataset.class_names)
+    projector = None
+    if cfg.uses_features:
+        assert teacher is not None
+        projector = Projector(backbone.dim, teacher.dim)
+    head: nn.Module
+    if cfg.loss.method == "kd_feature":
+        assert teacher is not None and teacher.vectors is not None
+        head = TextClassifier(teacher.vectors.vectors, teacher.vectors.logit_scale)
+    elif cfg.two_heads:
+        head = DualHead(backbone.dim, classes, kd=cfg.student.kd_head)
+    else:
+        head = LinearHead(backbone.dim, classes)
+    if cfg.student.head_init == "text":
+        _start_from_text(head, cfg, dataset)
+    separate = cfg.student.batch_norm_statistics == "separate"
+    return Student(backbone.module, head, projector, separate_statistics=separate)
+
+
+def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> None:
+    """Heads become class vectors of the text tower that belongs to the backbone."""
+    name = cfg.student.backbone.removeprefix("clip:")
+    whole = name.partition(":")[0] in ("zoo", "local-dir", "hf") and ":" in name
+    model, _, pretrained = (name, "", "") if whole else name.partition("@")
+    clip = load_clip(model, pretrained)
+    vectors = encode_classes(
+        ClipPredictor.of(clip),
+        dataset.class_names,
+        prompts_of(cfg.teacher, dataset.templates),
+        cfg.student.text_init,
+        teacher_digest=clip.digest,
+        allow_duplicates=has_duplicates(dataset),
+    ).vectors
+    if isinstance(head, DualHead):
+        head.init_from_text(vectors)
+    else:
+        assert isinstance(head, LinearHead)
+        with torch.no_grad():
+            head.weight.copy_(vectors)
+            head.bias.zero_()
+
+
+def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher | None) -> LabelledLoader:
+    world_size = distributed.world_size()
+    _, accumulation = batch_triple(cfg, world_size)
+    streams = {"labelled": Stream(images.labelled, cfg.labelled_images)}
+    if cfg.loss.method != "ce":
+        streams["unlabelled"] = Stream(images.unlabelled, cfg.batch_size - cfg.labelled_images)
+    live = teacher is not None and teacher.clip is not None
+    return build_labelled_loader(
+        cfg.data,
+        streams,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world_size=world_size,
+        accumulation=accumulation,
+        image_spec=backbone.image_spec,
+        teacher_specs=[teacher.clip.image_spec] if live else [],  # type: ignore[union-attr]
+        teacher_digest=teacher.digest or None if teacher is not None else None,
+    )
+
+
+def _validation(cfg: DhoConfig, images: Images) -> list[Evaluator]:
+    """The search on validation images, at every evaluation."""
+    if not images.validation:
+        return []
+    fixed = None
+    if cfg.mixing.mode == "fixed":
+        fixed = Mixture(cfg.mixing.alpha, cfg.mixing.beta)
+    name = f"{images.dataset.name} validation"
+    return [HeadSearch(name, images.validation, two_heads=cfg.two_heads, fixed=fixed)]
+
+
+def _tests(cfg: DhoConfig, images: Images) -> list[Evaluator]:
+    """Test sets, looked at once, when training has ended."""
+    sets = [(load_set(extra.set, extra.root), extra.split) for extra in cfg.test_sets]
+    return [
+        Shifted(Classification.of(dataset, split)) for dataset, split in [(images.dataset, "test"), *sets]
+    ]

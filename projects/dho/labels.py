@@ -1,0 +1,103 @@
+"""Which images of a data set a run sees with a label, without one, for validation, and for the final test."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from projects.dho.config import SplitConfig
+from vlmkd.config import LabelledDataConfig, require
+from vlmkd.data.labelled import Item, LabelledSet, by_class
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.splits import percent_list, pick_listed, read_list, rest_of, tip_adapter_few_shot
+from vlmkd.errors import UserError
+
+log = logging.getLogger("vlmkd.dho")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one run, by role; no image has two, except that unlabelled ones may include labelled ones."""
+
+    dataset: LabelledSet
+    labelled: list[Item]
+    unlabelled: list[Item]
+    validation: list[Item]
+    test: list[Item]
+
+
+def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
+    """Load the set of `data` and give its images their roles.
+
+    Raises:
+        UserError: a split that the set does not have, or no image left for a role.
+    """
+    dataset = load_set(data.set, data.root)
+    train = pool(_split(dataset, "train"), split.pool_per_class)
+    labelled = _labelled(train, split, dataset.class_names)
+    held: list[Item] = []
+    if split.validation == "train":
+        held = _held_out(train, labelled, split)
+    unlabelled = rest_of(train, held if split.unlabelled_includes_labelled else [*labelled, *held])
+    if not unlabelled:
+        raise UserError(
+            f"{dataset.name}: no training image is left without a label; ask for fewer labels (split.shots, split.percent)"
+        )
+    validation = _split(dataset, "val") if split.validation == "val" else held
+    if split.validation != "none" and not validation:
+        raise UserError(
+            f"{dataset.name}: no class has two images beside its labelled ones to hold one out for validation; "
+            "set split.validation=val, or none with mixing.mode=fixed and selection=last"
+        )
+    log.info(
+        "%s: %d labelled, %d unlabelled, %d validation, %d test images, %d classes",
+        dataset.name, len(labelled), len(unlabelled), len(validation), len(dataset.splits.get("test", [])),
+        len(dataset.class_names),
+    )  # fmt: skip
+    return Images(dataset, labelled, unlabelled, validation, _split(dataset, "test"))
+
+
+def pool(train: list[Item], per_class: int) -> list[Item]:
+    """At most `per_class` images of every class, the same for every seed, in the order of `train`; 0: all."""
+    if not per_class:
+        return train
+    kept: set[str] = set()
+    for label, group in by_class(train).items():
+        chosen = random.Random(f"pool/{label}").sample(group, min(per_class, len(group)))
+        kept.update(item.key for item in chosen)
+    return [item for item in train if item.key in kept]
+
+
+def _split(dataset: LabelledSet, name: str) -> list[Item]:
+    items = dataset.splits.get(name, [])
+    mend = "; set split.validation=train to hold images out of the training split" if name == "val" else ""
+    require(bool(items), "data.set", f"is {dataset.name}, which has no images in its split {name}{mend}")
+    return items
+
+
+def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> list[Item]:
+    if split.shots:
+        return tip_adapter_few_shot(
+            train, split.shots, split.seed, fewer=split.fewer, class_names=class_names
+        )
+    listed = (
+        read_list(Path(split.list_file), split.list_kind)
+        if split.list_file
+        else percent_list(train, split.percent)
+    )
+    log.info(
+        "list of labelled images: %s, %d images, sha256 %s", listed.kind, len(listed.names), listed.sha256
+    )
+    return pick_listed(train, listed)[0]
+
+
+def _held_out(train: list[Item], labelled: list[Item], split: SplitConfig) -> list[Item]:
+    """At most `validation_per_class` of every class's other images, and at most half of them."""
+    taken = {item.key for item in labelled}
+    rng = random.Random(f"{split.seed}/validation")
+    held: list[Item] = []
+    for group in by_class([item for item in train if item.key not in taken]).values():
+        held += rng.sample(group, min(split.validation_per_class, len(group) // 2))
+    return held

@@ -1,0 +1,88 @@
+"""Dual-head distillation: cross entropy of the labelled rows, divergence from the teacher on all rows, and their sum.
+
+Letters: b labelled rows, B all rows (labelled first), C classes, D width of the teacher's embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkd.losses.features import l2_loss
+from vlmkd.losses.logits import kl_divergence
+
+Method = Literal["dho", "ce", "kd", "ce_kd", "pcgrad", "kd_feature", "ce_kd_feature"]
+Balance = Literal["convex", "sum"]
+
+USES_LABELS = ("dho", "ce", "ce_kd", "pcgrad", "ce_kd_feature")
+"""Methods with a cross-entropy term."""
+USES_LOGITS = ("dho", "kd", "ce_kd", "pcgrad")
+"""Methods that imitate the teacher's class probabilities."""
+USES_FEATURES = ("kd_feature", "ce_kd_feature")
+"""Methods that imitate the teacher's image embedding."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """L_CE: cross entropy of logits [b, C] with labels int64 [b], mean over rows."""
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+
+
+def distillation(
+    student_logits: Tensor, teacher_logits: Tensor, labelled: int, temperature: float = 2.0
+) -> Tensor:
+    """L_KD: temperature^2 KL(teacher || student) of the labelled rows plus that of the others; [B, C] both.
+
+    Each part is a mean over its own rows, so that the labelled part counts as much as the unlabelled one whatever
+    their sizes. `labelled` is the number of leading labelled rows; a part without rows is left out.
+    """
+    return _per_part(
+        lambda rows: kl_divergence(student_logits[rows], teacher_logits[rows], temperature),
+        labelled,
+        len(student_logits),
+    )
+
+
+def feature_distillation(student_embeds: Tensor, teacher_embeds: Tensor, labelled: int) -> Tensor:
+    """Squared distance of unit vectors [B, D], summed over D, mean over the labelled plus mean over the other rows."""
+    return _per_part(
+        lambda rows: l2_loss(student_embeds[rows], teacher_embeds[rows]), labelled, len(student_embeds)
+    )
+
+
+def _per_part(loss: Callable[[slice], Tensor], labelled: int, rows: int) -> Tensor:
+    parts = [part for part in (slice(0, labelled), slice(labelled, rows)) if part.start < part.stop]
+    return torch.stack([loss(part) for part in parts]).sum()  # at least one row is the caller's promise
+
+
+def term_weights(method: Method, ce_share: float, balance: Balance) -> dict[str, float]:
+    """The weight of each term of `method`: `ce`, `kd`, `feature`.
+
+    `convex` is ce_share L_CE + (1 - ce_share) L_KD (paper, and the few-shot scripts with one half); `sum` is L_CE + L_KD
+    (the low-shot script). A method with one term gives it weight 1.
+    """
+    names = [
+        name
+        for name, methods in (("ce", USES_LABELS), ("kd", USES_LOGITS), ("feature", USES_FEATURES))
+        if method in methods
+    ]
+    if len(names) == 1 or balance == "sum":
+        return dict.fromkeys(names, 1.0)
+    return {name: ce_share if name == "ce" else 1.0 - ce_share for name in names}
+
+
+def surgery_weights(dot: Tensor, first_square: Tensor, second_square: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (a, b) with which a g1 + b g2 is PCGrad's sum of two gradients (Yu et al. 2020).
+
+    Where g1.g2 < 0 each gradient loses its part along the other: g1 - (g1.g2 / |g2|^2) g2, and likewise g2. Their sum
+    is g1 (1 - g1.g2 / |g1|^2) + g2 (1 - g1.g2 / |g2|^2); without a conflict both factors are 1. Scalars.
+    """
+    conflict = dot.clamp_max(0.0)
+
+    def factor(square: Tensor) -> Tensor:
+        return torch.where(square > 0, 1 - conflict / square.clamp_min(torch.finfo(square.dtype).tiny), 1.0)
+
+    return factor(first_square), factor(second_square)

@@ -1,0 +1,30 @@
+"""Print the keys of the images that a config trains on: `python -m projects.dho.pool_keys CONFIG.yaml [field=value ...]`.
+
+For `data_tools/embed_labelled.py --keys`, so that a teacher embeds no image that no run will see (split.pool_per_class).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from projects.dho.config import DhoConfig
+from projects.dho.labels import pool
+from vlmkd import config
+from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit code."""
+    try:
+        cfg = config.load(DhoConfig, argv)
+        train = items_of(load_set(cfg.data.set, cfg.data.root), "train")
+        print("\n".join(item.key for item in pool(train, cfg.split.pool_per_class)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""The frozen teacher: class logits from its image embeddings, by class vectors or by a Tip-Adapter-F.
+
+Letters: B images, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from projects.dho import tip_adapter
+from projects.dho.config import TeacherConfig
+from vlmkd.data.imagenet_sets import ensemble_templates
+from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.errors import UserError
+from vlmkd.models.class_vectors import ClassVectors, encode_classes, require_same_classes
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.heads import TextClassifier
+
+
+@dataclass
+class Teacher:
+    """What a run needs of its teacher."""
+
+    logits: nn.Module
+    """Unit embeddings [B, D] -> logits [B, C], fp32."""
+    vectors: ClassVectors | None
+    """Class vectors; None with an adapter, which brings its own."""
+    dim: int
+    """D."""
+    digest: str
+    """Of the weights behind the embeddings; empty when unknown (an adapter's file does not say)."""
+    clip: ClipModel | None
+    """The loaded model; None when its outputs are stored."""
+    source: str
+
+
+def load_teacher(
+    cfg: TeacherConfig, class_names: list[str], templates: list[str], *, outputs: str, duplicates: bool
+) -> Teacher:
+    """The teacher that `cfg` names for a set with these classes and prompts; its towers are dropped where `outputs`, a folder, replaces them.
+
+    Raises:
+        UserError: class vectors or an adapter of other classes, or of another model than the stored outputs.
+    """
+    stored = StoredEmbeds(outputs).info if outputs else None
+    clip = load_clip(cfg.model, cfg.pretrained) if cfg.model else None
+    if clip is not None and stored is not None and clip.digest != stored.digest:
+        raise UserError(
+            f"teacher {clip.source} has other weights than those whose outputs lie in {outputs} ({stored.source}); "
+            "name the same model, or store its outputs"
+        )
+    digest = stored.digest if stored is not None else clip.digest if clip is not None else ""
+    source = stored.source if stored is not None else clip.source if clip is not None else ""
+    vectors = None
+    if cfg.adapter:
+        adapter = load_adapter(cfg.adapter, class_names, digest)
+        logits: nn.Module = adapter
+        dim = int(adapter.keys.shape[1])
+    else:
+        vectors = class_vectors(cfg, clip, class_names, templates, duplicates=duplicates)
+        if vectors.teacher_digest != digest:
+            raise UserError(
+                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, the image embeddings of {source}: other "
+                "weights; make both with one model"
+            )
+        logits, dim = TextClassifier(vectors.vectors, vectors.logit_scale), vectors.vectors.shape[1]
+    if stored is not None and stored.dim != dim:
+        raise UserError(f"the teacher's classes have width {dim}, its stored image embeddings {stored.dim}")
+    return Teacher(logits, vectors, dim, digest, None if stored is not None else clip, source)
+
+
+def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
+    """The prompts that `cfg` asks for; `own` are the data set's."""
+    return cfg.templates or (ensemble_templates() if cfg.prompts == "ensemble" else own)
+
+
+def class_vectors(
+    cfg: TeacherConfig,
+    clip: ClipModel | None,
+    class_names: list[str],
+    templates: list[str],
+    *,
+    duplicates: bool,
+) -> ClassVectors:
+    """Class vectors of `cfg`, read or made, with the scale that the config asks for."""
+    if cfg.class_vectors:
+        vectors = ClassVectors.load(Path(cfg.class_vectors), expect_class_names=class_names)
+    else:
+        assert clip is not None
+        vectors = encode_classes(
+            ClipPredictor.of(clip),
+            class_names,
+            prompts_of(cfg, templates),
+            cfg.normalise,
+            teacher_digest=clip.digest,
+            allow_duplicates=duplicates,
+        )
+    return replace(vectors, logit_scale=cfg.scale) if cfg.scale else vectors
+
+
+def load_adapter(path: str, class_names: list[str], digest: str) -> tip_adapter.TipAdapter:
+    """A Tip-Adapter-F for these classes, frozen.
+
+    Raises:
+        UserError: another number of classes; other names, or another model than `digest`, in the facts beside the file.
+    """
+    adapter = tip_adapter.load(path)
+    classes = adapter.values.shape[1]
+    if classes != len(class_names):
+        raise UserError(f"Tip-Adapter {path} has {classes} classes, the data set {len(class_names)}")
+    facts = tip_adapter.read_facts(Path(path))
+    if facts:
+        require_same_classes(facts["class_names"], class_names, f"Tip-Adapter {path}")
+        if facts["teacher_digest"] != digest:
+            raise UserError(
+                f"Tip-Adapter {path} was trained on {facts['teacher']}, this run's teacher has other weights; "
+                "name the same model"
+            )
+    return adapter.eval().requires_grad_(False)

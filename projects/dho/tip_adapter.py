@@ -1,0 +1,214 @@
+"""Tip-Adapter-F: a zero-shot CLIP with a fine-tuned cache of few-shot images, DHO's few-shot teacher.
+
+q = scale f W^T + alpha exp(-beta (1 - f K^T)) V (Zhang et al., ECCV 2022). Everything works on image embeddings, which
+are computed once: neither tower of the CLIP is trained.
+
+Letters: N cached images, C classes, D embedding width, B rows, V views.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from projects.dho.legacy import read_plain_pickle
+from vlmkd.errors import UserError
+from vlmkd.models.clip import read_json
+
+SEARCH_BETAS, SEARCH_ALPHAS = 200, 20
+"""Steps of the search of (beta, alpha)."""
+_ELEMENTS = 1 << 25  # logits held at once by the search
+_FIELDS = ("adapter_weight", "cache_keys", "cache_values", "clip_weights", "best_alpha", "best_beta")
+
+
+class TipAdapter(nn.Module):
+    """Class logits of unit image embeddings from class vectors and a cache; only the keys are trained."""
+
+    values: Tensor
+    class_vectors: Tensor
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        class_vectors: Tensor,
+        *,
+        alpha: float,
+        beta: float = 1.0,
+        scale: float = 100.0,
+    ) -> None:
+        """keys [N, D], values [N, C] (one-hot), class_vectors [C, D]."""
+        super().__init__()
+        self.keys = nn.Parameter(_own(keys))
+        self.register_buffer("values", _own(values))
+        self.register_buffer("class_vectors", _own(class_vectors))
+        self.alpha, self.beta, self.scale = alpha, beta, scale
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """Unit vectors [B, D] -> logits [B, C]."""
+        return self.zero_shot(embeds) + self.alpha * self.cache_logits(embeds, self.beta)
+
+    def zero_shot(self, embeds: Tensor) -> Tensor:
+        """The part of the class vectors, [B, C]."""
+        return self.scale * embeds @ self.class_vectors.T
+
+    def cache_logits(self, embeds: Tensor, beta: float) -> Tensor:
+        """The part of the cache, without alpha: exp(-beta (1 - f K^T)) V, [B, C]."""
+        return (-beta * (1 - embeds @ self.keys.T)).exp() @ self.values
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy in fp32, in rows."""
+    return tensor.detach().float().clone(memory_format=torch.contiguous_format)
+
+
+def cache_keys(features: Tensor) -> Tensor:
+    """Unit keys [N, D]: the mean of features [V, N, D] over the views, then normalised."""
+    return F.normalize(features.float().mean(0), dim=-1)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Cache values float32 [N, C] of labels [N]."""
+    return F.one_hot(labels, classes).float()
+
+
+def fit(
+    adapter: TipAdapter,
+    views: Tensor,
+    labels: Tensor,
+    validation: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    eps: float = 1e-4,
+    weight_decay: float = 0.01,
+    batch_size: int = 256,
+    seed: int = 1,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[int, float]:
+    """Train the keys by cross entropy and leave those of the best validation epoch; returns (epoch, accuracy).
+
+    AdamW, cosine to zero over all steps. Epoch e sees view e modulo V of every image, in an order drawn from `seed`; the
+    last batch may be smaller. Among equal accuracies the first epoch stays.
+
+    Args:
+        views: unit embeddings [V, N, D] of augmented training images.
+        labels: [N].
+        validation: unit embeddings [M, D] of clean validation images, and their labels [M].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([adapter.keys], lr=lr, eps=eps, weight_decay=weight_decay)
+    steps = epochs * math.ceil(len(labels) / batch_size)
+    step, best = 0, (0, -1.0)
+    kept = adapter.keys.detach().clone()
+    for epoch in range(epochs):
+        embeds = views[epoch % len(views)].float()
+        for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            loss = F.cross_entropy(adapter(embeds[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+        score = accuracy(adapter, *validation)
+        progress(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f}  validation {score:.4f}")
+        if score > best[1]:
+            best, kept = (epoch + 1, score), adapter.keys.detach().clone()
+    with torch.no_grad():
+        adapter.keys.copy_(kept)
+    return best
+
+
+@torch.no_grad()
+def accuracy(adapter: TipAdapter, embeds: Tensor, labels: Tensor) -> float:
+    """Share of right answers on unit embeddings [M, D]."""
+    right = sum(
+        int((adapter(part).argmax(1) == target).sum())
+        for part, target in zip(embeds.float().split(1024), labels.split(1024), strict=True)
+    )
+    return right / len(labels)
+
+
+def search_grid(beta_range: float, alpha_range: float) -> tuple[list[float], list[float]]:
+    """The values of beta and alpha that are tried: from 0.1 in 200 and 20 equal steps, up to but without the range."""
+    betas = [0.1 + i * (beta_range - 0.1) / SEARCH_BETAS for i in range(SEARCH_BETAS)]
+    alphas = [0.1 + j * (alpha_range - 0.1) / SEARCH_ALPHAS for j in range(SEARCH_ALPHAS)]
+    return betas, alphas
+
+
+@torch.no_grad()
+def search(
+    adapter: TipAdapter, embeds: Tensor, labels: Tensor, betas: Sequence[float], alphas: Sequence[float]
+) -> tuple[float, float, float]:
+    """(beta, alpha, accuracy) with the most right answers: betas outside, alphas inside, the first of equals stays."""
+    right = torch.zeros(len(betas), len(alphas), dtype=torch.int64)
+    rows = max(1, _ELEMENTS // (len(alphas) * adapter.values.shape[1]))
+    weights = torch.tensor(list(alphas), device=embeds.device).view(-1, 1, 1)
+    for part, target in zip(embeds.float().split(rows), labels.split(rows), strict=True):
+        zero_shot = adapter.zero_shot(part)
+        for index, beta in enumerate(betas):
+            logits = zero_shot + weights * adapter.cache_logits(part, beta)
+            right[index] += (logits.argmax(-1) == target).sum(1).cpu()
+    first = int((right.flatten() == right.max()).nonzero()[0])
+    return betas[first // len(alphas)], alphas[first % len(alphas)], int(right.max()) / len(labels)
+
+
+# --------------------------------------------------------------------------------------------------- published files
+
+
+def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write the file that the released code reads: keys, one-hot values, class vectors, alpha and beta.
+
+    `facts` (class names, teacher, accuracies; plain data) go into a JSON file of the same name beside it.
+
+    Raises:
+        UserError: a scale other than 100, which that file has no place for.
+    """
+    if adapter.scale != 100.0:
+        raise UserError(f"teacher scale {adapter.scale}: a Tip-Adapter file means 100; set teacher.scale=100")
+    keys = adapter.keys.detach().cpu()
+    content = {
+        "adapter_weight": keys.clone(),
+        "cache_keys": keys.T.contiguous(),
+        "cache_values": adapter.values.cpu().clone(),
+        "clip_weights": adapter.class_vectors.cpu().T.contiguous(),
+        "best_alpha": float(adapter.alpha),
+        "best_beta": float(adapter.beta),
+    }
+    partial = path.with_name(path.name + ".partial")
+    torch.save(content, partial)
+    partial.replace(path)
+    if facts is not None:
+        path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the file; empty for a released one."""
+    file = path.with_suffix(".json")
+    return read_json(file, "Tip-Adapter facts") if file.is_file() else {}
+
+
+def load(path: str | Path) -> TipAdapter:
+    """The teacher in a file of the released layout; keys are the fine-tuned ones (`adapter_weight`).
+
+    Raises:
+        UserError: no such file, code inside, a field that is missing, or shapes that do not fit each other.
+    """
+    content = read_plain_pickle(Path(path))
+    missing = [name for name in _FIELDS if name not in content]
+    if missing:
+        raise UserError(f"Tip-Adapter file {path} has no {', '.join(missing)}; it needs {', '.join(_FIELDS)}")
+    keys, values, vectors = content["adapter_weight"], content["cache_values"], content["clip_weights"].T
+    if len(keys) != len(values) or keys.shape[1] != vectors.shape[1] or values.shape[1] != len(vectors):
+        shapes = ", ".join(f"{name} {list(content[name].shape)}" for name in _FIELDS[:4])
+        raise UserError(f"Tip-Adapter file {path}: shapes do not fit: {shapes}")
+    return TipAdapter(
+        keys, values, vectors, alpha=float(content["best_alpha"]), beta=float(content["best_beta"])
+    )

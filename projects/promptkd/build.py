@@ -1,0 +1,217 @@
+"""From PromptKD's configs to jobs: data, towers, class vectors, loader, evaluators."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from projects.promptkd.config import (
+    ClipConfig,
+    PromptKDConfig,
+    StudentConfig,
+    TeacherConfig,
+    with_steps,
+)
+from projects.promptkd.exports import TEACHER_JSON
+from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens
+from projects.promptkd.protocols import Protocol, student_protocol, teacher_protocol
+from projects.promptkd.student import PromptedStudent
+from projects.promptkd.task import StudentTask, TeacherNet, TeacherTask
+from projects.promptkd.teacher import Teacher, load_teacher
+from vlmkd import distributed
+from vlmkd.config import require
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.data.text import prompt_templates
+from vlmkd.engine import batch_triple
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Evaluator
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import ClassVectors, encode_classes, prompt_name
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, read_json
+from vlmkd.trainer import Job
+
+log = logging.getLogger("vlmkd.promptkd")
+
+FROZEN_TEMPLATES = 60
+"""PromptSRC averages the frozen class vectors over the first 60 of OpenAI's 80 ImageNet templates."""
+_DTYPES = {"none": None, "bf16": torch.bfloat16}
+
+
+@functools.lru_cache(maxsize=2)
+def data_set(name: str, root: str) -> LabelledSet:
+    """The labelled set, read once a process."""
+    return load_set(name, root)
+
+
+def resolve_teacher(cfg: TeacherConfig) -> TeacherConfig:
+    """Stage 1 with its steps filled in."""
+    return with_steps(cfg, len(teacher_protocol(cfg, data_set(cfg.data.set, cfg.data.root)).train))
+
+
+def resolve_student(cfg: StudentConfig) -> StudentConfig:
+    """Stage 2 with its steps filled in."""
+    return with_steps(cfg, len(student_protocol(cfg, data_set(cfg.data.set, cfg.data.root)).train))
+
+
+def teacher_job(cfg: TeacherConfig) -> Job:
+    """Stage 1: prompts of both towers."""
+    dataset = data_set(cfg.data.set, cfg.data.root)
+    protocol = teacher_protocol(cfg, dataset)
+    clip = _load(cfg.clip, cfg.seed)
+    prompts = cfg.prompts
+    shape = PromptShape(
+        image_depth=prompts.image_depth,
+        image_length=prompts.image_length,
+        text_depth=prompts.text_depth,
+        text_length=prompts.text_length,
+    )
+    names = [prompt_name(dataset.class_names[index]) for index in protocol.train_classes]
+    clip.module.to(distributed.device())
+    frozen_vectors = _frozen_vectors(cfg, clip, dataset, names)
+    prompted = PromptedCLIP(clip, shape, init=prompts.init, seed=cfg.seed)
+    prompted.text.classes_per_chunk = cfg.classes_per_chunk
+    prompted.image.activation_checkpointing = cfg.deepspeed.activation_checkpointing
+    tokens = class_tokens(clip.tokenizer, names, prompts.template)
+    net = TeacherNet(prompted, tokens, frozen_vectors, _DTYPES[cfg.autocast]).to(distributed.device())
+    log.info("stage 1: %d classes, %d labelled images", len(names), len(protocol.train))
+    loader = _loader(cfg, protocol, clip.image_spec)
+    return Job(TeacherTask(cfg, net, clip, dataset, protocol), loader, _evaluators(cfg, protocol))
+
+
+def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
+    """[C,D]: mean of the frozen text features over the templates, then unit length (spec b.2)."""
+    if cfg.frozen_templates == "openai60":
+        templates = prompt_templates("openai")[:FROZEN_TEMPLATES]
+    else:
+        templates = (
+            dataset.templates if cfg.frozen_templates == "set" else prompt_templates(cfg.frozen_templates)
+        )
+    duplicates = dataset.name.startswith("imagenet")
+    vectors = encode_classes(
+        ClipPredictor.of(clip),
+        names,
+        templates,
+        "mean",
+        teacher_digest=clip.digest,
+        allow_duplicates=duplicates,
+    )
+    return vectors.vectors
+
+
+def student_job(cfg: StudentConfig) -> Job:
+    """Stage 2: visual prompts and projector, by KL to the teacher."""
+    dataset = data_set(cfg.data.set, cfg.data.root)
+    protocol = student_protocol(cfg, dataset)
+    stored = bool(cfg.data.teacher_outputs)
+    teacher = None
+    if not (cfg.class_vectors and stored):
+        of = cfg.data.set if cfg.protocol == "base_to_novel" else "imagenet"  # whose published teacher it is
+        teacher = load_teacher(cfg.teacher, of)
+        (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(distributed.device())
+    vectors = class_vectors(cfg, dataset, teacher)
+    clip = _load(cfg.student, cfg.seed)
+    student = PromptedStudent(
+        clip,
+        vectors.vectors.shape[1],
+        depth=cfg.prompts.depth,
+        length=cfg.prompts.length,
+        projector_layers=cfg.projector_layers,
+        seed=cfg.seed,
+    )
+    student.autocast_dtype = _DTYPES[cfg.autocast]
+    student.image.activation_checkpointing = cfg.deepspeed.activation_checkpointing
+    log.info(
+        "stage 2: %d classes, %d images without labels, class vectors of %s",
+        len(dataset.class_names), len(protocol.train), vectors.teacher,
+    )  # fmt: skip
+    image_teacher = None if stored else teacher
+    loader = _loader(
+        cfg,
+        protocol,
+        clip.image_spec,
+        None if image_teacher is None else image_teacher.clip.image_spec,
+        vectors.teacher_digest,
+    )
+    text = None
+    if cfg.text_every_step:
+        assert teacher is not None
+        text = functools.partial(_vectors_now, teacher, dataset)
+    task = StudentTask(cfg, student, clip, vectors, protocol, image_teacher, text)
+    return Job(task, loader, _evaluators(cfg, protocol))
+
+
+def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None) -> ClassVectors:
+    """The class vectors of a student run: its file's, checked against its teacher and stored outputs, or made now.
+
+    Raises:
+        UserError: a file of other classes, prompts or weights than the teacher's.
+    """
+    if not cfg.class_vectors:
+        assert teacher is not None
+        return teacher.class_vectors(dataset, cfg.evaluation.batch_size)
+    vectors = ClassVectors.load(Path(cfg.class_vectors), expect_class_names=dataset.class_names)
+    digests = {}
+    if teacher is not None:
+        digests[teacher.source] = teacher.digest
+    elif (Path(cfg.teacher.prompts) / TEACHER_JSON).is_file():
+        content = read_json(Path(cfg.teacher.prompts) / TEACHER_JSON, "teacher export")
+        digests[cfg.teacher.prompts] = content["digest"]
+    if cfg.data.teacher_outputs:
+        digests[cfg.data.teacher_outputs] = StoredEmbeds(
+            cfg.data.teacher_outputs, cfg.data.teacher_view
+        ).info.digest
+    for source, digest in digests.items():
+        if digest != vectors.teacher_digest:
+            raise UserError(
+                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, whose weights or prompts are not those of "
+                f"{source}; make them again with build_bank.py"
+            )
+    return vectors
+
+
+def _vectors_now(teacher: Teacher, dataset: LabelledSet) -> Tensor:
+    return teacher.class_vectors(dataset, len(dataset.class_names)).vectors
+
+
+def _load(clip: ClipConfig, seed: int) -> ClipModel:
+    return load_clip(clip.model, clip.pretrained, seed=seed)
+
+
+def _loader(
+    cfg: PromptKDConfig,
+    protocol: Protocol,
+    spec: ImageSpec,
+    teacher_spec: ImageSpec | None = None,
+    teacher_digest: str | None = None,
+) -> LabelledLoader:
+    world_size = distributed.world_size()
+    _, accumulation = batch_triple(cfg, world_size)
+    return build_labelled_loader(
+        cfg.data,
+        {"train": Stream(protocol.train, cfg.batch_size)},
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world_size=world_size,
+        accumulation=accumulation,
+        image_spec=spec,
+        teacher_specs=[] if teacher_spec is None else [teacher_spec],
+        teacher_digest=teacher_digest,
+    )
+
+
+def _evaluators(cfg: PromptKDConfig, protocol: Protocol) -> list[Evaluator]:
+    """The test set, and before it the validation images that select=val chooses by."""
+    for name in ("zero_shot", "retrieval"):
+        require(
+            not getattr(cfg.evaluation, name),
+            f"evaluation.{name}",
+            "is not used here; the data set is evaluated",
+        )
+    return [protocol.test] if protocol.validation is None else [protocol.validation, protocol.test]

@@ -1,0 +1,84 @@
+r"""Between the stages: the class vectors of a trained teacher, and where asked its image embeddings, computed once.
+
+    bash scripts/launch.sh projects/promptkd/build_bank.py out=FILE teacher.prompts=RUN/export data.set=dtd data.root=DATA
+
+With `image_views=V data.teacher_outputs=FOLDER` it also stores what the teacher's image tower makes of V views of every
+training image; a student run that names both files never loads the teacher. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from projects.promptkd.build import data_set
+from projects.promptkd.config import BankConfig
+from projects.promptkd.teacher import load_teacher
+from vlmkd import config
+from vlmkd.allocator import keep_freed_memory
+from vlmkd.data.labelled_loader import labelled_views
+from vlmkd.data.labelled_sets import items_of
+from vlmkd.data.stored_outputs import embed_items
+from vlmkd.errors import UserError
+
+
+def build_bank(cfg: BankConfig) -> None:
+    """Write what `cfg` asks for.
+
+    Raises:
+        UserError: no such teacher or data set, or a folder of other outputs in the way.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = data_set(cfg.data.set, cfg.data.root)
+    teacher = load_teacher(cfg.teacher, cfg.data.set)
+    (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
+    vectors = teacher.class_vectors(dataset, cfg.batch_size)
+    vectors.save(Path(cfg.out))
+    print(f"{cfg.out}: {len(vectors.class_names)} classes, digest {vectors.digest[:12]}")
+    if not cfg.image_views:
+        return
+    encoder: Any = teacher.encoder()
+    skipped = embed_items(
+        encoder,
+        items_of(dataset, cfg.split),
+        cfg.data.teacher_outputs,
+        name=cfg.data.set,
+        source=teacher.source,
+        digest=teacher.digest,
+        views=labelled_views(cfg.data),
+        view_count=cfg.image_views,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        max_pixels=cfg.data.max_pixels,
+        workers=cfg.data.workers,
+        device=device,
+        progress=lambda line: print(line, flush=True),
+    )
+    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+    print(f"{cfg.data.teacher_outputs} is complete" + (f"; left out: {told}" if told else ""))
+
+
+def main(argv: list[str]) -> int:
+    """Entry point: YAML files and `field=value` overrides, `--help`; returns the exit code."""
+    if "--help" in argv or "-h" in argv:
+        config.print_help(BankConfig)
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        cfg = config.load(BankConfig, argv)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        keep_freed_memory()
+        build_bank(cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

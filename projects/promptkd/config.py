@@ -1,0 +1,335 @@
+"""PromptKD's configuration: the prompted teacher (stage 1), its class vectors, and the distilled student (stage 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+from vlmkd.config import LabelledDataConfig, OptimConfig, RunConfig, require
+
+TRAINING_TEMPLATE = "a photo of a {}."
+"""The prompt of both stages in every published run."""
+
+C = TypeVar("C", bound="PromptKDConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """A CLIP with a ViT image tower: any name that vlmkd.models.clip.load_clip takes."""
+
+    model: str = ""
+    """open_clip architecture (OpenAI's weights: the `-quickgelu` name), JSON config, `local-dir:`, `hf:` or `zoo:NAME`."""
+    pretrained: str = ""
+    """open_clip tag or weights file; empty: the folder's own weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Deep prompts of the teacher (spec b.1)."""
+
+    image_depth: int = 9
+    """Image blocks with prompts of their own; 0 leaves the image tower as it is."""
+    image_length: int = 4
+    """Prompts of an image block."""
+    text_depth: int = 9
+    """Text blocks with prompts of their own, at least 1."""
+    text_length: int = 4
+    """Prompts of a text block, in place of the first words."""
+    template: str = TRAINING_TEMPLATE
+    """Words around the class name; learned vectors replace the first of them."""
+    init: str = "a photo of a"
+    """Words whose embeddings the first text prompts start from; empty, or too few words: at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentPromptConfig:
+    """Deep visual prompts of the student."""
+
+    depth: int = 9
+    """Image blocks with prompts of their own; 0: the projector alone is trained."""
+    length: int = 4
+    """Prompts of a block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """Gaussian-weighted average of the prompts over the epochs (GPA, spec b.2)."""
+
+    mean: float = 15.0
+    """Epoch (from 1) with the largest weight."""
+    std: float = 1.0
+    """Width of the Gaussian in epochs; 0 turns the average off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSRCLossConfig:
+    """Weights of PromptSRC's terms; 0 leaves a term out."""
+
+    ce: float = 1.0
+    """Cross-entropy with the labels."""
+    text: float = 25.0
+    """L1 distance of the class vectors to the frozen ones."""
+    image: float = 10.0
+    """L1 distance of the image embeddings to the frozen ones."""
+    logit: float = 1.0
+    """KL to the frozen model's logits, mean over images and classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSource:
+    """The frozen teacher of stage 2."""
+
+    prompts: str = ""
+    """Export folder of a teacher run, published checkpoint, or folder of published teachers; empty: `clip` as it is, with
+    the data set's own prompt templates."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """The CLIP under the prompts; an export folder names its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillLossConfig:
+    """PromptKD's only term (spec b.3)."""
+
+    weight: float = 1000.0
+    """Published: 200 for FGVCAircraft, Flowers102 and DTD, 1000 for the others."""
+    temperature: float = 1.0
+    """Divides both logits."""
+    reduction: Literal["element", "batch"] = "element"
+    """`element`: mean over images and classes (the code, to which the weights belong); `batch`: sum over classes."""
+
+
+def published_optim() -> OptimConfig:
+    """SGD of every run of both stages (spec d); the steps of an epoch follow from the data."""
+    return OptimConfig(
+        name="sgd",
+        lr=0.005,
+        momentum=0.9,
+        weight_decay=5e-4,
+        decay_all=True,
+        schedule="epoch_cosine",
+        steps_per_epoch=1,
+        first_epoch_lr=1e-5,
+        warmup_steps=0,
+        clip_grad_norm=0.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptKDConfig(RunConfig):
+    """What the two training stages share."""
+
+    steps: int = 0
+    """Filled in: epochs times the whole batches of an epoch."""
+    batch_size: int = 8
+    """Global batch: images per optimiser step over all ranks."""
+    optim: OptimConfig = field(default_factory=published_optim)
+    """Optimiser and schedule; steps_per_epoch is filled in."""
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    """The data set and the training views."""
+    epochs: int = 20
+    """Passes over the training images; only whole batches count."""
+    evaluate_every_epochs: int = 0
+    """Evaluate after every so many epochs; 0: at the end only, or with select other than last after each."""
+    select: Literal["last", "val", "upstream"] = "last"
+    """Whose weights are exported: of the last epoch, of the best epoch on validation images, or of the best on *test*
+    images, as the reference reports."""
+    autocast: Literal["none", "bf16"] = "none"
+    """Type of the towers' matrix products; prompts, projector, logits and losses are fp32 in any case."""
+
+    def __post_init__(self) -> None:
+        if self.steps == 0:
+            object.__setattr__(self, "steps", self.epochs)
+        super().__post_init__()
+        require(self.epochs >= 1, "epochs", f"is {self.epochs}; it must be at least 1")
+        require(
+            self.optim.schedule == "epoch_cosine" or self.optim.steps_per_epoch == 0,
+            "optim.steps_per_epoch",
+            "goes with optim.schedule=epoch_cosine",
+        )
+        require(self.steps % self.epochs == 0, "steps", "follows from epochs and the data; leave it out")
+        require(
+            self.evaluation.every_steps in (0, self.every_epochs * (self.steps // self.epochs)),
+            "evaluation.every_steps",
+            "follows from evaluate_every_epochs; set that one",
+        )
+        require(
+            self.evaluate_every_epochs >= 0,
+            "evaluate_every_epochs",
+            f"is {self.evaluate_every_epochs}; 0 evaluates at the end",
+        )
+        require(
+            self.deepspeed.precision == "fp32",
+            "deepspeed.precision",
+            f"is {self.deepspeed.precision}; prompts and batch statistics stay in fp32: set autocast=bf16 instead",
+        )
+        require(
+            self.deepspeed.zero_stage < 3,
+            "deepspeed.zero_stage",
+            "is 3, but only about a million weights are trained and averaged whole; use 1 or 2",
+        )
+
+    @property
+    def every_epochs(self) -> int:
+        """Epochs between two evaluations; 0: none before the last."""
+        return self.evaluate_every_epochs or int(self.select != "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(PromptKDConfig):
+    """Stage 1: prompts of both towers by PromptSRC, with the labels of a few images a class."""
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """The frozen CLIP."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """Depth, number and start of the prompts."""
+    classes: Literal["base", "all"] = "base"
+    """Classes whose labels are used: the first half (base-to-novel), or all (few-shot; ImageNet for the other settings)."""
+    shots: int = 16
+    """Labelled images a class; 0: the whole training split."""
+    loss: PromptSRCLossConfig = field(default_factory=PromptSRCLossConfig)
+    """Weights of the terms."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """Average over the epochs, which is what is exported."""
+    frozen_templates: str = "openai60"
+    """Prompts of the frozen class vectors: OpenAI's first 60 for ImageNet, `set` (the data set's own), or a text file."""
+    classes_per_chunk: int = 0
+    """Classes of one pass of the text tower; above 0 each pass is computed again in the backward pass, to save memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.clip.model), "clip.model", "is empty; name the CLIP whose prompts are learned")
+        require(self.shots >= 0, "shots", f"is {self.shots}; 0 takes the whole training split")
+        require(self.average.std >= 0, "average.std", f"is {self.average.std}; 0 turns the average off")
+        weights = {name: getattr(self.loss, name) for name in ("ce", "text", "image", "logit")}
+        for name, weight in weights.items():
+            require(weight >= 0, f"loss.{name}", f"is {weight}; 0 turns a term off")
+        require(self.loss.ce > 0, "loss.ce", "is 0; without labels nothing is learned")
+        require(
+            self.classes_per_chunk >= 0,
+            "classes_per_chunk",
+            f"is {self.classes_per_chunk}; 0 takes all classes at once",
+        )
+        require(
+            not self.data.teacher_outputs,
+            "data.teacher_outputs",
+            "has no effect here: stage 1 has no teacher",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(PromptKDConfig):
+    """Stage 2: visual prompts and a projector, without labels, by KL to the teacher's logits over all classes."""
+
+    student: ClipConfig = field(default_factory=ClipConfig)
+    """The student's CLIP, of which the image tower and the logit scale are used."""
+    prompts: StudentPromptConfig = field(default_factory=StudentPromptConfig)
+    """The student's prompts."""
+    projector_layers: int = 2
+    """Linear layers of the projector, BatchNorm and ReLU between them."""
+    teacher: TeacherSource = field(default_factory=TeacherSource)
+    """The teacher; not loaded where class_vectors and data.teacher_outputs hold what it says."""
+    class_vectors: str = ""
+    """File of build_bank.py; empty: computed from the teacher when the run starts."""
+    text_every_step: bool = False
+    """Run the teacher's text tower over all classes at every step, as the reference does; for measuring only."""
+    protocol: Literal["base_to_novel", "cross_dataset", "domain_generalization"] = "base_to_novel"
+    """Which images are trained on and which classes are evaluated (spec b.5)."""
+    shots: int = 0
+    """Unlabelled training images a class, picked by their labels (ablation); 0: the whole training split."""
+    hold_out: float = 0.5
+    """domain_generalization: share of the only split that is tested on, and not trained on; 0: all of it is both, as in
+    the reference."""
+    loss: DistillLossConfig = field(default_factory=DistillLossConfig)
+    """The KL term."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.student.model), "student.model", "is empty; name the CLIP whose image tower is trained"
+        )
+        require(self.shots >= 0, "shots", f"is {self.shots}; 0 takes the whole training split")
+        stored = bool(self.class_vectors) and bool(self.data.teacher_outputs)
+        named = bool(self.teacher.prompts or self.teacher.clip.model)
+        require(
+            named or stored,
+            "teacher",
+            "is empty; name teacher.prompts or teacher.clip.model, or give class_vectors and data.teacher_outputs",
+        )
+        require(
+            not (self.text_every_step and self.class_vectors),
+            "text_every_step",
+            "computes class vectors that class_vectors already holds; leave class_vectors empty",
+        )
+        require(self.loss.weight > 0, "loss.weight", f"is {self.loss.weight}; it must be above 0")
+        require(
+            self.loss.temperature > 0, "loss.temperature", f"is {self.loss.temperature}; it must be above 0"
+        )
+        require(
+            0 <= self.hold_out < 1, "hold_out", f"is {self.hold_out}; it is a share of the images below 1"
+        )
+        generalises = self.protocol == "domain_generalization"
+        require(
+            not (generalises and self.shots),
+            "shots",
+            "has no effect with protocol=domain_generalization; set hold_out",
+        )
+        require(
+            not (generalises and self.select == "val"),
+            "select",
+            "is val, but the sets of domain_generalization have one split; use last",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """build_bank.py: what a teacher says about classes, and where asked about images, computed once."""
+
+    out: str = ""
+    """File of the class vectors, e.g. runs/promptkd/dtd_teacher/class_vectors.safetensors."""
+    teacher: TeacherSource = field(default_factory=TeacherSource)
+    """The teacher."""
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    """The data set; with image_views also the views, whose outputs go to data.teacher_outputs."""
+    image_views: int = 0
+    """Views of each training image whose image embeddings are stored too; 0: class vectors only."""
+    split: Literal["train", "test"] = "train"
+    """Split of the stored images; `test` for the sets of domain_generalization."""
+    seed: int = 0
+    """Seed of the views."""
+    batch_size: int = 64
+    """Images, or class prompts, per forward pass."""
+    threads: int = 0
+    """CPU threads; 0: torch's default."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.out), "out", "is empty; name the file that is written")
+        require(bool(self.data.set), "data.set", "is empty; name the data set whose classes are encoded")
+        require(
+            bool(self.teacher.prompts or self.teacher.clip.model),
+            "teacher",
+            "is empty; name teacher.prompts, or teacher.clip.model for a plain CLIP",
+        )
+        require(
+            (self.image_views > 0) == bool(self.data.teacher_outputs),
+            "data.teacher_outputs",
+            "is the folder that image_views are written to; give both or neither",
+        )
+
+
+def with_steps(cfg: C, images: int) -> C:
+    """`cfg` with the optimiser steps and evaluation steps that follow from the number of training images.
+
+    Raises:
+        UserError: fewer images than one batch.
+    """
+    per_epoch = images // cfg.batch_size
+    require(
+        per_epoch > 0,
+        "batch_size",
+        f"is {cfg.batch_size}, more than the {images} training images; make it smaller",
+    )
+    optim = cfg.optim
+    if optim.schedule == "epoch_cosine":
+        optim = replace(optim, steps_per_epoch=per_epoch)
+    evaluation = replace(cfg.evaluation, every_steps=cfg.every_epochs * per_epoch)
+    return replace(cfg, steps=cfg.epochs * per_epoch, optim=optim, evaluation=evaluation)

@@ -1,0 +1,211 @@
+r"""Evaluate teachers, students and plain CLIPs by the paper's protocols, over seeds and data sets.
+
+    bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data dtd --root DATA \
+        --ckpt 'runs/promptkd/base2novel/{data}/student_s{seed}/export' --seeds 1 2 3 --json dtd.json
+
+A checkpoint is a run's export folder, a published checkpoint (`--clip` names the CLIP of its size; a student also needs
+its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a zero-shot CLIP with the data set's own
+prompts. `{data}` and `{seed}` in paths stand for each set and seed. Base, novel and all classes come from one pass over
+the images. Means are over the seeds, and the harmonic mean is that of the mean base and mean novel accuracies, as in the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from projects.promptkd import legacy
+from projects.promptkd.build import data_set
+from projects.promptkd.config import ClipConfig, TeacherSource
+from projects.promptkd.exports import STUDENT_JSON, TEACHER_JSON, StudentClassifier, read_student
+from projects.promptkd.protocols import held_out
+from projects.promptkd.teacher import load_teacher
+from vlmkd.allocator import keep_freed_memory
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.data.labelled_sets import items_of
+from vlmkd.data.splits import base_and_novel
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Context, ImageClassifier
+from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
+from vlmkd.models.class_vectors import ClassVectors, require_same_classes
+from vlmkd.models.clip import load_clip
+
+SETTINGS = ("base2novel", "cross", "dg")
+
+
+def evaluator(setting: str, dataset: LabelledSet, split: str, hold_out: float, seed: int) -> Classification:
+    """What a setting measures on a data set: base, novel and harmonic mean, or accuracy over all classes."""
+    if setting == "base2novel":
+        base, novel = base_and_novel(items_of(dataset, "train"))
+        return Classification.of(dataset, split, base=base, novel=novel)
+    if setting == "dg":
+        _, test = held_out(items_of(dataset, split), hold_out, seed)
+        return Classification(test, dataset.class_names, dataset=dataset.name)
+    return Classification.of(dataset, split)
+
+
+def classifier(
+    name: str, dataset: LabelledSet, clip: ClipConfig, teacher: TeacherSource, bank: str, device: torch.device
+) -> ImageClassifier:
+    """The classifier that a `--ckpt` names, for the classes of `dataset`.
+
+    Raises:
+        UserError: nothing there, a student of other classes, or a published file without the CLIP or teacher it needs.
+    """
+    if name.startswith("clip:"):
+        model, _, pretrained = name.removeprefix("clip:").partition("@")
+        return _zero_shot(TeacherSource(clip=ClipConfig(model=model, pretrained=pretrained)), dataset, device)
+    path = Path(name)
+    path = path / "export" if (path / "export").is_dir() else path
+    if (path / STUDENT_JSON).is_file():
+        student = read_student(path)
+        require_same_classes(student.class_names, dataset.class_names, f"student {path}")
+        student.student.to(device)
+        return student
+    if (path / TEACHER_JSON).is_file() or path.is_dir():
+        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device)
+    state = legacy.read_checkpoint(path)
+    if legacy.kind_of(state, name) == "teacher":
+        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device)
+    if not clip.model:
+        raise UserError(f"{name} is a published student; name its CLIP: --clip ViT-B-16-quickgelu@openai")
+    base = load_clip(clip.model, clip.pretrained)
+    published = legacy.load_student(state, base, name).to(device)
+    vectors = _vectors(dataset, teacher, bank, name, device)
+    if vectors.vectors.shape[1] != published.projector.config["embed_dim"]:
+        raise UserError(
+            f"{name} projects to {published.projector.config['embed_dim']} dimensions, its class vectors have "
+            f"{vectors.vectors.shape[1]}; name the teacher that it was distilled from"
+        )
+    return StudentClassifier(name, published, vectors, float(published.scale), base.image_spec)
+
+
+def _vectors(
+    dataset: LabelledSet, teacher: TeacherSource, bank: str, name: str, device: torch.device
+) -> ClassVectors:
+    if bank:
+        return ClassVectors.load(Path(bank), expect_class_names=dataset.class_names)
+    if not teacher.prompts and not teacher.clip.model:
+        raise UserError(
+            f"{name} is a published student, which has no class vectors; name its teacher with --teacher and "
+            "--teacher-clip, or a file of build_bank.py with --bank"
+        )
+    loaded = load_teacher(teacher, dataset.name)
+    (loaded.clip.module if loaded.prompted is None else loaded.prompted).to(device)
+    return loaded.class_vectors(dataset)
+
+
+def _zero_shot(source: TeacherSource, dataset: LabelledSet, device: torch.device) -> ImageClassifier:
+    teacher = load_teacher(source, dataset.name)
+    (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
+    encoder: Any = teacher.encoder()
+    return ZeroShotClassifier(encoder, teacher.class_vectors(dataset))
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds of each data set, and over the data sets; the harmonic mean is that of the means."""
+    sets: dict[str, Any] = {}
+    for name in dict.fromkeys(run["data"] for run in runs):
+        sets[name] = _mean([run["metrics"] for run in runs if run["data"] == name])
+    return {"data": sets, "average": _mean(list(sets.values()))}
+
+
+def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in shared}
+    if "base_top1" in mean:
+        mean["harmonic_mean"] = harmonic_mean(mean["base_top1"], mean["novel_top1"])
+    return mean
+
+
+def table(result: dict[str, Any], setting: str) -> str:
+    """The summary as Markdown, in percent."""
+    columns = ["base_top1", "novel_top1", "harmonic_mean"] if setting == "base2novel" else ["top1"]
+    lines = ["| data set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    rows = [*result["data"].items(), ("average", result["average"])]
+    lines += [
+        f"| {name} | " + " | ".join(f"{100 * row[key]:.2f}" for key in columns) + " |" for name, row in rows
+    ]
+    return "\n".join(lines)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Every data set and seed, and their summary."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    context = Context(
+        device=device, batch_size=args.batch_size, workers=args.workers, progress=not args.quiet
+    )
+    runs = []
+    for name in args.data:
+        dataset = data_set(name, args.root)
+        for seed in args.seeds:
+            ckpt, bank, prompts = (
+                text.replace("{data}", name).replace("{seed}", str(seed))
+                for text in (args.ckpt, args.bank, args.teacher)
+            )
+            source = TeacherSource(prompts=prompts, clip=_clip(args.teacher_clip))
+            model = classifier(ckpt, dataset, _clip(args.clip), source, bank, device)
+            measured = evaluator(args.setting, dataset, args.split, args.hold_out, seed)
+            (result,) = measured.run(model, context)
+            runs.append(
+                {"data": name, "seed": seed, "ckpt": ckpt, "metrics": result.metrics, "images": result.count}
+            )
+    return {"setting": args.setting, "runs": runs, "summary": summary(runs)}
+
+
+def _clip(name: str) -> ClipConfig:
+    model, _, pretrained = name.partition("@")
+    return ClipConfig(model=model, pretrained=pretrained)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="projects/promptkd/eval.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--setting", choices=SETTINGS, required=True)
+    add("--ckpt", required=True, help="checkpoint, with {data} and {seed} where there are several")
+    add("--data", nargs="+", required=True, help="data sets, as data.set")
+    add("--root", default="", help="as data.root")
+    add("--split", default="test", help="split that is evaluated")
+    add("--seeds", type=int, nargs="+", default=[1])
+    add("--hold-out", type=float, default=0.5, help="dg: as hold_out of the student run; 0 as published")
+    add("--clip", default="", metavar="MODEL@TAG", help="the CLIP of a published checkpoint")
+    add("--teacher", default="", help="teacher of a published student: export folder or checkpoint")
+    add("--teacher-clip", default="", metavar="MODEL@TAG", help="the CLIP under --teacher")
+    add("--bank", default="", help="class vectors for a published student, instead of --teacher")
+    add("--json", default="", metavar="FILE", help="write all numbers to FILE")
+    add("--batch-size", type=int, default=100)
+    add("--workers", type=int, default=0)
+    add("--threads", type=int, default=0)
+    add("--device", default="")
+    add("--quiet", action="store_true")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    try:
+        if len(args.seeds) > 1 and "{seed}" not in args.ckpt:
+            raise UserError("--seeds names several seeds, but --ckpt has no {seed}")
+        result = evaluate(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(result["summary"], args.setting))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,432 @@
+"""The published checkpoints of PromptKD and PromptSRC: read without running their code, and written for it (spec g).
+
+Such a file is a torch.save'd dictionary with `state_dict`, `epoch`, `optimizer`, `scheduler` and `val_result`, whose
+`scheduler` embeds live Python objects. Only tensors and plain containers are made from it here; every other class that
+the file names becomes an inert stand-in, and then only `state_dict` is kept.
+
+Letters: J prompted blocks, n prompts a block, w width of a tower, T token positions, C classes of the file's training.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from projects.promptkd.prompts import PromptedCLIP, PromptedImageTower, PromptShape
+from projects.promptkd.student import PromptedStudent
+from vlmkd.errors import UserError
+from vlmkd.models.clip import ClipModel
+
+State = dict[str, Tensor]
+
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_IGNORED = (
+    "prompt_learner.ZS_image_encoder.",  # the frozen CLIP beside the prompted one
+    "prompt_learner.token_prefix",  # embeddings of the training classes' prompts, made anew from class names
+    "prompt_learner.token_suffix",
+)
+_PROJECTOR = "VPT_image_trans.conv1."
+_FOLDERS = {
+    "imagenet": ("imagenet", "imagenetxd"),
+    "caltech101": ("caltech101",),
+    "oxford_pets": ("oxfordpets",),
+    "stanford_cars": ("stanfordcars", "standfordcars"),  # the second spelling is the reference README's
+    "oxford_flowers": ("oxfordflowers",),
+    "food101": ("food101",),
+    "fgvc_aircraft": ("fgvcaircraft",),
+    "sun397": ("sun397",),
+    "dtd": ("describabletextures",),
+    "eurosat": ("eurosat",),
+    "ucf101": ("ucf101",),
+}
+"""Folder names of the published teachers, without case and punctuation, by data set."""
+
+
+# -------------------------------------------------------------------------------------------------- reading a file
+
+
+class _Inert:
+    """Stands for any object of a class that is not needed; takes whatever a pickle does to it and does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Drop it."""
+
+    def extend(self, values: Any) -> None:
+        """Drop them."""
+
+    def add(self, value: Any) -> None:
+        """Drop it."""
+
+
+class _StorageType:
+    """Element type of a storage, as the file names it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+    """A tensor of its own from a part of a storage (torch's _rebuild_tensor_v2)."""
+    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    return data
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves tensors and ordered dictionaries; every other name gives a class of inert objects."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}data.pkl"), encoding="utf-8")
+        self._archive, self._root = archive, root
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and name in _DTYPES:
+            return _StorageType(_DTYPES[name])
+        return type("Inert", (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, kind, key, _, _ = pid
+        if not isinstance(kind, _StorageType):
+            raise pickle.UnpicklingError("a storage of an unknown element type")
+        if key not in self._storages:
+            content = bytearray(self._archive.read(f"{self._root}data/{key}"))
+            self._storages[key] = (
+                torch.frombuffer(content, dtype=kind.dtype) if content else torch.empty(0, dtype=kind.dtype)
+            )
+        return self._storages[key]
+
+
+def read_checkpoint(path: Path) -> State:
+    """The `state_dict` of a published file, floats as fp32, without the prefix that DataParallel puts before names.
+
+    Raises:
+        UserError: no such file, another format, a damaged file, or one without a state dict of tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"checkpoint {path} is no zip archive of torch.save; fetch it again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            roots = [
+                name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("data.pkl")
+            ]
+            if len(roots) != 1:
+                raise UserError(f"checkpoint {path} is a zip archive, but none of torch.save")
+            content = _Unpickler(archive, roots[0]).load()
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged or of another kind ({error}); fetch it again"
+        ) from None
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"checkpoint {path} has no state_dict; name a file that the reference code wrote")
+    odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UserError(f"checkpoint {path}: {odd[0]} is no tensor that can be read here")
+    wrapped = all(str(name).startswith("module.") for name in state)
+    return {
+        str(name).removeprefix("module.") if wrapped else str(name): value.float()
+        if value.is_floating_point()
+        else value
+        for name, value in state.items()
+    }
+
+
+def find_teacher(folder: Path, dataset: str) -> Path:
+    """The published teacher of a data set below `folder`, whose sub-folders have the reference's names in any case.
+
+    The file may have any name: where there are several, the text file `checkpoint` beside them says which.
+
+    Raises:
+        UserError: no folder for this data set, no file in it, or several without a `checkpoint`.
+    """
+    wanted = _FOLDERS.get(dataset)
+    if wanted is None:
+        raise UserError(f"no published teacher is named after {dataset}; give its file instead of {folder}")
+    places = [
+        place
+        for place in sorted(folder.iterdir())
+        if place.is_dir() and re.sub(r"[^a-z0-9]", "", place.name.lower()) in wanted
+    ]
+    files = [file for place in places for file in sorted(place.rglob("*.pth.tar*"))]
+    if len(files) > 1:
+        pointers = [pointer for place in places for pointer in place.rglob("checkpoint")]
+        named = [pointer.parent / pointer.read_text(encoding="utf-8").strip() for pointer in pointers]
+        files = [file for file in files if file in named] or files
+    if len(files) != 1:
+        found = ", ".join(str(file) for file in files) or "nothing"
+        raise UserError(f"teacher of {dataset} below {folder}: found {found}; name one checkpoint file")
+    return files[0]
+
+
+def kind_of(state: Mapping[str, Tensor], origin: str) -> Literal["teacher", "student"]:
+    """Whether a state dict is a prompted teacher's or a student's.
+
+    Raises:
+        UserError: neither.
+    """
+    if "prompt_learner.ctx" in state:
+        return "teacher"
+    if any(name.startswith(_PROJECTOR) for name in state):
+        return "student"
+    raise UserError(
+        f"checkpoint {origin} has neither prompt_learner.ctx (a teacher) nor {_PROJECTOR}* (a student)"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- into our modules
+
+
+def load_teacher(
+    state: State, clip: ClipModel, origin: str, *, expect: PromptShape | None = None
+) -> tuple[PromptedCLIP, ClipModel]:
+    """The prompted CLIP of a teacher's state dict, and the CLIP it stands on.
+
+    Backbone weights are the file's, which drifted a little from the published CLIP's; the token table, which the file
+    lacks, is that of `clip`. Depth and number of prompts are read from the file.
+
+    Raises:
+        UserError: missing prompts, other prompts than `expect`, names that nothing here knows, another architecture.
+    """
+    image, text = _split(state, "image_encoder."), _split(state, "text_encoder.")
+    rest = [
+        name
+        for name in state
+        if not name.startswith(("image_encoder.", "text_encoder.", *_IGNORED))
+        and name not in ("prompt_learner.ctx", "logit_scale")
+    ]
+    _refuse_unknown(rest, origin)
+    image_prompts = _take_prompts(image, image.pop("VPT", None), f"{origin}: image_encoder.VPT")
+    text_prompts = _take_prompts(text, state.get("prompt_learner.ctx"), f"{origin}: prompt_learner.ctx")
+    if text_prompts is None:
+        raise UserError(f"{origin}: prompt_learner.ctx is missing, and with it the text prompts")
+    shape = PromptShape(
+        image_depth=0 if image_prompts is None else len(image_prompts),
+        image_length=0 if image_prompts is None else image_prompts.shape[1],
+        text_depth=len(text_prompts),
+        text_length=text_prompts.shape[1],
+    )
+    if expect is not None and expect != shape:
+        raise UserError(
+            f"{origin} holds {shape}, but the config asks for {expect}; set prompts to what it holds"
+        )
+    backbone = {f"visual.{name}": value for name, value in image.items()}
+    backbone |= text | {"logit_scale": _required(state, "logit_scale", origin)}
+    own: dict[str, Tensor] = clip.module.state_dict()
+    for name in ("token_embedding.weight", "text.token_embedding.weight"):
+        if name in own:
+            backbone["token_embedding.weight"] = own[name]
+    stands_on = replace(clip, source=origin).with_weights(backbone)
+    prompted = PromptedCLIP(stands_on, shape)
+    given = {} if image_prompts is None else {"image": image_prompts}
+    prompted.set_prompts(given | {"text": text_prompts}, origin)
+    return prompted, stands_on
+
+
+def load_student(state: State, clip: ClipModel, origin: str) -> PromptedStudent:
+    """The student of a state dict on the architecture of `clip`, whose image weights are replaced by the file's.
+
+    Raises:
+        UserError: missing prompts, names that nothing here knows, another architecture or projector.
+    """
+    image = _split(state, "image_encoder.")
+    rest = [
+        name
+        for name in state
+        if not name.startswith(("image_encoder.", _PROJECTOR)) and name not in ("logit_scale",)
+    ]
+    _refuse_unknown(rest, origin)
+    prompts = _take_prompts(image, image.pop("VPT", None), f"{origin}: image_encoder.VPT")
+    projector = {f"layers.{name}": value for name, value in _split(state, _PROJECTOR).items()}
+    projector = {name: value.flatten(1) if value.ndim == 4 else value for name, value in projector.items()}
+    weights = dict(clip.module.state_dict()) | {f"visual.{name}": value for name, value in image.items()}
+    weights["logit_scale"] = _required(state, "logit_scale", origin)
+    missing = [name for name in clip.module.visual.state_dict() if name not in image]  # type: ignore[union-attr]
+    if missing:
+        raise UserError(f"{origin}: {len(missing)} tensors are missing, first image_encoder.{missing[0]}")
+    last = _required(projector, "layers.3.weight", f"{origin}: {_PROJECTOR}*")
+    student = PromptedStudent(
+        replace(clip, source=origin).with_weights(weights),
+        last.shape[0],
+        depth=0 if prompts is None else len(prompts),
+        length=0 if prompts is None else prompts.shape[1],
+    )
+    wanted = {name: list(value.shape) for name, value in student.projector.state_dict().items()}
+    given = {name: list(value.shape) for name, value in projector.items()}
+    if wanted != given:
+        differing = sorted(
+            name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
+        )
+        raise UserError(
+            f"{origin}: projector tensor {_PROJECTOR}{differing[0].removeprefix('layers.')} is missing, unknown or of "
+            f"another size than this CLIP's ({given.get(differing[0])} instead of {wanted.get(differing[0])})"
+        )
+    student.projector.load_state_dict(projector)
+    if prompts is not None and student.image.prompts is not None:
+        with torch.no_grad():
+            student.image.prompts.copy_(prompts)
+    return student.eval()
+
+
+def _split(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _required(state: Mapping[str, Tensor], name: str, origin: str) -> Tensor:
+    if name not in state:
+        raise UserError(f"{origin}: {name} is missing")
+    return state[name]
+
+
+def _refuse_unknown(names: Sequence[str], origin: str) -> None:
+    if names:
+        raise UserError(
+            f"{origin}: {len(names)} unknown tensors, first {names[0]}; it is no PromptKD checkpoint"
+        )
+
+
+def _take_prompts(tower: State, first: Tensor | None, where: str) -> Tensor | None:
+    """Prompts [J,n,w] of a tower, taken out of it: `first` of block 0, `VPT_shallow` of the blocks 1 to J - 1."""
+    pattern = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
+    deeper = {int(match[1]): tower.pop(name) for name in list(tower) if (match := pattern.fullmatch(name))}
+    if first is None:
+        if deeper:
+            raise UserError(f"{where} is missing, but deeper blocks have prompts")
+        return None
+    for block in range(1, max(deeper, default=0) + 1):
+        if block not in deeper:
+            raise UserError(f"{where}: the prompts of block {block} are missing, but deeper blocks have some")
+        if deeper[block].shape != first.shape:
+            raise UserError(
+                f"{where} is {list(first.shape)}, but block {block} has prompts {list(deeper[block].shape)}"
+            )
+    return torch.stack([first, *(deeper[block] for block in sorted(deeper))])
+
+
+# ----------------------------------------------------------------------------------------------------- writing them
+
+
+def teacher_state(prompted: PromptedCLIP, tokens: Tensor) -> State:
+    """The state dict of a teacher in the reference's names and types; `tokens` [C,T] are its training prompts.
+
+    The frozen copy `ZS_image_encoder` is written as the unprompted tower, as the reference has it.
+    """
+    text = prompted.text
+    if text.start != 1:
+        raise UserError(
+            "the reference puts its prompts behind a start token, which this model's tokenizer lacks"
+        )
+    with torch.no_grad():
+        embedded = text.token_embedding(tokens).half()
+    state = {
+        "prompt_learner.ctx": text.prompts[0].detach().half(),
+        "prompt_learner.token_prefix": embedded[:, :1],
+        "prompt_learner.token_suffix": embedded[:, 1 + text.length :],
+    }
+    tower = _half(prompted.image.tower.state_dict())
+    state |= {f"prompt_learner.ZS_image_encoder.{name}": value for name, value in tower.items()}
+    state |= _image_state(prompted.image)
+    own = {
+        name: value
+        for name, value in text.state_dict().items()
+        if name not in ("prompts", "token_embedding.weight")
+    }
+    state |= {f"text_encoder.{name}": value for name, value in _half(own).items()}
+    for block in range(1, text.depth):
+        state[f"text_encoder.transformer.resblocks.{block}.VPT_shallow"] = (
+            text.prompts[block].detach().float()
+        )
+    return state | {"logit_scale": prompted.logit_scale.reshape(()).clone()}
+
+
+def student_state(student: PromptedStudent) -> State:
+    """The state dict of a student in the reference's names and types; linear layers become 1 x 1 convolutions."""
+    state = _image_state(student.image)
+    for name, value in student.projector.state_dict().items():
+        value = value[:, :, None, None] if value.ndim == 2 else value
+        state[_PROJECTOR + name.removeprefix("layers.")] = value.detach().clone()
+    return state | {"logit_scale": student.logit_scale.reshape(()).clone()}
+
+
+def write_checkpoint(path: Path, state: State, epoch: int) -> None:
+    """A file with the entries that the reference's loader asks for, without optimiser and scheduler.
+
+    The reference loads it under a torch whose `torch.load` takes whole dictionaries of tensors.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"state_dict": state, "epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}
+    torch.save(content, path)
+
+
+def _image_state(image: PromptedImageTower) -> State:
+    state = {f"image_encoder.{name}": value for name, value in _half(image.tower.state_dict()).items()}
+    if image.prompts is not None:
+        state["image_encoder.VPT"] = image.prompts[0].detach().float()
+        for block in range(1, image.depth):
+            state[f"image_encoder.transformer.resblocks.{block}.VPT_shallow"] = (
+                image.prompts[block].detach().float()
+            )
+    return state
+
+
+def _half(state: Mapping[str, Tensor]) -> State:
+    """Weights as the reference stores them: norms and position tables fp32, convolutions and matrices fp16."""
+    exact = ("ln_", "positional_embedding", "class_embedding")
+    return {
+        name: (value if any(part in name for part in exact) else value.half()).detach().clone()
+        for name, value in state.items()
+    }

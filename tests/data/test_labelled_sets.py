@@ -1,0 +1,497 @@
+"""Labelled sets read from small trees in the true layouts, and the errors that name what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlmkd.data import domain_sets, few_shot_sets, imagenet_sets, labelled_sets
+from vlmkd.data.few_shot_sets import SETS
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.data.labelled_sets import items_of, known_sets, load_set
+from vlmkd.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def keys(found: LabelledSet, split: str) -> list[str]:
+    return [item.key for item in found.splits[split]]
+
+
+def labels(found: LabelledSet, split: str) -> list[int]:
+    return [item.label for item in found.splits[split]]
+
+
+# --------------------------------------------------------------------------------------------------- few-shot sets
+
+EXAMPLES = {
+    "caltech101": [("airplanes/image_1.jpg", "airplane"), ("wild_cat/image_1.jpg", "wild_cat")],
+    "oxford_pets": [("Abyssinian_1.jpg", "abyssinian"), ("Great_Dane_7.jpg", "great_dane")],
+    "stanford_cars": [("cars_train/1.jpg", "2012 Audi TT Coupe"), ("cars_test/2.jpg", "1998 Eagle Talon")],
+    "oxford_flowers": [("image_00001.jpg", "pink primrose"), ("image_00002.jpg", "canna lily")],
+    "food101": [("apple_pie/1.jpg", "apple_pie"), ("tacos/2.jpg", "tacos")],
+    "sun397": [("a/abbey/sun_a.jpg", "abbey"), ("c/church/outdoor/sun_b.jpg", "outdoor church")],
+    "dtd": [("banded/banded_1.jpg", "banded"), ("dotted/dotted_1.jpg", "dotted")],
+    "eurosat": [("AnnualCrop/AnnualCrop_1.jpg", "Annual Crop Land"), ("River/River_1.jpg", "River")],
+    "ucf101": [("Apply_Eye_Makeup/v_1.jpg", "Apply_Eye_Makeup"), ("Yo_Yo/v_2.jpg", "Yo_Yo")],
+}
+
+
+def write_split_set(root: Path, key: str, split: dict | None = None, images_of: str = "") -> Path:
+    """A set of two classes with the same two images in train, val and test."""
+    described = SETS[key]
+    folder = root / described.folder
+    touch(folder / described.images, *(path for path, _ in EXAMPLES[images_of or key]))
+    entries = [[path, label, name] for label, (path, name) in enumerate(EXAMPLES[key])]
+    split = split or {"train": entries, "val": entries[:1], "test": entries[::-1]}
+    (folder / described.split_file).write_text(json.dumps(split))
+    return folder
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_split_files_are_read_and_names_become_words(key: str, tmp_path: Path) -> None:
+    folder = write_split_set(tmp_path, key)
+    found = load_set(key, str(tmp_path))
+    assert found.class_names == [name.replace("_", " ") for _, name in EXAMPLES[key]]
+    assert found.templates == [SETS[key].template]
+    assert (
+        labels(found, "train") == [0, 1] and labels(found, "val") == [0] and labels(found, "test") == [1, 0]
+    )
+    prefix = f"{SETS[key].images}/" if SETS[key].images else ""
+    assert keys(found, "train") == [prefix + path for path, _ in EXAMPLES[key]]
+    assert found.splits["train"][0].image.read() == b"x"
+    assert load_set(key, str(folder)) == found  # the set's own folder is as good a root
+
+
+def test_fgvc_reads_the_official_lists(tmp_path: Path) -> None:
+    folder = tmp_path / "fgvc_aircraft"
+    touch(folder, *(f"images/{number}.jpg" for number in ("0001", "0002", "0003")))
+    (folder / "variants.txt").write_text("707-320\nBoeing 717\n")
+    (folder / "images_variant_train.txt").write_text("0001 707-320\n0002 Boeing 717\n")
+    (folder / "images_variant_val.txt").write_text("0003 Boeing 717\n")
+    (folder / "images_variant_test.txt").write_text("0003 Boeing 717\n")
+    found = load_set("fgvc_aircraft", str(tmp_path))
+    assert found.class_names == ["707-320", "Boeing 717"] and labels(found, "train") == [0, 1]
+    assert keys(found, "val") == ["images/0003.jpg"]
+    (folder / "images_variant_val.txt").write_text("0003 Concorde\n")
+    with pytest.raises(UserError, match="variant 'Concorde' is not in"):
+        load_set("fgvc_aircraft", str(tmp_path))
+
+
+def test_counts_are_compared_and_the_published_numbers_add_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for described in SETS.values():
+        assert sum(described.halves) == described.counts[2]
+    write_split_set(tmp_path, "eurosat")
+    load_set("eurosat", str(tmp_path))
+    assert "numbers do not compare" in caplog.text
+    caplog.clear()
+    small = dataclasses.replace(SETS["eurosat"], classes=2, counts=(2, 1, 2), halves=(1, 1))
+    monkeypatch.setitem(SETS, "eurosat", small)
+    load_set("eurosat", str(tmp_path))
+    assert not caplog.records
+    monkeypatch.setitem(SETS, "eurosat", dataclasses.replace(small, halves=(2, 0)))
+    load_set("eurosat", str(tmp_path))
+    assert "(1, 1) test images of base and novel" in caplog.text
+
+
+def test_missing_split_file_says_where_it_is(tmp_path: Path) -> None:
+    (write_split_set(tmp_path, "dtd") / SETS["dtd"].split_file).unlink()
+    with pytest.raises(
+        UserError, match="DescribableTextures.json does not exist.*drive.google.com.*make_split.py"
+    ):
+        load_set("dtd", str(tmp_path))
+    with pytest.raises(UserError, match="food-101 does not exist.*food101.zip"):
+        load_set("food101", str(tmp_path))
+    with pytest.raises(UserError, match="data set dtd is read from disk: give its root"):
+        load_set("dtd")
+    with pytest.raises(UserError, match="root /nowhere does not exist"):
+        load_set("dtd", "/nowhere")
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    folder = write_split_set(tmp_path, "dtd")
+    entries = [[path, label, name] for label, (path, name) in enumerate(EXAMPLES["dtd"])]
+    lost = ["banded/lost.jpg", 0, "banded"]
+    (folder / SETS["dtd"].split_file).write_text(
+        json.dumps({"train": [*entries, lost], "val": entries, "test": entries})
+    )
+    with pytest.raises(UserError, match="1 of 7 images are missing, first .*dtd/images/banded/lost.jpg"):
+        load_set("dtd", str(tmp_path))
+
+
+def test_the_split_file_of_another_set_is_recognised(tmp_path: Path) -> None:
+    write_split_set(tmp_path, "food101", images_of="dtd")  # names Food's paths, but the images are DTD's
+    with pytest.raises(UserError, match="seems to be of another data set: 5 of its 5 images"):
+        load_set("food101", str(tmp_path))
+    entries = [["banded/banded_1.jpg", 0, "tacos"], ["dotted/dotted_1.jpg", 1, "waffles"]]
+    write_split_set(tmp_path, "dtd", {"train": entries, "val": [], "test": entries})
+    with pytest.raises(
+        UserError, match="class names of another data set: 2 of 2.*'tacos' where .* has 'banded'"
+    ):
+        load_set("dtd", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([["banded/banded_1.jpg", 0, "banded"]], "no training image to class 'dotted'"),
+        ([["banded/banded_1.jpg", 0, "a"], ["banded/banded_1.jpg", 0, "b"]], "class 0 both 'a' and 'b'"),
+        ([["banded/banded_1.jpg", 3, "a"]], "no class 0"),
+        ([["../x.jpg", 0, "a"]], "leaves the image folder"),
+        ([["x.jpg", "0", "a"]], r"is not \[path, label, class name\]"),
+        ("nothing", "has no list 'train'"),
+    ],
+)
+def test_damaged_split_files(tmp_path: Path, train: object, message: str) -> None:
+    test = [["dotted/dotted_1.jpg", 1, "dotted"]]
+    write_split_set(tmp_path, "dtd", {"train": train, "val": [], "test": test if "dotted" in message else []})
+    with pytest.raises(UserError, match=message):
+        load_set("dtd", str(tmp_path))
+    (tmp_path / "dtd" / SETS["dtd"].split_file).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_set("dtd", str(tmp_path))
+
+
+def test_templates_of_both_kinds() -> None:
+    seven = few_shot_sets.templates_of("imagenet", "ensemble")
+    assert len(seven) == 7 and seven[0] == "itap of a {}." and "a photo of the small {}." in seven
+    assert few_shot_sets.templates_of("dtd", "ensemble") == ["{} texture.", *seven]
+    assert few_shot_sets.templates_of("imagenet", "custom") == ["a photo of a {}."]
+
+
+# -------------------------------------------------------------------------------------------------------- make_split
+
+
+def make_split():
+    spec = importlib.util.spec_from_file_location("make_split", ROOT / "data_tools" / "make_split.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_make_split_by_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys) -> None:
+    images = [f"{name}/{n:02d}.jpg" for name in ("airplanes", "Faces", "Faces_easy") for n in range(10)]
+    touch(tmp_path / "caltech-101/101_ObjectCategories", *images)
+    command = ["--set", "caltech101", "--root", str(tmp_path), "--seed", "4"]
+    assert make_split().main(command) == 0
+    assert "train 10, val 4, test 6" in capsys.readouterr().out
+    found = load_set("caltech101", str(tmp_path))
+    assert "compare with no published ones" in caplog.text
+    assert found.class_names == ["face", "airplane"]
+    every = [key for split in found.splits for key in keys(found, split)]
+    assert len(every) == len(set(every)) == 20
+    path = tmp_path / "caltech-101" / SETS["caltech101"].split_file
+    first = path.read_bytes()
+    with pytest.raises(UserError, match="exists; it is not overwritten"):
+        make_split().main(command)
+    path.unlink()
+    make_split().main(command)
+    assert path.read_bytes() == first
+    with pytest.raises(UserError, match="'imagenet' has no split file to draw"):
+        make_split().main(["--set", "imagenet", "--root", str(tmp_path), "--seed", "1"])
+
+
+def check_official(tmp_path: Path, key: str, names: list[str]) -> None:
+    """Five training images a class become four and one; the test images stay the official ones."""
+    make_split().make(key, str(tmp_path), 1)
+    found = load_set(key, str(tmp_path))
+    assert found.class_names == names
+    assert [len(found.splits[split]) for split in ("train", "val", "test")] == [8, 2, 2]
+    assert sorted(labels(found, "val")) == [0, 1] and labels(found, "test") == [0, 1]
+
+
+def test_make_split_of_pets(tmp_path: Path) -> None:
+    folder = tmp_path / "oxford_pets"
+    stems = [f"{breed}_{n}" for breed in ("Abyssinian", "Great_Dane") for n in range(6)]
+    touch(folder / "images", *(f"{stem}.jpg" for stem in stems))
+    lines = [f"{stem} {1 + stem.startswith('G')} 1 1" for stem in stems]
+    touch(folder, "annotations/x")
+    (folder / "annotations/trainval.txt").write_text("\n".join(line for line in lines if "_5 " not in line))
+    (folder / "annotations/test.txt").write_text(
+        "# header\n" + "\n".join(line for line in lines if "_5 " in line)
+    )
+    check_official(tmp_path, "oxford_pets", ["abyssinian", "great dane"])
+
+
+def test_make_split_of_sun(tmp_path: Path) -> None:
+    folder = tmp_path / "sun397"
+    paths = [f"/{name}/sun_{n}.jpg" for name in ("a/abbey", "c/church/outdoor") for n in range(6)]
+    touch(folder / "SUN397", *(path[1:] for path in paths))
+    (folder / "ClassName.txt").write_text("/a/abbey\n/c/church/outdoor\n")
+    (folder / "Training_01.txt").write_text("\n".join(path for path in paths if "_5" not in path))
+    (folder / "Testing_01.txt").write_text("\n".join(path for path in paths if "_5" in path))
+    check_official(tmp_path, "sun397", ["abbey", "outdoor church"])
+
+
+def test_make_split_of_ucf(tmp_path: Path) -> None:
+    folder = tmp_path / "ucf101"
+    videos = [f"{action}/v_{action}_g{n:02d}_c01" for action in ("ApplyEyeMakeup", "YoYo") for n in range(6)]
+    frames = [
+        video.replace("ApplyEyeMakeup/", "Apply_Eye_Makeup/").replace("YoYo/", "Yo_Yo/") for video in videos
+    ]
+    touch(folder / "UCF-101-midframes", *(f"{frame}.jpg" for frame in frames))
+    touch(folder, "ucfTrainTestlist/x")
+    (folder / "ucfTrainTestlist/classInd.txt").write_text("1 ApplyEyeMakeup\n2 YoYo\n")
+    train = [f"{video}.avi {1 + video.startswith('Y')}" for video in videos if "_g05" not in video]
+    (folder / "ucfTrainTestlist/trainlist01.txt").write_text("\n".join(train))
+    (folder / "ucfTrainTestlist/testlist01.txt").write_text(
+        "\n".join(f"{v}.avi" for v in videos if "_g05" in v)
+    )
+    check_official(tmp_path, "ucf101", ["Apply Eye Makeup", "Yo Yo"])
+
+
+def test_make_split_of_cars_and_flowers(tmp_path: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    folder = tmp_path / "stanford_cars"
+    touch(
+        folder, *(f"cars_train/{n}.jpg" for n in range(10)), "cars_test/0.jpg", "cars_test/1.jpg", "devkit/x"
+    )
+    names = np.array(["Audi TT Coupe 2012", "Eagle Talon Hatchback 1998"], dtype=object).reshape(1, 2)
+
+    def annotations(count: int, first_class: int) -> np.ndarray:
+        rows = np.zeros((1, count), dtype=[("class", object), ("fname", object)])
+        for n in range(count):
+            rows[0, n] = (1 if n < first_class else 2, f"{n}.jpg")
+        return rows
+
+    scipy_io.savemat(folder / "devkit/cars_meta.mat", {"class_names": names})
+    scipy_io.savemat(folder / "devkit/cars_train_annos.mat", {"annotations": annotations(10, 5)})
+    scipy_io.savemat(folder / "cars_test_annos_withlabels.mat", {"annotations": annotations(2, 1)})
+    check_official(tmp_path, "stanford_cars", ["2012 Audi TT Coupe", "1998 Eagle Talon Hatchback"])
+
+    folder = tmp_path / "oxford_flowers"
+    touch(folder / "jpg", *(f"image_{n:05d}.jpg" for n in range(1, 21)))
+    scipy_io.savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2] * 10], dtype=np.uint8)})
+    (folder / "cat_to_name.json").write_text(json.dumps({"1": "pink primrose", "2": "canna lily"}))
+    make_split().make("oxford_flowers", str(tmp_path), 1)
+    found = load_set("oxford_flowers", str(tmp_path))
+    assert found.class_names == ["pink primrose", "canna lily"]
+    assert [len(found.splits[split]) for split in ("train", "val", "test")] == [10, 4, 6]
+    assert all(int(item.key[-9:-4]) % 2 == 1 - item.label for item in found.splits["train"])
+
+
+# ---------------------------------------------------------------------------------------------------------- ImageNet
+
+TENCH, GOLDFISH, SHARK = "n01440764", "n01443537", "n01484850"
+
+
+@pytest.mark.parametrize("base", ["imagenet/images", "imagenet"])
+def test_imagenet_in_both_layouts(base: str, tmp_path: Path) -> None:
+    touch(tmp_path / base, *(f"{s}/{w}/{w}_1.JPEG" for s in ("train", "val") for w in (GOLDFISH, TENCH)))
+    found = load_set("imagenet", str(tmp_path))
+    assert found.class_names == ["tench", "goldfish"] and found.templates == ["a photo of a {}."]
+    assert keys(found, "train") == [f"train/{w}/{w}_1.JPEG" for w in (TENCH, GOLDFISH)]
+    assert keys(found, "test")[1] == f"val/{GOLDFISH}/{GOLDFISH}_1.JPEG" and labels(found, "test") == [0, 1]
+    (tmp_path / "imagenet/classnames.txt").write_text(f"{TENCH} my fish\n{GOLDFISH} gold fish\n")
+    assert load_set("imagenet", str(tmp_path)).class_names == ["my fish", "gold fish"]
+    touch(tmp_path / base, f"val/{SHARK}/x.JPEG")
+    with pytest.raises(UserError, match=f"different classes, such as {SHARK}"):
+        load_set("imagenet", str(tmp_path))
+    touch(tmp_path / base, "val/cats/x.JPEG")
+    with pytest.raises(UserError, match="cats is not a wnid"):
+        load_set("imagenet", str(tmp_path))
+
+
+def test_imagenet_for_evaluation_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, f"imagenet/val/{TENCH}/1.JPEG")
+    found = load_set("imagenet", str(tmp_path))
+    assert list(found.splits) == ["test"] and "no train split" in caplog.text
+    with pytest.raises(UserError, match="no split 'train'; it has test"):
+        items_of(found, "train")
+    assert items_of(found, "test") == found.splits["test"]
+
+
+def test_variants_number_their_own_wnids(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenet-adversarial/imagenet-a"
+    touch(folder, "README.txt", f"{SHARK}/a.jpg", f"{GOLDFISH}/b.jpg")
+    found = load_set("imagenet-a", str(tmp_path))
+    assert found.class_names == ["goldfish", "great white shark"] and labels(found, "test") == [0, 1]
+    assert imagenet_sets.imagenet_indices(found) == [1, 2]
+    assert load_set("imagenet-a", str(folder)) == found
+    touch(tmp_path / "imagenet-rendition/imagenet-r", f"{TENCH}/a.jpg")
+    assert load_set("imagenet-r", str(tmp_path)).class_names == ["tench"]
+    touch(tmp_path / "imagenet-sketch/images", f"{GOLDFISH}/a.JPEG")
+    assert keys(load_set("imagenet-sketch", str(tmp_path)), "test") == [f"{GOLDFISH}/a.JPEG"]
+
+
+def test_v2_folders_are_class_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenetv2/imagenetv2-matched-frequency-format-val"
+    touch(folder, "0/a.jpeg", "2/b.jpeg", "10/c.jpeg")
+    found = load_set("imagenetv2", str(tmp_path))
+    assert labels(found, "test") == [0, 2, 10] and len(found.class_names) == 1000
+    assert found.class_names[2] == "great white shark" and imagenet_sets.imagenet_indices(found)[10] == 10
+    (tmp_path / "imagenetv2/classnames.txt").write_text(f"{TENCH} tench\n{GOLDFISH} goldfish\n")
+    with pytest.raises(UserError, match="10 has no class name: there are 2"):
+        load_set("imagenetv2", str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------- domains
+
+
+def write_domains(root: Path, key: str, count: int = 1) -> Path:
+    described = domain_sets.SETS[key]
+    names = described.classes or ("a", "b")
+    folder = root / described.folder
+    touch(folder, *(f"{d}/{c}/{n}.jpg" for d in described.domains for c in names for n in range(count)))
+    return folder
+
+
+@pytest.mark.parametrize("key", domain_sets.SETS)
+def test_domain_sets(key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_domains(tmp_path, key)
+    found = load_set(key, str(tmp_path))
+    described = domain_sets.SETS[key]
+    assert found.domains == list(described.domains) and list(found.splits) == ["all"]
+    assert [item.domain for item in found.splits["all"]] == sorted(
+        item.domain for item in found.splits["all"]
+    )
+    assert found.templates == ["a photo of a {}"] and "splits and numbers do not compare" in caplog.text
+    if described.classes:
+        assert len(found.class_names) == described.num_classes
+        assert not any("_" in name for name in found.class_names)
+
+
+def test_office_home_order_is_ascii() -> None:
+    classes = domain_sets.SETS["office_home"].classes
+    assert len(classes) == 65 and list(classes) == sorted(classes)
+    assert classes.index("TV") < classes.index("Table") < classes.index("ToothBrush")
+
+
+def test_published_counts() -> None:
+    totals = {key: [sum(build) for build in s.builds.values()] for key, s in domain_sets.SETS.items()}
+    assert totals == {
+        "pacs": [9_991],
+        "vlcs": [10_729],
+        "office_home": [15_588],
+        "terra_incognita": [24_788, 24_330],
+        "domain_net": [586_575],
+    }
+
+
+def test_terra_builds_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    write_domains(tmp_path, "terra_incognita", count=2)
+    small = dataclasses.replace(
+        domain_sets.SETS["terra_incognita"], builds={"old": (9, 9, 9, 9), "new": (20, 20, 20, 20)}
+    )
+    monkeypatch.setitem(domain_sets.SETS, "terra_incognita", small)
+    caplog.set_level(logging.INFO)
+    found = load_set("terra_incognita", str(tmp_path))
+    assert domain_sets.build_of("terra_incognita", found) == "new" and "the build of new" in caplog.text
+
+
+def test_files_are_sorted_as_text_and_only_torchvisions_suffixes_count(tmp_path: Path) -> None:
+    touch(tmp_path / "set", *(f"{d}/{c}/x.png" for d in "AB" for c in ("TV", "Table")))
+    touch(tmp_path / "set/A/TV", "10.jpg", "2.JPG", "1.gif", ".hidden.jpg", "a.ppm")
+    found = load_set(f"domains:{tmp_path / 'set'}")
+    assert keys(found, "all")[:4] == ["A/TV/10.jpg", "A/TV/2.JPG", "A/TV/a.ppm", "A/TV/x.png"]
+    assert found.class_names == ["TV", "Table"] and found.name == "set"
+
+
+def test_domain_errors(tmp_path: Path) -> None:
+    folder = write_domains(tmp_path, "pacs")
+    found = domain_sets.load("pacs", str(tmp_path), ignore_domains=["cartoon"])
+    assert found.domains == ["art_painting", "photo", "sketch"]
+    with pytest.raises(UserError, match="no domain 'Snow' to ignore"):
+        domain_sets.load("pacs", str(tmp_path), ignore_domains=["Snow"])
+    touch(folder, "zoo/dog/1.jpg")
+    with pytest.raises(
+        UserError, match="cartoon|art_painting and zoo of .* different classes, such as 'elephant'"
+    ):
+        load_set("pacs", str(tmp_path))
+    touch(folder, *(f"zoo/{name}/1.jpg" for name in domain_sets.SETS["pacs"].classes))
+    with pytest.raises(UserError, match="PACS has art_painting, cartoon, photo, sketch: .*domains:"):
+        load_set("pacs", str(tmp_path))
+    touch(
+        tmp_path / "VLCS",
+        *(f"{d}/{c}/1.jpg" for d in domain_sets.SETS["vlcs"].domains for c in ("cat", "dog")),
+    )
+    with pytest.raises(UserError, match="not the classes of VLCS, see bird, car, cat"):
+        load_set("vlcs", str(tmp_path))
+    touch(tmp_path / "one", "A/x/1.jpg")
+    with pytest.raises(UserError, match="1 domain folders"):
+        load_set(f"domains:{tmp_path / 'one'}")
+    touch(tmp_path / "two", "A/x/1.jpg", "A/y/1.jpg", "B/x/1.jpg", "B/y/note.txt")
+    with pytest.raises(UserError, match="B/y holds no image"):
+        load_set(f"domains:{tmp_path / 'two'}")
+
+
+# ------------------------------------------------------------------------------------------------- names and folders
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    for given, meant in [
+        ("fgvc", "fgvc_aircraft"),
+        ("OfficeHome", "office_home"),
+        ("caltech-101", "caltech101"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(f"did you mean {meant}?")):
+            load_set(given)
+    with pytest.raises(UserError, match="unknown data set 'qqq'; it is one of imagenet, caltech101"):
+        load_set("qqq")
+    with pytest.raises(UserError, match="emoji takes no root"):
+        load_set("emoji", "/data")
+
+
+def test_a_users_folder_is_split_by_hash(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    touch(folder, *(f"{name}/{n}.jpg" for name in ("red_fox", "owl") for n in range(200)))
+    found = load_set(f"folder:{folder}")
+    assert found.class_names == ["owl", "red fox"]
+    sizes = {split: len(found.splits[split]) for split in ("train", "val", "test")}
+    assert sum(sizes.values()) == 400 and 50 < sizes["test"] < 110 and 20 < sizes["val"] < 60
+    before = {key: split for split in found.splits for key in keys(found, split)}
+    touch(folder, *(f"owl/new_{n}.jpg" for n in range(50)))
+    after = load_set(f"folder:{folder}")
+    assert {key: split for split in after.splits for key in keys(after, split) if key in before} == before
+    (folder / "classnames.txt").write_text("barn owl\nfox\n")
+    assert load_set(f"folder:{folder}").class_names == ["barn owl", "fox"]
+    (folder / "classnames.txt").write_text("owl\n")
+    with pytest.raises(UserError, match="1 names for 2 class folders"):
+        load_set(f"folder:{folder}")
+
+
+def test_a_users_folder_with_splits_of_its_own(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "test/b/3.jpg")
+    found = load_set(f"folder:{tmp_path}")
+    assert keys(found, "train") == ["train/a/1.jpg", "train/b/2.jpg"] and labels(found, "test") == [1]
+    touch(tmp_path, "test/c/1.jpg")
+    with pytest.raises(UserError, match="class c of .*test is not in .*train"):
+        load_set(f"folder:{tmp_path}")
+
+
+def test_a_class_whose_images_are_all_held_out_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"a/{n}.jpg" for n in range(30)), "b/0.jpg")  # whose hash is below 0.2
+    with pytest.raises(UserError, match="b has 1 images, all of them held out"):
+        load_set(f"folder:{tmp_path}")
+    with pytest.raises(UserError, match="shares are 0.5 and 0.5"):
+        labelled_sets.load_folder(str(tmp_path), val_share=0.5, test_share=0.5)
+    with pytest.raises(UserError, match="holds 0 class folders"):
+        load_set(f"folder:{tmp_path / 'a'}")
+
+
+def test_every_set_stands_in_the_documentation() -> None:
+    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    rows = {cell for cell in re.findall(r"^\| `([^`]+)` \|", text, flags=re.M)}
+    assert rows == set(known_sets())
+    for described in SETS.values():
+        assert described.split_file in text and f"{described.classes:,}" in text
+        assert all(f"{count:,}" in text for count in described.counts if count)
+        assert described.licence in text
+    for described in domain_sets.SETS.values():
+        assert described.licence in text and f"`{described.folder}/`" in text

@@ -1,0 +1,238 @@
+"""Whole runs on a tiny domain tree: every method, both exports, kill and resume, table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from projects.vl2v_adip import task as task_module
+from projects.vl2v_adip.build import job
+from projects.vl2v_adip.config import FROZEN_BACKBONE, WITHOUT_TEACHER, AlignConfig, DistillConfig
+from projects.vl2v_adip.folds import FACTS
+from projects.vl2v_adip.table import markdown, scores_in
+from projects.vl2v_adip.task import BEST, BEST_EXPORT, SWAD
+from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
+from vlmkd import engine
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.stored_outputs import CLEAN, embed_items
+from vlmkd.models.class_vectors import encode_classes
+from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.run import main
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and configs that all tests of this file share, and the runs that build on each other."""
+    path = tmp_path_factory.mktemp("vl2v")
+    domain_tree(path / "tree")
+    export_teacher(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[None]:
+    """One process group for all runs of this file: DeepSpeed cannot join a second one."""
+    patch = pytest.MonkeyPatch()
+    for name in VARIABLES:
+        patch.delenv(name, raising=False)
+    patch.setattr(engine, "stop_ranks", lambda: None)
+    # Reloading an export in a fresh process takes seconds; tests/core does it.
+    patch.setattr(task_module, "verify_classifier", lambda folder, module: None)
+    yield
+    patch.undo()
+    engine.stop_ranks()
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+
+
+@pytest.fixture
+def run(folder: Path, ranks: None) -> Callable[..., Path]:
+    """Run a method in this process; returns its folder."""
+
+    def start(method: str, *overrides: str, name: str = "") -> Path:
+        run_dir = folder / "runs" / (name or method)
+        cls = AlignConfig if method in FROZEN_BACKBONE else DistillConfig
+        arguments = [str(config(folder)), f"run_dir={run_dir}", f"method={method}"]
+        if method in WITHOUT_TEACHER:
+            arguments.append("teacher.model=")
+        main(cls, job, [*arguments, *overrides])
+        assert (run_dir / "done.json").is_file()
+        return run_dir
+
+    return start
+
+
+def fresh_environment() -> dict[str, str]:
+    """For a child process that is no rank of this one's group."""
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def weights(run_dir: Path, export: str = "export") -> dict[str, torch.Tensor]:
+    return load_file(run_dir / export / "model.safetensors")
+
+
+def changed(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> set[str]:
+    """Parts of the student of which any tensor differs."""
+    return {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
+
+
+def test_align_then_distill_then_the_table(run, folder: Path) -> None:
+    align = run("align", "steps=5")
+    assert not (align / BEST_EXPORT).exists()
+    distill = run("distill")
+    assert f"started from {align / 'export'}" in (distill / "log.txt").read_text()
+    # Distill moves the backbone behind Align's projector; BatchNorm's statistics never move.
+    assert changed(weights(align), weights(distill)) == {"backbone"}
+    assert changed(weights(align), weights(distill, BEST_EXPORT)) == {"backbone"}
+    assert changed(weights(distill), weights(distill, BEST_EXPORT)) == {"backbone"}
+    statistics = [name for name in weights(align) if "running" in name]
+    assert statistics and all(
+        torch.equal(weights(align)[name], weights(distill)[name]) for name in statistics
+    )
+
+    results = json.loads((distill / "eval" / "results.json").read_text())
+    names = {model: {item["dataset"] for item in items} for model, items in results.items()}
+    assert {"student", BEST, SWAD} < set(names)
+    assert all(found == {"ink_out", "photo_out", "oil_in", "oil_out"} for found in names.values())
+    lines = [json.loads(line) for line in (distill / "metrics.jsonl").read_text().splitlines()]
+    during = [line for line in lines if line["kind"] == "eval" and line["model"] == "student"]
+    assert [line["step"] for line in during[:4]] == [1, 3, 5, 7]
+    assert not any("oil_in/top1" in line for line in during[:-1])  # the held-out domain is looked at once
+
+    scores = scores_in(folder / "runs")
+    by_row = {(score.method, score.selection): score.top1 for score in scores}
+    top1 = {item["dataset"]: item["metrics"]["top1"] for item in results[SWAD]}
+    assert by_row["distill", "SWAD"] == pytest.approx(100 * top1["oil_in"])
+    assert by_row["distill", "SWAD (inD)"] == pytest.approx(50 * (top1["ink_out"] + top1["photo_out"]))
+    assert "| distill | SWAD | " in markdown(scores)
+    facts = json.loads((distill / "export" / FACTS).read_text())
+    assert (facts["method"], facts["test_domain"], facts["trial_seed"]) == ("distill", "oil", 0)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(run, folder: Path) -> None:
+    if not (folder / "runs" / "align" / "done.json").exists():
+        run("align", "steps=5")
+    overrides = ["checkpoint.every_steps=2", "swad.n_tolerance=3", "steps=25"]
+    whole = run("distill", *overrides, name="whole")
+    broken = folder / "runs" / "broken"
+    command = [sys.executable, "-m", "projects.vl2v_adip.train_distill", str(config(folder)), f"run_dir={broken}",
+               "method=distill", *overrides]  # fmt: skip
+    process = subprocess.Popen(
+        command, env=fresh_environment(), cwd=folder,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (broken / "state" / "step_000006").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run("distill", *overrides, name="broken")
+    assert "resumed from" in (broken / "log.txt").read_text()
+    for export in ("export", BEST_EXPORT):
+        assert not changed(weights(whole, export), weights(broken, export)), export
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("one_stage", {"backbone", "projector"}),
+        ("kd_image", {"backbone", "projector"}),
+        ("kd_text", {"backbone", "projector"}),
+        ("simkd", {"backbone", "projector"}),
+        ("kd_kl", {"backbone", "head"}),
+        ("kd_cos", {"backbone", "head"}),
+        ("erm", {"backbone", "head"}),
+    ],
+)
+def test_every_baseline_trains_its_own_parts(run, method: str, trained: set[str]) -> None:
+    # The best of a run that is only evaluated at step 0 against the last step of one that goes on.
+    first = run(method, "steps=1", "select_from_step=0", "swad.enabled=false", name=f"{method}_1")
+    later = run(method, "steps=3", "select_from_step=2", "swad.enabled=false", name=f"{method}_3")
+    assert changed(weights(first), weights(later)) == trained
+
+
+def test_lp_ft_starts_from_the_linear_probe(run, folder: Path) -> None:
+    probe = run("lp", "steps=3")
+    tuned = run("lp_ft", "steps=3", "swad.enabled=false")
+    assert f"started from {probe / 'export'}" in (tuned / "log.txt").read_text()
+    assert changed(weights(probe), weights(tuned)) == {"backbone", "head"}
+
+
+def test_the_teachers_own_tower_is_tuned_without_a_projector(run, folder: Path) -> None:
+    teacher = f"local-dir:{folder / 'teacher'}"
+    run_dir = run(
+        "vl2v_sd",
+        f"student.backbone=clip:{teacher}",
+        "student.image_size=0",
+        "student.pretrained=true",
+        "steps=3",
+        "swad.semantics=clean",
+    )
+    assert {name.partition(".")[0] for name in weights(run_dir)} == {"backbone", "head"}
+
+
+def test_open_set_reports_seen_unseen_and_their_harmonic_mean(run) -> None:
+    run_dir = run("one_stage", "steps=3", "fold.seen_classes=2", "swad.enabled=false", name="open")
+    results = json.loads((run_dir / "eval" / "results.json").read_text())
+    (found,) = [item["metrics"] for item in results[BEST] if item["dataset"] == "oil_in open set"]
+    assert {"base_top1", "novel_top1", "harmonic_mean"} <= found.keys()
+
+
+def test_a_teacher_without_weights_needs_stored_outputs_and_class_vectors(run, folder: Path) -> None:
+    clip = load_clip(f"local-dir:{folder / 'teacher'}")
+    encoder, dataset = ClipPredictor.of(clip), load_set(f"domains:{folder / 'tree'}")
+    embed_items(
+        encoder, dataset.splits["all"], folder / "clean", name="tree", source=clip.source, digest=clip.digest,
+        views=CLEAN, view_count=1,
+    )  # fmt: skip
+    vectors = encode_classes(encoder, dataset.class_names, dataset.templates, teacher_digest=clip.digest)
+    vectors.save(folder / "classes.safetensors")
+    run_dir = run(
+        "one_stage", "steps=3", "swad.enabled=false", f"data.teacher_outputs={folder / 'clean'}",
+        "data.teacher_view=clean",
+        "teacher.model=",
+        f"teacher.class_vectors={folder / 'classes.safetensors'}", name="stored",
+    )  # fmt: skip
+    results = json.loads((run_dir / "eval" / "results.json").read_text())
+    assert not any(model.startswith("teacher") for model in results)
+
+
+def test_two_ranks_train_and_select_like_one(run, folder: Path) -> None:
+    overrides = ["steps=5", "swad.n_tolerance=3", "batch_size=8"]
+    one, two = run("one_stage", *overrides, name="one"), folder / "runs" / "two"
+    environment = fresh_environment() | {"NPROC": "2", "VLMKD_NO_VENV": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", str(ROOT / "scripts" / "launch.sh"), "projects/vl2v_adip/train_distill.py",
+               str(config(folder)), f"run_dir={two}", "method=one_stage", *overrides]  # fmt: skip
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for export in ("export", BEST_EXPORT):
+        first, second = weights(one, export), weights(two, export)
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=0, atol=2e-5, msg=f"{export} {name}")
+
+
+def test_legacy_norm_feeds_imagenets_statistics_to_both(folder: Path) -> None:
+    from projects.vl2v_adip.build import IMAGENET_MEAN, load_teacher, student_backbone
+    from vlmkd import config as configs
+
+    cfg = configs.load(DistillConfig, [str(config(folder)), "run_dir=x", "legacy_norm=true"])
+    teacher = load_teacher(cfg, load_set(cfg.data.set))
+    assert teacher.clip is not None
+    assert teacher.clip.image_spec.mean == student_backbone(cfg).image_spec.mean == IMAGENET_MEAN

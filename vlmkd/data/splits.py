@@ -1,0 +1,321 @@
+"""Splits of labelled sets: few shots, base and novel classes, percent lists, and the 80/20 split of domains.
+
+Each rule reproduces the picks of the code that published numbers come from, bit for bit; none of them is mixed
+with another, and every random state is a generator of its own. C classes, N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vlmkd.data.labelled import UNLABELLED, Item, by_class
+from vlmkd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Fewer = Literal["keep", "repeat", "refuse"]
+"""What happens to a class with fewer images than shots: keep them all, repeat at random, or refuse."""
+ListKind = Literal["cascade", "simclr"]
+"""Percent lists of ImageNet: `cascade` is DHO's rule (`percent_list`), `simclr` the lists of the SimCLR project."""
+
+MAX_VAL_SHOTS = 4
+"""CoOp's rule keeps the validation shots at four (PromptKD e.4)."""
+CASCADE_SEED = 13
+HOLDOUT_SHARE = 0.2
+"""DomainBed's share of each domain for model selection."""
+_LIST_MARK = "# vlmkd image list"
+_NAMED = 3  # offenders that an error line names
+
+
+# ------------------------------------------------------------------------------------------------------- few shots
+
+
+def coop_few_shot(
+    train: Sequence[Item],
+    val: Sequence[Item],
+    shots: int,
+    seed: int,
+    *,
+    fewer: Fewer = "keep",
+    class_names: Sequence[str] = (),
+) -> tuple[list[Item], list[Item]]:
+    """Few-shot train and val items by CoOp's rule, which PromptSRC and PromptKD use.
+
+    Classes come in the order of first appearance and one generator serves train and then val, which gets at most
+    `MAX_VAL_SHOTS` a class. Give all classes: the base and novel halves are taken from the result. The rule itself keeps a
+    class with fewer images as it is (`fewer="keep"`). `shots=0` is the whole split.
+
+    Raises:
+        UserError: negative shots, or, with `fewer="refuse"`, a class of `train` with too few images.
+    """
+    if shots == 0:
+        return list(train), list(val)
+    rng = random.Random(seed)
+    picked = _pick(train, shots, rng, fewer, class_names)
+    # The val split may have no image of a rare class whatever the shots are, so that nothing is refused there.
+    val_fewer: Fewer = "keep" if fewer == "refuse" else fewer
+    return picked, _pick(val, min(shots, MAX_VAL_SHOTS), rng, val_fewer, class_names)
+
+
+def tip_adapter_few_shot(
+    train: Sequence[Item],
+    shots: int,
+    seed: int = 1,
+    *,
+    fewer: Fewer = "repeat",
+    class_names: Sequence[str] = (),
+) -> list[Item]:
+    """Few-shot train items by Tip-Adapter's rule, which DHO uses; `rest_of` gives its unlabelled remainder.
+
+    As CoOp's rule, but a class with fewer images than shots is drawn with replacement up to `shots`
+    (`fewer="repeat"`), and the published runs all use seed 1.
+
+    Raises:
+        UserError: no shots, or, with `fewer="refuse"`, a class with too few images.
+    """
+    return _pick(train, shots, random.Random(seed), fewer, class_names)
+
+
+def rest_of(items: Sequence[Item], picked: Sequence[Item]) -> list[Item]:
+    """The items whose key is not among `picked`, without their labels: DHO's unlabelled images."""
+    taken = {item.key for item in picked}
+    return [item.unlabelled() for item in items if item.key not in taken]
+
+
+def _pick(
+    items: Sequence[Item], shots: int, rng: random.Random, fewer: Fewer, class_names: Sequence[str]
+) -> list[Item]:
+    if shots < 1:
+        raise UserError(f"shots is {shots}; give a number of images a class from 1 on")
+    if any(item.label == UNLABELLED for item in items):
+        raise UserError("few shots are picked from labelled images; one here has no label")
+    groups = by_class(items)
+    small = {label: group for label, group in groups.items() if len(group) < shots}
+    if small:
+        named = ", ".join(
+            f"{_class(label, class_names)} has {len(group)}" for label, group in list(small.items())[:_NAMED]
+        )
+        more = f" and {len(small) - _NAMED} more classes" if len(small) > _NAMED else ""
+        if fewer == "refuse":
+            raise UserError(
+                f"shots is {shots}, more than the images of a class: {named}{more}; ask for at most "
+                f"{min(map(len, groups.values()))} shots, or choose fewer=keep or fewer=repeat"
+            )
+        done = "kept as they are" if fewer == "keep" else "repeated at random"
+        log.warning("%d classes have fewer than %d images (%s%s): %s", len(small), shots, named, more, done)
+    picked: list[Item] = []
+    for group in groups.values():
+        if len(group) >= shots:
+            picked += rng.sample(group, shots)
+        else:
+            picked += group if fewer == "keep" else rng.choices(group, k=shots)
+    return picked
+
+
+def _class(label: int, class_names: Sequence[str]) -> str:
+    return f"class {label} ({class_names[label]})" if label < len(class_names) else f"class {label}"
+
+
+# ------------------------------------------------------------------------------------------------- base and novel
+
+
+def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
+    """Labels of the base classes and of the novel ones: halves of the sorted labels of the *whole* train split.
+
+    The base half is the larger one (PromptKD e.3). `labelled.only_classes` takes either half and relabels it from 0.
+    """
+    labels = sorted({item.label for item in train if item.label != UNLABELLED})
+    half = math.ceil(len(labels) / 2)
+    return labels[:half], labels[half:]
+
+
+# -------------------------------------------------------------------------------------------------- percent lists
+
+
+def cascade_counts(class_sizes: Sequence[int], percent: float) -> list[int]:
+    """Labelled images of each class (C) for `percent` of all images, by DHO's cascade rounding.
+
+    Every class aims at its equal share less one; shares are rounded so that the running sum decides which way, and
+    grow by 1/C until the total reaches the percentage. 1 % of ImageNet gives 13 a class, 10 % gives 128 or 129.
+
+    Raises:
+        UserError: a percentage that is not above zero, or an empty class.
+    """
+    if not percent > 0:
+        raise UserError(f"percent is {percent}; give a share of the images above 0, such as 1 or 10")
+    if not class_sizes or min(class_sizes) < 1:
+        raise UserError("a class without images cannot give labelled ones; leave it out")
+    if percent >= 100:
+        return list(class_sizes)
+    sizes = np.asarray(class_sizes, dtype=np.float64)
+    goal = sizes.sum() * (percent / 100)
+    shares = np.clip(goal / len(sizes) - 1, 1, sizes)
+    while True:
+        running = np.cumsum(shares)
+        counts = np.where(running - np.floor(running) > 0.5, np.ceil(shares), np.floor(shares))
+        counts = np.minimum(counts, sizes)
+        if counts.sum() >= goal:
+            return [int(count) for count in counts]
+        shares = np.minimum(shares + 1 / len(sizes), sizes)
+
+
+def percent_picks(labels: Sequence[int], percent: float, seed: int = CASCADE_SEED) -> list[int]:
+    """Positions of the labelled images, class by class: DHO's rule for 1 % and 10 % of ImageNet.
+
+    `labels` in the data set's own order (for ImageNet sorted wnid, then sorted file name). Counts by `cascade_counts`,
+    draws by NumPy's legacy generator; from 100 per cent on, every image in its own order.
+    """
+    if percent >= 100:
+        return list(range(len(labels)))
+    every = np.asarray(labels)
+    classes = sorted(set(labels))
+    of_class = [np.flatnonzero(every == label) for label in classes]
+    counts = cascade_counts([len(positions) for positions in of_class], percent)
+    generator = np.random.RandomState(seed)
+    picks: list[int] = []
+    for positions, count in zip(of_class, counts, strict=True):
+        picks += generator.choice(positions, count, replace=False).tolist()
+    return picks
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Which images of a set are labelled, by name; written once, so that a number can say what it is for."""
+
+    kind: ListKind
+    percent: float
+    """Share of the images that the rule was asked for; 0 where the file does not say (SimCLR's)."""
+    names: list[str]
+    """Item keys, or (SimCLR) file names without their folder."""
+    sha256: str
+    """Digest of the names in their order, one a line."""
+
+
+def percent_list(items: Sequence[Item], percent: float) -> ImageList:
+    """The `cascade` list of a set's training items, in the order of the draws."""
+    names = [items[position].key for position in percent_picks([item.label for item in items], percent)]
+    return ImageList("cascade", percent, names, _digest(names))
+
+
+def write_list(path: Path, images: ImageList) -> None:
+    """Write a list as text under its digest; an existing file with the same list is left as it is.
+
+    Raises:
+        UserError: the file exists with other images.
+    """
+    if path.exists():
+        if read_list(path, images.kind).sha256 == images.sha256:
+            return
+        raise UserError(f"{path} exists and lists other images; delete it or name another file")
+    head = [
+        f"{_LIST_MARK}, kind {images.kind}, percent {images.percent:g}, {len(images.names)} images",
+        f"# sha256 {images.sha256}",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text("\n".join([*head, *images.names]) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_list(path: Path, kind: ListKind) -> ImageList:
+    """Read a list of this kind: one of `write_list`, or SimCLR's plain file of names (`n01440764_10074.JPEG` a line).
+
+    Raises:
+        UserError: no such file, a list of the other kind, an empty or damaged one, or a name twice.
+    """
+    if not path.is_file():
+        raise UserError(f"image list {path} does not exist; write it, or correct the path")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    ours = bool(lines) and lines[0].startswith(_LIST_MARK)
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    percent = 0.0
+    if ours:
+        facts = dict(part.split(" ", 1) for part in lines[0].removeprefix(f"{_LIST_MARK}, ").split(", ")[:2])
+        percent = float(facts["percent"])
+        if facts["kind"] != kind:
+            raise UserError(f"{path} is a list of kind {facts['kind']}, not {kind}; the two are never mixed")
+        if lines[1:2] != [f"# sha256 {_digest(names)}"]:
+            raise UserError(f"{path} was changed after it was written (its digest differs); write it again")
+    elif kind != "simclr":
+        raise UserError(
+            f"{path} does not say which rule made it, so it is no {kind} list; plain lists are read as kind simclr"
+        )
+    if not names:
+        raise UserError(f"image list {path} names no image; write it again")
+    if len(set(names)) < len(names):
+        raise UserError(f"image list {path} names an image twice; write it again")
+    return ImageList(kind, percent, names, _digest(names))
+
+
+def pick_listed(items: Sequence[Item], images: ImageList) -> tuple[list[Item], list[Item]]:
+    """Labelled items in the list's order, and all others, unlabelled, in their own order.
+
+    Raises:
+        UserError: the list names images that the set does not have.
+    """
+    bare = images.kind == "simclr"
+    by_name = {item.key.rpartition("/")[2] if bare else item.key: item for item in items}
+    missing = [name for name in images.names if name not in by_name]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(images.names)} listed images are not in the training split, first {missing[0]}; "
+            "use the list of this data set, or complete the images"
+        )
+    labelled = [by_name[name] for name in images.names]
+    return labelled, rest_of(items, labelled)
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- domains
+
+
+@dataclass(frozen=True)
+class DomainSplit:
+    """One domain in two parts, named as in DomainBed's tables."""
+
+    inside: list[Item]
+    """80 %: training of a source domain, and what is reported of the held-out one."""
+    out: list[Item]
+    """20 %: model selection."""
+
+
+def domain_seed(trial_seed: int, domain: int) -> int:
+    """DomainBed's seed for the split of domain number `domain`."""
+    text = str((trial_seed, domain)).encode("ascii")
+    return int(hashlib.md5(text, usedforsecurity=False).hexdigest(), 16) % 2**31
+
+
+def holdout_positions(count: int, domain: int, trial_seed: int) -> tuple[list[int], list[int]]:
+    """Positions (in, out) of `count` images of a domain: shuffled once, the first fifth is out (VL2V-ADiP e)."""
+    positions = list(range(count))
+    np.random.RandomState(domain_seed(trial_seed, domain)).shuffle(positions)
+    held_out = int(count * HOLDOUT_SHARE)
+    return positions[held_out:], positions[:held_out]
+
+
+def split_domains(items: Sequence[Item], trial_seed: int) -> dict[int, DomainSplit]:
+    """DomainBed's 80/20 split of every domain, by domain index; depends on `trial_seed` alone.
+
+    The items keep the reader's order (class by class, paths sorted): another order gives another split.
+    """
+    of_domain: dict[int, list[Item]] = {}
+    for item in items:
+        of_domain.setdefault(item.domain, []).append(item)
+    splits = {}
+    for domain, images in sorted(of_domain.items()):
+        inside, out = holdout_positions(len(images), domain, trial_seed)
+        splits[domain] = DomainSplit([images[i] for i in inside], [images[i] for i in out])
+    return splits

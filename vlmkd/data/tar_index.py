@@ -1,0 +1,86 @@
+"""Where the members of each sample lie in uncompressed tars: a pass over the headers, no picture is read."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass, field
+
+from vlmkd.data.folders import IMAGE_SUFFIXES
+from vlmkd.data.images import ImageRef
+from vlmkd.errors import UserError
+
+_BLOCK = 512  # bytes of a tar header
+_BUFFER = 1 << 18  # headers of small samples lie close together: one read serves dozens of them
+
+
+@dataclass
+class TarSample:
+    """Neighbouring members of a tar that share a key."""
+
+    shard: str
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Offset and size in bytes, by lower-case extension."""
+
+    def image(self) -> ImageRef:
+        """The sample's picture.
+
+        Raises:
+            UserError: it has none.
+        """
+        for extension, (offset, size) in self.members.items():
+            if f".{extension}" in IMAGE_SUFFIXES:
+                return ImageRef(self.shard, offset, size, f"{self.key}.{extension}")
+        raise UserError(
+            f"{self.shard}: sample {self.key} has no image member; remove it or write the shard again"
+        )
+
+    def text(self, extension: str) -> str:
+        """Content of a text member.
+
+        Raises:
+            UserError: no such member, or one that is not UTF-8.
+        """
+        if extension not in self.members:
+            raise UserError(
+                f"{self.shard}: sample {self.key} has no {extension} member; write the shard again with it"
+            )
+        offset, size = self.members[extension]
+        content = ImageRef(self.shard, offset, size).read()
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{self.shard}: {self.key}.{extension} is not UTF-8 text; write the shard again"
+            ) from None
+
+
+def index_tar(shard: str) -> list[TarSample]:
+    """The samples of a tar from its headers: neighbouring members with the same key, key = name up to its first dot.
+
+    Raises:
+        UserError: the tar is compressed, torn, or no tar.
+    """
+    samples: list[TarSample] = []
+    try:
+        with open(shard, "rb", buffering=_BUFFER) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for info in tar:
+                folder, _, base = info.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if not info.isreg() or not dot or not stem:
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if not samples or samples[-1].key != key:
+                    samples.append(TarSample(shard, key))
+                samples[-1].members[extension.lower()] = (info.offset_data, info.size)
+            # tarfile takes a torn or garbled header for the end; a whole archive ends with a block of zeros.
+            stream.seek(tar.offset)
+            if stream.read(_BLOCK) != bytes(_BLOCK):
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"shard {shard} is not a whole, uncompressed tar ({error}); fetch or write it again"
+        ) from None
+    if not samples:
+        raise UserError(f"shard {shard} holds no samples; remove it from the list")
+    return samples

@@ -1,0 +1,202 @@
+"""Classification of a labelled set: accuracies by class, domain and class group, confusion matrix, worst mistakes.
+
+N images, B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Context, DualEncoder, ImageClassifier, Result, gather_rows, require_protocol
+from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import ClassVectors, require_same_classes
+
+TOP_K = 5
+WORST = 24
+"""Mistakes that are kept for the report."""
+
+
+class ZeroShotClassifier:
+    """A DualEncoder with class vectors as an ImageClassifier: the teacher beside its student."""
+
+    def __init__(self, encoder: DualEncoder, vectors: ClassVectors) -> None:
+        self.name = encoder.name
+        self.image_spec: ImageSpec = encoder.image_spec
+        self.class_names = vectors.class_names
+        self._encoder, self._vectors = encoder, vectors
+
+    def classify(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in `image_spec`'s statistics -> scaled cosines [B,C], fp32."""
+        return self._vectors.logits(self._encoder.encode_image(images))
+
+
+class Classification:
+    """Top-1, top-5, mean over classes; with domains top-1 of each and their mean; base, novel and harmonic mean.
+
+    Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (macro average over the classes that occur); with several
+    domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and
+    `harmonic_mean`. The images of a group compete only among the group's classes (PromptKD spec b.4), all in the same
+    forward pass.
+
+    Details, plain data: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion
+    matrix that are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest
+    probability, as {key, label, predicted, probability}; the unreadable files.
+    """
+
+    name = "classification"
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        class_names: Sequence[str],
+        *,
+        dataset: str,
+        domains: Sequence[str] = (),
+        base: Sequence[int] = (),
+        novel: Sequence[int] = (),
+    ) -> None:
+        if not items:
+            raise UserError(f"classification set {dataset} has no images; choose another split")
+        for item in items:
+            if item.label == UNLABELLED or item.label >= len(class_names):
+                raise UserError(
+                    f"classification set {dataset}: {item.key} has label {item.label}, but there are "
+                    f"{len(class_names)} classes; evaluate on labelled images"
+                )
+        if bool(base) != bool(novel) or set(base) & set(novel):
+            raise UserError(
+                f"classification set {dataset}: base and novel must be two class groups without a common class"
+            )
+        self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
+        self.domains = list(domains)
+        self.groups = {"base": list(base), "novel": list(novel)} if base else {}
+
+    @classmethod
+    def of(
+        cls, data: LabelledSet, split: str = "test", *, base: Sequence[int] = (), novel: Sequence[int] = ()
+    ) -> Classification:
+        """The evaluator of one split of a labelled set, which is called `<set>_<split>`, or `<set>` for the test split.
+
+        Raises:
+            UserError: the set has no such split.
+        """
+        if split not in data.splits:
+            raise UserError(f"data set {data.name} has no split {split}; it has {', '.join(data.splits)}")
+        name = data.name if split == "test" else f"{data.name}_{split}"
+        return cls(
+            data.splits[split], data.class_names, dataset=name, domains=data.domains, base=base, novel=novel
+        )
+
+    def run(self, predictor: Any, context: Context) -> list[Result]:
+        """Classify the images of all ranks.
+
+        Raises:
+            UserError: no ImageClassifier, or one of other classes.
+        """
+        require_protocol(self.name, predictor, ImageClassifier)
+        require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
+        images = [item.image for item in self.items]
+        stream = ImageOutputs(
+            predictor.classify, predictor.image_spec, images, f"{self.dataset}: images", context
+        )
+        indices, rows = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 4)]
+        for found, logits in stream:
+            indices.append(found)
+            rows.append(self._judge(found, logits.cpu()))
+        unreadable = stream.unreadable()
+        ids, judged = gather_rows(torch.cat(indices), torch.cat(rows))
+        return [self._result([self.items[index] for index in ids.tolist()], judged, unreadable)]
+
+    def _judge(self, indices: Tensor, logits: Tensor) -> Tensor:
+        """Per image the predicted class, its probability, whether the label is in the top 5 and first in its group.
+
+        [B,4] in fp32, which holds class numbers exactly.
+        """
+        labels = torch.tensor([self.items[index].label for index in indices.tolist()], dtype=torch.long)
+        order = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
+        predicted = order[:, 0]
+        probability = logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
+        first_in_group = torch.zeros(len(labels), dtype=torch.bool)
+        for classes in self.groups.values():
+            group = torch.tensor(classes)
+            inside = torch.isin(labels, group)
+            first_in_group |= inside & (group[logits[:, group].argmax(dim=1)] == labels)
+        in_top = (order == labels[:, None]).any(dim=1)
+        return torch.stack([part.float() for part in (predicted, probability, in_top, first_in_group)], dim=1)
+
+    def _result(self, items: list[Item], judged: Tensor, unreadable: list[str]) -> Result:
+        count = len(self.class_names)
+        labels = torch.tensor([item.label for item in items])
+        predicted, probability = judged[:, 0].long(), judged[:, 1]
+        right = predicted == labels
+        per_class = _by_group(right, labels, count)
+        metrics = {"top1": _share(right)}
+        if count > TOP_K:
+            metrics["top5"] = _share(judged[:, 2] > 0)
+        shares = [hits / seen for hits, seen in per_class if seen]
+        metrics["mean_per_class"] = sum(shares) / len(shares)
+        details: dict[str, Any] = {"classes": self.class_names, "per_class": per_class, "per_group": {}}
+        if len(self.domains) > 1:
+            per_domain = _by_group(right, torch.tensor([item.domain for item in items]), len(self.domains))
+            details["per_group"] |= dict(zip(self.domains, per_domain, strict=True))
+            found = {
+                f"{domain}_top1": hits / seen
+                for domain, (hits, seen) in zip(self.domains, per_domain, strict=True)
+                if seen
+            }
+            metrics |= found | {"mean_domain_top1": sum(found.values()) / len(found)}
+        for name, classes in self.groups.items():
+            inside = torch.isin(labels, torch.tensor(classes))
+            details["per_group"][name] = [int(judged[inside, 3].sum()), int(inside.sum())]
+        if self.groups:
+            metrics |= self._base_and_novel(details["per_group"])
+        cells, numbers = torch.unique(labels * count + predicted, return_counts=True)
+        details["confusion"] = [
+            [cell // count, cell % count, number]
+            for cell, number in zip(cells.tolist(), numbers.tolist(), strict=True)
+        ]
+        wrong = (~right).nonzero()[:, 0]
+        worst = wrong[probability[wrong].argsort(descending=True, stable=True)[:WORST]]
+        details["mistakes"] = [
+            {
+                "key": items[index].key,
+                "label": items[index].label,
+                "predicted": int(predicted[index]),
+                "probability": float(probability[index]),
+            }
+            for index in worst.tolist()
+        ]
+        if unreadable:
+            metrics["unreadable"] = float(len(unreadable))
+            details["unreadable"] = unreadable
+        return Result(self.name, self.dataset, metrics, len(items), details)
+
+    def _base_and_novel(self, per_group: dict[str, list[int]]) -> dict[str, float]:
+        for name in self.groups:
+            if not per_group[name][1]:
+                raise UserError(f"classification set {self.dataset} has no readable image of a {name} class")
+        base, novel = (per_group[name][0] / per_group[name][1] for name in ("base", "novel"))
+        return {"base_top1": base, "novel_top1": novel, "harmonic_mean": harmonic_mean(base, novel)}
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """2bn / (b + n); 0 when both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel else 0.0
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)
+
+
+def _by_group(right: Tensor, group: Tensor, count: int) -> list[list[int]]:
+    """(right, seen) of every group number below `count`."""
+    seen = torch.bincount(group, minlength=count)
+    hits = torch.bincount(group[right], minlength=count)
+    return [list(pair) for pair in zip(hits.tolist(), seen.tolist(), strict=True)]

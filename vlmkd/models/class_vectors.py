@@ -1,0 +1,254 @@
+"""Class vectors: what a teacher's text tower says about the classes, computed once and stored.
+
+The artefact that teacher and student share (PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits
+and its text initialisation). It knows of what classes, prompts and teacher it was made, and says so by its digest.
+
+Letters: C classes, P prompts per class, D embedding width, B batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkd.errors import UserError
+from vlmkd.evaluation.prompts import fill
+from vlmkd.models.checkpoints import read_safetensors
+
+Normalise = Literal["each_and_mean", "each", "mean", "none"]
+"""Which vectors are made unit vectors: those of each prompt, their mean, both, or none.
+
+`each_and_mean`: OpenAI's and open_clip's classifiers, PromptKD, VL2V-ADiP. `each`: DHO's open_clip teachers, as its code
+has it. `mean`: PromptSRC's frozen text features. `none`: DHO's text initialisation.
+"""
+
+
+class TextEncoder(Protocol):
+    """The text side of a DualEncoder."""
+
+    name: str
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of cosine similarities in the model's logits."""
+        ...
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """N texts -> unit vectors [N, D], fp32."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassVectors:
+    """One vector per class, and where they come from."""
+
+    vectors: Tensor
+    """[C, D] fp32 on the CPU; unit rows where `normalise` makes them so."""
+    class_names: list[str]
+    templates: list[str]
+    """The prompts, with `{}` or `{c}` for the class name."""
+    teacher: str
+    """Name of the model."""
+    teacher_digest: str
+    """Digest of the weights (and trained prompts) behind the vectors."""
+    logit_scale: float
+    """Factor of the cosines in the teacher's logits."""
+    normalise: Normalise = "each_and_mean"
+
+    def __post_init__(self) -> None:
+        """Refuse vectors that are not one finite fp32 row per class."""
+        shape = tuple(self.vectors.shape)
+        if self.vectors.ndim != 2 or shape[0] != len(self.class_names) or self.vectors.dtype != torch.float32:
+            raise ValueError(
+                f"{shape} {self.vectors.dtype} vectors for {len(self.class_names)} classes; need fp32 [C, D]"
+            )
+        if not self.vectors.isfinite().all():
+            raise UserError(f"class vectors of {self.teacher} are not finite; check its weights")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the class names in order, the prompts, the teacher's digest and the normalisation."""
+        facts = [self.class_names, self.templates, self.teacher_digest, self.normalise]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def logits(self, image_embeds: Tensor) -> Tensor:
+        """The teacher's logits of unit vectors [B, D]: [B, C], fp32."""
+        return self.logit_scale * image_embeds.float() @ self.vectors.to(image_embeds.device).T
+
+    def of_classes(self, classes: Sequence[int]) -> ClassVectors:
+        """The vectors of some classes, in their order."""
+        rows = list(classes)
+        return replace(
+            self, vectors=self.vectors[rows], class_names=[self.class_names[index] for index in rows]
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file with the facts as its metadata; it appears complete or not at all."""
+        from safetensors.torch import save_file
+
+        facts = {
+            "class_names": self.class_names,
+            "templates": self.templates,
+            "teacher": self.teacher,
+            "teacher_digest": self.teacher_digest,
+            "logit_scale": self.logit_scale,
+            "normalise": self.normalise,
+            "digest": self.digest,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        save_file({"vectors": self.vectors.contiguous()}, partial, {"class_vectors": json.dumps(facts)})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(
+        cls, path: Path, *, expect_class_names: Sequence[str] | None = None, expect_digest: str | None = None
+    ) -> ClassVectors:
+        """Read a file of `save`.
+
+        Raises:
+            UserError: no such file, of other classes than expected, or with another digest than expected.
+        """
+        facts, vectors = _read(path)
+        stored = facts.pop("digest")
+        found = cls(vectors=vectors, **facts)
+        if stored != found.digest:
+            raise UserError(f"class vectors {path} were edited: their digest does not fit; make them again")
+        if expect_class_names is not None:
+            require_same_classes(found.class_names, list(expect_class_names), f"class vectors {path}")
+        if expect_digest is not None and found.digest != expect_digest:
+            raise UserError(
+                f"class vectors {path} have digest {found.digest[:12]} instead of {expect_digest[:12]}: other prompts, "
+                f"teacher ({found.teacher}) or normalisation ({found.normalise}); make them again"
+            )
+        return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UserError(f"class vectors {path} do not exist; make them first")
+    tensors = read_safetensors(path)
+    with safe_open(path, "pt") as stream:
+        facts = (stream.metadata() or {}).get("class_vectors")
+    if facts is None or "vectors" not in tensors:
+        raise UserError(f"{path} holds no class vectors; name a file that ClassVectors.save wrote")
+    return json.loads(facts), tensors["vectors"]
+
+
+def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
+    """Refuse class lists that differ in a name, the order or the number; `what` has the classes `found`.
+
+    Underscores, white space and case do not count: folders and prompts spell the same class differently.
+
+    Raises:
+        UserError: names the first class that differs.
+    """
+    if len(found) != len(wanted):
+        raise UserError(
+            f"{what} has {len(found)} classes, but {len(wanted)} are asked for; use the class list it was made with"
+        )
+    for index, (name, other) in enumerate(zip(found, wanted, strict=True)):
+        if _key(name) != _key(other):
+            raise UserError(
+                f"{what}: class {index} is {name!r}, but {other!r} is asked for; use the class list it was made with"
+            )
+
+
+def prompt_name(class_name: str) -> str:
+    """A class name as prompts have it: underscores and runs of white space are one space."""
+    return " ".join(class_name.replace("_", " ").split())
+
+
+def _key(class_name: str) -> str:
+    """Equal for names that are the same class."""
+    return prompt_name(class_name).casefold()
+
+
+def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = False) -> None:
+    """Refuse an empty list, an empty name, and classes whose prompts are equal but for case.
+
+    `allow_duplicates` is for ImageNet, whose published names have `missile` and `sunglasses` twice.
+
+    Raises:
+        UserError: names the classes.
+    """
+    if not class_names:
+        raise UserError("the list of class names is empty; name at least one class")
+    first: dict[str, int] = {}
+    for index, name in enumerate(class_names):
+        key = _key(name)
+        if not key:
+            raise UserError(f"class {index} has the name {name!r}; give it a word")
+        if key in first and not allow_duplicates:
+            other = first[key]
+            raise UserError(
+                f"classes {other} ({class_names[other]!r}) and {index} ({name!r}) have the same prompt; rename one "
+                "(ImageNet's own two pairs: allow_duplicates)"
+            )
+        first.setdefault(key, index)
+
+
+def encode_classes(
+    encoder: TextEncoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    normalise: Normalise = "each_and_mean",
+    *,
+    teacher_digest: str,
+    batch_size: int = 256,
+    allow_duplicates: bool = False,
+) -> ClassVectors:
+    """Mean prompt vector of every class, by `encoder`; underscores in class names become spaces.
+
+    The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
+    vectors. A constant logit scale (DHO: 100) is put in by `dataclasses.replace(vectors, logit_scale=100.0)`.
+
+    Raises:
+        UserError: colliding class names, no template or one without a place for the class, or an encoder that gives
+            unit vectors only where others are needed.
+    """
+    assert normalise in get_args(Normalise), normalise
+    check_class_names(class_names, allow_duplicates=allow_duplicates)
+    _check_templates(templates)
+    raw = normalise in ("mean", "none")
+    encode = getattr(encoder, "text_features", None) if raw else encoder.encode_text
+    if encode is None:
+        raise UserError(
+            f"class vectors with normalise={normalise} need text features before normalisation, which {encoder.name} does "
+            "not give; use a CLIP, or normalise=each_and_mean"
+        )
+    texts = [fill(template, prompt_name(name)) for name in class_names for template in templates]
+    with torch.no_grad():
+        parts = [encode(texts[at : at + batch_size]) for at in range(0, len(texts), batch_size)]
+    vectors = torch.cat([part.float().cpu() for part in parts])
+    vectors = vectors.reshape(len(class_names), len(templates), -1).mean(dim=1)
+    if normalise in ("each_and_mean", "mean"):
+        vectors = F.normalize(vectors, dim=-1)
+    return ClassVectors(
+        vectors=vectors,
+        class_names=list(class_names),
+        templates=list(templates),
+        teacher=encoder.name,
+        teacher_digest=teacher_digest,
+        logit_scale=float(encoder.logit_scale),
+        normalise=normalise,
+    )
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    if not templates:
+        raise UserError("the list of prompt templates is empty; give at least `a photo of a {}.`")
+    for template in templates:
+        if "{}" not in template and "{c}" not in template:
+            raise UserError(f"prompt template {template!r} has no {{}} or {{c}} for the class name; add it")

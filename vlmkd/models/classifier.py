@@ -1,0 +1,146 @@
+"""An image classifier made of parts: backbone, projector where there is one, head; and the predictor around it.
+
+Letters: B batch, C classes, d feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.backbones import Backbone, build_backbone
+from vlmkd.models.clip import compute_dtype, evaluating
+from vlmkd.models.heads import DualHead, DualLogits, Projector, build_head, mix_heads
+
+DEFAULT_MIX = (0.5, 0.5)
+"""Alpha and beta of a dual head where nobody chose them (DHO's low-shot runs)."""
+
+
+class Classifier(nn.Module):
+    """images -> head(projector(backbone(images))); the student of classification runs."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, projector: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+        self.head = head
+
+    def features(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w] in the backbone's statistics -> what the head sees [B, d]."""
+        features = self.backbone(images.to(compute_dtype(self.backbone)))
+        return features if self.projector is None else self.projector(features)
+
+    def forward(self, images: Tensor) -> Any:
+        """images [B, 3, h, w] -> logits [B, C], or DualLogits."""
+        return self.head(self.features(images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """All that a classifier is, but for its weights; `build` makes it without any download. Plain data."""
+
+    backbone: dict[str, Any]
+    head: dict[str, Any]
+    projector: dict[str, Any] | None = None
+    class_names: list[str]
+    image_spec: ImageSpec
+    source: str
+    """Where the backbone came from."""
+    templates: list[str] = field(default_factory=list)
+    """Prompts of the class vectors, where the head has such."""
+    mix: tuple[float, float] | None = None
+    """Alpha and beta of a dual head."""
+
+    def __post_init__(self) -> None:
+        """Refuse a head of another number of classes, and a mix without two heads."""
+        if self.head["classes"] != len(self.class_names):
+            raise UserError(
+                f"classifier config: the head has {self.head['classes']} classes, but there are "
+                f"{len(self.class_names)} class names; give one name per class"
+            )
+        if (self.head["kind"] == "dual") != (self.mix is not None):
+            raise UserError(
+                f"classifier config: mix is {self.mix} with a {self.head['kind']} head; a dual head needs one"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        head: Any,
+        projector: Projector | None = None,
+        *,
+        class_names: Sequence[str],
+        templates: Sequence[str] = (),
+        mix: tuple[float, float] | None = None,
+    ) -> ClassifierConfig:
+        """The config of Classifier(backbone.module, head, projector); a dual head gets DEFAULT_MIX without a `mix`."""
+        if mix is None and isinstance(head, DualHead):
+            mix = DEFAULT_MIX
+        return cls(
+            backbone=backbone.config,
+            head=head.config,
+            projector=None if projector is None else projector.config,
+            class_names=list(class_names),
+            image_spec=backbone.image_spec,
+            source=backbone.source,
+            templates=list(templates),
+            mix=mix,
+        )
+
+    def build(self) -> Classifier:
+        """The classifier with random weights.
+
+        Raises:
+            UserError: a part that this version does not know.
+        """
+        projector = None if self.projector is None else Projector(**self.projector)
+        return Classifier(build_backbone(self.backbone), build_head(self.head), projector)
+
+    def with_mix(self, alpha: float, beta: float) -> ClassifierConfig:
+        """The same classifier with other mixing weights."""
+        return dataclasses.replace(self, mix=(alpha, beta))
+
+
+class ClassifierPredictor:
+    """The ImageClassifier that evaluators call, around any module with Classifier's forward (an engine's wrapper too).
+
+    `mix` is read at every call, so that a search may set it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: Callable[[Tensor], Any],
+        image_spec: ImageSpec,
+        class_names: Sequence[str],
+        mix: tuple[float, float] | None = None,
+    ) -> None:
+        self.name = name
+        self.module: Any = module
+        self.image_spec = image_spec
+        self.class_names = list(class_names)
+        self.mix = mix
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, config: ClassifierConfig) -> ClassifierPredictor:
+        """The predictor of a classifier with this config."""
+        return cls(name, module, config.image_spec, config.class_names, config.mix)
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w] in `image_spec`'s statistics -> logits [B, C], fp32; those of a dual head are mixed."""
+        device = next(self.module.parameters()).device
+        with evaluating(self.module):
+            output = self.module(images.to(device))
+        if isinstance(output, DualLogits):
+            assert self.mix is not None, "a dual head needs mixing weights"
+            return mix_heads(output, *self.mix)
+        return output.float()

@@ -1,0 +1,194 @@
+"""What turns features into logits: linear, dual (DHO) and text-vector heads, and the projector before them.
+
+Logits are fp32 in every precision: the features and the head's weights are converted, and autocast is off inside.
+
+Letters: B batch, C classes, d feature width, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+
+KdHead = Literal["linear", "scaled_linear", "cosine"]
+
+KD_SCALE = 100.0
+"""Factor of the aligned KD heads, 1/zeta of DHO's paper (zeta 0.01)."""
+
+
+class LinearHead(nn.Linear):
+    """features [B, d] -> logits [B, C], fp32."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """W z + b."""
+        with torch.autocast(features.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(features.float(), self.weight.float(), bias)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `build_head` takes."""
+        return {"kind": "linear", "width": self.in_features, "classes": self.out_features}
+
+
+class CosineHead(LinearHead):
+    """features [B, d] -> cosines [B, C] with the rows of the weight, fp32; no bias."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__(width, num_classes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """cos(z, w_c)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(F.normalize(features.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
+
+
+class DualLogits(NamedTuple):
+    """Logits of the two heads, [B, C] each, fp32."""
+
+    ce: Tensor
+    kd: Tensor
+
+
+class DualHead(nn.Module):
+    """A head for labels and a head for a teacher on one feature (DHO spec b.3).
+
+    The label head is linear on the feature as it is. The teacher head, by `kd`:
+    `linear`: W z + b; `scaled_linear`: 100 (W n(z) + b), the reference's code, which its released weights need;
+    `cosine`: 100 cos(z, w_c), the paper's formula, without a bias.
+    """
+
+    def __init__(self, width: int, num_classes: int, *, kd: KdHead = "linear") -> None:
+        super().__init__()
+        self.kd = kd
+        self.ce_head = LinearHead(width, num_classes)
+        self.kd_head = CosineHead(width, num_classes) if kd == "cosine" else LinearHead(width, num_classes)
+
+    def forward(self, features: Tensor) -> DualLogits:
+        """features [B, d] -> logits of both heads."""
+        # The scale is applied outside: the heads are modules of their own, around which ZeRO 3 gathers their weights.
+        if self.kd == "linear":
+            return DualLogits(self.ce_head(features), self.kd_head(features))
+        features = features.float()
+        return DualLogits(self.ce_head(features), KD_SCALE * self.kd_head(F.normalize(features, dim=-1)))
+
+    @torch.no_grad()
+    def init_from_text(self, vectors: Tensor) -> None:
+        """Both weights become the class vectors [C, d] (DHO: un-normalised, of the student's own text tower), biases 0.
+
+        Raises:
+            UserError: vectors of another size.
+        """
+        wanted = tuple(self.ce_head.weight.shape)
+        if tuple(vectors.shape) != wanted:
+            raise UserError(
+                f"text initialisation: class vectors are {list(vectors.shape)}, but the heads need {list(wanted)}; take "
+                "the text tower that belongs to this backbone, or head_init=default"
+            )
+        for head in (self.ce_head, self.kd_head):
+            head.weight.copy_(vectors)
+            if head.bias is not None:
+                head.bias.zero_()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `build_head` takes."""
+        return {**self.ce_head.config, "kind": "dual", "kd": self.kd}
+
+
+def mix_heads(logits: DualLogits, alpha: float, beta: float) -> Tensor:
+    """log(alpha softmax(ce) + (1 - alpha) softmax(kd / beta)), [B, C] fp32: DHO's prediction (spec b.4).
+
+    Its softmax is the mixture itself.
+    """
+    ce, kd = logits.ce.float().log_softmax(dim=-1), (logits.kd.float() / beta).log_softmax(dim=-1)
+    if alpha == 0.0:
+        return kd
+    if alpha == 1.0:
+        return ce
+    return torch.logaddexp(ce + math.log(alpha), kd + math.log1p(-alpha))
+
+
+class Projector(nn.Module):
+    """features [B, d] -> [B, D] by `layers` linear layers, with BatchNorm and ReLU between them.
+
+    One layer is VL2V-ADiP's projector, two are PromptKD's, whose hidden width is D. PyTorch's default initialisation.
+    """
+
+    def __init__(self, width: int, embed_dim: int, *, layers: int = 1) -> None:
+        super().__init__()
+        if layers < 1:
+            raise UserError(f"projector layers is {layers}; it needs at least 1")
+        parts: list[nn.Module] = [nn.Linear(width, embed_dim)]
+        for _ in range(layers - 1):
+            parts += [nn.BatchNorm1d(embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)]
+        self.layers = nn.Sequential(*parts)
+        self.config = {"width": width, "embed_dim": embed_dim, "layers": layers}
+        """Keyword arguments that make the same projector."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, d] -> [B, D], in the type that it computes in."""
+        return self.layers(features)
+
+
+class TextClassifier(nn.Module):
+    """logit_scale times the cosines of features [B, D] with class vectors [C, D]; fp32 logits, nothing to train.
+
+    The rows are used as they are given: `ClassVectors` of mode `each` are deliberately no unit vectors.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, vectors: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        self.logit_scale = logit_scale
+        self.register_buffer("vectors", vectors.detach().float().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B, D], of any length -> logits [B, C]."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.logit_scale * F.linear(F.normalize(features.float(), dim=-1), self.vectors)
+
+    def swap(self, vectors: Tensor) -> None:
+        """Classify among other classes from now on: `vectors` [C', D].
+
+        Raises:
+            UserError: vectors of another width.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.vectors.shape[1]:
+            raise UserError(
+                f"class vectors are {list(vectors.shape)}, but this classifier needs [C, {self.vectors.shape[1]}]; take "
+                "those of the teacher that it was trained with"
+            )
+        self.vectors = vectors.detach().float().to(self.vectors.device).clone()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TextClassifier:
+        """Follow the module to its device, but stay fp32 when the other weights are made half precision."""
+        exact = self.vectors
+        super()._apply(fn, recurse)
+        self.vectors = exact.to(self.vectors.device)
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `build_head` takes."""
+        classes, width = self.vectors.shape
+        return {"kind": "text", "width": width, "classes": classes, "logit_scale": self.logit_scale}
+
+
+def build_head(config: dict[str, Any]) -> nn.Module:
+    """The head that a `config` property describes, without its weights."""
+    width, classes = config["width"], config["classes"]
+    if config["kind"] == "linear":
+        return LinearHead(width, classes)
+    if config["kind"] == "dual":
+        return DualHead(width, classes, kd=config["kd"])
+    if config["kind"] == "text":
+        return TextClassifier(torch.zeros(classes, width), config["logit_scale"])
+    raise UserError(f"classifier config: unknown head {config['kind']!r}; it is linear, dual or text")
