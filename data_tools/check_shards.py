@@ -18,7 +18,7 @@ from vlmkd.config import DataConfig
 from vlmkd.data.decode import BadImageError, decode
 from vlmkd.data.samples import BadSample, checked_size, members, unpack
 from vlmkd.data.shards import RawSample, expand, read_shard
-from vlmkd.errors import UserError
+from vlmkd.errors import run_tool
 
 
 def check(raw: RawSample, cfg: DataConfig, pixels: bool) -> BadSample | None:
@@ -65,8 +65,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

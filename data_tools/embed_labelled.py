@@ -27,7 +27,7 @@ from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.ledger import Budget, Ledger, Policy, Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
@@ -181,8 +181,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

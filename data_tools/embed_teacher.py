@@ -24,7 +24,7 @@ from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 from vlmkd.models.clip import ClipModel, load_clip
 
 
@@ -115,8 +115,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.data.shards import expand, read_shard
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 _DEFAULT_PER_SHARD = 1000
@@ -204,8 +204,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

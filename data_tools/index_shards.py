@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.data.shards import expand, is_remote, read_shard
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 
 def count(url: str) -> int:
@@ -62,8 +62,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vlmkd.data import few_shot_sets
 from vlmkd.data.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
 from vlmkd.data.folders import class_folder_names, images_of_classes
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 Entry = tuple[str, int, str]
 """Path below the image folder, label, class name."""
@@ -242,8 +242,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -29,7 +29,7 @@ from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
 from vlmkd.data.shards import read_shard
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 from vlmkd.logging import duration
 from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle, train_heads
 from vlmkd.zoo import sha256_of
@@ -124,8 +124,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

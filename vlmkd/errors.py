@@ -1,5 +1,9 @@
 """The one exception that a user is meant to read."""
 
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """A mistake in the user's input, told in one line that names the thing and the mend.
@@ -7,3 +11,12 @@ class UserError(ValueError):
     Entry points (`vlmkd.run.main`, every script) print the message alone and exit with code 2; any other
     exception is a defect of ours and keeps its traceback.
     """
+
+
+def run_tool(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a tool's `main` with the command line and exit with its code; a UserError is one line and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
