@@ -2,8 +2,9 @@
 
 python scripts/seeds_table.py runs/emoji_table --baseline scratch_contrastive [--markdown table.md]
 
-With --baseline, a last column says at which share of the steps each arm passes the baseline's final score, in the first
-metric of the table.
+A run that starts from the export of a run beside it (student.model=local-dir:RUN/export) counts that run's steps, too.
+With --baseline, a last column says after how many steps each arm passes the baseline's final score, in the first metric
+of the table, and by which factor that is sooner.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
@@ -49,38 +53,67 @@ def spread(values: list[float], key: str) -> str:
     return f"{format_score(key, statistics.mean(values))} ± {format_score(key, statistics.stdev(values))}"
 
 
-def first_pass(run: Run, key: str, goal: float) -> float | None:
-    """Share of the run's steps at which its student first reached `goal` in `key`; None: never."""
+def steps_before(run: Run) -> int:
+    """Steps of the runs that made this run's initial student: those whose export its `student.model` names.
+
+    Raises:
+        UserError: a stage before is not beside this run any more.
+    """
+    export = re.fullmatch(r"local-dir:(?:.*/)?([^/]+)/export/?", str(_config(run.folder)["student"]["model"]))
+    if not export:
+        return 0
+    stage = run.folder.resolve().parent / export[1]
+    if not (stage / "metrics.jsonl").is_file():
+        raise UserError(
+            f"{run.folder} starts from the run {stage}, which is gone: its steps can not be counted"
+        )
+    return int(_config(stage)["steps"]) + steps_before(read_run(stage))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return config
+
+
+def first_pass(run: Run, key: str, goal: float) -> int | None:
+    """Steps after which the run's student first reached `goal` in `key`, stages before included; None: never."""
     steps = run.evals[STUDENT]
     reached = [step for step in sorted(steps) if steps[step].get(key, -1.0) >= goal]
-    return reached[0] / max(steps) if reached else None
+    return steps_before(run) + reached[0] if reached else None
 
 
 def table(arms: dict[str, list[Run]], baseline: str) -> str:
     """The Markdown table; teachers first."""
     rows = rows_of([run for runs in arms.values() for run in runs])
     keys = [key for key in columns_of(rows) if metric_name(key) != "mean per class"]
-    head = ["model", "params (M)", "seeds", *(f"{key.split('/')[0]} {metric_name(key)}" for key in keys)]
+    names = [f"{key.split('/')[0]} {metric_name(key)}" for key in keys]
+    head = ["model", "params (M)", "seeds", "steps", *names]
     if baseline:
-        head.append(f"share of steps to {baseline}'s final score")
+        head.append(f"steps to {baseline}'s {names[0]}")
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         if row.teacher:
             size = f"{row.parameters / 1e6:.2f}" if row.parameters else "-"
-            cells = [row.label, size, "", *(format_score(key, row.scores.get(key)) for key in keys)]
+            cells = [row.label, size, "", "", *(format_score(key, row.scores.get(key)) for key in keys)]
             lines.append("| " + " | ".join(cells + [""] * bool(baseline)) + " |")
     for arm, runs in arms.items():
         sizes = {run.parameters[STUDENT] / 1e6 for run in runs if STUDENT in run.parameters}
         size = "-".join(f"{value:.2f}" for value in sorted({min(sizes), max(sizes)})) if sizes else "-"
-        cells = [arm, size, str(len(runs))]
+        lengths = sorted({steps_before(run) + max(run.evals[STUDENT]) for run in runs})
+        cells = [arm, size, str(len(runs)), "-".join(map(str, lengths))]
         cells += [spread([run.final[STUDENT][key] for run in runs], key) for key in keys]
         if baseline:
             goal = statistics.mean(run.final[STUDENT][keys[0]] for run in arms[baseline])
-            shares = [first_pass(run, keys[0], goal) for run in runs]
-            whole = [share for share in shares if share is not None]
-            cells.append(
-                f"{statistics.mean(whole):.2f}" if len(whole) == len(shares) else "not reached by all"
-            )
+            passes = [first_pass(run, keys[0], goal) for run in runs]
+            reached = [steps for steps in passes if steps is not None]
+            if len(reached) == len(passes):
+                mean = statistics.mean(reached)
+                whole = statistics.mean(max(run.evals[STUDENT]) for run in arms[baseline])
+                cells.append(
+                    f"{mean:.0f} ({whole / mean:.1f} times fewer)" if mean < whole else f"{mean:.0f}"
+                )
+            else:
+                cells.append("not reached" if not reached else f"reached by {len(reached)} of {len(passes)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The table of the README: six ways to the same small CLIP on the emoji set, equal steps, several seeds.
 #
-#   bash projects/tinyclip/scripts/emoji_table.sh            (two CPU cores; the page says how long it took)
+#   bash projects/tinyclip/scripts/emoji_table.sh [field=value ...]        (two CPU cores; the README says how long it took)
 #
-# RUNS (default: runs/emoji_table), SEEDS (default: "0 1 2") and STEPS (default: 600, divisible by 12) may be set.
-# Finished runs are kept and interrupted ones go on, so the command can be repeated at any time.
+# RUNS (default: runs/emoji_table), SEEDS (default: "0 1 2") and STEPS (default: 600, divisible by 12) may be set;
+# arguments go to every run. Finished runs are kept and interrupted ones go on, so the command can be repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 runs="${RUNS:-runs/emoji_table}"
 steps="${STEPS:-600}"
+extra=("$@")
 configs=projects/tinyclip/configs/emoji
 python="$(bash scripts/setup.sh --python)"
 
@@ -21,14 +22,16 @@ distill() { # NAME CONFIG [field=value ...]
     local name="$1" config="$2"
     shift 2
     bash scripts/launch.sh projects/tinyclip/train_distill.py "$configs/base.yaml" "$configs/$config.yaml" \
-        run_dir="$runs/$name" seed="$seed" steps="$steps" evaluation.every_steps=$((steps / 12)) "$@"
+        run_dir="$runs/$name" seed="$seed" steps="$steps" evaluation.every_steps=$((steps / 12)) \
+        evaluation.retrieval=[] "${extra[@]}" "$@"
 }
 
 # One stage: a third of its steps learns the masks, the rest distils the fused model.
 stage() { # NAME INIT START TARGET STEPS FREEZE
     bash scripts/launch.sh projects/tinyclip/train_mask.py "$configs/base.yaml" "$configs/mask.yaml" \
         run_dir="$runs/$1_mask" seed="$seed" steps=$(($5 / 3)) student.model="$2" masks.start_sparsity="$3" \
-        masks.target_sparsity="$4" masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6" "${cached[@]}"
+        masks.target_sparsity="$4" masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6" "${cached[@]}" \
+        evaluation.retrieval=[] "${extra[@]}"
     distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
 }
 
