@@ -1,48 +1,46 @@
 #!/usr/bin/env bash
 # PromptKD from end to end on the embedded emoji set, base and novel classes, on two CPU cores.
 #
-#   bash projects/promptkd/scripts/nano.sh
+#   bash projects/promptkd/scripts/nano.sh [field=value ...]              (one seed)
+#   SEEDS="1 2 3" bash projects/promptkd/scripts/nano.sh                  (the table of the README)
 #
 # Zero-shot student and teacher, the teacher with prompts from 16 shots of the base classes, the student distilled without
-# labels; and one epoch with the text tower at every step beside one with stored class vectors, for their seconds a step.
-# RUNS (default: runs/promptkd_emoji) is the folder of everything; finished runs are kept.
+# labels; and one short run with the text tower at every step beside the same one with stored class vectors. RUNS (default:
+# runs/promptkd_emoji) is the folder of everything, SEEDS (default: 1) are the students'; arguments go to every student.
+# Finished runs are kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 runs="${RUNS:-runs/promptkd_emoji}"
+seeds="${SEEDS:-1}"
+extra=("$@")
 configs=projects/promptkd/configs/emoji
 python="$(bash scripts/setup.sh --python)"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
 
-measure() { # NAME CHECKPOINT
-    bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data emoji --quiet --ckpt "$2" --json "$runs/$1.json"
+measure() { # NAME CHECKPOINT [SEED ...]
+    bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data emoji --quiet --ckpt "$2" \
+        --json "$runs/$1.json" ${3:+--seeds "${@:3}"}
 }
 student() { # NAME [field=value ...]
     bash scripts/launch.sh projects/promptkd/train_student.py "$configs/base.yaml" "$configs/student.yaml" \
-        run_dir="$runs/$1" teacher.prompts="$runs/teacher/export" "${@:2}"
+        run_dir="$runs/$1" teacher.prompts="$runs/teacher/export" "${@:2}" ${extra[@]+"${extra[@]}"}
 }
 
 bash scripts/launch.sh projects/promptkd/train_teacher.py "$configs/base.yaml" "$configs/teacher.yaml" run_dir="$runs/teacher"
 bash scripts/launch.sh projects/promptkd/build_bank.py data.set=emoji out="$runs/class_vectors.safetensors" \
     teacher.prompts="$runs/teacher/export"
-student student class_vectors="$runs/class_vectors.safetensors"
-student stored_class_vectors class_vectors="$runs/class_vectors.safetensors" epochs=1 batch_size=8 shots=8 optim.lr=0.005
-student text_every_step text_every_step=true epochs=1 batch_size=8 shots=8 optim.lr=0.005
+stored=(class_vectors="$runs/class_vectors.safetensors")
+for seed in $seeds; do
+    student "student_s$seed" seed="$seed" evaluate_every_epochs=1 "${stored[@]}"
+done
+short=(epochs=1 shots=8 log.every_steps=2)
+student stored_class_vectors "${stored[@]}" "${short[@]}"
+student text_every_step text_every_step=true "${short[@]}"
 
 measure zero_shot_student clip:zoo:tinyclip-emoji-student
 measure zero_shot_teacher clip:zoo:tinyclip-emoji-teacher
 measure prompted_teacher "$runs/teacher"
-measure distilled_student "$runs/student"
-"$python" - "$runs" <<'PYTHON'
-import json
-import pathlib
-import sys
-
-runs = pathlib.Path(sys.argv[1])
-for name in ("zero_shot_student", "zero_shot_teacher", "prompted_teacher", "distilled_student"):
-    row = json.loads((runs / f"{name}.json").read_text())["summary"]["average"]
-    print(f"{name:20} " + "  ".join(f"{key} {100 * row[key]:.2f}" for key in ("base_top1", "novel_top1", "harmonic_mean")))
-for name in ("stored_class_vectors", "text_every_step"):
-    lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-    spent = [line["step_s"] for line in lines if line["kind"] == "train"][1:]
-    print(f"{name:20} {sum(spent) / len(spent):.3f} s a step")
-PYTHON
+# shellcheck disable=SC2086
+measure distilled_student "$runs/student_s{seed}" $seeds
+"$python" -m projects.promptkd.table "$runs" --markdown "$runs/table.md"
+cat "$runs/table.md"

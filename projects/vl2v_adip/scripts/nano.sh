@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The whole leave-one-domain-out table on the emoji styles, on two CPU cores: zero-shot teacher, ERM and VL2V-ADiP.
 #
-#   bash projects/vl2v_adip/scripts/nano.sh [key=value ...]
+#   bash projects/vl2v_adip/scripts/nano.sh [key=value ...]                (one seed)
+#   SEEDS="0 1 2" STAGES="erm kd_cos align distill" bash projects/vl2v_adip/scripts/nano.sh       (the table of the README)
 #
 # RUNS (default: runs/vl2v_nano). The teacher (zoo:tinyclip-emoji-teacher) looks at two views of each picture once; no run
-# asks it again. STAGES (default: "align distill") may add "erm lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd".
+# asks it again. SEEDS (default: 0) are the trial seeds, STAGES (default: "erm align distill") may add
+# "lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd". Finished runs are kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 export RUNS="${RUNS:-runs/vl2v_nano}"
@@ -14,10 +16,13 @@ outputs="$RUNS/teacher_outputs"
 "$python" data_tools/embed_labelled.py --set emoji-domains --model zoo:tinyclip-emoji-teacher --views 2 \
     --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 --grayscale 0.1 --threads 2 --out "$outputs"
 
-for stage in ${STAGES:-align distill}; do
-    stored=("data.teacher_outputs=$outputs")
-    case "$stage" in erm | lp | lp_ft) stored=() ;; esac
-    bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji all ${stored[@]+"${stored[@]}"} "$@"
+for seed in ${SEEDS:-0}; do
+    for stage in ${STAGES:-erm align distill}; do
+        stored=("data.teacher_outputs=$outputs")
+        case "$stage" in erm | lp | lp_ft) stored=() ;; esac
+        bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji all fold.trial_seed="$seed" \
+            ${stored[@]+"${stored[@]}"} "$@"
+    done
 done
 
 "$python" -m projects.vl2v_adip.table "$RUNS" --markdown "$RUNS/table.md" --json "$RUNS/table.json"

@@ -1,0 +1,102 @@
+"""The tables of scripts/nano.sh from its folder: accuracies, accuracy by epoch, cost of the text tower.
+
+python -m projects.promptkd.table runs/promptkd_emoji [--markdown table.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from vlmkd.errors import UserError, run_tool
+
+_ROWS = ("zero_shot_student", "zero_shot_teacher", "prompted_teacher", "distilled_student")
+_KEYS = ("base_top1", "novel_top1", "harmonic_mean")
+_STUDENT = re.compile(r"student_s(\d+)$")
+
+
+def accuracies(folder: Path) -> str:
+    """Base, novel and harmonic mean of every row that eval.py measured; spread over the seeds where there are several.
+
+    Raises:
+        UserError: eval.py wrote no file of a row.
+    """
+    lines = ["| model | seeds | base | novel | harmonic mean |", "|---|---:|---:|---:|---:|"]
+    for name in _ROWS:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run projects/promptkd/scripts/nano.sh first")
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        cells = [_spread([100 * run["metrics"][key] for run in runs]) for key in _KEYS]
+        lines.append(f"| {name.replace('_', ' ')} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_epoch(folder: Path) -> str:
+    """Base, novel and harmonic mean of the distilled student after each epoch."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for run in sorted(path for path in folder.iterdir() if _STUDENT.search(path.name)):
+        evaluated = [line for line in _lines(run) if line["kind"] == "eval" and line["model"] == "student"]
+        for epoch, line in enumerate(evaluated, start=1):
+            scores = {name.rpartition("/")[2]: value for name, value in line.items() if "/" in name}
+            found.setdefault(epoch, []).append(scores)
+    lines = ["| epoch | base | novel | harmonic mean |", "|---:|---:|---:|---:|"]
+    for epoch, scored in found.items():
+        cells = [_spread([100 * scores[key] for scores in scored]) for key in _KEYS]
+        lines.append(f"| {epoch} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def text_tower(folder: Path) -> str:
+    """Seconds a step with the text tower at every step and with stored class vectors, and how far the results differ."""
+    runs = {"text tower at every step": "text_every_step", "stored class vectors": "stored_class_vectors"}
+    seconds, weights = {}, {}
+    for title, name in runs.items():
+        # The first line has the warm-up in it.
+        spent = [line["step_s"] for line in _lines(folder / name) if line["kind"] == "train"][1:]
+        seconds[title] = statistics.median(spent)
+        weights[title] = load_file(folder / name / "export" / "model.safetensors")
+    first, second = weights.values()
+    difference = max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
+    every, stored = seconds.values()
+    lines = ["| class vectors | s a step |", "|---|---:|"]
+    lines += [f"| {title} | {spent:.3f} |" for title, spent in seconds.items()]
+    return (
+        "\n".join(lines)
+        + f"\n\nRatio {every / stored:.2f}; largest difference of a weight at the end: {difference}.\n"
+    )
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m projects.promptkd.table", description="The tables of nano.sh from its folder."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--markdown", type=Path, help="write to this file instead of printing")
+    args = parser.parse_args(argv)
+    text = "\n".join(make(args.folder) for make in (accuracies, by_epoch, text_tower))
+    if args.markdown:
+        args.markdown.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
