@@ -26,12 +26,15 @@ distill() { # NAME CONFIG [field=value ...]
         evaluation.retrieval=[] "${extra[@]}" "$@"
 }
 
-# One stage: a third of its steps learns the masks, the rest distils the fused model.
+# One stage: a third of its steps learns the masks, the rest distils the fused model. The masks have the same way to go in
+# a short stage as in a long one, so that their rates are the higher the fewer the steps.
 stage() { # NAME INIT START TARGET STEPS FREEZE
+    local rate
+    rate="$(awk "BEGIN { print 20 / int($5 / 3) }")"
     bash scripts/launch.sh projects/tinyclip/train_mask.py "$configs/base.yaml" "$configs/mask.yaml" \
         run_dir="$runs/$1_mask" seed="$seed" steps=$(($5 / 3)) student.model="$2" masks.start_sparsity="$3" \
-        masks.target_sparsity="$4" masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6" "${cached[@]}" \
-        evaluation.retrieval=[] "${extra[@]}"
+        masks.target_sparsity="$4" masks.lr="$rate" masks.multiplier_lr="$rate" \
+        masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6" "${cached[@]}" evaluation.retrieval=[] "${extra[@]}"
     distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
 }
 
