@@ -106,6 +106,25 @@ def shard_samples(shards: list[str], left_out: Counter[str]) -> Iterator[dict[st
                 yield raw.members
 
 
+def wrong_captions(
+    samples: Iterable[dict[str, bytes]], share: float, seed: int
+) -> Iterator[dict[str, bytes]]:
+    """The samples in their order, a `share` of them with the captions passed on from one to the next: label noise.
+
+    Raises:
+        UserError: the share is not within 0 and 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise UserError(f"--wrong-captions is {share}; it is a share from 0 to 1")
+    kept = list(samples)
+    captioned = [index for index, members in enumerate(kept) if "txt" in members]
+    chosen = random.Random(seed).sample(captioned, round(share * len(captioned)))
+    texts = [kept[index]["txt"] for index in chosen]
+    for index, text in zip(chosen, texts[1:] + texts[:1], strict=True):
+        kept[index] = kept[index] | {"txt": text}
+    yield from kept
+
+
 def write_shards(
     samples: Iterable[dict[str, bytes]], out: Path, num_shards: int, left_out: Counter[str]
 ) -> int:
@@ -182,14 +201,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--num-shards", type=int, default=0, help="at least ranks x workers; 0: one per 1,000 samples"
     )
-    parser.add_argument("--seed", type=int, default=0, help="order of the images")
+    parser.add_argument(
+        "--wrong-captions",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="with --reshard: this share of the samples get another one's caption, to study noise; held in memory",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="order of the images, and who gets a wrong caption"
+    )
     args = parser.parse_args(argv)
     left_out: Counter[str] = Counter()
+    if args.wrong_captions and not args.reshard:
+        raise UserError("--wrong-captions goes with --reshard")
     if args.reshard:
         if args.num_shards < 1:
             raise UserError("--reshard needs --num-shards")
         num_shards = args.num_shards
         samples = shard_samples(expand(args.reshard, "--reshard"), left_out)
+        if args.wrong_captions:
+            samples = wrong_captions(samples, args.wrong_captions, args.seed)
     elif args.images and args.captions:
         pairs = read_captions(args.captions, args.image_column, args.caption_column)
         random.Random(args.seed).shuffle(pairs)

@@ -100,6 +100,21 @@ def test_reshard_keeps_every_sample_and_makes_keys_unique(make_shards, pair, tmp
     assert len(set(keys)) == 10
 
 
+def test_a_share_of_the_captions_is_passed_on(make_shards, tmp_path):
+    shards = make_shards([6, 6])
+    main = tool("images_to_shards").main
+    arguments = ["--reshard", *shards, "--num-shards", "1", "--wrong-captions"]
+    assert main([*arguments, "0.5", "--out", str(tmp_path / "noisy")]) == 0
+    before = {image: caption for _, image, caption in contents(tmp_path / "shards")}
+    after = {image: caption for _, image, caption in contents(tmp_path / "noisy")}
+    assert before.keys() == after.keys() and sorted(before.values()) == sorted(after.values())
+    assert sum(before[image] != after[image] for image in before) == 6
+    with pytest.raises(UserError, match="--wrong-captions is 1.5"):
+        main([*arguments, "1.5", "--out", str(tmp_path / "more")])
+    with pytest.raises(UserError, match="goes with --reshard"):
+        main(["--wrong-captions", "0.5", "--out", str(tmp_path / "more")])
+
+
 def test_packing_mistakes_are_named_and_leave_nothing_behind(pictures, make_shards, tmp_path):
     folder, pairs = pictures
     main = tool("images_to_shards").main
