@@ -20,26 +20,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from vlmkd import teacher_options
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_sets import items_of, load_set
-from vlmkd.data.ledger import Budget, Ledger, Policy, Prices, embed_queried
+from vlmkd.data.ledger import Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
-from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
+from vlmkd.data.transforms import ViewConfig
 from vlmkd.errors import UserError, run_tool
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
-
-_BLACK_BOX_ONLY = (
-    "token_env", "teacher_id", "dim", "ledger", "max_queries", "max_cost", "price", "resend_lost", "mask",
-)  # fmt: skip
+from vlmkd.models.clip import ClipPredictor
 
 
 def main(argv: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser, box_only = _parser()
+    args = parser.parse_args(argv)
     if args.views < 1 or args.batch_size < 1:
         raise UserError("--views and --batch-size must be at least 1")
     if args.clean and args.views != 1:
@@ -51,7 +48,7 @@ def main(argv: list[str]) -> int:
         tuple(args.crop_scale), tuple(args.crop_ratio), args.flip, args.color_jitter, args.hue, args.grayscale
     )  # fmt: skip
     items = chosen_items(args.set, args.root, args.splits, args.keys)
-    skipped = (_queried if args.black_box else _embedded)(args, items, views)
+    skipped = _queried(args, items, views) if args.black_box else _embedded(args, items, views, box_only)
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
     return 0
@@ -76,12 +73,10 @@ def chosen_items(name: str, root: str, splits: list[str], keys: str) -> list[Ite
     return [item for item in items if item.key in wanted]
 
 
-def _embedded(args: argparse.Namespace, items: list[Item], views: ViewConfig) -> dict[str, int]:
-    given = [name for name in _BLACK_BOX_ONLY if getattr(args, name)]
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')} goes with --black-box only")
-    model = _model(args)
-    model.module.to(args.device)
+def _embedded(
+    args: argparse.Namespace, items: list[Item], views: ViewConfig, box_only: list[str]
+) -> dict[str, int]:
+    model = teacher_options.model(args, box_only)
     return embed_items(
         ClipPredictor.of(model), items, args.out, name=args.set, source=model.source, digest=model.digest,
         views=views, view_count=args.views, seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16,
@@ -91,23 +86,7 @@ def _embedded(args: argparse.Namespace, items: list[Item], views: ViewConfig) ->
 
 
 def _queried(args: argparse.Namespace, items: list[Item], views: ViewConfig) -> dict[str, int]:
-    for name in ("ledger", "teacher_id", "dim"):
-        if not getattr(args, name):
-            raise UserError(f"--black-box needs --{name.replace('_', '-')}")
-    teacher: BlackBox
-    if args.black_box == "local":
-        encoder = ClipPredictor.of(_model(args))
-        teacher = LocalTeacher(encoder, eval_transform_of_bytes(encoder.image_spec))
-    else:
-        teacher = HttpTeacher(
-            args.black_box, token_env=args.token_env, timeout=args.timeout, retries=args.retries
-        )
-    ledger = Ledger(
-        args.ledger, teacher, args.teacher_id, dim=args.dim, unit_norm=args.unit_norm,
-        logit_scale=args.logit_scale, budget=Budget(args.max_queries, args.max_cost),
-        prices=Prices(image=args.price or 0.0), batch_size=args.batch_size,
-        policy=Policy(args.retries, "mask" if args.mask else "abort", args.resend_lost),
-    )  # fmt: skip
+    ledger = teacher_options.ledger(args, Prices(image=args.price or 0.0), mask=args.mask)
     # Only size, interpolation and fill of the views that are sent are read.
     spec = ImageSpec(size=(args.size, args.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return embed_queried(
@@ -117,22 +96,11 @@ def _queried(args: argparse.Namespace, items: list[Item], views: ViewConfig) -> 
     )  # fmt: skip
 
 
-def _model(args: argparse.Namespace) -> ClipModel:
-    if not args.model:
-        raise UserError("--model is missing: the teacher's name, or --black-box with an address")
-    model = load_clip(args.model, args.pretrained)
-    if not model.digest:
-        raise UserError(
-            f"--model {args.model} alone has random weights; name the trained ones with --pretrained"
-        )
-    return model
-
-
 def _print(line: str) -> None:
     print(line, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     data = LabelledDataConfig()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,8 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--splits", nargs="+", default=[], help="splits to embed; default: train, or all")
     add("--keys", default="", help="text file with the keys to embed, one a line; default: all")
     add("--out", required=True, help="folder of the outputs")
-    add("--model", default="", help="open_clip name, JSON config, local-dir:, hf: or zoo: name")
-    add("--pretrained", default="", help="open_clip tag or weights file")
     add("--views", type=int, default=1, help="views per image")
     add("--clean", action="store_true", help="the whole picture once, no drawn views")
     add("--crop-scale", type=float, nargs=2, default=data.crop_scale, help="as data.crop_scale")
@@ -158,26 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--fp32", action="store_true", help="store float32 instead of float16")
     add("--batch-size", type=int, default=64, help="views per forward pass, or inputs per call")
     add("--workers", type=int, default=0, help="processes that read and decode")
-    add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    box = parser.add_argument_group("black-box teacher")
-    add = box.add_argument
-    add("--black-box", default="", help="address of the call, or `local`")
-    add("--token-env", default="", help="environment variable that holds the token")
-    add("--teacher-id", default="", help="name and version of the teacher; another one is another teacher")
-    add("--dim", type=int, default=0, help="width of its vectors")
-    add("--unit-norm", action="store_true", help="it declares unit vectors")
-    add("--logit-scale", type=float, default=100.0, help="factor of its cosines in the softmax")
-    add("--ledger", default="", help="sqlite file on a local disk")
-    add("--max-queries", type=int, default=None, help="budget in queries")
-    add("--max-cost", type=float, default=None, help="budget in money")
-    add("--price", type=float, default=None, help="cost of one image query")
-    add("--timeout", type=float, default=60.0, help="seconds")
-    add("--retries", type=int, default=2, help="repetitions of a call that was not served")
-    add("--mask", action="store_true", help="leave out images that get no vector; default: stop")
-    add("--resend-lost", action="store_true", help="ask again where an answer was lost; may be charged twice")
-    add("--size", type=int, default=224, help="side of the views that are sent, in pixels")
-    return parser
+    add("--size", type=int, default=224, help="black box: side of the views that are sent, in pixels")
+    mask = add(
+        "--mask", action="store_true", help="black box: leave out images that get no vector; default: stop"
+    )
+    return parser, [*teacher_options.add_options(parser), mask.dest]
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from vlmkd.errors import UserError
 
 EPILOG = """environment:
   VLMKD_CACHE               folder of the cache (default ~/.cache/vlmkd; models lie in its zoo/)
-  VLMKD_MIRROR              base URL that serves the release files by name
+  VLMKD_MIRROR              base URL that serves the release files by their names in the cache
   HF_ENDPOINT               another Hugging Face host
   VLMKD_OFFLINE, HF_HUB_OFFLINE   use what is in the cache only
   HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE   as usual
 
-An interrupted download continues when the command is given again. Exit code 2: bad name, unreachable, wrong sha256."""
+An interrupted download continues when the command is given again. Entries of the kind `manual` cannot be downloaded: a line
+says which file to put where, and the next call verifies it. Exit code 2: bad name, unreachable, not there, wrong sha256."""
 
 
 def main(argv: list[str]) -> int:

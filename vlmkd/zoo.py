@@ -45,10 +45,11 @@ class Params:
     """Millions of parameters; `text` leaves out the token table, 0.0 means not counted yet."""
 
     vision: float = 0.0
-    text: float = 0.0
+    text: float | None = 0.0
+    """None: there is no text tower."""
     total: float = 0.0
     approximate: bool = False
-    """True when the figures come from the model's name and not from a count."""
+    """True when the figures come from the model's name or a publication and not from a count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +68,25 @@ class Entry:
 
     name: str
     project: str
-    kind: Literal["release", "hub", "local"]
-    """`release`: one file by URL; `hub`: a Hugging Face repository; `local`: a file or folder of this repository."""
+    kind: Literal["release", "hub", "local", "manual"]
+    """`release`: one file by URL; `hub`: a Hugging Face repository; `local`: a file or folder of this repository;
+    `manual`: one file that is published without an address of its own, which the user puts into the cache."""
     source: str
-    """URL, repository id, or path inside this repository."""
+    """URL, repository id, path inside this repository, or (`manual`) the file's path in what is behind `link`."""
+    format: Literal["clip", "promptkd", "dho", "backbone"] = "clip"
+    """Who reads it: load_clip, projects/promptkd, projects/dho, or load_backbone as `weights`."""
     revision: str = ""
     """Commit of a hub repository; empty: the commit of the first download is pinned in the user's cache."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """open_clip model config of a bare weights file; empty when the source has its own or shapes tell it."""
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    """open_clip preprocess config of a bare weights file; empty: OpenAI's."""
     params: Params = field(default_factory=Params)
     data: str = ""
     paper_imagenet_top1: float | None = None
     """ImageNet-1K zero-shot top-1 (%) as the authors publish it; not measured by us."""
+    paper: str = ""
+    """Other published accuracy (%), with what it is of; not measured by us."""
     macs_g: float | None = None
     """Billions of multiply-adds of one image and one text."""
     size_mb: float | None = None
@@ -103,6 +111,7 @@ def entries() -> dict[str, Entry]:
         row["params"] = Params(**row.get("params", {}))
         row["ours"] = [Measurement(**item) for item in row.get("ours", [])]
         assert row["name"] not in found, f"zoo.yaml names {row['name']} twice"
+        assert row["project"] in SECTIONS, f"zoo.yaml: {row['name']} is of no section {row['project']}"
         found[row["name"]] = Entry(**row)
     return found
 
@@ -142,15 +151,28 @@ def weights_name(folder: Path) -> str:
     )
 
 
+def weights_file(name: str) -> Path:
+    """The file that the name of a checkpoint means: of `zoo:NAME` the verified local copy, else the path itself.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    if not name.startswith("zoo:"):
+        return Path(name).expanduser()
+    path = fetch(name)
+    return path / weights_name(path) if path.is_dir() else path
+
+
 def fetch(name: str, *, offline: bool | None = None) -> Path:
-    """A verified local copy of `name`: a weights file (`release`, `local`) or a model folder (`hub`, `local`).
+    """A verified local copy of `name`: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
 
     The sha256 is compared with the entry's, or with the one pinned at this user's first download. `offline`
     defaults to the variables VLMKD_OFFLINE and HF_HUB_OFFLINE; VLMKD_MIRROR (a base URL under which release files
-    lie by their names) and HF_ENDPOINT replace the hosts; proxies come from the usual variables.
+    lie by their names in the cache) and HF_ENDPOINT replace the hosts; proxies come from the usual variables.
 
     Raises:
-        UserError: unknown name, unreachable source, missing disk space, or a file that is not the pinned one.
+        UserError: unknown name, unreachable source, missing disk space, a file that is not the pinned one, or one
+            that must be put there by hand and is not there.
     """
     item = entry(name)
     if item.kind == "local":
@@ -171,10 +193,14 @@ def fetch(name: str, *, offline: bool | None = None) -> Path:
 
 
 def _cached(item: Entry, folder: Path, offline: bool) -> Path:
-    target = folder / (item.source.rpartition("/")[2] if item.kind == "release" else item.name)
+    target = folder / _cached_name(item)
     if target.exists():
         _verify(item, target, target)
         return target
+    if item.kind == "manual":
+        raise UserError(
+            f"zoo:{item.name} has no address of its own: get {item.source} from {item.link} and put it at {target}"
+        )
     by_hand = (
         f"put {item.source if item.kind == 'release' else 'the files of ' + item.link} at {target} by hand"
     )
@@ -194,10 +220,25 @@ def _cached(item: Entry, folder: Path, offline: bool) -> Path:
     return target
 
 
+def _cached_name(item: Entry) -> str:
+    """Name in the cache, and on a mirror: a file's is the entry's with the published ending."""
+    if item.kind == "hub":
+        return item.name
+    return item.name + "".join(Path(item.source).suffixes)
+
+
 def release_url(item: Entry) -> str:
-    """Where the file of a release entry is asked for, VLMKD_MIRROR respected."""
+    """Where the file of a release entry is asked for, VLMKD_MIRROR and HF_ENDPOINT respected."""
     mirror = os.environ.get("VLMKD_MIRROR", "")
-    return f"{mirror.rstrip('/')}/{item.source.rpartition('/')[2]}" if mirror else item.source
+    if mirror:
+        return f"{mirror.rstrip('/')}/{_cached_name(item)}"
+    if item.source.startswith(f"{HUB}/"):
+        return f"{_hub_host()}/{item.source.removeprefix(f'{HUB}/')}"
+    return item.source
+
+
+def _hub_host() -> str:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
 
 
 def _is_offline() -> bool:
@@ -370,7 +411,7 @@ def _download_hub(item: Entry, folder: Path, *, mend: str) -> None:
     Speaks the hub's two public addresses itself, so that resuming, proxies and error lines are those of `download`
     and do not change with the hub client's HTTP library.
     """
-    host = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+    host = _hub_host()
     pins = _read_pins()
     revision = item.revision or pins.get(item.name, {}).get("revision", "")
     folder.mkdir(exist_ok=True)
@@ -406,17 +447,44 @@ HEADER = """# Model zoo
 
 Written from `vlmkd/zoo.yaml` by `python scripts/check_zoo.py --write`; do not edit this page.
 
-`python scripts/download.py NAME` fetches and verifies an entry; `zoo:NAME` names it wherever a model is asked for.
+`python scripts/download.py NAME` fetches and verifies an entry; `zoo:NAME` names it wherever such a model is asked for.
 *Paper* is what the authors publish. *Ours* is what we measured, with the command beside it, or "not run". Parameters
-are in millions; *text* leaves out the token table, which *total* includes; a figure with ≈ comes from the model's name. MACs
-are of one image and one text. A sha256 that we have not seen is pinned in your cache at the first download, and a
-different file is refused from then on.
+are in millions; *text* leaves out the token table, which *total* includes; – is no text tower; ≈ stands before figures that were not
+counted. MACs are of one image and one text, without a text tower of one image. A sha256 that we have not seen is pinned in your
+cache at the first download, and a different file is refused from then on. *manual* entries are published in folders
+without file addresses: `download.py NAME` says in one line which file to put where.
 """
+SECTIONS = {
+    "tinyclip": ("TinyCLIP", "CLIPs, for every `model` of a config or command."),
+    "promptkd": (
+        "PromptKD",
+        "Prompted teachers and students: `teacher.prompts=zoo:NAME`, and `--ckpt` and `--teacher` of `projects/promptkd/eval.py`. "
+        "*Started from* is the CLIP that `teacher.clip`, `--clip` or `--teacher-clip` must name. Accuracies are base / novel / "
+        "harmonic mean; those of students and of PromptSRC are means of three seeds. Cross-dataset students were not "
+        "published, PromptSRC's other seeds and its few-shot prompts are behind the links of its docs/EVAL.md.",
+    ),
+    "dho": (
+        "DHO",
+        "Students with two heads, for `--model` of `projects/dho/eval.py`. Its Tip-Adapter-F teachers and students of "
+        "few-shot settings were not published.",
+    ),
+    "vl2v_adip": (
+        "VL2V-ADiP",
+        "No weights of this paper were published. Its recipes start from OpenAI's CLIP ViT-B/16 (teacher) and the ViTs, the DeiT or the "
+        "ResNet-50 below (students).",
+    ),
+    "foundation": (
+        "Models that the recipes start from",
+        "The recipes name them as open_clip, timm and torchvision do, and these libraries fetch them. The entries are for machines "
+        "without network, mirrors and pinned files: CLIPs go wherever a CLIP is named, the others into `student.weights=zoo:NAME`.",
+    ),
+}
+"""Title and introduction of each project's table, in the order of the page."""
 COLUMNS = (
     "Name",
     "Params vision / text / total (M)",
     "Data",
-    "IN-1K zero-shot top-1, paper (%)",
+    "Paper (%)",
     "Ours",
     "GMACs",
     "Size (MB)",
@@ -429,10 +497,12 @@ COLUMNS = (
 def markdown() -> str:
     """MODEL_ZOO.md: one table per project, rows in the order of zoo.yaml, then what each model came from."""
     parts = [HEADER]
-    for project in dict.fromkeys(item.project for item in entries().values()):
+    for project, (title, introduction) in SECTIONS.items():
         rows = [item for item in entries().values() if item.project == project]
-        parts.append(f"\n## {project}\n")
-        parts.append("| " + " | ".join(COLUMNS) + " |")
+        parts.append(f"\n## {title}\n\n{introduction}")
+        if not rows:
+            continue
+        parts.append("\n| " + " | ".join(COLUMNS) + " |")
         parts.append("|" + " --- |" * len(COLUMNS))
         parts.extend("| " + " | ".join(_cells(item)) + " |" for item in rows)
         parts.append("\n| Name | Teacher | Started from | Note |\n| --- | --- | --- | --- |")
@@ -447,15 +517,18 @@ def _cells(item: Entry) -> list[str]:
     decimals = 0 if item.params.approximate else 2
     sign = "≈" if item.params.approximate else ""
     params = [
-        f"{sign}{value:.{decimals}f}" if value else "not counted"
+        "–" if value is None else f"{sign}{value:.{decimals}f}" if value else "not counted"
         for value in (item.params.vision, item.params.text, item.params.total)
     ]
+    paper = item.paper
+    if item.paper_imagenet_top1 is not None:
+        paper = f"IN-1K zero-shot {item.paper_imagenet_top1:.1f}"
     ours = "<br>".join(f"{one.dataset} {one.metric} {one.value:g} (`{one.command}`)" for one in item.ours)
     return [
         item.name,
         " / ".join(params),
         item.data,
-        "–" if item.paper_imagenet_top1 is None else f"{item.paper_imagenet_top1:.1f} (paper)",
+        f"{paper} (paper)" if paper else "–",
         ours or "not run",
         "–" if item.macs_g is None else f"{item.macs_g:g}",
         "not seen" if item.size_mb is None else f"{item.size_mb:g}",

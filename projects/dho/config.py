@@ -24,7 +24,7 @@ class SplitConfig:
     percent: float = 0.0
     """Labelled share of the training images by the cascade rule (1 and 10 are the published ImageNet lists)."""
     list_file: str = ""
-    """A list of labelled images, as data_tools/make_splits.py writes it, or SimCLR's."""
+    """A list of labelled images, as `vlmkd.data.splits.write_list` writes it, or SimCLR's."""
     list_kind: ListKind = "cascade"
     """The rule that made `list_file`; the two are never mixed in one table."""
     seed: int = 1
@@ -72,7 +72,7 @@ class StudentConfig:
     pretrained: bool = True
     """Start from the backbone's published weights; false: at random."""
     weights: str = ""
-    """A local file in the place of the published weights, e.g. DINO's ResNet-50."""
+    """A local file or `zoo:NAME` in the place of the published weights, e.g. DINO's ResNet-50."""
     image_size: int = 0
     """Input size; 0: that of the weights. A CLIP has its own only."""
     head_init: Literal["default", "text"] = "default"

@@ -1,7 +1,8 @@
 """Classify sets with a trained student or a released checkpoint: fixed, searched or entropy-adaptive mixing.
 
   python -m projects.dho.eval --model runs/NAME/export --set imagenetv2 imagenet-sketch imagenet-r imagenet-a --root /data
-  python -m projects.dho.eval --model vit_b_1.pt --classes imagenet --set imagenet --root /data --beta 1
+  python -m projects.dho.eval --model zoo:DHO-ViT-B-16-1percent --set imagenet --root /data
+  python -m projects.dho.eval --model vit_b_1.pt --classes imagenet --set imagenet-a --root /data --beta 1
   python -m projects.dho.eval --model runs/NAME/export --set caltech101 --root /data --search val
 
 Without --alpha and --beta the model's own mixture is used. --search chooses both on another split of the first set, never
@@ -31,6 +32,7 @@ from vlmkd.evaluation.classify import Classification
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.clip import evaluating
 from vlmkd.models.heads import DualLogits
+from vlmkd.zoo import weights_file
 
 _SMALLEST = 1e-30  # below any probability that fp32 softmax tells from 0
 
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, type=Path, help="a run's export folder, or a released .pt file")
+    add("--model", required=True, help="a run's export folder, a released .pt file, or zoo:NAME of one")
     add(
         "--classes",
         default="",
@@ -107,11 +109,12 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, object]]:
     if args.beta is not None and args.beta <= 0:
         raise UserError(f"--beta is {args.beta}; it must be above 0")
     sets = [load_set(name, args.root) for name in args.sets]
-    if args.model.is_dir():
-        inner = load_classifier(args.model)
+    model = weights_file(args.model)
+    if model.is_dir():
+        inner = load_classifier(model)
     else:
         classes = load_set(args.classes, args.root) if args.classes else sets[0]
-        inner = load_released(args.model, classes.class_names)
+        inner = load_released(model, classes.class_names)
     device = distributed.device()
     inner.module.to(device)
     context = Context(device=device, batch_size=args.batch_size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,9 +40,8 @@ def build_bank(cfg: BankConfig) -> None:
     print(f"{cfg.out}: {len(vectors.class_names)} classes, digest {vectors.digest[:12]}")
     if not cfg.image_views:
         return
-    encoder: Any = teacher.encoder()
     skipped = embed_items(
-        encoder,
+        teacher.encoder(),
         items_of(dataset, cfg.split),
         cfg.data.teacher_outputs,
         name=cfg.data.set,

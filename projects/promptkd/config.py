@@ -80,8 +80,8 @@ class TeacherSource:
     """The frozen teacher of stage 2."""
 
     prompts: str = ""
-    """Export folder of a teacher run, published checkpoint, or folder of published teachers; empty: `clip` as it is, with
-    the data set's own prompt templates."""
+    """Export folder of a teacher run, published checkpoint or its `zoo:NAME`, or folder of published teachers; empty:
+    `clip` as it is, with the data set's own prompt templates."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """The CLIP under the prompts; an export folder names its own."""
 

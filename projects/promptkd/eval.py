@@ -3,7 +3,7 @@ r"""Evaluate teachers, students and plain CLIPs by the paper's protocols, over s
     bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data dtd --root DATA \
         --ckpt 'runs/promptkd/base2novel/{data}/student_s{seed}/export' --seeds 1 2 3 --json dtd.json
 
-A checkpoint is a run's export folder, a published checkpoint (`--clip` names the CLIP of its size; a student also needs
+A checkpoint is a run's export folder, a published checkpoint or its `zoo:NAME` (`--clip` names the CLIP of its size; a student also needs
 its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a zero-shot CLIP with the data set's own
 prompts. `{data}` and `{seed}` in paths stand for each set and seed. Base, novel and all classes come from one pass over
 the images. Means are over the seeds, and the harmonic mean is that of the mean base and mean novel accuracies, as in the paper.
@@ -35,6 +35,7 @@ from vlmkd.evaluation.base import Context, ImageClassifier
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
 from vlmkd.models.class_vectors import ClassVectors, require_same_classes
 from vlmkd.models.clip import load_clip
+from vlmkd.zoo import weights_file
 
 SETTINGS = ("base2novel", "cross", "dg")
 
@@ -61,7 +62,7 @@ def classifier(
     if name.startswith("clip:"):
         model, _, pretrained = name.removeprefix("clip:").partition("@")
         return _zero_shot(TeacherSource(clip=ClipConfig(model=model, pretrained=pretrained)), dataset, device)
-    path = Path(name)
+    path = weights_file(name)
     path = path / "export" if (path / "export").is_dir() else path
     if (path / STUDENT_JSON).is_file():
         student = read_student(path)
@@ -104,8 +105,7 @@ def _vectors(
 def _zero_shot(source: TeacherSource, dataset: LabelledSet, device: torch.device) -> ImageClassifier:
     teacher = load_teacher(source, dataset.name)
     (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
-    encoder: Any = teacher.encoder()
-    return ZeroShotClassifier(encoder, teacher.class_vectors(dataset))
+    return ZeroShotClassifier(teacher.encoder(), teacher.class_vectors(dataset))
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -207,7 +207,7 @@ class TeacherTask(PromptTask):
         return output
 
     def _classifier(self, name: str) -> ImageClassifier:
-        encoder: Any = PromptedEncoder(self.core.prompted, self.clip, name)
+        encoder = PromptedEncoder(self.core.prompted, self.clip, name)
         vectors = encode_classes(
             encoder,
             self.dataset.class_names,

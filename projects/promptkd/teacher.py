@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.models.teacher import convert_images
 from vlmkd.task import frozen
+from vlmkd.zoo import weights_file
 
 
 @dataclass
@@ -63,7 +63,7 @@ def load_teacher(source: TeacherSource, dataset: str) -> Teacher:
         clip = load_clip(source.clip.model, source.clip.pretrained)
         frozen(clip.module)
         return Teacher(clip, None, TRAINING_TEMPLATE, clip_digest(clip), clip.source)
-    path = Path(source.prompts).expanduser()
+    path = weights_file(source.prompts)
     if (path / TEACHER_JSON).is_file():
         prompted, clip, facts = read_teacher(path, source.clip)
         frozen(prompted)

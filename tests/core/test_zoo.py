@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,6 +257,49 @@ def test_hub_entry_without_revision_pins_the_first_one(
         zoo.fetch(name)  # asks for the pinned commit, not for main
 
 
+MANUAL = "PromptKD-teacher-ViT-L-14-DescribableTextures"
+
+
+def test_a_file_without_address_is_put_there_by_hand_and_pinned(cache: Path) -> None:
+    path = cache / f"{MANUAL}.pth.tar"
+    with pytest.raises(UserError) as caught:
+        zoo.fetch(MANUAL)
+    message = str(caught.value)
+    assert "DescribableTextures/VLPromptLearner/model-best.pth.tar from https://" in message
+    assert message.endswith(f"put it at {path}") and "\n" not in message
+    path.write_bytes(CONTENT)
+    assert zoo.fetch(f"zoo:{MANUAL}") == path
+    assert json.loads((cache / "pins.json").read_text())[MANUAL] == {"sha256": SHA}
+    path.write_bytes(b"another file")
+    with pytest.raises(UserError, match="not the .* pinned at the first download"):
+        zoo.fetch(MANUAL)
+
+
+def test_release_files_of_the_hub_come_from_another_host_or_mirror(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/hub/")
+    server.files["/hub/erjui/dho/resolve/main/vit_b_1.pt"] = CONTENT
+    assert zoo.fetch("DHO-ViT-B-16-1percent") == cache / "DHO-ViT-B-16-1percent.pt"
+    monkeypatch.setenv("VLMKD_MIRROR", server.url)
+    server.files["/DHO-ViT-B-16-10percent.pt"] = CONTENT[::-1]  # under its name in the cache
+    assert zoo.fetch("DHO-ViT-B-16-10percent").read_bytes() == CONTENT[::-1]
+
+
+def test_a_checkpoints_name_is_a_zoo_entry_or_a_path(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert zoo.weights_file("some/where.pt") == Path("some/where.pt")
+    assert zoo.weights_file("~/x.pt") == Path.home() / "x.pt"
+    name = "timm-deit_small_distilled_patch16_224.fb_in1k"
+    folder = cache / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(CONTENT)
+    assert zoo.weights_file(f"zoo:{name}") == folder / "model.safetensors"
+    with pytest.raises(UserError, match="did you mean"):
+        zoo.weights_file("zoo:DHO-ViT-B-16-1-percent")
+
+
 def test_local_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "REPOSITORY", tmp_path)
     item = zoo.Entry(
@@ -294,18 +338,41 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirro
 
 
 def test_entries_are_complete_and_honest() -> None:
-    """Every checkpoint of the paper's release is there; no digest or score is stated without its origin."""
+    """Every checkpoint of the papers' releases is there; no digest or score is stated without its origin."""
     items = zoo.entries().values()
-    released = [item for item in items if item.kind == "release"]
-    assert len(released) == 11 and sum(item.kind == "hub" for item in items) == 4
     for item in items:
         assert item.licence and item.link
         assert item.sha256 == zoo.PIN_AT_FIRST_DOWNLOAD or re.fullmatch("[0-9a-f]{64}", item.sha256)
         assert item.revision == "" or re.fullmatch("[0-9a-f]{40}", item.revision)
         assert all(one.command for one in item.ours)
         assert item.kind != "local" or re.fullmatch("[0-9a-f]{64}", item.sha256)
-    for item in released:
-        assert item.source.endswith(f"/{item.name}.pt") and item.paper_imagenet_top1 is not None
+        assert not item.paper or item.paper_imagenet_top1 is None  # the page has one place for both
+    counts = Counter((item.project, item.kind) for item in items)
+    assert counts["tinyclip", "release"] == 11 and counts["tinyclip", "hub"] == 4
+    assert counts["dho", "release"] == 4
+    assert counts["promptkd", "manual"] == 12 + 2 + 12  # teachers, students, PromptSRC
+    assert {item.project for item in items} == zoo.SECTIONS.keys() - {"vl2v_adip"}  # it published nothing
+    for item in items:
+        if item.project == "tinyclip" and item.kind == "release":
+            assert item.source.endswith(f"/{item.name}.pt") and item.paper_imagenet_top1 is not None
+        if item.source.startswith("https://openaipublic."):
+            assert item.source.split("/")[-2] == item.sha256
+
+
+def test_recipes_start_from_models_of_the_page() -> None:
+    """Each open_clip, timm and torchvision name in the configs of the three newer papers has an entry that names it."""
+    notes = " ".join(item.note for item in zoo.entries().values() if item.project == "foundation")
+    named = set()
+    for project in ("promptkd", "dho", "vl2v_adip"):
+        for path in (zoo.REPOSITORY / "projects" / project / "configs").rglob("*.yaml"):
+            text = path.read_text(encoding="utf-8")
+            named |= {
+                f"{model}@{tag}" for model, tag in re.findall(r"model: ([\w-]+), pretrained: (\w+)", text)
+            }
+            named |= set(re.findall(r"backbone: \"?clip:([\w-]+@\w+)", text))
+            named |= set(re.findall(r"backbone: \"?((?:timm|torchvision):[\w.]+)", text))
+    assert {"RN50@openai", "ViT-H-14-378-quickgelu@dfn5b", "torchvision:resnet50"} < named
+    assert not {name for name in named if name not in notes}
 
 
 @pytest.mark.parametrize(
@@ -323,6 +390,37 @@ def test_stated_parameters_are_those_of_the_stated_architecture(name: str) -> No
     text = total - vision - model.token_embedding.weight.numel() - 1  # the scale belongs to neither tower
     measured = [round(count / 1e6, 2) for count in (vision, text, total)]
     assert measured == [item.params.vision, item.params.text, item.params.total]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "clip", "blocks", "projector"),
+    [
+        ("PromptKD-teacher-", "OpenAI-CLIP-ViT-L-14", 9, 0),
+        ("PromptKD-student-", "OpenAI-CLIP-ViT-B-16", 9, 986_112),
+        ("PromptSRC-ViT-B-16-ImageNet-xd", "OpenAI-CLIP-ViT-B-16", 3, 0),
+        ("PromptSRC-ViT-B-16-", "OpenAI-CLIP-ViT-B-16", 9, 0),
+    ],
+)
+def test_stated_parameters_of_prompted_models(prefix: str, clip: str, blocks: int, projector: int) -> None:
+    """The CLIP's, counted, and four prompts in each block; a student has the projector of the specification, and no text."""
+    import torch
+    from open_clip.model import CLIP
+
+    config = zoo.entry(clip).architecture
+    with torch.device("meta"):
+        model = CLIP(**config)
+    own = sum(p.numel() for p in model.visual.parameters())
+    rest = sum(p.numel() for p in model.parameters()) - own
+    vision = own + 4 * blocks * config["vision_cfg"]["width"] + projector
+    text = rest + 4 * blocks * config["text_cfg"]["width"]
+    expected = [vision, text - model.token_embedding.weight.numel() - 1, vision + text]
+    measured: list[float | None] = [round(count / 1e6, 2) for count in expected]
+    if projector:
+        measured = [measured[0], None, measured[0]]
+    items = [item for item in zoo.entries().values() if item.name.startswith(prefix)]
+    for item in items:
+        if item.name == prefix or item.name != "PromptSRC-ViT-B-16-ImageNet-xd":
+            assert measured == [item.params.vision, item.params.text, item.params.total], item.name
 
 
 def test_model_zoo_page_is_up_to_date() -> None:

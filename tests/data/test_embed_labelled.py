@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlmkd import teacher_options
 from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds
 from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
@@ -64,7 +65,7 @@ def main(clip, tmp_path, encoded_image, monkeypatch):
                 )
     embed_labelled = tool("embed_labelled")
     monkeypatch.setattr(embed_labelled, "keep_freed_memory", lambda: False)
-    monkeypatch.setattr(embed_labelled, "load_clip", lambda model, pretrained="": clip)
+    monkeypatch.setattr(teacher_options, "load_clip", lambda model, pretrained="": clip)
 
     def call(*arguments):
         fixed = ["--set", f"folder:{tmp_path / 'set'}", "--device", "cpu", "--out", str(tmp_path / "out")]

@@ -188,6 +188,28 @@ def test_domain_splits_of_pacs() -> None:
     assert outs == {"PACS": [409, 468, 334, 785], "VLCS": [283, 531, 656, 675], "TI": [975, 1953, 804, 1224]}
 
 
+def test_held_out_sizes_and_clean_queries_of_the_published_sets() -> None:
+    """VL2V spec (e) and (i).1: images of the 20 % of each domain, and how many a clean teacher is asked for in training."""
+    outs = {
+        "OfficeHome": ((2427, 4365, 4439, 4357), [485, 873, 887, 871], 12_472),
+        "DomainNet": (
+            (48129, 51605, 72266, 172500, 172947, 69128),
+            [9625, 10321, 14453, 34500, 34589, 13825],
+            469_262,
+        ),
+        "PACS": ((2048, 2344, 1670, 3929), [409, 468, 334, 785], 7_995),
+        "VLCS": ((1415, 2656, 3282, 3376), [283, 531, 656, 675], 8_584),
+        "TI": ((4879, 9767, 4020, 6122), [975, 1953, 804, 1224], 19_832),
+        "TI, later": ((4741, 9736, 3970, 5883), [948, 1947, 794, 1176], 19_465),
+    }
+    for name, (counts, expected, queries) in outs.items():
+        parts = [splits.holdout_positions(n, e, 1) for e, n in enumerate(counts)]
+        assert [len(out) for _, out in parts] == expected, name
+        assert sum(len(inside) for inside, _ in parts) == queries, name
+        for n, (inside, out) in zip(counts, parts, strict=True):
+            assert sorted([*inside, *out]) == list(range(n)), name
+
+
 def test_split_domains_takes_the_items_in_their_order() -> None:
     data = [Item(f"{domain}/{n}", ImageRef("x"), 0, domain) for n in range(10) for domain in (1, 0)]
     found = splits.split_domains(data, trial_seed=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -165,6 +166,38 @@ def test_zoo_entry_without_architecture_is_read_from_its_shapes(
     assert loaded.config["vision_cfg"]["layers"] == 2
     for name, tensor in loaded.module.state_dict().items():
         assert torch.equal(tensor, original.state_dict()[name].half().float())
+
+
+def test_zoo_entry_with_a_config_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Activation and image preparation come from the entry, since a bare file does not hold them; others are no CLIP."""
+    torch.save(build_clip(tiny(), seed=1).state_dict(), tmp_path / "zoo.bin")
+    stated = {"architecture": tiny(quick_gelu=True), "preprocess": {"resize_mode": "squash"}}
+    entry = zoo.Entry(name="x", project="x", kind="release", source="", licence="", link="", **stated)
+    monkeypatch.setattr(zoo, "entry", lambda name: entry)
+    monkeypatch.setattr(zoo, "fetch", lambda name: tmp_path / "zoo.bin")
+    loaded = load_clip("zoo:x")
+    assert loaded.config["quick_gelu"] is True and loaded.image_spec.resize_mode == "squash"
+    assert loaded.image_spec.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    entry = dataclasses.replace(entry, format="dho")
+    with pytest.raises(UserError, match="zoo:x is no CLIP"):
+        load_clip("zoo:x")
+
+
+def test_openais_zoo_entries_are_those_of_open_clip() -> None:
+    """Address, sizes and activation are what open_clip has for the same name."""
+    found = 0
+    for entry in zoo.entries().values():
+        if entry.name.startswith("OpenAI-CLIP-"):
+            name = entry.name.removeprefix("OpenAI-CLIP-")
+            assert entry.source == open_clip.pretrained.get_pretrained_url(name, "openai")
+            assert entry.architecture == open_clip.get_model_config(f"{name}-quickgelu")
+            found += 1
+    assert found == 5
+    dfn = zoo.entry("DFN5B-CLIP-ViT-H-14-378")
+    assert dfn.architecture == open_clip.get_model_config("ViT-H-14-378-quickgelu")
+    tag = open_clip.get_pretrained_cfg("ViT-H-14-378-quickgelu", "dfn5b")
+    assert tag["hf_hub"].strip("/") in dfn.source
+    assert {field: tag[field] for field in dfn.preprocess} == dfn.preprocess
 
 
 def test_tokenizer_json_beside_the_config(tmp_path: Path) -> None:

@@ -223,12 +223,12 @@ class Ledger:
         if len(new) > queries_left:
             raise UserError(
                 f"{len(new)} queries to {self.name} are needed, {queries_left:.0f} are left of the budget of "
-                f"{self._budget.max_queries}; nothing was asked; raise the budget or embed fewer images or views"
+                f"{self._budget.max_queries}; nothing was asked; raise the budget or ask for less"
             )
         if cost > cost_left + 1e-9:
             raise UserError(
                 f"{len(new)} queries to {self.name} would cost {cost:g}, {cost_left:g} is left of the budget of "
-                f"{self._budget.max_cost:g}; nothing was asked; raise the budget or embed fewer images or views"
+                f"{self._budget.max_cost:g}; nothing was asked; raise the budget or ask for less"
             )
         return len(new)
 

@@ -50,7 +50,11 @@ class ImageEncoder(Protocol):
     """What embeds images; `vlmkd.evaluation.base.DualEncoder` is one."""
 
     image_spec: ImageSpec
-    logit_scale: float
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of cosine similarities in the softmax."""
+        ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors."""

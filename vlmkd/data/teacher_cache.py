@@ -213,7 +213,11 @@ class DualEncoder(Protocol):
     """What embeds images and texts; `vlmkd.evaluation.base.DualEncoder` is one."""
 
     image_spec: ImageSpec
-    logit_scale: float
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of cosine similarities in the softmax."""
+        ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B,3,H,W] -> [B,D] unit vectors."""

@@ -26,8 +26,11 @@ class DualEncoder(Protocol):
 
     name: str
     image_spec: ImageSpec
-    logit_scale: float
-    """Factor (not its logarithm) of cosine similarities in the softmax."""
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor (not its logarithm) of cosine similarities in the softmax."""
+        ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors, float32."""

@@ -25,6 +25,7 @@ from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences, read_tensors
 from vlmkd.models.clip import build_clip, load_clip
+from vlmkd.zoo import weights_file
 
 Config = dict[str, Any]
 
@@ -82,8 +83,8 @@ def load_backbone(
     Args:
         name: see above.
         pretrained: False leaves the weights random, drawn from `seed` where it is given.
-        weights: a local file instead of the library's weights; the backbone of a training checkpoint is found in it,
-            and layers of a head are left out.
+        weights: a file or `zoo:NAME` instead of the library's weights; the backbone of a training checkpoint is found
+            in it, and layers of a head are left out.
         image_size: input size instead of the weights' own; a CLIP has its own only.
         seed: see `pretrained`.
 
@@ -107,7 +108,7 @@ def load_backbone(
     else:
         raise UserError(f"backbone {name!r} is unknown; {_HELP}")
     if weights:
-        load_backbone_weights(backbone, read_tensors(weights), f"{weights} ({name})")
+        load_backbone_weights(backbone, read_tensors(weights_file(weights)), f"{weights} ({name})")
         backbone.source = f"{name}@{weights}"
     backbone.module.requires_grad_(True)
     return backbone

@@ -199,6 +199,11 @@ def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = Fa
         first.setdefault(key, index)
 
 
+def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The C x P texts that an encoder is given, the prompts of a class side by side."""
+    return [fill(template, prompt_name(name)) for name in class_names for template in templates]
+
+
 def encode_classes(
     encoder: TextEncoder,
     class_names: Sequence[str],
@@ -228,7 +233,7 @@ def encode_classes(
             f"class vectors with normalise={normalise} need text features before normalisation, which {encoder.name} does "
             "not give; use a CLIP, or normalise=each_and_mean"
         )
-    texts = [fill(template, prompt_name(name)) for name in class_names for template in templates]
+    texts = class_prompts(class_names, templates)
     with torch.no_grad():
         parts = [encode(texts[at : at + batch_size]) for at in range(0, len(texts), batch_size)]
     vectors = torch.cat([part.float().cpu() for part in parts])

@@ -363,7 +363,11 @@ def _hf_image_spec(folder: Path, config: Config) -> ImageSpec:
 def _load_zoo(name: str) -> ClipModel:
     from vlmkd import zoo
 
-    path, source = zoo.fetch(name), f"zoo:{name.removeprefix('zoo:')}"
+    item = zoo.entry(name)
+    source = f"zoo:{item.name}"
+    if item.format != "clip":
+        raise UserError(f"{source} is no CLIP; MODEL_ZOO.md says at its table where it is used")
+    path = zoo.fetch(name)
     if path.is_dir():
         is_open_clip = (path / OPEN_CLIP_CONFIG).is_file()
         return (
@@ -372,10 +376,10 @@ def _load_zoo(name: str) -> ClipModel:
             else _load_hf_folder(_folder(str(path), "hf"), source)
         )
     state = read_state_dict(path)
-    config = copy.deepcopy(zoo.entry(name).architecture) or identify(state)
+    config = copy.deepcopy(item.architecture) or identify(state)
     module = build_clip(config)
     load_weights(module, state, source)
-    return _clip_model(module, config, {}, source, None)
+    return _clip_model(module, config, item.preprocess, source, None)
 
 
 def _clip_model(

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # ImageNet with 1 to 16 labelled images a class: ResNet-18 from scratch and ResNet-50 from DINO, DHO and baselines.
 #
-#   ROOT=/data NPROC=4 DINO=/data/weights/dino_resnet50_pretrain.pth bash projects/dho/scripts/imagenet_few_shot.sh
+#   ROOT=/data NPROC=4 bash projects/dho/scripts/imagenet_few_shot.sh
 #
 # ROOT, NPROC, RUNS, SHOTS and DRY_RUN: see common.sh. METHODS (default: "dho ce_kd ce_kd_feature") may be set, and
-# FEW_SHOT_TEACHER=1 adds DHO with a Tip-Adapter-F. Further field=value arguments go to every run.
+# FEW_SHOT_TEACHER=1 adds DHO with a Tip-Adapter-F. DINO=FILE takes a local dino_resnet50_pretrain.pth. Further field=value arguments go to every run.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ -n "${DINO:-}" ] || fail "set DINO to the file dino_resnet50_pretrain.pth"
 
 for shot in $shots; do
     epoch=$(((1281167 - 1000 * shot + 255) / 256)) # unlabelled batches; 20 epochs
@@ -15,7 +14,7 @@ for shot in $shots; do
     [ -z "${FEW_SHOT_TEACHER:-}" ] || tip_adapter imagenet "$shot"
     for model in resnet18_scratch resnet50_dino; do
         own=()
-        [ "$model" = resnet18_scratch ] || own=(student.weights="$DINO")
+        [ "$model" = resnet18_scratch ] || [ -z "${DINO:-}" ] || own=(student.weights="$DINO")
         stack="imagenet_few_shot teachers/clip_rn50 students/$model"
         for method in ${METHODS:-dho ce_kd ce_kd_feature}; do
             student "dho_imagenet_$model/${method}_${shot}shot_s1" "$stack" "${length[@]}" "${own[@]}" loss.method="$method" "$@"

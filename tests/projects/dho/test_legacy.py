@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -12,10 +13,15 @@ import open_clip
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
+from projects.dho import eval as evaluation
 from projects.dho.legacy import load_released, read_checkpoint
 from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.backbones import load_backbone
+from vlmkd.models.classifier import ClassifierConfig
 
 CLASSES = 7
 
@@ -69,6 +75,43 @@ def test_the_number_of_tensors_of_a_real_vit_b_16(tmp_path: Path) -> None:
             tower(image_size=224, patch_size=16, width=768, layers=12, heads=12, output_dim=512), 512
         )
     assert len(model.state_dict()) == 156
+
+
+CLIP_B16 = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
+CLIP_L14 = {"image_size": 224, "patch_size": 14, "width": 1024, "layers": 24}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "width", "millions"),
+    [
+        ("resnet18", 512, 12.20),
+        ("resnet50", 2048, 27.61),
+        ("mobilenet_v2", 1280, 4.79),
+        (CLIP_B16, 512, 87.21864),  # exactly the 87,218,640 of the published file
+        (CLIP_L14, 768, 305.5),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_students_of_a_thousand_classes_have_the_published_parameters(
+    backbone: Any, width: int, millions: float
+) -> None:
+    named: dict[str, Any] = {"kind": "torchvision", "name": backbone}
+    if isinstance(backbone, dict):
+        text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+        model = {"embed_dim": width, "vision_cfg": backbone, "quick_gelu": True, "text_cfg": text}
+        named = {"kind": "clip", "model": model}
+    config = ClassifierConfig(
+        backbone=named,
+        head={"kind": "dual", "width": width, "classes": 1000, "kd": "linear"},
+        class_names=[str(number) for number in range(1000)],
+        image_spec=ImageSpec(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3),
+        source="published",
+        mix=(0.5, 0.5),
+    )
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in config.build().parameters()) / 1e6
+    digits = len(str(millions).partition(".")[2])
+    assert round(count, digits) == millions
 
 
 @pytest.mark.parametrize(("name", "width", "tensors"), [("resnet18", 512, 124), ("mobilenet_v2", 1280, 316)])
@@ -180,3 +223,39 @@ def test_a_released_resnet_answers_like_its_sequential(tmp_path: Path) -> None:
         found = load_released(tmp_path / "cnn.pt", [str(i) for i in range(CLASSES)]).module(images)
     torch.testing.assert_close(found.ce, model.ce_head(z), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.kd, model.kd_head(z), atol=1e-4, rtol=0)
+
+
+def test_the_zoos_name_is_taken_where_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--model zoo:NAME` evaluates the cached file, and `student.weights=zoo:NAME` starts from its backbone."""
+    monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
+    torch.manual_seed(5)
+    model = Released(tower(), 24)
+    (tmp_path / "zoo").mkdir()
+    torch.save({"model_state_dict": model.state_dict()}, tmp_path / "zoo" / "DHO-ViT-B-16-1percent.pt")
+    for number in range(CLASSES):
+        for split in ("train", "test"):
+            folder = tmp_path / "set" / split / f"class {number}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (40, 36), (30 * number, 90, 200 - 20 * number)).save(folder / "0.png")
+    written = []
+    for name in ("zoo:DHO-ViT-B-16-1percent", str(tmp_path / "zoo" / "DHO-ViT-B-16-1percent.pt")):
+        out = tmp_path / "results.json"
+        arguments = ["--model", name, "--set", f"folder:{tmp_path / 'set'}", "--json", str(out)]
+        assert evaluation.main(arguments) == 0, capsys.readouterr().err
+        written.append(json.loads(out.read_text()))
+    assert written[0] == written[1] and written[0][0]["count"] == CLASSES
+    assert evaluation.main(["--model", "zoo:DHO-ViT-B-16", "--set", f"folder:{tmp_path / 'set'}"]) == 2
+    assert "did you mean DHO-ViT-B-16-1" in capsys.readouterr().err
+
+    config = {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "clip.json").write_text(json.dumps(config))
+    backbone = load_backbone(f"clip:{tmp_path / 'clip.json'}", weights="zoo:DHO-ViT-B-16-1percent")
+    found = backbone.module.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.backbone.state_dict().items())

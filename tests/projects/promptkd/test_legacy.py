@@ -8,15 +8,20 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
 
-from projects.promptkd import legacy
+from projects.promptkd import eval as evaluation
+from projects.promptkd import legacy, teacher
+from projects.promptkd.config import ClipConfig, TeacherSource
 from projects.promptkd.prompts import PromptShape, class_tokens
 from projects.promptkd.student import PromptedStudent
 from tests.projects.promptkd import tiny
+from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 
 NAMES = ["cat", "dog", "toad"]
@@ -181,6 +186,19 @@ def test_students_round_trip_and_convolutions_are_linear_layers(clip: ClipModel,
         assert written[name].dtype == value.dtype and torch.equal(written[name], value), name
 
 
+def test_a_student_of_the_published_size() -> None:
+    """1,013,760 trained values and 171 tensors (spec b.3, g): ViT-B/16, nine times four prompts, projector to 768."""
+    tower = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
+    text = {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
+    with torch.device("meta"):
+        module = open_clip.CLIP(512, tower, text, quick_gelu=True)
+    spec = ImageSpec(size=(224, 224), mean=tiny.MEAN, std=tiny.STD)
+    clip = ClipModel(module, {"embed_dim": 512}, spec, tiny.tokenizer, "meta", "")
+    student = PromptedStudent(clip, 768, depth=9, length=4)
+    assert sum(p.numel() for p in student.parameters() if p.requires_grad) == 1_013_760
+    assert len(legacy.student_state(student)) == 171
+
+
 def test_our_own_student_becomes_a_file_that_is_read_back(clip: ClipModel, tmp_path: Path) -> None:
     student = PromptedStudent(clip, 24, depth=3, length=2, seed=4)
     student(torch.randn(4, 3, 16, 16))  # training mode: the running statistics move
@@ -311,3 +329,30 @@ def test_published_folders_are_found_in_either_spelling(tmp_path: Path) -> None:
         legacy.find_teacher(tmp_path, "eurosat")
     with pytest.raises(UserError, match="no published teacher is named after emoji"):
         legacy.find_teacher(tmp_path, "emoji")
+
+
+def test_zoo_entries_are_read_where_checkpoints_are_named(
+    clip: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher and its student, put into the cache as `download.py` says, answer like the files themselves."""
+    monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(teacher, "load_clip", lambda model, pretrained: clip)
+    monkeypatch.setattr(evaluation, "load_clip", lambda model, pretrained: clip)
+    named = ClipConfig(model="tiny")
+    entry = "zoo:PromptKD-teacher-ViT-L-14-EuroSAT"
+    with pytest.raises(
+        UserError, match=r"get EuroSAT/.*/model-best.pth.tar from .* and put it at .*EuroSAT.pth.tar"
+    ):
+        teacher.load_teacher(TeacherSource(prompts=entry, clip=named), "eurosat")
+    teachers = save(tmp_path / "zoo" / "PromptKD-teacher-ViT-L-14-EuroSAT.pth.tar", teacher_layout(clip))
+    students = save(tmp_path / "zoo" / "PromptKD-student-ViT-B-16-ImageNet.pth.tar", student_layout(clip, 16))
+    dataset = LabelledSet("tiny", NAMES, [TEMPLATE], {}, [])
+    answers = []
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    for first, second in ((entry, "zoo:PromptKD-student-ViT-B-16-ImageNet"), (str(teachers), str(students))):
+        source = TeacherSource(prompts=first, clip=named)
+        for name in (first, second):
+            model = evaluation.classifier(name, dataset, named, source, "", torch.device("cpu"))
+            answers.append(model.classify(images))
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+    assert not torch.equal(answers[0], answers[1])
