@@ -54,7 +54,8 @@ def items(folder: Path, count: int, torn: int = -1) -> list[Item]:
     found = []
     for number, label in enumerate(labels(count).tolist()):
         path = folder / f"{number}.png"
-        path.write_bytes(b"torn" if number == torn else numbered_png(number))
+        if not path.exists():  # ranks share the files of the process that began
+            path.write_bytes(b"torn" if number == torn else numbered_png(number))
         found.append(Item(f"k{number}", ImageRef(str(path)), label, domain=number % 3))
     return found
 

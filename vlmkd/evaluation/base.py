@@ -110,7 +110,7 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
         name for base in protocol.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", {}))
     ]
     public = dict.fromkeys(name for name in members if not name.startswith("_"))
-    lacking = ", ".join(name for name in public if not hasattr(predictor, name))
+    lacking = ", ".join(sorted(name for name in public if not hasattr(predictor, name)))
     raise UserError(
         f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {lacking}; leave the "
         f"evaluator out for this model"

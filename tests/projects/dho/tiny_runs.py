@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +15,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from projects.dho.build import student_job
-from projects.dho.config import DhoConfig
-from tests.projects import forked
-from vlmkd.export import export_clip
-from vlmkd.models.clip import load_clip
-from vlmkd.run import main
-
+ROOT = Path(__file__).parents[3]
 CLASSES = {"red square": (220, 30, 30), "green disc": (30, 200, 40), "blue bar": (30, 40, 220)}
 
 
@@ -43,16 +41,13 @@ def write_images(folder: Path, *, train: int = 10, held_out: int = 4) -> None:
 
 
 class Runs:
-    """Trains with configs in `folder`, where data, a teacher and a student's CLIP are; random ones, but with files."""
+    """Starts training in a fresh process, with a config in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, f"folder:{folder / 'images'}"
+        self.folder = folder
         write_images(folder / "images")
         for name, width, layers in (("teacher", 32, 2), ("student", 16, 1)):
-            path = folder / f"{name}.json"
-            path.write_text(json.dumps(clip_config(width, layers)))
-            export_clip(folder / name, load_clip(str(path), seed=width))
-        self.teacher, self.student = (f"local-dir:{folder / name}" for name in ("teacher", "student"))
+            (folder / f"{name}.json").write_text(json.dumps(clip_config(width, layers)))
 
     def values(self, **fields: object) -> dict:
         """The fields of a short run; `fields` replace top-level ones."""
@@ -60,10 +55,10 @@ class Runs:
             "steps": 6,
             "batch_size": 8,
             "threads": 1,
-            "data": {"set": self.data, "workers": 0, "crop_scale": [0.5, 1.0]},
+            "data": {"set": f"folder:{self.folder / 'images'}", "workers": 0, "crop_scale": [0.5, 1.0]},
             "split": {"shots": 2, "validation": "val"},
-            "teacher": {"model": self.teacher},
-            "student": {"backbone": f"clip:{self.student}"},
+            "teacher": {"model": str(self.folder / "teacher.json")},
+            "student": {"backbone": f"clip:{self.folder / 'student.json'}", "pretrained": False},
             "optim": {"lr": 1e-3, "warmup_steps": 2, "decay_all": True},
             "evaluation": {"every_steps": 2, "batch_size": 16},
             "log": {"every_steps": 1},
@@ -77,13 +72,31 @@ class Runs:
         path.write_text(yaml.safe_dump(self.values(**fields)))
         return path
 
-    def train(self, config: Path, *overrides: str) -> tuple[int, str]:
-        """Exit code and output of a whole run in a forked child."""
-        return forked.finish(self._work(config, *overrides), self.folder / f"{config.stem}.txt")
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        """The run as a child process."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "projects.dho.train_student", *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=self.folder,
+        )
 
-    def kill(self, when: Callable[[], bool], config: Path, *overrides: str) -> None:
+    def finish(self, *arguments: object) -> tuple[int, str]:
+        """Exit code and output of a whole run."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, output
+
+    def kill(self, when: Callable[[], bool], *arguments: object) -> None:
         """Start a run and kill it once `when` holds."""
-        forked.kill(self._work(config, *overrides), self.folder / f"{config.stem}.txt", when)
-
-    def _work(self, config: Path, *overrides: str) -> Callable[[], None]:
-        return functools.partial(main, DhoConfig, student_job, [str(config), *overrides])
+        process = self.start(*arguments)
+        deadline = time.monotonic() + 300
+        while not when() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
