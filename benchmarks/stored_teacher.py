@@ -7,7 +7,7 @@ classes), DHO, and VL2V-ADiP's Align. Every way is a run as its project builds i
 ways of a case take turns of a few steps until --seconds are spent (at least one turn each), and the first step of a turn
 is left out. An epoch has the same number of steps whichever way, so the ratio of steps is that of epochs.
 
-`nano` is the zoo's teacher with students of the emoji runs' size. Any other name is an open_clip architecture with random
+`nano` is the zoo's teacher with the students of the emoji runs. Any other name is an open_clip architecture with random
 weights, whose students are ViT-S-32 (PromptKD) and ResNet-18; speed does not depend on what a model knows. Pictures and class
 names are drawn from the packages of the emoji set.
 
@@ -53,6 +53,7 @@ from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import labelled_views
 from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import embed_items
+from vlmkd.errors import UserError
 from vlmkd.export import export_clip
 from vlmkd.logging import Metrics
 from vlmkd.models.clip import ClipPredictor, load_clip
@@ -88,8 +89,7 @@ class Models:
     def of(cls, name: str, folder: Path) -> Models:
         """`nano`, or a random model of an open_clip architecture, written into `folder` so that it has a digest."""
         if name == NANO:
-            student = CONFIGS / "tinyclip" / "configs" / "models" / "emoji_student.json"
-            return cls(name, "zoo:tinyclip-emoji-teacher", (f"student.model={student}",))
+            return cls(name, "zoo:tinyclip-emoji-teacher")
         export_clip(folder / name, load_clip(name, seed=0))
         resnet = (
             "student.backbone=torchvision:resnet18",
@@ -265,7 +265,7 @@ def promptkd(models: Models, folder: Path, args: argparse.Namespace) -> Iterator
 def dho(models: Models, folder: Path, args: argparse.Namespace) -> Iterator[Case]:
     """Two heads, labelled and unlabelled images."""
     batch = args.batch_sizes[1]
-    name = class_folders(folder / "set", FEW_CLASSES, 2 * batch)
+    name = class_folders(folder / "set", FEW_CLASSES, max(2 * batch, 8 * FEW_CLASSES))
     fields = [
         *_files(CONFIGS / "dho" / "configs" / "emoji" / "base"), *_COMMON, "steps=1", f"batch_size={batch}",
         f"data.set={name}", "split.validation=none", "split.pool_per_class=0", "mixing.mode=fixed",
@@ -279,7 +279,12 @@ def align(models: Models, folder: Path, args: argparse.Namespace) -> Iterator[Ca
     """VL2V-ADiP's first stage: the backbone is frozen, a projector learns."""
     batch = args.batch_sizes[2]
     for style in STYLES:
-        draw(folder / "set" / style, FEW_CLASSES, 2 * batch // (len(STYLES) - 1), (style,))
+        draw(
+            folder / "set" / style,
+            FEW_CLASSES,
+            max(2 * batch // (len(STYLES) - 1), 3 * FEW_CLASSES),
+            (style,),
+        )
     name, configs = f"domains:{folder / 'set'}", CONFIGS / "vl2v_adip" / "configs"
     files = ("base", "emoji/base", "students/emoji_lite0", "emoji/align", "stages/align")
     fields = [
@@ -335,7 +340,7 @@ def print_rows(models: Models, case: Case, limits: tuple[float, float]) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Measure all cases and print the table; 1 where two ways give different numbers."""
+    """Parse the arguments and measure; 1 where two ways give different numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -352,16 +357,24 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     engine.start_ranks()
+    try:
+        equal = measure_all(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    engine.stop_ranks()
+    return 0 if equal else 1
+
+
+def measure_all(args: argparse.Namespace) -> bool:
+    """Print the table of all cases; whether all ways give equal numbers."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} thread(s)"
     print(f"Stored embeddings {args.dtype}, torch {torch.__version__}, {device}\n")
     print(
         "| teacher | project | classes | batch | teacher's outputs | s/step | of it teacher s | of it data s | times faster "
-        "| largest loss difference | distance of the weights | steps |\n"
-        + "|---" * 4
-        + "|---"
-        + "|---:" * 7
-        + "|"
+        "| largest loss difference | distance of the weights | steps |"
     )
+    print("|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
     notes, equal = [], True
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.teachers:
@@ -378,8 +391,7 @@ def main(argv: list[str]) -> int:
         if equal
         else f"\nNOT EQUAL: a difference is above {LIMITS[args.dtype]}."
     )
-    engine.stop_ranks()
-    return 0 if equal else 1
+    return equal
 
 
 PROJECTS = {"promptkd": promptkd, "dho": dho, "align": align}

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPred
 from vlmkd.models.clip import read_json
 from vlmkd.models.heads import DualLogits, LinearHead, TextClassifier, mix_heads
 
-CONFIG, WEIGHTS, TIMM_WEIGHTS = "classifier.json", "model.safetensors", "timm.safetensors"
+CONFIG, WEIGHTS = "classifier.json", "model.safetensors"
+TIMM_WEIGHTS, ONNX = "timm.safetensors", "model.onnx"
 _FORMAT = 1
 _PROBE_SEED = 20231001
 _ONNX_TOLERANCE = 1e-3
@@ -229,6 +231,11 @@ class _Prediction(nn.Module):
         return output if self.mix is None else mix_heads(output, *self.mix)
 
 
+def missing_for_onnx() -> list[str]:
+    """Packages of the extra `export` that are not installed."""
+    return [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+
+
 def to_onnx(folder: Path, path: Path | None = None) -> Path:
     """Write an exported classifier as ONNX (`images` [B,3,H,W] -> `logits` [B,C], any B), and compare it with onnxruntime.
 
@@ -237,19 +244,17 @@ def to_onnx(folder: Path, path: Path | None = None) -> Path:
     Raises:
         UserError: the extra `export` is not installed, or onnxruntime computes something else.
     """
-    missing = [
-        name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    if missing := missing_for_onnx():
         raise UserError(f"ONNX export needs {', '.join(missing)}; run: pip install 'vlmkd[export]'")
     predictor = load_classifier(folder)
     model = _Prediction(predictor).eval()
-    path = path or folder / "model.onnx"
+    path = path or folder / ONNX
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     spec = predictor.image_spec
     torch.onnx.export(
         model,
         (_probe_images(spec, 2),),
-        str(path),
+        str(partial),
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
@@ -257,12 +262,13 @@ def to_onnx(folder: Path, path: Path | None = None) -> Path:
         external_data=False,
         verbose=False,
     )
-    difference = _onnx_difference(path, model, spec)
+    difference = _onnx_difference(partial, model, spec)
     if difference:
-        path.unlink()
+        partial.unlink()
         raise UserError(
             f"ONNX export of {folder} does not reproduce the classifier: {difference}; report this"
         )
+    os.replace(partial, path)
     return path
 
 

@@ -80,6 +80,10 @@ class LabelledDataConfig:
     """Name of the set as `vlmkd.data.labelled_sets.load_set` takes it, e.g. `emoji`, `eurosat` or `folder:PATH`."""
     root: str = ""
     """Folder of the data sets on disk; embedded sets need none."""
+    class_names: str = ""
+    """Text file for `folder:` and `domains:` sets with a class a line, NAME or FOLDER<tab>NAME; empty: the folders' names."""
+    templates: list[str] = field(default_factory=list)
+    """Prompts of a `folder:` or `domains:` set, with `{}` for the class name; empty: `a photo of a {}`."""
     workers: int = 2
     """Loader processes per rank; 0 loads in the training process. Does not change what is drawn."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
@@ -362,9 +366,7 @@ def load(cls: type[C], argv: list[str]) -> C:
         UserError: a missing file, an unknown field (with the nearest right one), a wrong type or choice.
     """
     schema = OmegaConf.structured(cls)
-    values: Any = OmegaConf.create(
-        OmegaConf.to_container(schema)
-    )  # plain, because frozen nodes refuse item updates
+    values: Any = OmegaConf.create(defaults(cls))  # plain, because frozen nodes refuse item updates
     for arg in argv:
         if arg.startswith("--local_rank"):
             continue
@@ -393,6 +395,20 @@ def _explain(error: Exception, origin: str) -> str:
     full_key = getattr(error, "full_key", None)
     message = str(error).strip().splitlines()[0]
     return f"{origin}: config field {full_key}: {message}" if full_key else f"{origin}: {message}"
+
+
+def defaults(cls: type[Any]) -> dict[str, Any]:
+    """The fields of `cls` before any file or override, as plain data."""
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(cls)))
+
+
+def has_field(cls: type[Any], path: str) -> bool:
+    """Whether `cls` has the field `path`, such as `optim.lr`; what lies below a list or a plain value is not looked at."""
+    name, _, rest = path.partition(".")
+    hints = typing.get_type_hints(cls)
+    if name not in hints:
+        return False
+    return not (rest and dataclasses.is_dataclass(hints[name])) or has_field(hints[name], rest)
 
 
 def to_yaml(cfg: Any) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vlmkd.evaluation.base import DualEncoder, Result
 
 STUDENT = "student"
-GALLERY, MISTAKES = "gallery.json", "mistakes.json"
+GALLERY, MISTAKES, MODELS = "gallery.json", "mistakes.json", "models.json"
 _CONFUSED = 40
 """Classes of a confusion matrix; of a larger set those with most wrong images."""
 
@@ -62,8 +62,12 @@ class Run:
     parameters: dict[str, int] = field(default_factory=dict)
     """Model name -> number of parameters, where known."""
     gallery: dict[str, Any] | None = None
+    exported: str = STUDENT
+    """Which weights of the student are in the run's export: the last ones, or those of a selection."""
+    selections: list[str] = field(default_factory=list)
+    """Names of other weights of the student than the last ones."""
     classified: list[dict[str, Any]] = field(default_factory=list)
-    """The student's final results that have a confusion matrix."""
+    """Final results of the exported weights that have a confusion matrix."""
     mistakes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Data set -> its worst mistakes with their pictures."""
     environment: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +85,8 @@ class Row:
     """Series colour: -1 for teachers, else the number of the run."""
     scores: dict[str, float]
     parameters: int | None
+    exported: bool = True
+    """False for weights of a student that are not in its run's export."""
 
 
 def read_run(folder: Path) -> Run:
@@ -119,7 +125,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     for run in runs:
         for model, scores in run.final.items():
             parameters = run.parameters.get(model)
-            if model == STUDENT:
+            if model in (STUDENT, *run.selections):
                 continue
             same_name = [row for row in rows if row.label == model]
             if any(row.scores == scores for row in same_name):
@@ -127,10 +133,21 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
             label = model if not same_name else f"{model} ({run.name})"
             rows.append(Row(label=label, teacher=True, color=-1, scores=scores, parameters=parameters))
     for index, run in enumerate(runs):
-        if STUDENT in run.final:
-            scores = run.final[STUDENT]
-            parameters = run.parameters.get(STUDENT)
-            rows.append(Row(label=run.name, teacher=False, color=index, scores=scores, parameters=parameters))
+        parameters = run.parameters.get(STUDENT)
+        own = [model for model in (STUDENT, *run.selections) if model in run.final]
+        for model in sorted(own, key=lambda model: model != run.exported):
+            exported = model == run.exported
+            label = run.name if exported else f"{run.name}, {'last step' if model == STUDENT else model}"
+            rows.append(
+                Row(
+                    label=label,
+                    teacher=False,
+                    color=index,
+                    scores=run.final[model],
+                    parameters=parameters,
+                    exported=exported,
+                )
+            )
     return rows
 
 
@@ -175,7 +192,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
     rows = rows_of(runs)
     galleries = merge_galleries(runs)
     body = [
-        _header(title, rows),
+        _header(title, rows, main_set(runs)),
         _table_section(rows),
         _size_section(rows),
         _curve_section(runs, rows),
@@ -326,15 +343,22 @@ def format_score(key: str, value: float | None) -> str:
     return f"{100 * value:.1f}" if _is_share(key) else charts.number(value)
 
 
-def _header(title: str, rows: Sequence[Row]) -> str:
+def _header(title: str, rows: Sequence[Row], dataset: str) -> str:
     """Heading, and the best student beside the best teacher in one sentence."""
-    return f"<header><h1>{escape(title)}</h1>{_headline(rows)}</header>"
+    return f"<header><h1>{escape(title)}</h1>{_headline(rows, dataset)}</header>"
 
 
-def _headline(rows: Sequence[Row]) -> str:
-    key = next((key for key in columns_of(rows) if metric_name(key) == "top-1"), None)
+def main_set(runs: Sequence[Run]) -> str:
+    """The first data set with a confusion matrix, a validation split only if there is no other; empty: none."""
+    names = [result["dataset"] for run in runs for result in run.classified]
+    return min(names, key=lambda name: name.endswith("_val"), default="")
+
+
+def _headline(rows: Sequence[Row], dataset: str) -> str:
+    keys = [key for key in columns_of(rows) if metric_name(key) == "top-1"]
+    key = next((key for key in keys if _dataset(key) == dataset), keys[0] if keys else None)
     teachers = [row for row in rows if row.teacher and key in row.scores]
-    students = [row for row in rows if not row.teacher and key in row.scores]
+    students = [row for row in rows if row.exported and not row.teacher and key in row.scores]
     if key is None or not students:
         return ""
     student = max(students, key=lambda row: row.scores[key])
@@ -474,7 +498,7 @@ def _gallery_section(gallery: dict[str, Any], number: int) -> str:
 
 
 def _classifier_section(run: Run) -> str:
-    """Confusion matrix and worst mistakes of a run's student on each of its classification sets."""
+    """Confusion matrix and worst mistakes of a run's exported student on each of its classification sets."""
     parts = []
     for result in run.classified:
         details, dataset = result["details"], result["dataset"]
@@ -652,7 +676,12 @@ def _mean_right(affinity: list[list[float]], targets: list[list[int]]) -> float:
 
 def _read_evaluations(run: Run) -> None:
     """Final scores and parameter counts from `eval/*.json`, the gallery, and the exported weights."""
+    models = _read_object(run.folder / "eval" / MODELS)
+    run.exported, run.selections = models.get("exported", STUDENT), models.get("selections", [])
+    run.parameters |= models.get("parameters", {})
     for path in sorted((run.folder / "eval").glob("*.json")):
+        if path.name == MODELS:
+            continue
         if path.name == GALLERY:
             run.gallery = _read_gallery(path)
             continue
@@ -662,7 +691,7 @@ def _read_evaluations(run: Run) -> None:
             continue
         for model, results in _read_object(path).items():
             for result in results if isinstance(results, list) else []:
-                if model == STUDENT and "confusion" in result.get("details", {}):
+                if model == run.exported and "confusion" in result.get("details", {}):
                     run.classified.append(result)
                 for metric, value in result["metrics"].items():
                     if metric == "parameters":

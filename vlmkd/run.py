@@ -29,10 +29,10 @@ from vlmkd import config, distributed, engine, trainer
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import RunConfig
 from vlmkd.errors import UserError
-from vlmkd.evaluation.classify import Classification
+from vlmkd.evaluation.base import OfItems
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.logging import Metrics, start_console
-from vlmkd.report import build_report, write_gallery, write_mistakes
+from vlmkd.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
 from vlmkd.trainer import Job, Stopped
 
 log = logging.getLogger(__name__)
@@ -127,28 +127,31 @@ def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: 
     results = {"student": trainer.evaluate(cfg, job.evaluators, student, around, metrics, step)}
     job.task.after_evaluation(results["student"], step)
     results["student"] += trainer.evaluate(cfg, job.final_evaluators, student, around, metrics, step)
-    others = job.task.final_predictors()
+    selections = job.task.final_predictors()
+    others = dict(selections)
     if cfg.evaluation.teacher:
         others |= job.task.teacher_predictors()
+    exported = [STUDENT, *selections][-1]
     for name, predictor in others.items():
         results[name] = trainer.evaluate(
             cfg, [*job.evaluators, *job.final_evaluators], predictor, around, metrics, step, model=name
         )
     with around.whole_weights():
         if distributed.is_main():
+            (run_dir / "eval").mkdir(exist_ok=True)
+            models = {
+                "exported": exported,
+                "selections": list(selections),
+                "parameters": job.task.parameter_counts(),
+            }
+            _write(run_dir / "eval" / MODELS, json.dumps(models, indent=1))
             _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
     weights = around.student_weights()
     if weights is not None:
-        (run_dir / "eval").mkdir(exist_ok=True)
         _write(run_dir / "eval" / "results.json", trainer.results_json(results))
-        classified = [
-            one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, Classification)
-        ]
-        write_mistakes(
-            run_dir / "eval" / "mistakes.json",
-            results["student"],
-            {one.dataset: one.items for one in classified},
-        )
+        judged = [one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, OfItems)]
+        items = {one.dataset: one.items for one in judged}
+        write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
         build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
         job.task.export(run_dir / "export", weights)
@@ -211,16 +214,18 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
     """Refuse to continue a folder whose config differs in anything that changes the weights."""
     old = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
     new = _flatten(yaml.safe_load(config.to_yaml(cfg)))
+    # A field that did not exist when the run was started had its default.
+    before = _flatten(config.defaults(type(cfg))) | old
     changed = [
         name
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(_CHANGEABLE) and name != "run_dir"
+        if before.get(name) != new.get(name) and not name.startswith(_CHANGEABLE) and name != "run_dir"
     ]
     if changed:
         first = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
-            f"run folder {path.parent} belongs to a run with {first}={old.get(first)!r}, now {new.get(first)!r}{more}; "
+            f"run folder {path.parent} belongs to a run with {first}={before.get(first)!r}, now {new.get(first)!r}{more}; "
             f"choose another run_dir or give the same config to go on"
         )
 

@@ -77,7 +77,10 @@ class Task:
         raise AssertionError(f"{type(self).__name__} does not define predictor()")
 
     def final_predictors(self) -> dict[str, Any]:
-        """Other weights of the student by name (averages, the best so far), evaluated once when training has ended."""
+        """Other weights of the student by name (averages, the best so far), evaluated once when training has ended.
+
+        The last of them is what is exported.
+        """
         return {}
 
     def teacher_predictors(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class SplitConfig:
     shots: int = 0
     """Labelled images of every class, drawn by Tip-Adapter's rule."""
     percent: float = 0.0
-    """Labelled share of the training images by the cascade rule (1 and 10 are the published ImageNet lists)."""
+    """Labelled share of the training images by the cascade rule (1 and 10 are the published ImageNet lists); 100: all."""
     list_file: str = ""
     """A list of labelled images, as `vlmkd.data.splits.write_list` writes it, or SimCLR's."""
     list_kind: ListKind = "cascade"
@@ -214,9 +214,9 @@ class DhoConfig(RunConfig):
         require(sum(given) == 1, "split", "needs exactly one of shots, percent and list_file")
         require(split.shots >= 0, "split.shots", f"is {split.shots}; it must be at least 1")
         require(
-            split.percent == 0 or 0 < split.percent < 100,
+            0 <= split.percent <= 100,
             "split.percent",
-            f"is {split.percent}; it must be between 0 and 100",
+            f"is {split.percent}; it must be above 0 and at most 100",
         )
         require(
             split.list_kind == "cascade" or bool(split.list_file),

@@ -10,7 +10,7 @@ from pathlib import Path
 from projects.dho.config import SplitConfig
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.labelled import Item, LabelledSet, by_class
-from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.labelled_sets import configured_set
 from vlmkd.data.splits import percent_list, pick_listed, read_list, rest_of, tip_adapter_few_shot
 from vlmkd.errors import UserError
 
@@ -34,16 +34,18 @@ def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
     Raises:
         UserError: a split that the set does not have, or no image left for a role.
     """
-    dataset = load_set(data.set, data.root)
+    dataset = configured_set(data)
     train = pool(_split(dataset, "train"), split.pool_per_class)
     labelled = _labelled(train, split, dataset.class_names)
     held: list[Item] = []
     if split.validation == "train":
         held = _held_out(train, labelled, split)
     unlabelled = rest_of(train, held if split.unlabelled_includes_labelled else [*labelled, *held])
+    unlabelled += dataset.splits.get("unlabelled", [])
     if not unlabelled:
         raise UserError(
-            f"{dataset.name}: no training image is left without a label; ask for fewer labels (split.shots, split.percent)"
+            f"{dataset.name}: no training image is left without a label; ask for fewer labels (split.shots, split.percent), or set "
+            "split.unlabelled_includes_labelled=true"
         )
     validation = _split(dataset, "val") if split.validation == "val" else held
     if split.validation != "none" and not validation:

@@ -10,7 +10,7 @@ import sys
 from projects.dho.config import DhoConfig
 from projects.dho.labels import pool
 from vlmkd import config
-from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.data.labelled_sets import configured_set, items_of
 from vlmkd.errors import UserError
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     """Command line; returns the exit code."""
     try:
         cfg = config.load(DhoConfig, argv)
-        train = items_of(load_set(cfg.data.set, cfg.data.root), "train")
+        train = items_of(configured_set(cfg.data), "train")
         print("\n".join(item.key for item in pool(train, cfg.split.pool_per_class)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

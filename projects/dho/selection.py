@@ -97,6 +97,7 @@ class Shifted:
 
     def __init__(self, inner: Classification) -> None:
         self.inner, self.name = inner, inner.name
+        self.dataset, self.items = inner.dataset, inner.items
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
         """Classify the images of all ranks.

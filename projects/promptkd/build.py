@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,22 +19,24 @@ from projects.promptkd.config import (
 )
 from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens
-from projects.promptkd.protocols import Protocol, student_protocol, teacher_protocol
+from projects.promptkd.protocols import Protocol, student_images, student_protocol, teacher_protocol
 from projects.promptkd.student import PromptedStudent
 from projects.promptkd.task import StudentTask, TeacherNet, TeacherTask
 from projects.promptkd.teacher import Teacher, load_teacher
 from vlmkd import distributed
-from vlmkd.config import require
-from vlmkd.data.labelled import LabelledSet
+from vlmkd.class_names import prompt_name
+from vlmkd.config import LabelledDataConfig, require
+from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.stored_outputs import StoredEmbeds
 from vlmkd.data.text import prompt_templates
 from vlmkd.engine import batch_triple
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Evaluator
+from vlmkd.evaluation.base import Context, Evaluator, gather_rows
+from vlmkd.evaluation.images import ImageOutputs
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.class_vectors import ClassVectors, encode_classes, prompt_name
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, read_json
 from vlmkd.trainer import Job
 
@@ -45,24 +48,29 @@ _DTYPES = {"none": None, "bf16": torch.bfloat16}
 
 
 @functools.lru_cache(maxsize=2)
-def data_set(name: str, root: str) -> LabelledSet:
+def data_set(name: str, root: str, class_names: str = "", templates: tuple[str, ...] = ()) -> LabelledSet:
     """The labelled set, read once a process."""
-    return load_set(name, root)
+    return load_set(name, root, class_names, templates)
+
+
+def set_of(data: LabelledDataConfig) -> LabelledSet:
+    """The labelled set of a config, read once a process."""
+    return data_set(data.set, data.root, data.class_names, tuple(data.templates))
 
 
 def resolve_teacher(cfg: TeacherConfig) -> TeacherConfig:
     """Stage 1 with its steps filled in."""
-    return with_steps(cfg, len(teacher_protocol(cfg, data_set(cfg.data.set, cfg.data.root)).train))
+    return with_steps(cfg, len(teacher_protocol(cfg, set_of(cfg.data)).train))
 
 
 def resolve_student(cfg: StudentConfig) -> StudentConfig:
     """Stage 2 with its steps filled in."""
-    return with_steps(cfg, len(student_protocol(cfg, data_set(cfg.data.set, cfg.data.root)).train))
+    return with_steps(cfg, len(student_images(cfg, set_of(cfg.data))))
 
 
 def teacher_job(cfg: TeacherConfig) -> Job:
     """Stage 1: prompts of both towers."""
-    dataset = data_set(cfg.data.set, cfg.data.root)
+    dataset = set_of(cfg.data)
     protocol = teacher_protocol(cfg, dataset)
     clip = _load(cfg.clip, cfg.seed)
     prompts = cfg.prompts
@@ -107,8 +115,7 @@ def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, n
 
 def student_job(cfg: StudentConfig) -> Job:
     """Stage 2: visual prompts and projector, by KL to the teacher."""
-    dataset = data_set(cfg.data.set, cfg.data.root)
-    protocol = student_protocol(cfg, dataset)
+    dataset = set_of(cfg.data)
     stored = bool(cfg.data.teacher_outputs)
     teacher = None
     if not (cfg.class_vectors and stored):
@@ -116,6 +123,9 @@ def student_job(cfg: StudentConfig) -> Job:
         teacher = load_teacher(cfg.teacher, of)
         (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(distributed.device())
     vectors = class_vectors(cfg, dataset, teacher)
+    if any(item.label == UNLABELLED for item in dataset.splits.get("test", [])):
+        dataset = _as_the_teacher_answers(cfg, dataset, teacher, vectors)
+    protocol = student_protocol(cfg, dataset)
     clip = _load(cfg.student, cfg.seed)
     student = PromptedStudent(
         clip,
@@ -142,7 +152,7 @@ def student_job(cfg: StudentConfig) -> Job:
     text = None
     if cfg.text_every_step:
         assert teacher is not None
-        text = functools.partial(_vectors_now, teacher, dataset)
+        text = functools.partial(vectors_now, teacher, dataset)
     task = StudentTask(cfg, student, clip, vectors, protocol, image_teacher, text)
     return Job(task, loader, _evaluators(cfg, protocol))
 
@@ -155,7 +165,7 @@ def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | N
     """
     if not cfg.class_vectors:
         assert teacher is not None
-        return teacher.class_vectors(dataset, cfg.evaluation.batch_size)
+        return teacher.class_vectors(dataset)
     vectors = ClassVectors.load(Path(cfg.class_vectors), expect_class_names=dataset.class_names)
     digests = {}
     if teacher is not None:
@@ -176,8 +186,46 @@ def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | N
     return vectors
 
 
-def _vectors_now(teacher: Teacher, dataset: LabelledSet) -> Tensor:
-    return teacher.class_vectors(dataset, len(dataset.class_names)).vectors
+def _as_the_teacher_answers(
+    cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None, vectors: ClassVectors
+) -> LabelledSet:
+    """A set without labels, the teacher's answers on its test images in their place; its name says so.
+
+    Raises:
+        UserError: no teacher is loaded.
+    """
+    if teacher is None:
+        raise UserError(
+            f"data set {dataset.name} has no labelled images to test on, so that the student is compared with its teacher: "
+            "name it in teacher, and leave data.teacher_outputs empty"
+        )
+    encoder = teacher.encoder()
+    items = items_of(dataset, "test")
+    context = Context(distributed.device(), cfg.evaluation.batch_size, cfg.data.workers)
+    title = f"{dataset.name}: the teacher's answers"
+    stream = ImageOutputs(
+        encoder.encode_image, encoder.image_spec, [item.image for item in items], title, context
+    )
+    parts = [(found, vectors.logits(embeds).argmax(dim=1).cpu()) for found, embeds in stream]
+    stream.unreadable()
+    empty = torch.empty(0, dtype=torch.long)  # the share of a rank without images
+    ids, answers = gather_rows(
+        *(torch.cat([empty, *column]) for column in zip((empty, empty), *parts, strict=True))
+    )
+    log.info(
+        "no labels: the student's answers on %d held-out images are compared with the teacher's", len(ids)
+    )
+    test = [
+        replace(items[index], label=answer)
+        for index, answer in zip(ids.tolist(), answers.tolist(), strict=True)
+    ]
+    name = f"{dataset.name}, teacher's answers"
+    return replace(dataset, name=name, splits={**dataset.splits, "test": test})
+
+
+def vectors_now(teacher: Teacher, dataset: LabelledSet) -> Tensor:
+    """Class vectors [C,D] computed anew, as the reference does at every step."""
+    return teacher.class_vectors(dataset).vectors
 
 
 def _load(clip: ClipConfig, seed: int) -> ClipModel:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from projects.promptkd.build import data_set
+from projects.promptkd.build import set_of
 from projects.promptkd.config import BankConfig
 from projects.promptkd.teacher import load_teacher
 from vlmkd import config
@@ -32,17 +32,20 @@ def build_bank(cfg: BankConfig) -> None:
         UserError: no such teacher or data set, or a folder of other outputs in the way.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = data_set(cfg.data.set, cfg.data.root)
+    dataset = set_of(cfg.data)
     teacher = load_teacher(cfg.teacher, cfg.data.set)
     (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
-    vectors = teacher.class_vectors(dataset, cfg.batch_size)
+    vectors = teacher.class_vectors(dataset)
     vectors.save(Path(cfg.out))
     print(f"{cfg.out}: {len(vectors.class_names)} classes, digest {vectors.digest[:12]}")
     if not cfg.image_views:
         return
+    items = items_of(dataset, cfg.split)
+    if cfg.split == "train":
+        items = items + dataset.splits.get("unlabelled", [])
     skipped = embed_items(
         teacher.encoder(),
-        items_of(dataset, cfg.split),
+        items,
         cfg.data.teacher_outputs,
         name=cfg.data.set,
         source=teacher.source,

@@ -297,7 +297,7 @@ class BankConfig:
     seed: int = 0
     """Seed of the views."""
     batch_size: int = 64
-    """Images, or class prompts, per forward pass."""
+    """Images per forward pass."""
     threads: int = 0
     """CPU threads; 0: torch's default."""
 

@@ -23,10 +23,12 @@ import torch
 from projects.promptkd import legacy
 from projects.promptkd.build import data_set
 from projects.promptkd.config import ClipConfig, TeacherSource
-from projects.promptkd.exports import STUDENT_JSON, TEACHER_JSON, StudentClassifier, read_student
+from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.protocols import held_out
+from projects.promptkd.student import StudentClassifier
 from projects.promptkd.teacher import load_teacher
 from vlmkd.allocator import keep_freed_memory
+from vlmkd.classifier_export import CONFIG, load_classifier
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_sets import items_of
 from vlmkd.data.splits import base_and_novel
@@ -64,10 +66,10 @@ def classifier(
         return _zero_shot(TeacherSource(clip=ClipConfig(model=model, pretrained=pretrained)), dataset, device)
     path = weights_file(name)
     path = path / "export" if (path / "export").is_dir() else path
-    if (path / STUDENT_JSON).is_file():
-        student = read_student(path)
+    if (path / CONFIG).is_file():
+        student = load_classifier(path)
         require_same_classes(student.class_names, dataset.class_names, f"student {path}")
-        student.student.to(device)
+        student.module.to(device)
         return student
     if (path / TEACHER_JSON).is_file() or path.is_dir():
         return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device)
@@ -84,7 +86,7 @@ def classifier(
             f"{name} projects to {published.projector.config['embed_dim']} dimensions, its class vectors have "
             f"{vectors.vectors.shape[1]}; name the teacher that it was distilled from"
         )
-    return StudentClassifier(name, published, vectors, float(published.scale), base.image_spec)
+    return StudentClassifier(name, published, vectors, base.image_spec)
 
 
 def _vectors(

@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from projects.promptkd.prompts import PromptedCLIP, PromptedImageTower, PromptShape
+from projects.promptkd.prompts import PromptedCLIP, PromptShape
 from projects.promptkd.student import PromptedStudent
 from vlmkd.errors import UserError
 from vlmkd.models.clip import ClipModel
+from vlmkd.models.prompted import PromptedImageTower
 
 State = dict[str, Tensor]
 

@@ -38,7 +38,8 @@ def teacher_protocol(cfg: TeacherConfig, dataset: LabelledSet) -> Protocol:
     Raises:
         UserError: a set without a train split, or select=val without a val split.
     """
-    whole, val = items_of(dataset, "train"), dataset.splits.get("val", [])
+    whole = items_of(dataset, "train")
+    val = dataset.splits.get("val", []) if cfg.select == "val" else []
     train, few_val = coop_few_shot(whole, val, cfg.shots, cfg.seed, class_names=dataset.class_names)
     base, novel = base_and_novel(whole)
     classes = base if cfg.classes == "base" else sorted(by_class(whole))
@@ -57,8 +58,9 @@ def student_protocol(cfg: StudentConfig, dataset: LabelledSet) -> Protocol:
         UserError: a set without the splits that the protocol needs.
     """
     everything = list(range(len(dataset.class_names)))
+    unlabelled = student_images(cfg, dataset)
     if cfg.protocol == "domain_generalization":
-        train, test = held_out(items_of(dataset, "test"), cfg.hold_out, cfg.seed)
+        _, test = held_out(items_of(dataset, "test"), cfg.hold_out, cfg.seed)
         if not cfg.hold_out:
             log.warning(
                 "hold_out=0: the %d images of %s are both the unlabelled training set and the test set, as in the "
@@ -66,19 +68,31 @@ def student_protocol(cfg: StudentConfig, dataset: LabelledSet) -> Protocol:
                 len(test), dataset.name,
             )  # fmt: skip
         judged = Classification(test, dataset.class_names, dataset=dataset.name)
-        return Protocol([item.unlabelled() for item in train], everything, judged, None, "top1")
-    whole = items_of(dataset, "train")
-    train, _ = coop_few_shot(whole, [], cfg.shots, cfg.seed, class_names=dataset.class_names)
-    unlabelled = [item.unlabelled() for item in train]
+        return Protocol(unlabelled, everything, judged, None, "top1")
     val = dataset.splits.get("val", [])
     if cfg.protocol == "cross_dataset":
         validation = _validation(dataset, val, everything) if cfg.select == "val" else None
         return Protocol(unlabelled, everything, Classification.of(dataset), validation, "top1")
-    base, novel = base_and_novel(whole)
+    base, novel = base_and_novel(items_of(dataset, "train"))
     validation = _validation(dataset, val, base) if cfg.select == "val" else None
     return Protocol(
         unlabelled, everything, Classification.of(dataset, base=base, novel=novel), validation, "base_top1"
     )
+
+
+def student_images(cfg: StudentConfig, dataset: LabelledSet) -> list[Item]:
+    """The images of stage 2, without labels; those of the split `unlabelled` count unless `shots` are picked.
+
+    Raises:
+        UserError: a set without such images.
+    """
+    if cfg.protocol == "domain_generalization":
+        train, _ = held_out(items_of(dataset, "test"), cfg.hold_out, cfg.seed)
+        return [item.unlabelled() for item in train]
+    more = [] if cfg.shots else dataset.splits.get("unlabelled", [])
+    labelled = dataset.splits.get("train", []) if more else items_of(dataset, "train")
+    train, _ = coop_few_shot(labelled, [], cfg.shots, cfg.seed, class_names=dataset.class_names)
+    return [item.unlabelled() for item in train] + more
 
 
 def held_out(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

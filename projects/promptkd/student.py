@@ -6,17 +6,22 @@ Letters: B images, d width of the student's features, D width of the teacher's e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projects.promptkd.prompts import PromptedImageTower
+from projects.promptkd.objective import cosine_logits
 from vlmkd import distributed
-from vlmkd.models.clip import ClipModel
-from vlmkd.models.heads import Projector
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.backbones import prompted_config
+from vlmkd.models.class_vectors import ClassVectors
+from vlmkd.models.classifier import ClassifierConfig
+from vlmkd.models.clip import ClipModel, evaluating
+from vlmkd.models.heads import Projector, TextClassifier
+from vlmkd.models.prompted import PromptedImageTower
 
 PROJECTOR_LAYERS = 2
 """Linear, BatchNorm, ReLU, Linear (paper Table 6: 2 are better than 1 and 3)."""
@@ -76,6 +81,50 @@ class PromptedStudent(nn.Module):
             else:
                 projected = self.projector(features)
             return F.normalize(projected.float(), dim=-1)
+
+
+class StudentClassifier:
+    """A student with class vectors as the ImageClassifier that evaluators call."""
+
+    def __init__(
+        self, name: str, student: PromptedStudent, vectors: ClassVectors, image_spec: ImageSpec
+    ) -> None:
+        self.name, self.image_spec, self.class_names = name, image_spec, vectors.class_names
+        self.student, self.vectors = student, vectors
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] -> logits [B,C], fp32: scaled cosines with the teacher's class vectors."""
+        device = next(self.student.parameters()).device
+        with evaluating(self.student):
+            embeds = self.student(images.to(device))
+        return cosine_logits(embeds, self.vectors.vectors.to(device), float(self.student.scale))
+
+
+def as_classifier(
+    student: PromptedStudent, state: Mapping[str, Tensor], clip: ClipModel, vectors: ClassVectors
+) -> tuple[ClassifierConfig, dict[str, Tensor]]:
+    """Config and weights of the core's Classifier that answers as `student` with the weights `state` does.
+
+    `clip` is the CLIP that the student was made from. Its image tower with the prompts is the backbone, the class vectors
+    with the frozen scale are the head.
+    """
+    head = TextClassifier(vectors.vectors, float(state["logit_scale"].double().exp()))
+    config = ClassifierConfig(
+        backbone=prompted_config(clip.config, student.image),
+        head=head.config,
+        projector=student.projector.config,
+        class_names=vectors.class_names,
+        image_spec=clip.image_spec,
+        source=clip.source,
+        templates=vectors.templates,
+    )
+    weights = {
+        name.replace("image.", "backbone.", 1) if name.startswith("image.") else name: value
+        for name, value in state.items()
+        if name != "logit_scale"
+    }
+    return config, weights | {"head.vectors": head.vectors}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Letters: B images, C classes, D width of the teacher's embeddings.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,20 @@ from torch import Tensor, nn
 
 from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
 from projects.promptkd.exports import (
-    StudentClassifier,
-    StudentFacts,
+    PROBE_TEXT,
     TeacherFacts,
     clip_digest,
-    image_only,
-    probe_text,
     teacher_digest,
     verify,
-    write_student,
     write_teacher,
 )
 from projects.promptkd.objective import cosine_logits, promptkd_loss, promptsrc_terms
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
 from projects.promptkd.protocols import Protocol
-from projects.promptkd.student import PromptedStudent, autocast
+from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier, autocast
 from projects.promptkd.teacher import ImageTeacher, Teacher
 from vlmkd.averaging import BestWeights, GaussianAverage, Weights, trainable
+from vlmkd.classifier_export import export_classifier, verify_classifier
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import ImageClassifier, Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
@@ -244,7 +242,7 @@ class TeacherTask(PromptTask):
             encoder = PromptedEncoder(self.core.prompted, self.clip, "teacher")
             expected = {
                 "image_embeds": encoder.encode_image(images),
-                "text_embeds": encoder.encode_text([probe_text()]),
+                "text_embeds": encoder.encode_text([PROBE_TEXT]),
             }
         verify(folder, images, expected)
 
@@ -310,8 +308,7 @@ class StudentTask(PromptTask):
         return self._teacher(batch["images"] if own is None else own, own_statistics=own is not None)
 
     def _classifier(self, name: str) -> ImageClassifier:
-        scale = float(self.core.logit_scale.double().exp())
-        return StudentClassifier(name, self.core, self.vectors, scale, self.clip.image_spec)
+        return StudentClassifier(name, self.core, self.vectors, self.clip.image_spec)
 
     def teacher_predictors(self) -> dict[str, ImageClassifier]:
         """The teacher over the same class vectors, where it is loaded."""
@@ -327,25 +324,35 @@ class StudentTask(PromptTask):
         return counts
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the whole student with its class vectors."""
+        """Write the whole student with its class vectors as a classifier folder."""
         self._exported = self._chosen(weights)
-        facts = StudentFacts(
-            clip_config=image_only(self.clip),
-            image_spec=self.clip.image_spec,
-            embed_dim=self.vectors.vectors.shape[1],
-            depth=self.core.image.depth,
-            length=self.core.image.length,
-            projector_layers=self.cfg.projector_layers,
-            source=self.clip.source,
-        )
-        write_student(folder, self._exported, self.vectors, facts)
+        config, state = as_classifier(self.core, self._exported, self.clip, self.vectors)
+        facts = {
+            "teacher": self.vectors.teacher,
+            "teacher_digest": self.vectors.teacher_digest,
+            "class_vectors_digest": self.vectors.digest,
+        }
+        export_classifier(folder, config, state, provenance={"promptkd": facts})
 
     def check_export(self, folder: Path) -> None:
         """Compare the export, read in a fresh process, with the chosen weights in this one."""
-        images = _probe_images(self.clip.image_spec)
         with using(self.core, self._exported):
-            expected = {"logits": self._classifier("student").classify(images)}
-        verify(folder, images, expected)
+            verify_classifier(folder, _Logits(self.core, self.vectors))
+
+
+class _Logits(nn.Module):
+    """images -> logits of a copy of a student, in fp32: what its export must say."""
+
+    vectors: Tensor
+
+    def __init__(self, student: PromptedStudent, vectors: ClassVectors) -> None:
+        super().__init__()
+        self.student = copy.deepcopy(student)
+        self.student.autocast_dtype = None
+        self.register_buffer("vectors", vectors.vectors)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cosine_logits(self.student(images), self.vectors, self.student.scale)
 
 
 class _TeacherClassifier:

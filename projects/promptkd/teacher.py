@@ -22,6 +22,9 @@ from vlmkd.models.teacher import convert_images
 from vlmkd.task import frozen
 from vlmkd.zoo import weights_file
 
+TEXT_BATCH = 64
+"""Class prompts of one forward pass, the same wherever class vectors are made, so that they are equal to the bit."""
+
 
 @dataclass
 class Teacher:
@@ -40,7 +43,7 @@ class Teacher:
             return ClipPredictor.of(self.clip, self.source)
         return PromptedEncoder(self.prompted, self.clip, self.source)
 
-    def class_vectors(self, dataset: LabelledSet, batch_size: int = 64) -> ClassVectors:
+    def class_vectors(self, dataset: LabelledSet) -> ClassVectors:
         """Unit vectors [C,D] of all classes: by the trained prompts, or a plain CLIP's over the set's templates."""
         templates = dataset.templates if self.prompted is None else [self.template]
         return encode_classes(
@@ -48,7 +51,7 @@ class Teacher:
             dataset.class_names,
             templates,
             teacher_digest=self.digest,
-            batch_size=batch_size,
+            batch_size=TEXT_BATCH,
             allow_duplicates=dataset.name.startswith("imagenet"),
         )
 

@@ -20,7 +20,7 @@ from vlmkd.classifier_export import WEIGHTS
 from vlmkd.config import require
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.labelled_sets import configured_set
 from vlmkd.data.stored_outputs import StoredEmbeds
 from vlmkd.engine import batch_triple
 from vlmkd.errors import UserError
@@ -51,7 +51,7 @@ class Teacher:
 
 def job(cfg: Vl2vConfig) -> Job:
     """The run of any stage or baseline."""
-    dataset = load_set(cfg.data.set, cfg.data.root)
+    dataset = configured_set(cfg.data)
     fold = choose(dataset, cfg.fold)
     teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
     backbone = student_backbone(cfg)
@@ -213,16 +213,17 @@ def _validation(fold: Fold) -> list[Evaluator]:
 def _target(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
     """The held-out domain: its 80 %, which are reported, its 20 %, and seen against unseen classes."""
     name, split = fold.name(fold.test_domain), fold.splits[fold.test_domain]
+    names = fold.dataset.class_names
     found: list[Evaluator] = [
-        DomainAccuracy(f"{name}_in", split.inside),
+        Classification(split.inside, names, dataset=f"{name}_in"),
         DomainAccuracy(f"{name}_out", split.out),
     ]
     if cfg.fold.seen_classes:
-        classes = range(len(fold.dataset.class_names))
+        classes = range(len(names))
         found.append(
             Classification(
                 split.inside,
-                fold.dataset.class_names,
+                names,
                 dataset=f"{name}_in open set",
                 base=classes[: cfg.fold.seen_classes],
                 novel=classes[cfg.fold.seen_classes :],

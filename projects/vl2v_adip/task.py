@@ -176,8 +176,11 @@ class Vl2vTask(Task):
         return {f"teacher {clip.source}": ZeroShotClassifier(ClipPredictor.of(clip), self._vectors)}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the exported student: backbone, projector and head."""
-        return {"student": sum(parameter.numel() for parameter in self.core.parameters())}
+        """Of the exported student (backbone, projector and head) and of a loaded teacher."""
+        counts = {"student": sum(parameter.numel() for parameter in self.core.parameters())}
+        for name in self.teacher_predictors():
+            counts[name] = sum(parameter.numel() for parameter in self.teachers[0].parameters())
+        return counts
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """SWAD's weights into `folder` and the best ones beside it; without SWAD the best ones into `folder`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmkd import config
+from vlmkd import config, run
 from vlmkd.config import StreamRunConfig
 from vlmkd.errors import UserError
 
@@ -101,3 +101,21 @@ def test_help_shows_every_field_with_its_docstring() -> None:
         if " = " in line and "`" not in line
     ]
     assert documented and all(documented)
+
+
+def test_a_run_goes_on_after_a_field_with_a_default_was_added(tmp_path: Path) -> None:
+    cfg = config.load(StreamRunConfig, [f"run_dir={tmp_path}", "deepspeed.extra.prescale=3"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg).replace("  text_key: txt\n", ""))
+    assert "text_key" not in (tmp_path / "config.yaml").read_text()
+    run._check_same_run(tmp_path / "config.yaml", cfg)
+    other = config.load(
+        StreamRunConfig, [f"run_dir={tmp_path}", "data.text_key=caption", "deepspeed.extra.prescale=3"]
+    )
+    with pytest.raises(UserError, match="a run with data.text_key='txt', now 'caption'; choose"):
+        run._check_same_run(tmp_path / "config.yaml", other)
+
+
+def test_has_field() -> None:
+    known = ["steps", "optim.lr", "data.sources.1.weight", "deepspeed.extra.prescale"]
+    assert all(config.has_field(StreamRunConfig, path) for path in known)
+    assert not any(config.has_field(StreamRunConfig, path) for path in ["step", "optim.lrr", "data.x.y"])

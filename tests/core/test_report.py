@@ -350,6 +350,29 @@ def test_confusion_matrix_and_worst_mistakes(tmp_path: Path) -> None:
     assert {"photo top-1", "50.0", "harmonic mean", "62.5"} <= table
 
 
+def test_the_exported_weights_are_the_ones_that_are_shown(tmp_path: Path) -> None:
+    folder = classified(tmp_path / "run", 5)
+    (last,) = json.loads((folder / "eval/results.json").read_text())["student"]
+    details = {**last["details"], "classes": [f"kept {c}" for c in range(5)]}
+    kept = {**last, "metrics": {"top1": 0.875}, "details": details}
+    (folder / "eval/results.json").write_text(json.dumps({"student": [last], "SWAD": [kept]}))
+    models = {
+        "exported": "SWAD",
+        "selections": ["SWAD"],
+        "parameters": {"student": 7_000_000, TEACHER: 14_000_000},
+    }
+    (folder / "eval/models.json").write_text(json.dumps(models))
+    assert report.main_set([report.read_run(folder)]) == "pets"
+    rows = report.rows_of([report.read_run(folder)])
+    assert [(row.label, row.teacher, row.exported) for row in rows] == [
+        (TEACHER, True, True), ("run", False, True), ("run, last step", False, False)
+    ]  # fmt: skip
+    assert [row.scores["pets/top1"] for row in rows[1:]] == [0.875, 0.75]
+    assert rows[1].parameters == 7_000_000
+    text = report.build_report([folder], tmp_path / "page.html", title="C").read_text()
+    assert "kept 0" in text and "<b>run</b> has 87.5 % top-1 on pets" in text
+
+
 def test_a_large_confusion_matrix_shows_the_classes_with_most_wrong_images(tmp_path: Path) -> None:
     folder = classified(tmp_path / "run", 60)
     text = report.build_report([folder], tmp_path / "page.html", title="C").read_text()

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from vlmkd.data import domain_sets, few_shot_sets, imagenet_sets, labelled_sets
 from vlmkd.data.few_shot_sets import SETS
-from vlmkd.data.labelled import LabelledSet
+from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.labelled_sets import items_of, known_sets, load_set
 from vlmkd.errors import UserError
 
@@ -475,14 +476,105 @@ def test_a_users_folder_with_splits_of_its_own(tmp_path: Path) -> None:
         load_set(f"folder:{tmp_path}")
 
 
-def test_a_class_whose_images_are_all_held_out_is_named(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"a/{n}.jpg" for n in range(30)), "b/0.jpg")  # whose hash is below 0.2
-    with pytest.raises(UserError, match="b has 1 images, all of them held out"):
-        load_set(f"folder:{tmp_path}")
+def test_small_classes_have_an_image_of_every_split(tmp_path: Path) -> None:
+    for count in range(1, 8):
+        touch(tmp_path, *(f"{count}/{n}.jpg" for n in range(count)))
+    touch(tmp_path, "b/0.jpg")  # whose hash is below 0.2, as that of the only image of a class
+    found = load_set(f"folder:{tmp_path}")
+    sizes = {
+        split: Counter(found.class_names[item.label] for item in found.splits[split])
+        for split in found.splits
+    }
+    everything = sum(sizes.values(), Counter())
+    assert everything == {**{str(count): count for count in range(1, 8)}, "b": 1}
+    for name, count in everything.items():
+        assert sizes["train"][name] >= 1
+        assert (sizes["test"][name] >= 1) == (count >= 2)
+        assert sizes["val"][name] >= (count >= 5)
     with pytest.raises(UserError, match="shares are 0.5 and 0.5"):
         labelled_sets.load_folder(str(tmp_path), val_share=0.5, test_share=0.5)
     with pytest.raises(UserError, match="holds 0 class folders"):
-        load_set(f"folder:{tmp_path / 'a'}")
+        load_set(f"folder:{tmp_path / 'b'}")
+
+
+def test_missing_splits_are_held_out_of_train(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/{name}/{n}.jpg" for name in "ab" for n in range(60)), "test/a/1.jpg")
+    found = load_set(f"folder:{tmp_path}")
+    assert keys(found, "test") == ["test/a/1.jpg"]
+    assert (
+        len(found.splits["train"]) + len(found.splits["val"]) == 120 and 2 <= len(found.splits["val"]) <= 24
+    )
+    only = tmp_path / "only"
+    touch(only, "test/a/1.jpg", "test/b/2.jpg")  # a set to be tested on
+    assert list(load_set(f"folder:{only}").splits) == ["test"]
+
+
+def test_class_names_of_a_file(tmp_path: Path) -> None:
+    folder, names = tmp_path / "mine", tmp_path / "names.txt"
+    touch(folder, *(f"{name}/{n}.jpg" for name in ("ant", "red_fox", "owl") for n in range(9)), "loose.jpg")
+    names.write_text("Red Fox\n\nowl\ta barn owl\nANT\n", encoding="utf-8-sig")
+    found, plain = (load_set(f"folder:{folder}", class_names=file) for file in (str(names), ""))
+    assert found.class_names == ["Red Fox", "a barn owl", "ANT"]
+    for split in ("train", "val", "test"):
+        assert keys(found, split) == keys(plain, split)
+        folders = {0: "red_fox", 1: "owl", 2: "ant"}
+        assert all(item.key.startswith(f"{folders[item.label]}/") for item in found.splits[split])
+
+    for text, message in [
+        ("owl\nant\n", "class folder 'red fox' of mine has no line"),
+        ("owl\nant\nred fix\n", "no class folder 'red fix'; did you mean 'red fox'"),
+        (
+            "owl\nant\nred fox\nzebra crossing\n",
+            "no class folder 'zebra crossing'; write NAME or FOLDER<tab>NAME",
+        ),
+        ("owl\nant\nred fox\nOwl\n", "'Owl' comes twice"),
+        ("owl\tfox\nant\nred fox\tFox\n", r"classes 0 \('fox'\) and 2 \('Fox'\) have the same prompt"),
+        ("owl\ta\tb\n", "is not NAME or FOLDER<tab>NAME"),
+        ("\n", "the file is empty"),
+    ]:
+        names.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_set(f"folder:{folder}", class_names=str(names))
+    names.write_bytes(b"\xff\xfeowl")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        load_set(f"folder:{folder}", class_names=str(names))
+    with pytest.raises(UserError, match="nowhere.txt: no such file; name a text file"):
+        load_set(f"folder:{folder}", class_names="nowhere.txt")
+    with pytest.raises(UserError, match="emoji has its own class names"):
+        load_set("emoji", class_names="names.txt")
+    touch(folder, "Red fox/1.jpg")
+    with pytest.raises(UserError, match="'Red fox'.*and.*'red fox'.*have the same prompt"):
+        load_set(f"folder:{folder}")
+
+
+def test_images_without_a_class(tmp_path: Path) -> None:
+    folder, names = tmp_path / "mine", tmp_path / "names.txt"
+    touch(folder, *(f"unlabelled/{n}.jpg" for n in range(100)))
+    with pytest.raises(UserError, match="holds 0 class folders"):
+        load_set(f"folder:{folder}")
+    names.write_text("owl\nred_fox\n")
+    found = load_set(f"folder:{folder}", class_names=str(names))
+    assert found.class_names == ["owl", "red fox"] and list(found.splits) == ["unlabelled", "test"]
+    assert len(found.splits["unlabelled"]) + len(found.splits["test"]) == 100
+    assert 10 < len(found.splits["test"]) < 30
+    assert {item.label for split in found.splits.values() for item in split} == {UNLABELLED}
+
+    touch(folder, *(f"{name}/{n}.jpg" for name in ("owl", "red_fox") for n in range(6)))
+    some = load_set(f"folder:{folder}", class_names=str(names))
+    assert some.class_names == found.class_names and len(some.splits["unlabelled"]) == 100
+    assert {item.label for split in ("train", "val", "test") for item in some.splits[split]} == {0, 1}
+
+
+def test_domains_take_class_names_without_moving_their_splits(tmp_path: Path) -> None:
+    folder, names = tmp_path / "mine", tmp_path / "names.txt"
+    touch(
+        folder,
+        *(f"{domain}/{name}/{n}.jpg" for domain in "xy" for name in ("owl", "red_fox") for n in range(5)),
+    )
+    names.write_text("red_fox\tfox\nowl\n")
+    found, plain = (load_set(f"domains:{folder}", class_names=file) for file in (str(names), ""))
+    assert found.class_names == ["fox", "owl"] and keys(found, "all") == keys(plain, "all")
+    assert [1 - item.label for item in plain.splits["all"]] == labels(found, "all")
 
 
 def test_every_set_stands_in_the_documentation() -> None:

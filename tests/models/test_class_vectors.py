@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmkd.class_names import check_class_names
 from vlmkd.errors import UserError
 from vlmkd.evaluation.prompts import imagenet_class_names
-from vlmkd.models.class_vectors import ClassVectors, check_class_names, encode_classes
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
 
 NAMES = ["hot dog", "school_bus", "goose", "daisy", "tench"]

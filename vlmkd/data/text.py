@@ -17,7 +17,7 @@ def class_names(source: str) -> list[str]:
         from open_clip import IMAGENET_CLASSNAMES
 
         return list(IMAGENET_CLASSNAMES)
-    names = _lines(source, "class names", "`imagenet`")
+    names = _lines(source, "class names", "`imagenet` or a text file with one a line")
     twice = (
         next((name for name in names if names.count(name) > 1), None)
         if len(set(names)) < len(names)
@@ -26,6 +26,23 @@ def class_names(source: str) -> list[str]:
     if twice is not None:
         raise UserError(f"class names {source}: {twice!r} comes twice; give each class a name of its own")
     return names
+
+
+def class_lines(source: str) -> list[tuple[str, str]]:
+    """(folder, name) of each line of a text file: `FOLDER<tab>NAME`, or one word for both.
+
+    Raises:
+        UserError: no such file, an empty one, or a line with more than one tab.
+    """
+    pairs = []
+    for line in _lines(source, "class names", "a text file with NAME or FOLDER<tab>NAME a line"):
+        parts = [part.strip() for part in line.split("\t")]
+        if len(parts) > 2 or not all(parts):
+            raise UserError(
+                f"class names {source}: {line!r} is not NAME or FOLDER<tab>NAME; write one class a line"
+            )
+        pairs.append((parts[0], parts[-1]))
+    return pairs
 
 
 def prompt_templates(source: str) -> list[str]:
@@ -39,7 +56,7 @@ def prompt_templates(source: str) -> list[str]:
 
         functions = OPENAI_IMAGENET_TEMPLATES if source == "openai" else SIMPLE_IMAGENET_TEMPLATES
         return [function("{}") for function in functions]
-    templates = _lines(source, "templates", "`openai` or `simple`")
+    templates = _lines(source, "templates", "`openai`, `simple` or a text file with one a line")
     for template in templates:
         if "{}" not in template and "{c}" not in template:
             raise UserError(f"templates {source}: {template!r} has no {{}} or {{c}} for the class name")
@@ -51,11 +68,15 @@ def fill_template(template: str, name: str) -> str:
     return template.replace("{c}", name).replace("{}", name)
 
 
-def _lines(source: str, what: str, builtin: str) -> list[str]:
+def _lines(source: str, what: str, mend: str) -> list[str]:
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"{what} {source}: no such file; name {builtin} or a text file with one a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        raise UserError(f"{what} {source}: no such file; name {mend}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{what} {source}: the file is empty")
     return lines

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmkd import distributed
+from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 
@@ -96,6 +97,14 @@ class Evaluator(Protocol):
             UserError: `predictor` lacks the protocol, or too many images cannot be read.
         """
         ...
+
+
+@runtime_checkable
+class OfItems(Protocol):
+    """An evaluator of labelled images, whose mistakes can be shown."""
+
+    dataset: str
+    items: list[Item]
 
 
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:

@@ -25,6 +25,7 @@ from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences, read_tensors
 from vlmkd.models.clip import build_clip, load_clip
+from vlmkd.models.prompted import PromptedImageTower
 from vlmkd.zoo import weights_file
 
 Config = dict[str, Any]
@@ -127,7 +128,21 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
         return _create_torchvision(config["name"], None)
     if kind == "clip":
         return _image_tower(build_clip(config["model"]))
-    raise UserError(f"backbone config: unknown kind {kind!r}; it is timm, torchvision or clip")
+    if kind == "prompted_clip":
+        return PromptedImageTower(
+            _image_tower(build_clip(config["model"])), config["depth"], config["length"]
+        )
+    raise UserError(f"backbone config: unknown kind {kind!r}; it is timm, torchvision, clip or prompted_clip")
+
+
+def prompted_config(clip_config: Mapping[str, Any], tower: PromptedImageTower) -> Config:
+    """What `build_backbone` takes to make the image tower of a CLIP with visual prompts (PromptKD's student)."""
+    return {
+        "kind": "prompted_clip",
+        "model": _image_config(clip_config),
+        "depth": tower.depth,
+        "length": tower.length,
+    }
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmkd.class_names import check_class_names, class_key, prompt_name
 from vlmkd.errors import UserError
 from vlmkd.evaluation.prompts import fill
 from vlmkd.models.checkpoints import read_safetensors
@@ -159,44 +160,10 @@ def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str)
             f"{what} has {len(found)} classes, but {len(wanted)} are asked for; use the class list it was made with"
         )
     for index, (name, other) in enumerate(zip(found, wanted, strict=True)):
-        if _key(name) != _key(other):
+        if class_key(name) != class_key(other):
             raise UserError(
                 f"{what}: class {index} is {name!r}, but {other!r} is asked for; use the class list it was made with"
             )
-
-
-def prompt_name(class_name: str) -> str:
-    """A class name as prompts have it: underscores and runs of white space are one space."""
-    return " ".join(class_name.replace("_", " ").split())
-
-
-def _key(class_name: str) -> str:
-    """Equal for names that are the same class."""
-    return prompt_name(class_name).casefold()
-
-
-def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = False) -> None:
-    """Refuse an empty list, an empty name, and classes whose prompts are equal but for case.
-
-    `allow_duplicates` is for ImageNet, whose published names have `missile` and `sunglasses` twice.
-
-    Raises:
-        UserError: names the classes.
-    """
-    if not class_names:
-        raise UserError("the list of class names is empty; name at least one class")
-    first: dict[str, int] = {}
-    for index, name in enumerate(class_names):
-        key = _key(name)
-        if not key:
-            raise UserError(f"class {index} has the name {name!r}; give it a word")
-        if key in first and not allow_duplicates:
-            other = first[key]
-            raise UserError(
-                f"classes {other} ({class_names[other]!r}) and {index} ({name!r}) have the same prompt; rename one "
-                "(ImageNet's own two pairs: allow_duplicates)"
-            )
-        first.setdefault(key, index)
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:

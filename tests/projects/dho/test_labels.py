@@ -29,7 +29,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     parts = {"train": items("train", SIZES), "val": items("val", dict.fromkeys(SIZES, 2))}
     parts["test"] = items("test", dict.fromkeys(SIZES, 4))
     dataset = LabelledSet("tiny", list(SIZES), ["a {}."], parts, [])
-    monkeypatch.setattr(labels, "load_set", lambda name, root: dataset)
+    monkeypatch.setattr(labels, "configured_set", lambda data: dataset)
     return lambda **split: labels.choose(LabelledDataConfig(set="tiny"), SplitConfig(**split))
 
 

@@ -1,24 +1,37 @@
-"""Whole runs in processes of their own: dual head and a baseline, an exact resume, and an export that answers alike."""
+"""Whole runs: both heads and the baselines, every kind of teacher, an exact resume, and exports that answer alike."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from projects.dho import eval as evaluation
 from projects.dho import table
 from projects.dho.config import SplitConfig, TeacherConfig, TipAdapterConfig
 from projects.dho.teacher import load_teacher
 from projects.dho.train_tip_adapter import train
 from tests.projects.dho.tiny_runs import CLASSES, Runs
+from tests.projects.zygote import Zygote
 from vlmkd.classifier_export import load_classifier
 from vlmkd.config import LabelledDataConfig
+from vlmkd.data.labelled_loader import labelled_views
+from vlmkd.data.labelled_sets import load_set
+from vlmkd.data.stored_outputs import embed_items
 from vlmkd.errors import UserError
+from vlmkd.models.class_vectors import encode_classes
+from vlmkd.models.clip import ClipPredictor, load_clip
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
+SHORT = {"selection": "last", "steps": 2, "evaluation": {"every_steps": 0, "batch_size": 16}}
+"""Fields of a run that is only to get through."""
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -40,22 +53,28 @@ def results(run_dir: Path) -> dict[str, dict]:
     return {f"{model} {item['name']}": item["metrics"] for model, items in stored.items() for item in items}
 
 
-def test_dual_head_run_resumes_exactly_after_a_kill(tmp_path: Path) -> None:
-    runs = Runs(tmp_path)
-    student = {"backbone": f"clip:{tmp_path / 'student.json'}", "pretrained": False, "kd_head": "cosine"}
-    config = runs.config(
-        "dho", steps=12, grad_cosine_every=3, student={**student, "batch_norm_statistics": "separate"}
-    )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, output = runs.finish(config, f"run_dir={whole}")
-    assert code == 0 and "reloaded in a fresh process with equal outputs" in output, output
-    runs.kill((broken / "state" / "step_000004").exists, config, f"run_dir={broken}")
-    code, output = runs.finish(config, f"run_dir={broken}")
-    assert code == 0 and "resumed from" in output, output
-    assert lines(whole) == lines(broken)
-    one, other = (load_file(folder / "export" / "model.safetensors") for folder in (whole, broken))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Runs:
+    """Images and CLIPs that all tests of this file share."""
+    return Runs(tmp_path_factory.mktemp("dho"), zygote)
 
+
+@pytest.fixture(scope="module")
+def dual(runs: Runs) -> Path:
+    """Config of the run that several tests look at."""
+    student = {"backbone": f"clip:{runs.student}", "kd_head": "cosine", "batch_norm_statistics": "separate"}
+    return runs.config("dho", steps=12, grad_cosine_every=3, student=student)
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, dual: Path) -> Path:
+    """Folder of that run, whose export was reloaded in a fresh process."""
+    code, output = runs.train(dual, f"run_dir={runs.folder / 'whole'}", verified=True)
+    assert code == 0 and "reloaded in a fresh process with equal outputs" in output, output
+    return runs.folder / "whole"
+
+
+def test_a_dual_head_run_reports_both_heads_and_exports_their_mixture(whole: Path) -> None:
     first = lines(whole)[0]
     assert first["loss"] == pytest.approx(first["loss/ce"] + first["loss/kd"], rel=1e-5)
     assert -1 <= first["gradient_cosine/backbone"] <= 1
@@ -72,32 +91,104 @@ def test_dual_head_run_resumes_exactly_after_a_kill(tmp_path: Path) -> None:
     assert classifier.classify(torch.zeros(2, 3, 32, 32)).exp().sum(1).tolist() == pytest.approx([1, 1])
 
 
+def test_a_killed_run_goes_on_to_the_same_weights(runs: Runs, dual: Path, whole: Path) -> None:
+    broken = runs.folder / "broken"
+    runs.kill((broken / "state" / "step_000004").exists, dual, f"run_dir={broken}")
+    code, output = runs.train(dual, f"run_dir={broken}")
+    assert code == 0 and "resumed from" in output, output
+    assert lines(whole) == lines(broken)
+    one, other = (load_file(folder / "export" / "model.safetensors") for folder in (whole, broken))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_evaluation_command_agrees_with_the_run(
+    runs: Runs, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = runs.folder / "eval.json"
+    command = [sys.executable, "-m", "projects.dho.eval", "--model", whole / "export", "--set", runs.data]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--json", out], env=environment, cwd=runs.folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    answers = {result["answer"]: result for result in json.loads(out.read_text())}
+    assert answers.keys() == {"mixed", "ce", "kd"}
+    tested = results(whole)["student classification"]
+    assert answers["mixed"]["metrics"]["top1"] == pytest.approx(tested["top1"])
+    assert (answers["mixed"]["alpha"], answers["mixed"]["beta"]) == load_classifier(whole / "export").mix
+
+    # The search on the run's own validation images finds what the run found for the weights that it kept.
+    arguments = ["--model", str(whole / "export"), "--set", runs.data]
+    assert evaluation.main([*arguments, "--search", "val"]) == 0
+    kept = json.loads((whole / "export" / "provenance.json").read_text())["dho"]["validation_top1"]
+    assert f"images val {kept:.4f}" in capsys.readouterr().out
+    assert evaluation.main([*arguments, "--search", "test"]) == 2
+    assert "is the split that is reported" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["ce", "pcgrad", "kd_feature", "ce_kd_feature"])
-def test_baselines_train_and_export(tmp_path: Path, method: str) -> None:
-    runs = Runs(tmp_path)
-    fields: dict = {
-        "loss": {"method": method},
-        "selection": "last",
-        "steps": 2,
-        "evaluation": {"every_steps": 0},
-    }
+def test_baselines_train_and_export(runs: Runs, method: str) -> None:
+    fields: dict = {"loss": {"method": method}, **SHORT}
     if method == "ce":
         fields["teacher"] = {}
-    code, output = runs.finish(runs.config(method, **fields), f"run_dir={tmp_path / 'run'}")
+    run_dir = runs.folder / method
+    code, output = runs.train(runs.config(method, **fields), f"run_dir={run_dir}")
     assert code == 0, output
-    terms = {name for name in lines(tmp_path / "run")[0] if name.startswith("loss/")}
+    terms = {name for name in lines(run_dir)[0] if name.startswith("loss/")}
     expected = {"ce": {"loss/ce"}, "pcgrad": {"loss/ce", "loss/kd"}, "kd_feature": {"loss/feature"}}
     assert terms == expected.get(method, {"loss/ce", "loss/feature"})
-    stored = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    stored = load_file(run_dir / "export" / "model.safetensors")
     assert any(name.startswith("projector.") for name in stored) == (method == "kd_feature")
 
 
-def test_a_few_shot_teacher_is_trained_and_teaches(tmp_path: Path) -> None:
-    """The Tip-Adapter of a random CLIP, in this process; a student's config takes its file."""
-    runs = Runs(tmp_path)
+@pytest.mark.parametrize("kd_head", ["cosine", "scaled_linear"])
+def test_text_heads_start_as_the_class_vectors_of_the_students_own_text_tower(
+    runs: Runs, kd_head: str
+) -> None:
+    student = {"backbone": f"clip:{runs.student}", "kd_head": kd_head, "head_init": "text"}
+    config = runs.config(f"text_{kd_head}", student=student, **SHORT)
+    run_dir = runs.folder / f"text_{kd_head}"
+    code, output = runs.train(config, f"run_dir={run_dir}", "optim.lr=1e-12")
+    assert code == 0, output
+    encoder = ClipPredictor.of(load_clip(runs.student))
+    expected = encoder.encode_text([f"a photo of a {name}." for name in sorted(CLASSES)])
+    stored = load_file(run_dir / "export" / "model.safetensors")
+    for head in ("ce_head", "kd_head"):
+        torch.testing.assert_close(stored[f"head.{head}.weight"], expected, rtol=0, atol=1e-6)
+        assert float(stored.get(f"head.{head}.bias", torch.zeros(1)).abs().max()) < 1e-6
+
+
+def test_stored_outputs_train_like_the_teacher_beside_the_student(runs: Runs) -> None:
+    """Two views of each image, stored as fp32; the run that replays them loads no teacher."""
+    clip = load_clip(runs.teacher)
+    encoder, dataset = ClipPredictor.of(clip), load_set(runs.data)
+    data = LabelledDataConfig(**runs.values()["data"])
+    embed_items(
+        encoder, dataset.splits["train"], runs.folder / "outputs", name="images", source=clip.source,
+        digest=clip.digest, views=labelled_views(data), view_count=2, dtype=torch.float32,
+    )  # fmt: skip
+    vectors = encode_classes(encoder, dataset.class_names, dataset.templates, teacher_digest=clip.digest)
+    vectors.save(runs.folder / "classes.safetensors")
+    config = runs.config("views", selection="last", evaluation={"every_steps": 0, "batch_size": 16})
+    live, stored = runs.folder / "live", runs.folder / "stored"
+    code, output = runs.train(config, f"run_dir={live}", "data.view_count=2")
+    assert code == 0 and "1 teacher(s) loaded" in output, output
+    without = [
+        "teacher.model=", f"teacher.class_vectors={runs.folder / 'classes.safetensors'}",
+        f"data.teacher_outputs={runs.folder / 'outputs'}",
+    ]  # fmt: skip
+    code, output = runs.train(config, f"run_dir={stored}", *without)
+    assert code == 0 and "0 teacher(s) loaded" in output, output
+    losses = [[line["loss"] for line in lines(run_dir) if "loss" in line] for run_dir in (live, stored)]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert not any(name.startswith("teacher") for name in results(stored))
+
+
+def test_a_few_shot_teacher_is_trained_and_teaches_a_student(runs: Runs) -> None:
+    """A Tip-Adapter in this process, and a student's run that names its file."""
     values = runs.values()
     cfg = TipAdapterConfig(
-        run_dir=str(tmp_path / "tip"),
+        run_dir=str(runs.folder / "tip"),
         data=LabelledDataConfig(**values["data"]),
         split=SplitConfig(**values["split"]),
         teacher=TeacherConfig(**values["teacher"]),
@@ -105,31 +196,24 @@ def test_a_few_shot_teacher_is_trained_and_teaches(tmp_path: Path) -> None:
         epochs=3,
         batch_size=4,
     )
-    torch.manual_seed(0)  # the CLIP is drawn from torch's random state, as it has no weights
     file = train(cfg)
     facts = json.loads(file.with_suffix(".json").read_text())
     assert facts["class_names"] == sorted(CLASSES) and facts["shots"] == 2
     assert facts["validation_top1_searched"] >= 0.25
     content = torch.load(file, weights_only=True)
     assert content["cache_values"].tolist() == torch.eye(3).repeat_interleave(2, 0).tolist()
-    torch.manual_seed(0)
-    teacher = load_teacher(
-        TeacherConfig(**values["teacher"], adapter=str(file)),
-        sorted(CLASSES),
-        ["{}"],
-        outputs="",
-        duplicates=False,
-    )
-    assert teacher.logits(torch.eye(16)[:4]).shape == (4, 3)
     assert train(cfg) == file  # a finished one is left as it is
+
+    adapted = {**values["teacher"], "adapter": str(file)}
+    run_dir = runs.folder / "taught"
+    code, output = runs.train(runs.config("taught", teacher=adapted, **SHORT), f"run_dir={run_dir}")
+    assert code == 0, output
+    assert {"loss/ce", "loss/kd"} <= lines(run_dir)[0].keys()
+    # The run's teacher is the adapter, not the CLIP without it.
+    teacher = results(run_dir)[f"teacher {runs.teacher} classification"]
+    assert teacher["top1"] == pytest.approx(facts["test_top1"])
     with pytest.raises(UserError, match="class 0"):
-        load_teacher(
-            TeacherConfig(**values["teacher"], adapter=str(file)),
-            ["a", "b", "c"],
-            ["{}"],
-            outputs="",
-            duplicates=False,
-        )
+        load_teacher(TeacherConfig(**adapted), ["a", "b", "c"], ["{}"], outputs="", duplicates=False)
 
 
 def test_table_has_one_row_per_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

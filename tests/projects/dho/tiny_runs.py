@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +10,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).parents[3]
+from tests.projects.zygote import Zygote
+from vlmkd.export import export_clip
+from vlmkd.models.clip import load_clip
+
+SCRIPT = "projects.dho.train_student"
 CLASSES = {"red square": (220, 30, 30), "green disc": (30, 200, 40), "blue bar": (30, 40, 220)}
 
 
@@ -41,13 +40,16 @@ def write_images(folder: Path, *, train: int = 10, held_out: int = 4) -> None:
 
 
 class Runs:
-    """Starts training in a fresh process, with a config in `folder`."""
+    """Trains with configs in `folder`, where data, a teacher and a student's CLIP are; random ones, but with files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, zygote: Zygote) -> None:
+        self.folder, self.data, self._zygote = folder, f"folder:{folder / 'images'}", zygote
         write_images(folder / "images")
         for name, width, layers in (("teacher", 32, 2), ("student", 16, 1)):
-            (folder / f"{name}.json").write_text(json.dumps(clip_config(width, layers)))
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps(clip_config(width, layers)))
+            export_clip(folder / name, load_clip(str(path), seed=width))
+        self.teacher, self.student = (f"local-dir:{folder / name}" for name in ("teacher", "student"))
 
     def values(self, **fields: object) -> dict:
         """The fields of a short run; `fields` replace top-level ones."""
@@ -55,10 +57,10 @@ class Runs:
             "steps": 6,
             "batch_size": 8,
             "threads": 1,
-            "data": {"set": f"folder:{self.folder / 'images'}", "workers": 0, "crop_scale": [0.5, 1.0]},
+            "data": {"set": self.data, "workers": 0, "crop_scale": [0.5, 1.0]},
             "split": {"shots": 2, "validation": "val"},
-            "teacher": {"model": str(self.folder / "teacher.json")},
-            "student": {"backbone": f"clip:{self.folder / 'student.json'}", "pretrained": False},
+            "teacher": {"model": self.teacher},
+            "student": {"backbone": f"clip:{self.student}"},
             "optim": {"lr": 1e-3, "warmup_steps": 2, "decay_all": True},
             "evaluation": {"every_steps": 2, "batch_size": 16},
             "log": {"every_steps": 1},
@@ -72,31 +74,12 @@ class Runs:
         path.write_text(yaml.safe_dump(self.values(**fields)))
         return path
 
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """The run as a child process."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "projects.dho.train_student", *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            cwd=self.folder,
-        )
+    def train(self, config: Path, *overrides: str, verified: bool = False) -> tuple[int, str]:
+        """Exit code and output of a whole run; `verified`: its export is reloaded in a fresh process, which takes seconds."""
+        without = () if verified else ("projects.dho.task:verify_classifier",)
+        output = self.folder / f"{config.stem}.txt"
+        return self._zygote.run(SCRIPT, [str(config), *overrides], output, without=without)
 
-    def finish(self, *arguments: object) -> tuple[int, str]:
-        """Exit code and output of a whole run."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=400)
-        return process.returncode, output
-
-    def kill(self, when: Callable[[], bool], *arguments: object) -> None:
+    def kill(self, when: Callable[[], bool], config: Path, *overrides: str) -> None:
         """Start a run and kill it once `when` holds."""
-        process = self.start(*arguments)
-        deadline = time.monotonic() + 300
-        while not when() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        self._zygote.kill(SCRIPT, [str(config), *overrides], self.folder / "killed.txt", when)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from projects.promptkd.student import PromptedStudent
 from tests.projects.promptkd import tiny
+from tests.projects.zygote import Zygote
 
 IMAGES, RANKS = 6, 2
 
@@ -29,23 +30,18 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(IMAGES, 3, 16, 16, generator=generator), torch.randn(IMAGES, 8, generator=generator)
 
 
-def worker(rank: int, folder: Path) -> None:
+def worker(folder: Path) -> None:
     """One rank's share, written to a file."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
-    images, targets = batch()
+    dist.init_process_group("gloo")
+    rank, (images, targets) = dist.get_rank(), batch()
     share = slice(rank * IMAGES // RANKS, (rank + 1) * IMAGES // RANKS)
     torch.save(step(images[share], targets[share]), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=worker, args=(rank, tmp_path)) for rank in range(RANKS)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path: Path, zygote: Zygote) -> None:
+    code, output = zygote.run(__file__, [str(tmp_path)], tmp_path / "output.txt", ranks=RANKS)
+    assert code == 0, output
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     whole = step(*batch())
     assert {"image.prompts", "projector.layers.0.weight", "projector.layers.1.running_var"} <= whole.keys()
@@ -56,3 +52,7 @@ def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path: Path) -> N
         )
         if "running" in name:
             assert torch.equal(parts[0][name], parts[1][name]), name
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,27 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from projects.promptkd import build_bank
+from projects.promptkd import build_bank, legacy
 from projects.promptkd import eval as evaluation
 from projects.promptkd.build import (
     class_vectors,
     data_set,
-    resolve_student,
-    resolve_teacher,
-    student_job,
-    teacher_job,
 )
-from projects.promptkd.config import ClipConfig, StudentConfig, TeacherConfig, TeacherSource
-from projects.promptkd.exports import read_student, read_teacher
+from projects.promptkd.config import ClipConfig, StudentConfig, TeacherSource
+from projects.promptkd.exports import read_teacher
+from projects.promptkd.prompts import class_tokens
+from projects.promptkd.student import PromptedStudent, StudentClassifier
 from projects.promptkd.teacher import load_teacher
+from tests.projects.zygote import Zygote
+from vlmkd.classifier_export import load_classifier
 from vlmkd.errors import UserError
 from vlmkd.export import export_clip
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import build_clip, load_clip
-from vlmkd.run import main
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[3]
 NAMES = ["amber", "blue", "cyan", "dark", "emerald"]
 COLOURS = [(250, 180, 20), (20, 30, 230), (30, 230, 230), (10, 10, 10), (20, 200, 90)]
 
@@ -67,13 +69,57 @@ def write_clip(folder: Path, width: int, embed_dim: int, seed: int) -> None:
     export_clip(folder, clip)
 
 
+Run = Callable[..., Path]
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree, two CLIPs and a trained teacher."""
-    root = tmp_path_factory.mktemp("promptkd")
-    write_tree(root / "tree")
-    write_clip(root / "large", 32, 24, 1)
-    write_clip(root / "small", 16, 16, 2)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree and two CLIPs."""
+    path = tmp_path_factory.mktemp("promptkd")
+    write_tree(path / "tree")
+    write_clip(path / "large", 32, 24, 1)
+    write_clip(path / "small", 16, 16, 2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, zygote: Zygote) -> Run:
+    """`run(NAME, STAGE, FIELDS)` is a whole run of train_STAGE.py; it returns the folder of its export.
+
+    `again` goes on with the run's config; `verified` reloads the export in a fresh process, which takes seconds.
+    """
+
+    def start(
+        name: str, stage: str, fields: dict[str, Any], *, again: bool = False, verified: bool = False
+    ) -> Path:
+        shared: dict[str, Any] = {
+            "threads": 1,
+            "data": {"set": f"folder:{root / 'tree'}", "workers": 0},
+            "log": {"every_steps": 1},
+            "checkpoint": {"every_steps": 0},
+        }
+        for key, value in fields.items():
+            shared[key] = {**shared[key], **value} if key in shared and isinstance(value, dict) else value
+        path = root / f"{name}.yaml"
+        if not again:
+            path.write_text(yaml.safe_dump(shared))
+        code, output = zygote.run(
+            f"projects.promptkd.train_{stage}",
+            [str(path), f"run_dir={root / name}"],
+            root / f"{name}.txt",
+            without=()
+            if verified
+            else ("projects.promptkd.task:verify", "projects.promptkd.task:verify_classifier"),
+        )
+        assert code == 0, output
+        return root / name / "export"
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def place(root: Path, run: Run) -> Path:
+    """The same folder with a trained teacher."""
     fields = {
         "epochs": 3,
         "batch_size": 3,
@@ -90,39 +136,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "frozen_templates": "set",
         "classes_per_chunk": 2,
     }
-    run(root, "teacher", TeacherConfig, fields)
+    run("teacher", "teacher", fields, verified=True)
     return root
-
-
-def run(root: Path, name: str, cls: Any, fields: dict[str, Any], code: int = 0, again: bool = False) -> Path:
-    """A whole run in a forked process, which spares its imports; the folder of its export. `again`: the same config."""
-    shared: dict[str, Any] = {
-        "threads": 1,
-        "data": {"set": f"folder:{root / 'tree'}", "workers": 0},
-        "log": {"every_steps": 1},
-        "checkpoint": {"every_steps": 0},
-    }
-    for key, value in fields.items():
-        shared[key] = {**shared[key], **value} if key in shared and isinstance(value, dict) else value
-    path = root / f"{name}.yaml"
-    if not again:
-        path.write_text(yaml.safe_dump(shared))
-    child = multiprocessing.get_context("fork").Process(
-        target=_run, args=(cls, [str(path), f"run_dir={root / name}"], root / f"{name}.txt")
-    )
-    child.start()
-    child.join(120)
-    assert child.exitcode == code, (root / f"{name}.txt").read_text()
-    return root / name / "export"
-
-
-def _run(cls: Any, argv: list[str], output: Path) -> None:
-    with output.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    job, resolve = (teacher_job, resolve_teacher) if cls is TeacherConfig else (student_job, resolve_student)
-    main(cls, job, argv, resolve=resolve)
 
 
 def student_fields(root: Path, **fields: Any) -> dict[str, Any]:
@@ -174,7 +189,7 @@ def test_the_teacher_trains_on_shots_of_the_base_classes(place: Path) -> None:
 
 
 def test_cached_and_recomputed_class_vectors_give_the_same_student(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bank, views = place / "bank.safetensors", place / "outputs"
     data = [f"data.set=folder:{place / 'tree'}", "data.workers=0", f"data.teacher_outputs={views}"]
@@ -186,21 +201,21 @@ def test_cached_and_recomputed_class_vectors_give_the_same_student(
     stored = ClassVectors.load(bank, expect_class_names=NAMES)
     assert torch.equal(stored.vectors, teacher.class_vectors(dataset).vectors)
 
-    cached = run(place, "cached", StudentConfig, student_fields(place, class_vectors=str(bank)))
-    fresh = run(place, "fresh", StudentConfig, student_fields(place, text_every_step=True))
+    cached = run("cached", "student", student_fields(place, class_vectors=str(bank)), verified=True)
+    fresh = run("fresh", "student", student_fields(place, text_every_step=True))
     one, other = (load_file(folder / "model.safetensors") for folder in (cached, fresh))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     losses = [[line["loss"] for line in lines(folder.parent, "train")] for folder in (cached, fresh)]
     assert len(losses[0]) == 12 and losses[0] == losses[1]
     frozen = load_clip(f"local-dir:{place / 'small'}").module.visual.state_dict()  # type: ignore[union-attr]
-    assert all(torch.equal(one[f"image.tower.{name}"], value) for name, value in frozen.items())
-    assert not torch.equal(one["image.prompts"], torch.zeros_like(one["image.prompts"]))
+    assert all(torch.equal(one[f"backbone.tower.{name}"], value) for name, value in frozen.items())
+    assert one["backbone.prompts"].abs().min() > 0
     labelled = json.loads((cached.parent / "data.json").read_text())["streams"]["train"]
     assert (labelled["items"], labelled["labelled"]) == (30, 0)
 
     both = student_fields(place, class_vectors=str(bank), data={"teacher_outputs": str(views)})
     both["teacher"] = {"prompts": ""}  # neither tower of the teacher is loaded
-    without = run(place, "stored", StudentConfig, both)
+    without = run("stored", "student", both)
     assert set(results(without.parent)) == {"student"}
     assert json.loads((without.parent / "data.json").read_text())["teacher_outputs"]["views"] == 2
 
@@ -216,9 +231,9 @@ def test_cached_and_recomputed_class_vectors_give_the_same_student(
         class_vectors(cfg, dataset, other)
 
 
-def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, tmp_path: Path) -> None:
+def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Run, tmp_path: Path) -> None:
     fields = student_fields(place, select="upstream", seed=7)
-    export = run(place, "selected_s7", StudentConfig, fields)
+    export = run("selected_s7", "student", fields)
     evaluations = [line for line in lines(export.parent, "eval") if line["model"] == "student"]
     assert len(evaluations) == 2
     measured = results(export.parent)
@@ -228,31 +243,110 @@ def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, tmp_pat
     first = {name: load_file(folder / file) for name, folder, file in restarted(place, export)}
     for name, folder, _ in restarted(place, export):  # as if the machine had died during the final evaluation
         (folder.parent / "done.json").unlink()
-        run(place, name, TeacherConfig if name == "teacher" else StudentConfig, {}, again=True)
+        run(name, "teacher" if name == "teacher" else "student", {}, again=True)
         assert "resumed from" in (place / f"{name}.txt").read_text()
     for name, folder, file in restarted(place, export):
         again = load_file(folder / file)
         assert all(torch.equal(again[key], value) for key, value in first[name].items()), name
 
+    assert load_classifier(export).class_names == NAMES
+
+    # The README's first command, over seeds; the second one's run is a link to the first's.
+    (place / "selected_s8").symlink_to(place / "selected_s7")
     out = tmp_path / "result.json"
-    common = ["--data", f"folder:{place / 'tree'}", "--quiet", "--device", "cpu"]
-    argv = [
+    launch = [
+        "bash",
+        str(ROOT / "scripts" / "launch.sh"),
+        "projects/promptkd/eval.py",
         "--setting",
         "base2novel",
-        "--ckpt",
-        str(place / "selected_s{seed}"),
-        "--seeds",
-        "7",
-        "--json",
-        str(out),
     ]
-    assert evaluation.main([*argv, *common]) == 0
+    seeds = ["--seeds", "7", "8", "--ckpt", str(place / "selected_s{seed}"), "--json", str(out)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*launch, *common(place), *seeds],
+        env={**os.environ, "VLMKD_NO_VENV": "1", "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads(out.read_text())
+    assert [one["seed"] for one in content["runs"]] == [7, 8]
     assert content["runs"][0]["metrics"] == pytest.approx(measured["selected"])
-    student = read_student(export)
-    assert student.class_names == NAMES
-    for ckpt in (str(place / "teacher"), f"clip:local-dir:{place / 'small'}"):
-        assert evaluation.main(["--setting", "cross", "--ckpt", ckpt, *common]) == 0
+    columns = (measured["selected"][name] for name in ("base_top1", "novel_top1", "harmonic_mean"))
+    assert f"| average | {' | '.join(f'{100 * value:.2f}' for value in columns)} |" in done.stdout
+
+
+def common(place: Path) -> list[str]:
+    """Arguments of every evaluation here."""
+    return ["--data", f"folder:{place / 'tree'}", "--quiet", "--device", "cpu"]
+
+
+def test_published_files_are_evaluated_like_the_exports_that_they_hold(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files in the reference's layout, half precision and all, made of a run's teacher and of a student."""
+    dataset = data_set(f"folder:{place / 'tree'}", "")
+    teacher_export, large, small = (
+        place / "teacher" / "export",
+        *(f"local-dir:{place / name}" for name in ("large", "small")),
+    )
+    prompted, clip, facts = read_teacher(teacher_export)
+    tokens = class_tokens(clip.tokenizer, facts.class_names, facts.template)
+    legacy.write_checkpoint(place / "teacher.pth.tar", legacy.teacher_state(prompted, tokens), 3)
+    trained = PromptedStudent(load_clip(small), 24, depth=2, length=2, seed=3)
+    legacy.write_checkpoint(place / "student.pth.tar", legacy.student_state(trained), 2)
+
+    cross = ["--setting", "cross", *common(place), "--ckpt"]
+    teacher = [str(place / "teacher.pth.tar"), "--clip", large]
+    student = [str(place / "student.pth.tar"), "--clip", small]
+    for ckpt in (
+        teacher,
+        [*student, "--teacher", str(teacher_export)],
+        [str(place / "teacher")],
+        [f"clip:{small}"],
+    ):
+        assert evaluation.main([*cross, *ckpt]) == 0, capsys.readouterr().err
+        assert "| average |" in capsys.readouterr().out
+    assert evaluation.main([*cross, *student]) == 2
+    assert "name its teacher with --teacher" in capsys.readouterr().err
+
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    source = TeacherSource(prompts=str(teacher_export))
+
+    def logits(name: str, of: str) -> torch.Tensor:
+        found = evaluation.classifier(name, dataset, ClipConfig(model=of), source, "", torch.device("cpu"))
+        return found.classify(images)
+
+    torch.testing.assert_close(
+        logits(teacher[0], large), logits(str(teacher_export), large), rtol=0.02, atol=0.02
+    )
+    vectors = load_teacher(source, "tree").class_vectors(dataset)
+    ours = StudentClassifier("", trained, vectors, clip.image_spec).classify(images)
+    torch.testing.assert_close(logits(student[0], small), ours, rtol=0.02, atol=0.02)
+
+
+def test_without_a_label_the_student_is_compared_with_its_teacher(place: Path, run: Run) -> None:
+    folder = place / "loose"
+    for path in sorted((place / "tree" / "train").rglob("*.png")):
+        (folder / "unlabelled").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "unlabelled" / f"{path.parent.name}_{path.name}")
+    (place / "names.txt").write_text("\n".join(NAMES))
+    fields = student_fields(
+        place,
+        epochs=1,
+        protocol="cross_dataset",
+        teacher={"clip": {"model": f"local-dir:{place / 'large'}"}},
+        data={"set": f"folder:{folder}", "class_names": str(place / "names.txt")},
+    )
+    export = run("unlabelled", "student", fields)
+    assert load_classifier(export).class_names == NAMES
+    content = json.loads((export.parent / "eval" / "results.json").read_text())
+    ((student,), (teacher,)) = content.values()
+    assert student["dataset"] == "loose, teacher's answers" and "confusion" in student["details"]
+    assert teacher["metrics"]["top1"] == 1.0 and student["count"] == teacher["count"] > 0
+    data = json.loads((export.parent / "data.json").read_text())["streams"]["train"]
+    assert (data["items"] + student["count"], data["labelled"]) == (30, 0)
 
 
 def test_harmonic_mean_is_that_of_the_mean_accuracies() -> None:

@@ -8,30 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from projects.vl2v_adip import task as task_module
-from projects.vl2v_adip.build import job
-from projects.vl2v_adip.config import FROZEN_BACKBONE, WITHOUT_TEACHER, AlignConfig, DistillConfig
+from projects.vl2v_adip.config import FROZEN_BACKBONE, WITHOUT_TEACHER, DistillConfig
 from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.table import markdown, scores_in
 from projects.vl2v_adip.task import BEST, BEST_EXPORT, SWAD
 from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
-from vlmkd import engine
+from tests.projects.zygote import Zygote
 from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
-from vlmkd.run import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -44,42 +40,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[None]:
-    """One process group for all runs of this file: DeepSpeed cannot join a second one."""
-    patch = pytest.MonkeyPatch()
-    for name in VARIABLES:
-        patch.delenv(name, raising=False)
-    patch.setattr(engine, "stop_ranks", lambda: None)
-    # Reloading an export in a fresh process takes seconds; tests/core does it.
-    patch.setattr(task_module, "verify_classifier", lambda folder, module: None)
-    yield
-    patch.undo()
-    engine.stop_ranks()
-    for name in VARIABLES:
-        os.environ.pop(name, None)
+def run(folder: Path, zygote: Zygote) -> Callable[..., Path]:
+    """`run(METHOD, FIELD=VALUE ...)` is a whole run of the method's script; it returns the run's folder.
 
+    `verified`: the exports are reloaded in a fresh process, which takes seconds.
+    """
 
-@pytest.fixture
-def run(folder: Path, ranks: None) -> Callable[..., Path]:
-    """Run a method in this process; returns its folder."""
-
-    def start(method: str, *overrides: str, name: str = "") -> Path:
-        run_dir = folder / "runs" / (name or method)
-        cls = AlignConfig if method in FROZEN_BACKBONE else DistillConfig
+    def start(method: str, *overrides: str, name: str = "", verified: bool = False, ranks: int = 1) -> Path:
+        name = name or method
+        run_dir = folder / "runs" / name
         arguments = [str(config(folder)), f"run_dir={run_dir}", f"method={method}"]
         if method in WITHOUT_TEACHER:
             arguments.append("teacher.model=")
-        main(cls, job, [*arguments, *overrides])
-        assert (run_dir / "done.json").is_file()
+        code, output = zygote.run(
+            f"projects.vl2v_adip.train_{'align' if method in FROZEN_BACKBONE else 'distill'}",
+            [*arguments, *overrides],
+            folder / f"{name}.txt",
+            without=() if verified else ("projects.vl2v_adip.task:verify_classifier",),
+            ranks=ranks,
+        )
+        assert code == 0 and (run_dir / "done.json").is_file(), output
         return run_dir
 
     return start
-
-
-def fresh_environment() -> dict[str, str]:
-    """For a child process that is no rank of this one's group."""
-    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def weights(run_dir: Path, export: str = "export") -> dict[str, torch.Tensor]:
@@ -94,7 +77,11 @@ def changed(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 def test_align_then_distill_then_the_table(run, folder: Path) -> None:
     align = run("align", "steps=5")
     assert not (align / BEST_EXPORT).exists()
-    distill = run("distill")
+    distill = run("distill", verified=True)
+    for export in ("export", BEST_EXPORT):
+        assert (
+            json.loads((distill / export / "provenance.json").read_text())["vl2v_adip"]["method"] == "distill"
+        )
     assert f"started from {align / 'export'}" in (distill / "log.txt").read_text()
     # Distill moves the backbone behind Align's projector; BatchNorm's statistics never move.
     assert changed(weights(align), weights(distill)) == {"backbone"}
@@ -109,6 +96,14 @@ def test_align_then_distill_then_the_table(run, folder: Path) -> None:
     names = {model: {item["dataset"] for item in items} for model, items in results.items()}
     assert {"student", BEST, SWAD} < set(names)
     assert all(found == {"ink_out", "photo_out", "oil_in", "oil_out"} for found in names.values())
+    models = json.loads((distill / "eval" / "models.json").read_text())
+    assert (models["exported"], models["selections"]) == (SWAD, [BEST, SWAD])
+    (target,) = [item for item in results[SWAD] if item["dataset"] == "oil_in"]
+    assert sum(number for *_, number in target["details"]["confusion"]) == target["count"] == 17  # 80 % of 21
+    shown = json.loads((distill / "eval" / "mistakes.json").read_text())["oil_in"]
+    assert [mistake["key"] for mistake in shown] == [
+        mistake["key"] for mistake in target["details"]["mistakes"]
+    ]
     lines = [json.loads(line) for line in (distill / "metrics.jsonl").read_text().splitlines()]
     during = [line for line in lines if line["kind"] == "eval" and line["model"] == "student"]
     assert [line["step"] for line in during[:4]] == [1, 3, 5, 7]
@@ -133,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, folder: Path) -> None:
     command = [sys.executable, "-m", "projects.vl2v_adip.train_distill", str(config(folder)), f"run_dir={broken}",
                "method=distill", *overrides]  # fmt: skip
     process = subprocess.Popen(
-        command, env=fresh_environment(), cwd=folder,
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -213,15 +208,9 @@ def test_a_teacher_without_weights_needs_stored_outputs_and_class_vectors(run, f
     assert not any(model.startswith("teacher") for model in results)
 
 
-def test_two_ranks_train_and_select_like_one(run, folder: Path) -> None:
+def test_two_ranks_train_and_select_like_one(run) -> None:
     overrides = ["steps=5", "swad.n_tolerance=3", "batch_size=8"]
-    one, two = run("one_stage", *overrides, name="one"), folder / "runs" / "two"
-    environment = fresh_environment() | {"NPROC": "2", "VLMKD_NO_VENV": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = ["bash", str(ROOT / "scripts" / "launch.sh"), "projects/vl2v_adip/train_distill.py",
-               str(config(folder)), f"run_dir={two}", "method=one_stage", *overrides]  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    one, two = (run("one_stage", *overrides, name=f"ranks_{ranks}", ranks=ranks) for ranks in (1, 2))
     for export in ("export", BEST_EXPORT):
         first, second = weights(one, export), weights(two, export)
         for name, value in first.items():
