@@ -10,6 +10,7 @@ of the table, and by which factor that is sooner.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import sys
@@ -21,7 +22,16 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
 from vlmkd.errors import UserError
-from vlmkd.report import STUDENT, Run, columns_of, format_score, metric_name, read_run, rows_of
+from vlmkd.report import (
+    STUDENT,
+    Run,
+    columns_of,
+    format_score,
+    mean_and_spread,
+    metric_name,
+    read_run,
+    rows_of,
+)
 
 _NAME = re.compile(r"(.+)_s(\d+)$")
 
@@ -46,32 +56,23 @@ def arms_in(folder: Path) -> dict[str, list[Run]]:
     return arms
 
 
-def spread(values: list[float], key: str) -> str:
-    """`mean ± standard deviation`; a single value alone."""
-    if len(values) == 1:
-        return format_score(key, values[0])
-    return f"{format_score(key, statistics.mean(values))} ± {format_score(key, statistics.stdev(values))}"
-
-
-def steps_before(run: Run) -> int:
+def steps_before(run: Path) -> int:
     """Steps of the runs that made this run's initial student: those whose export its `student.model` names.
 
     Raises:
         UserError: a stage before is not beside this run any more.
     """
-    export = re.fullmatch(r"local-dir:(?:.*/)?([^/]+)/export/?", str(_config(run.folder)["student"]["model"]))
+    export = re.fullmatch(r"local-dir:(?:.*/)?([^/]+)/export/?", str(_config(run)["student"]["model"]))
     if not export:
         return 0
-    stage = run.folder.resolve().parent / export[1]
-    if not (stage / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{run.folder} starts from the run {stage}, which is gone: its steps can not be counted"
-        )
-    return int(_config(stage)["steps"]) + steps_before(read_run(stage))
+    stage = run.resolve().parent / export[1]
+    if not (stage / "config.yaml").is_file():
+        raise UserError(f"{run} starts from the run {stage}, which is gone: its steps can not be counted")
+    return int(_config(stage)["steps"]) + steps_before(stage)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+def _config(run: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return config
 
 
@@ -79,7 +80,7 @@ def first_pass(run: Run, key: str, goal: float) -> int | None:
     """Steps after which the run's student first reached `goal` in `key`, stages before included; None: never."""
     steps = run.evals[STUDENT]
     reached = [step for step in sorted(steps) if steps[step].get(key, -1.0) >= goal]
-    return steps_before(run) + reached[0] if reached else None
+    return steps_before(run.folder) + reached[0] if reached else None
 
 
 def table(arms: dict[str, list[Run]], baseline: str) -> str:
@@ -90,6 +91,8 @@ def table(arms: dict[str, list[Run]], baseline: str) -> str:
     head = ["model", "params (M)", "seeds", "steps", *names]
     if baseline:
         head.append(f"steps to {baseline}'s {names[0]}")
+        goal = statistics.mean(run.final[STUDENT][keys[0]] for run in arms[baseline])
+        whole = statistics.mean(max(run.evals[STUDENT]) for run in arms[baseline])
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         if row.teacher:
@@ -99,16 +102,17 @@ def table(arms: dict[str, list[Run]], baseline: str) -> str:
     for arm, runs in arms.items():
         sizes = {run.parameters[STUDENT] / 1e6 for run in runs if STUDENT in run.parameters}
         size = "-".join(f"{value:.2f}" for value in sorted({min(sizes), max(sizes)})) if sizes else "-"
-        lengths = sorted({steps_before(run) + max(run.evals[STUDENT]) for run in runs})
+        lengths = sorted({steps_before(run.folder) + max(run.evals[STUDENT]) for run in runs})
         cells = [arm, size, str(len(runs)), "-".join(map(str, lengths))]
-        cells += [spread([run.final[STUDENT][key] for run in runs], key) for key in keys]
+        cells += [
+            mean_and_spread([run.final[STUDENT][key] for run in runs], functools.partial(format_score, key))
+            for key in keys
+        ]
         if baseline:
-            goal = statistics.mean(run.final[STUDENT][keys[0]] for run in arms[baseline])
             passes = [first_pass(run, keys[0], goal) for run in runs]
             reached = [steps for steps in passes if steps is not None]
             if len(reached) == len(passes):
                 mean = statistics.mean(reached)
-                whole = statistics.mean(max(run.evals[STUDENT]) for run in arms[baseline])
                 cells.append(
                     f"{mean:.0f} ({whole / mean:.1f} times fewer)" if mean < whole else f"{mean:.0f}"
                 )

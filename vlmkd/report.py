@@ -13,8 +13,9 @@ import json
 import math
 import os
 import re
+import statistics
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -341,6 +342,12 @@ def format_score(key: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if _is_share(key) else charts.number(value)
+
+
+def mean_and_spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """`mean ± standard deviation` of one value a seed, each as `show` writes it; a single value alone."""
+    mean = show(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {show(statistics.stdev(values))}"
 
 
 def _header(title: str, rows: Sequence[Row], dataset: str) -> str:

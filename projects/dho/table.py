@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vlmkd.errors import UserError
+from vlmkd.report import mean_and_spread
 
 _NAME = re.compile(r"(?P<method>.+)_(?P<labels>\d+shot|\d+pct|none)_s(?P<seed>\d+)$")
 _COSINES = ("gradient_cosine/backbone", "gradient_cosine/heads")
@@ -82,8 +83,7 @@ def markdown(cells: Mapping[tuple[str, str], list[float]], title: str, show: Cal
         row = []
         for labels in columns:
             values = cells.get((method, labels), [])
-            spread = f" ± {show(statistics.stdev(values))}" if len(values) > 1 else ""
-            row.append(f"{show(statistics.mean(values))}{spread}" if values else "not run")
+            row.append(mean_and_spread(values, show) if values else "not run")
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 

@@ -10,11 +10,12 @@ import json
 import re
 import statistics
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
+from vlmkd.classifier_export import WEIGHTS
 from vlmkd.errors import UserError, run_tool
+from vlmkd.report import STUDENT, mean_and_spread, read_run
 
 _ROWS = ("zero_shot_student", "zero_shot_teacher", "prompted_teacher", "distilled_student")
 _KEYS = ("base_top1", "novel_top1", "harmonic_mean")
@@ -33,7 +34,7 @@ def accuracies(folder: Path) -> str:
         if not path.is_file():
             raise UserError(f"{path} is missing; run projects/promptkd/scripts/nano.sh first")
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        cells = [_spread([100 * run["metrics"][key] for run in runs]) for key in _KEYS]
+        cells = [_cell([run["metrics"][key] for run in runs]) for key in _KEYS]
         lines.append(f"| {name.replace('_', ' ')} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -41,14 +42,14 @@ def accuracies(folder: Path) -> str:
 def by_epoch(folder: Path) -> str:
     """Base, novel and harmonic mean of the distilled student after each epoch."""
     found: dict[int, list[dict[str, float]]] = {}
-    for run in sorted(path for path in folder.iterdir() if _STUDENT.search(path.name)):
-        evaluated = [line for line in _lines(run) if line["kind"] == "eval" and line["model"] == "student"]
-        for epoch, line in enumerate(evaluated, start=1):
-            scores = {name.rpartition("/")[2]: value for name, value in line.items() if "/" in name}
+    for path in sorted(path for path in folder.iterdir() if _STUDENT.search(path.name)):
+        evaluated = read_run(path).evals[STUDENT]
+        for epoch, step in enumerate(sorted(evaluated), start=1):
+            scores = {name.rpartition("/")[2]: value for name, value in evaluated[step].items()}
             found.setdefault(epoch, []).append(scores)
     lines = ["| epoch | base | novel | harmonic mean |", "|---:|---:|---:|---:|"]
     for epoch, scored in found.items():
-        cells = [_spread([100 * scores[key] for scores in scored]) for key in _KEYS]
+        cells = [_cell([scores[key] for scores in scored]) for key in _KEYS]
         lines.append(f"| {epoch} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -59,9 +60,8 @@ def text_tower(folder: Path) -> str:
     seconds, weights = {}, {}
     for title, name in runs.items():
         # The first line has the warm-up in it.
-        spent = [line["step_s"] for line in _lines(folder / name) if line["kind"] == "train"][1:]
-        seconds[title] = statistics.median(spent)
-        weights[title] = load_file(folder / name / "export" / "model.safetensors")
+        seconds[title] = statistics.median(line["step_s"] for line in read_run(folder / name).train[1:])
+        weights[title] = load_file(folder / name / "export" / WEIGHTS)
     first, second = weights.values()
     difference = max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
     every, stored = seconds.values()
@@ -73,13 +73,8 @@ def text_tower(folder: Path) -> str:
     )
 
 
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def _lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _cell(shares: list[float]) -> str:
+    return mean_and_spread([100 * share for share in shares], "{:.2f}".format)
 
 
 def main(argv: list[str]) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.task import BEST, SWAD
 from vlmkd.errors import UserError
+from vlmkd.report import mean_and_spread
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,7 @@ def _table(title: str, scores: list[Score]) -> str:
 def _cell(values: list[float]) -> str:
     if not values:
         return "not run"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    return mean_and_spread(values, "{:.1f}".format)
 
 
 def main(argv: list[str]) -> int:
