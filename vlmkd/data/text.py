@@ -56,7 +56,7 @@ def prompt_templates(source: str) -> list[str]:
 
         functions = OPENAI_IMAGENET_TEMPLATES if source == "openai" else SIMPLE_IMAGENET_TEMPLATES
         return [function("{}") for function in functions]
-    templates = _lines(source, "templates", "`openai`, `simple` or a text file with one a line")
+    templates = _lines(source, "templates", "`openai` or `simple`, or a text file with one a line")
     for template in templates:
         if "{}" not in template and "{c}" not in template:
             raise UserError(f"templates {source}: {template!r} has no {{}} or {{c}} for the class name")
