@@ -64,6 +64,7 @@ def job(cfg: Vl2vConfig) -> Job:
         _load_stage(student, folder)
         log.info("started from %s", folder)
     clip = None if teacher is None else teacher.clip
+    judged = teacher is not None and clip is None and cfg.teacher.model and cfg.evaluation.teacher
     task = Vl2vTask(
         cfg,
         student,
@@ -72,6 +73,7 @@ def job(cfg: Vl2vConfig) -> Job:
         validation=[f"{fold.name(domain)}_out" for domain in fold.sources],
         teacher=None if clip is None else ClipTeacher(clip, backbone.image_spec),
         vectors=None if teacher is None else teacher.vectors,
+        load_judged=(lambda: load_model(cfg)) if judged else None,
     )
     target = _target(cfg, fold)
     watched = target[:1] if cfg.watch_target else []
@@ -89,9 +91,7 @@ def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
     Raises:
         UserError: class vectors of other classes, or of another model than the image embeddings.
     """
-    clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained) if cfg.teacher.model else None
-    if clip is not None and cfg.legacy_norm:
-        clip = replace(clip, image_spec=replace(clip.image_spec, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    clip = load_model(cfg) if cfg.teacher.model else None
     if cfg.teacher.class_vectors:
         vectors = ClassVectors.load(Path(cfg.teacher.class_vectors), expect_class_names=dataset.class_names)
     else:
@@ -109,6 +109,14 @@ def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
         )
     asked = needs_images(cfg.method, cfg.loss.image_weight) and stored is None
     return Teacher(vectors, clip if asked else None)
+
+
+def load_model(cfg: Vl2vConfig) -> ClipModel:
+    """The CLIP that `teacher.model` names."""
+    clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained)
+    if not cfg.legacy_norm:
+        return clip
+    return replace(clip, image_spec=replace(clip.image_spec, mean=IMAGENET_MEAN, std=IMAGENET_STD))
 
 
 def student_backbone(cfg: Vl2vConfig) -> Backbone:

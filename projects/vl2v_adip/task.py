@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import Classifier, ClassifierConfig
-from vlmkd.models.clip import ClipPredictor, evaluating
+from vlmkd.models.clip import ClipModel, ClipPredictor, evaluating
 from vlmkd.models.teacher import ClipTeacher
 from vlmkd.task import Batch, StepOutput, Task, combine
 from vlmkd.timing import Stopwatch
@@ -43,8 +44,12 @@ class Vl2vTask(Task):
         validation: list[str],
         teacher: ClipTeacher | None = None,
         vectors: ClassVectors | None = None,
+        load_judged: Callable[[], ClipModel] | None = None,
     ) -> None:
-        """`validation` are the names of the source domains' out parts; `facts` go into the exports."""
+        """`validation` are the names of the source domains' out parts; `facts` go into the exports.
+
+        `load_judged` loads the teacher to be evaluated after training where its stored outputs train the student.
+        """
         self.cfg, self.core, self.exported, self.facts = cfg, student, exported, dict(facts)
         self.student: nn.Module = student
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher]
@@ -62,6 +67,7 @@ class Vl2vTask(Task):
             )
         self._validation = validation
         self._vectors = vectors
+        self._load_judged = load_judged
         self._buffers = not cfg.student.freeze_bn
         self._evaluated = 0
 
@@ -168,18 +174,30 @@ class Vl2vTask(Task):
             for name, weights in self._chosen().items()
         }
 
+    @cached_property
+    def _judged(self) -> ClipModel | None:
+        """The teacher as a model to be evaluated; only called after training."""
+        if self.teachers:
+            teacher: Any = self.teachers[0].model
+            return teacher
+        if self._load_judged is None:
+            return None
+        clip = self._load_judged()
+        clip.module.to(next(self.core.parameters()).device)
+        return clip
+
     def teacher_predictors(self) -> dict[str, Any]:
-        """The loaded teacher as a zero-shot classifier."""
-        if not self.teachers or self._vectors is None:
+        """The teacher as a zero-shot classifier."""
+        if self._vectors is None or self._judged is None:
             return {}
-        clip: Any = self.teachers[0].model
-        return {f"teacher {clip.source}": ZeroShotClassifier(ClipPredictor.of(clip), self._vectors)}
+        predictor = ClipPredictor.of(self._judged)
+        return {f"teacher {self._judged.source}": ZeroShotClassifier(predictor, self._vectors)}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the exported student (backbone, projector and head) and of a loaded teacher."""
+        """Of the exported student (backbone, projector and head) and of an evaluated teacher."""
         counts = {"student": sum(parameter.numel() for parameter in self.core.parameters())}
         for name in self.teacher_predictors():
-            counts[name] = sum(parameter.numel() for parameter in self.teachers[0].parameters())
+            counts[name] = sum(parameter.numel() for parameter in self._judged.module.parameters())
         return counts
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:

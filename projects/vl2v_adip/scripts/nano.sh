@@ -11,17 +11,23 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 export RUNS="${RUNS:-runs/vl2v_nano}"
 python="$(bash scripts/setup.sh --python)"
-outputs="$RUNS/teacher_outputs"
 
 "$python" data_tools/embed_labelled.py --set emoji-domains --model zoo:tinyclip-emoji-teacher --views 2 \
-    --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 --grayscale 0.1 --threads 2 --out "$outputs"
+    --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 --grayscale 0.1 --threads 2 --out "$RUNS/teacher_outputs"
 
+# Two runs of one thread each at a time: every line of theirs begins with its stage and held-out domain.
+export OMP_NUM_THREADS=1 seed stage
+fold() { # DOMAIN [key=value ...]
+    local stored=("data.teacher_outputs=$RUNS/teacher_outputs")
+    case "$stage" in erm | lp | lp_ft) stored=() ;; esac
+    bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji "$1" fold.trial_seed="$seed" \
+        ${stored[@]+"${stored[@]}"} "${@:2}" 2>&1 | sed -u "s/^/[$stage $1 $seed] /"
+}
+export -f fold
 for seed in ${SEEDS:-0}; do
     for stage in ${STAGES:-erm align distill}; do
-        stored=("data.teacher_outputs=$outputs")
-        case "$stage" in erm | lp | lp_ft) stored=() ;; esac
-        bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji all fold.trial_seed="$seed" \
-            ${stored[@]+"${stored[@]}"} "$@"
+        "$python" -m projects.vl2v_adip.folds emoji-domains |
+            xargs -P 2 -I DOMAIN bash -euo pipefail -c 'fold "$@"' fold DOMAIN "$@"
     done
 done
 

@@ -189,7 +189,9 @@ def test_open_set_reports_seen_unseen_and_their_harmonic_mean(run) -> None:
     assert {"base_top1", "novel_top1", "harmonic_mean"} <= found.keys()
 
 
-def test_a_teacher_without_weights_needs_stored_outputs_and_class_vectors(run, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def stored(folder: Path) -> list[str]:
+    """Fields of a run whose teacher's image embeddings are stored; beside them lie class vectors of the same teacher."""
     clip = load_clip(f"local-dir:{folder / 'teacher'}")
     encoder, dataset = ClipPredictor.of(clip), load_set(f"domains:{folder / 'tree'}")
     embed_items(
@@ -198,14 +200,32 @@ def test_a_teacher_without_weights_needs_stored_outputs_and_class_vectors(run, f
     )  # fmt: skip
     vectors = encode_classes(encoder, dataset.class_names, dataset.templates, teacher_digest=clip.digest)
     vectors.save(folder / "classes.safetensors")
-    run_dir = run(
-        "one_stage", "steps=3", "swad.enabled=false", f"data.teacher_outputs={folder / 'clean'}",
-        "data.teacher_view=clean",
-        "teacher.model=",
-        f"teacher.class_vectors={folder / 'classes.safetensors'}", name="stored",
-    )  # fmt: skip
+    return [f"data.teacher_outputs={folder / 'clean'}", "data.teacher_view=clean"]
+
+
+def teacher_results(run_dir: Path) -> dict[str, object]:
     results = json.loads((run_dir / "eval" / "results.json").read_text())
-    assert not any(model.startswith("teacher") for model in results)
+    return {model: found for model, found in results.items() if model.startswith("teacher")}
+
+
+def test_a_teacher_without_weights_needs_stored_outputs_and_class_vectors(
+    run, folder: Path, stored: list[str]
+) -> None:
+    without_weights = ["teacher.model=", f"teacher.class_vectors={folder / 'classes.safetensors'}"]
+    run_dir = run(
+        "one_stage", "steps=3", "swad.enabled=false", *stored, *without_weights, name="stored_alone"
+    )
+    assert teacher_results(run_dir) == {}
+
+
+def test_a_teacher_that_is_named_is_tested_however_it_teaches(run, stored: list[str]) -> None:
+    loaded = run("one_stage", "steps=3", "swad.enabled=false", name="teacher_loaded")
+    replayed = run("one_stage", "steps=3", "swad.enabled=false", *stored, name="teacher_stored")
+    assert teacher_results(loaded) and teacher_results(replayed) == teacher_results(loaded)
+    untested = run(
+        "one_stage", "steps=3", "swad.enabled=false", "evaluation.teacher=false", *stored, name="untested"
+    )
+    assert teacher_results(untested) == {}
 
 
 def test_two_ranks_train_and_select_like_one(run) -> None:
