@@ -11,9 +11,10 @@ is left out. An epoch has the same number of steps whichever way, so the ratio o
 weights, whose students are ViT-S-32 (PromptKD) and ResNet-18; speed does not depend on what a model knows. Pictures and class
 names are drawn from the packages of the emoji set.
 
-All ways of a case must give equal numbers, which is judged after their first turn, before rounding has had many steps to
-grow in: the largest difference of a loss, as a share of the largest loss, and the distance of the weights, as a share of
-the distance that training has moved them. The script fails where one is above LIMITS. Stored embeddings are float32 here
+All ways of a case must give equal numbers, which is judged after their first step: the difference of the loss, as a share
+of it, and the distance of the weights, as a share of the distance that the step has moved them. (Later on rounding grows:
+1e-7 of noise in the teacher's weights puts a random ResNet-18 3 % of its way off in three steps of DHO.) The script fails
+where one is above LIMITS. Stored embeddings are float32 here
 (`embed_labelled.py --fp32`); with --dtype float16, the tools' default, their rounding shows, and the limits are wider.
 Adam's eps is 1e-3: a smaller one makes whole steps of the rounding of gradients that are 0.
 """
@@ -61,8 +62,8 @@ from vlmkd.trainer import Job, fit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "projects"
 NANO = "nano"
-LIMITS = {"float32": (1e-4, 1e-2), "float16": (1e-2, 0.1)}
-"""Of the losses' difference and of the weights' distance, by type of the stored embeddings."""
+LIMITS = {"float32": (1e-5, 1e-4), "float16": (1e-2, 0.1)}
+"""Of the loss and of the weights, by type of the stored embeddings."""
 FEW_CLASSES = 5
 """Of DHO and Align, whose teachers are asked about images alone."""
 _COMMON = (
@@ -143,7 +144,7 @@ class Way:
     seconds: list[dict[str, float]] = field(default_factory=list)
     """Of each timed step: in all, of the teacher, of waiting for data."""
     losses: list[float] = field(default_factory=list)
-    """Of the steps of the first turn."""
+    """Of the steps of the first turn, which is of one step and judged, not timed."""
 
     def __post_init__(self) -> None:
         self.folder = Path(self.cfg.run_dir)
@@ -183,15 +184,17 @@ def weights(module: torch.nn.Module) -> Tensor:
 
 
 def measure(ways: list[Way], steps: int, seconds: float) -> None:
-    """Turns of all ways until `seconds` have passed."""
+    """A step of each way to be compared, then turns of all until `seconds` have passed."""
+    for way in ways:
+        way.go_on(0)
     begin = time.perf_counter()
-    while not ways[0].done or time.perf_counter() - begin < seconds:
+    while not ways[0].seconds or time.perf_counter() - begin < seconds:
         for way in ways:
             way.go_on(steps)
 
 
 def difference(way: Way, live: Way) -> tuple[float, float]:
-    """Largest difference of a loss, and distance of the weights, after the first turn; both as shares."""
+    """Difference of the loss, and distance of the weights, after the first turn; both as shares."""
     pairs = zip(way.losses, live.losses, strict=True)
     loss = max(abs(own - other) for own, other in pairs) / max(map(abs, live.losses))
     moved = torch.linalg.vector_norm(live.early - live.start)
@@ -372,7 +375,7 @@ def measure_all(args: argparse.Namespace) -> bool:
     print(f"Stored embeddings {args.dtype}, torch {torch.__version__}, {device}\n")
     print(
         "| teacher | project | classes | batch | teacher's outputs | s/step | of it teacher s | of it data s | times faster "
-        "| largest loss difference | distance of the weights | steps |"
+        "| loss difference | distance of the weights | steps |"
     )
     print("|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
     notes, equal = [], True
