@@ -225,7 +225,7 @@ class EvaluationConfig:
     batch_size: int = 64
     """Images per evaluation batch."""
     teacher: bool = True
-    """Also evaluate the teachers, once, at the end (ignored when they are not loaded; VL2V-ADiP loads its own for that)."""
+    """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
 
 
 @dataclass(frozen=True, kw_only=True)
