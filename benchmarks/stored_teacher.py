@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -143,8 +144,8 @@ class Way:
     done: int = 0
     seconds: list[dict[str, float]] = field(default_factory=list)
     """Of each timed step: in all, of the teacher, of waiting for data."""
-    losses: list[float] = field(default_factory=list)
-    """Of the steps of the first turn, which is of one step and judged, not timed."""
+    loss: float = math.nan
+    """Of the first turn, which is of one step and judged, not timed."""
 
     def __post_init__(self) -> None:
         self.folder = Path(self.cfg.run_dir)
@@ -165,7 +166,7 @@ class Way:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         own = [line for line in lines if line["kind"] == "train" and line["step"] > self.done]
         if not self.done:
-            self.losses = [line["loss"] for line in own]
+            self.loss = own[0]["loss"]
             self.early = weights(self.around.module)
         self.seconds += [
             {name: line.get(f"{name}_s", 0.0) for name in ("step", "teacher", "data_wait")}
@@ -195,8 +196,7 @@ def measure(ways: list[Way], steps: int, seconds: float) -> None:
 
 def difference(way: Way, live: Way) -> tuple[float, float]:
     """Difference of the loss, and distance of the weights, after the first turn; both as shares."""
-    pairs = zip(way.losses, live.losses, strict=True)
-    loss = max(abs(own - other) for own, other in pairs) / max(map(abs, live.losses))
+    loss = abs(way.loss - live.loss) / abs(live.loss)
     moved = torch.linalg.vector_norm(live.early - live.start)
     return loss, float(torch.linalg.vector_norm(way.early - live.early) / moved)
 
