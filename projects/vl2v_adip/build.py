@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from projects.vl2v_adip.config import CONTINUES, FROZEN_BACKBONE, LINEAR_HEAD, WITHOUT_TEACHER, Vl2vConfig
@@ -37,6 +38,10 @@ from vlmkd.trainer import Job
 
 log = logging.getLogger("vlmkd.vl2v_adip")
 
+VECTORS = "head.vectors"
+"""Name of the class vectors in a student's weights."""
+_SAME_VECTORS = 0.999
+"""Cosine above which two class vectors are of one encoder and prompt, in whatever precision each was computed."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -55,13 +60,14 @@ def job(cfg: Vl2vConfig) -> Job:
     fold = choose(dataset, cfg.fold)
     teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
     backbone = student_backbone(cfg)
-    facts = facts_of(cfg, "" if teacher is None else teacher.vectors.teacher_digest)
+    vectors = None if teacher is None else teacher.vectors
+    facts = facts_of(cfg, vectors.teacher_digest if vectors else "", vectors.templates if vectors else [])
     with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
         torch.manual_seed(cfg.seed)
         student, exported = build_student(cfg, backbone, teacher, dataset)
     if cfg.method in CONTINUES:
         folder = earlier_stage(cfg, facts)
-        _load_stage(student, folder)
+        load_stage(student, folder)
         log.info("started from %s", folder)
     clip = None if teacher is None else teacher.clip
     judged = teacher is not None and clip is None and cfg.teacher.model and cfg.evaluation.teacher
@@ -72,7 +78,7 @@ def job(cfg: Vl2vConfig) -> Job:
         facts,
         validation=[f"{fold.name(domain)}_out" for domain in fold.sources],
         teacher=None if clip is None else ClipTeacher(clip, backbone.image_spec),
-        vectors=None if teacher is None else teacher.vectors,
+        vectors=vectors,
         load_judged=(lambda: load_model(cfg)) if judged else None,
     )
     target = _target(cfg, fold)
@@ -174,11 +180,24 @@ def build_student(
     return student, exported
 
 
-def _load_stage(student: Student, folder: Path) -> None:
+def load_stage(student: Student, folder: Path) -> None:
+    """Fill the student with the earlier stage's export; class vectors stay those of this run's loss.
+
+    Raises:
+        UserError: an export of another student, or with class vectors that are not the same up to rounding.
+    """
     weights = read_safetensors(folder / WEIGHTS)
     problems = differences(student.state_dict(), weights)
     if problems:
         raise UserError(f"config field init_from: {folder} is of another student: {problems}")
+    vectors = student.state_dict().get(VECTORS)
+    if vectors is not None:
+        if F.cosine_similarity(weights[VECTORS], vectors).min() < _SAME_VECTORS:
+            raise UserError(
+                f"config field init_from: {folder} has other class vectors than this run, though teacher and prompts are "
+                "the same; give both stages the same teacher.class_vectors"
+            )
+        weights[VECTORS] = vectors  # the loss has these
     student.load_state_dict(weights)
 
 
@@ -221,20 +240,9 @@ def _validation(fold: Fold) -> list[Evaluator]:
 def _target(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
     """The held-out domain: its 80 %, which are reported, its 20 %, and seen against unseen classes."""
     name, split = fold.name(fold.test_domain), fold.splits[fold.test_domain]
-    names = fold.dataset.class_names
-    found: list[Evaluator] = [
-        Classification(split.inside, names, dataset=f"{name}_in"),
-        DomainAccuracy(f"{name}_out", split.out),
-    ]
-    if cfg.fold.seen_classes:
-        classes = range(len(names))
-        found.append(
-            Classification(
-                split.inside,
-                names,
-                dataset=f"{name}_in open set",
-                base=classes[: cfg.fold.seen_classes],
-                novel=classes[cfg.fold.seen_classes :],
-            )
-        )
-    return found
+    names, seen = fold.dataset.class_names, cfg.fold.seen_classes
+    classes = range(len(names)) if seen else range(0)
+    reported = Classification(
+        split.inside, names, dataset=f"{name}_in", base=classes[:seen], novel=classes[seen:], rivals="all"
+    )
+    return [reported, DomainAccuracy(f"{name}_out", split.out)]

@@ -65,8 +65,8 @@ class LossConfig:
 
     image_weight: float = 0.5
     """lambda: weight of the image term, 1 - lambda of the text term (align, distill, one_stage, vl2v_sd)."""
-    kd_weight: float = 1.0
-    """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos)."""
+    kd_weight: float = 0.5
+    """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos), as released."""
     temperature: float = 0.1
     """Divides the logits of kd_kl and kd_cos (released code; CLIP's logits are already times 100)."""
     legacy_kl: bool = False

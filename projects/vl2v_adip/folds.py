@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,11 @@ def _seen(items: list[Item], seen: int) -> list[Item]:
     return [item for item in items if item.label < seen]
 
 
-def facts_of(cfg: Vl2vConfig, teacher_digest: str) -> dict[str, Any]:
-    """What an export is of; two stages belong together when all but `method` agree."""
+def facts_of(cfg: Vl2vConfig, teacher_digest: str, templates: Sequence[str]) -> dict[str, Any]:
+    """What an export is of; two stages belong together when all but `method` agree.
+
+    `templates` are the prompts of the class vectors; a method without a teacher has neither.
+    """
     return {
         "method": cfg.method,
         "set": cfg.data.set,
@@ -89,6 +92,8 @@ def facts_of(cfg: Vl2vConfig, teacher_digest: str) -> dict[str, Any]:
         else cfg.student.backbone,
         "image_size": cfg.student.image_size,
         "teacher": teacher_digest,
+        "templates": list(templates),
+        "legacy_norm": cfg.legacy_norm,
     }
 
 
@@ -96,7 +101,7 @@ def earlier_stage(cfg: Vl2vConfig, facts: Mapping[str, Any]) -> Path:
     """Export folder of the stage that this run starts from: `init_from`, or the matching one below `runs`.
 
     Raises:
-        UserError: none or several match, or the named one is of another fold, student or teacher.
+        UserError: none or several match, or the named one is of another fold, student, teacher, prompt or statistics.
     """
     wanted = {**facts, "method": CONTINUES[cfg.method]}
     if cfg.init_from:
@@ -106,12 +111,12 @@ def earlier_stage(cfg: Vl2vConfig, facts: Mapping[str, Any]) -> Path:
             name = differing[0]
             raise UserError(
                 f"config field init_from: {cfg.init_from} has {name} {found.get(name)!r}, this run {wanted[name]!r}; "
-                f"name the {wanted['method']} export of the same fold, student and teacher"
+                f"name the {wanted['method']} export of the same fold, student, teacher and prompts"
             )
         return Path(cfg.init_from)
     paths = sorted(Path(cfg.runs).glob(f"**/export/{FACTS}"))
     matching = [path.parent for path in paths if _read_facts(path) == wanted]
-    what = ", ".join(f"{name} {value}" for name, value in wanted.items() if value != "")
+    what = ", ".join(f"{name} {value}" for name, value in wanted.items() if value not in ("", []))
     if not matching:
         raise UserError(
             f"no export below {cfg.runs} is of {what}; run that stage first, or name it in init_from"

@@ -60,7 +60,7 @@ def objective(
     targets: Targets,
     *,
     image_weight: float = 0.5,
-    kd_weight: float = 1.0,
+    kd_weight: float = 0.5,
     temperature: float = 0.1,
     legacy_kl: bool = False,
 ) -> Terms:
@@ -121,12 +121,13 @@ def _kd_kl(logits: Tensor, targets: Targets, weight: float, temperature: float, 
 
 
 def _kd_cos(logits: Tensor, targets: Targets, weight: float, temperature: float) -> Terms:
-    """CE - weight mean cos(softmax(s / tau), softmax(t / tau))."""
-    terms = {"ce": F.cross_entropy(logits.float(), targets.labels)}
+    """CE(s / tau) - weight mean cos(softmax(s / tau), softmax(t / tau))."""
+    student = logits.float() / temperature
+    terms = {"ce": F.cross_entropy(student, targets.labels)}
     if weight:
         rows = _rows(targets)
-        student = (logits[rows].float() / temperature).softmax(-1)
-        terms["cos"] = negative_cosine(student, (targets.logits()[rows] / temperature).softmax(-1))
+        wanted = (targets.logits()[rows] / temperature).softmax(-1)
+        terms["cos"] = negative_cosine(student[rows].softmax(-1), wanted)
     return terms, {name: {"ce": 1.0, "cos": weight}[name] for name in terms}
 
 

@@ -69,6 +69,23 @@ def evaluate(folder: Path, count: int, torn: int = -1) -> Result:
     return result
 
 
+def test_in_an_open_set_the_unseen_classes_compete_with_all(tmp_path: Path) -> None:
+    count = 50
+    open_set = Classification(
+        items(tmp_path, count), NAMES, dataset="set", base=BASE, novel=NOVEL, rivals="all"
+    )
+    model = FixedClassifier(count)
+    model.logits[:, BASE[0]] += 100  # sure of a seen class, whatever it sees
+    (result,) = open_set.run(model, Context(batch_size=7, progress=False))
+    seen = [n for n in range(count) if labels(count)[n] in BASE]
+    assert result.metrics["novel_top1"] == result.metrics["harmonic_mean"] == 0.0
+    assert result.metrics["base_top1"] == pytest.approx(
+        mean([bool(labels(count)[n] == BASE[0]) for n in seen])
+    )
+    right = model.logits.argmax(1) == labels(count)
+    assert sum(hits for hits, _ in result.details["per_group"].values()) == int(right.sum())
+
+
 def mean(values: list[bool]) -> float:
     return sum(values) / len(values)
 

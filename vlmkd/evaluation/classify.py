@@ -6,7 +6,7 @@ N images, B batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class Classification:
 
     Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (macro average over the classes that occur); with several
     domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and
-    `harmonic_mean`. The images of a group compete only among the group's classes (PromptKD spec b.4), all in the same
-    forward pass.
+    `harmonic_mean`. The classes of a group compete only with each other (PromptKD spec b.4), or, with `rivals="all"`,
+    with every class (the open set of VL2V-ADiP); all in the same forward pass.
 
     Details, plain data: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion
     matrix that are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest
@@ -61,6 +61,7 @@ class Classification:
         domains: Sequence[str] = (),
         base: Sequence[int] = (),
         novel: Sequence[int] = (),
+        rivals: Literal["group", "all"] = "group",
     ) -> None:
         if not items:
             raise UserError(f"classification set {dataset} has no images; choose another split")
@@ -77,6 +78,7 @@ class Classification:
         self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
         self.domains = list(domains)
         self.groups = {"base": list(base), "novel": list(novel)} if base else {}
+        self.rivals = rivals
 
     @classmethod
     def of(
@@ -127,7 +129,8 @@ class Classification:
         for classes in self.groups.values():
             group = torch.tensor(classes)
             inside = torch.isin(labels, group)
-            first_in_group |= inside & (group[logits[:, group].argmax(dim=1)] == labels)
+            first = predicted if self.rivals == "all" else group[logits[:, group].argmax(dim=1)]
+            first_in_group |= inside & (first == labels)
         in_top = (order == labels[:, None]).any(dim=1)
         return torch.stack([part.float() for part in (predicted, probability, in_top, first_in_group)], dim=1)
 

@@ -6,13 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
+from projects.vl2v_adip.build import load_stage
 from projects.vl2v_adip.config import AlignConfig, DistillConfig, FoldConfig
 from projects.vl2v_adip.folds import FACTS, choose, earlier_stage, facts_of
+from projects.vl2v_adip.student import Student
 from tests.projects.vl2v_adip.tiny import CLASSES, DOMAINS, config, domain_tree
 from vlmkd import config as configs
 from vlmkd.data.labelled_sets import load_set
 from vlmkd.errors import UserError
+from vlmkd.models.heads import Projector, TextClassifier
+
+PROMPTS = ["a photo of a {}"]
 
 
 def test_the_held_out_domain_is_never_trained_on_and_splits_depend_on_the_trial_alone(tmp_path: Path) -> None:
@@ -49,14 +57,16 @@ def test_distill_finds_the_align_export_of_its_own_fold(tmp_path: Path) -> None:
     def write(name: str, **changes: object) -> Path:
         folder = tmp_path / name / "export"
         folder.mkdir(parents=True)
-        (folder / FACTS).write_text(json.dumps({**facts_of(align, "digest"), **changes}))
+        (folder / FACTS).write_text(json.dumps({**facts_of(align, "digest", PROMPTS), **changes}))
         return folder
 
-    facts = facts_of(distill, "digest")
+    facts = facts_of(distill, "digest", PROMPTS)
     write("other_domain", test_domain="ink")
     write("other_trial", trial_seed=1)
     write("other_teacher", teacher="else")
     write("other_stage", method="one_stage")
+    write("other_prompt", templates=["an art of a {}"])
+    write("other_statistics", legacy_norm=True)
     with pytest.raises(UserError, match="no export below .* is of method align, .*test_domain oil"):
         earlier_stage(distill, facts)
     right = write("right")
@@ -64,11 +74,33 @@ def test_distill_finds_the_align_export_of_its_own_fold(tmp_path: Path) -> None:
     write("twice")
     with pytest.raises(UserError, match="2 exports below .*right.*twice.*name one in init_from"):
         earlier_stage(distill, facts)
-    named = configs.load(
-        DistillConfig, [path, "run_dir=b", f"init_from={tmp_path / 'other_domain' / 'export'}"]
-    )
-    with pytest.raises(UserError, match="has test_domain 'ink', this run 'oil'"):
-        earlier_stage(named, facts)
+    for name, difference in (
+        ("other_domain", "has test_domain 'ink', this run 'oil'"),
+        ("other_prompt", r"has templates \['an art of a \{\}'\], this run \['a photo of a \{\}'\]"),
+        ("other_statistics", "has legacy_norm True, this run False"),
+    ):
+        named = configs.load(DistillConfig, [path, "run_dir=b", f"init_from={tmp_path / name / 'export'}"])
+        with pytest.raises(UserError, match=difference):
+            earlier_stage(named, facts)
+
+
+def test_distill_classifies_and_exports_by_the_class_vectors_of_its_loss(tmp_path: Path) -> None:
+    def student(vectors: torch.Tensor, seed: int) -> Student:
+        torch.manual_seed(seed)
+        return Student(nn.Linear(4, 4), TextClassifier(vectors, 10.0), Projector(4, 3))
+
+    vectors = nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    rounded = vectors.bfloat16().float()
+    align = student(rounded, 1)
+    save_file(align.state_dict(), tmp_path / "model.safetensors")
+    distill = student(vectors, 2)
+    load_stage(distill, tmp_path)
+    assert torch.equal(distill.backbone.weight, align.backbone.weight)
+    assert torch.equal(distill.head.vectors, vectors) and not torch.equal(vectors, rounded)
+    other = vectors.clone()
+    other[2] = vectors[3]
+    with pytest.raises(UserError, match="has other class vectors than this run"):
+        load_stage(student(other, 2), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from projects.vl2v_adip.config import LossConfig
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from vlmkd.task import combine
 
@@ -109,13 +110,28 @@ def targets_scaled(targets: Targets) -> Targets:
     )
 
 
-def test_cosine_and_embedding_baselines() -> None:
+@pytest.mark.parametrize(("kd_weight", "temperature"), [(0.3, 0.5), (0.5, 0.1)])
+def test_cosine_baseline_tempers_the_student_in_both_terms(kd_weight: float, temperature: float) -> None:
     embeds, logits, targets = batch()
-    s = softmax(logits.double().numpy() / 0.5)
-    t = softmax(10 * targets.image_embeds.double().numpy() @ targets.vectors.double().numpy().T / 0.5)
+    s = softmax(logits.double().numpy() / temperature)
+    t = softmax(10 * targets.image_embeds.double().numpy() @ targets.vectors.double().numpy().T / temperature)
+    ce = -np.log(s[range(B), targets.labels]).mean()
+    found = total("kd_cos", embeds, logits, targets, kd_weight=kd_weight, temperature=temperature)
+    assert found == pytest.approx(ce - kd_weight * (unit(s) * unit(t)).sum(1).mean(), rel=1e-5)
+
+
+def test_published_defaults_of_the_distillation_baselines() -> None:
+    loss = LossConfig()
+    assert (loss.kd_weight, loss.temperature, loss.legacy_kl) == (0.5, 0.1, False)
+    embeds, logits, targets = batch()
+    for method in ("kd_kl", "kd_cos"):
+        given = total(method, embeds, logits, targets, kd_weight=0.5, temperature=0.1)
+        assert total(method, embeds, logits, targets) == given
+
+
+def test_embedding_baseline_and_plain_cross_entropy() -> None:
+    embeds, logits, targets = batch()
     ce = -np.log(softmax(logits.double().numpy())[range(B), targets.labels]).mean()
-    found = total("kd_cos", embeds, logits, targets, kd_weight=0.3, temperature=0.5)
-    assert found == pytest.approx(ce - 0.3 * (unit(s) * unit(t)).sum(1).mean(), rel=1e-5)
     squared = (embeds.detach().double().numpy() - targets.image_embeds.double().numpy()) ** 2
     assert total("simkd", embeds, logits, targets) == pytest.approx(squared.mean(), rel=1e-5)
     assert total("erm", embeds, logits, Targets(targets.labels)) == pytest.approx(ce, rel=1e-5)
