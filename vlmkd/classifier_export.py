@@ -35,10 +35,11 @@ from vlmkd.export import (
     write_tensors,
 )
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.checkpoints import differences, read_safetensors
+from vlmkd.models.checkpoints import differences
 from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
 from vlmkd.models.clip import read_json
 from vlmkd.models.heads import DualLogits, LinearHead, TextClassifier, mix_heads
+from vlmkd.tensor_files import read_safetensors
 
 CONFIG, WEIGHTS = "classifier.json", "model.safetensors"
 TIMM_WEIGHTS, ONNX = "timm.safetensors", "model.onnx"

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from vlmkd import __version__
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.checkpoints import normalise_names, read_safetensors
+from vlmkd.models.checkpoints import normalise_names
 from vlmkd.models.clip import OPEN_CLIP_CONFIG, ClipModel, Tokenizer, encode, load_clip, read_json
 from vlmkd.models.convert import to_hf_config, to_hf_processor, to_hf_state
+from vlmkd.tensor_files import read_safetensors
 from vlmkd.zoo import sha256_of
 
 Layout = Literal["open_clip", "hf"]

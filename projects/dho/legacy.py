@@ -1,4 +1,4 @@
-"""Files of the released DHO code: student checkpoints, and the reader that runs nothing that a pickle carries.
+"""Files of the released DHO code: student checkpoints, and a reader that takes their NumPy scalars for numbers.
 
 A checkpoint is `{model_state_dict, epoch, acc, alpha, beta}` or the bare weights, with or without DDP's `module.`. The
 backbone is CLIP's image tower, or the children of a torchvision network in a row without its classifier.
@@ -6,7 +6,7 @@ backbone is CLIP's image tower, or the children of a torchvision network in a ro
 
 from __future__ import annotations
 
-import pickle
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vlmkd.errors import UserError
@@ -22,8 +21,9 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.classifier import ClassifierConfig, ClassifierPredictor
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD
+from vlmkd.tensor_files import read_torch
 
-_RESNET_CHILDREN = {0: "conv1", 1: "bn1", 4: "layer1", 5: "layer2", 6: "layer3", 7: "layer4"}
+_RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """Position in the released Sequential -> torchvision's name; the others have no weights."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
@@ -39,26 +39,24 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, damaged, no dictionary, or a pickle that names anything else.
     """
-    if not path.is_file():
-        raise UserError(f"weights file {path} does not exist")
     scalar = np.float64(0.0).__reduce__()[0]
     dtypes = {type(np.dtype(kind)) for kind in "efdbhilqBHILQ?"}
     # Files name NumPy's private module as it was called when they were written.
-    allowed: list[Any] = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
-    allowed += [np.dtype, *sorted(dtypes, key=repr)]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"weights file {path} is not plain data ({reason}); it is not read: save its tensors from a program you trust"
-        ) from None
+    plain: list[Any] = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    content = read_torch(path, plain=[*plain, np.dtype, *dtypes])
     if not isinstance(content, Mapping):
         raise UserError(f"weights file {path} holds a {type(content).__name__}, not a dictionary")
     return {
         str(name): value.item() if isinstance(value, np.generic) else value for name, value in content.items()
     }
+
+
+def number_of(content: Mapping[str, Any], name: str, path: str | Path, default: float = math.nan) -> float:
+    """The number under `name`; raises UserError when it is missing and has no default, or is no finite number."""
+    value = content.get(name, default)
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"weights file {path}: {name} is {value!r}, not a number; fetch it again")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,13 @@ class LegacyCheckpoint:
     def vision_config(self) -> dict[str, Any]:
         """open_clip's vision_cfg of a `clip` backbone, read from its shapes; activation QuickGELU, heads of width 64."""
         state = self.backbone
+        missing = [
+            name
+            for name, axes in (("conv1.weight", 4), ("positional_embedding", 2), ("class_embedding", 1))
+            if name not in state or state[name].ndim != axes
+        ]
+        if missing:
+            raise UserError(f"weights: backbone.{missing[0]} is missing or of another shape than a ViT's")
         patch, positions = state["conv1.weight"].shape[-1], len(state["positional_embedding"])
         grid = round((positions - 1) ** 0.5)
         if grid * grid != positions - 1:
@@ -124,13 +129,13 @@ def read_checkpoint(path: str | Path) -> LegacyCheckpoint:
     family = _family(plain, path)
     return LegacyCheckpoint(
         family,
-        _torchvision_names(plain, family),
+        _torchvision_names(plain, family, path),
         state["ce_head.weight"],
         state["ce_head.bias"],
         state["kd_head.weight"],
         state["kd_head.bias"],
-        alpha=float(content.get("alpha", 0.5)) if wrapped else 0.5,
-        beta=float(content.get("beta", 0.5)) if wrapped else 0.5,
+        alpha=number_of(content, "alpha", path, 0.5) if wrapped else 0.5,
+        beta=number_of(content, "beta", path, 0.5) if wrapped else 0.5,
     )
 
 
@@ -146,7 +151,7 @@ def _family(backbone: Mapping[str, Tensor], path: str | Path) -> str:
     )
 
 
-def _torchvision_names(backbone: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+def _torchvision_names(backbone: Mapping[str, Tensor], family: str, path: str | Path) -> dict[str, Tensor]:
     if family == "clip":
         return dict(backbone)
     if family == "mobilenet_v2":
@@ -154,7 +159,9 @@ def _torchvision_names(backbone: Mapping[str, Tensor], family: str) -> dict[str,
     named = {}
     for name, value in backbone.items():
         child, _, rest = name.partition(".")
-        named[f"{_RESNET_CHILDREN[int(child)]}.{rest}"] = value
+        if child not in _RESNET_CHILDREN:
+            raise UserError(f"weights file {path}: backbone.{name} is no tensor of a {family}")
+        named[f"{_RESNET_CHILDREN[child]}.{rest}"] = value
     return named
 
 
@@ -167,6 +174,8 @@ def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
         UserError: another number of classes, or weights of another architecture.
     """
     read = read_checkpoint(path)
+    if read.ce_weight.ndim != 2:
+        raise UserError(f"weights file {path}: ce_head.weight has {read.ce_weight.ndim} axes, not 2")
     classes, width = read.ce_weight.shape
     if classes != len(class_names):
         raise UserError(

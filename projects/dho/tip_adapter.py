@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projects.dho.legacy import read_plain_pickle
+from projects.dho.legacy import number_of, read_plain_pickle
 from vlmkd.errors import UserError
 from vlmkd.models.clip import read_json
 
@@ -205,10 +205,23 @@ def load(path: str | Path) -> TipAdapter:
     missing = [name for name in _FIELDS if name not in content]
     if missing:
         raise UserError(f"Tip-Adapter file {path} has no {', '.join(missing)}; it needs {', '.join(_FIELDS)}")
+    odd = [
+        name
+        for name in _FIELDS[:4]
+        if not isinstance(content[name], Tensor)
+        or content[name].ndim != 2
+        or not content[name].dtype.is_floating_point
+    ]
+    if odd:
+        raise UserError(f"Tip-Adapter file {path}: {odd[0]} is no matrix of numbers")
     keys, values, vectors = content["adapter_weight"], content["cache_values"], content["clip_weights"].T
     if len(keys) != len(values) or keys.shape[1] != vectors.shape[1] or values.shape[1] != len(vectors):
         shapes = ", ".join(f"{name} {list(content[name].shape)}" for name in _FIELDS[:4])
         raise UserError(f"Tip-Adapter file {path}: shapes do not fit: {shapes}")
     return TipAdapter(
-        keys, values, vectors, alpha=float(content["best_alpha"]), beta=float(content["best_beta"])
+        keys,
+        values,
+        vectors,
+        alpha=number_of(content, "best_alpha", path),
+        beta=number_of(content, "best_beta", path),
     )

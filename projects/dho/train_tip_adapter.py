@@ -31,6 +31,7 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embed_all
 from vlmkd.models.clip import ClipModel, ClipPredictor, compute_dtype, load_clip
+from vlmkd.tensor_files import read_torch
 
 ADAPTER = "tip_adapter.pt"
 
@@ -104,7 +105,8 @@ def _features(
     Kept in `file` until training has ended, because making them is most of the work.
     """
     if file.is_file():
-        return torch.load(file, map_location="cpu", weights_only=True)
+        kept: dict[str, Tensor] = read_torch(file, what="features")
+        return kept
     views = labelled_views(cfg.data)
     cache = embed_views(clip, images.labelled, views, cfg.cache_passes, seed=cfg.seed, cfg=cfg, device=device)
     if cfg.cache_features == "unit":

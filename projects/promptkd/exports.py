@@ -23,8 +23,8 @@ from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
 from vlmkd.errors import UserError
 from vlmkd.export import check_main, compare, new_folder, run_check, write_json, write_tensors
-from vlmkd.models.checkpoints import read_safetensors
 from vlmkd.models.clip import ClipModel, load_clip, read_json, weights_digest
+from vlmkd.tensor_files import read_safetensors
 
 TEACHER_JSON = "promptkd_teacher.json"
 PROBE_TEXT = "a photo of a cat, a probe that is long enough"

@@ -2,21 +2,18 @@
 
 Such a file is a torch.save'd dictionary with `state_dict`, `epoch`, `optimizer`, `scheduler` and `val_result`, whose
 `scheduler` embeds live Python objects. Only tensors and plain containers are made from it here; every other class that
-the file names becomes an inert stand-in, and then only `state_dict` is kept.
+the file names becomes an empty dictionary, and then only `state_dict` is kept.
 
 Letters: J prompted blocks, n prompts a block, w width of a tower, T token positions, C classes of the file's training.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,21 +23,10 @@ from projects.promptkd.student import PromptedStudent
 from vlmkd.errors import UserError
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import PromptedImageTower
+from vlmkd.tensor_files import read_torch
 
 State = dict[str, Tensor]
 
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 _IGNORED = (
     "prompt_learner.ZS_image_encoder.",  # the frozen CLIP beside the prompted one
     "prompt_learner.token_prefix",  # embeddings of the training classes' prompts, made anew from class names
@@ -66,112 +52,13 @@ _FOLDERS = {
 # -------------------------------------------------------------------------------------------------- reading a file
 
 
-class _Inert:
-    """Stands for any object of a class that is not needed; takes whatever a pickle does to it and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Drop it."""
-
-    def extend(self, values: Any) -> None:
-        """Drop them."""
-
-    def add(self, value: Any) -> None:
-        """Drop it."""
-
-
-class _StorageType:
-    """Element type of a storage, as the file names it."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
-def _tensor(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
-    """A tensor of its own from a part of a storage (torch's _rebuild_tensor_v2)."""
-    return storage.as_strided(tuple(size), tuple(stride), offset).clone()
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Resolves tensors and ordered dictionaries; every other name gives a class of inert objects."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}data.pkl"), encoding="utf-8")
-        self._archive, self._root = archive, root
-        self._storages: dict[str, Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and name in _DTYPES:
-            return _StorageType(_DTYPES[name])
-        return type("Inert", (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        _, kind, key, _, _ = pid
-        if not isinstance(kind, _StorageType):
-            raise pickle.UnpicklingError("a storage of an unknown element type")
-        if key not in self._storages:
-            content = bytearray(self._archive.read(f"{self._root}data/{key}"))
-            self._storages[key] = (
-                torch.frombuffer(content, dtype=kind.dtype) if content else torch.empty(0, dtype=kind.dtype)
-            )
-        return self._storages[key]
-
-
 def read_checkpoint(path: Path) -> State:
     """The `state_dict` of a published file, floats as fp32, without the prefix that DataParallel puts before names.
 
     Raises:
         UserError: no such file, another format, a damaged file, or one without a state dict of tensors.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"checkpoint {path} is no zip archive of torch.save; fetch it again")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            roots = [
-                name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("data.pkl")
-            ]
-            if len(roots) != 1:
-                raise UserError(f"checkpoint {path} is a zip archive, but none of torch.save")
-            content = _Unpickler(archive, roots[0]).load()
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        KeyError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged or of another kind ({error}); fetch it again"
-        ) from None
+    content = read_torch(path, what="checkpoint", inert=True)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"checkpoint {path} has no state_dict; name a file that the reference code wrote")

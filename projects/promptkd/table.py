@@ -11,11 +11,10 @@ import re
 import statistics
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from vlmkd.classifier_export import WEIGHTS
 from vlmkd.errors import UserError, run_tool
 from vlmkd.report import STUDENT, mean_and_spread, read_run
+from vlmkd.tensor_files import read_safetensors
 
 _ROWS = ("zero_shot_student", "zero_shot_teacher", "prompted_teacher", "distilled_student")
 _KEYS = ("base_top1", "novel_top1", "harmonic_mean")
@@ -61,7 +60,7 @@ def text_tower(folder: Path) -> str:
     for title, name in runs.items():
         # The first line has the warm-up in it.
         seconds[title] = statistics.median(line["step_s"] for line in read_run(folder / name).train[1:])
-        weights[title] = load_file(folder / name / "export" / WEIGHTS)
+        weights[title] = read_safetensors(folder / name / "export" / WEIGHTS)
     first, second = weights.values()
     difference = max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
     every, stored = seconds.values()

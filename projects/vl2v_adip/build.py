@@ -28,12 +28,13 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.models.backbones import Backbone, freeze_batch_norm, load_backbone, with_spec
-from vlmkd.models.checkpoints import differences, read_safetensors
+from vlmkd.models.checkpoints import differences
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.classifier import ClassifierConfig
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.models.heads import LinearHead, Projector, TextClassifier
 from vlmkd.models.teacher import ClipTeacher
+from vlmkd.tensor_files import read_safetensors
 from vlmkd.trainer import Job
 
 log = logging.getLogger("vlmkd.vl2v_adip")

@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
-import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,27 @@ from vlmkd.errors import UserError
 from vlmkd.models.backbones import Backbone, load_backbone, load_backbone_weights, with_spec
 from vlmkd.models.classifier import ClassifierConfig
 from vlmkd.models.heads import Projector, TextClassifier
+from vlmkd.tensor_files import read_torch
 
 BACKBONE, PROJECTOR, CLASSIFIERS = "featurizer.network.", "proj_lyr.", ("clip_cls.", "classifier.")
+
+
+class _Number(float):
+    """A number of ruamel.yaml, which also remembers how it was written."""
+
+
+_PATHS = [
+    (kind, f"{module}.{kind.__name__}")
+    for kind in (pathlib.PosixPath, pathlib.PurePosixPath)
+    for module in ("pathlib", "pathlib._local")  # as the Python called it that wrote the file
+]
+_PLAIN = [
+    *_PATHS,
+    argparse.Namespace,
+    (OrderedDict, "munch.Munch"),  # a dictionary whose keys are attributes too
+    (_Number, "ruamel.yaml.scalarfloat.ScalarFloat"),
+]
+"""What a released file holds beside tensors and plain data; the packages of these classes are not imported."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -39,20 +57,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, damaged, other content, or a pickle that names anything but what the code put there.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    # `args` holds paths, under the module names of the Python that wrote it, and may be a namespace.
-    paths: list[Any] = []
-    for kind in (pathlib.PosixPath, pathlib.PurePosixPath):
-        paths += [(kind, f"{module}.{kind.__name__}") for module in ("pathlib", "pathlib._local")]
-    try:
-        with torch.serialization.safe_globals([*paths, argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"checkpoint {path} is not plain data ({reason}); it is not read") from None
+    content = read_torch(path, what="checkpoint", plain=_PLAIN)
     state = content.get("model_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not any(name.startswith(BACKBONE) for name in state):
+    if not isinstance(state, Mapping) or not any(str(name).startswith(BACKBONE) for name in state):
         raise UserError(
             f"checkpoint {path} has no model_dict with {BACKBONE}*; it is not of the released code"
         )

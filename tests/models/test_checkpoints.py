@@ -186,7 +186,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(how: str, tmp_path: Path) -> 
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(UserError) as caught:
         read_state_dict(path)
-    assert str(path) in str(caught.value) and f"{os.system.__module__}.system" in str(caught.value)
+    wanted = "no tensor file" if how == "protocol 5" else f"{os.system.__module__}.system"
+    assert str(path) in str(caught.value) and wanted in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not ran.exists()
 

@@ -7,12 +7,8 @@ half or single precision. Names come out as open_clip.CLIP's, with the text towe
 from __future__ import annotations
 
 import argparse
-import io
 import math
-import pickle
-import pickletools
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 from vlmkd.errors import UserError
 from vlmkd.models.convert import from_hf_state, is_hf_state, mlp_ratio
 from vlmkd.models.pruned_clip import PrunedCLIP, canonical_names, config_from_state_dict, tower_names
+from vlmkd.tensor_files import is_zip, read_torch, zip_members
 
 Config = dict[str, Any]
 State = dict[str, Tensor]
@@ -32,8 +29,6 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that wrappers (DDP, torch.compile, our encoder) put before every name."""
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 """Extra tensors of OpenAI's archives."""
-_HARMLESS = ("torch", "collections", "argparse", "_codecs")
-"""Modules whose globals a plain tensor file names."""
 _NAMES_SHOWN = 3
 
 
@@ -60,12 +55,11 @@ def read_tensors(path: str | Path) -> State:
             else "does not exist"
         )
         raise UserError(f"weights file {path} {what}")
-    if path.suffix == ".safetensors":
-        content: Any = read_safetensors(path)
-    elif is_torchscript(path):
-        content = _read_openai_archive(path)
+    if is_torchscript(path):
+        content: Any = _read_openai_archive(path)
     else:
-        content = _read_pickle(path)
+        # A Namespace (the `args` of training checkpoints) counts as data.
+        content = read_torch(path, plain=[argparse.Namespace])
     return _pick_weights(content, path)
 
 
@@ -85,27 +79,15 @@ def normalise_names(state: Mapping[str, Tensor]) -> State:
     }
 
 
-def read_safetensors(path: Path) -> State:
-    """The tensors of a safetensors file.
+def is_torchscript(path: Path) -> bool:
+    """Whether `path` is a TorchScript archive, the form of OpenAI's own downloads.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: it cannot be read, or is a damaged archive.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"weights file {path} is damaged ({error}); fetch it again") from None
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether `path` is a TorchScript archive, the form of OpenAI's own downloads."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    names = [member.filename for member in zip_members(path)]
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
 
@@ -123,50 +105,6 @@ def _read_openai_archive(path: Path) -> State:
             "it is not run: give its state dict as safetensors"
         )
     return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-
-
-def _read_pickle(path: Path) -> Any:
-    """A torch.save'd file read as data; a Namespace (the `args` of training checkpoints) counts as data."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        foreign = [name for name in _globals_of(path) if name.split(".")[0] not in _HARMLESS]
-        if foreign:
-            raise UserError(
-                f"weights file {path} is a pickle that would run {foreign[0]}; it is not read: get the weights as "
-                "safetensors, or save its tensors alone from a program you trust"
-            ) from None
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"weights file {path} is no tensor file ({reason}); fetch it again, or give safetensors"
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        reason = (str(error).strip() or "empty file").splitlines()[0]
-        raise UserError(f"weights file {path} is damaged ({reason}); fetch it again") from None
-
-
-def _globals_of(path: Path) -> Iterator[str]:
-    """Dotted names of the globals in the pickles of `path`, found without unpickling."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            blobs = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    else:
-        blobs = [path.read_bytes()]
-    for blob in blobs:
-        stream = io.BytesIO(blob)  # torch's legacy format is several pickles in a row, then raw numbers
-        while stream.tell() < len(blob):
-            strings: list[str] = []
-            try:
-                for opcode, argument, _ in pickletools.genops(stream):
-                    if opcode.name in ("GLOBAL", "INST"):
-                        yield str(argument).replace(" ", ".")
-                    elif opcode.name == "STACK_GLOBAL":
-                        yield ".".join(strings[-2:])
-                    elif "UNICODE" in opcode.name or "STRING" in opcode.name:
-                        strings.append(str(argument))
-            except ValueError:  # no pickle: nothing (more) to name
-                break
 
 
 def _pick_weights(content: Any, path: Path) -> State:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlmkd.class_names import check_class_names, class_key, prompt_name
 from vlmkd.errors import UserError
 from vlmkd.evaluation.prompts import fill
-from vlmkd.models.checkpoints import read_safetensors
+from vlmkd.tensor_files import read_safetensors
 
 Normalise = Literal["each_and_mean", "each", "mean", "none"]
 """Which vectors are made unit vectors: those of each prompt, their mean, both, or none.

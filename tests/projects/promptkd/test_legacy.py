@@ -264,37 +264,41 @@ def test_incomplete_students_are_refused(clip: ClipModel, name: str) -> None:
 
 
 class Bomb:
-    """Runs a command when it is unpickled by the ordinary unpickler."""
+    """Calls a function when it is unpickled by the ordinary unpickler."""
 
-    def __init__(self, command: str) -> None:
-        self.command = command
+    def __init__(self, function: Any, *arguments: str) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> Any:
-        return os.system, (self.command,)
+        return self.call
 
 
 def test_no_code_in_a_checkpoint_runs(clip: ClipModel, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    content = {"state_dict": student_layout(clip, 24), "scheduler": [Bomb(f"touch {trace}")]}
+    state = student_layout(clip, 24)
+    content = {"state_dict": state, "scheduler": [Bomb(open, str(trace), "w")]}
     torch.save(content, tmp_path / "bomb")
     read = legacy.read_checkpoint(tmp_path / "bomb")
     assert not trace.exists() and "logit_scale" in read
     torch.load(tmp_path / "bomb", weights_only=False)  # the test's own file: proves that the bomb is armed
     assert trace.exists()
-    torch.save({"state_dict": {"a": Bomb("true")}}, tmp_path / "weights")
+    torch.save({"state_dict": {"a": Bomb(open, str(tmp_path / "b"), "w")}}, tmp_path / "weights")
     with pytest.raises(UserError, match="a is no tensor"):
         legacy.read_checkpoint(tmp_path / "weights")
+    torch.save({"state_dict": state, "scheduler": Bomb(os.system, "true")}, tmp_path / "shell")
+    with pytest.raises(UserError, match=f"names {os.system.__module__}.system, which is code"):
+        legacy.read_checkpoint(tmp_path / "shell")
 
 
 def test_files_of_other_kinds_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         legacy.read_checkpoint(tmp_path / "none")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(UserError, match="no zip archive"):
+    with pytest.raises(UserError, match="no tensor file of torch.save"):
         legacy.read_checkpoint(tmp_path / "text")
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(UserError, match="none of torch.save"):
+    with pytest.raises(UserError, match="is damaged"):
         legacy.read_checkpoint(tmp_path / "zip")
     torch.save({"weights": {}}, tmp_path / "other")
     with pytest.raises(UserError, match="has no state_dict"):

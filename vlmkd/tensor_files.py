@@ -1,0 +1,206 @@
+"""Tensor files of unknown origin, read as data: nothing that a file carries is run, and what is wrong is one line.
+
+safetensors, and what `torch.save` writes (its zip archives and the format before them) through torch's restricted
+reader. The other readers of weights stand on these two functions.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+
+_ZIP = b"PK\x03\x04"
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    pickle.PickleError,
+    struct.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What damage can raise: a pickle is a program for a small machine, and a damaged one does anything to its stack."""
+_TYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+"""Element types of weights; rarer ones lack the conversions that readers need."""
+_SAVE_AGAIN = "get the weights as safetensors, or save its tensors alone from a program you trust"
+
+
+def read_torch(
+    path: str | Path, *, what: str = "weights file", plain: Iterable[Any] = (), inert: bool = False
+) -> Any:
+    """The content of a file of `torch.save` (or, by its ending, of safetensors): tensors on the CPU in plain containers.
+
+    Args:
+        path: the file.
+        what: its name in errors.
+        plain: classes, or (stand-in, "module.name") pairs, that the file may make beside tensors; harmless ones only.
+        inert: every other object of a zip archive is read as a dictionary that means nothing, instead of refused.
+
+    Raises:
+        UserError: no such file, unreadable, damaged, of another kind, or one that names code.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, what=what)
+    described = f"{what} {path}"
+    allowed = list(plain)
+    try:
+        if is_zip(path, what=what):
+            if sum(member.file_size for member in zip_members(path, what=what)) > path.stat().st_size:
+                raise UserError(  # a small file could fill the memory
+                    f"{described} is a compressed archive, which torch.save never writes; {_SAVE_AGAIN}"
+                )
+            if inert:
+                with torch.serialization.safe_globals(allowed):
+                    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                allowed += [(_Inert, name) for name in unknown]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+            warnings.simplefilter("ignore")  # torch's hints to its own developers
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"{described} {_what_is_wrong(error)}") from None
+    except OSError as error:
+        raise _unreadable(error, path, what) from None
+    _check(content, path.stat().st_size, described)
+    return content
+
+
+def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which errors call `what`.
+
+    Raises:
+        UserError: no such file, unreadable or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, *_DAMAGE) as error:
+        raise UserError(f"{what} {path} is damaged ({_short(error)}); fetch it again") from None
+    except OSError as error:
+        raise _unreadable(error, path, what) from None
+    _check(state, path.stat().st_size, f"{what} {path}")
+    return state
+
+
+def is_zip(path: Path, *, what: str = "weights file") -> bool:
+    """Whether `path` begins like a zip archive, which is how torch tells its two formats apart.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZIP)) == _ZIP
+    except OSError as error:
+        raise _unreadable(error, path, what) from None
+
+
+def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipInfo]:
+    """The members of a zip archive.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (*_DAMAGE, OSError) as error:  # an offset before the file's start is an OSError
+        raise UserError(f"{what} {path} is damaged ({_short(error)}); fetch it again") from None
+
+
+class _Inert:
+    """Stands for any class or function of a file: whatever it is called with, an ordered dictionary comes of it.
+
+    The one container that torch's restricted reader fills both with items and with attributes.
+    """
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+def _what_is_wrong(error: BaseException) -> str:
+    """What torch's reader stumbled over, and the mend, in our words."""
+    told = str(error)
+    if code := re.search(r"GLOBAL ([\w.]+)", told):
+        return f"names {code[1]}, which is code and no data; it is not read: {_SAVE_AGAIN}"
+    if "legacy .tar format" in told or "TorchScript" in told:
+        return f"is an archive of old torch or a TorchScript program, which are not read; {_SAVE_AGAIN}"
+    if isinstance(error, (RuntimeError, MemoryError)):
+        return f"is damaged ({_short(error)}); fetch it again"
+    return f"is no tensor file of torch.save, or a damaged one; fetch it again, or {_SAVE_AGAIN}"
+
+
+def _short(error: BaseException) -> str:
+    """The first line of an error's text without control characters, else its class."""
+    lines = "".join(c if c.isprintable() or c == "\n" else " " for c in str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _unreadable(error: OSError, path: Path, what: str) -> UserError:
+    if path.is_dir():
+        return UserError(f"{what} {path} is a folder; name a file")
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{what} {path} does not exist")
+    return UserError(f"{what} {path} cannot be read ({error.strerror or _short(error)}); check the file")
+
+
+def _check(content: Any, size: int, described: str) -> None:
+    """Refuse what only looks like weights: tensors without values, or larger than the file, and names no line can hold."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            _check_tensor(value, size, described)
+        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                for name, item in value.items():
+                    if isinstance(item, Tensor) and not str(name).isprintable():
+                        raise UserError(f"{described} is damaged (tensor name {name!r}); fetch it again")
+                value = value.values()
+            waiting.extend(value)
+
+
+def _check_tensor(tensor: Tensor, size: int, described: str) -> None:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
+        raise UserError(f"{described} holds a tensor that is not dense; {_SAVE_AGAIN}")
+    if tensor.device.type != "cpu":
+        raise UserError(f"{described} holds a tensor without values; {_SAVE_AGAIN}")
+    if tensor.dtype not in _TYPES:
+        raise UserError(f"{described} holds {tensor.dtype} elements; {_SAVE_AGAIN}, as float32")
+    if tensor.numel() * tensor.element_size() > size:
+        raise UserError(
+            f"{described} is damaged (it claims a tensor {list(tensor.shape)}, and has {size} bytes); fetch it again"
+        )
