@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import socket
 import sqlite3
 
 import pytest
@@ -19,6 +20,7 @@ from vlmkd.data.ledger import Budget, Ledger, Policy, Prices, Query, embed_queri
 from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.errors import UserError
+from vlmkd.models.black_box import HttpTeacher
 from vlmkd.query import AnswerLost, NotServed
 
 DIM = 6
@@ -171,6 +173,19 @@ def test_queries_that_were_not_served_are_asked_again_and_not_charged(tmp_path):
         ledger(path, teacher, policy=Policy(retries=1)).ask([image("b")])
     assert figures(path).failed == 1 and figures(path).paid == 1
     assert ledger(path, teacher).ask([image("b")])[0] is not None  # a new run asks again
+
+
+def test_calls_that_never_left_this_machine_cost_nothing_and_leave_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("BOX_TOKEN", "sk-SECRET")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    teacher = HttpTeacher(f"http://127.0.0.1:{port}/?key=sk-SECRET", token_env="BOX_TOKEN", retries=0)
+    path = tmp_path / "ledger"
+    with pytest.raises(UserError, match=f"http://127.0.0.1:{port}/ cannot be reached") as failure:
+        ledger(path, teacher).ask([image("a"), image("b")])
+    assert figures(path).paid == 0 and figures(path).failed == 2 and "SECRET" not in str(failure.value)
+    assert all(b"SECRET" not in file.read_bytes() for file in tmp_path.iterdir())
 
 
 def test_lost_answers_count_as_paid_and_are_asked_again_only_on_demand(tmp_path):

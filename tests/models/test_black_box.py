@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import http.server
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -23,6 +26,8 @@ class Service(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.script, self.calls, self.tokens, self.delay, self.hang_up = [], [], [], 0.0, False
+        self.paths, self.reason = [], None
+        self.handle_error = lambda *_: None  # clients that hang up are meant
         self.url = f"http://127.0.0.1:{self.server_address[1]}/embed"
 
 
@@ -31,6 +36,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         owner = self.server
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         owner.calls.append(asked)
+        owner.paths.append(self.path)
         owner.tokens.append(self.headers.get("Authorization"))
         time.sleep(owner.delay)
         if owner.hang_up:
@@ -43,7 +49,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 for part in asked["inputs"]
             ]
             body = json.dumps({"vectors": [[len(part), part[0]] for part in data]})
-        self.send_response(status)
+        self.send_response(status, owner.reason)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -126,11 +132,108 @@ def test_addresses_and_tokens_that_cannot_work_are_refused(monkeypatch):
     with pytest.raises(UserError, match="is not a http"):
         HttpTeacher("file:///etc/passwd")
     monkeypatch.delenv("BOX_TOKEN", raising=False)
-    with pytest.raises(UserError, match="environment variable BOX_TOKEN is empty"):
+    with pytest.raises(UserError, match="environment variable BOX_TOKEN is empty or"):
         HttpTeacher("https://host/embed", token_env="BOX_TOKEN")
     monkeypatch.setenv("BOX_TOKEN", "secret")
     with pytest.raises(UserError, match="is not encrypted and would reveal the token"):
         HttpTeacher("http://host/embed", token_env="BOX_TOKEN")
+
+
+SECRET = "sk-SECRET"
+
+
+@pytest.mark.parametrize(
+    "token", [f"{SECRET}\n", f" {SECRET}", "sk-SECRÉT", f"{SECRET}\u2028", f"a {SECRET}"]
+)
+def test_a_token_that_no_header_can_carry_is_refused_unseen(service, monkeypatch, token):
+    monkeypatch.setenv("BOX_TOKEN", token)
+    with pytest.raises(UserError, match="environment variable BOX_TOKEN .* spaces, line ends") as failure:
+        HttpTeacher(service.url, token_env="BOX_TOKEN")
+    assert "SECR" not in str(failure.value)
+
+
+@pytest.mark.parametrize("status", [401, 422, 500, 504])
+def test_no_message_repeats_token_or_key(service, monkeypatch, status):
+    monkeypatch.setenv("BOX_TOKEN", SECRET)
+    service.reason, service.script = f"bad header Bearer {SECRET}", [(status, {}, f"Bearer {SECRET}")]
+    with pytest.raises(
+        (UserError, NotServed, AnswerLost), match=f"{service.url} answered {status}"
+    ) as failure:
+        HttpTeacher(f"{service.url}?key={SECRET}", token_env="BOX_TOKEN", retries=0).embed_texts(["a"])
+    assert SECRET not in str(failure.value) and "\n" not in str(failure.value)
+    assert service.paths == [f"/embed?key={SECRET}"]  # the service does get its key
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (f"https://user:{SECRET}@host/embed", "has a user name or password"),
+        (f"https://host/a b?key={SECRET}", "percent-encoded"),
+        ("https://host/\u00e9", "percent-encoded"),
+        (f"https://host:99999999/?key={SECRET}", "no valid"),
+        (f"https://host:port/?key={SECRET}", "no valid"),
+        (f"https://[bad/?key={SECRET}", "no valid"),
+        (f"https://{'a' * 70}.com/?key={SECRET}", "no valid"),
+        (f"https:///?key={SECRET}", "is not a http"),
+    ],
+)
+def test_addresses_that_nothing_can_be_sent_to_are_refused_at_once(address, message):
+    with pytest.raises(UserError, match=message) as failure:
+        HttpTeacher(address)
+    assert SECRET not in str(failure.value) and str(failure.value).isprintable()
+
+
+def test_a_failed_handshake_is_not_served(service):
+    """The server speaks no TLS: what is sent before the request does not count."""
+    with pytest.raises(NotServed, match="cannot be reached") as failure:
+        HttpTeacher(service.url.replace("http:", "https:"), retries=1, timeout=5).embed_texts(["a"])
+    assert not failure.value.refused and not service.calls
+    with pytest.raises(NotServed, match="cannot be reached"):
+        HttpTeacher("http://no-such-host.invalid/", retries=0).embed_texts(["a"])
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
+def test_a_certificate_that_is_not_valid_ends_the_work_before_anything_is_sent(service, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run(
+        [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=30
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    service.socket = context.wrap_socket(service.socket, server_side=True, do_handshake_on_connect=False)
+    with pytest.raises(UserError, match="certificate that is not valid .self-signed"):
+        HttpTeacher(service.url.replace("http:", "https:"), timeout=5).embed_texts(["a"])
+    assert not service.calls
+
+
+def test_loopback_is_never_asked_through_a_proxy(service, monkeypatch):
+    proxy = Service()
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.setenv("BOX_TOKEN", SECRET)
+    try:
+        assert HttpTeacher(service.url, token_env="BOX_TOKEN").embed_texts(["a"]) == [[1, 97]]
+    finally:
+        proxy.server_close()
+    assert service.tokens == [f"Bearer {SECRET}"]
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:port")
+    with pytest.raises(NotServed, match="cannot be reached"):
+        HttpTeacher("https://host.invalid/", retries=0).embed_texts(["a"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"vectors": [' + "1," * 600_000 + "1]}",
+        '{"vectors": ' + "[" * 200_000,
+        '{"vectors": [[' + "9" * 5000 + "]]}",
+    ],
+    ids=["long", "deep", "wide"],
+)
+def test_answers_of_any_size_and_depth_are_one_lost_call(service, body):
+    service.script = [(200, {}, body)]
+    with pytest.raises(AnswerLost, match="longer than 1048576 bytes|no vectors .(RecursionError|ValueError)"):
+        HttpTeacher(service.url).embed_texts(["a"])
 
 
 def test_a_local_model_plays_a_black_box():

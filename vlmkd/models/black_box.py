@@ -7,15 +7,20 @@ The protocol of `HttpTeacher` is one call, POST to the address as it is given, J
 
 with `Authorization: Bearer <token>` where a token is given. Only status 200 is a served call. 400, 413, 415 and 422 mean that
 this content is not accepted, 429, 500 and 503 (with `Retry-After` in seconds, if any) that the call may be repeated.
+
+No text of ours holds the token, what stands before `@` or behind `?` in the address, or words of the server, which may
+repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
+import ipaddress
 import json
 import os
-import socket
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -35,7 +40,7 @@ _REFUSED = (400, 413, 415, 422)
 _BUSY = (429, 500, 503)
 _PAUSE = 1.0  # seconds before the first repetition; doubled for each further one
 _LONGEST_PAUSE = 60.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_LARGEST_ANSWER = 1 << 20  # bytes for one input: some 50,000 numbers
 
 
 class HttpTeacher:
@@ -48,27 +53,30 @@ class HttpTeacher:
         retries: repetitions of a call that the service did not serve (busy, out of reach), with growing pauses.
 
     Raises:
-        UserError: an address that is not http(s), an empty variable, or a token that would travel unencrypted.
+        UserError: an address that cannot work, an empty variable, a token that no header can carry, or one that would
+            travel unencrypted.
     """
 
     def __init__(self, url: str, *, token_env: str = "", timeout: float = 60.0, retries: int = 2) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"black-box address {url!r} is not a http:// or https:// address")
+        host, self._shown = _checked_address(url)
         self._url, self._timeout, self._retries = url, timeout, retries
         self._headers = {"Content-Type": "application/json"}
+        local = _is_loopback(host)
         if token_env:
             token = os.environ.get(token_env, "")
-            if not token:
+            if not token or not all("!" <= character <= "~" for character in token):
                 raise UserError(
-                    f"environment variable {token_env} is empty; it must hold the black box's token"
+                    f"environment variable {token_env} is empty or has spaces, line ends or other characters that no "
+                    "header can carry; it must hold the black box's token alone"
                 )
-            if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            if url.lower().startswith("http:") and not local:
                 raise UserError(
-                    f"black-box address {url} is not encrypted and would reveal the token; use https://"
+                    f"black-box address {self._shown} is not encrypted and would reveal the token; use https://"
                 )
             self._headers["Authorization"] = f"Bearer {token}"
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        # A proxy has no business between two programs of this machine, and would get the token in clear.
+        proxies = urllib.request.ProxyHandler({} if local else None)
+        self._opener = urllib.request.build_opener(_NoRedirects, _Http, _Https, proxies)
 
     def embed_images(self, images: list[bytes]) -> list[list[float]]:
         """A vector for each encoded image; see vlmkd.query.BlackBox."""
@@ -82,31 +90,45 @@ class HttpTeacher:
         body = json.dumps({"kind": kind, "inputs": inputs}).encode()
         for attempt in range(self._retries + 1):
             try:
-                return _vectors(self._post(body), len(inputs))
+                return _vectors(self._post(body, _LARGEST_ANSWER * len(inputs)), len(inputs))
             except _Busy as busy:
                 if attempt == self._retries:
                     raise NotServed(str(busy)) from None
                 time.sleep(min(busy.pause or _PAUSE * 2**attempt, _LONGEST_PAUSE))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, body: bytes, largest: int) -> bytes:
         request = urllib.request.Request(self._url, body, self._headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                return response.read()
+                answer: bytes = response.read(largest + 1)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._failure(error) from None
-        except urllib.error.URLError as error:
-            # Nothing was sent where no connection came about; otherwise the service may have served the call.
-            if _unreachable(error.reason):
-                raise _Busy(f"{self._url} cannot be reached ({error.reason})") from None
-            raise AnswerLost(f"{self._url}: {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise AnswerLost(f"{self._url}: {type(error).__name__} {error}") from None
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            # Nothing was sent where no connection came about; otherwise the service may have served the call.
+            if isinstance(reason, _NotConnected):
+                raise self._not_sent(reason) from None
+            raise AnswerLost(f"{self._shown}: {_told(reason)}") from None
+        except ValueError:  # urllib's word on the variables
+            raise UserError(
+                "http_proxy or https_proxy is no valid address of a proxy; mend or unset it"
+            ) from None
+        if len(answer) > largest:
+            raise AnswerLost(f"the answer is longer than {largest} bytes")
+        return answer
+
+    def _not_sent(self, reason: _NotConnected) -> Exception:
+        if isinstance(reason.cause, ssl.SSLCertVerificationError):
+            return UserError(
+                f"black box {self._shown} shows a certificate that is not valid ({reason.cause.verify_message}); check the "
+                "address, or name its authority in SSL_CERT_FILE"
+            )
+        return _Busy(f"{self._shown} cannot be reached ({_told(reason.cause)})")
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        told = f"{self._url} answered {error.code} {error.reason}"
+        told = f"{self._shown} answered {error.code} {http.client.responses.get(error.code, '')}".rstrip()
         if error.code in _REFUSED:
             return NotServed(told, refused=True)
         if error.code in _BUSY:
@@ -115,6 +137,88 @@ class HttpTeacher:
         if error.code in (502, 504):  # a gateway's word: the service behind it may have served the call
             return AnswerLost(told)
         return UserError(f"black box {told}; check the address and the token")
+
+
+def _checked_address(url: str) -> tuple[str, str]:
+    """Host of an address, and the address without what may be secret, for messages.
+
+    Raises:
+        UserError: it is no address that can be asked.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError:
+        raise UserError("black-box address is no valid http:// or https:// address") from None
+    shown = f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}"
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(f"black-box address {shown!r} is not a http:// or https:// address")
+    if "@" in parts.netloc:
+        raise UserError(
+            f"black-box address {shown} has a user name or password, which are not sent; use --token-env"
+        )
+    if not all("!" <= character <= "~" for character in url):
+        raise UserError(
+            f"black-box address {ascii(shown)} has a space or another character that must be percent-encoded"
+        )
+    return host, shown
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def _told(error: object) -> str:
+    """What this machine says of a failure; the server's own words may repeat the token."""
+    told = error.strerror if isinstance(error, OSError) else None
+    return told or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
+class _NotConnected(OSError):
+    """No connection came about, so that nothing was sent."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class _Http(urllib.request.HTTPHandler):
+    """Tells whether a failure came before anything was sent."""
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """As urllib's."""
+        return self.do_open(functools.partial(_connecting, http.client.HTTPConnection), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    """The same for TLS, whose handshake (and a proxy's tunnel) comes before the request."""
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """As urllib's."""
+        return self.do_open(functools.partial(_connecting, http.client.HTTPSConnection), req)
+
+
+def _connecting(kind: type[http.client.HTTPConnection], host: str, **options: Any) -> Any:
+    """A connection whose failure to connect is a _NotConnected."""
+    try:
+        connection = kind(host, **options)
+    except http.client.InvalidURL as error:  # of a proxy; the service's own address is checked
+        raise _NotConnected(error) from None
+    connect = connection.connect
+
+    def connect_or_tell() -> None:
+        try:
+            connect()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise _NotConnected(error) from None
+
+    connection.connect = connect_or_tell  # type: ignore[method-assign]
+    return connection
 
 
 class _Busy(Exception):
@@ -133,16 +237,11 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _unreachable(reason: object) -> bool:
-    """Whether no connection came about (refused, unknown name), as opposed to one that was cut or late."""
-    return isinstance(reason, (ConnectionRefusedError, socket.gaierror))
-
-
 def _vectors(answer: bytes, expected: int) -> list[list[float]]:
     try:
         vectors = json.loads(answer)["vectors"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AnswerLost(f"the answer has no vectors ({type(error).__name__}: {error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AnswerLost(f"the answer has no vectors ({type(error).__name__})") from None
     if not isinstance(vectors, list) or len(vectors) != expected:
         number = len(vectors) if isinstance(vectors, list) else "no list of"
         raise AnswerLost(f"the answer has {number} vectors for {expected} inputs")
