@@ -233,7 +233,7 @@ class LogConfig:
     """Console, metrics.jsonl (always) and trackers."""
 
     every_steps: int = 20
-    """Console and metrics line every so many optimiser steps."""
+    """Console and metrics line every so many optimiser steps; a short run has at least ten."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
     wandb: str = ""

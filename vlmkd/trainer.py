@@ -9,7 +9,7 @@ import math
 import resource
 import signal
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +29,11 @@ from vlmkd.optim import lr_factor
 from vlmkd.task import Batch, StepOutput, Task
 
 log = logging.getLogger(__name__)
+
+_FEWEST_LINES = 10
+"""Log lines of the shortest run."""
+_RECENT_LINES = 5
+"""Log lines whose rate gives the time left."""
 
 
 @dataclass
@@ -88,15 +93,15 @@ def fit(
             job.task.after_update(step)
             window.add(outputs, len(keys), lr)
             done = step + 1
-            if done % cfg.log.every_steps == 0 or done == cfg.steps:
+            if done % _log_every(cfg) == 0 or done == cfg.steps:
                 window.write(metrics, done)
             if _evaluation_due(cfg, done):
-                results = evaluate(cfg, job.evaluators, job.task.predictor(), engine, metrics, done)
+                with window.evaluation():
+                    results = evaluate(cfg, job.evaluators, job.task.predictor(), engine, metrics, done)
                 if job.task.after_evaluation(results, done):
                     log.info("step %d: the task ends the run", done)
                     save_state(cfg, job, engine, state_dir, done)
                     return done
-                window.restart()
             stop = distributed.any_rank(terminated()) if _stop_check_due(cfg, done) else False
             hours = cfg.checkpoint.every_hours
             late = bool(hours) and distributed.broadcast_object(time.monotonic() - last_save > hours * 3600)
@@ -178,15 +183,22 @@ class _Window:
 
     def __init__(self, cfg: RunConfig, engine: Engine, job: Job) -> None:
         self._cfg, self._engine, self._job = cfg, engine, job
-        self._begin = time.monotonic()
-        self._begin_step: int | None = None
-        self.restart()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
+        self._evaluation_s = 0.0
+        self._restart()
 
-    def restart(self) -> None:
-        """Forget what was summed, so that an evaluation does not count as training time."""
+    def _restart(self) -> None:
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
         self._count, self._samples, self._wait, self._lr = 0, 0, 0.0, 0.0
         self._start = time.monotonic()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Leave the body out of the training time; the time left counts it once for each evaluation to come."""
+        start = time.monotonic()
+        yield
+        self._evaluation_s = time.monotonic() - start
+        self._start += self._evaluation_s
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -219,9 +231,7 @@ class _Window:
         skipped = _sum_ranks(self._job.loader.skipped)
         values |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
         metrics.write("train", done, {**values})
-        if self._begin_step is None:
-            self._begin_step = done - self._count
-        rate = (time.monotonic() - self._begin) / max(1, done - self._begin_step)
+        self._recent.append((elapsed, self._count))
         terms = "  ".join(
             f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in values if name.startswith("loss/")
         )
@@ -237,9 +247,15 @@ class _Window:
             100 * self._wait / elapsed,
             values["peak_memory_mb"],
             sum(skipped.values()),
-            duration(rate * (self._cfg.steps - done)),
+            duration(self._left(done)),
         )
-        self.restart()
+        self._restart()
+
+    def _left(self, done: int) -> float:
+        """Seconds to the end: the rest at the rate of the last lines, and the evaluations to come, the closing one too."""
+        seconds, steps = (sum(column) for column in zip(*self._recent, strict=True))
+        evaluations = 1 + _evaluations_between(self._cfg, done)
+        return (self._cfg.steps - done) * seconds / steps + evaluations * self._evaluation_s
 
 
 def peak_memory_mb() -> float:
@@ -257,15 +273,26 @@ def _sum_ranks(counts: dict[str, int]) -> dict[str, int]:
     return dict(total)
 
 
+def _log_every(cfg: RunConfig) -> int:
+    """Steps between two log lines: those of the config, less in a run that would have fewer than ten lines."""
+    return max(1, min(cfg.log.every_steps, cfg.steps // _FEWEST_LINES))
+
+
 def _stop_check_due(cfg: RunConfig, done: int) -> bool:
     """Each step for one process; with several, where a check is a collective, at most every tenth step."""
-    return distributed.world_size() == 1 or done % min(10, cfg.log.every_steps) == 0
+    return distributed.world_size() == 1 or done % min(10, _log_every(cfg)) == 0
 
 
 def _evaluation_due(cfg: RunConfig, done: int) -> bool:
     """By `every_steps` and `phase`; never after the last step, where the closing evaluation follows."""
     every = cfg.evaluation.every_steps
     return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
+
+
+def _evaluations_between(cfg: RunConfig, done: int) -> int:
+    """Evaluations due at step `done` and later, without the closing one."""
+    every, phase = cfg.evaluation.every_steps, cfg.evaluation.phase
+    return (cfg.steps - 1 - phase) // every - (done - 1 - phase) // every if every else 0
 
 
 def _non_finite(
