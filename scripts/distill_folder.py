@@ -239,7 +239,7 @@ def _check_same_images(args: argparse.Namespace, dataset: LabelledSet) -> None:
     digest = hashlib.sha256(facts.encode()).hexdigest()
     path = args.out / "images.json"
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8"))["sha256"] != digest:
+        if _noted_digest(path) != digest:
             raise UserError(
                 f"--out {args.out}: its runs are of other images or classes than {args.images} holds now; choose another "
                 "folder, or delete it"
@@ -247,10 +247,24 @@ def _check_same_images(args: argparse.Namespace, dataset: LabelledSet) -> None:
         return
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"images": str(args.images), "sha256": digest}) + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(
+            json.dumps({"images": str(args.images), "sha256": digest}) + "\n", encoding="utf-8"
+        )
+        os.replace(partial, path)
     except OSError as error:
         raise UserError(
             f"--out {args.out} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def _noted_digest(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is damaged, so that nobody can tell which images the runs beside it are of; delete it if they are of "
+            "these, else choose another --out"
         ) from None
 
 

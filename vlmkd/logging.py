@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class Metrics:
             if project:
                 self._trackers.append(_WandbLike(name, project, run_dir, config))
 
-    def write(self, kind: str, step: int, values: dict[str, float | str]) -> None:
-        """Append one line; not-a-number becomes null."""
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; not-a-number becomes null. Trackers get the numbers, not what is nested."""
         if not self._active:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -69,6 +69,8 @@ class Run:
     """Names of other weights of the student than the last ones."""
     classified: list[dict[str, Any]] = field(default_factory=list)
     """Final results of the exported weights that have a confusion matrix."""
+    chosen: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Data set -> what was fitted on it for the exported weights and scores nothing."""
     mistakes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Data set -> its worst mistakes with their pictures."""
     environment: dict[str, Any] = field(default_factory=dict)
@@ -523,6 +525,9 @@ def _classifier_section(run: Run) -> str:
             parts.append(f'<div class="mistakes">{cards}</div>')
     if not parts:
         return ""
+    for dataset, values in run.chosen.items():
+        shown = ", ".join(f"{name} {charts.number(value)}" for name, value in values.items())
+        parts.insert(0, f"<p>Chosen on {escape(dataset)}: {escape(shown)}.</p>")
     note = (
         "A square is the share of a class's images that got the column's answer (drawn with the square root as opacity); "
         "columns are in the order of the rows, so that right answers lie on the diagonal. The ring marks a row's strongest."
@@ -700,6 +705,8 @@ def _read_evaluations(run: Run) -> None:
             for result in results if isinstance(results, list) else []:
                 if model == run.exported and "confusion" in result.get("details", {}):
                     run.classified.append(result)
+                if model == run.exported and result.get("chosen"):
+                    run.chosen[result["dataset"]] = result["chosen"]
                 for metric, value in result["metrics"].items():
                     if metric == "parameters":
                         run.parameters[model] = int(value)

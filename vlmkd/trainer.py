@@ -134,9 +134,12 @@ def evaluate(
     values = {
         f"{result.dataset}/{name}": value for result in results for name, value in result.metrics.items()
     }
-    metrics.write("eval", step, {"model": model, **values})
+    chosen = {result.dataset: result.chosen for result in results if result.chosen}
+    metrics.write("eval", step, {"model": model, **values, **({"chosen": chosen} if chosen else {})})
     for result in results:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        if result.chosen:
+            shown += f"  ({'  '.join(f'{name} {value:g}' for name, value in result.chosen.items())})"
         log.info("eval step %d  %s  %s  %s", step, model, result.dataset, shown)
     return results
 

@@ -39,7 +39,7 @@ class HeadPredictor(Protocol):
 class HeadSearch:
     """Accuracy of each head on `items`, and of the mixture: a fixed one, or the best of the grid.
 
-    Metrics: `ce_top1`, `kd_top1`, `top1` (mixed), `alpha`, `beta`. A student with one head has `top1` alone.
+    Metrics: `ce_top1`, `kd_top1`, `top1` (mixed); chosen: `alpha`, `beta`. A student with one head has `top1` alone.
     """
 
     name = NAME
@@ -53,6 +53,7 @@ class HeadSearch:
         """Evaluate on all ranks together."""
         require_protocol(self.name, predictor, HeadPredictor)
         logits, labels, unreadable = head_logits(predictor, self.items, self.dataset, context)
+        chosen: dict[str, float] = {}
         if not self.two_heads:
             metrics = {"top1": _accuracy(logits.ce, labels)}
         else:
@@ -62,11 +63,10 @@ class HeadSearch:
                 "ce_top1": _accuracy(logits.ce, labels),
                 "kd_top1": _accuracy(logits.kd, labels),
                 "top1": _accuracy(mixed, labels),
-                "alpha": mixture.alpha,
-                "beta": mixture.beta,
             }
+            chosen = {"alpha": mixture.alpha, "beta": mixture.beta}
         details = {"unreadable": unreadable} if unreadable else {}
-        return [Result(self.name, self.dataset, metrics, len(labels), details)]
+        return [Result(self.name, self.dataset, metrics, len(labels), details, chosen)]
 
 
 def head_logits(

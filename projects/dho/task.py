@@ -160,8 +160,8 @@ class DhoTask(Task):
             if self._best is not None and accuracy <= self.best_accuracy:
                 return False
             self.best_step, self.best_accuracy = step, accuracy
-            if "alpha" in result.metrics:
-                self.mixture = Mixture(result.metrics["alpha"], result.metrics["beta"], accuracy)
+            if result.chosen:
+                self.mixture = Mixture(result.chosen["alpha"], result.chosen["beta"], accuracy)
             if self._best is not None:
                 self._best.load_state_dict(self.core.state_dict())
         return False

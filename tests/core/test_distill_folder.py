@@ -127,6 +127,12 @@ def test_finished_runs_do_not_pass_for_runs_on_other_images(pets: Path) -> None:
         check("--out", "new", "--classes", "names.txt")
     with pytest.raises(UserError, match="cannot be written"):
         check("--out", "names.txt")
+    noted = Path("new/images.json")
+    assert [path.name for path in noted.parent.iterdir()] == [noted.name]
+    for torn in (b"", noted.read_bytes()[:20], b"[]", b"{}", b"\xff\xfe"):
+        noted.write_bytes(torn)
+        with pytest.raises(UserError, match="images.json is damaged"):
+            check("--out", "new")
 
 
 def test_promptkd_learns_prompts_only_from_labels(pets: Path) -> None:

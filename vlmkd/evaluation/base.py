@@ -78,11 +78,13 @@ class Result:
     """The evaluator's name."""
     dataset: str
     metrics: dict[str, float]
-    """Shares are in [0, 1]."""
+    """Scores, which tables compare; shares are in [0, 1]."""
     count: int
     """Images that were evaluated."""
     details: dict[str, Any] = field(default_factory=dict)
     """Whatever is too long for a table (per-class counts, unreadable files); plain data."""
+    chosen: dict[str, float] = field(default_factory=dict)
+    """Numbers that were fitted on these images and score nothing, such as the weight of a mixture."""
 
 
 class Evaluator(Protocol):

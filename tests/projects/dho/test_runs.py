@@ -27,6 +27,7 @@ from vlmkd.data.stored_outputs import embed_items
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.report import columns_of, read_run, rows_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
@@ -81,8 +82,13 @@ def test_a_dual_head_run_reports_both_heads_and_exports_their_mixture(whole: Pat
     assert first["gradient_cosine/heads"] == 0.0  # no parameter of a head is shared
     found = results(whole)
     heads = found["student heads"]
-    assert set(heads) == {"ce_top1", "kd_top1", "top1", "alpha", "beta"}
+    assert set(heads) == {"ce_top1", "kd_top1", "top1"}
     assert heads["top1"] >= max(heads["ce_top1"], heads["kd_top1"])
+    run = read_run(whole)
+    assert not any(key.endswith(("alpha", "beta")) for key in columns_of(rows_of([run])))
+    (chosen,) = run.chosen.values()
+    assert (chosen["alpha"], chosen["beta"]) == load_classifier(whole / "export").mix
+    assert f"alpha {chosen['alpha']:g}, beta {chosen['beta']:g}." in (whole / "report.html").read_text()
     assert 0 <= found["student classification"]["top1"] <= 1
     assert "teacher " in " ".join(found)
     classifier = load_classifier(whole / "export")
