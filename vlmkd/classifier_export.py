@@ -3,7 +3,7 @@
 `model.safetensors`, `classifier.json` (backbone, head, class names, pixel statistics), `provenance.json`, and, where
 one linear layer says the same, `timm.safetensors` for `timm.create_model(NAME, num_classes=C)`.
 
-`python -m vlmkd.classifier_export --check FOLDER PROBE` is the process that `verify_classifier` starts.
+`python -m vlmkd.classifier_export --check FOLDER PROBE ...` is the process that `verify_classifiers` starts.
 """
 
 from __future__ import annotations
@@ -170,19 +170,20 @@ def _folded(module: Classifier) -> tuple[Tensor, Tensor, bool] | None:
 # ------------------------------------------------------------------------------------------------------------ check
 
 
-def verify_classifier(folder: Path, module: nn.Module) -> None:
-    """Reload `folder` in a fresh process without the network and compare its outputs with those of `module`.
+def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
+    """Reload folders in one fresh process without the network and compare their outputs with those of their modules.
 
-    `module` is the exported Classifier, or any with the same forward.
+    A module is the exported Classifier, or any with the same forward.
 
     Raises:
-        UserError: the reloaded classifier differs, or cannot be loaded.
+        UserError: a reloaded classifier differs, or cannot be loaded.
     """
-    folder = folder.absolute()
     with tempfile.TemporaryDirectory() as scratch:
-        probe = Path(scratch) / "probe.safetensors"
-        _write_probe(probe, module, read_config(folder))
-        run_check("vlmkd.classifier_export", folder, probe)
+        probes = {}
+        for number, (folder, module) in enumerate(exports.items()):
+            probe = probes[folder.absolute()] = Path(scratch) / f"probe_{number}.safetensors"
+            _write_probe(probe, module, read_config(folder))
+        run_check("vlmkd.classifier_export", probes)
 
 
 def _write_probe(path: Path, module: nn.Module, config: ClassifierConfig) -> None:

@@ -1,6 +1,6 @@
 """Write a model folder that open_clip or transformers reads, and prove in a fresh process that it computes the same.
 
-`python -m vlmkd.export --check FOLDER PROBE` is that process; `verify_export` starts it.
+`python -m vlmkd.export --check FOLDER PROBE` is that process; `verify_export` starts it. It takes `--check` several times.
 """
 
 from __future__ import annotations
@@ -276,11 +276,13 @@ def verify_export(folder: Path, clip: ClipModel) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         probe = Path(scratch) / "probe.safetensors"
         _write_probe(probe, clip)
-        run_check("vlmkd.export", folder, probe)
+        run_check("vlmkd.export", {folder: probe})
 
 
-def run_check(module: str, folder: Path, probe: Path) -> None:
-    """Run `python -m MODULE --check FOLDER PROBE` in a fresh process on the CPU, without the network.
+def run_check(module: str, probes: Mapping[Path, Path]) -> None:
+    """Run `python -m MODULE --check FOLDER PROBE ...` in a fresh process on the CPU, without the network.
+
+    One process for all the exports of a run, because most of its seconds are those of its imports.
 
     Raises:
         UserError: it exits with an error; quotes its last line.
@@ -295,12 +297,15 @@ def run_check(module: str, folder: Path, probe: Path) -> None:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", module, "--check", str(folder), str(probe)]
+    command = [sys.executable, "-m", module]
+    for folder, probe in probes.items():
+        command += ["--check", str(folder), str(probe)]
     child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if child.returncode:
         lines = (child.stderr.strip() or child.stdout.strip() or f"exit code {child.returncode}").splitlines()
         raise UserError(
-            f"export {folder} does not reproduce the model: {lines[-1]}; keep the run's checkpoint and report this"
+            f"export {' or '.join(map(str, probes))} does not reproduce the model: {lines[-1]}; keep the run's checkpoint "
+            "and report this"
         )
 
 
@@ -417,17 +422,21 @@ def main(argv: list[str]) -> int:
 
 
 def check_main(module: str, check: Callable[[Path, Path], str], argv: list[str]) -> int:
-    """The checking process of `module`: `check` says what differs between a folder and a probe."""
+    """The checking process of `module`: `check` says what differs between a folder and a probe; the first to differ ends it."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=main.__doc__)
-    parser.add_argument("--check", nargs=2, type=Path, required=True, metavar=("FOLDER", "PROBE"))
-    args = parser.parse_args(argv)
-    try:
-        difference = check(*args.check)
-    except UserError as error:
-        difference = str(error)
-    if difference:
-        print(difference, file=sys.stderr)
-    return 1 if difference else 0
+    parser.add_argument(
+        "--check", nargs=2, type=Path, required=True, action="append", metavar=("FOLDER", "PROBE")
+    )
+    checks = parser.parse_args(argv).check
+    for folder, probe in checks:
+        try:
+            difference = check(folder, probe)
+        except UserError as error:
+            difference = str(error)
+        if difference:
+            print(f"{folder.name}: {difference}" if len(checks) > 1 else difference, file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -526,8 +526,8 @@ def _classifier_section(run: Run) -> str:
     if not parts:
         return ""
     for dataset, values in run.chosen.items():
-        shown = ", ".join(f"{name} {charts.number(value)}" for name, value in values.items())
-        parts.insert(0, f"<p>Chosen on {escape(dataset)}: {escape(shown)}.</p>")
+        numbers = ", ".join(f"{name} {charts.number(value)}" for name, value in values.items())
+        parts.insert(0, f"<p>Chosen on {escape(dataset)}: {escape(numbers)}.</p>")
     note = (
         "A square is the share of a class's images that got the column's answer (drawn with the square root as opacity); "
         "columns are in the order of the rows, so that right answers lie on the diagonal. The ring marks a row's strongest."

@@ -25,7 +25,7 @@ from projects.dho.objective import (
 from projects.dho.selection import NAME as HEADS
 from projects.dho.student import Student, StudentOutput
 from projects.dho.teacher import Teacher
-from vlmkd.classifier_export import export_classifier, verify_classifier
+from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.evaluation.base import Result
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import Backbone
@@ -246,7 +246,7 @@ class DhoTask(Task):
 
     def check_export(self, folder: Path) -> None:
         """Compare the reloaded export with the weights that were written, in a fresh process."""
-        verify_classifier(folder, self._checked)
+        verify_classifiers({folder: self._checked})
 
 
 class DhoPredictor:

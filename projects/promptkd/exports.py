@@ -101,7 +101,7 @@ def verify(folder: Path, images: Tensor, expected: Mapping[str, Tensor]) -> None
         probe = Path(scratch) / "probe.safetensors"
         outputs = {name: value.cpu().contiguous() for name, value in expected.items()}
         write_tensors(probe, {"images": images, **outputs})
-        run_check("projects.promptkd.exports", folder.absolute(), probe)
+        run_check("projects.promptkd.exports", {folder.absolute(): probe})
 
 
 def _check(folder: Path, probe_file: Path) -> str:

@@ -30,7 +30,7 @@ from projects.promptkd.protocols import Protocol
 from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier, autocast
 from projects.promptkd.teacher import ImageTeacher, Teacher
 from vlmkd.averaging import BestWeights, GaussianAverage, Weights, trainable
-from vlmkd.classifier_export import export_classifier, verify_classifier
+from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import ImageClassifier, Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
@@ -337,7 +337,7 @@ class StudentTask(PromptTask):
     def check_export(self, folder: Path) -> None:
         """Compare the export, read in a fresh process, with the chosen weights in this one."""
         with using(self.core, self._exported):
-            verify_classifier(folder, _Logits(self.core, self.vectors))
+            verify_classifiers({folder: _Logits(self.core, self.vectors)})
 
 
 class _Logits(nn.Module):

@@ -16,7 +16,7 @@ from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student, StudentOutput
 from vlmkd.averaging import BestWeights, LossValley, trainable
-from vlmkd.classifier_export import export_classifier, verify_classifier
+from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.models.class_vectors import ClassVectors
@@ -222,11 +222,12 @@ class Vl2vTask(Task):
             self._written[target] = state
 
     def check_export(self, folder: Path) -> None:
-        """Reload what was written in fresh processes."""
+        """Reload what was written in a fresh process."""
+        modules: dict[Path, Classifier] = {}
         for target, state in self._written.items():
-            module: Classifier = self.exported.build()
-            module.load_state_dict(state)
-            verify_classifier(target, module)
+            modules[target] = self.exported.build()
+            modules[target].load_state_dict(state)
+        verify_classifiers(modules)
 
 
 def _shaped(value: Tensor, like: Tensor) -> Tensor:

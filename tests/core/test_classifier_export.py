@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlmkd import classifier_export
-from vlmkd.classifier_export import export_classifier, load_classifier, to_onnx, verify_classifier
+from vlmkd.classifier_export import export_classifier, load_classifier, to_onnx, verify_classifiers
 from vlmkd.errors import UserError
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.classifier import Classifier, ClassifierConfig
@@ -85,7 +86,7 @@ def test_check_finds_a_changed_head(tmp_path: Path) -> None:
     assert "prediction differs" in classifier_export._check(tmp_path / "out", tmp_path / "probe.safetensors")
 
 
-def test_fresh_process(tmp_path: Path) -> None:
+def test_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, config = make("text")
     export_classifier(
         tmp_path / "out", config, module.bfloat16().state_dict()
@@ -94,10 +95,18 @@ def test_fresh_process(tmp_path: Path) -> None:
         torch.float32,
         torch.int64,
     }
-    verify_classifier(tmp_path / "out", module)
-    module.projector.layers[0].bias.data += 1
-    with pytest.raises(UserError, match="does not reproduce the model: logits differs"):
-        verify_classifier(tmp_path / "out", module)
+    other, linear = make("linear")
+    export_classifier(tmp_path / "iid", linear, other.state_dict())
+    started = []
+    run = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **options: started.append(args) or run(*args, **options)
+    )
+    verify_classifiers({tmp_path / "out": module, tmp_path / "iid": other})
+    assert len(started) == 1  # for both
+    other.head.bias.data += 1
+    with pytest.raises(UserError, match="/out or .*/iid does not reproduce the model: iid: logits differs"):
+        verify_classifiers({tmp_path / "out": module, tmp_path / "iid": other})
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class Runs:
 
     def train(self, config: Path, *overrides: str, verified: bool = False) -> tuple[int, str]:
         """Exit code and output of a whole run; `verified`: its export is reloaded in a fresh process, which takes seconds."""
-        without = () if verified else ("projects.dho.task:verify_classifier",)
+        without = () if verified else ("projects.dho.task:verify_classifiers",)
         output = self.folder / f"{config.stem}.txt"
         return self._zygote.run(SCRIPT, [str(config), *overrides], output, without=without)
 

@@ -16,7 +16,7 @@ from vlmkd.classifier_export import (
     load_classifier,
     missing_for_onnx,
     to_onnx,
-    verify_classifier,
+    verify_classifiers,
 )
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
@@ -62,10 +62,10 @@ def test_the_export_answers_as_the_student(depth: int, tmp_path: Path) -> None:
 def test_a_fresh_process_without_the_project_agrees(tmp_path: Path) -> None:
     exported(tmp_path / "out", 2)
     module = load_classifier(tmp_path / "out").module
-    verify_classifier(tmp_path / "out", module)
+    verify_classifiers({tmp_path / "out": module})
     module.backbone.prompts.data[..., 0] += 1.0  # not all alike: the norms take a common shift away
     with pytest.raises(UserError, match="logits differs"):
-        verify_classifier(tmp_path / "out", module)
+        verify_classifiers({tmp_path / "out": module})
 
 
 @pytest.mark.skipif(

@@ -109,7 +109,7 @@ def run(root: Path, zygote: Zygote) -> Run:
             root / f"{name}.txt",
             without=()
             if verified
-            else ("projects.promptkd.task:verify", "projects.promptkd.task:verify_classifier"),
+            else ("projects.promptkd.task:verify", "projects.promptkd.task:verify_classifiers"),
         )
         assert code == 0, output
         return root / name / "export"

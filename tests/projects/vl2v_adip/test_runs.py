@@ -56,7 +56,7 @@ def run(folder: Path, zygote: Zygote) -> Callable[..., Path]:
             f"projects.vl2v_adip.train_{'align' if method in FROZEN_BACKBONE else 'distill'}",
             [*arguments, *overrides],
             folder / f"{name}.txt",
-            without=() if verified else ("projects.vl2v_adip.task:verify_classifier",),
+            without=() if verified else ("projects.vl2v_adip.task:verify_classifiers",),
             ranks=ranks,
         )
         assert code == 0 and (run_dir / "done.json").is_file(), output
