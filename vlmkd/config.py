@@ -1,7 +1,8 @@
 """Run configuration: frozen dataclasses, values from YAML files and `key=value` overrides.
 
 `load` stacks any number of YAML files and overrides over a project's own dataclass, checks names, types and
-closed choices, and returns the frozen object. YAML never names a Python class.
+closed choices, and returns the frozen object. YAML never names a Python class. What a number may be is part of its
+type, as in `steps: Positive`: see `Range`.
 """
 
 from __future__ import annotations
@@ -9,21 +10,71 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmkd.errors import UserError
+from vlmkd.files import parse_yaml, read_yaml
 
 C = TypeVar("C")
+
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a field's number, or each number of its list, may be; never infinite, never not-a-number."""
+
+    low: float = 0
+    high: float = _MOST
+    above: bool = False
+    """`low` itself is too low."""
+    below: bool = False
+    """`high` itself is too high."""
+    length: int = 0
+    """Numbers of the list; 0: any."""
+    ascending: bool = False
+    """The list's numbers do not fall."""
+
+    def refusal(self, value: Any) -> str:
+        """What `value` must be and is not, or nothing."""
+        numbers = value if isinstance(value, list) else [value]
+        if self.length and len(numbers) != self.length:
+            return f"it must be {self.length} numbers"
+        for number in numbers:
+            too_low = number <= self.low if self.above else number < self.low
+            too_high = number >= self.high if self.below else number > self.high
+            if too_low or too_high or not math.isfinite(number):
+                return ("each number must be " if isinstance(value, list) else "it must be ") + str(self)
+        falls = self.ascending and list(numbers) != sorted(numbers)
+        return "the first number must not be above the second" if falls else ""
+
+    def __str__(self) -> str:
+        if self.high >= _MOST:
+            return f"{'above' if self.above else 'at least'} {self.low} and at most {self.high}"
+        return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+
+
+Count = Annotated[int, Range()]
+Positive = Annotated[int, Range(1)]
+Processes = Annotated[int, Range(0, 1024)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Amount = Annotated[float, Range()]
+AboveZero = Annotated[float, Range(above=True)]
+Share = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, below=True)]
+AreaRange = Annotated[list[float], Range(0, 1, above=True, length=2, ascending=True)]
+Betas = Annotated[list[float], Range(0, 1, below=True, length=2)]
+RatioRange = Annotated[list[float], Range(above=True, length=2, ascending=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +83,7 @@ class SourceConfig:
 
     shards: list[str] = field(default_factory=list)
     """Shard names: local paths, brace ranges, globs, `https://...`, `pipe:COMMAND`, or `emoji:train`."""
-    weight: float = 1.0
+    weight: AboveZero = 1.0
     """Share of this source in the mixture, relative to the other sources' weights."""
     teacher_caches: list[str] = field(default_factory=list)
     """Folders written by data_tools/embed_teacher.py, one per teacher in the order of `teachers`; empty: none."""
@@ -46,29 +97,29 @@ class DataConfig:
     """`webdataset` reads `sources`; `synthetic` makes noise images and is for dry runs only."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Where the samples come from."""
-    workers: int = 2
+    workers: Processes = 2
     """Loader processes per rank; 0 loads in the training process."""
-    shuffle_buffer: int = 2000
+    shuffle_buffer: Count = 2000
     """Samples held (still encoded) for shuffling, per worker."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    crop_scale: AreaRange = field(default_factory=lambda: [0.9, 1.0])
     """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
-    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
+    crop_ratio: RatioRange = field(default_factory=lambda: [0.75, 1.3333333333333333])
     """Aspect-ratio range of RandomResizedCrop."""
-    flip: float = 0.0
+    flip: Share = 0.0
     """Probability of a horizontal flip (the paper: none)."""
-    color_jitter: float = 0.0
+    color_jitter: BelowOne = 0.0
     """Strength of brightness, contrast and saturation jitter; the teacher sees the same jittered view."""
     image_keys: list[str] = field(default_factory=lambda: ["jpg", "png", "jpeg", "webp"])
     """Sample members that may hold the image, first match wins."""
     text_key: str = "txt"
     """Sample member that holds the caption."""
-    max_pixels: int = 89_478_485
+    max_pixels: Positive = 89_478_485
     """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
-    max_bad_share: float = 0.05
+    max_bad_share: Share = 0.05
     """The run stops when more than this share of the samples read so far (after 1,000) was bad."""
     shard_cache: str = ""
     """Folder for downloaded remote shards; empty streams them each epoch."""
-    synthetic_samples: int = 4096
+    synthetic_samples: Positive = 4096
     """Samples of one `synthetic` epoch."""
 
 
@@ -84,45 +135,36 @@ class LabelledDataConfig:
     """Text file for `folder:` and `domains:` sets with a class a line, NAME or FOLDER<tab>NAME; empty: the folders' names."""
     templates: list[str] = field(default_factory=list)
     """Prompts of a `folder:` or `domains:` set, with `{}` for the class name; empty: `a photo of a {}`."""
-    workers: int = 2
+    workers: Processes = 2
     """Loader processes per rank; 0 loads in the training process. Does not change what is drawn."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    crop_scale: AreaRange = field(default_factory=lambda: [0.08, 1.0])
     """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
-    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])
+    crop_ratio: RatioRange = field(default_factory=lambda: [0.75, 1.3333333333333333])
     """Aspect-ratio range of RandomResizedCrop."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of a horizontal flip."""
-    color_jitter: float = 0.0
+    color_jitter: BelowOne = 0.0
     """Strength of brightness, contrast and saturation jitter."""
-    hue: float = 0.0
+    hue: Annotated[float, Range(0, 0.5)] = 0.0
     """Largest shift of the hue, as a share of the colour circle, 0 to 0.5."""
-    grayscale: float = 0.0
+    grayscale: Share = 0.0
     """Probability of a view without colours."""
     interpolation: Literal["model", "bicubic", "bilinear"] = "model"
     """Resizing of training views: as the student was trained, or as a recipe says."""
-    view_count: int = 0
+    view_count: Count = 0
     """Views per image, one a pass, then again from the first; 0: all stored ones, or a new view each pass."""
     teacher_outputs: str = ""
     """Folder written by data_tools/embed_labelled.py, whose vectors take the place of the teacher's image tower."""
     teacher_view: Literal["same", "clean"] = "same"
     """What the stored teacher saw: the student's very view, or the whole picture once, without augmentation."""
-    max_pixels: int = 89_478_485
+    max_pixels: Positive = 89_478_485
     """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
-    max_bad_share: float = 0.05
+    max_bad_share: Share = 0.05
     """The run stops when more than this share of the images read so far (after one pass, or 1,000) was bad."""
-    keep_encoded_mb: int = 512
+    keep_encoded_mb: Count = 512
     """Files are kept in memory when all together are at most this many MB; 0: always read from disk."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, "data.workers", f"is {self.workers}; 0 loads in the training process")
-        require(
-            self.view_count >= 0, "data.view_count", f"is {self.view_count}; 0 draws a new view each pass"
-        )
-        require(
-            0 <= self.max_bad_share <= 1,
-            "data.max_bad_share",
-            f"is {self.max_bad_share}; it is a share of 0 to 1",
-        )
         require(
             self.teacher_view == "same" or bool(self.teacher_outputs),
             "data.teacher_view",
@@ -136,29 +178,29 @@ class OptimConfig:
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     """AdamW, Adam (its decay is part of the gradient) or SGD."""
-    lr: float = 1e-4
+    lr: Amount = 1e-4
     """Peak learning rate."""
-    weight_decay: float = 0.2
+    weight_decay: Amount = 0.2
     """Decay of tensors with two or more dimensions whose name holds none of bn, ln, bias, logit_scale."""
     decay_all: bool = False
     """Decay every trained tensor, biases and norms too (PromptKD, DHO)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    betas: Betas = field(default_factory=lambda: [0.9, 0.98])
     """Betas of AdamW and Adam."""
-    eps: float = 1e-6
+    eps: Amount = 1e-6
     """Epsilon of AdamW and Adam."""
-    momentum: float = 0.0
+    momentum: BelowOne = 0.0
     """Momentum of SGD (not Nesterov's)."""
     schedule: Literal["cosine", "wsd", "constant", "linear", "epoch_cosine", "warmup_times_cosine"] = "cosine"
     """Learning rate over the steps; the formulas are those of vlmkd.optim.lr_factor."""
-    warmup_steps: int = 2000
+    warmup_steps: Count = 2000
     """Linear warm-up: lr * (step + 1) / warmup_steps; `linear` starts at 0, `warmup_times_cosine` at lr / 100."""
-    decay_steps: int = 0
+    decay_steps: Count = 0
     """Length of the final linear decay of `wsd`."""
-    steps_per_epoch: int = 0
+    steps_per_epoch: Count = 0
     """Optimiser steps of one epoch of `epoch_cosine`, whose rate changes between epochs only."""
-    first_epoch_lr: float = 1e-5
+    first_epoch_lr: Amount = 1e-5
     """Constant rate during the first epoch of `epoch_cosine`."""
-    clip_grad_norm: float = 5.0
+    clip_grad_norm: Amount = 5.0
     """Global gradient-norm clip; 0 turns it off."""
 
 
@@ -166,7 +208,7 @@ class OptimConfig:
 class DeepSpeedConfig:
     """What goes into DeepSpeed's JSON; vlmkd writes the file and keeps it in the run folder."""
 
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Range(1, 3)] = 1
     """ZeRO stage: 1, 2 or 3 (0 is not offered: its checkpoints cannot be converted to full weights)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Compute precision of the student; fp16 needs a GPU."""
@@ -218,11 +260,11 @@ class EvaluationConfig:
     """Zero-shot classification sets."""
     retrieval: list[RetrievalConfig] = field(default_factory=list)
     """Retrieval sets."""
-    every_steps: int = 0
+    every_steps: Count = 0
     """Evaluate every so many steps; 0: only at the end."""
-    phase: int = 0
+    phase: Count = 0
     """Shift of `every_steps`: 1 evaluates after the steps 1, 1 + N, 1 + 2N, ... (DomainBed)."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images per evaluation batch."""
     teacher: bool = True
     """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
@@ -232,7 +274,7 @@ class EvaluationConfig:
 class LogConfig:
     """Console, metrics.jsonl (always) and trackers."""
 
-    every_steps: int = 20
+    every_steps: Positive = 20
     """Console and metrics line every so many optimiser steps; a short run has at least ten."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
@@ -246,11 +288,11 @@ class LogConfig:
 class CheckpointConfig:
     """When the resumable state is written and how much of it is kept."""
 
-    every_steps: int = 1000
+    every_steps: Count = 1000
     """Save every so many optimiser steps; 0: only by hours, at SIGTERM and at the end."""
-    every_hours: float = 0.0
+    every_hours: Amount = 0.0
     """Save when so many hours have passed since the last save; 0: off."""
-    keep: int = 2
+    keep: Annotated[int, Range(2)] = 2
     """How many of the newest checkpoints stay; at least 2, so that a torn one has a predecessor."""
 
 
@@ -260,15 +302,15 @@ class RunConfig:
 
     run_dir: str = ""
     """Folder of this run, e.g. runs/tinyclip_nano."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, data order, views and masks."""
-    steps: int = 1000
+    steps: Positive = 1000
     """Optimiser steps."""
-    batch_size: int = 1024
+    batch_size: Positive = 1024
     """Global batch: samples per optimiser step over all ranks."""
-    micro_batch_size: int = 0
+    micro_batch_size: Count = 0
     """Samples per rank and forward pass; 0: batch_size / ranks, no gradient accumulation."""
-    threads: int = 0
+    threads: Processes = 0
     """CPU threads per rank; 0: torch's default."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
@@ -283,14 +325,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", "is empty; set it, e.g. run_dir=runs/my_run")
-        require(self.steps > 0, "steps", f"is {self.steps}; it must be at least 1")
-        require(self.batch_size > 0, "batch_size", f"is {self.batch_size}; it must be at least 1")
-        require(
-            self.deepspeed.zero_stage in (1, 2, 3),
-            "deepspeed.zero_stage",
-            f"is {self.deepspeed.zero_stage}; choose 1, 2 or 3",
-        )
-        require(self.checkpoint.keep >= 2, "checkpoint.keep", f"is {self.checkpoint.keep}; keep at least 2")
         nvme = self.deepspeed.offload == "nvme"
         require(
             nvme == bool(self.deepspeed.nvme_path),
@@ -314,11 +348,6 @@ class RunConfig:
 def _check_optim(cfg: RunConfig) -> None:
     """Refuse optimiser settings that would be ignored or that no optimiser takes."""
     optim = cfg.optim
-    require(
-        0 <= optim.momentum < 1,
-        "optim.momentum",
-        f"is {optim.momentum}; it must be in [0, 1), 0 turns it off",
-    )
     require(
         optim.momentum == 0 or optim.name == "sgd", "optim.momentum", "has no effect unless optim.name=sgd"
     )
@@ -363,31 +392,53 @@ def load(cls: type[C], argv: list[str]) -> C:
     """Build a `cls` from YAML files (arguments without `=`) and dotted `key=value` overrides, left to right.
 
     Raises:
-        UserError: a missing file, an unknown field (with the nearest right one), a wrong type or choice.
+        UserError: a missing file, an unknown field (with the nearest right one), a wrong type, range or choice.
     """
     schema = OmegaConf.structured(cls)
     values: Any = OmegaConf.create(defaults(cls))  # plain, because frozen nodes refuse item updates
     for arg in argv:
         if arg.startswith("--local_rank"):
             continue
-        is_override = "=" in arg
+        key, is_override, _ = arg.partition("=")
         origin = f"override {arg}" if is_override else arg
         layer = _read_override(arg) if is_override else _read_yaml(arg)
+        _check_strings(layer, "", origin)
         _check_names(cls, layer, "", origin)
         try:
             if is_override:
-                OmegaConf.update(values, arg.partition("=")[0], _leaf(layer, arg), merge=False)
+                OmegaConf.update(values, key, _leaf(layer, key), merge=False)
             else:
                 values = OmegaConf.merge(values, layer)
             OmegaConf.merge(schema, values)
-        except (OmegaConfBaseException, TypeError, IndexError) as error:
+        except (OmegaConfBaseException, TypeError, IndexError, OverflowError) as error:
             raise UserError(_explain(error, origin)) from None
+    complete = OmegaConf.merge(schema, values)
+    check_ranges(cls, OmegaConf.to_container(complete))
     try:
-        return typing.cast(C, OmegaConf.to_object(OmegaConf.merge(schema, values)))
+        return typing.cast(C, OmegaConf.to_object(complete))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(_explain(error, "config")) from None
+
+
+def check_ranges(cls: type[Any], values: Any, prefix: str = "") -> None:
+    """Refuse a number of `values`, the plain data of a `cls`, that its field's `Range` does not hold.
+
+    Raises:
+        UserError: names the field with its docstring.
+    """
+    plain = typing.get_type_hints(cls)
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        value, path = values[name], f"{prefix}{name}"
+        nested = _dataclass_of(plain[name])
+        if nested is not None:
+            for index, part in enumerate(value) if isinstance(value, list) else [("", value)]:
+                check_ranges(nested, part, f"{path}.{index}." if isinstance(value, list) else f"{path}.")
+        for limits in typing.get_args(hint):
+            if isinstance(limits, Range) and (told := limits.refusal(value)):
+                meaning = " ".join(_field_docs(cls)[name].split())
+                raise UserError(f"config field {path} is {value}; {told}: {meaning}")
 
 
 def _explain(error: Exception, origin: str) -> str:
@@ -435,34 +486,48 @@ def help_text(cls: type[Any], prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: str) -> DictConfig:
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist (overrides are written key=value)")
-    try:
-        layer = OmegaConf.create(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(layer, DictConfig):
+def _read_yaml(path: str) -> dict[str, Any]:
+    layer = read_yaml(path, "config file", "overrides are written key=value")
+    if layer is None:
+        return {}
+    if not isinstance(layer, dict) or not all(isinstance(key, str) for key in layer):
         raise UserError(f"config file {path} must hold `field: value` lines at its top level")
     return layer
 
 
-def _read_override(arg: str) -> DictConfig:
-    """`a.b=value` as a nested config."""
-    try:
-        return OmegaConf.from_dotlist([arg])
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"override {arg} cannot be read: {str(error).splitlines()[0]}") from None
+def _read_override(arg: str) -> dict[str, Any]:
+    """`a.b=value` as nested mappings; `field=` sets the empty string."""
+    key, _, text = arg.partition("=")
+    layer: Any = parse_yaml(text, f"override {arg}") if text else ""
+    for part in reversed(key.split(".")):
+        layer = {part: layer}
+    return typing.cast("dict[str, Any]", layer)
 
 
-def _leaf(layer: DictConfig, arg: str) -> Any:
-    """The value that `arg` sets, as plain data; `field=` sets the empty string."""
-    value: Any = layer
-    if arg.endswith("="):
-        return ""
-    for part in arg.partition("=")[0].split("."):
-        value = value[part]
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def _leaf(layer: dict[str, Any], key: str) -> Any:
+    """The value at the dotted `key`."""
+    for part in key.split("."):
+        layer = layer[part]
+    return layer
+
+
+def _check_strings(value: Any, path: str, origin: str) -> None:
+    """Refuse strings that OmegaConf takes for something else, and those that no path or name may hold."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_strings(key, path, origin)
+            _check_strings(part, f"{path}.{key}" if path else str(key), origin)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            _check_strings(part, f"{path}.{index}", origin)
+    elif isinstance(value, str):
+        for mark, mend in (("${", "values are not filled in from elsewhere"), ("\0", "no null characters")):
+            if mark in value:
+                raise UserError(
+                    f"{origin}: config field {path} holds {mark!r}; {mend}: write the value itself"
+                )
+        if value == "???":
+            raise UserError(f"{origin}: config field {path} is ???; write a value")
 
 
 def _dataclass_of(hint: Any) -> type[Any] | None:
@@ -479,24 +544,25 @@ def _check_names(cls: type[Any], layer: Any, prefix: str, origin: str) -> None:
     """Refuse unknown fields by full path, with the nearest known one."""
     names = [item.name for item in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)
-    for key in layer:
+    for key, value in layer.items():
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             mend = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(names))}"
             raise UserError(f"{origin}: unknown config field {prefix}{key}; {mend}")
-        value = OmegaConf.select(layer, str(key))
         nested = _dataclass_of(hints[key])
         if nested is None:
             continue
-        if isinstance(value, DictConfig) and nested is hints[key]:
+        if isinstance(value, dict) and nested is hints[key]:
             _check_names(nested, value, f"{prefix}{key}.", origin)
-        elif (
-            value is not None and not isinstance(value, (str, int, float, bool)) and nested is not hints[key]
-        ):
+        elif nested is not hints[key]:
             # A list from YAML, or `{index: fields}` from an override such as data.sources.1.weight=3.
-            pairs: Any = value.items() if isinstance(value, DictConfig) else enumerate(value)
+            pairs = (
+                value.items()
+                if isinstance(value, dict)
+                else enumerate(value if isinstance(value, list) else [])
+            )
             for index, element in pairs:
-                if isinstance(element, DictConfig):
+                if isinstance(element, dict):
                     _check_names(nested, element, f"{prefix}{key}.{index}.", origin)
 
 
