@@ -191,8 +191,6 @@ class LossValley:
     ) -> None:
         """`segment_reset`: `every_eval` as described; `vl2v_default` lets a segment go on until an evaluation at a step
         that is a multiple of 1000 above 2500, as all but one of the released VL2V-ADiP scripts do."""
-        require(n_converge >= 1, "swad.n_converge", f"is {n_converge}; it must be at least 1")
-        require(n_tolerance >= 1, "swad.n_tolerance", f"is {n_tolerance}; it must be at least 1")
         require(
             semantics == "reference" or segment_reset == "every_eval",
             "swad.segment_reset",
@@ -339,8 +337,7 @@ class LossValley:
 
 
 def check_average(decay: float, zero_stage: int) -> None:
-    """Refuse a decay outside [0, 1) and averaging of partitioned weights."""
-    require(0.0 <= decay < 1.0, "ema_decay", f"is {decay}; it must be in [0, 1), 0 turns the average off")
+    """Refuse to average partitioned weights."""
     require(
         decay == 0.0 or zero_stage < 3,
         "ema_decay",

@@ -16,10 +16,9 @@ import sys
 import textwrap
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmkd.errors import UserError
@@ -28,6 +27,7 @@ from vlmkd.files import parse_yaml, read_yaml
 C = TypeVar("C")
 
 _MOST = 2**31 - 1
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,17 @@ class Range:
             too_low = number <= self.low if self.above else number < self.low
             too_high = number >= self.high if self.below else number > self.high
             if too_low or too_high or not math.isfinite(number):
-                return ("each number must be " if isinstance(value, list) else "it must be ") + str(self)
+                return (
+                    "each number" if isinstance(value, list) else "it"
+                ) + f" must be {self._told(too_high)}"
         falls = self.ascending and list(numbers) != sorted(numbers)
         return "the first number must not be above the second" if falls else ""
 
-    def __str__(self) -> str:
+    def _told(self, too_high: bool) -> str:
         if self.high >= _MOST:
-            return f"{'above' if self.above else 'at least'} {self.low} and at most {self.high}"
+            return (
+                f"at most {self.high}" if too_high else f"{'above' if self.above else 'at least'} {self.low}"
+            )
         return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
 
 
@@ -521,11 +525,12 @@ def _check_strings(value: Any, path: str, origin: str) -> None:
         for index, part in enumerate(value):
             _check_strings(part, f"{path}.{index}", origin)
     elif isinstance(value, str):
-        for mark, mend in (("${", "values are not filled in from elsewhere"), ("\0", "no null characters")):
-            if mark in value:
-                raise UserError(
-                    f"{origin}: config field {path} holds {mark!r}; {mend}: write the value itself"
-                )
+        if "${" in value:
+            raise UserError(
+                f"{origin}: config field {path} holds ${{, which fills nothing in; write the value itself"
+            )
+        if _CONTROL.search(value):
+            raise UserError(f"{origin}: config field {path} holds a control character; leave it out")
         if value == "???":
             raise UserError(f"{origin}: config field {path} is ???; write a value")
 

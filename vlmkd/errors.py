@@ -9,8 +9,12 @@ class UserError(ValueError):
     """A mistake in the user's input, told in one line that names the thing and the mend.
 
     Entry points (`vlmkd.run.main`, every script) print the message alone and exit with code 2; any other
-    exception is a defect of ours and keeps its traceback.
+    exception is a defect of ours and keeps its traceback. Line breaks and control characters, which may come with a
+    quoted name or text, are written as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:

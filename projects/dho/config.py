@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from projects.dho.objective import USES_FEATURES, USES_LABELS, USES_LOGITS, Method, term_weights
-from vlmkd.config import LabelledDataConfig, RunConfig, require
+from vlmkd.config import (
+    AboveZero,
+    Amount,
+    Count,
+    LabelledDataConfig,
+    Positive,
+    Processes,
+    Range,
+    RunConfig,
+    Seed,
+    Share,
+    require,
+)
 from vlmkd.data.splits import Fewer, ListKind
 from vlmkd.models.class_vectors import Normalise
 from vlmkd.models.heads import KdHead
 
+SearchEnd = Annotated[float, Range(0.1, above=True)]
 TWO_HEADS = ("dho",)
 """Methods with a head of its own for the teacher."""
 
@@ -19,25 +32,25 @@ TWO_HEADS = ("dho",)
 class SplitConfig:
     """Which training images have labels; exactly one of shots, percent and list_file."""
 
-    shots: int = 0
+    shots: Count = 0
     """Labelled images of every class, drawn by Tip-Adapter's rule."""
-    percent: float = 0.0
+    percent: Annotated[float, Range(0, 100)] = 0.0
     """Labelled share of the training images by the cascade rule (1 and 10 are the published ImageNet lists); 100: all."""
     list_file: str = ""
     """A list of labelled images, as `vlmkd.data.splits.write_list` writes it, or SimCLR's."""
     list_kind: ListKind = "cascade"
     """The rule that made `list_file`; the two are never mixed in one table."""
-    seed: int = 1
+    seed: Seed = 1
     """Seed of the few-shot draw (published runs: 1) and of the held-out images."""
     fewer: Fewer = "repeat"
     """What happens to a class with fewer images than shots."""
     unlabelled_includes_labelled: bool = False
     """Draw unlabelled batches from all training images (paper) instead of the rest (released code)."""
-    pool_per_class: int = 0
+    pool_per_class: Count = 0
     """Use only so many training images of a class altogether, for small experiments; 0: all."""
     validation: Literal["train", "val", "none"] = "train"
     """Images that choose alpha, beta and the step: held out of the training split, the set's own val split, or none."""
-    validation_per_class: int = 8
+    validation_per_class: Positive = 8
     """Images a class held out with validation=train; at most half of what the labelled ones leave of a class."""
 
 
@@ -57,7 +70,7 @@ class TeacherConfig:
     """Other prompts in their place, with `{}` for the class name."""
     normalise: Normalise = "each_and_mean"
     """Which text features are made unit vectors; the released code has `each` for open_clip teachers."""
-    scale: float = 100.0
+    scale: Amount = 100.0
     """Factor of the cosines; 0: the model's own logit scale."""
     adapter: str = ""
     """A Tip-Adapter-F file of the same model (train_tip_adapter.py): the few-shot teacher."""
@@ -73,7 +86,7 @@ class StudentConfig:
     """Start from the backbone's published weights; false: at random."""
     weights: str = ""
     """A local file or `zoo:NAME` in the place of the published weights, e.g. DINO's ResNet-50."""
-    image_size: int = 0
+    image_size: Count = 0
     """Input size; 0: that of the weights. A CLIP has its own only."""
     head_init: Literal["default", "text"] = "default"
     """`text`: both heads start as the class vectors of the student's own text tower (CLIP students)."""
@@ -91,11 +104,11 @@ class LossConfig:
 
     method: Method = "dho"
     """`dho`, or a baseline with one head: ce, kd, ce_kd, pcgrad, kd_feature, ce_kd_feature."""
-    ce_share: float = 0.5
+    ce_share: Share = 0.5
     """lambda: weight of the cross entropy; 1 - lambda is the teacher's."""
     balance: Literal["convex", "sum"] = "convex"
     """`convex`: lambda L_CE + (1 - lambda) L_KD; `sum`: L_CE + L_KD (released low-shot script)."""
-    temperature: float = 2.0
+    temperature: AboveZero = 2.0
     """Temperature of both distributions in L_KD, whose square multiplies it."""
 
 
@@ -105,9 +118,9 @@ class MixingConfig:
 
     mode: Literal["search", "fixed"] = "search"
     """`search`: the pair with the most right answers on the validation images; `fixed`: the values below."""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """Weight of the cross-entropy head with mode=fixed."""
-    beta: float = 0.5
+    beta: AboveZero = 0.5
     """Temperature of the distillation head with mode=fixed."""
 
 
@@ -127,9 +140,9 @@ class ShiftedSetConfig:
 class DhoConfig(RunConfig):
     """One run of DHO or of a baseline: a student for one data set and one set of labels."""
 
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Global batch: labelled and unlabelled images of an optimiser step over all ranks."""
-    labelled_batch: int = 0
+    labelled_batch: Count = 0
     """Labelled images of every global batch; 0: half of it (with loss.method=ce: all)."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """Data set and training views."""
@@ -147,7 +160,7 @@ class DhoConfig(RunConfig):
     """Export the weights of the best validation accuracy, or those of the last step."""
     test_sets: list[ShiftedSetConfig] = field(default_factory=list)
     """Further sets to test on, beside the test split of data.set."""
-    grad_cosine_every: int = 0
+    grad_cosine_every: Count = 0
     """Measure the cosine of the two losses' gradients every so many steps (a forward and two backward passes more); 0: never."""
 
     def __post_init__(self) -> None:
@@ -178,7 +191,6 @@ class DhoConfig(RunConfig):
             "loss.ce_share",
             f"is {loss.ce_share}; it is above 0 and below 1, and loss.method=ce or kd is one loss alone",
         )
-        require(loss.temperature > 0, "loss.temperature", f"is {loss.temperature}; it must be above 0")
         require(
             both or not self.grad_cosine_every,
             "grad_cosine_every",
@@ -212,26 +224,10 @@ class DhoConfig(RunConfig):
         split = self.split
         given = [bool(split.shots), bool(split.percent), bool(split.list_file)]
         require(sum(given) == 1, "split", "needs exactly one of shots, percent and list_file")
-        require(split.shots >= 0, "split.shots", f"is {split.shots}; it must be at least 1")
-        require(
-            0 <= split.percent <= 100,
-            "split.percent",
-            f"is {split.percent}; it must be above 0 and at most 100",
-        )
         require(
             split.list_kind == "cascade" or bool(split.list_file),
             "split.list_kind",
             "goes with split.list_file, and only with it",
-        )
-        require(
-            split.pool_per_class >= 0,
-            "split.pool_per_class",
-            f"is {split.pool_per_class}; 0 uses all images",
-        )
-        require(
-            split.validation_per_class > 0,
-            "split.validation_per_class",
-            f"is {split.validation_per_class}; it must be at least 1",
         )
 
     def _check_teacher(self) -> None:
@@ -269,12 +265,9 @@ class DhoConfig(RunConfig):
             "teacher.class_vectors",
             "are made of prompts already; leave teacher.templates and teacher.prompts as they are",
         )
-        require(teacher.scale >= 0, "teacher.scale", f"is {teacher.scale}; 0 takes the model's own")
 
     def _check_mixing(self) -> None:
         mixing = self.mixing
-        require(0 <= mixing.alpha <= 1, "mixing.alpha", f"is {mixing.alpha}; it is a share of 0 to 1")
-        require(mixing.beta > 0, "mixing.beta", f"is {mixing.beta}; it must be above 0")
         searches = self.loss.method in TWO_HEADS and mixing.mode == "search"
         require(
             self.split.validation != "none" or not (searches or self.selection == "best"),
@@ -320,9 +313,9 @@ class TipAdapterConfig:
 
     run_dir: str = ""
     """Folder of the result."""
-    seed: int = 1
+    seed: Seed = 1
     """Seed of views and order; which images are labelled is split.seed's."""
-    threads: int = 0
+    threads: Processes = 0
     """CPU threads; 0: torch's default."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """Data set and training views."""
@@ -330,31 +323,31 @@ class TipAdapterConfig:
     """Labelled and validation images."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The CLIP that is adapted."""
-    cache_passes: int = 10
+    cache_passes: Positive = 10
     """Augmented views of each image whose mean feature is its key."""
     cache_features: Literal["raw", "unit"] = "raw"
     """Average the features before (released code) or after normalising them."""
-    views: int = 0
+    views: Count = 0
     """Augmented views of each image that training goes through; 0: a new one each epoch."""
-    epochs: int = 200
+    epochs: Positive = 200
     """Passes over the labelled images."""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """Images of an optimiser step."""
-    lr: float = 1e-3
+    lr: Amount = 1e-3
     """Peak learning rate of AdamW; cosine to zero."""
-    eps: float = 1e-4
+    eps: Amount = 1e-4
     """Epsilon of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: Amount = 0.01
     """Decay of the keys."""
-    init_alpha: float = 1.17
+    init_alpha: Amount = 1.17
     """alpha while the keys are trained."""
-    init_beta: float = 1.0
+    init_beta: Amount = 1.0
     """beta while the keys are trained."""
-    search_beta: float = 7.0
+    search_beta: SearchEnd = 7.0
     """Upper end of the search of beta, which starts at 0.1."""
-    search_alpha: float = 3.0
+    search_alpha: SearchEnd = 3.0
     """Upper end of the search of alpha, which starts at 0.1."""
-    embed_batch_size: int = 64
+    embed_batch_size: Positive = 64
     """Images of a forward pass of the CLIP."""
 
     def __post_init__(self) -> None:
@@ -376,8 +369,3 @@ class TipAdapterConfig:
             "data.teacher_outputs",
             "and data.view_count have no effect here; views is the number of views",
         )
-        for name in ("cache_passes", "epochs", "batch_size", "embed_batch_size"):
-            require(getattr(self, name) > 0, name, f"is {getattr(self, name)}; it must be at least 1")
-        require(self.views >= 0, "views", f"is {self.views}; 0 draws a new view each epoch")
-        for name in ("search_beta", "search_alpha"):
-            require(getattr(self, name) > 0.1, name, f"is {getattr(self, name)}; the search starts at 0.1")

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from vlmkd.config import LabelledDataConfig, OptimConfig, RunConfig, require
+from vlmkd.config import (
+    AboveZero,
+    Amount,
+    BelowOne,
+    Count,
+    LabelledDataConfig,
+    OptimConfig,
+    Positive,
+    Processes,
+    RunConfig,
+    Seed,
+    require,
+)
 
 TRAINING_TEMPLATE = "a photo of a {}."
 """The prompt of both stages in every published run."""
@@ -27,13 +39,13 @@ class ClipConfig:
 class PromptConfig:
     """Deep prompts of the teacher (spec b.1)."""
 
-    image_depth: int = 9
+    image_depth: Count = 9
     """Image blocks with prompts of their own; 0 leaves the image tower as it is."""
-    image_length: int = 4
+    image_length: Positive = 4
     """Prompts of an image block."""
-    text_depth: int = 9
+    text_depth: Positive = 9
     """Text blocks with prompts of their own, at least 1."""
-    text_length: int = 4
+    text_length: Positive = 4
     """Prompts of a text block, in place of the first words."""
     template: str = TRAINING_TEMPLATE
     """Words around the class name; learned vectors replace the first of them."""
@@ -45,9 +57,9 @@ class PromptConfig:
 class StudentPromptConfig:
     """Deep visual prompts of the student."""
 
-    depth: int = 9
+    depth: Count = 9
     """Image blocks with prompts of their own; 0: the projector alone is trained."""
-    length: int = 4
+    length: Positive = 4
     """Prompts of a block."""
 
 
@@ -55,9 +67,9 @@ class StudentPromptConfig:
 class AverageConfig:
     """Gaussian-weighted average of the prompts over the epochs (GPA, spec b.2)."""
 
-    mean: float = 15.0
+    mean: Amount = 15.0
     """Epoch (from 1) with the largest weight."""
-    std: float = 1.0
+    std: Amount = 1.0
     """Width of the Gaussian in epochs; 0 turns the average off."""
 
 
@@ -65,13 +77,13 @@ class AverageConfig:
 class PromptSRCLossConfig:
     """Weights of PromptSRC's terms; 0 leaves a term out."""
 
-    ce: float = 1.0
-    """Cross-entropy with the labels."""
-    text: float = 25.0
+    ce: AboveZero = 1.0
+    """Cross-entropy with the labels, without which nothing is learned."""
+    text: Amount = 25.0
     """L1 distance of the class vectors to the frozen ones."""
-    image: float = 10.0
+    image: Amount = 10.0
     """L1 distance of the image embeddings to the frozen ones."""
-    logit: float = 1.0
+    logit: Amount = 1.0
     """KL to the frozen model's logits, mean over images and classes."""
 
 
@@ -90,9 +102,9 @@ class TeacherSource:
 class DistillLossConfig:
     """PromptKD's only term (spec b.3)."""
 
-    weight: float = 1000.0
+    weight: AboveZero = 1000.0
     """Published: 200 for FGVCAircraft, Flowers102 and DTD, 1000 for the others."""
-    temperature: float = 1.0
+    temperature: AboveZero = 1.0
     """Divides both logits."""
     reduction: Literal["element", "batch"] = "element"
     """`element`: mean over images and classes (the code, to which the weights belong); `batch`: sum over classes."""
@@ -118,17 +130,17 @@ def published_optim() -> OptimConfig:
 class PromptKDConfig(RunConfig):
     """What the two training stages share."""
 
-    steps: int = 0
+    steps: Count = 0
     """Filled in: epochs times the whole batches of an epoch."""
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Global batch: images per optimiser step over all ranks."""
     optim: OptimConfig = field(default_factory=published_optim)
     """Optimiser and schedule; steps_per_epoch is filled in."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """The data set and the training views."""
-    epochs: int = 20
+    epochs: Positive = 20
     """Passes over the training images; only whole batches count."""
-    evaluate_every_epochs: int = 0
+    evaluate_every_epochs: Count = 0
     """Evaluate after every so many epochs; 0: at the end only, or with select other than last after each."""
     select: Literal["last", "val", "upstream"] = "last"
     """Whose weights are exported: of the last epoch, of the best epoch on validation images, or of the best on *test*
@@ -140,7 +152,6 @@ class PromptKDConfig(RunConfig):
         if self.steps == 0:
             object.__setattr__(self, "steps", self.epochs)
         super().__post_init__()
-        require(self.epochs >= 1, "epochs", f"is {self.epochs}; it must be at least 1")
         require(
             self.optim.schedule == "epoch_cosine" or self.optim.steps_per_epoch == 0,
             "optim.steps_per_epoch",
@@ -151,11 +162,6 @@ class PromptKDConfig(RunConfig):
             self.evaluation.every_steps in (0, self.every_epochs * (self.steps // self.epochs)),
             "evaluation.every_steps",
             "follows from evaluate_every_epochs; set that one",
-        )
-        require(
-            self.evaluate_every_epochs >= 0,
-            "evaluate_every_epochs",
-            f"is {self.evaluate_every_epochs}; 0 evaluates at the end",
         )
         require(
             self.deepspeed.precision == "fp32",
@@ -184,7 +190,7 @@ class TeacherConfig(PromptKDConfig):
     """Depth, number and start of the prompts."""
     classes: Literal["base", "all"] = "base"
     """Classes whose labels are used: the first half (base-to-novel), or all (few-shot; ImageNet for the other settings)."""
-    shots: int = 16
+    shots: Count = 16
     """Labelled images a class; 0: the whole training split."""
     loss: PromptSRCLossConfig = field(default_factory=PromptSRCLossConfig)
     """Weights of the terms."""
@@ -192,23 +198,12 @@ class TeacherConfig(PromptKDConfig):
     """Average over the epochs, which is what is exported."""
     frozen_templates: str = "openai60"
     """Prompts of the frozen class vectors: OpenAI's first 60 for ImageNet, `set` (the data set's own), or a text file."""
-    classes_per_chunk: int = 0
+    classes_per_chunk: Count = 0
     """Classes of one pass of the text tower; above 0 each pass is computed again in the backward pass, to save memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.clip.model), "clip.model", "is empty; name the CLIP whose prompts are learned")
-        require(self.shots >= 0, "shots", f"is {self.shots}; 0 takes the whole training split")
-        require(self.average.std >= 0, "average.std", f"is {self.average.std}; 0 turns the average off")
-        weights = {name: getattr(self.loss, name) for name in ("ce", "text", "image", "logit")}
-        for name, weight in weights.items():
-            require(weight >= 0, f"loss.{name}", f"is {weight}; 0 turns a term off")
-        require(self.loss.ce > 0, "loss.ce", "is 0; without labels nothing is learned")
-        require(
-            self.classes_per_chunk >= 0,
-            "classes_per_chunk",
-            f"is {self.classes_per_chunk}; 0 takes all classes at once",
-        )
         require(
             not self.data.teacher_outputs,
             "data.teacher_outputs",
@@ -224,7 +219,7 @@ class StudentConfig(PromptKDConfig):
     """The student's CLIP, of which the image tower and the logit scale are used."""
     prompts: StudentPromptConfig = field(default_factory=StudentPromptConfig)
     """The student's prompts."""
-    projector_layers: int = 2
+    projector_layers: Positive = 2
     """Linear layers of the projector, BatchNorm and ReLU between them."""
     teacher: TeacherSource = field(default_factory=TeacherSource)
     """The teacher; not loaded where class_vectors and data.teacher_outputs hold what it says."""
@@ -234,9 +229,9 @@ class StudentConfig(PromptKDConfig):
     """Run the teacher's text tower over all classes at every step, as the reference does; for measuring only."""
     protocol: Literal["base_to_novel", "cross_dataset", "domain_generalization"] = "base_to_novel"
     """Which images are trained on and which classes are evaluated (spec b.5)."""
-    shots: int = 0
+    shots: Count = 0
     """Unlabelled training images a class, picked by their labels (ablation); 0: the whole training split."""
-    hold_out: float = 0.5
+    hold_out: BelowOne = 0.5
     """domain_generalization: share of the only split that is tested on, and not trained on; 0: all of it is both, as in
     the reference."""
     loss: DistillLossConfig = field(default_factory=DistillLossConfig)
@@ -247,7 +242,6 @@ class StudentConfig(PromptKDConfig):
         require(
             bool(self.student.model), "student.model", "is empty; name the CLIP whose image tower is trained"
         )
-        require(self.shots >= 0, "shots", f"is {self.shots}; 0 takes the whole training split")
         stored = bool(self.class_vectors) and bool(self.data.teacher_outputs)
         named = bool(self.teacher.prompts or self.teacher.clip.model)
         require(
@@ -259,13 +253,6 @@ class StudentConfig(PromptKDConfig):
             not (self.text_every_step and self.class_vectors),
             "text_every_step",
             "computes class vectors that class_vectors already holds; leave class_vectors empty",
-        )
-        require(self.loss.weight > 0, "loss.weight", f"is {self.loss.weight}; it must be above 0")
-        require(
-            self.loss.temperature > 0, "loss.temperature", f"is {self.loss.temperature}; it must be above 0"
-        )
-        require(
-            0 <= self.hold_out < 1, "hold_out", f"is {self.hold_out}; it is a share of the images below 1"
         )
         generalises = self.protocol == "domain_generalization"
         require(
@@ -290,15 +277,15 @@ class BankConfig:
     """The teacher."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """The data set; with image_views also the views, whose outputs go to data.teacher_outputs."""
-    image_views: int = 0
+    image_views: Count = 0
     """Views of each training image whose image embeddings are stored too; 0: class vectors only."""
     split: Literal["train", "test"] = "train"
     """Split of the stored images; `test` for the sets of domain_generalization."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the views."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images per forward pass."""
-    threads: int = 0
+    threads: Processes = 0
     """CPU threads; 0: torch's default."""
 
     def __post_init__(self) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from vlmkd.averaging import check_average
-from vlmkd.config import StreamRunConfig, require
+from vlmkd.config import AboveZero, Amount, BelowOne, Count, Range, StreamRunConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class InheritConfig:
     """Source of the text tower; empty: not inherited."""
     layers: Literal["interval_front", "uniform", "list"] = "interval_front"
     """Which layers: every floor(D/K)-th from the front (the released code), evenly spread, or a list."""
-    image_layers: list[int] = field(default_factory=list)
+    image_layers: Annotated[list[int], Range()] = field(default_factory=list)
     """Source layers of the image tower, with layers=list."""
-    text_layers: list[int] = field(default_factory=list)
+    text_layers: Annotated[list[int], Range()] = field(default_factory=list)
     """Source layers of the text tower, with layers=list."""
     width: Literal["front", "magnitude"] = "front"
     """Which channels and heads: the leading ones (the released code), or those of the largest weights."""
@@ -47,7 +47,7 @@ class LogitScaleConfig:
 
     mode: Literal["fixed", "learned"] = "fixed"
     """`fixed` pins student and teachers (published scripts); `learned` trains the student's, teachers keep theirs."""
-    value: float = 50.0
+    value: AboveZero = 50.0
     """Scale with mode=fixed, for student and teachers."""
     legacy_first_step: bool = False
     """Replay the released code, whose student runs step 0 at 1 / 0.07 before it is pinned."""
@@ -57,19 +57,19 @@ class LogitScaleConfig:
 class LossConfig:
     """Weights of the loss terms; 0 leaves a term out."""
 
-    affinity: float = 1.0
+    affinity: Amount = 1.0
     """Affinity mimicking (paper eq. 3-5; alpha of the released code)."""
     affinity_reduction: Literal["half", "sum"] = "half"
     """`half` averages the two directions (released code), `sum` adds them (paper)."""
-    affinity_chunk: int = 0
+    affinity_chunk: Count = 0
     """Column tile of the memory-saving affinity loss; 0: dense."""
-    contrastive: float = 0.0
+    contrastive: Amount = 0.0
     """Hard-label image-text loss (1 - alpha of the released code)."""
     contrastive_kind: Literal["softmax", "sigmoid"] = "softmax"
     """CLIP's InfoNCE or SigLIP's pairwise sigmoid loss."""
-    feature: float = 0.0
+    feature: Amount = 0.0
     """Feature distillation FD (CLIP-KD; its weight is 2000)."""
-    interactive: float = 0.0
+    interactive: Amount = 0.0
     """Interactive contrastive loss ICL (CLIP-KD)."""
 
 
@@ -96,10 +96,6 @@ class TinyCLIPConfig(StreamRunConfig):
         weights = {
             name: getattr(self.loss, name) for name in ("affinity", "contrastive", "feature", "interactive")
         }
-        for name, weight in weights.items():
-            require(
-                weight >= 0, f"loss.{name}", f"is {weight}; weights are not negative, and 0 turns a term off"
-            )
         require(any(weights.values()), "loss", "has all weights 0; give at least one term a weight")
         mimics = weights["affinity"] + weights["feature"] + weights["interactive"] > 0
         require(
@@ -108,11 +104,6 @@ class TinyCLIPConfig(StreamRunConfig):
             "is empty but a distillation term has a weight; name a teacher or a teacher cache"
             if mimics
             else "is given but loss.affinity, loss.feature and loss.interactive are all 0; drop it or weigh a term",
-        )
-        require(
-            self.logit_scale.value > 0,
-            "logit_scale.value",
-            f"is {self.logit_scale.value}; it must be above 0",
         )
         require(
             not self.logit_scale.legacy_first_step or self.logit_scale.mode == "fixed",
@@ -137,7 +128,7 @@ class DistillConfig(TinyCLIPConfig):
 
     inherit: InheritConfig = field(default_factory=InheritConfig)
     """Manual inheritance into the student."""
-    ema_decay: float = 0.0
+    ema_decay: BelowOne = 0.0
     """Decay of a moving average of the student, which is then evaluated and exported; 0: off."""
 
     def __post_init__(self) -> None:
@@ -155,15 +146,15 @@ class DistillConfig(TinyCLIPConfig):
 class MaskSettings:
     """Learned masks (spec c2)."""
 
-    start_sparsity: float = 0.0
+    start_sparsity: BelowOne = 0.0
     """Target at step 0; absolute, relative to the full model."""
-    target_sparsity: float = 0.25
+    target_sparsity: BelowOne = 0.25
     """Share of the transformer weights to remove."""
-    sparsity_warmup_steps: int = 1000
+    sparsity_warmup_steps: Count = 1000
     """Steps over which the target rises linearly."""
-    lr: float = 0.02
+    lr: Amount = 0.02
     """Learning rate of the log alphas."""
-    multiplier_lr: float = 0.02
+    multiplier_lr: Amount = 0.02
     """Learning rate of the Lagrange multipliers, which ascend."""
     sides: Literal["one", "two"] = "one"
     """`one` penalises only missing sparsity (released code), `two` any deviation (paper)."""
@@ -173,7 +164,7 @@ class MaskSettings:
     """Full-size architecture of a pruned student that does not know its own (a published `auto` checkpoint)."""
     freeze_pruned: bool = False
     """Units that an earlier stage removed cannot come back."""
-    round_to: int = 1
+    round_to: Annotated[int, Range(1, 64)] = 1
     """Round kept widths to multiples of 1 (off), 8, 16 or 64 when fusing."""
     legacy_projection_scale: bool = False
     """Replay the released fusing, which also scales the output projections."""
@@ -190,9 +181,9 @@ class MaskConfig(TinyCLIPConfig):
         super().__post_init__()
         masks = self.masks
         require(
-            0.0 <= masks.start_sparsity <= masks.target_sparsity < 1.0,
+            masks.start_sparsity <= masks.target_sparsity,
             "masks.target_sparsity",
-            f"is {masks.target_sparsity} with start {masks.start_sparsity}; 0 <= start <= target < 1 must hold",
+            f"is {masks.target_sparsity}, below masks.start_sparsity={masks.start_sparsity}",
         )
         require(
             masks.round_to in (1, 8, 16, 64), "masks.round_to", f"is {masks.round_to}; choose 1, 8, 16 or 64"

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 
 from projects.vl2v_adip.objective import Method
 from vlmkd.averaging import Reset, Semantics
-from vlmkd.config import LabelledDataConfig, RunConfig, require
+from vlmkd.config import (
+    AboveZero,
+    Amount,
+    Count,
+    LabelledDataConfig,
+    Positive,
+    RunConfig,
+    Seed,
+    Share,
+    require,
+)
 
 FROZEN_BACKBONE: tuple[Method, ...] = ("align", "lp")
 """Methods of train_align.py: only what lies behind the backbone is trained."""
@@ -23,9 +33,9 @@ class FoldConfig:
 
     test_domain: str = ""
     """Name of the held-out domain."""
-    trial_seed: int = 0
+    trial_seed: Seed = 0
     """Seed of DomainBed's 80/20 split; the published tables average over 0, 1 and 2."""
-    seen_classes: int = 0
+    seen_classes: Count = 0
     """Open-set preset: train on the first so many classes, test on all in the held-out domain; 0: all are seen."""
 
 
@@ -39,7 +49,7 @@ class StudentConfig:
     """Start from the backbone's published weights; false: at random."""
     weights: str = ""
     """A local file in the place of the published weights."""
-    image_size: int = 0
+    image_size: Count = 0
     """Input size; 0: that of the weights. A CLIP has its own only."""
     freeze_bn: bool = True
     """BatchNorm statistics never move (released code); its affine parameters train."""
@@ -63,11 +73,11 @@ class TeacherConfig:
 class LossConfig:
     """Weights of the losses."""
 
-    image_weight: float = 0.5
+    image_weight: Share = 0.5
     """lambda: weight of the image term, 1 - lambda of the text term (align, distill, one_stage, vl2v_sd)."""
-    kd_weight: float = 0.5
+    kd_weight: Amount = 0.5
     """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos), as released."""
-    temperature: float = 0.1
+    temperature: AboveZero = 0.1
     """Divides the logits of kd_kl and kd_cos (released code; CLIP's logits are already times 100)."""
     legacy_kl: bool = False
     """Replay the released kd_kl, which gives probabilities where logarithms belong; for comparison only."""
@@ -83,11 +93,11 @@ class SwadConfig:
     """`reference` repeats the released code, `clean` takes every step of the chosen window once."""
     segment_reset: Reset = "every_eval"
     """`every_eval` (SWAD), or `vl2v_default`: most released scripts let segments overlap."""
-    n_converge: int = 3
+    n_converge: Positive = 3
     """Evaluations that a minimum must outlast."""
-    n_tolerance: int = 6
+    n_tolerance: Positive = 6
     """Evaluations in a row above the threshold that end the valley."""
-    tolerance_ratio: float = 0.3
+    tolerance_ratio: Amount = 0.3
     """Threshold above the mean loss at convergence, as a share of it."""
 
 
@@ -113,7 +123,7 @@ class Vl2vConfig(RunConfig):
     """Export of the earlier stage; empty: the one of the same fold, student and teacher below `runs`."""
     runs: str = "runs"
     """Folder that is searched for the earlier stage."""
-    select_from_step: int = 100
+    select_from_step: Count = 100
     """Evaluations before this step are no candidates for the best weights."""
     watch_target: bool = False
     """Also evaluate the held-out domain during training; nothing is chosen by it."""
@@ -186,8 +196,6 @@ def _check_teacher(cfg: Vl2vConfig) -> None:
 
 def _check_method(cfg: Vl2vConfig) -> None:
     loss, default = cfg.loss, LossConfig()
-    require(0 <= loss.image_weight <= 1, "loss.image_weight", f"is {loss.image_weight}; it must be in [0, 1]")
-    require(loss.temperature > 0, "loss.temperature", f"is {loss.temperature}; it must be above 0")
     fixed = cfg.method not in ("align", "distill", "one_stage", "vl2v_sd")
     require(
         not fixed or loss.image_weight == default.image_weight,

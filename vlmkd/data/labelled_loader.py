@@ -445,8 +445,6 @@ def build_labelled_loader(
 
 def labelled_views(cfg: LabelledDataConfig) -> ViewConfig:
     """The distribution of training views that `cfg` asks for."""
-    for name, value in (("crop_scale", cfg.crop_scale), ("crop_ratio", cfg.crop_ratio)):
-        require(len(value) == 2, f"data.{name}", f"is {list(value)}; give [low, high]")
     scale, ratio = (cfg.crop_scale[0], cfg.crop_scale[1]), (cfg.crop_ratio[0], cfg.crop_ratio[1])
     return ViewConfig(scale, ratio, cfg.flip, cfg.color_jitter, cfg.hue, cfg.grayscale)
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmkd.config import DataConfig, require
+from vlmkd.config import DataConfig
 from vlmkd.data import shards as sharding
 from vlmkd.data.batch import check_batch
 from vlmkd.data.pipeline import Pipeline, Sample, TeacherView, Tokenizer
@@ -113,17 +113,9 @@ def _shard_lists(cfg: DataConfig, world_size: int) -> list[list[str]]:
         raise UserError(
             "config field data.sources is empty; add one, e.g. data.sources.0.shards=['emoji:train']"
         )
-    require(cfg.workers >= 0, "data.workers", f"is {cfg.workers}; 0 loads in the training process")
-    require(
-        0 <= cfg.max_bad_share <= 1, "data.max_bad_share", f"is {cfg.max_bad_share}; it is a share of 0 to 1"
-    )
     lists = []
     for number, source in enumerate(cfg.sources):
         where = f"config field data.sources.{number}.shards"
-        if source.weight <= 0:
-            raise UserError(
-                f"config field data.sources.{number}.weight is {source.weight}; it must be above 0"
-            )
         urls = sharding.expand(list(source.shards), where)
         sharding.check_count(len(urls), world_size, cfg.workers, where)
         lists.append(urls)

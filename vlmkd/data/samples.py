@@ -12,7 +12,6 @@ from vlmkd.config import DataConfig
 from vlmkd.data.decode import BadImageError, decode, image_size
 from vlmkd.data.shards import RawSample
 from vlmkd.data.transforms import View, ViewConfig, reduction_for, render
-from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 
 REASONS = (
@@ -46,9 +45,6 @@ class Encoded:
 
 def view_config(cfg: DataConfig) -> ViewConfig:
     """The distribution of training views that `cfg` asks for."""
-    for name, value in (("crop_scale", cfg.crop_scale), ("crop_ratio", cfg.crop_ratio)):
-        if len(value) != 2:
-            raise UserError(f"config field data.{name} is {list(value)}; give [low, high]")
     scale, ratio = (cfg.crop_scale[0], cfg.crop_scale[1]), (cfg.crop_ratio[0], cfg.crop_ratio[1])
     return ViewConfig(scale, ratio, cfg.flip, cfg.color_jitter)
 
