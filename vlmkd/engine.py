@@ -29,13 +29,18 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
         UserError: the three do not fit; names the nearest batch sizes that do.
     """
     micro = cfg.micro_batch_size or cfg.batch_size // world_size
-    unit = max(1, micro) * world_size
-    if micro < 1 or cfg.batch_size % unit:
+    unit = max(1, cfg.micro_batch_size) * world_size
+    if cfg.batch_size % unit:
         lower = cfg.batch_size // unit * unit
         near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        of = (
+            f"micro_batch_size x ranks = {cfg.micro_batch_size} x "
+            if cfg.micro_batch_size
+            else "the ranks = "
+        )
         raise UserError(
-            f"config field batch_size is {cfg.batch_size}, which is no multiple of micro_batch_size x ranks = "
-            f"{max(1, micro)} x {world_size} = {unit}; nearest valid: batch_size={near}"
+            f"config field batch_size is {cfg.batch_size}, which is no multiple of {of}{world_size}"
+            f"{f' = {unit}' if cfg.micro_batch_size else ''}; nearest valid: batch_size={near}"
         )
     return micro, cfg.batch_size // unit
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmkd import config, run
+from vlmkd import config, engine, run
 from vlmkd.config import StreamRunConfig
 from vlmkd.errors import UserError
 
@@ -72,7 +72,22 @@ def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> No
         ),
         (["optim.schedule=warmup_times_cosine"], ["optim.warmup_steps is 2000", "999"]),
         (["evaluation.phase=1"], ["evaluation.phase", "every_steps = 0"]),
-        (["checkpoint.keep=1"], ["checkpoint.keep"]),
+        (["checkpoint.keep=1"], ["checkpoint.keep is 1", "at least 2"]),
+        (["optim.lr=nan"], ["optim.lr is nan", "at least 0", "Peak learning rate"]),
+        (["optim.lr=.inf"], ["optim.lr is inf", "at most"]),
+        (["optim.betas=[0.9]"], ["optim.betas is [0.9]", "2 numbers"]),
+        (["optim.betas=[2,2]"], ["optim.betas", "[0, 1)"]),
+        (["log.every_steps=0"], ["log.every_steps is 0", "at least 1"]),
+        (["seed=1180591620717411303424"], ["seed is", "at most 9223372036854775807"]),
+        (["data.workers=-1"], ["data.workers is -1", "[0, 1024]"]),
+        (["data.max_bad_share=2"], ["data.max_bad_share is 2.0", "[0, 1]"]),
+        (["data.crop_scale=[0.5]"], ["data.crop_scale is [0.5]", "2 numbers"]),
+        (["data.crop_scale=[1, 0.5]"], ["data.crop_scale", "first number must not be above"]),
+        (["data.sources=[{shards: [a], weight: 0}]"], ["data.sources.0.weight is 0.0", "above 0"]),
+        (["run_dir=${x}"], ["run_dir holds ${", "write the value itself"]),
+        (["data.text_key=???"], ["data.text_key is ???"]),
+        (["data.text_key=\0"], ["not valid YAML"]),
+        (["data.text_key=&a [*a]"], ["alias *a: write it out"]),
         (["run_dir="], ["run_dir"]),
     ],
 )
@@ -119,3 +134,17 @@ def test_has_field() -> None:
     known = ["steps", "optim.lr", "data.sources.1.weight", "deepspeed.extra.prescale"]
     assert all(config.has_field(StreamRunConfig, path) for path in known)
     assert not any(config.has_field(StreamRunConfig, path) for path in ["step", "optim.lrr", "data.x.y"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "told"),
+    [
+        (31, 0, 2, "no multiple of the ranks = 2; nearest valid: batch_size=30 or 32"),
+        (1, 0, 2, "no multiple of the ranks = 2; nearest valid: batch_size=2"),
+        (33, 4, 2, "micro_batch_size x ranks = 4 x 2 = 8; nearest valid: batch_size=32 or 40"),
+    ],
+)
+def test_batches_that_the_ranks_cannot_share(batch: int, micro: int, ranks: int, told: str) -> None:
+    cfg = config.load(StreamRunConfig, [*BASE, f"batch_size={batch}", f"micro_batch_size={micro}"])
+    with pytest.raises(UserError, match=told):
+        engine.batch_triple(cfg, ranks)

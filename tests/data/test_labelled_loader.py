@@ -295,7 +295,5 @@ def test_a_config_builds_the_loader(make_items, spec):
         1,
     )[0]
     assert torch.equal(batch["images"], expected["images"])
-    with pytest.raises(UserError, match="data.crop_scale is .0.5."):
-        labelled_views(LabelledDataConfig(crop_scale=[0.5]))
     with pytest.raises(UserError, match="data.teacher_view =clean needs data.teacher_outputs"):
         LabelledDataConfig(teacher_view="clean")

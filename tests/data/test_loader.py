@@ -265,20 +265,11 @@ def test_http_and_pipe_sources_give_the_local_batches(make_shards, spec, tokeniz
         ({"sources": []}, "data.sources is empty"),
         ({"sources": [SourceConfig()]}, "data.sources.0.shards is empty"),
         ({"workers": 4}, "has 3 shards, but 1 ranks x 4 workers need 4; set data.workers=3"),
-        ({"workers": -1}, "data.workers is -1"),
-        ({"max_bad_share": 2.0}, "data.max_bad_share is 2.0"),
-        ({"crop_scale": [0.5]}, "data.crop_scale"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(fields, message, make_shards, spec, tokenizer):
     with pytest.raises(UserError, match=message):
         build(make_shards([2] * 3), spec, tokenizer, **fields)
-
-
-def test_weights_must_be_positive(make_shards, spec, tokenizer):
-    sources = [SourceConfig(shards=make_shards([2]), weight=0.0)]
-    with pytest.raises(UserError, match="data.sources.0.weight is 0.0; it must be above 0"):
-        build(None, spec, tokenizer, sources=sources)
 
 
 def test_a_worker_that_is_killed_ends_the_run(make_shards, spec, tokenizer):
