@@ -17,7 +17,6 @@ from vlmkd.data.pipeline import Pipeline, Sample
 from vlmkd.data.samples import REASONS, BadSample, unpack, view_config
 from vlmkd.data.shards import RawSample
 from vlmkd.data.transforms import ViewConfig, normalise, render
-from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 
 CFG = DataConfig(max_pixels=40 * 30)
