@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,9 +199,10 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As SafeLoader's, without keys that come twice."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.MarkedYAMLError(None, None, f"{name!r} comes twice", node.start_mark)
+        if len(set(names)) < len(names):
+            twice = Counter(names).most_common(1)[0][0]
+            mark: Any = node.start_mark
+            raise yaml.MarkedYAMLError(None, None, f"{twice!r} comes twice", mark)
         return super().construct_mapping(node, deep)
 
 
