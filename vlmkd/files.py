@@ -186,7 +186,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """As SafeLoader's, without aliases and to a depth."""
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
         if self._depth == _DEPTH:
