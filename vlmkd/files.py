@@ -186,11 +186,12 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """As SafeLoader's, without aliases and to a depth."""
-        event: Any = self.peek_event()
+        event = self.peek_event()
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, f"alias *{event.anchor}: write it out", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"alias *{event.anchor}: write it out", mark)
         if self._depth == _DEPTH:
-            raise yaml.MarkedYAMLError(None, None, "nested too deeply", event.start_mark)
+            raise yaml.MarkedYAMLError(None, None, "nested too deeply", mark)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
