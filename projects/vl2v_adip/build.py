@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from projects.vl2v_adip.config import CONTINUES, FROZEN_BACKBONE, LINEAR_HEAD, WITHOUT_TEACHER, Vl2vConfig
 from projects.vl2v_adip.evaluation import DomainAccuracy
@@ -82,12 +82,12 @@ def job(cfg: Vl2vConfig) -> Job:
         vectors=vectors,
         load_judged=(lambda: load_model(cfg)) if judged else None,
     )
-    target = _target(cfg, fold)
+    target = target_of(cfg, fold)
     watched = target[:1] if cfg.watch_target else []
     return Job(
         task,
         _loader(cfg, fold, backbone, teacher),
-        [*_validation(fold), *watched],
+        [*validation_of(fold), *watched],
         target[len(watched) :],
     )
 
@@ -187,18 +187,26 @@ def load_stage(student: Student, folder: Path) -> None:
     Raises:
         UserError: an export of another student, or with class vectors that are not the same up to rounding.
     """
-    weights = read_safetensors(folder / WEIGHTS)
+    fill(student, read_safetensors(folder / WEIGHTS), f"config field init_from: {folder}")
+
+
+def fill(student: Student, weights: dict[str, Tensor], origin: str) -> None:
+    """Load `weights`, of `origin` in errors, into the student; class vectors stay the student's own.
+
+    Raises:
+        UserError: weights of another student, or class vectors that are not the same up to rounding.
+    """
     problems = differences(student.state_dict(), weights)
     if problems:
-        raise UserError(f"config field init_from: {folder} is of another student: {problems}")
+        raise UserError(f"{origin} is of another student: {problems}")
     vectors = student.state_dict().get(VECTORS)
     if vectors is not None:
         if F.cosine_similarity(weights[VECTORS], vectors).min() < _SAME_VECTORS:
             raise UserError(
-                f"config field init_from: {folder} has other class vectors than this run, though teacher and prompts are "
-                "the same; give both stages the same teacher.class_vectors"
+                f"{origin} has other class vectors than this run's teacher and prompts give; take the teacher, prompts "
+                "and teacher.class_vectors that it was made with"
             )
-        weights[VECTORS] = vectors  # the loss has these
+        weights = weights | {VECTORS: vectors}  # the loss has these
     student.load_state_dict(weights)
 
 
@@ -233,12 +241,12 @@ def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | 
     )
 
 
-def _validation(fold: Fold) -> list[Evaluator]:
+def validation_of(fold: Fold) -> list[Evaluator]:
     """The 20 % of every source domain."""
     return [DomainAccuracy(f"{fold.name(domain)}_out", fold.splits[domain].out) for domain in fold.sources]
 
 
-def _target(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
+def target_of(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
     """The held-out domain: its 80 %, which are reported, its 20 %, and seen against unseen classes."""
     name, split = fold.name(fold.test_domain), fold.splits[fold.test_domain]
     names, seen = fold.dataset.class_names, cfg.fold.seen_classes

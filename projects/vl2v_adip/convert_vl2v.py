@@ -1,7 +1,11 @@
-"""A checkpoint of the released VL2V-ADiP code -> an exported classifier.
+"""A checkpoint of the released VL2V-ADiP code -> a run folder with its export and its results.
 
-    python -m projects.vl2v_adip.convert_vl2v TE0_best.pth OUT --student torchvision:resnet50 \
-        --set office_home --root data
+    python -m projects.vl2v_adip.convert_vl2v TE0_best.pth RUN_FOLDER CONFIG.yaml [...] [field=value ...]
+
+CONFIG and fields are those of the run that could have made the file (scripts/run.sh stacks base, datasets, students and
+stages). Held-out domain, trial seed and stage are the file's where it tells them. Distill starts from the folder
+(`init_from=RUN_FOLDER/export`, or found below `runs`), and the table has it; the released code feeds everything
+ImageNet's statistics, so that Distill needs `legacy_norm=true` too.
 
 Reads nothing but plain data, tensors and the path and argument objects that such a file carries. The released files are
 `{args, model_hparams, test_envs, model_dict}` with the backbone under `featurizer.network.`, the projector under
@@ -11,26 +15,46 @@ Reads nothing but plain data, tensors and the path and argument objects that suc
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import pathlib
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkd.classifier_export import export_classifier
-from vlmkd.data.labelled_sets import load_set
-from vlmkd.errors import UserError
-from vlmkd.models.backbones import Backbone, load_backbone, load_backbone_weights, with_spec
-from vlmkd.models.classifier import ClassifierConfig
-from vlmkd.models.heads import Projector, TextClassifier
+from projects.vl2v_adip.build import (
+    VECTORS,
+    build_student,
+    fill,
+    load_teacher,
+    student_backbone,
+    target_of,
+    validation_of,
+)
+from projects.vl2v_adip.config import LINEAR_HEAD, Vl2vConfig
+from projects.vl2v_adip.folds import FACTS, choose, facts_of
+from projects.vl2v_adip.task import BEST
+from vlmkd import distributed
+from vlmkd.classifier_export import export_classifier, load_classifier
+from vlmkd.config import load, require
+from vlmkd.data.labelled_sets import configured_set
+from vlmkd.errors import UserError, run_tool
+from vlmkd.evaluation.base import Context, Evaluator
+from vlmkd.models.backbones import Backbone, load_backbone_weights
 from vlmkd.tensor_files import read_torch
+from vlmkd.trainer import results_json
 
 BACKBONE, PROJECTOR, CLASSIFIERS = "featurizer.network.", "proj_lyr.", ("clip_cls.", "classifier.")
+_METHODS = {"DFC_STAGE1": "align", "DFC_STAGE2": "distill", "DFC_CLIP_INIT": "vl2v_sd"}
+"""The released code's class of each stage."""
+_OF_THE_FILE = "of the file"
+"""Stands for the held-out domain until the data set has told its name."""
 
 
 class _Number(float):
@@ -51,31 +75,50 @@ _PLAIN = [
 """What a released file holds beside tensors and plain data; the packages of these classes are not imported."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """`model_dict` of a released checkpoint.
+@dataclass(frozen=True)
+class Released:
+    """What is taken from a released file."""
+
+    weights: dict[str, Tensor]
+    """`model_dict`, without DataParallel's prefix."""
+    test_env: int
+    """Index of the held-out domain."""
+    facts: dict[str, Any]
+    """Its `args` by name."""
+
+
+def read_checkpoint(path: Path) -> Released:
+    """A released checkpoint.
 
     Raises:
         UserError: no such file, damaged, other content, or a pickle that names anything but what the code put there.
     """
     content = read_torch(path, what="checkpoint", plain=_PLAIN)
     state = content.get("model_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not any(str(name).startswith(BACKBONE) for name in state):
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"checkpoint {path} has no model_dict of tensors; it is not of the released code")
+    weights = {str(name): value for name, value in state.items()}
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if not any(name.startswith(BACKBONE) for name in weights):
         raise UserError(
             f"checkpoint {path} has no model_dict with {BACKBONE}*; it is not of the released code"
         )
-    return dict(state)
+    held_out = content.get("test_envs")
+    if not isinstance(held_out, list) or len(held_out) != 1 or not isinstance(held_out[0], int):
+        raise UserError(f"checkpoint {path} has test_envs {held_out!r}; it needs the one held-out domain")
+    args = content.get("args", {})
+    return Released(weights, held_out[0], dict(args if isinstance(args, Mapping) else vars(args)))
 
 
-def convert(
-    state: Mapping[str, Tensor], backbone: Backbone, class_names: list[str], templates: list[str]
-) -> tuple[ClassifierConfig, dict[str, Tensor]]:
-    """Config and weights of the classifier; `backbone` is filled with the checkpoint's.
+def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
+    """A released `model_dict` in the names of our student; `backbone` is filled with the checkpoint's.
 
     Raises:
-        UserError: another backbone or number of classes, two different text classifiers, or unknown tensors.
+        UserError: another backbone, two different text classifiers or one that is no scaled unit classifier, or unknown
+            tensors.
     """
-    parts = (BACKBONE, PROJECTOR, *CLASSIFIERS)
-    unknown = [name for name in state if not name.startswith(parts)]
+    unknown = [name for name in state if not name.startswith((BACKBONE, PROJECTOR, *CLASSIFIERS))]
     if unknown:
         raise UserError(f"checkpoint has unknown tensors: {', '.join(unknown[:3])}")
     heads = [state[f"{prefix}weight"].float() for prefix in CLASSIFIERS if f"{prefix}weight" in state]
@@ -84,60 +127,105 @@ def convert(
     biases = [state[f"{prefix}bias"] for prefix in CLASSIFIERS if f"{prefix}bias" in state]
     if any(bool(bias.any()) for bias in biases):
         raise UserError("checkpoint's text classifier has a bias, which the method does not train")
-    if len(heads[0]) != len(class_names):
-        raise UserError(f"checkpoint has {len(heads[0])} classes, the data set {len(class_names)}")
+    lengths = heads[0].norm(dim=-1)
+    if heads[0].ndim != 2 or not math.isclose(float(lengths.min()), float(lengths.max()), rel_tol=1e-2):
+        raise UserError(
+            "rows of the checkpoint's text classifier differ in length; it is not a scaled unit classifier"
+        )
     load_backbone_weights(
         backbone,
         {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)},
         f"checkpoint ({backbone.source})",
     )
-    scale = float(heads[0].norm(dim=1).mean())
-    head = TextClassifier(F.normalize(heads[0], dim=1), scale)
-    projector = None
-    if f"{PROJECTOR}weight" in state:
-        width, features = state[f"{PROJECTOR}weight"].shape
-        projector = Projector(features, width)
-        projector.load_state_dict(
-            {f"layers.0.{leaf}": state[f"{PROJECTOR}{leaf}"] for leaf in ("weight", "bias")}
-        )
-    if not math.isclose(scale, float(heads[0].norm(dim=1).max()), rel_tol=1e-3):
-        raise UserError(
-            "rows of the checkpoint's text classifier differ in length; it is not a scaled unit classifier"
-        )
     weights = {f"backbone.{name}": value for name, value in backbone.module.state_dict().items()}
-    weights |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    if projector is not None:
-        weights |= {f"projector.{name}": value for name, value in projector.state_dict().items()}
-    config = ClassifierConfig.of(backbone, head, projector, class_names=class_names, templates=templates)
-    return config, weights
+    weights |= {
+        f"projector.layers.0.{name.removeprefix(PROJECTOR)}": value.float()
+        for name, value in state.items()
+        if name.startswith(PROJECTOR)
+    }
+    return weights | {VECTORS: F.normalize(heads[0], dim=1)}
+
+
+def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
+    """Write `run_dir`/export, then evaluate it and write the results where the table looks for them.
+
+    `arguments` are those of the run. Raises UserError when the file does not fit them.
+    """
+    released = read_checkpoint(path)
+    told = [f"fold.trial_seed={released.facts['trial_seed']}"] if "trial_seed" in released.facts else []
+    method = _METHODS.get(str(released.facts.get("algorithm")))
+    told += [f"method={method}"] if method else []
+    cfg = load(
+        Vl2vConfig,
+        [
+            f"run_dir={run_dir}",
+            f"fold.test_domain={_OF_THE_FILE}",
+            *arguments,
+            *told,
+            "legacy_norm=true",
+            "student.pretrained=false",
+        ],
+    )
+    require(cfg.method not in LINEAR_HEAD, "method", f"is {cfg.method}, whose released files are not read")
+    dataset = configured_set(cfg.data)
+    if not 0 <= released.test_env < len(dataset.domains):
+        raise UserError(
+            f"checkpoint {path} holds out domain {released.test_env}; {dataset.name} has {len(dataset.domains)}"
+        )
+    domain = dataset.domains[released.test_env]
+    require(
+        cfg.fold.test_domain in (_OF_THE_FILE, domain),
+        "fold.test_domain",
+        f"is {cfg.fold.test_domain!r}; {path} holds out {domain}",
+    )
+    cfg = replace(cfg, fold=replace(cfg.fold, test_domain=domain))
+    fold = choose(dataset, cfg.fold)
+    teacher = load_teacher(cfg, dataset)
+    backbone = student_backbone(cfg)
+    student, exported = build_student(cfg, backbone, teacher, dataset)
+    fill(student, student_weights(released.weights, backbone), f"checkpoint {path}")
+    facts = facts_of(cfg, teacher.vectors.teacher_digest, teacher.vectors.templates)
+    export = run_dir / "export"
+    export_classifier(
+        export,
+        exported,
+        student.state_dict(),
+        provenance={"converted_from": path.name, "vl2v_adip": facts},
+    )
+    _write(export / FACTS, json.dumps(facts, indent=1))
+    print(
+        f"wrote {export}: {cfg.method}, held-out domain {domain}, trial seed {cfg.fold.trial_seed}",
+        flush=True,
+    )
+    device = distributed.device()
+    predictor = load_classifier(export)
+    predictor.module.to(device)
+    context = Context(device=device, batch_size=cfg.evaluation.batch_size)
+    evaluators: list[Evaluator] = [*validation_of(fold), *target_of(cfg, fold)]
+    results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
+    (run_dir / "eval").mkdir(exist_ok=True)
+    _write(run_dir / "eval" / "results.json", results_json({BEST: results}))
+    _write(run_dir / "done.json", json.dumps({"step": 0, "export": "export"}))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def main(argv: list[str]) -> int:
     """Parse arguments and convert; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Released VL2V-ADiP checkpoint -> exported classifier.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--student", required=True, help="backbone, e.g. torchvision:resnet50")
-    parser.add_argument("--set", required=True, help="domain set, for its class names")
-    parser.add_argument("--root", default="", help="folder of the data sets")
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("config", nargs="+", help="CONFIG.yaml or field=value")
     args = parser.parse_args(argv)
-    try:
-        dataset = load_set(args.set, args.root)
-        # The released code feeds every student ImageNet's statistics and squashes test images.
-        backbone = with_spec(
-            load_backbone(args.student, pretrained=False), resize_mode="squash", interpolation="bilinear",
-            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-        )  # fmt: skip
-        config, weights = convert(
-            read_checkpoint(args.checkpoint), backbone, dataset.class_names, dataset.templates
-        )
-        export_classifier(args.out, config, weights, provenance={"converted_from": args.checkpoint.name})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
+    convert(args.checkpoint, args.run_folder, args.config)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)
