@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -35,12 +36,13 @@ import torch
 from projects.dho.config import DhoConfig
 from projects.promptkd.config import StudentConfig, TeacherConfig
 from projects.vl2v_adip.config import AlignConfig, DistillConfig
-from vlmkd import config
+from vlmkd import config, memory
 from vlmkd.classifier_export import ONNX, TIMM_WEIGHTS, WEIGHTS, missing_for_onnx, to_onnx
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_sets import DOMAINS, FOLDER, load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.command import model_name
+from vlmkd.models.backbones import load_backbone
 from vlmkd.report import build_report, format_score, main_set, read_run, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +55,10 @@ FEWEST_STEPS = {"dho": 500, "vl2v_adip": 1000}
 """Without --epochs a small folder is passed over more often, up to so many steps. PromptKD has its published 20 epochs."""
 PER_DOMAIN = 32
 """Images of every source domain in a batch (the paper's number)."""
+KEPT = 1.1
+"""Memory of an image in training, as a multiple of what its forward pass keeps (measured)."""
+FEWEST_IMAGES = 4
+"""Images of a stream that BatchNorm still sees at a time, however little memory there is."""
 EVALUATIONS = 25
 """Looks at the validation images during a run that chooses its weights by them."""
 FROM_OPTIONS = {
@@ -114,6 +120,8 @@ def main(argv: list[str]) -> int:
         stage.config()
     parts = ", ".join(f"{len(items)} {split}" for split, items in dataset.splits.items())
     print(f"{args.images}: {len(dataset.class_names)} classes, {parts} images; {args.out}", flush=True)
+    for stage in stages:
+        _fit_memory(stage, len(dataset.domains) - 1)
     dry_run = bool(os.environ.get("DRY_RUN"))
     if not dry_run:
         _check_same_images(args, dataset)
@@ -336,7 +344,8 @@ def _learned_prompt(prompt: str) -> dict[str, Any]:
 
 def _dho(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
     model, pretrained = model_name(args.teacher)
-    fields: dict[str, Any] = {"teacher.model": model, "teacher.pretrained": pretrained}
+    alone = "loss.method=ce" in args.fields
+    fields: dict[str, Any] = {} if alone else {"teacher.model": model, "teacher.pretrained": pretrained}
     if args.student:
         fields["student.backbone"] = args.student
     if args.shots:
@@ -382,6 +391,8 @@ def _set_length(args: argparse.Namespace, dataset: LabelledSet, stage: Stage) ->
     if stage.config_class is DhoConfig:
         images = sum(len(dataset.splits.get(split, [])) for split in ("train", "unlabelled"))
         batch = cfg.batch_size - cfg.labelled_images
+        if not batch:  # the labels alone
+            images, batch = len(dataset.splits["train"]), cfg.batch_size
     else:
         held_out = dataset.domains.index(cfg.fold.test_domain)
         images = sum(item.domain != held_out for items in dataset.splits.values() for item in items)
@@ -398,6 +409,76 @@ def _of_steps(stage: Stage, steps: int) -> dict[str, int]:
     else:
         fields["select_from_step"] = min(100, steps // 5)
     return fields
+
+
+def _fit_memory(stage: Stage, domains: int) -> None:
+    """Give a run micro-batches that this machine has memory for, and say which; one that has begun keeps its own.
+
+    Half of what is free is for what the student's images keep for the backward pass. PromptKD's eight images a batch, and a
+    student of which only the head is trained, are left alone.
+    """
+    cfg = stage.config()
+    if any(argument.startswith("micro_batch_size=") for argument in stage.overrides):
+        return
+    begun = Path(cfg.run_dir) / "config.yaml"
+    if begun.is_file():
+        text = begun.read_text(encoding="utf-8", errors="replace")
+        own = re.search(r"^micro_batch_size: (\d+)$", text, re.M)
+        micro = int(own[1]) if own else 0
+    else:
+        micro = _micro_batch_of(stage.name, cfg, domains)
+    if micro:
+        evaluated = min(cfg.evaluation.batch_size, micro)
+        stage.fields |= {"micro_batch_size": micro, "evaluation.batch_size": evaluated}
+
+
+def _micro_batch_of(name: str, cfg: Any, domains: int) -> int:
+    """Images at a time for a run that begins here, 0 for the whole batch."""
+    if isinstance(cfg, DhoConfig):
+        shares = [cfg.labelled_images, cfg.batch_size - cfg.labelled_images]
+    elif isinstance(cfg, DistillConfig):
+        shares = [cfg.batch_size // domains]
+    else:
+        return 0
+    if os.environ.get("HOSTFILE") or os.environ.get("SLURM_STEP_ID"):
+        return 0  # other machines, of which nothing is known here
+    counts = [os.environ.get(variable, "") for variable in ("NPROC", "NNODES")]
+    here, machines = (max(1, int(count)) if count.isdecimal() else 1 for count in counts)
+    backbone = load_backbone(cfg.student.backbone, False, image_size=cfg.student.image_size or None)
+    images = torch.zeros(2, 3, *backbone.image_spec.size)
+    image = math.ceil(KEPT * memory.kept_for_backward(backbone.module.train(), images) / len(images))
+    free = _free_memory() // (1 if torch.cuda.is_available() else here)
+    micro = micro_batch(cfg.batch_size, shares, here * machines, image, free // 2)
+    print(
+        f"{name}: {micro} images at a time of a batch of {cfg.batch_size}; each takes about {image / 1e6:.0f} MB, and "
+        f"{free / 1e9:.1f} GB are free (micro_batch_size=... for another choice)",
+        flush=True,
+    )
+    return micro if micro * here * machines < cfg.batch_size else 0
+
+
+def micro_batch(batch: int, shares: list[int], ranks: int, image: int, room: int) -> int:
+    """The most images at a time that fit into `room` bytes, as many parts of each stream's share as of the batch.
+
+    Args:
+        batch: images of an optimiser step over all ranks.
+        shares: images of a step that each stream of the loader gives.
+        ranks: processes.
+        image: bytes of one image.
+        room: bytes of one process.
+    """
+    share = math.gcd(*shares) // ranks
+    parts = [part for part in range(1, share + 1) if share % part == 0 and share // part >= FEWEST_IMAGES]
+    fitting = [part for part in parts if batch // (ranks * part) * image <= room]
+    return batch // (ranks * (fitting or parts[-1:] or [1])[0])
+
+
+def _free_memory() -> int:
+    """Bytes; asked in another process where it is a GPU's, of which this one would hold a part for ever."""
+    if not torch.cuda.is_available():
+        return memory.available()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(memory.available)
 
 
 def _give_overrides(stages: list[Stage], arguments: list[str]) -> None:

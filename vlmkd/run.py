@@ -29,10 +29,11 @@ from vlmkd import config, distributed, engine, trainer
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import RunConfig
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import OfItems
+from vlmkd.evaluation.base import Context, OfItems
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.logging import Metrics, start_console
 from vlmkd.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
+from vlmkd.teacher_check import look_at_teachers
 from vlmkd.trainer import Job, Stopped
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,10 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
     start = trainer.resume(job, around, state_dir)
     metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)
     _, accumulation = engine.batch_triple(cfg, distributed.world_size())
+    if not start and cfg.evaluation.teacher:
+        context = Context(around.device, cfg.evaluation.batch_size, progress=False)
+        with around.whole_weights():
+            look_at_teachers(job.task, job.evaluators, job.loader, context)
     try:
         step = trainer.fit(cfg, job, around, metrics, state_dir, start=start, accumulation=accumulation)
         _finish(cfg, job, around, metrics, run_dir, step)

@@ -41,6 +41,8 @@ class Task:
     """Holds every trainable parameter; called once per step."""
     teachers: list[nn.Module]
     """Frozen, in eval mode, outside the student, never checkpointed; empty when cached or none."""
+    without_teacher: str = ""
+    """The override that trains on the labels alone, where the method has one: advice for users of a bad teacher."""
     watch: Stopwatch
     """Times the parts of a step: `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
 
@@ -86,6 +88,10 @@ class Task:
     def teacher_predictors(self) -> dict[str, Any]:
         """Predictors of the loaded teachers by name, evaluated once beside the student."""
         return {}
+
+    def teacher_logits(self, embeds: Tensor) -> Tensor | None:
+        """Class logits [N, C] of the teacher's image embeddings [N, D]; None where it has no classes."""
+        return None
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the exported student (`student`) and of the loaded teachers, under their predictors' names."""

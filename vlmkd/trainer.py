@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import resource
 import signal
 import time
 from collections import defaultdict, deque
@@ -18,10 +17,10 @@ from typing import Any
 
 import torch
 
-from vlmkd import checkpoint, distributed
+from vlmkd import checkpoint, distributed, memory
 from vlmkd.config import RunConfig
 from vlmkd.data.loader import Loader
-from vlmkd.engine import Engine
+from vlmkd.engine import Engine, batch_triple
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
 from vlmkd.logging import Metrics, duration
@@ -32,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _FEWEST_LINES = 10
 """Log lines of the shortest run."""
+_NEAR = 0.8
+"""Share of the memory that a process can have above which it is told so."""
 _RECENT_LINES = 5
 """Log lines whose rate gives the time left."""
 
@@ -93,6 +94,8 @@ def fit(
             job.task.after_update(step)
             window.add(outputs, len(keys), lr)
             done = step + 1
+            if step == start:
+                _warn_of_memory(cfg)
             if done % _log_every(cfg) == 0 or done == cfg.steps:
                 window.write(metrics, done)
             if _evaluation_due(cfg, done):
@@ -230,7 +233,11 @@ class _Window:
         values |= {"data_wait_s": self._wait / self._count, "step_s": elapsed / self._count}
         values = distributed.mean(values)
         values["samples_per_s"] = self._samples * distributed.world_size() / elapsed
-        values |= {"lr": self._lr, "grad_norm": self._engine.grad_norm(), "peak_memory_mb": peak_memory_mb()}
+        values |= {
+            "lr": self._lr,
+            "grad_norm": self._engine.grad_norm(),
+            "peak_memory_mb": memory.peak() / 1e6,
+        }
         skipped = _sum_ranks(self._job.loader.skipped)
         values |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
         metrics.write("train", done, {**values})
@@ -261,11 +268,16 @@ class _Window:
         return (self._cfg.steps - done) * seconds / steps + evaluations * self._evaluation_s
 
 
-def peak_memory_mb() -> float:
-    """Peak memory of this process: of the GPU where there is one, else resident memory, in MB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def _warn_of_memory(cfg: RunConfig) -> None:
+    """Say so when the first step came near the memory there is: evaluations, and everybody else, want some too."""
+    taken, there = memory.peak(), memory.held() + memory.available()
+    if taken > _NEAR * there:
+        micro, _ = batch_triple(cfg, distributed.world_size())
+        log.warning(
+            "the first step took %.1f of the %.1f GB that this process can have; with micro_batch_size=%d (now %d) in "
+            "another run_dir it takes less, and a step still sees batch_size images",
+            taken / 1e9, there / 1e9, max(1, micro // 2), micro,
+        )  # fmt: skip
 
 
 def _sum_ranks(counts: dict[str, int]) -> dict[str, int]:

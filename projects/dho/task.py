@@ -40,6 +40,8 @@ from vlmkd.timing import Stopwatch
 class DhoTask(Task):
     """DHO and its baselines; the difference is in the heads and in the weights of the terms."""
 
+    without_teacher = "loss.method=ce"
+
     def __init__(
         self,
         cfg: DhoConfig,
@@ -207,6 +209,10 @@ class DhoTask(Task):
                 self.teacher, self.teachers[0], self.class_names
             )
         }
+
+    def teacher_logits(self, embeds: Tensor) -> Tensor | None:
+        """By class vectors or Tip-Adapter."""
+        return None if self.teacher is None else self.teacher.logits(embeds)
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the exported student and of a loaded teacher."""

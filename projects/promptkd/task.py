@@ -316,6 +316,10 @@ class StudentTask(PromptTask):
             return {}
         return {self._teacher_name: _TeacherClassifier(self._teacher_name, self._teacher, self.vectors)}
 
+    def teacher_logits(self, embeds: Tensor) -> Tensor:
+        """By the class vectors."""
+        return self.vectors.logits(embeds)
+
     def parameter_counts(self) -> dict[str, int]:
         """Of the student and of the teacher's image tower."""
         counts = {"student": sum(parameter.numel() for parameter in self.core.parameters())}

@@ -193,6 +193,10 @@ class Vl2vTask(Task):
         predictor = ClipPredictor.of(self._judged)
         return {f"teacher {self._judged.source}": ZeroShotClassifier(predictor, self._vectors)}
 
+    def teacher_logits(self, embeds: Tensor) -> Tensor | None:
+        """By the class vectors."""
+        return None if self._vectors is None else self._vectors.logits(embeds)
+
     def parameter_counts(self) -> dict[str, int]:
         """Of the exported student (backbone, projector and head) and of an evaluated teacher."""
         counts = {"student": sum(parameter.numel() for parameter in self.core.parameters())}

@@ -191,6 +191,52 @@ def test_dho_counts_passes_over_all_training_images(pets: Path) -> None:
     assert (cfg.split.validation, cfg.mixing.mode, cfg.selection) == ("none", "fixed", "last")
 
 
+def test_a_micro_batch_fits_and_shares_out_every_stream() -> None:
+    """By hand, and no batch is another part of one stream than of the other."""
+    fit = SCRIPT["micro_batch"]
+    assert fit(128, [64, 64], 1, image=100, room=12_800) == 128
+    assert fit(128, [64, 64], 1, image=100, room=12_799) == 64
+    assert fit(128, [64, 64], 1, image=100, room=3_300) == 32
+    assert fit(128, [64, 64], 2, image=100, room=3_300) == 32  # a rank has 64
+    assert fit(60, [12, 48], 1, image=1, room=31) == 30
+    assert fit(60, [12, 48], 1, image=1, room=1) == 20  # four of the first stream, however little memory
+    assert fit(128, [128, 0], 1, image=1, room=20) == 16  # labels alone
+    assert fit(96, [32], 1, image=1, room=50) == 48
+    assert fit(10, [3, 7], 1, image=1, room=1) == 10  # cannot be divided
+
+
+def test_runs_on_own_images_get_a_micro_batch_that_fits_and_keep_it(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_memory = SCRIPT["_fit_memory"]
+    images: dict[str, int] = {}
+
+    def told(free: float, *more: str) -> tuple[int, str]:
+        monkeypatch.setattr(SCRIPT["memory"], "available", lambda: int(free))
+        (stage,) = planned("pets", "--method", "dho", "--student", "timm:test_resnet", *more)
+        fit_memory(stage, -1)
+        return stage.config().micro_batch_size, capsys.readouterr().out
+
+    micro, line = told(1e12)
+    assert micro == 0 and line.startswith("student: 128 images at a time of a batch of 128")
+    images["bytes"] = round(float(line.split("takes about ")[1].split(" MB")[0]) * 1e6)
+    micro, line = told(2 * 40 * images["bytes"])
+    assert micro == 32 and "student: 32 images at a time" in line
+    assert told(1, "micro_batch_size=64") == (64, "")
+    (pets.parent / "runs/pets_dho/student").mkdir(parents=True)
+    (pets.parent / "runs/pets_dho/student/config.yaml").write_text("steps: 3\nmicro_batch_size: 16\n")
+    assert told(1e12) == (16, "")  # a run goes on as it began
+    (pets.parent / "runs/pets_dho/student/config.yaml").write_bytes(b"\xff")
+    assert told(1e12) == (0, "")  # and says itself what is wrong with its folder
+
+
+def test_labels_alone_need_no_teacher(pets: Path) -> None:
+    (stage,) = planned("pets", "--method", "dho", "loss.method=ce", "--epochs", "8", "batch_size=4")
+    cfg = stage.config()
+    train = len(SCRIPT["load_set"]("folder:pets").splits["train"])
+    assert (cfg.teacher.model, cfg.labelled_images, cfg.steps) == ("", 4, -(-8 * train // 4))
+
+
 def test_vl2v_holds_out_the_last_domain_or_the_named_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,3 +170,19 @@ def test_a_run_logs_at_least_ten_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, lines: list[int]
 ) -> None:
     assert list(fit(config(tmp_path, steps=steps), monkeypatch, {}, tmp_path)[1].train) == lines
+
+
+@pytest.mark.parametrize(("taken", "warned"), [(7.9, False), (8.2, True)])
+def test_a_first_step_that_comes_near_the_memory_there_is_warns_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    taken: float,
+    warned: bool,
+) -> None:
+    for name, value in (("peak", taken), ("held", 7.0), ("available", 3.0)):
+        monkeypatch.setattr(trainer.memory, name, lambda value=value: int(value * 1e9))
+    fit(config(tmp_path, steps=5), monkeypatch, {}, tmp_path)
+    (message,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING] or [""]
+    assert message.startswith("the first step took 8.2 of the 10.0 GB" if warned else "")
+    assert bool(message) == warned and ("micro_batch_size=1 (now 2)" in message) == warned

@@ -347,6 +347,17 @@ class LabelledLoader:
                 f"data.max_bad_share"
             )
 
+    @property
+    def stored(self) -> StoredEmbeds | None:
+        """The stored teacher outputs that the batches bring."""
+        return self._settings.stored
+
+    def labelled(self) -> list[Item]:
+        """The training images with a label, each once a stream."""
+        return [
+            item for stream in self._streams.values() for item in stream.items if item.label != UNLABELLED
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists: a position and what was counted."""
         return {

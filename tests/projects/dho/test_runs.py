@@ -107,6 +107,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(runs: Runs, dual: Path, whole:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_micro_batches_make_the_same_steps(runs: Runs) -> None:
+    """Both streams are shared out, so that the mean of the parts' losses is the whole batch's; a ViT has no BatchNorm."""
+    student = {"backbone": f"clip:{runs.student}", "kd_head": "cosine"}
+    config = runs.config("parts", **{**SHORT, "steps": 4}, student=student)
+    found = []
+    for micro in (0, 4, 2):
+        run_dir = runs.folder / f"parts_{micro}"
+        code, output = runs.train(config, f"run_dir={run_dir}", f"micro_batch_size={micro}")
+        assert code == 0, output
+        found.append([line["loss"] for line in lines(run_dir) if "loss" in line])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_the_evaluation_command_agrees_with_the_run(
     runs: Runs, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

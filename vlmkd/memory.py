@@ -1,0 +1,80 @@
+"""How much memory there is for this process, how much it has taken, and what a forward pass keeps for the backward pass.
+
+Everything in bytes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+_FILES = {"v2": ("memory.max", "memory.current"), "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+
+
+def available() -> int:
+    """What is free: of the GPU, or of the machine as far as the control groups of this process let it."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return min([psutil.virtual_memory().available, *(most - used for most, used in _group_limits())])
+
+
+def held() -> int:
+    """What this process has now."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved()
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak() -> int:
+    """The most that this process has taken: of the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def kept_for_backward(module: nn.Module, images: Tensor) -> int:
+    """What autograd keeps between `module(images)` and its backward pass, parameters and the images left out."""
+    ours = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), images)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(images)
+    del output  # alive until here, so that no storage took another's place
+    return sum(kept.values())
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, use) of the Linux control groups around this process that have one; files in the page cache are no use."""
+    lines = _MEMBERSHIP.read_text().splitlines() if _MEMBERSHIP.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _GROUPS / "memory" if controllers else _GROUPS
+        most, used = _FILES["v1" if controllers else "v2"]
+        folder = root / path.strip("/")
+        for group in (folder, *folder.parents):
+            if (group / most).is_file() and (text := (group / most).read_text().strip()) != "max":
+                yield int(text), int((group / used).read_text()) - _page_cache(group)
+            if group == root:
+                break
+
+
+def _page_cache(group: Path) -> int:
+    fields = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
