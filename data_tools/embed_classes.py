@@ -26,6 +26,7 @@ from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.ledger import Prices, text_query
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation import prompts
+from vlmkd.files import check_writable
 from vlmkd.models.class_vectors import TextEncoder, class_prompts, encode_classes
 from vlmkd.models.clip import ClipPredictor
 
@@ -36,6 +37,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
+    if Path(args.out).suffix != ".safetensors":
+        raise UserError(f"--out {args.out} must end in .safetensors")
+    check_writable(args.out, "--out")
     if args.threads:
         torch.set_num_threads(args.threads)
     dataset = load_set(args.set, args.root)

@@ -29,6 +29,7 @@ from vlmkd.data.ledger import Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.errors import UserError, run_tool
+from vlmkd.files import new_folder, read_text
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipPredictor
 
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
+    new_folder(args.out, "--out")
     views = CLEAN if args.clean else ViewConfig(
         tuple(args.crop_scale), tuple(args.crop_ratio), args.flip, args.color_jitter, args.hue, args.grayscale
     )  # fmt: skip
@@ -61,10 +63,7 @@ def chosen_items(name: str, root: str, splits: list[str], keys: str) -> list[Ite
     items = list({item.key: item for split in names for item in items_of(dataset, split)}.values())
     if not keys:
         return items
-    try:
-        wanted = set(Path(keys).read_text(encoding="utf-8").split("\n")) - {""}
-    except OSError as error:
-        raise UserError(f"--keys {keys} cannot be read ({error.strerror})") from None
+    wanted = set(read_text(keys, "--keys").split("\n")) - {""}
     unknown = sorted(wanted - {item.key for item in items})
     if unknown:
         raise UserError(

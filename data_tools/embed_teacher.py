@@ -24,7 +24,9 @@ from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, run_tool
+from vlmkd.files import new_folder
 from vlmkd.models.clip import ClipModel, load_clip
 
 
@@ -81,6 +83,8 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
+    new_folder(args.out, "--out")
+    device = device_named(args.device)
     shards = expand(args.shards, "--shards")
     model = load_clip(args.model, args.pretrained)
     if not model.digest:
@@ -88,7 +92,7 @@ def main(argv: list[str]) -> int:
             f"--model {args.model} alone has random weights; name the trained ones with --pretrained"
         )
     skipped = embed_shards(
-        ClipEncoder(model, torch.device(args.device)),
+        ClipEncoder(model, device),
         shards,
         args.out,
         source=model.source,
@@ -106,7 +110,7 @@ def main(argv: list[str]) -> int:
         crops=args.crops,
         seed=args.seed,
         batch_size=args.batch_size,
-        device=args.device,
+        device=device,
         progress=lambda line: print(line, flush=True),
     )
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))

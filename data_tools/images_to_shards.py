@@ -14,7 +14,6 @@ import argparse
 import csv
 import hashlib
 import io
-import json
 import os
 import random
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.data.shards import expand, read_shard
 from vlmkd.errors import UserError, run_tool
+from vlmkd.files import new_folder, read_json, read_text, write_json
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 _DEFAULT_PER_SHARD = 1000
@@ -38,33 +38,40 @@ def read_captions(path: Path, image_column: str, caption_column: str) -> list[tu
     Raises:
         UserError: no such file, another layout, or a missing column.
     """
-    if not path.is_file():
-        raise UserError(f"--captions {path}: no such file")
     if path.suffix.lower() == ".json":
         return _read_json(path, image_column, caption_column)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        delimiter = "\t" if "\t" in file.readline() else ","
-        file.seek(0)
-        rows = csv.DictReader(file, delimiter=delimiter)
+    text = read_text(path, "--captions")
+    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
         for column, option in ((image_column, "--image-column"), (caption_column, "--caption-column")):
             if column not in (rows.fieldnames or []):
                 raise UserError(
                     f"--captions {path}: no column {column!r}, only {rows.fieldnames}; set {option}"
                 )
         return [(row[image_column], row[caption_column] or "") for row in rows]
+    except csv.Error as error:
+        raise UserError(f"--captions {path}: line {rows.line_num} is not CSV ({error})") from None
 
 
 def _read_json(path: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
+    data = read_json(path, "--captions")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, list):
-            return [(row[image_column], row[caption_column]) for row in data]
-        if "annotations" in data:
+            pairs = [(row[image_column], row[caption_column]) for row in data]
+        elif "annotations" in data:
             files = {image["id"]: image["file_name"] for image in data["images"]}
-            return [(files[entry["image_id"]], entry["caption"]) for entry in data["annotations"]]
-        return [(str(name), str(caption)) for name, caption in data.items()]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            pairs = [(files[entry["image_id"]], entry["caption"]) for entry in data["annotations"]]
+        else:
+            pairs = list(data.items())
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--captions {path}: not a captions JSON ({type(error).__name__}: {error})") from None
+    for name, caption in pairs:
+        if not isinstance(name, str) or not isinstance(caption, str | None):
+            raise UserError(
+                f"--captions {path}: {str([name, caption])[:80]} is not a file name and a caption"
+            )
+    return [(name, caption or "") for name, caption in pairs]
 
 
 def image_samples(
@@ -77,6 +84,8 @@ def image_samples(
     """
     for name, caption in pairs:
         path = folder / name
+        if "\0" in name or ".." in path.parts:
+            raise UserError(f"{path}: leaves --images; correct its row")
         extension = path.suffix.lower().lstrip(".")
         if extension not in IMAGE_TYPES:
             raise UserError(
@@ -133,7 +142,9 @@ def write_shards(
     Raises:
         UserError: `out` holds shards already, or there are fewer samples than shards.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    if num_shards < 1:
+        raise UserError(f"--num-shards is {num_shards}; it must be at least 1")
+    new_folder(out, "--out")
     if any(out.glob("*.tar")):
         raise UserError(f"--out {out} holds shards already; name an empty folder")
     digits = max(5, len(str(num_shards - 1)))
@@ -169,14 +180,8 @@ def _write_manifest(
         for name, path, count in zip(names, files, counts, strict=True)
     ]
     manifest = {"samples": sum(counts), "left_out": dict(left_out), "shards": shards}
-    _write_text(out / "manifest.json", json.dumps(manifest, indent=1))
-    _write_text(out / "sizes.json", json.dumps(dict(zip(names, counts, strict=True)), indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_json(out / "manifest.json", manifest)
+    write_json(out / "sizes.json", dict(zip(names, counts, strict=True)))
 
 
 def _sha256(path: Path) -> str:
@@ -216,7 +221,7 @@ def main(argv: list[str]) -> int:
     if args.wrong_captions and not args.reshard:
         raise UserError("--wrong-captions goes with --reshard")
     if args.reshard:
-        if args.num_shards < 1:
+        if not args.num_shards:
             raise UserError("--reshard needs --num-shards")
         num_shards = args.num_shards
         samples = shard_samples(expand(args.reshard, "--reshard"), left_out)

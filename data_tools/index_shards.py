@@ -8,8 +8,6 @@ The counts are what a run's data.json reports as its samples; open_clip reads th
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.data.shards import expand, is_remote, read_shard
 from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object, write_json
 
 
 def count(url: str) -> int:
@@ -53,10 +52,8 @@ def main(argv: list[str]) -> int:
         sizes[path.parent][path.name] = count(url)
     for folder, counts in sizes.items():
         target = folder / "sizes.json"
-        known = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
-        partial = target.with_name(".sizes.json.partial")
-        partial.write_text(json.dumps(dict(sorted({**known, **counts}.items())), indent=1), encoding="utf-8")
-        os.replace(partial, target)
+        known = read_object(target, "shard sizes", "delete it") if target.is_file() else {}
+        write_json(target, dict(sorted({**known, **counts}.items())), "shard sizes")
         print(f"{target}: {sum(counts.values())} samples in {len(counts)} shards")
     return 0
 

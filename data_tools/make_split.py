@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from vlmkd.data import few_shot_sets
 from vlmkd.data.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
 from vlmkd.data.folders import class_folder_names, images_of_classes
 from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object, read_text, write_text
 
 Entry = tuple[str, int, str]
 """Path below the image folder, label, class name."""
@@ -52,7 +52,9 @@ def class_folders(key: str, folder: Path) -> list[Entry]:
 def flowers(key: str, folder: Path) -> list[Entry]:
     """All images of Flowers102 from `imagelabels.mat` (labels from 1) and `cat_to_name.json`."""
     labels = _mat(key, folder / "imagelabels.mat")["labels"].ravel()
-    names = json.loads(_text(key, folder / "cat_to_name.json"))
+    names = read_object(
+        folder / "cat_to_name.json", f"data set {key}:", f"it comes with the images ({SETS[key].source})"
+    )
     return [
         (f"image_{number:05d}.jpg", int(label) - 1, names[str(label)])
         for number, label in enumerate(labels, start=1)
@@ -128,11 +130,7 @@ OFFICIAL: dict[str, Callable[[str, Path], tuple[list[Entry], list[Entry]]]] = {
 
 
 def _text(key: str, path: Path) -> str:
-    if not path.is_file():
-        raise UserError(
-            f"data set {key}: {path} does not exist; it comes with the images ({SETS[key].source})"
-        )
-    return path.read_text(encoding="utf-8")
+    return read_text(path, f"data set {key}:", f"it comes with the images ({SETS[key].source})")
 
 
 def _lines(key: str, path: Path) -> list[str]:
@@ -219,9 +217,7 @@ def make(key: str, root: str, seed: int) -> Path:
             f"data set {key}: {len(missing)} of {len(every)} images are missing, first {folder / missing[0]}"
         )
     note = f"drawn by vlmkd's make_split with seed {seed}, not the published split: numbers compare with no published ones"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"note": note, **splits}), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps({"note": note, **splits}), "split file")
     return path
 
 
@@ -235,7 +231,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", required=True, type=int, help="what the draw depends on")
     options = parser.parse_args(argv)
     path = make(options.set, options.root, options.seed)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(path, "split file")
     counts = ", ".join(f"{split} {len(content[split])}" for split in ("train", "val", "test"))
     print(f"{path}: {counts}; {content['note']}")
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd import zoo
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 PAGE = zoo.REPOSITORY / "MODEL_ZOO.md"
 
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

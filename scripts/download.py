@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd import zoo
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 EPILOG = """environment:
   VLMKD_CACHE               folder of the cache (default ~/.cache/vlmkd; models lie in its zoo/)
@@ -53,4 +53,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

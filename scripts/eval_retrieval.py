@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vlmkd.errors import run_tool
 from vlmkd.evaluation import command
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.datasets import captioned
@@ -45,4 +46,4 @@ def _evaluators(args: argparse.Namespace) -> list[Evaluator]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vlmkd.errors import run_tool
 from vlmkd.evaluation import command
 from vlmkd.evaluation.agreement import Agreement
 from vlmkd.evaluation.base import Context, Evaluator
@@ -61,4 +62,4 @@ def _evaluators(args: argparse.Namespace, context: Context) -> list[Evaluator]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

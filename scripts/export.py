@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 EPILOG = """examples:
   scripts/export.py zoo:TinyCLIP-ViT-8M-16-Text-3M-YFCC15M exports/tinyclip_8m --layout hf
@@ -37,18 +37,14 @@ def main(argv: list[str]) -> int:
     from vlmkd.export import export_clip, verify_export
     from vlmkd.models.clip import load_clip
 
-    try:
-        clip = load_clip(args.model, args.pretrained)
-        if not clip.digest:
-            raise UserError(f"model {args.model} has no weights; give --pretrained a tag or a file")
-        export_clip(args.folder, clip, layout=args.layout, half=args.half)
-        verify_export(args.folder, clip)
-    except UserError as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 2
+    clip = load_clip(args.model, args.pretrained)
+    if not clip.digest:
+        raise UserError(f"model {args.model} has no weights; give --pretrained a tag or a file")
+    export_clip(args.folder, clip, layout=args.layout, half=args.half)
+    verify_export(args.folder, clip)
     print(f"{args.folder}: {args.layout} layout, reloaded in a fresh process with equal outputs")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
-from vlmkd.errors import UserError
+from vlmkd.errors import run_tool
+from vlmkd.files import write_text
 from vlmkd.report import build_report, markdown_table
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Parse arguments and write; returns the exit code."""
     parser = argparse.ArgumentParser(description="Run folders -> one self-contained HTML page.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders (run_dir of a config)")
@@ -25,19 +26,15 @@ def main() -> int:
         "--gallery", type=Path, help="a gallery file instead of the runs' own eval/gallery.json"
     )
     parser.add_argument("--markdown", type=Path, help="also write the results table as Markdown to this file")
-    args = parser.parse_args()
-    try:
-        out = build_report(
-            args.runs, args.out or args.runs[0] / "report.html", title=args.title, samples=args.gallery
-        )
-        if args.markdown is not None:
-            args.markdown.write_text(markdown_table(args.runs), encoding="utf-8")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    out = build_report(
+        args.runs, args.out or args.runs[0] / "report.html", title=args.title, samples=args.gallery
+    )
+    if args.markdown is not None:
+        write_text(args.markdown, markdown_table(args.runs), "--markdown")
     print(f"wrote {out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

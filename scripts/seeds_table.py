@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_yaml, write_text
 from vlmkd.report import (
     STUDENT,
     Run,
@@ -72,7 +71,7 @@ def steps_before(run: Path) -> int:
 
 
 def _config(run: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_yaml(run / "config.yaml", "config of a run")
     return config
 
 
@@ -122,7 +121,7 @@ def table(arms: dict[str, list[Run]], baseline: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Parse arguments and write; returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Runs named ARM_sSEED -> mean ± standard deviation as Markdown."
@@ -130,21 +129,17 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder of the run folders")
     parser.add_argument("--baseline", default="", help="arm whose final score the others are timed against")
     parser.add_argument("--markdown", type=Path, help="write the table to this file instead of printing it")
-    args = parser.parse_args()
-    try:
-        arms = arms_in(args.folder)
-        if args.baseline and args.baseline not in arms:
-            raise UserError(f"--baseline {args.baseline} is none of the arms {', '.join(arms)}")
-        text = table(arms, args.baseline)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    arms = arms_in(args.folder)
+    if args.baseline and args.baseline not in arms:
+        raise UserError(f"--baseline {args.baseline} is none of the arms {', '.join(arms)}")
+    text = table(arms, args.baseline)
     if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        write_text(args.markdown, text, "--markdown")
     else:
         print(text, end="")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -34,10 +34,10 @@ from vlmkd.export import (
     write_json,
     write_tensors,
 )
+from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
-from vlmkd.models.clip import read_json
 from vlmkd.models.heads import DualLogits, LinearHead, TextClassifier, mix_heads
 from vlmkd.tensor_files import read_safetensors
 
@@ -93,7 +93,7 @@ def read_config(folder: Path) -> ClassifierConfig:
         raise UserError(
             f"{folder} has no {CONFIG}; name the folder of an exported classifier (a run's export/)"
         )
-    content = read_json(folder / CONFIG, "classifier config")
+    content = read_object(folder / CONFIG, "classifier config")
     if content.pop("format", None) != _FORMAT:
         raise UserError(
             f"{folder / CONFIG} is of another format than {_FORMAT}; update vlmkd or export again"

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlmkd.errors import UserError
+
 
 def rank() -> int:
     """Rank of this process; 0 without a process group."""
@@ -35,6 +37,25 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a `--device` option; empty: this rank's.
+
+    Raises:
+        UserError: no such device.
+    """
+    try:
+        found = torch.device(name) if name else device()
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; write cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not supported; write cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; write cpu or another index"
+        )
+    return found
 
 
 def environment() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from vlmkd import distributed
 from vlmkd.config import RunConfig, require
 from vlmkd.errors import UserError
+from vlmkd.files import read_object
 from vlmkd.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +69,9 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     if cfg.optim.name == "sgd":
         generated["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
     if cfg.deepspeed.file:
-        generated = _fill_auto(_read_json(cfg.deepspeed.file), generated, cfg.deepspeed.file)
+        generated = _fill_auto(
+            read_object(cfg.deepspeed.file, "config field deepspeed.file:"), generated, cfg.deepspeed.file
+        )
     return _merge(generated, cfg.deepspeed.extra)
 
 
@@ -287,18 +289,6 @@ def stop_ranks() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"config field deepspeed.file: {path} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"config field deepspeed.file: {path} is not valid JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"config field deepspeed.file: {path} must hold a JSON object")
-    return loaded
 
 
 def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) -> dict[str, Any]:

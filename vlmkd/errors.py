@@ -18,9 +18,16 @@ class UserError(ValueError):
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a tool's `main` with the command line and exit with its code; a UserError is one line and exit code 2."""
+    """Run a tool's `main` with the command line and exit with its code.
+
+    A UserError is one line and exit code 2; so is what the system refuses about a file, such as a missing permission.
+    """
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(UserError(f"{error.filename}: {error.strerror}"), file=sys.stderr)
+    sys.exit(2)

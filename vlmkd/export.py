@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from vlmkd import __version__
 from vlmkd.errors import UserError
+from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import normalise_names
-from vlmkd.models.clip import OPEN_CLIP_CONFIG, ClipModel, Tokenizer, encode, load_clip, read_json
+from vlmkd.models.clip import OPEN_CLIP_CONFIG, ClipModel, Tokenizer, encode, load_clip
 from vlmkd.models.convert import to_hf_config, to_hf_processor, to_hf_state
 from vlmkd.tensor_files import read_safetensors
 from vlmkd.zoo import sha256_of
@@ -268,7 +269,7 @@ def verify_export(folder: Path, clip: ClipModel) -> None:
         UserError: the reloaded model differs, or cannot be loaded.
     """
     folder = folder.absolute()
-    if read_json(folder / PROVENANCE, "provenance")["half"]:
+    if read_object(folder / PROVENANCE, "provenance")["half"]:
         state = clip.module.state_dict()
         clip = clip.with_weights(
             {name: _stored(name, tensor, True).float() for name, tensor in state.items()}
@@ -339,7 +340,7 @@ def _check(folder: Path, probe_file: Path) -> str:
         spec = json.loads(stream.metadata()["image_spec"])
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         found = _run_transformers(folder, probe)
-    elif read_json(folder / OPEN_CLIP_CONFIG, "model config")["model_cfg"].get("pruned"):
+    elif read_object(folder / OPEN_CLIP_CONFIG, "model config")["model_cfg"].get("pruned"):
         found = _run_pruned(folder, probe, spec)
     else:
         found = _run_open_clip(folder, probe, spec)

@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 import statistics
 import struct
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vlmkd import charts
 from vlmkd.charts import Series
 from vlmkd.errors import UserError
+from vlmkd.files import read_object, read_text, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> Run:
     run.environment = _read_object(folder / "env.json")
     run.data = _read_object(folder / "data.json")
     command = folder / "command.txt"
-    run.command = command.read_text(encoding="utf-8").strip() if command.is_file() else ""
+    run.command = read_text(command, "command").strip() if command.is_file() else ""
     return run
 
 
@@ -205,7 +205,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
         _attribution_section(runs, galleries),
     ]
     page = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(part for part in body if part))
-    _write_text(out, page)
+    write_text(out, page, "--out")
     return out
 
 
@@ -270,7 +270,7 @@ def write_gallery(
         "models": models,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, json.dumps(gallery))
+    write_text(path, json.dumps(gallery))
 
 
 def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Sequence[Item]]) -> None:
@@ -298,7 +298,7 @@ def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Se
         ]
     if found:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_text(path, json.dumps(found))
+        write_text(path, json.dumps(found))
 
 
 def merge_galleries(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -753,22 +753,19 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; empty when there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}; delete it and evaluate again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object; delete it and evaluate again")
-    return value
+    return read_object(path, "result file")
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, "metrics").splitlines()
     values = []
     for number, line in enumerate(lines, start=1):
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError
+            values.append(value)
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path} line {number} is not valid JSON; remove that line") from None
     return values
@@ -781,14 +778,6 @@ def _data_uri(image: Image.Image, side: int = 96) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 _PAGE = """<!doctype html>

@@ -8,6 +8,7 @@ import torch
 
 from vlmkd.data.ledger import Budget, Ledger, Policy, Prices
 from vlmkd.data.transforms import eval_transform_of_bytes
+from vlmkd.distributed import device_named
 from vlmkd.errors import UserError
 from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
@@ -56,7 +57,7 @@ def model(args: argparse.Namespace, box_only: list[str]) -> ClipModel:
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} goes with --black-box only")
     loaded = _load(args)
-    loaded.module.to(args.device)
+    loaded.module.to(device_named(args.device))
     return loaded
 
 

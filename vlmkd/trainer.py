@@ -23,6 +23,7 @@ from vlmkd.data.loader import Loader
 from vlmkd.engine import Engine, batch_triple
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
+from vlmkd.files import write_json
 from vlmkd.logging import Metrics, duration
 from vlmkd.optim import lr_factor
 from vlmkd.task import Batch, StepOutput, Task
@@ -317,9 +318,7 @@ def _non_finite(
     path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
     bad = sorted({name for part in terms for name, value in part.items() if not math.isfinite(value)})
-    path.write_text(
-        json.dumps({"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys}, indent=1)
-    )
+    write_json(path, {"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys})
     where = f"terms {', '.join(bad)}" if bad else "on another rank"
     return UserError(
         f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "

@@ -12,8 +12,6 @@ on the split that is reported. The CE head and the KD head are reported too.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,9 +24,10 @@ from projects.dho.selection import Shifted, head_logits
 from vlmkd import distributed
 from vlmkd.classifier_export import load_classifier
 from vlmkd.data.labelled_sets import items_of, load_set
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.classify import Classification
+from vlmkd.files import check_writable, write_json
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.clip import evaluating
 from vlmkd.models.heads import DualLogits
@@ -88,13 +87,13 @@ def main(argv: list[str]) -> int:
     add("--batch-size", type=int, default=64)
     add("--json", type=Path, help="also write the results here")
     args = parser.parse_args(argv)
-    try:
-        results = evaluate(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        check_writable(args.json, "--json")
+    results = evaluate(args)
+    if args.json:
+        write_json(args.json, results, "--json")
     return 0
 
 
@@ -147,4 +146,4 @@ def _line(result: Result, answer: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

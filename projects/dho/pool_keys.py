@@ -11,7 +11,7 @@ from projects.dho.config import DhoConfig
 from projects.dho.labels import pool
 from vlmkd import config
 from vlmkd.data.labelled_sets import configured_set, items_of
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 
 def main(argv: list[str]) -> int:
@@ -27,4 +27,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

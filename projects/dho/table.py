@@ -11,12 +11,12 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object, read_text, write_text
 from vlmkd.report import mean_and_spread
 
 _NAME = re.compile(r"(?P<method>.+)_(?P<labels>\d+shot|\d+pct|none)_s(?P<seed>\d+)$")
@@ -48,7 +48,7 @@ def read_runs(folder: Path, dataset: str) -> tuple[Cells, dict[str, Cells]]:
 
 
 def _top1(run: Path, dataset: str) -> float:
-    student = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))["student"]
+    student = read_object(run / "eval" / "results.json", "results")["student"]
     tests = [item for item in student if item["name"] == "classification"]
     found = [item for item in tests if dataset in ("", item["dataset"])]
     if not found:
@@ -61,7 +61,7 @@ def _top1(run: Path, dataset: str) -> float:
 def _measured(run: Path) -> dict[str, list[float]]:
     """Values of each cosine over the log lines; names that were never measured are left out."""
     found: dict[str, list[float]] = defaultdict(list)
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in read_text(run / "metrics.jsonl", "metrics").splitlines():
         for name, value in json.loads(line).items():
             if name in _COSINES:
                 found[name].append(value)
@@ -97,11 +97,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dataset", default="", help="test set; default: the first one of each run")
     parser.add_argument("--markdown", type=Path, help="write to this file instead of printing")
     args = parser.parse_args(argv)
-    try:
-        scores, cosines = read_runs(args.folder, args.dataset)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    scores, cosines = read_runs(args.folder, args.dataset)
     seeds = sorted({len(values) for values in scores.values()})
     parts = [markdown(scores, "test top-1 (%)", "{:.1f}".format)]
     parts += [
@@ -111,11 +107,11 @@ def main(argv: list[str]) -> int:
     ]
     text = "\n".join(parts) + f"\nSeeds per cell: {', '.join(map(str, seeds))}.\n"
     if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        write_text(args.markdown, text, "--markdown")
     else:
         print(text, end="")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -8,7 +8,6 @@ Letters: N cached images, C classes, D embedding width, B rows, V views.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from projects.dho.legacy import number_of, read_plain_pickle
 from vlmkd.errors import UserError
-from vlmkd.models.clip import read_json
+from vlmkd.files import new_file, read_object, write_json
 
 SEARCH_BETAS, SEARCH_ALPHAS = 200, 20
 """Steps of the search of (beta, alpha)."""
@@ -182,17 +181,16 @@ def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None
         "best_alpha": float(adapter.alpha),
         "best_beta": float(adapter.beta),
     }
-    partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    with new_file(path, "Tip-Adapter") as partial:
+        torch.save(content, partial)
     if facts is not None:
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(path.with_suffix(".json"), facts, "Tip-Adapter facts")
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What `save` wrote beside the file; empty for a released one."""
     file = path.with_suffix(".json")
-    return read_json(file, "Tip-Adapter facts") if file.is_file() else {}
+    return read_object(file, "Tip-Adapter facts") if file.is_file() else {}
 
 
 def load(path: str | Path) -> TipAdapter:

@@ -30,6 +30,7 @@ from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embed_all
+from vlmkd.files import new_file, new_folder, read_text, write_text
 from vlmkd.models.clip import ClipModel, ClipPredictor, compute_dtype, load_clip
 from vlmkd.tensor_files import read_torch
 
@@ -41,15 +42,15 @@ def train(cfg: TipAdapterConfig) -> Path:
     folder = Path(cfg.run_dir)
     written, file = folder / "config.yaml", folder / ADAPTER
     text = config.to_yaml(cfg)
-    if written.is_file() and written.read_text(encoding="utf-8") != text:
+    if written.is_file() and read_text(written, "config of the run folder") != text:
         raise UserError(f"{folder} holds another teacher's config; choose another run_dir")
     if file.is_file():
         print(f"{file} is complete; delete the folder to train it again")
         return file
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    written.write_text(text, encoding="utf-8")
+    new_folder(folder, "config field run_dir:")
+    write_text(written, text)
     device = distributed.device()
     images = choose(cfg.data, cfg.split)
     dataset = images.dataset
@@ -122,9 +123,8 @@ def _features(
         "validation": validation,
         "validation_labels": labels,
     }
-    partial = file.with_name(file.name + ".partial")
-    torch.save(content, partial)
-    partial.replace(file)
+    with new_file(file, "stored features") as partial:
+        torch.save(content, partial)
     return content
 
 

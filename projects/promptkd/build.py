@@ -35,9 +35,10 @@ from vlmkd.engine import batch_triple
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, gather_rows
 from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, read_json
+from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.trainer import Job
 
 log = logging.getLogger("vlmkd.promptkd")
@@ -171,7 +172,7 @@ def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | N
     if teacher is not None:
         digests[teacher.source] = teacher.digest
     elif (Path(cfg.teacher.prompts) / TEACHER_JSON).is_file():
-        content = read_json(Path(cfg.teacher.prompts) / TEACHER_JSON, "teacher export")
+        content = read_object(Path(cfg.teacher.prompts) / TEACHER_JSON, "teacher export")
         digests[cfg.teacher.prompts] = content["digest"]
     if cfg.data.teacher_outputs:
         digests[cfg.data.teacher_outputs] = StoredEmbeds(

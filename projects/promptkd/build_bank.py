@@ -22,7 +22,7 @@ from vlmkd.allocator import keep_freed_memory
 from vlmkd.data.labelled_loader import labelled_views
 from vlmkd.data.labelled_sets import items_of
 from vlmkd.data.stored_outputs import embed_items
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 
 
 def build_bank(cfg: BankConfig) -> None:
@@ -82,4 +82,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -12,8 +12,6 @@ the images. Means are over the seeds, and the harmonic mean is that of the mean 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,10 @@ from vlmkd.classifier_export import CONFIG, load_classifier
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_sets import items_of
 from vlmkd.data.splits import base_and_novel
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, ImageClassifier
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
+from vlmkd.files import check_writable, write_json
 from vlmkd.models.class_vectors import ClassVectors, require_same_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.zoo import weights_file
@@ -195,19 +194,16 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    try:
-        if len(args.seeds) > 1 and "{seed}" not in args.ckpt:
-            raise UserError("--seeds names several seeds, but --ckpt has no {seed}")
-        result = evaluate(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.json:
+        check_writable(args.json, "--json")
+    if len(args.seeds) > 1 and "{seed}" not in args.ckpt:
+        raise UserError("--seeds names several seeds, but --ckpt has no {seed}")
+    result = evaluate(args)
     print(table(result["summary"], args.setting))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result, "--json")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

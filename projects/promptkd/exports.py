@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from torch import Tensor
 from projects.promptkd.config import ClipConfig
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
 from vlmkd.export import check_main, compare, new_folder, run_check, write_json, write_tensors
-from vlmkd.models.clip import ClipModel, load_clip, read_json, weights_digest
+from vlmkd.files import read_object
+from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 from vlmkd.tensor_files import read_safetensors
 
 TEACHER_JSON = "promptkd_teacher.json"
@@ -71,7 +71,7 @@ def read_teacher(
     Raises:
         UserError: no teacher folder, or a CLIP of other weights than the prompts were trained on.
     """
-    content = read_json(folder / TEACHER_JSON, "teacher export")
+    content = read_object(folder / TEACHER_JSON, "teacher export")
     facts = TeacherFacts(
         **{
             **{name: content[name] for name in ("clip_digest", "template", "class_names", "digest")},
@@ -122,4 +122,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -21,6 +21,7 @@ from torch import Tensor
 from projects.promptkd.prompts import PromptedCLIP, PromptShape
 from projects.promptkd.student import PromptedStudent
 from vlmkd.errors import UserError
+from vlmkd.files import read_text
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import PromptedImageTower
 from vlmkd.tensor_files import read_torch
@@ -93,7 +94,7 @@ def find_teacher(folder: Path, dataset: str) -> Path:
     files = [file for place in places for file in sorted(place.rglob("*.pth.tar*"))]
     if len(files) > 1:
         pointers = [pointer for place in places for pointer in place.rglob("checkpoint")]
-        named = [pointer.parent / pointer.read_text(encoding="utf-8").strip() for pointer in pointers]
+        named = [pointer.parent / read_text(pointer, "checkpoint pointer").strip() for pointer in pointers]
         files = [file for file in files if file in named] or files
     if len(files) != 1:
         found = ", ".join(str(file) for file in files) or "nothing"

@@ -6,13 +6,13 @@ python -m projects.promptkd.table runs/promptkd_emoji [--markdown table.md]
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from pathlib import Path
 
 from vlmkd.classifier_export import WEIGHTS
 from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object, write_text
 from vlmkd.report import STUDENT, mean_and_spread, read_run
 from vlmkd.tensor_files import read_safetensors
 
@@ -32,7 +32,7 @@ def accuracies(folder: Path) -> str:
         path = folder / f"{name}.json"
         if not path.is_file():
             raise UserError(f"{path} is missing; run projects/promptkd/scripts/nano.sh first")
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        runs = read_object(path, "results")["runs"]
         cells = [_cell([run["metrics"][key] for run in runs]) for key in _KEYS]
         lines.append(f"| {name.replace('_', ' ')} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     text = "\n".join(make(args.folder) for make in (accuracies, by_epoch, text_tower))
     if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        write_text(args.markdown, text, "--markdown")
     else:
         print(text, end="")
     return 0

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from vlmkd.data.domain_sets import ALL
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.splits import DomainSplit, split_domains
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object
 
 FACTS = "fold.json"
 """File in an export that says which fold, student and teacher it is of."""
@@ -133,12 +132,16 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise UserError(
             f"config field init_from: {path.parent} has no {FACTS}; name an export of this project"
         )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return read_object(path, "facts of an earlier stage")
+
+
+def main(argv: list[str]) -> int:
+    """Print the domains of `SET [ROOT]`, for the scripts that go through them; returns the exit code."""
+    if not 1 <= len(argv) <= 2:
+        raise UserError("usage: python -m projects.vl2v_adip.folds SET [ROOT]")
+    print("\n".join(load_set(*argv).domains))
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        print("\n".join(load_set(*sys.argv[1:3]).domains))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -8,9 +8,7 @@ source domains' 20 %.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import Any
 
 from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.task import BEST, SWAD
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object, write_json, write_text
 from vlmkd.report import mean_and_spread
 
 
@@ -47,7 +46,7 @@ def scores_in(folder: Path) -> list[Score]:
     for path in sorted(folder.glob(f"**/export/{FACTS}")):
         run = path.parents[1]
         if (run / "done.json").is_file():
-            scores += _scores_of(run, json.loads(path.read_text(encoding="utf-8")))
+            scores += _scores_of(run, read_object(path, "facts of a run"))
     if not scores:
         raise UserError(
             f"{folder} holds no finished run of vl2v_adip; start one with projects/vl2v_adip/scripts/run.sh"
@@ -56,7 +55,7 @@ def scores_in(folder: Path) -> list[Score]:
 
 
 def _scores_of(run: Path, facts: dict[str, Any]) -> list[Score]:
-    results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
+    results = read_object(run / "eval" / "results.json", "results")
     target = f"{facts['test_domain']}_in"
     found: list[tuple[str, str, float]] = []
     for model, items in results.items():
@@ -118,20 +117,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--markdown", type=Path, help="write the table to this file instead of printing it")
     parser.add_argument("--json", type=Path, help="write every number with its run to this file")
     args = parser.parse_args(argv)
-    try:
-        scores = scores_in(args.folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    scores = scores_in(args.folder)
     text = markdown(scores)
     if args.json:
-        args.json.write_text(json.dumps([asdict(score) for score in scores], indent=1), encoding="utf-8")
+        write_json(args.json, [asdict(score) for score in scores], "--json")
     if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        write_text(args.markdown, text, "--markdown")
     else:
         print(text, end="")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from vlmkd.data.embedded_catalog import (
 )
 from vlmkd.data.embedded_draw import concept_picture
 from vlmkd.errors import UserError
+from vlmkd.files import new_folder, read_object
 
 __all__ = [
     "Concept",
@@ -69,7 +69,7 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> Path:
     if (folder / "manifest.json").is_file():
         return folder
     require_packages()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    new_folder(folder.parent, "the cache (set VLMKD_CACHE)")
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "manifest.json").is_file():
@@ -108,7 +108,7 @@ def resolve(name: str) -> list[str]:
     """
     split = _split(name)
     folder = emoji_folder()
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
     paths = [folder / shard["path"] for shard in manifest["shards"] if shard["split"] == split]
     for path in paths:
         if not path.is_file():

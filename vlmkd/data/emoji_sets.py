@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.data.tar_index import index_tar
 from vlmkd.errors import UserError
+from vlmkd.files import read_object, write_text
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ def _index(folder: Path) -> dict[str, list[list[Any]]]:
     manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     path = folder.parent / f"{folder.name}-classes-v{_INDEX_VERSION}.json"
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["manifest"] == manifest:
+        stored = read_object(path, "index of the emoji classes", "delete it")
+        if stored.get("manifest") == manifest and "splits" in stored:
             return stored["splits"]
     log.info("indexing the classes of %s (once)", folder)
     splits = {}
@@ -82,9 +82,7 @@ def _index(folder: Path) -> dict[str, list[list[Any]]]:
         for number, shard in enumerate(embedded.resolve(f"emoji:{split}")):
             entries += _labelled_members(shard, number)
         splits[split] = entries
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"manifest": manifest, "splits": splits}), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps({"manifest": manifest, "splits": splits}), "index of the emoji classes")
     return splits
 
 

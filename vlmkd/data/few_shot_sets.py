@@ -7,7 +7,6 @@ file is missing is refused, because a split drawn anew gives numbers that compar
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.data.splits import base_and_novel
 from vlmkd.errors import UserError
+from vlmkd.files import read_object, read_text
 
 log = logging.getLogger(__name__)
 
@@ -376,13 +376,7 @@ def _read_split(key: str, folder: Path) -> tuple[list[str], dict[str, list[Item]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"split file {path} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"split file {path} is not an object with train, val and test; fetch it again")
-    return content
+    return read_object(path, "split file", "fetch it again")
 
 
 def _split_item(path: Path, described: FewShotSet, folder: Path, entry: Any, names: dict[int, str]) -> Item:
@@ -426,7 +420,7 @@ def _read_variants(key: str, folder: Path) -> tuple[list[str], dict[str, list[It
 def _lines(key: str, path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"data set {key}: {path} does not exist; {_mend(SETS[key])}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path, f"data set {key}:").splitlines() if line.strip()]
 
 
 # ----------------------------------------------------------------------------------------------------------- checks

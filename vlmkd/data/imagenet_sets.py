@@ -19,6 +19,7 @@ from vlmkd.data.labelled import Item, LabelledSet, by_class
 from vlmkd.data.text import class_names as named_list
 from vlmkd.data.text import prompt_templates
 from vlmkd.errors import UserError
+from vlmkd.files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def _listed(folders: Sequence[Path]) -> list[tuple[str, str]]:
     if path is None:
         return []
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "class names").splitlines(), start=1):
         wnid, _, name = line.strip().partition(" ")
         if not line.strip():
             continue

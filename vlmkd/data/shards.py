@@ -15,7 +15,7 @@ import errno
 import glob
 import hashlib
 import http.client
-import json
+import itertools
 import os
 import random
 import re
@@ -33,10 +33,13 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from vlmkd.errors import UserError
+from vlmkd.files import read_object
 
 READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, http.client.HTTPException)
 """What a shard that cannot be read to its end may raise."""
 
+_MOST_SHARDS = 1_000_000  # of one entry; LAION-5B has 231,000
+_NUMBERS = re.compile(r"\{(-?\d{1,30})\.\.(-?\d{1,30})")
 _RETRIES = 5
 _RETRY_PAUSE = 0.5  # seconds before the first retry, doubled for each next one: 15 s in all
 _PERMANENT = (400, 401, 403, 404, 405, 410, 416)  # HTTP codes that a retry does not change
@@ -64,14 +67,12 @@ def expand(shards: list[str], where: str) -> list[str]:
 
 
 def _expand_one(entry: str, where: str) -> list[str]:
-    from braceexpand import braceexpand
-
     if entry.startswith("emoji:"):
         from vlmkd.data.embedded import resolve
 
         return list(resolve(entry))
     found = []
-    for name in braceexpand(entry):
+    for name in _brace_range(entry, where):
         if is_remote(name):
             found.append(name)
             continue
@@ -86,6 +87,23 @@ def _expand_one(entry: str, where: str) -> list[str]:
                 )
         found.extend(matches)
     return found
+
+
+def _brace_range(entry: str, where: str) -> list[str]:
+    """Every name that the braces of `entry` stand for."""
+    from braceexpand import braceexpand
+
+    many = f"{where}: {entry} is more than {_MOST_SHARDS} shards; correct the range"
+    sizes = [abs(int(last) - int(first)) for first, last in _NUMBERS.findall(entry)]
+    if max(sizes, default=0) >= _MOST_SHARDS:  # braceexpand makes a list of each range
+        raise UserError(many)
+    try:
+        names = list(itertools.islice(braceexpand(entry), _MOST_SHARDS + 1))
+    except ValueError as error:
+        raise UserError(f"{where}: {entry} is no brace range ({error}); write {{00000..00099}}") from None
+    if len(names) > _MOST_SHARDS:
+        raise UserError(many)
+    return names
 
 
 def is_remote(name: str) -> bool:
@@ -471,14 +489,14 @@ class ShardStream:
 
 def known_samples(shards: list[str]) -> int | None:
     """Samples in local `shards` by the sizes.json beside them (data_tools/index_shards.py); None unless all are there."""
-    sizes: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, Any]] = {}
     total = 0
     for url in shards:
         folder, name = os.path.split(url)
         if folder not in sizes:
             path = Path(folder) / "sizes.json"
-            sizes[folder] = json.loads(path.read_text()) if not is_remote(url) and path.is_file() else {}
-        if name not in sizes[folder]:
+            sizes[folder] = read_object(path, "shard sizes") if not is_remote(url) and path.is_file() else {}
+        if not isinstance(sizes[folder].get(name), int):
             return None
         total += sizes[folder][name]
     return total

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 from vlmkd.data.labelled import UNLABELLED, Item, by_class
 from vlmkd.errors import UserError
+from vlmkd.files import read_text, write_text
 
 log = logging.getLogger(__name__)
 
@@ -221,10 +222,7 @@ def write_list(path: Path, images: ImageList) -> None:
         f"{_LIST_MARK}, kind {images.kind}, percent {images.percent:g}, {len(images.names)} images",
         f"# sha256 {images.sha256}",
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("\n".join([*head, *images.names]) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "\n".join([*head, *images.names]) + "\n", "image list")
 
 
 def read_list(path: Path, kind: ListKind) -> ImageList:
@@ -233,17 +231,19 @@ def read_list(path: Path, kind: ListKind) -> ImageList:
     Raises:
         UserError: no such file, a list of the other kind, an empty or damaged one, or a name twice.
     """
-    if not path.is_file():
-        raise UserError(f"image list {path} does not exist; write it, or correct the path")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, "image list", "write it, or correct the path").splitlines()
     ours = bool(lines) and lines[0].startswith(_LIST_MARK)
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     percent = 0.0
     if ours:
-        facts = dict(part.split(" ", 1) for part in lines[0].removeprefix(f"{_LIST_MARK}, ").split(", ")[:2])
-        percent = float(facts["percent"])
-        if facts["kind"] != kind:
-            raise UserError(f"{path} is a list of kind {facts['kind']}, not {kind}; the two are never mixed")
+        facts = re.match(
+            r", kind (\S+), percent (\d+(?:\.\d+)?(?:e-\d+)?),", lines[0].removeprefix(_LIST_MARK)
+        )
+        if facts is None:
+            raise UserError(f"{path} has a damaged first line; write it again")
+        percent = float(facts[2])
+        if facts[1] != kind:
+            raise UserError(f"{path} is a list of kind {facts[1]}, not {kind}; the two are never mixed")
         if lines[1:2] != [f"# sha256 {_digest(names)}"]:
             raise UserError(f"{path} was changed after it was written (its digest differs); write it again")
     elif kind != "simclr":

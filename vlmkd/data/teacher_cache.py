@@ -29,12 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmkd import files
 from vlmkd.config import DataConfig
 from vlmkd.data.decode import BadImageError
 from vlmkd.data.samples import BadSample, checked_size, members, sample_digest, unpack, view_config, views_of
 from vlmkd.data.shards import read_shard, shard_name
 from vlmkd.data.transforms import View, ViewConfig, normalise
 from vlmkd.errors import UserError
+from vlmkd.files import new_folder, read_object
 from vlmkd.image_spec import ImageSpec
 
 VERSION = 1
@@ -184,17 +186,17 @@ def read_info(folder: Path, tool: str = "embed_teacher.py") -> CacheInfo:
     """
     path = folder / "cache.json"
     mend = f"write one with `python data_tools/{tool} --out FOLDER ...`"
-    if not path.is_file():
+    if folder.is_dir() and not path.is_file():
         raise UserError(f"teacher cache {folder} has no cache.json; {mend}")
+    data = read_object(path, "teacher cache", mend)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         version = data["info"]["version"]
         if version != VERSION:
             raise UserError(
                 f"teacher cache {folder} has version {version}, this code reads {VERSION}; {mend}"
             )
         return _info_from(data["info"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from None
 
 
@@ -295,7 +297,7 @@ def embed_shards(
 
 def start_folder(folder: Path, info: CacheInfo) -> None:
     """Write cache.json, or check that the one there says the same."""
-    folder.mkdir(parents=True, exist_ok=True)
+    new_folder(folder, "--out")
     if not (folder / "cache.json").exists():
         if any(folder.glob("*.safetensors")):
             raise UserError(f"--out {folder} has safetensors files but no cache.json; name an empty folder")
@@ -316,10 +318,7 @@ def write_json(folder: Path, info: CacheInfo) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             shards[path.stem] = json.loads(file.metadata()["shard"])
-    text = json.dumps({"info": dataclasses.asdict(info), "shards": shards}, indent=1)
-    partial = folder / f"cache.json.{os.getpid()}.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / "cache.json")
+    files.write_json(folder / "cache.json", {"info": dataclasses.asdict(info), "shards": shards}, "--out")
 
 
 @torch.inference_mode()

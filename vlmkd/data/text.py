@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vlmkd.errors import UserError
+from vlmkd.files import read_text
 
 
 def class_names(source: str) -> list[str]:
@@ -69,14 +68,7 @@ def fill_template(template: str, name: str) -> str:
 
 
 def _lines(source: str, what: str, mend: str) -> list[str]:
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{what} {source}: no such file; name {mend}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte-order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {source} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(source, what, f"name {mend}").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{what} {source}: the file is empty")
     return lines

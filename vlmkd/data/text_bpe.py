@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from vlmkd.errors import UserError
+from vlmkd.files import write_text
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 EMOJI_VOCABULARY = 2048
@@ -73,11 +73,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "clean_up_tokenization_spaces": False,
     }
     files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=1)}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_text(folder / name, text + "\n")
 
 
 def text_config(vocabulary: int, context: int) -> dict[str, Any]:

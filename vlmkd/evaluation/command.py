@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from vlmkd.classifier_export import load_classifier
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
 from vlmkd.evaluation.efficiency import ParameterCount, count_macs, count_parameters, latency_ms, macs_of
+from vlmkd.files import check_writable, write_json
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, weights_digest
 
@@ -166,27 +166,17 @@ def _start(args: argparse.Namespace) -> Context:
     for option in ("batch_size", "workers", "threads"):
         if getattr(args, option) < (option == "batch_size"):
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is too small")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise UserError(f"--json {args.json}: folder {Path(args.json).parent} does not exist; make it first")
+    if args.json:
+        check_writable(args.json, "--json")
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
     if int(distributed.environment()["WORLD_SIZE"]) > 1:
         os.environ.update(distributed.environment())
         dist.init_process_group("nccl" if torch.cuda.is_available() and args.device != "cpu" else "gloo")
-    return Context(_device(args.device), args.batch_size, args.workers, progress=not args.quiet)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name) if name else distributed.device()
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device; write cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; write cpu or another index"
-        )
-    return device
+    return Context(
+        distributed.device_named(args.device), args.batch_size, args.workers, progress=not args.quiet
+    )
 
 
 def _evaluate(
@@ -295,7 +285,5 @@ def _print_table(rows: list[Row]) -> None:
 
 
 def _write_json(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     content = {"command": sys.argv, "torch": torch.__version__, "models": [asdict(row) for row in rows]}
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, content, "--json")

@@ -6,7 +6,6 @@ that every rank and loader process reads its own images and the time left is kno
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from vlmkd.data.images import ImageRef
 from vlmkd.data.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.evaluation import prompts
+from vlmkd.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +207,6 @@ def _wnid_names(folders: ClassFolders) -> list[str]:
 def _captioned_folder(root: Path, captions: Path) -> list[tuple[ImageRef, list[str]]]:
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist (looked from {os.getcwd()}); correct the path")
-    if not captions.is_file():
-        raise UserError(
-            f"captions file {captions} does not exist (looked from {os.getcwd()}); correct the path"
-        )
     pairs = _read_json_captions(captions) if captions.suffix == ".json" else _read_caption_lines(captions)
     if not pairs:
         raise UserError(
@@ -233,30 +229,42 @@ def _captioned_folder(root: Path, captions: Path) -> list[tuple[ImageRef, list[s
 
 def _read_json_captions(path: Path) -> list[tuple[list[str], list[str]]]:
     """(possible file names, captions) per image of a COCO or Karpathy JSON."""
+    content = read_json(path, "captions file")
+    pairs = None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"captions file {path} is not valid JSON: {error}") from None
-    images: list[dict[str, Any]] = content.get("images", []) if isinstance(content, dict) else []
-    if images and all("sentences" in image and "filename" in image for image in images):
-        return [
-            (
-                [os.path.join(image.get("filepath", ""), image["filename"]), image["filename"]],
-                [sentence["raw"] for sentence in image["sentences"]],
-            )
-            for image in images
-            if image.get("split") == "test"
-        ]
-    annotations = content.get("annotations", []) if isinstance(content, dict) else []
-    if images and annotations and all("caption" in item and "image_id" in item for item in annotations):
-        by_image: dict[Any, list[str]] = defaultdict(list)
-        for item in annotations:
-            by_image[item["image_id"]].append(item["caption"])
-        return [([image["file_name"]], by_image[image["id"]]) for image in images]
-    raise UserError(
-        f"captions file {path} is neither COCO captions (images + annotations with `caption`) nor a Karpathy split "
-        f"(images with `sentences`); name one of these"
-    )
+        pairs = _karpathy(content["images"])
+        if pairs is None:
+            pairs = _coco(content["images"], content["annotations"])
+    except (KeyError, TypeError, AttributeError):
+        pass  # another layout
+    if pairs is None or not all(isinstance(text, str) for part in pairs for texts in part for text in texts):
+        raise UserError(
+            f"captions file {path} is neither COCO captions (images + annotations with `caption`) nor a Karpathy split "
+            f"(images with `sentences`); name one of these"
+        )
+    return pairs
+
+
+def _karpathy(images: list[dict[str, Any]]) -> list[tuple[list[str], list[str]]] | None:
+    if not images or not all("sentences" in image and "filename" in image for image in images):
+        return None
+    return [
+        (
+            [os.path.join(image.get("filepath", ""), image["filename"]), image["filename"]],
+            [sentence["raw"] for sentence in image["sentences"]],
+        )
+        for image in images
+        if image.get("split") == "test"
+    ]
+
+
+def _coco(
+    images: list[dict[str, Any]], annotations: list[dict[str, Any]]
+) -> list[tuple[list[str], list[str]]]:
+    by_image: dict[Any, list[str]] = defaultdict(list)
+    for item in annotations:
+        by_image[item["image_id"]].append(item["caption"])
+    return [([image["file_name"]], by_image[image["id"]]) for image in images]
 
 
 def _read_caption_lines(path: Path) -> list[tuple[list[str], list[str]]]:

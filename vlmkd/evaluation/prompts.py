@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmkd.errors import UserError
+from vlmkd.files import read_text
 
 TEMPLATE_FILES = ("templates.txt", "zeroshot_classification_templates.txt")
 """Names of the template file beside shards; the second is CLIP-benchmark's."""
@@ -32,15 +33,7 @@ def read_lines(path: Path, what: str) -> list[str]:
     Raises:
         UserError: no such file, not UTF-8, or nothing in it.
     """
-    if not path.is_file():
-        raise UserError(f"{what} file {path} does not exist")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{what} file {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in read_text(path, f"{what} file").splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{what} file {path} is empty; write one entry per line")
     return lines

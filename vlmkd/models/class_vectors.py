@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from vlmkd.class_names import check_class_names, class_key, prompt_name
 from vlmkd.errors import UserError
 from vlmkd.evaluation.prompts import fill
+from vlmkd.files import new_file
 from vlmkd.tensor_files import read_safetensors
 
 Normalise = Literal["each_and_mean", "each", "mean", "none"]
@@ -105,10 +105,8 @@ class ClassVectors:
             "normalise": self.normalise,
             "digest": self.digest,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file({"vectors": self.vectors.contiguous()}, partial, {"class_vectors": json.dumps(facts)})
-        os.replace(partial, path)
+        with new_file(path, "class vectors") as partial:
+            save_file({"vectors": self.vectors.contiguous()}, partial, {"class_vectors": json.dumps(facts)})
 
     @classmethod
     def load(

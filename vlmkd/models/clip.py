@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import hashlib
 import http.client
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
+from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
@@ -220,7 +220,7 @@ def _named_config(model: str) -> tuple[Config, Path | None]:
     import open_clip
 
     if model.endswith(".json"):
-        config = read_json(Path(model), "model config")
+        config = read_object(Path(model), "model config")
         return config.get("model_cfg", config), Path(model).parent
     config = open_clip.get_model_config(model.replace("/", "-"))
     if config is None:
@@ -232,23 +232,6 @@ def _named_config(model: str) -> tuple[Config, Path | None]:
         )
         raise UserError(f"model {model} is no open_clip architecture; {mend}")
     return config, None
-
-
-def read_json(path: Path, what: str) -> Config:
-    """The object in a JSON file; `what` names it in errors.
-
-    Raises:
-        UserError: no file, no JSON, or no object.
-    """
-    if not path.is_file():
-        raise UserError(f"{what} {path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{what} {path} must hold a JSON object")
-    return content
 
 
 def _tag(model: str, pretrained: str) -> Config:
@@ -288,13 +271,13 @@ def _beside(weights: Path) -> Config:
     """Pixel statistics and activation from the config that lies beside a weights file; empty without one."""
     folder = weights.parent
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        content = read_json(folder / OPEN_CLIP_CONFIG, "model config")
+        content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
         return {
             **content.get("preprocess_cfg", {}),
             "quick_gelu": content.get("model_cfg", {}).get("quick_gelu", False),
         }
     if (folder / "config.json").is_file():
-        content = read_json(folder / "config.json", "model config")
+        content = read_object(folder / "config.json", "model config")
         if content.get("model_type") == "clip":
             config = from_hf_config(content, str(folder / "config.json"))
             spec = _hf_image_spec(folder, config)
@@ -329,7 +312,7 @@ def folder_weights(folder: Path) -> Path:
 
 
 def _load_open_clip_folder(folder: Path, source: str) -> ClipModel:
-    content = read_json(folder / OPEN_CLIP_CONFIG, "model config")
+    content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
     config = content.get("model_cfg", content)
     module = build_clip(config)
     weights = folder_weights(folder)
@@ -338,7 +321,7 @@ def _load_open_clip_folder(folder: Path, source: str) -> ClipModel:
 
 
 def _load_hf_folder(folder: Path, source: str) -> ClipModel:
-    config = from_hf_config(read_json(folder / "config.json", "model config"), str(folder / "config.json"))
+    config = from_hf_config(read_object(folder / "config.json", "model config"), str(folder / "config.json"))
     module = build_clip(config)
     weights = folder_weights(folder)
     load_weights(module, read_state_dict(weights), str(weights))
@@ -354,9 +337,11 @@ def _hf_image_spec(folder: Path, config: Config) -> ImageSpec:
     """Pixel statistics of a transformers folder, OpenAI's when it has no processor file."""
     processor: Config = {}
     if (folder / "preprocessor_config.json").is_file():
-        processor = read_json(folder / "preprocessor_config.json", "processor config")
+        processor = read_object(folder / "preprocessor_config.json", "processor config")
     elif (folder / "processor_config.json").is_file():
-        processor = read_json(folder / "processor_config.json", "processor config").get("image_processor", {})
+        processor = read_object(folder / "processor_config.json", "processor config").get(
+            "image_processor", {}
+        )
     return from_hf_processor(processor, config["vision_cfg"]["image_size"])
 
 
