@@ -29,7 +29,7 @@ from vlmkd.data.ledger import Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.errors import UserError, run_tool
-from vlmkd.files import new_folder, read_text
+from vlmkd.files import read_text
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipPredictor
 
@@ -45,7 +45,6 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    new_folder(args.out, "--out")
     views = CLEAN if args.clean else ViewConfig(
         tuple(args.crop_scale), tuple(args.crop_ratio), args.flip, args.color_jitter, args.hue, args.grayscale
     )  # fmt: skip

@@ -26,7 +26,6 @@ from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, run_tool
-from vlmkd.files import new_folder
 from vlmkd.models.clip import ClipModel, load_clip
 
 
@@ -83,7 +82,6 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    new_folder(args.out, "--out")
     device = device_named(args.device)
     shards = expand(args.shards, "--shards")
     model = load_clip(args.model, args.pretrained)

@@ -85,7 +85,7 @@ def test_bad_folders(pets: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused("'big cat' of pets has no line", "--classes", "names.txt")
     names.write_text("dog\tcat\nbig cat\tCat\n")
     refused("have the same prompt", "--classes", "names.txt")
-    refused("no such file", "--classes", "other.txt")
+    refused("does not exist", "--classes", "other.txt")
     (pets / "empty").mkdir()
     refused("class folder .*empty holds no image", method="dho")
     shutil.rmtree(pets / "empty")

@@ -538,7 +538,7 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
     names.write_bytes(b"\xff\xfeowl")
     with pytest.raises(UserError, match="is not UTF-8"):
         load_set(f"folder:{folder}", class_names=str(names))
-    with pytest.raises(UserError, match="nowhere.txt: no such file; name a text file"):
+    with pytest.raises(UserError, match="nowhere.txt does not exist; name a text file"):
         load_set(f"folder:{folder}", class_names="nowhere.txt")
     with pytest.raises(UserError, match="emoji has its own class names"):
         load_set("emoji", class_names="names.txt")

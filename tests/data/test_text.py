@@ -29,11 +29,11 @@ def test_files_and_both_places_for_the_class(tmp_path):
 @pytest.mark.parametrize(
     ("read", "content", "message"),
     [
-        (class_names, None, "no such file; name `imagenet` or"),
+        (class_names, None, "does not exist; name `imagenet` or"),
         (class_names, "a\nb\na\n", "'a' comes twice"),
         (class_names, "\n", "the file is empty"),
         (prompt_templates, "a photo\n", "'a photo' has no {} or {c}"),
-        (prompt_templates, None, "no such file; name `openai` or `simple`"),
+        (prompt_templates, None, "does not exist; name `openai` or `simple`"),
     ],
 )
 def test_mistakes_are_named(read, content, message, tmp_path):

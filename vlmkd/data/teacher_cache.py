@@ -186,7 +186,7 @@ def read_info(folder: Path, tool: str = "embed_teacher.py") -> CacheInfo:
     """
     path = folder / "cache.json"
     mend = f"write one with `python data_tools/{tool} --out FOLDER ...`"
-    if folder.is_dir() and not path.is_file():
+    if not path.is_file():
         raise UserError(f"teacher cache {folder} has no cache.json; {mend}")
     data = read_object(path, "teacher cache", mend)
     try:

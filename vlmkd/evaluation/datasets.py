@@ -233,7 +233,7 @@ def _read_json_captions(path: Path) -> list[tuple[list[str], list[str]]]:
     pairs = None
     try:
         pairs = _karpathy(content["images"])
-        if pairs is None:
+        if pairs is None and content["images"] and content["annotations"]:
             pairs = _coco(content["images"], content["annotations"])
     except (KeyError, TypeError, AttributeError):
         pass  # another layout
