@@ -266,7 +266,7 @@ def test_damaged_caches_are_refused(make_shards, tmp_path, spec, tokenizer):
     with pytest.raises(UserError, match="has version 99, this code reads 1"):
         build(shards, [tmp_path / "cache"], spec, tokenizer)
     (tmp_path / "cache" / "cache.json").write_text(info[:50])
-    with pytest.raises(UserError, match="cache.json is damaged"):
+    with pytest.raises(UserError, match="cache.json is not valid JSON"):
         build(shards, [tmp_path / "cache"], spec, tokenizer)
     (tmp_path / "cache" / "cache.json").write_text(info)
     file = tmp_path / "cache" / "000.safetensors"
