@@ -42,7 +42,7 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
             f"config field batch_size is {cfg.batch_size}, which is no multiple of {of}{world_size}"
             f"{f' = {unit}' if cfg.micro_batch_size else ''}; nearest valid: batch_size={near}"
         )
-    return micro, cfg.batch_size // unit
+    return micro, cfg.batch_size // (micro * world_size)
 
 
 def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:

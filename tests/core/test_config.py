@@ -148,3 +148,14 @@ def test_batches_that_the_ranks_cannot_share(batch: int, micro: int, ranks: int,
     cfg = config.load(StreamRunConfig, [*BASE, f"batch_size={batch}", f"micro_batch_size={micro}"])
     with pytest.raises(UserError, match=told):
         engine.batch_triple(cfg, ranks)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "triple"),
+    [(32, 0, 1, (32, 1)), (32, 0, 2, (16, 1)), (32, 4, 2, (4, 4)), (3, 3, 1, (3, 1))],
+)
+def test_micro_batch_ranks_and_accumulation_make_up_the_batch(
+    batch: int, micro: int, ranks: int, triple: tuple[int, int]
+) -> None:
+    cfg = config.load(StreamRunConfig, [*BASE, f"batch_size={batch}", f"micro_batch_size={micro}"])
+    assert engine.batch_triple(cfg, ranks) == triple
