@@ -137,6 +137,15 @@ def test_has_field() -> None:
 
 
 @pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "triple"),
+    [(32, 0, 2, (16, 1)), (32, 4, 2, (4, 4)), (6, 0, 1, (6, 1)), (6, 6, 1, (6, 1))],
+)
+def test_micro_batch_and_accumulation(batch: int, micro: int, ranks: int, triple: tuple[int, int]) -> None:
+    cfg = config.load(StreamRunConfig, [*BASE, f"batch_size={batch}", f"micro_batch_size={micro}"])
+    assert engine.batch_triple(cfg, ranks) == triple
+
+
+@pytest.mark.parametrize(
     ("batch", "micro", "ranks", "told"),
     [
         (31, 0, 2, "no multiple of the ranks = 2; nearest valid: batch_size=30 or 32"),
