@@ -14,10 +14,14 @@ import hashlib
 import http.client
 import json
 import os
+import socket
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +39,8 @@ ATTEMPTS = 4
 """Tries of one download call; each continues where the last one broke off."""
 BACKOFF_S = 0.5
 """Wait before the second try; doubled each time."""
+PROBE_S = 5.0
+"""Longest wait for a connection that only tells whether there is a network."""
 CHUNK_BYTES = 1 << 20
 HUB_FILES = ["*.json", "*.safetensors", "merges.txt"]
 """Files of a hub repository that a CLIP needs; pickles stay away."""
@@ -298,6 +304,11 @@ def _read_pins() -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     pins: dict[str, dict[str, str]] = _read_json(path, "list of pinned digests")
+    for name, pin in pins.items():
+        if not isinstance(pin, dict):
+            raise UserError(
+                f"list of pinned digests ({path}) has no pin at {name}; delete that file and call again"
+            )
     return pins
 
 
@@ -308,6 +319,9 @@ def _write_pins(pins: dict[str, dict[str, str]]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- one file by URL
+
+
+_NO_NETWORK = (socket.gaierror, ConnectionRefusedError)
 
 
 class _Broken(Exception):
@@ -340,9 +354,15 @@ def download(url: str, part: Path, *, mend: str) -> None:
                 break
         except urllib.error.URLError as error:
             reason = str(error.reason)
+            if not attempt and isinstance(error.reason, _NO_NETWORK):
+                break  # waiting helps a transfer that was under way, and nobody without a network
+        except ValueError as error:  # no address at all, from a variable
+            reason = str(error)
+            break
         except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(error) or type(error).__name__
     kept = f" ({part.stat().st_size} bytes kept; the next call continues)" if part.exists() else ""
+    reason = " ".join(reason.split())  # urllib tells of a circle of redirections in four lines
     raise UserError(f"cannot download {url}: {reason}{kept}; check network and proxy, {mend}")
 
 
@@ -353,11 +373,13 @@ def _note(part: Path) -> Path:
 def _transfer(url: str, part: Path) -> None:
     """One request, appended to `part`; raises _Broken when fewer bytes than announced arrived."""
     note = _note(part)
+    if part.is_symlink():  # nothing of ours: it would be followed, and what it names appended to
+        part.unlink()
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "vlmkd", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-        etag = _read_json(note, "note on a partial download").get("etag", "") if note.exists() else ""
+        etag = str(_read_json(note, "note on a partial download").get("etag", "")) if note.exists() else ""
         if etag and not etag.startswith("W/"):
             headers["If-Range"] = etag
     try:
@@ -419,12 +441,15 @@ def _download_hub(item: Entry, folder: Path, *, mend: str) -> None:
     download(f"{host}/api/models/{item.source}/revision/{revision or 'main'}", listing, mend=mend)
     info = _read_json(listing, f"answer of {host}")
     listing.unlink()
+    try:
+        found, names = str(info["sha"]), [str(sibling["rfilename"]) for sibling in info["siblings"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{host} gave no list of the files of {item.source}; check HF_ENDPOINT") from None
     if not revision:
-        revision = info["sha"]
+        revision = found
         pins.setdefault(item.name, {})["revision"] = revision
         _write_pins(pins)
-    for sibling in info["siblings"]:
-        name = sibling["rfilename"]
+    for name in names:
         wanted = "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in HUB_FILES)
         if wanted and not (folder / name).exists():
             part = folder / f"{name}.part"
@@ -432,13 +457,53 @@ def _download_hub(item: Entry, folder: Path, *, mend: str) -> None:
             os.replace(part, folder / name)
 
 
-def _read_json(path: Path, what: str) -> Any:
+def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{what} ({path}) is not valid JSON ({error}); delete that file and call again"
         ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{what} ({path}) is no JSON object; delete that file and call again")
+    return content
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[str]:
+    """What huggingface_hub (and open_clip, timm, transformers by it) fetches within.
+
+    Where the hub cannot be reached it then looks into its cache only, at once: it would ask six times for each file, with
+    pauses of up to eight seconds. Gives what is wrong with the connection, empty where nothing is known to be.
+    """
+    trouble = "" if _is_offline() else _trouble_with(_hub_host())
+    if not trouble:
+        yield ""
+        return
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield trouble
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@functools.cache
+def _trouble_with(address: str) -> str:
+    """Why nobody answers at `address`, or at the proxy before it; empty: somebody does."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(parts.scheme) or proxies.get("all")
+        if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
+            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=PROBE_S).close()
+    except (OSError, ValueError) as error:
+        return f"{address} cannot be reached: {getattr(error, 'strerror', None) or error}"
+    return ""
 
 
 # -------------------------------------------------------------------------------------------------- MODEL_ZOO.md

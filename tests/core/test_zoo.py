@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Server:
     etag: str = '"one"'
     honours_range: bool = True
     requests: int = 0
+    redirect: bool = False
 
 
 @pytest.fixture
@@ -46,6 +48,11 @@ def server() -> Iterator[Server]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.requests += 1
+            if state.redirect:
+                self.send_response(302)
+                self.send_header("Location", self.path)
+                self.end_headers()
+                return
             body = state.files.get(self.path)
             if body is None:
                 self.send_error(404)
@@ -191,10 +198,88 @@ def test_missing_file_is_one_line_with_the_mend(
     assert server.requests == 1  # a refusal is not tried again
 
 
-def test_unreachable_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLMKD_MIRROR", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="cannot download http://127.0.0.1:9/.*refused.*by hand"):
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("http://127.0.0.1:9", "refused"), ("http://no-such-host.invalid", "not known|resolution")],
+)
+def test_an_unreachable_host_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, address: str, reason: str
+) -> None:
+    monkeypatch.setenv("VLMKD_MIRROR", address)
+    monkeypatch.setattr(zoo, "BACKOFF_S", 60.0)
+    with pytest.raises(UserError, match=f"cannot download {address}/.*({reason}).*by hand"):
         zoo.fetch(NAME)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://[bad", "http://host:port", "http://a b"])
+def test_a_mirror_that_is_no_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("VLMKD_MIRROR", address)
+    with pytest.raises(UserError, match="cannot download .*VLMKD_MIRROR") as caught:
+        zoo.fetch(NAME)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_circle_of_redirections_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.redirect = True
+    monkeypatch.setenv("VLMKD_MIRROR", server.url)
+    with pytest.raises(UserError, match="infinite loop") as caught:
+        zoo.fetch(NAME)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"NAME": 3}', "[" * 100_000, "\x00"])
+def test_pins_that_are_no_pins(mirror: Server, cache: Path, content: str) -> None:
+    cache.mkdir(parents=True)
+    (cache / "pins.json").write_text(content.replace("NAME", NAME))
+    with pytest.raises(UserError, match="list of pinned digests .*delete that file and call again"):
+        zoo.fetch(NAME)
+
+
+def test_a_link_in_place_of_a_partial_file_is_not_followed(mirror: Server, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    other = cache.parent / "other"
+    other.write_bytes(b"mine")
+    (cache / f"{FILE}.part").symlink_to(other)
+    assert zoo.fetch(NAME).read_bytes() == CONTENT and other.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "listing", [b"[]", b"{}", b'{"sha": 1, "siblings": 3}', b'{"sha": 1, "siblings": ["a"]}']
+)
+def test_a_hub_that_answers_something_else(
+    server: Server, monkeypatch: pytest.MonkeyPatch, listing: bytes
+) -> None:
+    item = zoo.entry(f"{NAME}-hf")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.files[f"/api/models/{item.source}/revision/{item.revision}"] = listing
+    with pytest.raises(UserError, match="gave no list of the files|is no JSON object"):
+        zoo.fetch(item.name)
+
+
+def test_without_a_network_the_hub_is_asked_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """open_clip and timm look into the cache alone, and the line names the connection."""
+    from huggingface_hub import constants
+
+    from vlmkd.models.backbones import load_backbone
+    from vlmkd.models.clip import load_clip
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    for load in (lambda: load_clip("ViT-B-32", "laion2b_s34b_b79k"), lambda: load_backbone("timm:test_vit")):
+        with pytest.raises(UserError, match="http://127.0.0.1:9 cannot be reached: Connection refused"):
+            load()
+        assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_proxy_is_asked_in_place_of_the_hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://no-such-host.invalid")
+    with zoo.hub_or_cache() as trouble:
+        assert trouble == ""
 
 
 @pytest.mark.parametrize("variable", ["VLMKD_OFFLINE", "HF_HUB_OFFLINE", ""])

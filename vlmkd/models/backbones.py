@@ -26,7 +26,7 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences, read_tensors
 from vlmkd.models.clip import build_clip, load_clip
 from vlmkd.models.prompted import PromptedImageTower
-from vlmkd.zoo import weights_file
+from vlmkd.zoo import hub_or_cache, weights_file
 
 Config = dict[str, Any]
 
@@ -193,14 +193,15 @@ def _create_timm(name: str, download: bool, image_size: int | None) -> nn.Module
         size: Config = {}
         if image_size and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
             size = {"img_size": image_size}
-        module: nn.Module = timm.create_model(name, pretrained=download, num_classes=0, **size)
+        with hub_or_cache() if download else contextlib.nullcontext("") as trouble:
+            module: nn.Module = timm.create_model(name, pretrained=download, num_classes=0, **size)
     except RuntimeError as error:  # timm's for an unknown tag, and for an architecture without weights
         raise UserError(
             f"timm:{name}: {_first_line(error)} (published weights: {_timm_tags(name)}); "
             "pin one of them, give a weights file, or use pretrained=false"
         ) from None
     except _DOWNLOAD_ERRORS as error:
-        raise UserError(_unreachable(f"timm:{name}", error)) from None
+        raise UserError(_unreachable(f"timm:{name}", trouble or _first_line(error))) from None
     return module
 
 
@@ -254,7 +255,7 @@ def _create_torchvision(name: str, tag: str | None) -> nn.Module:
     try:
         module: Any = models.get_model(name, weights=tag)
     except _DOWNLOAD_ERRORS as error:
-        raise UserError(_unreachable(f"torchvision:{name}", error)) from None
+        raise UserError(_unreachable(f"torchvision:{name}", _first_line(error))) from None
     if isinstance(module, models.ResNet):
         module.fc = nn.Identity()
     elif isinstance(module, models.MobileNetV2):
@@ -351,9 +352,9 @@ def _head_names(module: Any) -> list[str]:
     return [*own, "fc", "classifier", "ce_head", "kd_head"]
 
 
-def _unreachable(what: str, error: Exception) -> str:
+def _unreachable(what: str, reason: str) -> str:
     return (
-        f"cannot get the weights of {what}: not in the local cache, nor from the net ({_first_line(error)}); go online "
+        f"cannot get the weights of {what}: not in the local cache, nor from the net ({reason}); go online "
         "once (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, give a weights file, or use pretrained=false"
     )
 

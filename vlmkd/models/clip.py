@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
@@ -182,14 +183,17 @@ def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
         config["text_cfg"]["hf_model_pretrained"] = False
     if custom and "multimodal_cfg" in config:
         return CoCa(**config)
-    try:
+    if not foreign_text:
         return (CustomTextCLIP if custom else CLIP)(**config)
-    except OSError as error:  # a Hugging Face text tower whose config is not in the local cache
-        name = config["text_cfg"]["hf_model_name"]
-        raise UserError(
-            f"text tower {name}: its config is not in the Hugging Face cache and cannot be downloaded "
-            f"({_first_line(error)}); go online once, or set HF_ENDPOINT to a mirror"
-        ) from None
+    with zoo.hub_or_cache() as trouble:
+        try:
+            return CustomTextCLIP(**config)
+        except OSError as error:  # the text tower's config is not in the local cache
+            name, reason = config["text_cfg"]["hf_model_name"], trouble or _first_line(error)
+    raise UserError(
+        f"text tower {name}: its config is not in the Hugging Face cache and cannot be downloaded "
+        f"({reason}); go online once, or set HF_ENDPOINT to a mirror"
+    )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -253,14 +257,16 @@ def _download(tag: Config, source: str) -> Path:
     import open_clip
 
     place = f"hub repository {tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url", "")
-    try:
-        return Path(open_clip.download_pretrained(tag))
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"cannot get the weights {source}: not in the local cache, nor from {place} ({_first_line(error)}); "
-            "go online (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, or give a weights file as pretrained; "
-            "models of the zoo come by scripts/download.py"
-        ) from None
+    with zoo.hub_or_cache() as trouble:
+        try:
+            return Path(open_clip.download_pretrained(tag))
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = (tag.get("hf_hub") and trouble) or _first_line(error)
+    raise UserError(
+        f"cannot get the weights {source}: not in the local cache, nor from {place} ({reason}); "
+        "go online (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, or give a weights file as pretrained; "
+        "models of the zoo come by scripts/download.py"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -346,8 +352,6 @@ def _hf_image_spec(folder: Path, config: Config) -> ImageSpec:
 
 
 def _load_zoo(name: str) -> ClipModel:
-    from vlmkd import zoo
-
     item = zoo.entry(name)
     source = f"zoo:{item.name}"
     if item.format != "clip":
@@ -467,16 +471,21 @@ def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> t
         return Tokenizer(SimpleTokenizer(context_length=length, **options), vocabulary, source), None
     places = [folder / name, folder] if folder else []
     local = next((place for place in places if (place / "tokenizer.json").is_file()), None)
-    try:
-        encode = HFTokenizer(
-            str(local or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
-        )
-    except OSError as error:
-        raise UserError(
-            f"model {source}: its tokenizer {name} is neither in the Hugging Face cache nor downloadable "
-            f"({_first_line(error)}); go online once, or set HF_ENDPOINT to a mirror"
-        ) from None
-    return Tokenizer(encode, vocabulary, source), local
+    with contextlib.nullcontext("") if local else zoo.hub_or_cache() as trouble:
+        try:
+            encode = HFTokenizer(
+                str(local or name),
+                context_length=length,
+                tokenizer_mode=text.get("tokenizer_mode"),
+                **options,
+            )
+            return Tokenizer(encode, vocabulary, source), local
+        except OSError as error:
+            reason = trouble or _first_line(error)
+    raise UserError(
+        f"model {source}: its tokenizer {name} is neither in the Hugging Face cache nor downloadable "
+        f"({reason}); go online once, or set HF_ENDPOINT to a mirror"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- student
