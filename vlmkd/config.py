@@ -86,7 +86,7 @@ class SourceConfig:
     """One training source: shards, their share of the stream, and stored teacher embeddings."""
 
     shards: list[str] = field(default_factory=list)
-    """Shard names: local paths, brace ranges, globs, `https://...`, `pipe:COMMAND`, or `emoji:train`."""
+    """Shard names: local paths, brace ranges, globs, `https://...`, `emoji:train`, or `pipe:COMMAND`, which a shell runs."""
     weight: AboveZero = 1.0
     """Share of this source in the mixture, relative to the other sources' weights."""
     teacher_caches: list[str] = field(default_factory=list)
@@ -120,7 +120,7 @@ class DataConfig:
     max_pixels: Positive = 89_478_485
     """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
     max_bad_share: Share = 0.05
-    """The run stops when more than this share of the samples read so far (after 1,000) was bad."""
+    """The run stops when more than this share was bad: of 1,000 samples or more, of a pass, or of a whole short run."""
     shard_cache: str = ""
     """Folder for downloaded remote shards; empty streams them each epoch."""
     synthetic_samples: Positive = 4096
@@ -164,7 +164,7 @@ class LabelledDataConfig:
     max_pixels: Positive = 89_478_485
     """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
     max_bad_share: Share = 0.05
-    """The run stops when more than this share of the images read so far (after one pass, or 1,000) was bad."""
+    """The run stops when more than this share was bad: of 1,000 images or more, of a pass, or of a whole short run."""
     keep_encoded_mb: Count = 512
     """Files are kept in memory when all together are at most this many MB; 0: always read from disk."""
 

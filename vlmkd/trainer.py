@@ -19,7 +19,7 @@ import torch
 
 from vlmkd import checkpoint, distributed, memory
 from vlmkd.config import RunConfig
-from vlmkd.data.loader import Loader
+from vlmkd.data.loader import Loader, worker_deaths
 from vlmkd.engine import Engine, batch_triple
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
@@ -74,7 +74,7 @@ def fit(
     batches = iter(job.loader)
     window = _Window(cfg, engine, job)
     last_save = time.monotonic()
-    with _sigterm() as terminated:
+    with _sigterm() as terminated, worker_deaths():
         for step in range(start, cfg.steps):
             lr = engine.set_lr(lr_factor(step, cfg.steps, cfg.optim))
             torch.manual_seed(stream_seed(cfg.seed, distributed.rank(), step, "step"))
@@ -105,6 +105,7 @@ def fit(
                 if job.task.after_evaluation(results, done):
                     log.info("step %d: the task ends the run", done)
                     save_state(cfg, job, engine, state_dir, done)
+                    job.loader.check_bad_share()
                     return done
             stop = distributed.any_rank(terminated()) if _stop_check_due(cfg, done) else False
             hours = cfg.checkpoint.every_hours
@@ -115,6 +116,7 @@ def fit(
                 last_save = time.monotonic()
             if stop and done < cfg.steps:
                 raise Stopped(f"stopped by SIGTERM after step {done}; start the same command again to go on")
+    job.loader.check_bad_share()
     return cfg.steps
 
 

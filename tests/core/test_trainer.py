@@ -16,6 +16,7 @@ import torch
 
 from vlmkd import trainer
 from vlmkd.config import EvaluationConfig, LogConfig, RunConfig
+from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
 from vlmkd.task import StepOutput
 from vlmkd.timing import Stopwatch
@@ -85,6 +86,8 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             yield {"keys": ["a", "b"]}
+
+    def check_bad_share(self) -> None: ...
 
 
 def fit(
@@ -186,3 +189,14 @@ def test_a_first_step_that_comes_near_the_memory_there_is_warns_once(
     (message,) = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING] or [""]
     assert message.startswith("the first step took 8.2 of the 10.0 GB" if warned else "")
     assert bool(message) == warned and ("micro_batch_size=1 (now 2)" in message) == warned
+
+
+def test_a_short_run_is_judged_by_its_bad_samples_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(loader: Loader) -> None:
+        raise UserError("84 of 180 samples were bad")
+
+    monkeypatch.setattr(Loader, "check_bad_share", refuse)
+    with pytest.raises(UserError, match="84 of 180"):
+        fit(config(tmp_path, steps=3), monkeypatch, {}, tmp_path)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from vlmkd.config import DataConfig, SourceConfig
-from vlmkd.data.loader import build_loader
+from vlmkd.data.loader import build_loader, worker_deaths
 from vlmkd.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -279,9 +279,34 @@ def test_a_worker_that_is_killed_ends_the_run(make_shards, spec, tokenizer):
         return tokenizer(texts)
 
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="worker .*(killed by signal|exited unexpectedly)"):
+    told = "a loader process ended (by signal Killed|before its work was done).*lower data.workers"
+    with pytest.raises(UserError, match=told), worker_deaths():
         take(build(make_shards([10] * 2), spec, killer, workers=2), 50)
     assert time.monotonic() - started < 60
+
+
+def test_other_errors_are_left_as_they_are():
+    with pytest.raises(RuntimeError, match="Caught KeyError in DataLoader worker process 0"), worker_deaths():
+        raise RuntimeError("Caught KeyError in DataLoader worker process 0.")
+
+
+def test_a_short_run_is_judged_at_its_end(make_shards, spec, tokenizer):
+    def loader(share: float):
+        return build(make_shards([10] * 2, spoil), spec, tokenizer, max_bad_share=share, batch_size=4)
+
+    lenient, strict = loader(0.5), loader(0.0)
+    for one in (lenient, strict):
+        while not one.skipped:
+            take(one, 1)
+    lenient.check_bad_share()
+    with pytest.raises(UserError, match=r"data.max_bad_share=0.0: \d of \d+ samples were bad"):
+        strict.check_bad_share()
+
+
+def test_a_command_is_shown_before_a_shell_runs_it(make_shards, spec, tokenizer, caplog):
+    (shard,) = make_shards([4])
+    build([f"pipe:cat {shard}"], spec, tokenizer, workers=0)
+    assert f"a shell will run `cat {shard}`; do so only with configs that you trust" in caplog.text
 
 
 def test_an_error_in_a_worker_carries_its_message(make_shards, spec):

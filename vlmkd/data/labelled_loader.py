@@ -247,7 +247,7 @@ class LabelledLoader:
         accumulation: batches per rank that make up one global batch.
         teacher_specs: input of each teacher that runs beside the student.
         teacher_embeds: stored outputs of a teacher that does not.
-        max_bad_share: share of bad images above which the run stops, after one pass or 1,000 images.
+        max_bad_share: share of bad images above which the run stops, after one pass, 1,000 images or at the end.
         keep_encoded_mb: the files are kept in memory when all together have at most this size.
 
     Raises:
@@ -339,8 +339,13 @@ class LabelledLoader:
                     "skipped %s: %s %s (%d such on rank %d so far)",
                     bad.name, bad.reason, bad.detail, count, self._rank,
                 )  # fmt: skip
+        if self._read >= min(_MIN_READ, self._pass):
+            self.check_bad_share()
+
+    def check_bad_share(self) -> None:
+        """See `vlmkd.data.loader.Loader`."""
         total = sum(self.skipped.values())
-        if self._read >= min(_MIN_READ, self._pass) and total > self._max_bad_share * self._read:
+        if total > self._max_bad_share * self._read:
             raise UserError(
                 f"data.max_bad_share={self._max_bad_share}: {total} of {self._read} images were bad "
                 f"({_count_text(self.skipped)}), first {', '.join(self._names)}; mend the data set or raise "

@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,9 +32,10 @@ from vlmkd.image_spec import ImageSpec
 
 log = logging.getLogger(__name__)
 
-_MIN_READ = 1000  # samples before data.max_bad_share is applied
+_MIN_READ = 1000  # samples before data.max_bad_share is applied, if the run has not ended
 _LOG_EVERY = 100  # bad samples of one reason per log line, after the first
 _NAMES_KEPT = 5
+_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: ([\w ]+)|exited)")
 
 Batch = dict[str, Any]
 
@@ -57,6 +60,14 @@ class Loader(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What went into the run, for data.json."""
+        ...
+
+    def check_bad_share(self) -> None:
+        """Called at the end of a run: judge what was read, however little.
+
+        Raises:
+            UserError: more than `data.max_bad_share` of it was bad.
+        """
         ...
 
 
@@ -106,6 +117,22 @@ def build_loader(
     return ShardLoader(
         cfg, shard_lists, pipeline, image_spec, micro_batch_size, rank, world_size, topology, salt
     )
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Turn torch's error about a loader process that died, which may come at any line of the body, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        death = _DEATH.match(str(error))
+        if death is None:
+            raise
+        killed = f"by signal {death[1]}, as when memory runs out" if death[1] else "before its work was done"
+        raise UserError(
+            f"a loader process ended {killed}; lower data.workers (0 loads in the training process), and for shards "
+            "data.shuffle_buffer, or free memory, then start the same command again"
+        ) from None
 
 
 def _shard_lists(cfg: DataConfig, world_size: int) -> list[list[str]]:
@@ -373,6 +400,10 @@ class ShardLoader:
         firsts = [state["first_pass"] for state in self._states if state and state["first_pass"]]
         if len(firsts) == len(self._states):  # a small set is judged by one whole pass
             self._refuse_if_many(sum(bad for _, bad in firsts), sum(read for read, _ in firsts))
+
+    def check_bad_share(self) -> None:
+        """See `Loader`."""
+        self._refuse_if_many(sum(self.skipped.values()), self._read)
 
     def _refuse_if_many(self, bad: int, read: int) -> None:
         if bad > self._cfg.max_bad_share * read:

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import http.client
 import itertools
+import logging
 import os
 import random
 import re
@@ -32,8 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+from vlmkd import distributed
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
+
+log = logging.getLogger(__name__)
 
 READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, http.client.HTTPException)
 """What a shard that cannot be read to its end may raise."""
@@ -72,6 +76,8 @@ def _expand_one(entry: str, where: str) -> list[str]:
 
         return list(resolve(entry))
     found = []
+    if entry.startswith("pipe:") and distributed.is_main():
+        log.warning("%s: a shell will run `%s`; do so only with configs that you trust", where, entry[5:])
     for name in _brace_range(entry, where):
         if is_remote(name):
             found.append(name)

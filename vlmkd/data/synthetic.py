@@ -121,6 +121,9 @@ class SyntheticLoader:
         """Continue after the batches of `state`."""
         self._delivered = int(state["delivered"])
 
+    def check_bad_share(self) -> None:
+        """See `Loader`; nothing is bad here."""
+
     def describe(self) -> dict[str, Any]:
         """What went into the run, for data.json."""
         return {
