@@ -526,7 +526,10 @@ SECTIONS = {
         "Prompted teachers and students: `teacher.prompts=zoo:NAME`, and `--ckpt` and `--teacher` of `projects/promptkd/eval.py`. "
         "*Started from* is the CLIP that `teacher.clip`, `--clip` or `--teacher-clip` must name. Accuracies are base / novel / "
         "harmonic mean; those of students and of PromptSRC are means of three seeds. Cross-dataset students were not "
-        "published, PromptSRC's other seeds and its few-shot prompts are behind the links of its docs/EVAL.md.",
+        "published, PromptSRC's other seeds and its few-shot prompts are behind the links of its docs/EVAL.md. The ViT-L/14 teachers are "
+        "mirrored on [Baidu](https://pan.baidu.com/s/1KNJ1mhNKoxdSli4ZldeZUg) (password mjf4), "
+        "[TeraBox](https://terabox.com/s/1X4mxJtSaR8W2lrK5bsrCkg) and, not all of them, "
+        "[Google Drive](https://drive.google.com/drive/folders/1OdQ9WauZmYAzVSUTTw7tIKKChyECIS5B).",
     ),
     "dho": (
         "DHO",

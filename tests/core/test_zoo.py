@@ -524,3 +524,23 @@ def test_command_line(tmp_path: Path) -> None:
     assert len(listing.stdout.splitlines()) == len(zoo.entries())
     wrong = subprocess.run([sys.executable, script, NAME + "x"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and f"did you mean {NAME}" in wrong.stderr
+
+
+def test_every_clip_that_a_recipe_names_has_an_entry() -> None:
+    named = set()
+    for path in (zoo.REPOSITORY / "projects").glob("*/configs/**/*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        named |= {
+            f"{model}@{tag}" for model, tag in re.findall(r"model: ([\w-]+), pretrained: (\w+)\b(?!/)", text)
+        }
+    assert {"ViT-B-32@laion2b_e16", "ViT-B-16-quickgelu@openai"} <= named
+    # OpenAI's weights bring their activation with them, under either name.
+    notes = " ".join(item.note for item in zoo.entries().values()).replace("-quickgelu@openai", "@openai")
+    named = {name.replace("-quickgelu@openai", "@openai") for name in named}
+    assert not [name for name in named if f"{name} of" not in notes]
+
+
+def test_the_page_names_the_mirrors() -> None:
+    page = (zoo.REPOSITORY / "MODEL_ZOO.md").read_text(encoding="utf-8")
+    for mirror in ("pan.baidu.com", "terabox.com", "drive.google.com", "8M-16-Text-3M-YFCC15M-ONNX"):
+        assert mirror in page
