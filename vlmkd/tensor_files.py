@@ -14,11 +14,14 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
@@ -100,16 +103,9 @@ def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[st
     Raises:
         UserError: no such file, unreadable or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
-    try:
+    with reading(path, what):
         state: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, *_DAMAGE) as error:
-        raise UserError(f"{what} {path} is damaged ({_short(error)}); fetch it again") from None
-    except OSError as error:
-        raise _unreadable(error, path, what) from None
     _check(state, path.stat().st_size, f"{what} {path}")
     return state
 
@@ -120,11 +116,8 @@ def is_zip(path: Path, *, what: str = "weights file") -> bool:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_ZIP)) == _ZIP
-    except OSError as error:
-        raise _unreadable(error, path, what) from None
+    with reading(path, what), path.open("rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
 
 
 def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipInfo]:
@@ -133,11 +126,25 @@ def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipIn
     Raises:
         UserError: it is damaged.
     """
+    with reading(path, what), zipfile.ZipFile(path) as archive:
+        return archive.infolist()
+
+
+@contextmanager
+def reading(path: Path, what: str = "weights file") -> Iterator[None]:
+    """Whatever a library's reader of an untrusted file raises within is one line.
+
+    Raises:
+        UserError: the file is unreadable or damaged.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.infolist()
-    except (*_DAMAGE, OSError) as error:  # an offset before the file's start is an OSError
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, *_DAMAGE) as error:
         raise UserError(f"{what} {path} is damaged ({_short(error)}); fetch it again") from None
+    except OSError as error:
+        raise _unreadable(error, path, what) from None
 
 
 class _Inert:
@@ -163,9 +170,10 @@ def _what_is_wrong(error: BaseException) -> str:
 
 
 def _short(error: BaseException) -> str:
-    """The first line of an error's text without control characters, else its class."""
+    """The first sentence of an error's text without control characters and torch's line numbers, else its class."""
     lines = "".join(c if c.isprintable() or c == "\n" else " " for c in str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    told = re.sub(r"^\[enforce fail at .*?\] \. ", "", lines[0]) if lines else type(error).__name__
+    return told.split(". ")[0][:200]
 
 
 def _unreadable(error: OSError, path: Path, what: str) -> UserError:

@@ -29,6 +29,7 @@ from projects.promptkd import legacy as promptkd
 from projects.vl2v_adip import convert_vl2v
 from vlmkd.errors import UserError
 from vlmkd.models.checkpoints import read_state_dict
+from vlmkd.models.clip import load_clip
 from vlmkd.tensor_files import read_safetensors, read_torch
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -297,6 +298,23 @@ def test_paths_that_are_no_readable_files(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.pt", tmp_path / "none.safetensors"):
         for reader in READERS.values():
             assert line_of(reader, path)
+
+
+def test_files_that_open_clip_reads_itself(tmp_path: Path) -> None:
+    tower = {"width": 16, "layers": 1}
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "head_width": 8, **tower},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "heads": 2, **tower},
+    }
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    path = tmp_path / "x.npz"
+    for data in (b"", random.Random(0).randbytes(3000), b"PK\x03\x04 torn", pickle.dumps(Call(os.getpid))):
+        path.write_bytes(data)
+        line = line_of(lambda file: load_clip(str(tmp_path / "model.json"), str(file)), path)
+        assert "is damaged" in line and "allow_pickle" not in line
+    np.savez(path, other=np.zeros(3))
+    assert line_of(lambda file: load_clip(str(tmp_path / "model.json"), str(file)), path)
 
 
 def test_plain_classes_are_made_only_where_they_are_named(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
+from vlmkd.tensor_files import reading
 
 Config = dict[str, Any]
 
@@ -146,7 +147,8 @@ def load_clip(
     ):  # open_clip's own files, and big_vision's, whose layout it knows
         import open_clip
 
-        open_clip.load_checkpoint(module, str(weights))
+        with reading(weights):
+            open_clip.load_checkpoint(module, str(weights))
     else:
         load_weights(module, read_state_dict(weights), source)
     return _clip_model(module, config, preprocess, source, folder)
