@@ -6,6 +6,8 @@ import io
 import itertools
 import logging
 import os
+import platform
+import resource
 import signal
 import time
 from collections import Counter
@@ -288,6 +290,8 @@ def test_a_worker_that_is_killed_ends_the_run(make_shards, spec, tokenizer):
 def test_other_errors_are_left_as_they_are():
     with pytest.raises(RuntimeError, match="Caught KeyError in DataLoader worker process 0"), worker_deaths():
         raise RuntimeError("Caught KeyError in DataLoader worker process 0.")
+    with pytest.raises(UserError, match="ended before its work was done"), worker_deaths():
+        raise EOFError  # what the pipe of a process says that died in the middle of a batch
 
 
 def test_a_short_run_is_judged_at_its_end(make_shards, spec, tokenizer):
@@ -315,6 +319,23 @@ def test_an_error_in_a_worker_carries_its_message(make_shards, spec):
 
     with pytest.raises(KeyError, match="no such token"):
         take(build(make_shards([10] * 2), spec, broken, workers=2), 5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is set")
+def test_loader_processes_keep_freed_memory(make_shards, spec):
+    sizes = (40_000_000, 60_000_000)
+
+    def faults(texts: list[str]) -> torch.Tensor:
+        """Pages that this process has to get anew for memory that it had before."""
+        for size in sizes:
+            torch.zeros(size, dtype=torch.uint8).add_(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for size in sizes:
+            torch.zeros(size, dtype=torch.uint8).add_(1)
+        return torch.full((len(texts), 1), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    batch = take(build(make_shards([10]), spec, faults, workers=1), 1)[0]
+    assert int(batch["tokens"][0, 0]) < sum(sizes) // 4096 // 10
 
 
 def test_workers_use_one_thread(make_shards, spec):

@@ -112,6 +112,17 @@ def test_views_without_hue_and_grayscale_are_drawn_as_before():
     assert np.mean([new.grey for _, new in pairs]) == pytest.approx(0.25, abs=0.05)
 
 
+def test_normalise_is_bit_equal_to_the_whole_batch_at_once():
+    spec = ImageSpec(size=(9, 7), mean=(0.48, 0.45, 0.41), std=(0.27, 0.26, 0.28))
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (9, 7, 3), generator=generator).to(torch.uint8) for _ in range(5)]
+    images[1] = images[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)  # as `render` gives them
+    mean, std = torch.tensor(spec.mean).view(1, 3, 1, 1), torch.tensor(spec.std).view(1, 3, 1, 1)
+    whole = torch.stack(images).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
+    found = normalise(images, spec)
+    assert torch.equal(found, whole) and found.is_contiguous()
+
+
 def test_normalise_is_the_float64_formula():
     spec = ImageSpec(size=(5, 4), mean=MEAN, std=STD)
     images = [

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vlmkd.allocator import start_loader_process
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.batch import ImageLabel, check_image_label_batch
 from vlmkd.data.decode import BadImageError
@@ -311,6 +312,7 @@ class LabelledLoader:
             sampler=_Onwards(self._delivered),
             num_workers=self._workers,
             collate_fn=_unchanged,
+            worker_init_fn=start_loader_process,
             pin_memory=torch.cuda.is_available(),
         )
         first = True

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vlmkd.allocator import start_loader_process
 from vlmkd.config import DataConfig
 from vlmkd.data import shards as sharding
 from vlmkd.data.batch import check_batch
@@ -124,11 +125,12 @@ def worker_deaths() -> Iterator[None]:
     """Turn torch's error about a loader process that died, which may come at any line of the body, into a UserError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, ConnectionError) as error:
         death = _DEATH.match(str(error))
-        if death is None:
+        if death is None and isinstance(error, RuntimeError):
             raise
-        killed = f"by signal {death[1]}, as when memory runs out" if death[1] else "before its work was done"
+        signal = death[1] if death else None  # the other two: it died while it handed a batch over
+        killed = f"by signal {signal}, as when memory runs out" if signal else "before its work was done"
         raise UserError(
             f"a loader process ended {killed}; lower data.workers (0 loads in the training process), and for shards "
             "data.shuffle_buffer, or free memory, then start the same command again"
@@ -368,6 +370,7 @@ class ShardLoader:
             batch_size=None,
             num_workers=self._cfg.workers,
             collate_fn=_unchanged,
+            worker_init_fn=start_loader_process,
             pin_memory=torch.cuda.is_available(),
         )
         first = True

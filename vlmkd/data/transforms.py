@@ -189,10 +189,12 @@ def _grey(x: Tensor) -> Tensor:
 
 def normalise(images: list[Tensor], spec: ImageSpec) -> Tensor:
     """uint8 [h,w,3] images as one float32 [B,3,h,w] in the statistics of `spec`."""
-    batch = torch.stack(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    mean = torch.tensor(spec.mean).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std).view(1, 3, 1, 1)
-    return batch.div_(255).sub_(mean).div_(std)
+    height, width = images[0].shape[:2]
+    batch = torch.empty(len(images), 3, height, width)
+    mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
+    for image, place in zip(images, batch, strict=True):  # one image at a time stays in the processor's cache
+        place.copy_(image.permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
+    return batch
 
 
 def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
