@@ -29,10 +29,12 @@ def moving_average(student: nn.Module, decay: float) -> AveragedModel:
     first update copies the weights. Needs whole parameters on each rank, so ZeRO stage 3 is refused by `check_average`.
     """
 
-    def lerp(average: Tensor, current: Tensor, _: Tensor | int) -> Tensor:
-        return torch.lerp(average, current.to(average.dtype), 1.0 - decay)
+    def lerp(average: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+        torch._foreach_lerp_(
+            average, [value.to(mean) for value, mean in zip(current, average, strict=True)], 1.0 - decay
+        )
 
-    return AveragedModel(student, avg_fn=lerp, use_buffers=False).float()
+    return AveragedModel(student, multi_avg_fn=lerp, use_buffers=False).float()
 
 
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
@@ -118,16 +120,18 @@ class GaussianAverage:
 
 
 class BestWeights:
-    """The weights of the evaluation with the highest score, on the CPU in float32; a tie goes to the later one."""
+    """The weights of the evaluation with the highest score, on the CPU in float32."""
 
-    def __init__(self) -> None:
+    def __init__(self, tie: Literal["earlier", "later"]) -> None:
+        """`tie`: which of two equal scores counts (PromptKD's code the earlier, VL2V-ADiP's the later)."""
+        self._earlier = tie == "earlier"
         self.weights: Weights = {}
         self.score = -math.inf
         self.step = -1
 
     def offer(self, weights: Mapping[str, Tensor], score: float, step: int) -> bool:
-        """Keep `weights` when none was better; True when they were kept."""
-        if score < self.score:
+        """Keep `weights` when none was better, nor as good and kept by the rule for ties; True when they were kept."""
+        if score < self.score or (score == self.score and self._earlier):
             return False
         self.weights = {name: _kept(value) for name, value in weights.items()}
         self.score, self.step = score, step

@@ -54,7 +54,7 @@ class Vl2vTask(Task):
         self.student: nn.Module = student
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher]
         self.watch = Stopwatch()
-        self.best = BestWeights()
+        self.best = BestWeights("later")
         self.valley: LossValley | None = None
         if cfg.swad.enabled:
             swad = cfg.swad

@@ -236,16 +236,18 @@ def test_gaussian_average_refuses_what_has_no_mean() -> None:
         GaussianAverage(20, 1e6, 1)
 
 
-def test_best_weights_keep_the_later_of_equals_and_a_copy() -> None:
-    best = BestWeights()
+@pytest.mark.parametrize(("tie", "kept"), [("earlier", (1.0, 10)), ("later", (2.0, 30))])
+def test_best_weights_keep_a_copy_and_follow_the_rule_for_ties(tie: Any, kept: tuple[float, int]) -> None:
+    best = BestWeights(tie)
     weight = torch.tensor([1.0])
     assert best.offer({"w": weight}, 0.5, 10)
     weight.fill_(2.0)
     assert not best.offer({"w": weight}, 0.4, 20)
     assert best.weights["w"].item() == 1.0
-    assert best.offer({"w": weight}, 0.5, 30)
-    again = restored(BestWeights, best.state())
-    assert (again.weights["w"].item(), again.score, again.step) == (2.0, 0.5, 30)
+    assert best.offer({"w": weight}, 0.5, 30) == (tie == "later")
+    again = restored(lambda: BestWeights(tie), best.state())
+    assert (again.weights["w"].item(), again.score, again.step) == (kept[0], 0.5, kept[1])
+    assert again.offer({"w": weight}, 0.6, 40)
 
 
 def test_only_trained_tensors_are_held_and_running_statistics_when_asked_for() -> None:

@@ -117,6 +117,24 @@ def test_moving_average_is_the_textbook_sum_even_from_bf16_weights() -> None:
     assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moving_average_is_that_of_each_tensor_by_itself_to_the_bit(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    average = moving_average(model, 0.99)
+    model.to(dtype)
+    expected: list[torch.Tensor] = []
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        now = [parameter.detach().float().clone() for parameter in model.parameters()]
+        expected = (
+            [torch.lerp(a, b, 1.0 - 0.99) for a, b in zip(expected, now, strict=True)] if expected else now
+        )
+        average.update_parameters(model)
+    assert all(torch.equal(a, b) for a, b in zip(average.module.parameters(), expected, strict=True))
+
+
 def test_averaging_partitioned_weights_is_refused() -> None:
     check_average(0.99, 2)
     with pytest.raises(UserError, match="ema_decay needs whole weights"):
