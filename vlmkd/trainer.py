@@ -132,7 +132,9 @@ def evaluate(
     """Run every evaluator on `predictor`; logs and returns the results."""
     if not evaluators:
         return []
-    context = Context(device=engine.device, batch_size=cfg.evaluation.batch_size, workers=0, progress=False)
+    context = Context(
+        engine.device, cfg.evaluation.batch_size, cfg.evaluation.workers, progress=False, embedded={}
+    )
     results: list[Result] = []
     with engine.whole_weights(), torch.no_grad():
         for evaluator in evaluators:

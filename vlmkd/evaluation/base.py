@@ -68,6 +68,8 @@ class Context:
     """Progress line with the time left, on rank 0."""
     max_unreadable_share: float = 0.01
     """An evaluation with a larger share of unreadable images than this fails."""
+    embedded: dict[Any, Any] | None = None
+    """Image embeddings of this context's evaluations, so that sets with the same images share them; None: not kept."""
 
 
 @dataclass(frozen=True)

@@ -88,16 +88,35 @@ class ImageOutputs:
         return found
 
 
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def embed_batches(
+    predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
+) -> tuple[Batches, list[str]]:
+    """(indices [b], unit vectors [b,D] on the CPU) of this rank's share, batch by batch, and all unreadable names.
+
+    A context that remembers embeddings decodes and embeds the same images once for each predictor.
+    """
+    key = (id(predictor), tuple(images))
+    known = context.embedded
+    if known is not None and key in known:
+        return known[key]
+    stream = ImageOutputs(predictor.encode_image, predictor.image_spec, images, title, context)
+    found = [(indices, rows.cpu()) for indices, rows in stream], stream.unreadable()
+    if known is not None:
+        known[key] = found
+    return found
+
+
 def embed_all(
     predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Indices [n] of the readable images, their vectors [n,D] on this rank's share, and all unreadable names."""
-    stream = ImageOutputs(predictor.encode_image, predictor.image_spec, images, title, context)
-    parts = list(stream)
-    unreadable = stream.unreadable()
+    parts, unreadable = embed_batches(predictor, images, title, context)
     # The empty tensors stand for the share of a rank that has no images.
     indices = torch.cat([torch.empty(0, dtype=torch.long), *(part[0] for part in parts)])
-    return indices, torch.cat([torch.empty(0), *(part[1].cpu() for part in parts)]), unreadable
+    return indices, torch.cat([torch.empty(0), *(part[1] for part in parts)]), unreadable
 
 
 def embed_texts(

@@ -5,6 +5,7 @@ B images, C classes, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from vlmkd.evaluation.base import (
     require_protocol,
 )
 from vlmkd.evaluation.datasets import LabelledImages, labelled
-from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.evaluation.images import ImageOutputs, embed_batches
 from vlmkd.models.class_vectors import require_same_classes
 
 LOGIT_SCALE = 100.0
@@ -60,7 +61,7 @@ class ZeroShot:
             UserError: neither protocol, or a classifier of other classes.
         """
         data = self.dataset
-        stream = self._logits(predictor, context)
+        stream, unreadable = self._logits(predictor, context)
         labels = torch.tensor(data.labels)
         ks = [k for k in TOP_K if k == 1 or k < len(data.class_names)]
         right = torch.zeros(len(ks), len(data.class_names), dtype=torch.long)
@@ -71,26 +72,25 @@ class ZeroShot:
             seen += torch.bincount(target, minlength=len(seen))
             for row, hit in enumerate(hits):
                 right[row] += torch.bincount(target[hit], minlength=len(seen))
-        unreadable = stream.unreadable()
         right, seen = (torch.stack(distributed.gather_objects(part)).sum(0) for part in (right, seen))
-        return [_result(data, ks, right, seen, unreadable)]
+        return [_result(data, ks, right, seen, unreadable())]
 
-    def _logits(self, predictor: Any, context: Context) -> ImageOutputs:
-        """Logits [b,C] of the images."""
+    def _logits(
+        self, predictor: Any, context: Context
+    ) -> tuple[Iterable[tuple[Tensor, Tensor]], Callable[[], list[str]]]:
+        """(indices [b], logits [b,C]) of the images by batches, and what gives the unreadable ones afterwards."""
         data = self.dataset
         title = f"{data.name}: images"
         if isinstance(predictor, ImageClassifier):
             require_same_classes(predictor.class_names, data.class_names, f"model {predictor.name}")
-            return ImageOutputs(predictor.classify, predictor.image_spec, data.images, title, context)
+            stream = ImageOutputs(predictor.classify, predictor.image_spec, data.images, title, context)
+            return stream, stream.unreadable
         require_protocol(self.name, predictor, DualEncoder)
         weights = class_weights(predictor, data.class_names, data.templates, context, title=data.name)
         weights = weights.to(context.device)
-
-        def logits(images: Tensor) -> Tensor:
-            vectors: Tensor = predictor.encode_image(images)
-            return LOGIT_SCALE * vectors.float() @ weights
-
-        return ImageOutputs(logits, predictor.image_spec, data.images, title, context)
+        batches, unreadable = embed_batches(predictor, data.images, title, context)
+        logits = ((ids, LOGIT_SCALE * vectors.to(context.device) @ weights) for ids, vectors in batches)
+        return logits, lambda: unreadable
 
 
 def class_weights(
