@@ -17,8 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
@@ -26,25 +24,7 @@ from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, run_tool
-from vlmkd.models.clip import ClipModel, load_clip
-
-
-class ClipEncoder:
-    """A loaded CLIP as the `DualEncoder` that the cache asks for."""
-
-    def __init__(self, model: ClipModel, device: torch.device) -> None:
-        self._module = model.module.eval().requires_grad_(False).to(device)
-        self._tokenizer, self._device = model.tokenizer, device
-        self.image_spec = model.image_spec
-        self.logit_scale = float(model.module.logit_scale.exp())
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] -> [B,D] unit vectors in fp32."""
-        return F.normalize(self._module.encode_image(images).float(), dim=-1)
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Captions -> [N,D] unit vectors in fp32."""
-        return F.normalize(self._module.encode_text(self._tokenizer(texts).to(self._device)).float(), dim=-1)
+from vlmkd.models.clip import ClipPredictor, load_clip
 
 
 def main(argv: list[str]) -> int:
@@ -89,8 +69,9 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--model {args.model} alone has random weights; name the trained ones with --pretrained"
         )
+    model.module.to(device)
     skipped = embed_shards(
-        ClipEncoder(model, device),
+        ClipPredictor.of(model),
         shards,
         args.out,
         source=model.source,

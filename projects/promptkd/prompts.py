@@ -6,6 +6,7 @@ D embedding width. The image tower, and what all prompts have in common, is in v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from vlmkd.evaluation.prompts import fill
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import INIT_STD, PromptedImageTower, check_depth
+from vlmkd.models.text_tower import encode_causal, pool_type, read_at
 from vlmkd.task import frozen
 
 
@@ -57,8 +59,8 @@ class PromptedTextTower(nn.Module):
         self.positional_embedding: Any = text.positional_embedding.requires_grad_(False)
         self.text_projection = text.text_projection.requires_grad_(False)
         self.register_buffer("attn_mask", text.attn_mask, persistent=False)
-        self._pool_type = getattr(text, "text_pool_type", None) or text.pool_type
-        self._eos_id = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
+        self.pool_type = pool_type(text)
+        self.eos_id = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
         self.start = _first_word_position(clip.tokenizer)
         check_depth("text", depth, length, len(text.transformer.resblocks), lowest=1)
         context = len(text.positional_embedding)
@@ -82,7 +84,7 @@ class PromptedTextTower(nn.Module):
         """
         shape = self.prompts.shape
         self.prompts.copy_(torch.randn(shape, generator=generator) * INIT_STD)
-        if self._read_at(tokens[None]).item() >= self.start + self.length:
+        if read_at(self, tokens[None]).item() >= self.start + self.length:
             words = self.token_embedding.weight[tokens[self.start : self.start + self.length]]
             self.prompts[0] = words.to(self.prompts.dtype)
 
@@ -92,42 +94,37 @@ class PromptedTextTower(nn.Module):
         In chunks of `classes_per_chunk` classes (0: all at once); under autograd a chunk keeps nothing and is computed
         again in the backward pass, so memory does not grow with C.
         """
-        ends = self._read_at(tokens)
+        ends = read_at(self, tokens)
         if bool((ends < self.start + self.length).any()):
             raise UserError(
                 f"a class prompt ends before its {self.length} prompts; use a longer prompt or fewer of them"
             )
-        if self.attn_mask is not None:  # causal: nothing behind the position that is read can reach it
-            tokens = tokens[:, : int(ends.max()) + 1]
         size = self.classes_per_chunk or len(tokens)
-        if size >= len(tokens) or not (torch.is_grad_enabled() and self.prompts.requires_grad):
-            return torch.cat(
-                [self._encode(*part) for part in zip(tokens.split(size), ends.split(size), strict=True)]
-            )
+        again = size < len(tokens) and torch.is_grad_enabled() and self.prompts.requires_grad
         parts = zip(tokens.split(size), ends.split(size), strict=True)
-        return torch.cat([checkpoint(self._encode, *part, use_reentrant=False) for part in parts])
+        # The prompts are an argument, so that the backward pass computes with what this call saw.
+        features = [
+            checkpoint(self._encode, self.prompts, *part, use_reentrant=False)
+            if again
+            else self._encode(self.prompts, *part)
+            for part in parts
+        ]
+        return torch.cat(features)
 
-    def _encode(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        x = self.token_embedding(tokens)
+    def _encode(self, prompts: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
         first, last = self.start, self.start + self.length
 
-        def prompted(x: Tensor, block: int) -> Tensor:
-            own = self.prompts[block].to(x.dtype).expand(len(x), -1, -1)
-            return torch.cat([x[:, :first], own, x[:, last:]], dim=1)
+        def blocks(x: Tensor, mask: Tensor | None) -> Tensor:
+            for number, block in enumerate(self.transformer.resblocks):
+                if number < self.depth:
+                    own = prompts[number].to(x.dtype)
+                    if number == 0:
+                        own = own + self.positional_embedding[first:last].to(x.dtype)
+                    x = torch.cat([x[:, :first], own.expand(len(x), -1, -1), x[:, last:]], dim=1)
+                x = block(x, attn_mask=mask)
+            return x
 
-        length = tokens.shape[1]
-        x = prompted(x, 0) + self.positional_embedding[:length].to(x.dtype)
-        mask = None if self.attn_mask is None else self.attn_mask[:length, :length]
-        for number, block in enumerate(self.transformer.resblocks):
-            x = block(prompted(x, number) if 0 < number < self.depth else x, attn_mask=mask)
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), ends])
-        return x @ self.text_projection.to(x.dtype)
-
-    def _read_at(self, tokens: Tensor) -> Tensor:
-        """Position [C] whose output is the text's feature."""
-        if self._pool_type == "eos":
-            return (tokens == self._eos_id).int().argmax(dim=-1)
-        return tokens.argmax(dim=-1)
+        return encode_causal(self, tokens, ends, blocks)
 
 
 class PromptedCLIP(nn.Module):
@@ -210,6 +207,21 @@ class PromptedEncoder:
         return F.normalize(self._prompted.text(tokens).float(), dim=-1)
 
 
+def with_room(tokenizer: Callable[[list[str]], Tensor], template: str, length: int) -> str:
+    """`template` if at least `length` tokens stand before its class name, else that many `X` before the name (spec b.1).
+
+    Learned vectors replace the first `length` tokens of a prompt; without room they would replace the class name.
+    """
+    words = _differ_at(tokenizer, [fill(template, "a"), fill(template, "the")]) - _first_word_position(
+        tokenizer
+    )
+    if words >= length:
+        return template
+    name = re.search(r"\{c?\}", template)
+    assert name is not None, f"{template!r} has no place for the class name"
+    return "X " * length + template[name.start() :]
+
+
 def class_tokens(
     tokenizer: Callable[[list[str]], Tensor], class_names: Sequence[str], template: str
 ) -> Tensor:
@@ -218,7 +230,7 @@ def class_tokens(
 
 
 def _check_text_tower(text: Any, source: str) -> None:
-    pool = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
+    pool = pool_type(text)
     if pool not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
         raise UserError(
             f"prompts need a text transformer that reads its end token; {source} has pool_type {pool}"
@@ -231,5 +243,10 @@ def _check_text_tower(text: Any, source: str) -> None:
 
 def _first_word_position(tokenizer: Callable[[list[str]], Tensor]) -> int:
     """How many tokens precede the first word: 1 with a start token, else 0."""
-    one, other = tokenizer(["a"])[0], tokenizer(["the"])[0]
+    return _differ_at(tokenizer, ["a", "the"])
+
+
+def _differ_at(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> int:
+    """First position at which the tokens of two texts differ."""
+    one, other = tokenizer(texts)
     return int((one != other).int().argmax())

@@ -236,11 +236,12 @@ def test_as_a_command_a_mistake_is_one_line_and_exit_code_2(name, tmp_path):
 class TinyClip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.image, self.text = nn.Linear(3 * 16 * 16, 6), nn.Embedding(300, 6)
+        self.visual, self.text = nn.Linear(3 * 16 * 16, 6), nn.Embedding(300, 6)
         self.logit_scale = nn.Parameter(torch.tensor(3.0))
+        self.logit_bias = None
 
     def encode_image(self, images, normalize=False):
-        return self.image(images.flatten(1))
+        return self.visual(images.flatten(1))
 
     def encode_text(self, tokens, normalize=False):
         return self.text(tokens).sum(1)

@@ -28,6 +28,7 @@ from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
+from vlmkd.models.text_tower import encode_text
 from vlmkd.tensor_files import reading
 
 Config = dict[str, Any]
@@ -565,7 +566,7 @@ def encode(
             towers.encode_image(images.to(compute_dtype(towers.visual))).float(), dim=-1
         )
     if tokens is not None:
-        text_embeds = F.normalize(towers.encode_text(tokens).float(), dim=-1)
+        text_embeds = F.normalize(encode_text(model, tokens).float(), dim=-1)
     scale = towers.logit_scale.float().exp().reshape(())
     if fixed_scale is not None:
         scale = torch.full_like(scale.detach(), fixed_scale)
@@ -664,9 +665,9 @@ class ClipPredictor:
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
         """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
-        towers: Any = self._encoder.model
+        model: Any = self._encoder.model
         with evaluating(self._encoder):
-            return towers.encode_text(self._tokenizer(texts).to(self._device())).float()
+            return encode_text(model, self._tokenizer(texts).to(self._device())).float()
 
     @property
     def logit_scale(self) -> float:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
 
-from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape, class_tokens
+from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape, class_tokens, with_room
 from tests.projects.promptkd import tiny
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import DualEncoder
+from vlmkd.models.class_vectors import encode_classes
 
 NAMES = ["cat", "hot_dog", "a much longer name"]
 TEMPLATE = "a photo of a {}."
@@ -183,6 +185,29 @@ def test_a_tokenizer_without_start_token_puts_prompts_first() -> None:
     assert torch.equal(
         model.text.prompts[0], clip.module.token_embedding.weight[clip.tokenizer(["ab"])[0, :2]]
     )
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_prompts_never_take_the_place_of_the_class_name(length: int) -> None:
+    """Up to four learned vectors stand for `a photo of a`, more for as many X (spec b.1)."""
+    given = with_room(open_clip.tokenize, TEMPLATE, length)
+    wanted = (
+        TEMPLATE if length <= 4 else " ".join(["X"] * length) + " {}."
+    )  # CoOp's prompt_prefix + " " + name + "."
+    assert torch.equal(
+        class_tokens(open_clip.tokenize, NAMES, given), class_tokens(open_clip.tokenize, NAMES, wanted)
+    )
+    plain = class_tokens(open_clip.tokenize, ["cat", "dog"], given)
+    assert int((plain[0] != plain[1]).int().argmax()) == 1 + max(
+        length, 4
+    )  # the name stands behind the prompts
+
+    clip = tiny.clip()
+    shape = PromptShape(image_depth=0, image_length=0, text_depth=2, text_length=length)
+    encoder = PromptedEncoder(PromptedCLIP(clip, shape), clip, "prompted")
+    template = with_room(clip.tokenizer, "{c}", length)
+    vectors = encode_classes(encoder, ["a", "b", "c"], [template], teacher_digest="").vectors
+    assert torch.cdist(vectors, vectors).add(torch.eye(3)).min() > 1e-3
 
 
 def test_encoder_is_a_dual_encoder_of_unit_vectors() -> None:

@@ -1,0 +1,93 @@
+"""Text towers without the padding behind a text's end: only positions that can reach the feature are computed.
+
+Behind a causal mask no position sees what follows it, so that everything behind the position that is read can be left
+out; a Hugging Face tower masks its padding. The features are those of the whole context, to rounding.
+
+Letters: N texts, T token positions, L of them computed, w width, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd.models.pruned_clip import PrunedTextTower
+
+
+def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """`model.encode_text(tokens)` of an open_clip model or PrunedCLIP: tokens int64 [N,T] -> [N,D], not normalised.
+
+    All positions are computed where padding may count: in towers that see both ways, read another position than the
+    end token, or put a class token behind the text, and in Hugging Face towers in training, whose dropout draws a
+    number per position.
+    """
+    text: Any = getattr(model, "text", model)
+    if isinstance(text, PrunedTextTower):
+        return text(up_to(tokens, tokens.argmax(dim=-1)))
+
+    from open_clip import CLIP, CustomTextCLIP
+    from open_clip.hf_model import HFTextEncoder
+    from open_clip.transformer import TextTransformer
+
+    towers: Any = model
+    if isinstance(text, HFTextEncoder) and type(model) is CustomTextCLIP and not text.training:
+        used = (tokens != text.config.pad_token_id).any(dim=0)
+        return towers.encode_text(tokens[:, : int(used.nonzero().max()) + 1] if bool(used.any()) else tokens)
+    if (
+        type(model) in (CLIP, CustomTextCLIP)
+        and isinstance(text, (CLIP, TextTransformer))
+        and is_causal(text)
+    ):
+        return encode_causal(
+            text, tokens, read_at(text, tokens), lambda x, mask: text.transformer(x, attn_mask=mask)
+        )
+    return towers.encode_text(tokens)
+
+
+def is_causal(text: Any) -> bool:
+    """Whether a text transformer of open_clip (or a CLIP that holds its parts) sees backwards only and reads the end token."""
+    return (
+        pool_type(text) in ("argmax", "eos")
+        and text.attn_mask is not None
+        and getattr(text, "cls_emb", None) is None
+        and not getattr(text, "output_tokens", False)
+    )
+
+
+def pool_type(text: Any) -> str | None:
+    """How open_clip names the position that is read: on a text tower, or on a CLIP that holds its parts."""
+    return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
+
+
+def read_at(text: Any, tokens: Tensor) -> Tensor:
+    """Position [N] whose output is a text's feature, in towers for which `is_causal` holds."""
+    if pool_type(text) == "eos":
+        eos = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
+        return (tokens == eos).int().argmax(dim=-1)
+    return tokens.argmax(dim=-1)
+
+
+def up_to(tokens: Tensor, ends: Tensor) -> Tensor:
+    """tokens [N,T] up to the last of the positions `ends` [N]: [N,L]."""
+    return tokens[:, : int(ends.max()) + 1]
+
+
+def encode_causal(
+    text: Any, tokens: Tensor, ends: Tensor, blocks: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """The feature [N,D] at the positions `ends` [N] of tokens [N,T], with the parts of an open_clip text transformer.
+
+    `blocks` takes the embedded tokens [N,L,w] with their positions, and the attention mask [L,L], through the blocks.
+    """
+    if text.attn_mask is not None:
+        tokens = up_to(tokens, ends)
+    length, dtype = tokens.shape[1], text.transformer.get_cast_dtype()
+    x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x = blocks(x, None if text.attn_mask is None else text.attn_mask[:length, :length])
+    x = text.ln_final(x[torch.arange(len(x), device=x.device), ends])
+    if isinstance(text.text_projection, nn.Linear):
+        return text.text_projection(x)
+    return x if text.text_projection is None else x @ text.text_projection
