@@ -234,7 +234,7 @@ def promptkd(models: Models, folder: Path, args: argparse.Namespace) -> Iterator
     task.export(folder / "teacher", dict(task.student.state_dict()))
     source = TeacherSource(prompts=str(folder / "teacher"))
     for count, name in sets.items():
-        teacher, dataset = load_teacher(source, name), load_set(name)
+        teacher, dataset = load_teacher(source, name, "base_to_novel"), load_set(name)
         assert teacher.prompted is not None
         teacher.prompted.to(distributed.device())
         vectors, outputs = folder / f"vectors_{count}.safetensors", folder / f"outputs_{count}"

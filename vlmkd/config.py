@@ -270,7 +270,7 @@ class EvaluationConfig:
     """Shift of `every_steps`: 1 evaluates after the steps 1, 1 + N, 1 + 2N, ... (DomainBed)."""
     batch_size: Positive = 64
     """Images per evaluation batch."""
-    workers: int = 0
+    workers: Processes = 0
     """Processes per rank that decode an evaluation's images; 0 decodes in the training process. Does not change results."""
     teacher: bool = True
     """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
@@ -342,8 +342,6 @@ class RunConfig:
             "optim.decay_steps",
             "has no effect unless optim.schedule=wsd",
         )
-        workers = self.evaluation.workers
-        require(workers >= 0, "evaluation.workers", f"is {workers}; 0 decodes in the training process")
         every, phase = self.evaluation.every_steps, self.evaluation.phase
         require(
             phase == 0 or 0 <= phase < every,

@@ -18,7 +18,7 @@ from projects.promptkd.config import (
     with_steps,
 )
 from projects.promptkd.exports import TEACHER_JSON
-from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens
+from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens, with_room
 from projects.promptkd.protocols import Protocol, student_images, student_protocol, teacher_protocol
 from projects.promptkd.student import PromptedStudent
 from projects.promptkd.task import StudentTask, TeacherNet, TeacherTask
@@ -45,7 +45,7 @@ log = logging.getLogger("vlmkd.promptkd")
 
 FROZEN_TEMPLATES = 60
 """PromptSRC averages the frozen class vectors over the first 60 of OpenAI's 80 ImageNet templates."""
-_DTYPES = {"none": None, "bf16": torch.bfloat16}
+_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @functools.lru_cache(maxsize=2)
@@ -61,12 +61,22 @@ def set_of(data: LabelledDataConfig) -> LabelledSet:
 
 def resolve_teacher(cfg: TeacherConfig) -> TeacherConfig:
     """Stage 1 with its steps filled in."""
+    _check_machine(cfg)
     return with_steps(cfg, len(teacher_protocol(cfg, set_of(cfg.data)).train))
 
 
 def resolve_student(cfg: StudentConfig) -> StudentConfig:
     """Stage 2 with its steps filled in."""
+    _check_machine(cfg)
     return with_steps(cfg, len(student_images(cfg, set_of(cfg.data))))
+
+
+def _check_machine(cfg: PromptKDConfig) -> None:
+    require(
+        cfg.autocast != "fp16" or torch.cuda.is_available(),
+        "autocast",
+        "is fp16, which needs a GPU; use bf16 or none",
+    )
 
 
 def teacher_job(cfg: TeacherConfig) -> Job:
@@ -87,11 +97,13 @@ def teacher_job(cfg: TeacherConfig) -> Job:
     prompted = PromptedCLIP(clip, shape, init=prompts.init, seed=cfg.seed)
     prompted.text.classes_per_chunk = cfg.classes_per_chunk
     prompted.image.activation_checkpointing = cfg.deepspeed.activation_checkpointing
-    tokens = class_tokens(clip.tokenizer, names, prompts.template)
+    template = with_room(clip.tokenizer, prompts.template, prompts.text_length)
+    tokens = class_tokens(clip.tokenizer, names, template)
     net = TeacherNet(prompted, tokens, frozen_vectors, _DTYPES[cfg.autocast]).to(distributed.device())
     log.info("stage 1: %d classes, %d labelled images", len(names), len(protocol.train))
     loader = _loader(cfg, protocol, clip.image_spec)
-    return Job(TeacherTask(cfg, net, clip, dataset, protocol), loader, _evaluators(cfg, protocol))
+    task = TeacherTask(cfg, net, clip, dataset, protocol, template)
+    return Job(task, loader, _evaluators(cfg, protocol))
 
 
 def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
@@ -120,8 +132,7 @@ def student_job(cfg: StudentConfig) -> Job:
     stored = bool(cfg.data.teacher_outputs)
     teacher = None
     if not (cfg.class_vectors and stored):
-        of = cfg.data.set if cfg.protocol == "base_to_novel" else "imagenet"  # whose published teacher it is
-        teacher = load_teacher(cfg.teacher, of)
+        teacher = load_teacher(cfg.teacher, cfg.data.set, cfg.protocol)
         (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(distributed.device())
     vectors = class_vectors(cfg, dataset, teacher)
     if any(item.label == UNLABELLED for item in dataset.splits.get("test", [])):

@@ -33,7 +33,7 @@ def build_bank(cfg: BankConfig) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = set_of(cfg.data)
-    teacher = load_teacher(cfg.teacher, cfg.data.set)
+    teacher = load_teacher(cfg.teacher, cfg.data.set, cfg.protocol)
     (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
     vectors = teacher.class_vectors(dataset)
     vectors.save(Path(cfg.out))

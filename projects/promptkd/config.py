@@ -22,6 +22,8 @@ from vlmkd.config import (
 TRAINING_TEMPLATE = "a photo of a {}."
 """The prompt of both stages in every published run."""
 
+Setting = Literal["base_to_novel", "cross_dataset", "domain_generalization"]
+"""Which images are trained on, and which classes are evaluated (spec b.5)."""
 C = TypeVar("C", bound="PromptKDConfig")
 
 
@@ -48,7 +50,8 @@ class PromptConfig:
     text_length: Positive = 4
     """Prompts of a text block, in place of the first words."""
     template: str = TRAINING_TEMPLATE
-    """Words around the class name; learned vectors replace the first of them."""
+    """Words around the class name; learned vectors replace the first of them, or take places of their own before the name
+    where fewer words stand there."""
     init: str = "a photo of a"
     """Words whose embeddings the first text prompts start from; empty, or too few words: at random."""
 
@@ -145,8 +148,8 @@ class PromptKDConfig(RunConfig):
     select: Literal["last", "val", "upstream"] = "last"
     """Whose weights are exported: of the last epoch, of the best epoch on validation images, or of the best on *test*
     images, as the reference reports."""
-    autocast: Literal["none", "bf16"] = "none"
-    """Type of the towers' matrix products; prompts, projector, logits and losses are fp32 in any case."""
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Type of the towers' matrix products; prompts, projector, logits and losses are fp32 in any case. fp16 needs a GPU."""
 
     def __post_init__(self) -> None:
         if self.steps == 0:
@@ -205,6 +208,11 @@ class TeacherConfig(PromptKDConfig):
         super().__post_init__()
         require(bool(self.clip.model), "clip.model", "is empty; name the CLIP whose prompts are learned")
         require(
+            "{}" in self.prompts.template or "{c}" in self.prompts.template,
+            "prompts.template",
+            f"is {self.prompts.template!r}, without {{}} or {{c}} for the class name",
+        )
+        require(
             not self.data.teacher_outputs,
             "data.teacher_outputs",
             "has no effect here: stage 1 has no teacher",
@@ -227,7 +235,7 @@ class StudentConfig(PromptKDConfig):
     """File of build_bank.py; empty: computed from the teacher when the run starts."""
     text_every_step: bool = False
     """Run the teacher's text tower over all classes at every step, as the reference does; for measuring only."""
-    protocol: Literal["base_to_novel", "cross_dataset", "domain_generalization"] = "base_to_novel"
+    protocol: Setting = "base_to_novel"
     """Which images are trained on and which classes are evaluated (spec b.5)."""
     shots: Count = 0
     """Unlabelled training images a class, picked by their labels (ablation); 0: the whole training split."""
@@ -275,6 +283,8 @@ class BankConfig:
     """File of the class vectors, e.g. runs/promptkd/dtd_teacher/class_vectors.safetensors."""
     teacher: TeacherSource = field(default_factory=TeacherSource)
     """The teacher."""
+    protocol: Setting = "base_to_novel"
+    """That of the student's run: in a folder of published teachers it decides whose teacher is taken."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """The data set; with image_views also the views, whose outputs go to data.teacher_outputs."""
     image_views: Count = 0

@@ -6,12 +6,14 @@ r"""Evaluate teachers, students and plain CLIPs by the paper's protocols, over s
 A checkpoint is a run's export folder, a published checkpoint or its `zoo:NAME` (`--clip` names the CLIP of its size; a student also needs
 its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a zero-shot CLIP with the data set's own
 prompts. `{data}` and `{seed}` in paths stand for each set and seed. Base, novel and all classes come from one pass over
-the images. Means are over the seeds, and the harmonic mean is that of the mean base and mean novel accuracies, as in the paper.
+the images. Means are over the seeds, and the harmonic mean is that of the mean base and mean novel accuracies, as in the paper;
+with several seeds the standard deviation over them stands beside each (the harmonic mean's: of the seeds' harmonic means).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 
 from projects.promptkd import legacy
 from projects.promptkd.build import data_set
-from projects.promptkd.config import ClipConfig, TeacherSource
+from projects.promptkd.config import ClipConfig, Setting, TeacherSource
 from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.protocols import held_out
 from projects.promptkd.student import StudentClassifier
@@ -38,7 +40,11 @@ from vlmkd.models.class_vectors import ClassVectors, require_same_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.zoo import weights_file
 
-SETTINGS = ("base2novel", "cross", "dg")
+SETTINGS: dict[str, Setting] = {
+    "base2novel": "base_to_novel",
+    "cross": "cross_dataset",
+    "dg": "domain_generalization",
+}
 
 
 def evaluator(setting: str, dataset: LabelledSet, split: str, hold_out: float, seed: int) -> Classification:
@@ -53,16 +59,23 @@ def evaluator(setting: str, dataset: LabelledSet, split: str, hold_out: float, s
 
 
 def classifier(
-    name: str, dataset: LabelledSet, clip: ClipConfig, teacher: TeacherSource, bank: str, device: torch.device
+    name: str,
+    dataset: LabelledSet,
+    clip: ClipConfig,
+    teacher: TeacherSource,
+    bank: str,
+    device: torch.device,
+    setting: Setting,
 ) -> ImageClassifier:
-    """The classifier that a `--ckpt` names, for the classes of `dataset`.
+    """The classifier that a `--ckpt` names, for the classes of `dataset`; `setting` chooses among published teachers.
 
     Raises:
         UserError: nothing there, a student of other classes, or a published file without the CLIP or teacher it needs.
     """
     if name.startswith("clip:"):
         model, _, pretrained = name.removeprefix("clip:").partition("@")
-        return _zero_shot(TeacherSource(clip=ClipConfig(model=model, pretrained=pretrained)), dataset, device)
+        source = TeacherSource(clip=ClipConfig(model=model, pretrained=pretrained))
+        return _zero_shot(source, dataset, device, setting)
     path = weights_file(name)
     path = path / "export" if (path / "export").is_dir() else path
     if (path / CONFIG).is_file():
@@ -71,15 +84,15 @@ def classifier(
         student.module.to(device)
         return student
     if (path / TEACHER_JSON).is_file() or path.is_dir():
-        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device)
+        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device, setting)
     state = legacy.read_checkpoint(path)
     if legacy.kind_of(state, name) == "teacher":
-        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device)
+        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device, setting)
     if not clip.model:
         raise UserError(f"{name} is a published student; name its CLIP: --clip ViT-B-16-quickgelu@openai")
     base = load_clip(clip.model, clip.pretrained)
     published = legacy.load_student(state, base, name).to(device)
-    vectors = _vectors(dataset, teacher, bank, name, device)
+    vectors = _vectors(dataset, teacher, bank, name, device, setting)
     if vectors.vectors.shape[1] != published.projector.config["embed_dim"]:
         raise UserError(
             f"{name} projects to {published.projector.config['embed_dim']} dimensions, its class vectors have "
@@ -89,7 +102,12 @@ def classifier(
 
 
 def _vectors(
-    dataset: LabelledSet, teacher: TeacherSource, bank: str, name: str, device: torch.device
+    dataset: LabelledSet,
+    teacher: TeacherSource,
+    bank: str,
+    name: str,
+    device: torch.device,
+    setting: Setting,
 ) -> ClassVectors:
     if bank:
         return ClassVectors.load(Path(bank), expect_class_names=dataset.class_names)
@@ -98,41 +116,68 @@ def _vectors(
             f"{name} is a published student, which has no class vectors; name its teacher with --teacher and "
             "--teacher-clip, or a file of build_bank.py with --bank"
         )
-    loaded = load_teacher(teacher, dataset.name)
+    loaded = load_teacher(teacher, dataset.name, setting)
     (loaded.clip.module if loaded.prompted is None else loaded.prompted).to(device)
     return loaded.class_vectors(dataset)
 
 
-def _zero_shot(source: TeacherSource, dataset: LabelledSet, device: torch.device) -> ImageClassifier:
-    teacher = load_teacher(source, dataset.name)
+def _zero_shot(
+    source: TeacherSource, dataset: LabelledSet, device: torch.device, setting: Setting
+) -> ImageClassifier:
+    teacher = load_teacher(source, dataset.name, setting)
     (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
     return ZeroShotClassifier(teacher.encoder(), teacher.class_vectors(dataset))
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds of each data set, and over the data sets; the harmonic mean is that of the means."""
-    sets: dict[str, Any] = {}
-    for name in dict.fromkeys(run["data"] for run in runs):
-        sets[name] = _mean([run["metrics"] for run in runs if run["data"] == name])
-    return {"data": sets, "average": _mean(list(sets.values()))}
+    """Means over the seeds of each data set and of the data sets' average, and standard deviations over the seeds.
+
+    The harmonic mean is that of the means. The average's deviation is that of the seeds' averages; a deviation is there
+    where several seeds are.
+    """
+    names = list(dict.fromkeys(run["data"] for run in runs))
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    metrics = {(run["data"], run["seed"]): run["metrics"] for run in runs}
+    sets = {name: _mean([metrics[name, seed] for seed in seeds]) for name in names}
+    spread = {name: _spread([metrics[name, seed] for seed in seeds]) for name in names}
+    by_seed = [_mean([metrics[name, seed] for name in names]) for seed in seeds]
+    return {
+        "data": sets,
+        "average": _mean(list(sets.values())),
+        "spread": {"data": spread, "average": _spread(by_seed)},
+    }
+
+
+def _shared(rows: Sequence[dict[str, float]]) -> list[str]:
+    return [name for name in rows[0] if all(name in row for row in rows)]
 
 
 def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    shared = [name for name in rows[0] if all(name in row for row in rows)]
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in shared}
+    mean = {name: statistics.fmean(row[name] for row in rows) for name in _shared(rows)}
     if "base_top1" in mean:
         mean["harmonic_mean"] = harmonic_mean(mean["base_top1"], mean["novel_top1"])
     return mean
 
 
+def _spread(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    if len(rows) == 1:
+        return {}
+    return {name: statistics.stdev(row[name] for row in rows) for name in _shared(rows)}
+
+
 def table(result: dict[str, Any], setting: str) -> str:
-    """The summary as Markdown, in percent."""
+    """The summary as Markdown, in percent: mean, and with several seeds standard deviation."""
     columns = ["base_top1", "novel_top1", "harmonic_mean"] if setting == "base2novel" else ["top1"]
     lines = ["| data set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    rows = [*result["data"].items(), ("average", result["average"])]
-    lines += [
-        f"| {name} | " + " | ".join(f"{100 * row[key]:.2f}" for key in columns) + " |" for name, row in rows
-    ]
+    spread = result["spread"]
+    rows = [(name, row, spread["data"][name]) for name, row in result["data"].items()]
+    rows.append(("average", result["average"], spread["average"]))
+    for name, row, deviation in rows:
+        cells = [
+            f"{100 * row[key]:.2f}" + (f" ± {100 * deviation[key]:.2f}" if key in deviation else "")
+            for key in columns
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -151,7 +196,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 for text in (args.ckpt, args.bank, args.teacher)
             )
             source = TeacherSource(prompts=prompts, clip=_clip(args.teacher_clip))
-            model = classifier(ckpt, dataset, _clip(args.clip), source, bank, device)
+            model = classifier(ckpt, dataset, _clip(args.clip), source, bank, device, SETTINGS[args.setting])
             measured = evaluator(args.setting, dataset, args.split, args.hold_out, seed)
             (result,) = measured.run(model, context)
             runs.append(

@@ -21,14 +21,13 @@ from projects.promptkd.config import ClipConfig
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
 from vlmkd.errors import UserError, run_tool
+from vlmkd.evaluation.prompts import fill
 from vlmkd.export import check_main, compare, new_folder, run_check, write_json, write_tensors
 from vlmkd.files import read_object
 from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 from vlmkd.tensor_files import read_safetensors
 
 TEACHER_JSON = "promptkd_teacher.json"
-PROBE_TEXT = "a photo of a cat, a probe that is long enough"
-"""The text by which an export is checked."""
 _PROMPTS = "prompts.safetensors"
 
 
@@ -91,8 +90,13 @@ def read_teacher(
     return prompted.eval(), base, facts
 
 
+def probe_text(template: str) -> str:
+    """The text by which the export of a teacher with this prompt is checked."""
+    return fill(template, "cat")
+
+
 def verify(folder: Path, images: Tensor, expected: Mapping[str, Tensor]) -> None:
-    """Reload `folder` in a fresh process and compare its `image_embeds` and `text_embeds` of PROBE_TEXT with `expected`.
+    """Reload `folder` in a fresh process and compare its `image_embeds` and `text_embeds` (of the probe text) with `expected`.
 
     Raises:
         UserError: they differ, or the folder cannot be loaded.
@@ -107,11 +111,11 @@ def verify(folder: Path, images: Tensor, expected: Mapping[str, Tensor]) -> None
 def _check(folder: Path, probe_file: Path) -> str:
     """What differs between the teacher in `folder` and the probe; empty when nothing does."""
     probe = read_safetensors(probe_file)
-    prompted, clip, _ = read_teacher(folder)
+    prompted, clip, facts = read_teacher(folder)
     encoder = PromptedEncoder(prompted, clip, "teacher")
     found = {
         "image_embeds": encoder.encode_image(probe["images"]),
-        "text_embeds": encoder.encode_text([PROBE_TEXT]),
+        "text_embeds": encoder.encode_text([probe_text(facts.template)]),
     }
     return compare(found, probe)
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from projects.promptkd.config import Setting
 from projects.promptkd.prompts import PromptedCLIP, PromptShape
 from projects.promptkd.student import PromptedStudent
 from vlmkd.errors import UserError
@@ -35,7 +36,7 @@ _IGNORED = (
 )
 _PROJECTOR = "VPT_image_trans.conv1."
 _FOLDERS = {
-    "imagenet": ("imagenet", "imagenetxd"),
+    "imagenet": ("imagenet",),
     "caltech101": ("caltech101",),
     "oxford_pets": ("oxfordpets",),
     "stanford_cars": ("stanfordcars", "standfordcars"),  # the second spelling is the reference README's
@@ -47,7 +48,9 @@ _FOLDERS = {
     "eurosat": ("eurosat",),
     "ucf101": ("ucf101",),
 }
-"""Folder names of the published teachers, without case and punctuation, by data set."""
+"""Folder names of the published base-to-novel teachers, without case and punctuation, by data set."""
+_CROSS_FOLDER = "imagenetxd"
+"""That of the teacher of all of ImageNet's classes, from which the students of the other two settings learn."""
 
 
 # -------------------------------------------------------------------------------------------------- reading a file
@@ -75,15 +78,16 @@ def read_checkpoint(path: Path) -> State:
     }
 
 
-def find_teacher(folder: Path, dataset: str) -> Path:
-    """The published teacher of a data set below `folder`, whose sub-folders have the reference's names in any case.
+def find_teacher(folder: Path, dataset: str, setting: Setting) -> Path:
+    """The published teacher below `folder`, whose sub-folders have the reference's names in any case.
 
-    The file may have any name: where there are several, the text file `checkpoint` beside them says which.
+    Base-to-novel has a teacher for each data set, the other settings one of all of ImageNet's classes for all sets. The file may have any name: where there are several, the text file `checkpoint` beside them says which.
 
     Raises:
         UserError: no folder for this data set, no file in it, or several without a `checkpoint`.
     """
-    wanted = _FOLDERS.get(dataset)
+    across = setting != "base_to_novel"
+    wanted = (_CROSS_FOLDER,) if across else _FOLDERS.get(dataset)
     if wanted is None:
         raise UserError(f"no published teacher is named after {dataset}; give its file instead of {folder}")
     places = [
@@ -98,7 +102,8 @@ def find_teacher(folder: Path, dataset: str) -> Path:
         files = [file for file in files if file in named] or files
     if len(files) != 1:
         found = ", ".join(str(file) for file in files) or "nothing"
-        raise UserError(f"teacher of {dataset} below {folder}: found {found}; name one checkpoint file")
+        whose = f"all of ImageNet's classes (for {setting})" if across else dataset
+        raise UserError(f"teacher of {whose} below {folder}: found {found}; name one checkpoint file")
     return files[0]
 
 

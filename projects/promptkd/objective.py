@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from projects.promptkd.precision import exact
 from vlmkd.losses.logits import kl_divergence
 
 
 def cosine_logits(image_embeds: Tensor, class_vectors: Tensor, scale: Tensor | float) -> Tensor:
     """scale times the products of unit vectors [B,D] and [C,D]: logits [B,C]."""
     with torch.autocast(image_embeds.device.type, enabled=False):
-        return scale * _exact(image_embeds) @ _exact(class_vectors).T
+        return scale * exact(image_embeds) @ exact(class_vectors).T
 
 
 def promptsrc_terms(
@@ -47,8 +48,8 @@ def promptsrc_terms(
     frozen_logits = cosine_logits(frozen_image_embeds, frozen_class_vectors, scale)
     return {
         "ce": F.cross_entropy(logits, labels),
-        "text": F.l1_loss(_exact(class_vectors), _exact(frozen_class_vectors)),
-        "image": F.l1_loss(_exact(image_embeds), _exact(frozen_image_embeds)),
+        "text": F.l1_loss(exact(class_vectors), exact(frozen_class_vectors)),
+        "image": F.l1_loss(exact(image_embeds), exact(frozen_image_embeds)),
         "logit": kl_divergence(logits, frozen_logits, reduction="element"),
     }
 
@@ -66,7 +67,3 @@ def promptkd_loss(
     B, and its equal weight is C times smaller. Only images whose `mask` [B] is true count.
     """
     return kl_divergence(student_logits, teacher_logits, temperature, reduction=reduction, mask=mask)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -5,8 +5,7 @@ Letters: B images, d width of the student's features, D width of the teacher's e
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.promptkd.objective import cosine_logits
+from projects.promptkd.precision import autocast, encode
 from vlmkd import distributed
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import prompted_config
@@ -71,10 +71,8 @@ class PromptedStudent(nn.Module):
         In training the batch statistics of the projector are those of all ranks together, so that the number of ranks
         changes neither the loss nor the running statistics.
         """
-        with autocast(images.device, self.autocast_dtype):
-            features = self.image(images)
+        features = encode(self.image, images, self.autocast_dtype)
         with autocast(images.device, None):
-            features = features.float()
             if self.projector.training:
                 first, own = distributed.row_offset(len(features)), len(features)
                 projected = self.projector(distributed.gather(features))[first : first + own]
@@ -125,10 +123,3 @@ def as_classifier(
         if name != "logit_scale"
     }
     return config, weights | {"head.vectors": head.vectors}
-
-
-@contextlib.contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Matrix products inside compute in `dtype`; None: as the weights are."""
-    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        yield

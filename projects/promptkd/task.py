@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
 from projects.promptkd.exports import (
-    PROBE_TEXT,
     TeacherFacts,
     clip_digest,
+    probe_text,
     teacher_digest,
     verify,
     write_teacher,
 )
 from projects.promptkd.objective import cosine_logits, promptkd_loss, promptsrc_terms
+from projects.promptkd.precision import encode
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
 from projects.promptkd.protocols import Protocol
-from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier, autocast
+from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier
 from projects.promptkd.teacher import ImageTeacher, Teacher
 from vlmkd.averaging import BestWeights, GaussianAverage, Weights, trainable
 from vlmkd.classifier_export import export_classifier, verify_classifiers
@@ -87,7 +88,7 @@ class PromptTask(Task):
         self.teachers = []
         self.watch = Stopwatch()
         self._average: GaussianAverage | None = None
-        self._best = BestWeights()
+        self._best = BestWeights("earlier")
 
     def _classifier(self, name: str) -> ImageClassifier:
         """The trained model with the weights that it holds now."""
@@ -169,11 +170,13 @@ class TeacherNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """images [B,3,H,W] -> unit vectors, fp32: images [B,D], classes [C,D], images by the frozen tower [B,D]."""
-        with autocast(images.device, self._dtype):
-            image, text = self.prompted.image(images), self.prompted.text(self.tokens)
-            with torch.no_grad():
-                frozen_image = self.prompted.image.tower(images)
-        return tuple(F.normalize(part.float(), dim=-1) for part in (image, text, frozen_image))  # type: ignore[return-value]
+        image, text = (
+            F.normalize(encode(tower, inputs, self._dtype).float(), dim=-1)
+            for tower, inputs in ((self.prompted.image, images), (self.prompted.text, self.tokens))
+        )
+        with torch.no_grad():
+            frozen_image = encode(self.prompted.image.tower, images, self._dtype)
+        return image, text, F.normalize(frozen_image.float(), dim=-1)
 
 
 class TeacherTask(PromptTask):
@@ -183,10 +186,17 @@ class TeacherTask(PromptTask):
     core: TeacherNet
 
     def __init__(
-        self, cfg: TeacherConfig, net: TeacherNet, clip: ClipModel, dataset: LabelledSet, protocol: Protocol
+        self,
+        cfg: TeacherConfig,
+        net: TeacherNet,
+        clip: ClipModel,
+        dataset: LabelledSet,
+        protocol: Protocol,
+        template: str,
     ) -> None:
+        """`template` is the prompt with room for the learned vectors."""
         super().__init__(cfg, net, protocol)
-        self.clip, self.dataset = clip, dataset
+        self.clip, self.dataset, self.template = clip, dataset, template
         if cfg.average.std:
             self._average = GaussianAverage(cfg.epochs, cfg.average.mean, cfg.average.std)
 
@@ -209,7 +219,7 @@ class TeacherTask(PromptTask):
         vectors = encode_classes(
             encoder,
             self.dataset.class_names,
-            [self.cfg.prompts.template],
+            [self.template],
             teacher_digest="in training",
             allow_duplicates=self.dataset.name.startswith("imagenet"),
         )
@@ -228,7 +238,7 @@ class TeacherTask(PromptTask):
             clip=self.cfg.clip,
             clip_digest=base,
             shape=self.core.prompted.shape,
-            template=self.cfg.prompts.template,
+            template=self.template,
             class_names=[self.dataset.class_names[index] for index in self.protocol.train_classes],
             digest=teacher_digest(base, self._exported),
         )
@@ -242,7 +252,7 @@ class TeacherTask(PromptTask):
             encoder = PromptedEncoder(self.core.prompted, self.clip, "teacher")
             expected = {
                 "image_embeds": encoder.encode_image(images),
-                "text_embeds": encoder.encode_text([PROBE_TEXT]),
+                "text_embeds": encoder.encode_text([probe_text(self.template)]),
             }
         verify(folder, images, expected)
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.promptkd import legacy
-from projects.promptkd.config import TRAINING_TEMPLATE, TeacherSource
+from projects.promptkd.config import TRAINING_TEMPLATE, Setting, TeacherSource
 from projects.promptkd.exports import TEACHER_JSON, clip_digest, read_teacher, teacher_digest
-from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
-from projects.promptkd.student import autocast
+from projects.promptkd.precision import encode
+from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, with_room
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
@@ -56,8 +56,8 @@ class Teacher:
         )
 
 
-def load_teacher(source: TeacherSource, dataset: str) -> Teacher:
-    """The teacher that a config names; `dataset` is the key by which published teachers' folders are found.
+def load_teacher(source: TeacherSource, dataset: str, setting: Setting) -> Teacher:
+    """The teacher that a config names; in a folder of published teachers that of `dataset` and `setting`.
 
     Raises:
         UserError: nothing there, a student in its place, or prompts that do not belong to the CLIP.
@@ -72,7 +72,7 @@ def load_teacher(source: TeacherSource, dataset: str) -> Teacher:
         frozen(prompted)
         return Teacher(clip, prompted, facts.template, facts.digest, source.prompts)
     if path.is_dir():
-        path = legacy.find_teacher(path, dataset)
+        path = legacy.find_teacher(path, dataset, setting)
     if not source.clip.model:
         raise UserError(
             f"teacher {path} is a published checkpoint; name the CLIP under it in teacher.clip, e.g. "
@@ -85,7 +85,8 @@ def load_teacher(source: TeacherSource, dataset: str) -> Teacher:
     prompted, clip = legacy.load_teacher(state, base, str(path))
     frozen(prompted)
     digest = teacher_digest(clip_digest(clip), prompted.prompts())
-    return Teacher(clip, prompted, TRAINING_TEMPLATE, digest, str(path))
+    template = with_room(clip.tokenizer, TRAINING_TEMPLATE, prompted.shape.text_length)
+    return Teacher(clip, prompted, template, digest, str(path))
 
 
 class ImageTeacher(nn.Module):
@@ -106,6 +107,4 @@ class ImageTeacher(nn.Module):
         """images [B,3,H,W] -> unit vectors [B,D], fp32."""
         if not own_statistics:
             images = convert_images(images, self._student_spec, self.spec)
-        with autocast(images.device, self._dtype):
-            features = self.tower(images)
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(encode(self.tower, images, self._dtype).float(), dim=-1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vlmkd import trainer
 from vlmkd.config import EvaluationConfig, RunConfig
-from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.datasets import captioned, labelled
 from vlmkd.evaluation.retrieval import Retrieval
@@ -69,8 +68,3 @@ def test_images_of_two_evaluators_are_embedded_once_with_equal_results(
             assert predictor.seen == 30
         trainer.evaluate(cfg, evaluators, one, engine, metrics, 2)
     assert one.seen == 60  # weights move between two evaluations: nothing is kept
-
-
-def test_impossible_worker_counts_are_refused() -> None:
-    with pytest.raises(UserError, match="evaluation.workers is -1"):
-        RunConfig(run_dir="unused", evaluation=EvaluationConfig(workers=-1))

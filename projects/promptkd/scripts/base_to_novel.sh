@@ -18,7 +18,7 @@ esac
 
 teacher="${TEACHER:-$place/teacher/export}"
 [ -n "${TEACHER:-}" ] || train_teacher teacher_base2novel "$place/teacher" "$set_name"
-bank "$place/class_vectors.safetensors" "$teacher" "$set_name"
+bank "$place/class_vectors.safetensors" "$teacher" "$set_name" base_to_novel
 train_student base2novel "$place/student_s$seed" "$set_name" "$seed" "$teacher" "$place/class_vectors.safetensors" \
     ${weight[@]+"${weight[@]}"} "$@"
 single projects/promptkd/eval.py --setting base2novel --ckpt "$place/student_s{seed}" --seeds "$seed" --data "$set_name" \

@@ -2,7 +2,8 @@
 #
 #   DATA      folder that holds the data sets (default: data)
 #   RUNS      folder of the runs (default: runs/promptkd)
-#   TEACHER   a published teacher: checkpoint file, or the folder that holds the data sets' folders; not trained then
+#   TEACHER   a published teacher: checkpoint file, or the folder that holds the data sets' folders (and ImageNet-xd, the
+#             teacher of the last two settings); not trained then
 #   NPROC     processes, one a GPU;  DRY_RUN=1 prints the commands only
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
@@ -19,8 +20,8 @@ train_teacher() { # CONFIG RUN_DIR DATASET [field=value ...]
         run_dir="$2" data.set="$3" data.root="$data" "${@:4}"
 }
 
-bank() { # FILE TEACHER DATASET
-    single projects/promptkd/build_bank.py out="$1" teacher.prompts="$2" data.set="$3" data.root="$data" \
+bank() { # FILE TEACHER DATASET SETTING
+    single projects/promptkd/build_bank.py out="$1" teacher.prompts="$2" data.set="$3" data.root="$data" protocol="$4" \
         ${TEACHER:+teacher.clip.model=ViT-L-14-quickgelu teacher.clip.pretrained=openai}
 }
 

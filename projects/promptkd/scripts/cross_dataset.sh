@@ -3,8 +3,8 @@
 #
 #   DATA=/data bash projects/promptkd/scripts/cross_dataset.sh eurosat 1 [field=value ... of the student run]
 #
-# The words are the target set and the seed of the student. TEACHER names the file of a published teacher
-# (ImageNet-xd/...); else it is trained on ImageNet once. The variables are in common.sh.
+# The words are the target set and the seed of the student. TEACHER names a published teacher (ImageNet-xd); else it is
+# trained on ImageNet once. The variables are in common.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -ge 2 ] || fail "name a target set and a seed, e.g. eurosat 1"
 set_name="$1" seed="$2"
@@ -13,7 +13,7 @@ place="$runs/cross"
 
 teacher="${TEACHER:-$place/teacher/export}"
 [ -n "${TEACHER:-}" ] || train_teacher teacher_cross "$place/teacher" imagenet
-bank "$place/$set_name/class_vectors.safetensors" "$teacher" "$set_name"
+bank "$place/$set_name/class_vectors.safetensors" "$teacher" "$set_name" cross_dataset
 train_student cross_dataset "$place/$set_name/student_s$seed" "$set_name" "$seed" "$teacher" \
     "$place/$set_name/class_vectors.safetensors" "$@"
 single projects/promptkd/eval.py --setting cross --ckpt "$place/{data}/student_s{seed}" --seeds "$seed" --data "$set_name" \

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # PromptKD from end to end on the embedded emoji set, base and novel classes, on two CPU cores.
 #
-#   bash projects/promptkd/scripts/nano.sh [field=value ...]              (one seed)
-#   SEEDS="1 2 3" bash projects/promptkd/scripts/nano.sh                  (the table of the README)
+#   bash projects/promptkd/scripts/nano.sh [field=value ...]              (a first look: one seed, some ten minutes)
+#   LENGTH=full bash projects/promptkd/scripts/nano.sh                    (the table of the README: some forty minutes)
 #
 # Zero-shot student and teacher, the teacher with prompts from 16 shots of the base classes, the student distilled without
-# labels; and one short run with the text tower at every step beside the same one with stored class vectors. RUNS (default:
-# runs/promptkd_emoji) is the folder of everything, SEEDS (default: 1) are the students'; arguments go to every student.
+# labels; and one short run with the text tower at every step beside the same one with stored class vectors. The first look
+# takes at most 64 images a class, LENGTH=full all of them and three seeds. RUNS (default: runs/promptkd_emoji, with
+# LENGTH=full runs/promptkd_emoji_full) is the folder of everything, SEEDS are the students'; arguments go to every student.
 # Finished runs are kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-runs="${RUNS:-runs/promptkd_emoji}"
-seeds="${SEEDS:-1}"
+case "${LENGTH:-first}" in
+    first) runs="${RUNS:-runs/promptkd_emoji}" seeds="${SEEDS:-1}" length=() ;;
+    full) runs="${RUNS:-runs/promptkd_emoji_full}" seeds="${SEEDS:-1 2 3}" length=(shots=0) ;;
+    *) echo "nano.sh: LENGTH is $LENGTH; use full, or leave it out" >&2; exit 2 ;;
+esac
 extra=("$@")
 configs=projects/promptkd/configs/emoji
 python="$(bash scripts/setup.sh --python)"
@@ -31,7 +35,7 @@ bash scripts/launch.sh projects/promptkd/build_bank.py data.set=emoji out="$runs
     teacher.prompts="$runs/teacher/export"
 stored=(class_vectors="$runs/class_vectors.safetensors")
 for seed in $seeds; do
-    student "student_s$seed" seed="$seed" evaluate_every_epochs=1 "${stored[@]}"
+    student "student_s$seed" seed="$seed" evaluate_every_epochs=1 "${stored[@]}" ${length[@]+"${length[@]}"}
 done
 short=(epochs=1 shots=8 log.every_steps=2)
 student stored_class_vectors "${stored[@]}" "${short[@]}"
@@ -42,5 +46,6 @@ measure zero_shot_teacher clip:zoo:tinyclip-emoji-teacher
 measure prompted_teacher "$runs/teacher"
 # shellcheck disable=SC2086
 measure distilled_student "$runs/student_s{seed}" $seeds
+[ -z "${DRY_RUN:-}" ] || exit 0
 "$python" -m projects.promptkd.table "$runs" --markdown "$runs/table.md"
 cat "$runs/table.md"

@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from projects.promptkd import build_bank, legacy, teacher
 from projects.promptkd import eval as evaluation
-from projects.promptkd import legacy, teacher
-from projects.promptkd.config import ClipConfig, TeacherSource
+from projects.promptkd.config import BankConfig, ClipConfig, TeacherSource
 from projects.promptkd.prompts import PromptShape, class_tokens
 from projects.promptkd.student import PromptedStudent
 from tests.projects.promptkd import tiny
+from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import ClipModel
 
 NAMES = ["cat", "dog", "toad"]
@@ -313,26 +315,70 @@ def test_files_of_other_kinds_are_one_line(tmp_path: Path) -> None:
 
 
 def test_published_folders_are_found_in_either_spelling(tmp_path: Path) -> None:
-    for name in ("StandfordCars", "FGVCaircraft", "ImageNet-xd", "DescribableTextures"):
+    for name in ("StandfordCars", "FGVCaircraft", "ImageNet", "ImageNet-xd", "DescribableTextures"):
         (tmp_path / name / "VLPromptLearner").mkdir(parents=True)
         (tmp_path / name / "VLPromptLearner" / "my-own-name.pth.tar-20").write_bytes(b"")
-    for key, name in (
-        ("stanford_cars", "StandfordCars"),
-        ("fgvc_aircraft", "FGVCaircraft"),
-        ("imagenet", "ImageNet-xd"),
+    for key, setting, name in (
+        ("stanford_cars", "base_to_novel", "StandfordCars"),
+        ("fgvc_aircraft", "base_to_novel", "FGVCaircraft"),
+        ("imagenet", "base_to_novel", "ImageNet"),
+        ("dtd", "cross_dataset", "ImageNet-xd"),
+        ("imagenet-a", "domain_generalization", "ImageNet-xd"),
     ):
-        found = legacy.find_teacher(tmp_path, key)
+        found = legacy.find_teacher(tmp_path, key, setting)
         assert found == tmp_path / name / "VLPromptLearner" / "my-own-name.pth.tar-20"
     folder = tmp_path / "DescribableTextures" / "VLPromptLearner"
     (folder / "model.pth.tar-5").write_bytes(b"")
     with pytest.raises(UserError, match="name one checkpoint file"):
-        legacy.find_teacher(tmp_path, "dtd")
+        legacy.find_teacher(tmp_path, "dtd", "base_to_novel")
     (folder / "checkpoint").write_text("model.pth.tar-5\n")
-    assert legacy.find_teacher(tmp_path, "dtd") == folder / "model.pth.tar-5"
+    assert legacy.find_teacher(tmp_path, "dtd", "base_to_novel") == folder / "model.pth.tar-5"
     with pytest.raises(UserError, match="found nothing"):
-        legacy.find_teacher(tmp_path, "eurosat")
+        legacy.find_teacher(tmp_path, "eurosat", "base_to_novel")
     with pytest.raises(UserError, match="no published teacher is named after emoji"):
-        legacy.find_teacher(tmp_path, "emoji")
+        legacy.find_teacher(tmp_path, "emoji", "base_to_novel")
+    (tmp_path / "ImageNet-xd").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="teacher of all of ImageNet's classes .* found nothing"):
+        legacy.find_teacher(tmp_path, "dtd", "cross_dataset")
+
+
+def test_the_setting_decides_whose_published_teacher_is_taken(
+    clip: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`build_bank.py` and both ways into `eval.py`, in a folder with a teacher of the target set and one of ImageNet."""
+    monkeypatch.setattr(teacher, "load_clip", lambda model, pretrained: clip)
+    monkeypatch.setattr(evaluation, "load_clip", lambda model, pretrained: clip)
+    for name, seed in (("DescribableTextures", 7), ("ImageNet-xd", 8)):
+        (tmp_path / name).mkdir()
+        state = teacher_layout(clip)
+        state["prompt_learner.ctx"] = prompt(LENGTH, WIDTH, seed=seed).half() * 30
+        save(tmp_path / name / "model.pth.tar-20", state)
+    save(tmp_path / "student", student_layout(clip, 16))
+    dataset = LabelledSet("dtd", NAMES, [TEMPLATE], {}, [])
+    monkeypatch.setattr(build_bank, "set_of", lambda data: dataset)
+    source = TeacherSource(prompts=str(tmp_path), clip=ClipConfig(model="tiny"))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    banks, answers = {}, {}
+    for short, setting in evaluation.SETTINGS.items():
+        cfg = BankConfig(
+            out=str(tmp_path / short), teacher=source, data=LabelledDataConfig(set="dtd"), protocol=setting
+        )
+        build_bank.build_bank(cfg)
+        banks[short] = ClassVectors.load(tmp_path / short)
+        for ckpt in (tmp_path, tmp_path / "student"):
+            model = evaluation.classifier(
+                str(ckpt), dataset, ClipConfig(model="tiny"), source, "", torch.device("cpu"), setting
+            )
+            answers[short, ckpt.name] = model.classify(images)
+    own, across = "DescribableTextures", "ImageNet-xd"
+    assert [Path(banks[short].teacher).parent.name for short in ("base2novel", "cross", "dg")] == [
+        own,
+        across,
+        across,
+    ]
+    for name in (tmp_path.name, "student"):
+        assert torch.equal(answers["cross", name], answers["dg", name])
+        assert not torch.allclose(answers["cross", name], answers["base2novel", name], atol=1e-3)
 
 
 def test_zoo_entries_are_read_where_checkpoints_are_named(
@@ -347,7 +393,7 @@ def test_zoo_entries_are_read_where_checkpoints_are_named(
     with pytest.raises(
         UserError, match=r"get EuroSAT/.*/model-best.pth.tar from .* and put it at .*EuroSAT.pth.tar"
     ):
-        teacher.load_teacher(TeacherSource(prompts=entry, clip=named), "eurosat")
+        teacher.load_teacher(TeacherSource(prompts=entry, clip=named), "eurosat", "base_to_novel")
     teachers = save(tmp_path / "zoo" / "PromptKD-teacher-ViT-L-14-EuroSAT.pth.tar", teacher_layout(clip))
     students = save(tmp_path / "zoo" / "PromptKD-student-ViT-B-16-ImageNet.pth.tar", student_layout(clip, 16))
     dataset = LabelledSet("tiny", NAMES, [TEMPLATE], {}, [])
@@ -356,7 +402,8 @@ def test_zoo_entries_are_read_where_checkpoints_are_named(
     for first, second in ((entry, "zoo:PromptKD-student-ViT-B-16-ImageNet"), (str(teachers), str(students))):
         source = TeacherSource(prompts=first, clip=named)
         for name in (first, second):
-            model = evaluation.classifier(name, dataset, named, source, "", torch.device("cpu"))
+            device = torch.device("cpu")
+            model = evaluation.classifier(name, dataset, named, source, "", device, "base_to_novel")
             answers.append(model.classify(images))
     assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
     assert not torch.equal(answers[0], answers[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from projects.promptkd.config import StudentConfig, TeacherConfig, with_steps
+from projects.promptkd.config import BankConfig, StudentConfig, TeacherConfig, with_steps
 from projects.promptkd.protocols import held_out, student_protocol, teacher_protocol
 from vlmkd import config
 from vlmkd.averaging import GaussianAverage
@@ -172,4 +172,18 @@ def test_the_scripts_start_the_published_runs() -> None:
     assert students(published).teacher.prompts == "/t/Food101.pth.tar-20"
     assert students(commands("domain_generalization.sh", "imagenet-a", "1")).hold_out == 0.5
     assert students(commands("domain_generalization.sh", "imagenet-a", "1", HOLD_OUT="0")).hold_out == 0.0
-    assert students(commands("cross_dataset.sh", "eurosat", "2")).prompts.depth == 3
+    across = commands("cross_dataset.sh", "eurosat", "2")
+    assert students(across).prompts.depth == 3
+    for found, setting in ((published, "base_to_novel"), (across, "cross_dataset")):
+        (words,) = [words for words in found if "projects.promptkd.build_bank" in words]
+        bank = config.load(BankConfig, words[words.index("projects.promptkd.build_bank") + 1 :])
+        assert bank.protocol == setting == students(found).protocol
+
+    for length, seeds, shots in (("first", [1], 64), ("full", [1, 2, 3], 0)):
+        words = [
+            line for line in commands("nano.sh", LENGTH=length) if "projects.promptkd.train_student" in line
+        ]
+        at = words[0].index("projects.promptkd.train_student") + 1
+        runs = [config.load(StudentConfig, line[at:]) for line in words]
+        named = [cfg for cfg in runs if "student_s" in cfg.run_dir]
+        assert [cfg.seed for cfg in named] == seeds and {cfg.shots for cfg in named} == {shots}

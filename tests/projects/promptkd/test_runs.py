@@ -196,7 +196,7 @@ def test_cached_and_recomputed_class_vectors_give_the_same_student(
     argv = [f"out={bank}", f"teacher.prompts={place / 'teacher' / 'export'}", "image_views=2", *data]
     assert build_bank.main(argv) == 0, capsys.readouterr().err
 
-    teacher = load_teacher(TeacherSource(prompts=str(place / "teacher" / "export")), "tree")
+    teacher = load_teacher(TeacherSource(prompts=str(place / "teacher" / "export")), "tree", "base_to_novel")
     dataset = data_set(f"folder:{place / 'tree'}", "")
     stored = ClassVectors.load(bank, expect_class_names=NAMES)
     assert torch.equal(stored.vectors, teacher.class_vectors(dataset).vectors)
@@ -219,7 +219,8 @@ def test_cached_and_recomputed_class_vectors_give_the_same_student(
     assert set(results(without.parent)) == {"student"}
     assert json.loads((without.parent / "data.json").read_text())["teacher_outputs"]["views"] == 2
 
-    other = load_teacher(TeacherSource(clip=ClipConfig(model=f"local-dir:{place / 'large'}")), "tree")
+    plain = TeacherSource(clip=ClipConfig(model=f"local-dir:{place / 'large'}"))
+    other = load_teacher(plain, "tree", "base_to_novel")
     cfg = StudentConfig(
         run_dir="unused",
         student=ClipConfig(model="unused"),
@@ -274,7 +275,7 @@ def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Ru
     assert [one["seed"] for one in content["runs"]] == [7, 8]
     assert content["runs"][0]["metrics"] == pytest.approx(measured["selected"])
     columns = (measured["selected"][name] for name in ("base_top1", "novel_top1", "harmonic_mean"))
-    assert f"| average | {' | '.join(f'{100 * value:.2f}' for value in columns)} |" in done.stdout
+    assert f"| average | {' | '.join(f'{100 * value:.2f} ± 0.00' for value in columns)} |" in done.stdout
 
 
 def common(place: Path) -> list[str]:
@@ -315,13 +316,14 @@ def test_published_files_are_evaluated_like_the_exports_that_they_hold(
     source = TeacherSource(prompts=str(teacher_export))
 
     def logits(name: str, of: str) -> torch.Tensor:
-        found = evaluation.classifier(name, dataset, ClipConfig(model=of), source, "", torch.device("cpu"))
+        clip, device = ClipConfig(model=of), torch.device("cpu")
+        found = evaluation.classifier(name, dataset, clip, source, "", device, "base_to_novel")
         return found.classify(images)
 
     torch.testing.assert_close(
         logits(teacher[0], large), logits(str(teacher_export), large), rtol=0.02, atol=0.02
     )
-    vectors = load_teacher(source, "tree").class_vectors(dataset)
+    vectors = load_teacher(source, "tree", "base_to_novel").class_vectors(dataset)
     ours = StudentClassifier("", trained, vectors, clip.image_spec).classify(images)
     torch.testing.assert_close(logits(student[0], small), ours, rtol=0.02, atol=0.02)
 
@@ -349,15 +351,29 @@ def test_without_a_label_the_student_is_compared_with_its_teacher(place: Path, r
     assert (data["items"] + student["count"], data["labelled"]) == (30, 0)
 
 
-def test_harmonic_mean_is_that_of_the_mean_accuracies() -> None:
-    runs = [
-        {"data": "a", "metrics": {"base_top1": 0.9, "novel_top1": 0.5, "harmonic_mean": 0.0}},
-        {"data": "a", "metrics": {"base_top1": 0.7, "novel_top1": 0.7, "harmonic_mean": 0.0}},
-        {"data": "b", "metrics": {"base_top1": 0.4, "novel_top1": 0.2, "harmonic_mean": 0.0}},
-    ]
+def test_means_are_over_seeds_with_their_spread_and_the_harmonic_mean_is_that_of_the_means() -> None:
+    def run(data: str, seed: int, base: float, novel: float) -> dict[str, Any]:
+        own = 2 * base * novel / (base + novel)
+        return {
+            "data": data,
+            "seed": seed,
+            "metrics": {"base_top1": base, "novel_top1": novel, "harmonic_mean": own},
+        }
+
+    runs = [run("a", 1, 0.9, 0.5), run("b", 1, 0.5, 0.2), run("a", 2, 0.7, 0.7), run("b", 2, 0.3, 0.2)]
     result = evaluation.summary(runs)
     assert result["data"]["a"]["harmonic_mean"] == pytest.approx(2 * 0.8 * 0.6 / 1.4)
-    assert result["average"]["base_top1"] == pytest.approx(0.6)  # of the sets, not of the runs
+    assert result["average"]["base_top1"] == pytest.approx(0.6)
     assert result["average"]["harmonic_mean"] == pytest.approx(2 * 0.6 * 0.4 / 1.0)
+    spread = result["spread"]
+    root = 2**0.5  # two values that differ by d have the standard deviation d / sqrt 2
+    assert spread["data"]["a"]["base_top1"] == pytest.approx(0.2 / root)
+    assert spread["data"]["a"]["harmonic_mean"] == pytest.approx((0.7 - 0.9 / 1.4) / root)
+    assert spread["average"]["base_top1"] == pytest.approx(0.2 / root)  # of 0.7 and 0.5, the seeds' averages
+    lines = evaluation.table(result, "base2novel").splitlines()
+    assert lines[2].startswith("| a | 80.00 ± 14.14 | 60.00 ± 14.14 | 68.57 ± 4.04 |")
+    assert lines[-1].startswith("| average | 60.00 ± 14.14 | 40.00 ± 7.07 |")
+    single = evaluation.table(evaluation.summary(runs[:2]), "base2novel")
+    assert "| a | 90.00 | 50.00 | 64.29 |" in single and "±" not in single
     # The published table's own average row (spec f).
     assert evaluation.harmonic_mean(86.96, 80.73) == pytest.approx(83.73, abs=0.005)
