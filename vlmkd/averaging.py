@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from vlmkd.config import require
 
 Weights = dict[str, Tensor]
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def moving_average(student: nn.Module, decay: float) -> AveragedModel:
@@ -29,7 +30,7 @@ def moving_average(student: nn.Module, decay: float) -> AveragedModel:
     first update copies the weights. Needs whole parameters on each rank, so ZeRO stage 3 is refused by `check_average`.
     """
 
-    def lerp(average: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+    def lerp(average: Tensors, current: Tensors, _: Tensor | int) -> None:
         torch._foreach_lerp_(
             average, [value.to(mean) for value, mean in zip(current, average, strict=True)], 1.0 - decay
         )
