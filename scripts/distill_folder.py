@@ -545,7 +545,9 @@ def _finish(args: argparse.Namespace, run_dir: Path) -> None:
     key = f"{main_set([run])}/top1"
     for row in rows_of([run]):
         if key in row.scores and row.exported:
-            print(f"{key.rpartition('/')[0]} top-1 {format_score(key, row.scores[key])} %: {row.label}")
+            print(
+                f"{key.rpartition('/')[0]} top-1 {format_score(key, row.scores[key])} %: {row.label}{' (teacher)' if row.teacher else ''}"
+            )
     print(f"report: {report}")
 
 

@@ -130,10 +130,11 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
             parameters = run.parameters.get(model)
             if model in (STUDENT, *run.selections):
                 continue
-            same_name = [row for row in rows if row.label == model]
+            name = model.removeprefix("teacher ")  # which its column says
+            same_name = [row for row in rows if row.label == name]
             if any(row.scores == scores for row in same_name):
                 continue
-            label = model if not same_name else f"{model} ({run.name})"
+            label = name if not same_name else f"{name} ({run.name})"
             rows.append(Row(label=label, teacher=True, color=-1, scores=scores, parameters=parameters))
     for index, run in enumerate(runs):
         parameters = run.parameters.get(STUDENT)
@@ -460,7 +461,9 @@ def _curve_section(runs: Sequence[Run], rows: Sequence[Row]) -> str:
             steps = run.evals.get(STUDENT, {})
             points = [(float(step), 100 * steps[step][key]) for step in sorted(steps) if key in steps[step]]
             lines.append(Series(name=run.name, points=points, color=index))
-        if any(line.points for line in lines):
+        if any(
+            len(line.points) > 1 for line in lines
+        ):  # a set that is seen at the end only has its place in the table
             chart = charts.line_chart(lines, x_label="step", y_label=f"{metric_name(key)}, %")
             figures.append(_figure(chart, f"{_dataset(key)}: {metric_name(key)}, %"))
     if not figures:
@@ -548,7 +551,7 @@ def _confusion(details: dict[str, Any]) -> tuple[list[list[float]], list[int]]:
 
 
 def _mistake_card(mistake: dict[str, Any]) -> str:
-    text = f"{escape(mistake['label'])} → <b>{escape(mistake['predicted'])}</b>, {100 * mistake['probability']:.0f} %"
+    text = f"{escape(mistake['label'])} → <b>{escape(mistake['predicted'])}</b>, {100 * mistake['probability']:.0f}\u00a0%"
     return (
         f'<figure class="card" title="{escape(mistake["key"])}"><img src="{escape(mistake["image"])}" alt=""/>'
         f"<p>{text}</p></figure>"

@@ -39,7 +39,7 @@ class HeadPredictor(Protocol):
 class HeadSearch:
     """Accuracy of each head on `items`, and of the mixture: a fixed one, or the best of the grid.
 
-    Metrics: `ce_top1`, `kd_top1`, `top1` (mixed); chosen: `alpha`, `beta`. A student with one head has `top1` alone.
+    Metrics: `top1` (mixed), `ce_top1`, `kd_top1`; chosen: `alpha`, `beta`. A student with one head has `top1` alone.
     """
 
     name = NAME
@@ -60,9 +60,9 @@ class HeadSearch:
             mixture = self.fixed or search(*logits, labels)
             mixed = mix(*logits, mixture.alpha, mixture.beta)
             metrics = {
+                "top1": _accuracy(mixed, labels),
                 "ce_top1": _accuracy(logits.ce, labels),
                 "kd_top1": _accuracy(logits.kd, labels),
-                "top1": _accuracy(mixed, labels),
             }
             chosen = {"alpha": mixture.alpha, "beta": mixture.beta}
         details = {"unreadable": unreadable} if unreadable else {}
