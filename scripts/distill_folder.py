@@ -118,8 +118,11 @@ def main(argv: list[str]) -> int:
     stages = _plan(args, dataset)
     for stage in stages:
         stage.config()
-    parts = ", ".join(f"{len(items)} {split}" for split, items in dataset.splits.items())
-    print(f"{args.images}: {len(dataset.class_names)} classes, {parts} images; {args.out}", flush=True)
+    parts = ", ".join(f"{len(items)} {split}" for split, items in dataset.splits.items()) + " images"
+    if dataset.domains:
+        count = sum(map(len, dataset.splits.values()))
+        parts = f"{count} images of the domains {', '.join(dataset.domains)}"
+    print(f"{args.images}: {len(dataset.class_names)} classes, {parts}; runs go to {args.out}", flush=True)
     for stage in stages:
         _fit_memory(stage, len(dataset.domains) - 1)
     dry_run = bool(os.environ.get("DRY_RUN"))
