@@ -72,6 +72,7 @@ def whole(runs: Runs, dual: Path) -> Path:
     """Folder of that run, whose export was reloaded in a fresh process."""
     code, output = runs.train(dual, f"run_dir={runs.folder / 'whole'}", verified=True)
     assert code == 0 and "reloaded in a fresh process with equal outputs" in output, output
+    assert f"teacher {runs.teacher}: " in output and "images right before the run" in output
     return runs.folder / "whole"
 
 
@@ -101,7 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(runs: Runs, dual: Path, whole:
     broken = runs.folder / "broken"
     runs.kill((broken / "state" / "step_000004").exists, dual, f"run_dir={broken}")
     code, output = runs.train(dual, f"run_dir={broken}")
-    assert code == 0 and "resumed from" in output, output
+    assert code == 0 and "resumed from" in output and "before the run" not in output, output
     assert lines(whole) == lines(broken)
     one, other = (load_file(folder / "export" / "model.safetensors") for folder in (whole, broken))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
