@@ -417,7 +417,8 @@ def _of_steps(stage: Stage, steps: int) -> dict[str, int]:
 def _fit_memory(stage: Stage, domains: int) -> None:
     """Give a run micro-batches that this machine has memory for, and say which; one that has begun keeps its own.
 
-    Half of what is free is for what the student's images keep for the backward pass. PromptKD's eight images a batch, and a
+    A third of what is free is for what the student's images keep for the backward pass; the rest is for the teacher, weights,
+    evaluations, loaders and everybody else. PromptKD's eight images a batch, and a
     student of which only the head is trained, are left alone.
     """
     cfg = stage.config()
@@ -451,7 +452,7 @@ def _micro_batch_of(name: str, cfg: Any, domains: int) -> int:
     images = torch.zeros(2, 3, *backbone.image_spec.size)
     image = math.ceil(KEPT * memory.kept_for_backward(backbone.module.train(), images) / len(images))
     free = _free_memory() // (1 if torch.cuda.is_available() else here)
-    micro = micro_batch(cfg.batch_size, shares, here * machines, image, free // 2)
+    micro = micro_batch(cfg.batch_size, shares, here * machines, image, free // 3)
     print(
         f"{name}: {micro} images at a time of a batch of {cfg.batch_size}; each takes about {image / 1e6:.0f} MB, and "
         f"{free / 1e9:.1f} GB are free (micro_batch_size=... for another choice)",

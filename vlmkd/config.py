@@ -315,7 +315,7 @@ class RunConfig:
     batch_size: Positive = 1024
     """Global batch: samples per optimiser step over all ranks."""
     micro_batch_size: Count = 0
-    """Samples per rank and forward pass; 0: batch_size / ranks, no gradient accumulation."""
+    """Samples per rank and forward pass; 0: batch_size / ranks, no gradient accumulation. BatchNorm sees so many at a time."""
     threads: Processes = 0
     """CPU threads per rank; 0: torch's default."""
     optim: OptimConfig = field(default_factory=OptimConfig)
