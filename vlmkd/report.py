@@ -372,10 +372,10 @@ def _headline(rows: Sequence[Row], dataset: str) -> str:
     if key is None or not students:
         return ""
     student = max(students, key=lambda row: row.scores[key])
-    text = f"<b>{escape(student.label)}</b> has {format_score(key, student.scores[key])} % top-1 on {escape(_dataset(key))}"
+    text = f"<b>{escape(student.label)}</b> has {format_score(key, student.scores[key])}\u00a0% top-1 on {escape(_dataset(key))}"
     if teachers:
         teacher = max(teachers, key=lambda row: row.scores[key])
-        text += f"; its teacher <b>{escape(teacher.label)}</b> has {format_score(key, teacher.scores[key])} %"
+        text += f"; its teacher <b>{escape(teacher.label)}</b> has {format_score(key, teacher.scores[key])}\u00a0%"
         if student.parameters and teacher.parameters:
             text += f" with {teacher.parameters / student.parameters:.1f} times the parameters"
     return f'<p class="lead">{text}.</p>'

@@ -89,9 +89,11 @@ def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> 
         if split.list_file
         else percent_list(train, split.percent)
     )
-    log.info(
-        "list of labelled images: %s, %d images, sha256 %s", listed.kind, len(listed.names), listed.sha256
-    )
+    if len(listed.names) < len(train):  # a draw, which others may want to have again
+        log.info(
+            "list of labelled images: %s, %d images, sha256 %s",
+            listed.kind, len(listed.names), listed.sha256,
+        )  # fmt: skip
     return pick_listed(train, listed)[0]
 
 

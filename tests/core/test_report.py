@@ -372,7 +372,7 @@ def test_the_exported_weights_are_the_ones_that_are_shown(tmp_path: Path) -> Non
     assert [row.scores["pets/top1"] for row in rows[1:]] == [0.875, 0.75]
     assert rows[1].parameters == 7_000_000
     text = report.build_report([folder], tmp_path / "page.html", title="C").read_text()
-    assert "kept 0" in text and "<b>run</b> has 87.5 % top-1 on pets" in text
+    assert "kept 0" in text and "<b>run</b> has 87.5\u00a0% top-1 on pets" in text
 
 
 def test_a_large_confusion_matrix_shows_the_classes_with_most_wrong_images(tmp_path: Path) -> None:
