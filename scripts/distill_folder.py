@@ -42,6 +42,7 @@ from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_sets import DOMAINS, FOLDER, load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.command import model_name
+from vlmkd.files import write_json
 from vlmkd.models.backbones import load_backbone
 from vlmkd.report import build_report, format_score, main_set, read_run, rows_of
 
@@ -256,17 +257,7 @@ def _check_same_images(args: argparse.Namespace, dataset: LabelledSet) -> None:
                 "folder, or delete it"
             )
         return
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(
-            json.dumps({"images": str(args.images), "sha256": digest}) + "\n", encoding="utf-8"
-        )
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"--out {args.out} cannot be written ({error.strerror}); choose another folder"
-        ) from None
+    write_json(path, {"images": str(args.images), "sha256": digest}, "--out")
 
 
 def _noted_digest(path: Path) -> str:
