@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vlmkd.evaluation.prompts import imagenet_class_names  # noqa: E402
 from vlmkd.models.clip import load_clip  # noqa: E402
-from vlmkd.models.text_tower import encode_text  # noqa: E402
+from vlmkd.models.text_tower import encode_text, needed  # noqa: E402
 
 TEXTS = 64
 CAPTION = "a {} beside a {}, seen from the window of a train on the way from one small town to the next one"
@@ -50,15 +50,15 @@ def main() -> None:
         ("ImageNet prompts, forward", prompts, False),
         ("captions, forward and backward", captions, True),
     ):
-        tokens = clip.tokenizer(texts).to(next(module.parameters()).device)
-        print_row(title, module, tokens, training, args.rounds)
+        print_row(title, module, clip.tokenizer(texts), training, args.rounds)
 
 
 def print_row(title: str, module: Any, tokens: Tensor, training: bool, rounds: int) -> None:
     """Measure both in turns and print one line."""
+    device = module.logit_scale.device
     ways: dict[str, Callable[[], Tensor]] = {
-        "whole": lambda: module.encode_text(tokens),
-        "needed": lambda: encode_text(module, tokens),
+        "whole": lambda: module.encode_text(tokens.to(device)),
+        "needed": lambda: encode_text(module, needed(module, tokens).to(device)),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     vectors: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from vlmkd.evaluation.prompts import fill
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import INIT_STD, PromptedImageTower, check_depth
-from vlmkd.models.text_tower import encode_causal, pool_type, read_at
+from vlmkd.models.text_tower import encode_causal, pool_type, read_at, up_to
 from vlmkd.task import frozen
 
 
@@ -99,6 +99,8 @@ class PromptedTextTower(nn.Module):
             raise UserError(
                 f"a class prompt ends before its {self.length} prompts; use a longer prompt or fewer of them"
             )
+        if self.attn_mask is not None:
+            tokens = up_to(tokens, ends)
         size = self.classes_per_chunk or len(tokens)
         again = size < len(tokens) and torch.is_grad_enabled() and self.prompts.requires_grad
         parts = zip(tokens.split(size), ends.split(size), strict=True)

@@ -36,7 +36,6 @@ from vlmkd.models.pruned_clip import (
     config_from_clip,
     tower_names,
 )
-from vlmkd.models.text_tower import up_to
 from vlmkd.optim import decay_groups
 
 
@@ -162,7 +161,6 @@ class MaskedTextTower(PrunedTextTower):
 
     def forward(self, tokens: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
         """tokens [B, T] -> [B, E], not normalised."""
-        tokens = up_to(tokens, tokens.argmax(dim=-1))
         x = self.embed(tokens)
         x = self.transformer(x * mask.hidden.to(x.dtype), True, mask)
         return self.ln_final(self.pool(x, tokens), mask.hidden != 0) @ self.text_projection

@@ -15,7 +15,7 @@ from transformers import BertConfig, RobertaConfig
 
 from vlmkd.models.clip import build_clip
 from vlmkd.models.pruned_clip import PrunedCLIP
-from vlmkd.models.text_tower import encode_text
+from vlmkd.models.text_tower import encode_text, needed
 
 END, CONTEXT = 59, 20
 VISION = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
@@ -175,6 +175,22 @@ def test_gradients_are_those_of_the_whole_context(name: str, checkpointing: bool
     assert whole.keys() == found.keys()
     for key, value in whole.items():
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clip", "custom", "eos", "pruned"])
+def test_nothing_waits_for_a_device(name: str) -> None:
+    """Where tokens lie on a device their length is not asked for; cut before they get there, they are taken as they are."""
+    model: Any = TOWERS[name]().eval()
+    tokens = texts([2, 9, 5])
+    cut = needed(model, tokens)
+    assert cut.shape == (3, 9) and torch.equal(cut, tokens[:, :9])
+    elsewhere = model.to("meta")  # refuses whatever reads a value
+    seen = positions(elsewhere)
+    for part in (cut, tokens):
+        assert encode_text(elsewhere, part.to("meta")).shape == (3, 8)
+    assert seen == [9, CONTEXT]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        needed(elsewhere, tokens.to("meta"))
 
 
 def test_dropout_of_a_training_tower_sees_all_positions() -> None:

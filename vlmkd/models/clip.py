@@ -28,7 +28,7 @@ from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
-from vlmkd.models.text_tower import encode_text
+from vlmkd.models.text_tower import encode_text, needed
 from vlmkd.tensor_files import reading
 
 Config = dict[str, Any]
@@ -660,14 +660,14 @@ class ClipPredictor:
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """N texts -> unit vectors [N, D], fp32."""
-        return self._run(None, self._tokenizer(texts).to(self._device())).text_embeds
+        return self._run(None, self._tokenizer(texts)).text_embeds
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
         """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
         model: Any = self._encoder.model
         with evaluating(self._encoder):
-            return encode_text(model, self._tokenizer(texts).to(self._device())).float()
+            return encode_text(model, self._cut(self._tokenizer(texts))).float()
 
     @property
     def logit_scale(self) -> float:
@@ -677,10 +677,15 @@ class ClipPredictor:
     def _device(self) -> torch.device:
         return next(self._encoder.parameters()).device
 
+    def _cut(self, tokens: Tensor) -> Tensor:
+        """Tokens on the device, without padding that does not count; the length is found before they are moved."""
+        model = getattr(self._encoder, "model", self._encoder)
+        return needed(model, tokens).to(self._device())
+
     @torch.no_grad()
     def _run(self, images: Tensor | None, tokens: Tensor | None) -> Any:
         with evaluating(self._encoder):
-            return self._encoder(images, tokens)
+            return self._encoder(images, None if tokens is None else self._cut(tokens))
 
 
 @contextlib.contextmanager

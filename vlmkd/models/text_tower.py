@@ -3,7 +3,7 @@
 Behind a causal mask no position sees what follows it, so that everything behind the position that is read can be left
 out; a Hugging Face tower masks its padding. The features are those of the whole context, to rounding.
 
-Letters: N texts, T token positions, L of them computed, w width, D embedding width.
+Letters: N texts, T token positions, L of them needed, w width, D embedding width.
 """
 
 from __future__ import annotations
@@ -20,31 +20,46 @@ from vlmkd.models.pruned_clip import PrunedTextTower
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """`model.encode_text(tokens)` of an open_clip model or PrunedCLIP: tokens int64 [N,T] -> [N,D], not normalised.
 
-    All positions are computed where padding may count: in towers that see both ways, read another position than the
-    end token, or put a class token behind the text, and in Hugging Face towers in training, whose dropout draws a
-    number per position.
+    Tokens on a CPU are cut by `needed`. On a GPU that would make the host wait within a training step, so that they are
+    taken as they come: whoever has them on the CPU first may cut them there.
     """
+    if tokens.device.type == "cpu":
+        tokens = needed(model, tokens)
     text: Any = getattr(model, "text", model)
-    if isinstance(text, PrunedTextTower):
-        return text(up_to(tokens, tokens.argmax(dim=-1)))
-
-    from open_clip import CLIP, CustomTextCLIP
-    from open_clip.hf_model import HFTextEncoder
-    from open_clip.transformer import TextTransformer
-
-    towers: Any = model
-    if isinstance(text, HFTextEncoder) and type(model) is CustomTextCLIP and not text.training:
-        used = (tokens != text.config.pad_token_id).any(dim=0)
-        return towers.encode_text(tokens[:, : int(used.nonzero().max()) + 1] if bool(used.any()) else tokens)
-    if (
-        type(model) in (CLIP, CustomTextCLIP)
-        and isinstance(text, (CLIP, TextTransformer))
-        and is_causal(text)
-    ):
+    if _is_open_clip_text(model, text) and is_causal(text):
         return encode_causal(
             text, tokens, read_at(text, tokens), lambda x, mask: text.transformer(x, attn_mask=mask)
         )
+    towers: Any = model
     return towers.encode_text(tokens)
+
+
+def needed(model: nn.Module, tokens: Tensor) -> Tensor:
+    """tokens [N,T] up to the last position that can reach a feature of `model`'s text tower: [N,L].
+
+    They stay whole where padding may count: in towers that see both ways, read another position than the end token, or
+    put a class token behind the text, and in Hugging Face towers in training, whose dropout draws a number per position.
+    """
+    text: Any = getattr(model, "text", model)
+    if isinstance(text, PrunedTextTower):
+        return up_to(tokens, tokens.argmax(dim=-1))
+    if _is_open_clip_text(model, text):
+        return up_to(tokens, read_at(text, tokens)) if is_causal(text) else tokens
+
+    from open_clip import CustomTextCLIP
+    from open_clip.hf_model import HFTextEncoder
+
+    if type(model) is CustomTextCLIP and isinstance(text, HFTextEncoder) and not text.training:
+        used = (tokens != text.config.pad_token_id).any(dim=0).nonzero()
+        return tokens[:, : int(used.max()) + 1] if len(used) else tokens
+    return tokens
+
+
+def _is_open_clip_text(model: nn.Module, text: Any) -> bool:
+    from open_clip import CLIP, CustomTextCLIP
+    from open_clip.transformer import TextTransformer
+
+    return type(model) in (CLIP, CustomTextCLIP) and isinstance(text, (CLIP, TextTransformer))
 
 
 def is_causal(text: Any) -> bool:
@@ -80,10 +95,9 @@ def encode_causal(
 ) -> Tensor:
     """The feature [N,D] at the positions `ends` [N] of tokens [N,T], with the parts of an open_clip text transformer.
 
-    `blocks` takes the embedded tokens [N,L,w] with their positions, and the attention mask [L,L], through the blocks.
+    `blocks` takes the embedded tokens [N,T,w] with their positions, and the attention mask [T,T], through the blocks.
+    T may be shorter than the tower's context.
     """
-    if text.attn_mask is not None:
-        tokens = up_to(tokens, ends)
     length, dtype = tokens.shape[1], text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = blocks(x, None if text.attn_mask is None else text.attn_mask[:length, :length])
