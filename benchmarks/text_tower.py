@@ -71,11 +71,11 @@ def print_row(title: str, module: Any, tokens: Tensor, training: bool, rounds: i
                     found.sum().backward()
                 vectors[way] = found.detach().cpu()
                 seconds[way].append(time.perf_counter() - begin)
-    whole, needed = (statistics.median(spent[1:]) for spent in seconds.values())  # the first is a warm-up
+    whole, ours = (statistics.median(spent[1:]) for spent in seconds.values())  # the first is a warm-up
     difference = float((vectors["whole"] - vectors["needed"]).abs().max())
     longest = int(tokens.argmax(dim=-1).max()) + 1
     print(
-        f"| {title} | {longest} | {whole:.3f} | {needed:.3f} | {whole / needed:.2f} | {difference:.1e} |",
+        f"| {title} | {longest} | {whole:.3f} | {ours:.3f} | {whole / ours:.2f} | {difference:.1e} |",
         flush=True,
     )
 
