@@ -112,6 +112,7 @@ class Engine:
         )
         self._engine = engine
         task.student = engine
+        self._read_masters()
 
     def _optimizer(self, groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
         optim = cfg.optim
@@ -155,6 +156,7 @@ class Engine:
         self._engine.step()
         if boundary:
             self._clamp()
+            self._read_masters()
         return bool(boundary)
 
     def grad_norm(self) -> float:
@@ -179,6 +181,16 @@ class Engine:
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:  # None: another rank holds this parameter's master weights
                 mapping.get_hp_fragment().data.clamp_(low, high)
+
+    def _read_masters(self) -> None:
+        """Give the parameters of `task.masters()` their fp32 master values, which `master_value` reads; a collective."""
+        if self.dtype is torch.float32:
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter: Any
+        for parameter in self.task.masters():
+            parameter.master = safe_get_full_fp32_param(parameter)
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -239,6 +251,7 @@ class Engine:
             raise UserError(
                 f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
             )
+        self._read_masters()
 
     def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
         """The frozen teacher in compute precision on this rank, or sharded over the ranks by ZeRO stage 3."""

@@ -167,7 +167,7 @@ class MaskSettings:
     round_to: Annotated[int, Range(1, 64)] = 1
     """Round kept widths to multiples of 1 (off), 8, 16 or 64 when fusing."""
     legacy_projection_scale: bool = False
-    """Replay the released fusing, which also scales the output projections."""
+    """Replay the released fusing, which scales the output projections too and drops the bias of empty attention."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -304,6 +304,10 @@ class MaskTask(TinyCLIPTask):
         """The learned scale, and the log alphas."""
         return super().bounds() + self.masked.bounds()
 
+    def masters(self) -> list[nn.Parameter]:
+        """Log alphas and multipliers: evaluation and export decide alike which units stay."""
+        return [*self.masked.image_masks.parameters(), *self.masked.text_masks.parameters()]
+
     def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
         """The dense student of the deterministic masks; what was kept goes to the log."""
         fused = fuse(

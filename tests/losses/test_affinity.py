@@ -245,10 +245,14 @@ def test_only_needed_gradients() -> None:
     leaves, teachers = problem(6, 12, 4, (5,), torch.float64)
     expected = dict(zip(leaves, gradients(leaves, teachers), strict=True))
     for name in leaves:
-        alone = {key: leaf.detach().requires_grad_(key == name) for key, leaf in leaves.items()}
+        wanted = (name, f"all_{name}")  # local rows never come without their columns
+        alone = {key: leaf.detach().requires_grad_(key in wanted) for key, leaf in leaves.items()}
         affinity_loss(**alone, teachers=teachers, chunk=5).ce.backward()
-        torch.testing.assert_close(alone[name].grad, expected[name])
-        assert all(leaf.grad is None for key, leaf in alone.items() if key != name)
+        for key, leaf in alone.items():
+            if key in wanted:
+                torch.testing.assert_close(leaf.grad, expected[key])
+            else:
+                assert leaf.grad is None
     with torch.no_grad():
         assert not affinity_loss(**leaves, teachers=teachers, chunk=5).ce.requires_grad
 
@@ -331,3 +335,15 @@ def test_bad_arguments_are_named() -> None:
         affinity_loss(**leaves, teachers=[teachers[0]._replace(all_image_embeds=None)])
     with pytest.raises(ValueError, match="row counts differ"):
         affinity_loss(**leaves, teachers=[teachers[0]._replace(image_embeds=teachers[0].image_embeds[:5])])
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_gathered_columns_without_their_gradient_are_refused(name: str, chunk: int) -> None:
+    leaves, teachers = problem(6, 12, 4, (5,), torch.float32)
+    cut = {**leaves, f"all_{name}_embeds": leaves[f"all_{name}_embeds"].detach()}
+    with pytest.raises(ValueError, match=f"all_{name}_embeds carries no gradient"):
+        affinity_loss(**cut, teachers=teachers, chunk=chunk)
+    with torch.no_grad():  # an evaluation's columns, and a frozen tower's, need none
+        affinity_loss(**cut, teachers=teachers, chunk=chunk)
+    affinity_loss(**{**cut, f"{name}_embeds": leaves[f"{name}_embeds"].detach()}, teachers=teachers)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmkd.losses.contrastive import check_gathered
+
 
 class AffinityLoss(NamedTuple):
     """Two scalars with the same gradient; `ce` is trained on by the paper, `kl` reaches 0 and is easier to read."""
@@ -65,7 +67,8 @@ def affinity_loss(
         chunk: 0 for the dense form; else tiles whose memory is at most 2 * chunk * B numbers in all.
 
     Raises:
-        ValueError: no teacher, half of a gathered pair, a negative chunk, an unknown reduction, unequal row counts.
+        ValueError: no teacher, half of a gathered pair, gathered student columns without gradients, a negative chunk,
+            an unknown reduction, unequal row counts.
     """
     _check(image_embeds, text_embeds, teachers, all_image_embeds, all_text_embeds, chunk)
     if reduction not in ("half", "sum"):
@@ -115,6 +118,9 @@ def _check(
         raise ValueError(
             "gathered embeddings must be given for images and texts of the student and of every teacher"
         )
+    if all_image_embeds is not None and all_text_embeds is not None:
+        check_gathered(image_embeds, all_image_embeds, "all_image_embeds")
+        check_gathered(text_embeds, all_text_embeds, "all_text_embeds")
     for group in (locals_, given):
         if len({x.shape[0] for x in group}) > 1:
             raise ValueError(f"row counts differ between student and teachers: {[x.shape[0] for x in group]}")
