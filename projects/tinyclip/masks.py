@@ -53,9 +53,7 @@ def keep_probability(log_alpha: Tensor) -> Tensor:
 
 def sample_mask(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     """A random mask in [0, 1] of the shape of `log_alpha`, differentiable in it; the draw is the generator's."""
-    uniform = torch.rand(
-        log_alpha.shape, generator=generator, device=log_alpha.device, dtype=log_alpha.dtype
-    )
+    uniform = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device, dtype=log_alpha.dtype)
     uniform = uniform * (1 - 2 * EPSILON) + EPSILON
     concrete = torch.sigmoid((uniform.log() - (-uniform).log1p() + log_alpha) / TEMPERATURE)
     return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
