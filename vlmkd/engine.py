@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmkd import distributed
 from vlmkd.config import RunConfig, require
 from vlmkd.errors import UserError
-from vlmkd.files import read_object
+from vlmkd.files import one_line, read_object
 from vlmkd.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +72,10 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         generated = _fill_auto(
             read_object(cfg.deepspeed.file, "config field deepspeed.file:"), generated, cfg.deepspeed.file
         )
-    return _merge(generated, cfg.deepspeed.extra)
+    merged = _merge(generated, cfg.deepspeed.extra)
+    for key in ("optimizer", "scheduler"):
+        require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
+    return merged
 
 
 def check_machine(cfg: RunConfig) -> None:
@@ -107,6 +110,8 @@ class Engine:
         optimizer = self._optimizer(groups, cfg)
         import deepspeed
 
+        if cfg.deepspeed.extra or cfg.deepspeed.file:
+            _check_json(self.config)
         engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
         )
@@ -302,6 +307,23 @@ def stop_ranks() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _check_json(config: dict[str, Any]) -> None:
+    """Refuse entries of the user's that DeepSpeed's own reading refuses.
+
+    Raises:
+        UserError: with what DeepSpeed says.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig as Reader
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        Reader(config)
+    except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        raise UserError(
+            f"config field deepspeed.extra (or deepspeed.file) holds what DeepSpeed refuses: {one_line(error)}"
+        ) from None
 
 
 def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) -> dict[str, Any]:
