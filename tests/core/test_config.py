@@ -89,6 +89,7 @@ def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> No
         (["data.text_key=\0"], ["not valid YAML"]),
         (["data.text_key=&a [*a]"], ["alias *a: write it out"]),
         (["run_dir="], ["run_dir"]),
+        ([f"run_dir=runs/{'x' * 300}"], ["run_dir has a name of 300 bytes"]),
     ],
 )
 def test_mistakes_name_the_field_in_one_line(arguments: list[str], parts: list[str]) -> None:
