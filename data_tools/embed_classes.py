@@ -28,7 +28,6 @@ from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation import prompts
 from vlmkd.files import check_writable
 from vlmkd.models.class_vectors import TextEncoder, class_prompts, encode_classes
-from vlmkd.models.clip import ClipPredictor
 
 
 def main(argv: list[str]) -> int:
@@ -51,8 +50,7 @@ def main(argv: list[str]) -> int:
         asked = box.require_budget(text_query(text) for text in class_prompts(dataset.class_names, templates))
         encoder, digest, paid = box, box.digest, f", {asked} texts asked"
     else:
-        model = teacher_options.model(args, box_only)
-        encoder, digest = ClipPredictor.of(model), model.digest
+        encoder, digest = teacher_options.encoder(args, box_only)
     vectors = encode_classes(
         encoder, dataset.class_names, templates, args.normalise, teacher_digest=digest,
         batch_size=args.batch_size, allow_duplicates=dataset.name.startswith("imagenet"),

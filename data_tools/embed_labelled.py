@@ -31,7 +31,6 @@ from vlmkd.data.transforms import ViewConfig
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import read_text
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.clip import ClipPredictor
 
 
 def main(argv: list[str]) -> int:
@@ -74,9 +73,9 @@ def chosen_items(name: str, root: str, splits: list[str], keys: str) -> list[Ite
 def _embedded(
     args: argparse.Namespace, items: list[Item], views: ViewConfig, box_only: list[str]
 ) -> dict[str, int]:
-    model = teacher_options.model(args, box_only)
+    encoder, digest = teacher_options.encoder(args, box_only)
     return embed_items(
-        ClipPredictor.of(model), items, args.out, name=args.set, source=model.source, digest=model.digest,
+        encoder, items, args.out, name=args.set, source=encoder.name, digest=digest,
         views=views, view_count=args.views, seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16,
         batch_size=args.batch_size, max_pixels=args.max_pixels, workers=args.workers, device=args.device,
         progress=_print,

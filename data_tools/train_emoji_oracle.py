@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--out", required=True, type=Path, help="folder of the heads and of the teacher cache"
     )
-    parser.add_argument("--crops", type=int, default=3, help="views per image")
+    parser.add_argument("--crops", type=int, default=3, help="views per image; 0 makes the heads alone")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=[0.6, 1.0], help="as data.crop_scale")
     parser.add_argument("--flip", type=float, default=0.0, help="as data.flip")
     parser.add_argument("--color-jitter", type=float, default=0.0, help="as data.color_jitter")
@@ -107,6 +107,8 @@ def main(argv: list[str]) -> int:
         save_file({name: value.contiguous() for name, value in heads.state_dict().items()}, partial)
         os.replace(partial, heads_file)
         print(f"heads: {heads_file}", flush=True)
+    if not args.crops:
+        return 0
     embed_shards(
         load_oracle(heads_file),
         shards,

@@ -154,7 +154,7 @@ class LabelledDataConfig:
     grayscale: Share = 0.0
     """Probability of a view without colours."""
     interpolation: Literal["model", "bicubic", "bilinear"] = "model"
-    """Resizing of training views: as the student was trained, or as a recipe says."""
+    """Resizing of training views: as each model was trained, or for student and teacher alike as a recipe says."""
     view_count: Count = 0
     """Views per image, one a pass, then again from the first; 0: all stored ones, or a new view each pass."""
     teacher_outputs: str = ""
@@ -331,8 +331,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", "is empty; set it, e.g. run_dir=runs/my_run")
-        longest = max(len(part.encode()) for part in self.run_dir.split("/"))
-        require(longest <= 200, "run_dir", f"has a name of {longest} bytes; a folder's may have 200")
         nvme = self.deepspeed.offload == "nvme"
         require(
             nvme == bool(self.deepspeed.nvme_path),

@@ -76,6 +76,5 @@ def _group_limits() -> Iterator[tuple[int, int]]:
 
 
 def _page_cache(group: Path) -> int:
-    stat = group / "memory.stat"
-    fields = dict(line.split(" ", 1) for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    fields = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
     return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))

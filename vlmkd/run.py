@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 
 import vlmkd
-from vlmkd import config, distributed, engine, trainer
+from vlmkd import config, distributed, engine, lookup, trainer
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import RunConfig
 from vlmkd.errors import UserError
@@ -70,6 +70,7 @@ def main(
         engine.check_machine(cfg)
         generated = engine.deepspeed_json(cfg, world_size)
         if dry_run:
+            lookup.check_names(asdict(cfg))
             print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
             return
         cfg = cfg if resolve is None else resolve(cfg)

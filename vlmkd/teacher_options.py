@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -10,14 +11,23 @@ from vlmkd.data.ledger import Budget, Ledger, Policy, Prices
 from vlmkd.data.transforms import eval_transform_of_bytes
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError
+from vlmkd.evaluation.base import DualEncoder
 from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.zoo import sha256_of
+
+ORACLE = "emoji-oracle:"
+"""Before the file of heads that data_tools/train_emoji_oracle.py writes."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> list[str]:
     """Add them; returns the destinations of those that go with a black box only."""
     add = parser.add_argument
-    add("--model", default="", help="open_clip name, JSON config, local-dir:, hf: or zoo: name")
+    add(
+        "--model",
+        default="",
+        help=f"open_clip name, JSON config, local-dir:, hf: or zoo: name, or {ORACLE}FILE of the emoji set's strong teacher",
+    )
     add("--pretrained", default="", help="open_clip tag or weights file")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -47,8 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> list[str]:
     return [option.dest for option in options]
 
 
-def model(args: argparse.Namespace, box_only: list[str]) -> ClipModel:
-    """The model of `--model` on `--device`, where no black box is asked.
+def encoder(args: argparse.Namespace, box_only: list[str]) -> tuple[DualEncoder, str]:
+    """The model of `--model` on `--device`, where no black box is asked, and the digest of its weights.
 
     Raises:
         UserError: no model, one with random weights, or one of the options `box_only` beside it.
@@ -56,9 +66,7 @@ def model(args: argparse.Namespace, box_only: list[str]) -> ClipModel:
     given = [name for name in box_only if getattr(args, name)]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} goes with --black-box only")
-    loaded = _load(args)
-    loaded.module.to(device_named(args.device))
-    return loaded
+    return _load(args)
 
 
 def ledger(args: argparse.Namespace, prices: Prices, *, mask: bool = False) -> Ledger:
@@ -76,8 +84,8 @@ def ledger(args: argparse.Namespace, prices: Prices, *, mask: bool = False) -> L
             raise UserError(f"--black-box needs --{name.replace('_', '-')}")
     teacher: BlackBox
     if args.black_box == "local":
-        encoder = ClipPredictor.of(_load(args))
-        teacher = LocalTeacher(encoder, eval_transform_of_bytes(encoder.image_spec))
+        local, _ = _load(args)
+        teacher = LocalTeacher(local, eval_transform_of_bytes(local.image_spec))
     else:
         teacher = HttpTeacher(
             args.black_box, token_env=args.token_env, timeout=args.timeout, retries=args.retries
@@ -89,12 +97,19 @@ def ledger(args: argparse.Namespace, prices: Prices, *, mask: bool = False) -> L
     )  # fmt: skip
 
 
-def _load(args: argparse.Namespace) -> ClipModel:
+def _load(args: argparse.Namespace) -> tuple[DualEncoder, str]:
     if not args.model:
         raise UserError("--model is missing: the teacher's name, or --black-box with an address")
+    if args.model.startswith(ORACLE):
+        from vlmkd.models.emoji_oracle import load_oracle
+
+        heads = Path(args.model.removeprefix(ORACLE))
+        oracle = load_oracle(heads).to(device_named(args.device))
+        return oracle, sha256_of(heads)
     loaded = load_clip(args.model, args.pretrained)
     if not loaded.digest:
         raise UserError(
             f"--model {args.model} alone has random weights; name the trained ones with --pretrained"
         )
-    return loaded
+    loaded.module.to(device_named(args.device))
+    return ClipPredictor.of(loaded), loaded.digest

@@ -111,7 +111,9 @@ def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> N
 def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher | None) -> LabelledLoader:
     world_size = distributed.world_size()
     _, accumulation = batch_triple(cfg, world_size)
-    streams = {"labelled": Stream(images.labelled, cfg.labelled_images)}
+    streams: dict[str, Stream] = {}
+    if cfg.uses_labels:
+        streams["labelled"] = Stream(images.labelled, cfg.labelled_images)
     if cfg.loss.method != "ce":
         streams["unlabelled"] = Stream(images.unlabelled, cfg.batch_size - cfg.labelled_images)
     live = teacher is not None and teacher.clip is not None

@@ -30,7 +30,7 @@ TWO_HEADS = ("dho",)
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which training images have labels; exactly one of shots, percent and list_file."""
+    """Which training images have labels: one of shots, percent and list_file, or (kd, kd_feature) none of them."""
 
     shots: Count = 0
     """Labelled images of every class, drawn by Tip-Adapter's rule."""
@@ -52,6 +52,11 @@ class SplitConfig:
     """Images that choose alpha, beta and the step: held out of the training split, the set's own val split, or none."""
     validation_per_class: Positive = 8
     """Images a class held out with validation=train; at most half of what the labelled ones leave of a class."""
+
+    @property
+    def given(self) -> int:
+        """How many of the ways to say which images have labels are used."""
+        return sum([bool(self.shots), bool(self.percent), bool(self.list_file)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ class DhoConfig(RunConfig):
     batch_size: Positive = 128
     """Global batch: labelled and unlabelled images of an optimiser step over all ranks."""
     labelled_batch: Count = 0
-    """Labelled images of every global batch; 0: half of it (with loss.method=ce: all)."""
+    """Labelled images of every global batch; 0: half of it (loss.method=ce: all; kd, kd_feature: none)."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """Data set and training views."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -213,17 +218,27 @@ class DhoConfig(RunConfig):
             "has no effect with loss.method=kd_feature, which has no trained head",
         )
         share = self.labelled_images
+        if not self.uses_labels:
+            fits = share == 0
+        else:
+            fits = share == self.batch_size if loss.method == "ce" else 0 < share < self.batch_size
         require(
-            0 < share < self.batch_size if loss.method != "ce" else share == self.batch_size,
+            fits,
             "labelled_batch",
             f"is {self.labelled_batch}; of batch_size={self.batch_size} some images are labelled and some are not "
-            "(loss.method=ce: all are)",
+            "(loss.method=ce: all are; kd and kd_feature: none is)",
         )
 
     def _check_split(self) -> None:
         split = self.split
-        given = [bool(split.shots), bool(split.percent), bool(split.list_file)]
-        require(sum(given) == 1, "split", "needs exactly one of shots, percent and list_file")
+        if self.uses_labels:
+            require(split.given == 1, "split", "needs exactly one of shots, percent and list_file")
+        else:
+            require(
+                not split.given,
+                "split",
+                f"names labelled images, but loss.method={self.loss.method} uses no labels; set split.shots=0",
+            )
         require(
             split.list_kind == "cascade" or bool(split.list_file),
             "split.list_kind",
@@ -293,6 +308,8 @@ class DhoConfig(RunConfig):
     @property
     def labelled_images(self) -> int:
         """Labelled images of every global batch."""
+        if not self.uses_labels:
+            return self.labelled_batch
         whole = self.batch_size if self.loss.method == "ce" else self.batch_size // 2
         return self.labelled_batch or whole
 

@@ -36,7 +36,7 @@ def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
     """
     dataset = configured_set(data)
     train = pool(_split(dataset, "train"), split.pool_per_class)
-    labelled = _labelled(train, split, dataset.class_names)
+    labelled = _labelled(train, split, dataset.class_names) if split.given else []
     held: list[Item] = []
     if split.validation == "train":
         held = _held_out(train, labelled, split)

@@ -1,11 +1,14 @@
-"""Print the keys of the images that a config trains on: `python -m projects.dho.pool_keys CONFIG.yaml [field=value ...]`.
+"""Write the keys of the images that a config trains on: `python -m projects.dho.pool_keys CONFIG.yaml [field=value ...] --out FILE`.
 
 For `data_tools/embed_labelled.py --keys`, so that a teacher embeds no image that no run will see (split.pool_per_class).
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+from pathlib import Path
 
 from projects.dho.config import DhoConfig
 from projects.dho.labels import pool
@@ -16,13 +19,22 @@ from vlmkd.errors import UserError, run_tool
 
 def main(argv: list[str]) -> int:
     """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml or field=value")
+    parser.add_argument("--out", type=Path, required=True, help="text file, one key a line")
+    args = parser.parse_args(argv)
     try:
-        cfg = config.load(DhoConfig, argv)
+        cfg = config.load(DhoConfig, args.words)
         train = items_of(configured_set(cfg.data), "train")
-        print("\n".join(item.key for item in pool(train, cfg.split.pool_per_class)))
+        keys = [item.key for item in pool(train, cfg.split.pool_per_class)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    partial.write_text("\n".join(keys) + "\n", encoding="utf-8")
+    os.replace(partial, args.out)
+    print(f"{args.out}: {len(keys)} images")
     return 0
 
 

@@ -1,8 +1,9 @@
 """Runs named METHOD_LABELS_sSEED in one folder -> a table of methods by labels: mean and standard deviation over seeds.
 
-  python -m projects.dho.table runs/dho_nano [--dataset NAME] [--markdown table.md]
+  python -m projects.dho.table runs/dho_nano [--dataset NAME] [--teacher OUTPUTS CLASSES] [--markdown table.md]
 
-A second table has the mean gradient cosine of the runs that measured it (backbone / heads). Only finished runs count.
+--teacher adds a line with the accuracy of the teacher whose embeddings of the test images lie in OUTPUTS (embed_labelled.py
+--splits test) and whose class vectors are CLASSES. A second table has the mean gradient cosine of the runs that measured it (backbone / heads). Only finished runs count.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
+from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.data.stored_outputs import StoredEmbeds
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import read_object, read_text, write_text
+from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.report import mean_and_spread
 
 _NAME = re.compile(r"(?P<method>.+)_(?P<labels>\d+shot|\d+pct|none)_s(?P<seed>\d+)$")
@@ -68,6 +74,21 @@ def _measured(run: Path) -> dict[str, list[float]]:
     return found
 
 
+def teacher_top1(outputs: Path, classes: Path) -> float:
+    """Per cent of the test images whose stored embedding is nearest to its own class's vector.
+
+    Raises:
+        UserError: files that are missing, or of two teachers.
+    """
+    stored, vectors = StoredEmbeds(outputs), ClassVectors.load(classes)
+    if stored.info.digest != vectors.teacher_digest:
+        raise UserError(f"{outputs} and {classes} are of two teachers; make both with one model")
+    found = [(item.label, stored.get(item.key)) for item in items_of(load_set(stored.info.set_name), "test")]
+    kept = [(label, entry.image_embeds[0]) for label, entry in found if entry is not None]
+    answers = vectors.logits(torch.stack([embeds for _, embeds in kept])).argmax(dim=-1)
+    return 100 * float((answers == torch.tensor([label for label, _ in kept])).float().mean())
+
+
 def _order(labels: str) -> tuple[int, int]:
     """Shots by number, then per cent, then none."""
     kind = 0 if labels.endswith("shot") else 1 if labels.endswith("pct") else 2
@@ -95,6 +116,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder of the run folders")
     parser.add_argument("--dataset", default="", help="test set; default: the first one of each run")
+    parser.add_argument(
+        "--teacher", type=Path, nargs=2, metavar=("OUTPUTS", "CLASSES"), help="stored teacher"
+    )
     parser.add_argument("--markdown", type=Path, help="write to this file instead of printing")
     args = parser.parse_args(argv)
     scores, cosines = read_runs(args.folder, args.dataset)
@@ -105,6 +129,8 @@ def main(argv: list[str]) -> int:
         for name, cells in cosines.items()
         if cells
     ]
+    if args.teacher:
+        parts.append(f"Teacher, zero-shot: {teacher_top1(*args.teacher):.1f} %.\n")
     text = "\n".join(parts) + f"\nSeeds per cell: {', '.join(map(str, seeds))}.\n"
     if args.markdown:
         write_text(args.markdown, text, "--markdown")

@@ -73,7 +73,7 @@ class DhoTask(Task):
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch: frozen teacher, student, losses."""
-        labelled = int((batch["stream_ids"] == 0).sum())
+        labelled = int((batch["stream_ids"] == 0).sum()) if self.cfg.uses_labels else 0
         with self.watch.span("teacher"):
             embeds = self._teacher_embeds(batch)
         output: StudentOutput = self.student(batch["images"].to(compute_dtype(self.core.backbone)), labelled)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embed_all
 from vlmkd.files import new_file, new_folder, read_text, write_text
+from vlmkd.lookup import check_names
 from vlmkd.models.clip import ClipModel, ClipPredictor, compute_dtype, load_clip
 from vlmkd.tensor_files import read_torch
 
@@ -196,6 +198,7 @@ def main(
     try:
         cfg = config.load(config_class, [arg for arg in argv if arg != "--dry-run"])
         if "--dry-run" in argv:
+            check_names(asdict(cfg))
             print(config.to_yaml(cfg), end="")
         else:
             work(cfg)

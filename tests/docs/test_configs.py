@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from braceexpand import braceexpand
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tests.docs.commands import ROOT, config_class
 from vlmkd import config
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "projects").glob("*/configs/**/*.yaml"))
-
-
-def config_class(script: Path) -> type[Any]:
-    """The config class that a train script gives to `vlmkd.run.main`."""
-    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "main" and node.args:
-            module = importlib.import_module(f"projects.{script.parent.name}.config")
-            return getattr(module, ast.unparse(node.args[0]).rpartition(".")[2])
-    raise AssertionError(f"{script} calls no main(ConfigClass, build)")
 
 
 def commands_of(path: Path) -> list[list[str]]:

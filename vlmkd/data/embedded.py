@@ -86,6 +86,11 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
+def require_known(name: str) -> None:
+    """Refuse a name of this module that no split has; nothing is built."""
+    _split(name)
+
+
 def _split(name: str) -> str:
     split = name.removeprefix("emoji:")
     if not is_embedded(name) or split not in SPLITS:

@@ -441,7 +441,7 @@ def build_labelled_loader(
     """The loader that `cfg` describes, with its stored teacher outputs, if it names any, checked against the run.
 
     Args:
-        image_spec: the student's input, before `data.interpolation`.
+        image_spec: the student's input, before `data.interpolation`, which is of the view and so the teachers' too.
         teacher_digest: digest of the teacher that the config names, which stored outputs must be of; None: unchecked.
     """
     views = labelled_views(cfg)
@@ -452,7 +452,9 @@ def build_labelled_loader(
             items, views, image_spec.fill, digest=teacher_digest, max_missing_share=cfg.max_bad_share
         )
     if cfg.interpolation != "model":
-        image_spec = replace(image_spec, interpolation=cfg.interpolation)
+        image_spec, *teacher_specs = (
+            replace(spec, interpolation=cfg.interpolation) for spec in (image_spec, *teacher_specs)
+        )
     return LabelledLoader(
         streams, views=views, view_count=cfg.view_count, seed=seed, rank=rank, world_size=world_size,
         accumulation=accumulation, image_spec=image_spec, teacher_specs=teacher_specs, teacher_embeds=stored,

@@ -53,6 +53,16 @@ def known_sets() -> list[str]:
     return [*_LOADERS, *_EMBEDDED, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
 
 
+def require_known(name: str) -> None:
+    """Refuse a name that `load_set` does not take; nothing is read.
+
+    Raises:
+        UserError: with the nearest known name.
+    """
+    if name not in _LOADERS and name not in _EMBEDDED and not name.startswith((FOLDER, DOMAINS)):
+        raise UserError(f"unknown data set {name!r}{_nearest(name)}; it is one of {', '.join(known_sets())}")
+
+
 def configured_set(data: LabelledDataConfig) -> LabelledSet:
     """The labelled set that a run's config names."""
     return load_set(data.set, data.root, data.class_names, data.templates)
@@ -69,6 +79,7 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
     Raises:
         UserError: an unknown name, or files that are missing or belong to another data set.
     """
+    require_known(name)
     own_path = name.startswith((FOLDER, DOMAINS))
     if (class_names or templates) and not own_path:
         raise UserError(
@@ -82,11 +93,9 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
         raise UserError(f"data set {name} takes no root ({root}): {why}; leave it out")
     if name in _EMBEDDED:
         return _EMBEDDED[name]()
-    if own_path:
-        labelled = _own(name, class_names)
-        check_class_names(labelled.class_names)
-        return replace(labelled, templates=list(templates)) if templates else labelled
-    raise UserError(f"unknown data set {name!r}{_nearest(name)}; it is one of {', '.join(known_sets())}")
+    labelled = _own(name, class_names)
+    check_class_names(labelled.class_names)
+    return replace(labelled, templates=list(templates)) if templates else labelled
 
 
 def _own(name: str, class_names: str) -> LabelledSet:

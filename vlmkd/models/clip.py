@@ -690,11 +690,10 @@ class ClipPredictor:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards each part in its own former mode: a frozen tower in a new wrapper stays in eval mode."""
-    modes = [(part, part.training) for part in module.modules()]
+    """Eval mode inside, the former mode afterwards."""
+    was_training = module.training
     module.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        module.train(was_training)

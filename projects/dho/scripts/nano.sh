@@ -1,24 +1,40 @@
 #!/usr/bin/env bash
-# The nano table of the README: DHO against CE, KD and CE+KD on the emoji set, by number of labels; two CPU cores.
+# The nano tables of the README: DHO against CE, KD and CE+KD on the emoji set, by number of labels; two CPU cores.
 #
-#   bash projects/dho/scripts/nano.sh                         (one seed)
-#   SEEDS="0 1 2" bash projects/dho/scripts/nano.sh
+#   bash projects/dho/scripts/nano.sh                         (a first look: ten minutes, one seed)
+#   LENGTH=full bash projects/dho/scripts/nano.sh             (the table: three seeds, long enough to level off)
 #
-# RUNS (default: runs/dho_nano), SEEDS (default: 0), SHOTS (default: "1 2 4 8 16"), PERCENT (default: "1 10") and STEPS
-# (default: 96) may be set; further field=value arguments go to every run. The teacher looks at each picture once, without
-# augmentation, for all runs together. Finished runs are kept.
+# RUNS (default: runs/dho_nano, or runs/dho_full), SEEDS, SHOTS, PERCENT, STEPS, METHODS (pcgrad, kd_feature and ce_kd_feature may
+# be added) and TEACHER may be set; further field=value arguments go to every run. TEACHER is `nano`, the zoo's small CLIP, or
+# `strong`, the pretrained EfficientNet-Lite0 and MiniLM that it was made from. It looks at each picture once, without
+# augmentation, for all runs together. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-runs="${RUNS:-runs/dho_nano}"
-steps="${STEPS:-96}"
+fail() { echo "nano.sh: $1" >&2; exit 2; }
+case "${LENGTH:-first}" in
+    first) runs=runs/dho_nano seeds=0 shots="1 2 4 8 16" percent="1 10" steps=96 teacher=nano ;;
+    full) runs=runs/dho_full seeds="0 1 2" shots="1 4 16" percent="" steps=800 teacher=strong ;;
+    *) fail "LENGTH=$LENGTH; it is first or full" ;;
+esac
+runs="${RUNS:-$runs}" steps="${STEPS:-$steps}" teacher="${TEACHER:-$teacher}"
 base=projects/dho/configs/emoji/base.yaml
-python="$(bash scripts/setup.sh --python)"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
-mkdir -p "$runs"
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-"$python" -m projects.dho.pool_keys "$base" > "$runs/keys.txt"
-OMP_NUM_THREADS=2 "$python" data_tools/embed_labelled.py --set emoji --model zoo:tinyclip-emoji-teacher --clean \
-    --keys "$runs/keys.txt" --out "$runs/teacher" --threads 2
+case "$teacher" in
+    nano) model=zoo:tinyclip-emoji-teacher ;;
+    strong)
+        model="emoji-oracle:$runs/oracle/heads.safetensors"
+        bash scripts/launch.sh data_tools/train_emoji_oracle.py --out "$runs/oracle" --crops 0 --threads 2
+        ;;
+    *) fail "TEACHER=$teacher; it is nano or strong" ;;
+esac
+bash scripts/launch.sh projects/dho/pool_keys.py "$base" --out "$runs/keys.txt"
+embed() { # OUT [option ...]
+    bash scripts/launch.sh data_tools/embed_labelled.py --set emoji --model "$model" --clean --threads 2 --out "$runs/$1" "${@:2}"
+}
+embed teacher --keys "$runs/keys.txt"
+embed teacher_test --splits test
+bash scripts/launch.sh data_tools/embed_classes.py --set emoji --model "$model" --out "$runs/classes.safetensors"
 
 # Two runs of one thread each at a time: every line of theirs begins with the run's name.
 export OMP_NUM_THREADS=1 base runs steps
@@ -28,10 +44,11 @@ train() { # "METHOD LABELS SEED" [field=value ...]; LABELS: 4shot, 10pct or none
     case "$labels" in
         *shot) given+=(split.shots="${labels%shot}") ;;
         *pct) given+=(split.shots=0 split.percent="${labels%pct}") ;;
+        none) given+=(split.shots=0) ;;
     esac
     case "$method" in
         ce) given+=(teacher.model= batch_size=24) ;;
-        *) given+=(data.teacher_outputs="$runs/teacher" data.teacher_view=clean) ;;
+        *) given+=(teacher.model= teacher.class_vectors="$runs/classes.safetensors" data.teacher_outputs="$runs/teacher" data.teacher_view=clean) ;;
     esac
     case "$method" in ce_kd | dho) given+=(grad_cosine_every=8) ;; esac
     name="${method}_${labels}_s$seed"
@@ -40,14 +57,16 @@ train() { # "METHOD LABELS SEED" [field=value ...]; LABELS: 4shot, 10pct or none
 }
 export -f train
 given_labels=()
-for shots in ${SHOTS-1 2 4 8 16}; do given_labels+=("${shots}shot"); done
-for percent in ${PERCENT-1 10}; do given_labels+=("${percent}pct"); done
-for seed in ${SEEDS:-0}; do
-    echo "kd none $seed"
-    for labels in ${given_labels[@]+"${given_labels[@]}"}; do
-        printf '%s\n' "ce $labels $seed" "ce_kd $labels $seed" "dho $labels $seed"
+for shots in ${SHOTS-$shots}; do given_labels+=("${shots}shot"); done
+for part in ${PERCENT-$percent}; do given_labels+=("${part}pct"); done
+for seed in ${SEEDS:-$seeds}; do
+    for method in ${METHODS:-ce kd ce_kd dho}; do
+        case "$method" in
+            kd | kd_feature) echo "$method none $seed" ;;
+            *) for labels in ${given_labels[@]+"${given_labels[@]}"}; do echo "$method $labels $seed"; done ;;
+        esac
     done
 done | xargs -P 2 -I RUN bash -euo pipefail -c 'train "$@"' train RUN "$@"
 
-"$python" -m projects.dho.table "$runs" --markdown "$runs/table.md"
-cat "$runs/table.md"
+bash scripts/launch.sh projects/dho/table.py "$runs" --teacher "$runs/teacher_test" "$runs/classes.safetensors" --markdown "$runs/table.md"
+[ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

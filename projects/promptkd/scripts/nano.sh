@@ -8,7 +8,7 @@
 # labels; and one short run with the text tower at every step beside the same one with stored class vectors. The first look
 # takes at most 64 images a class, LENGTH=full all of them and three seeds. RUNS (default: runs/promptkd_emoji, with
 # LENGTH=full runs/promptkd_emoji_full) is the folder of everything, SEEDS are the students'; arguments go to every student.
-# Finished runs are kept.
+# Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in
@@ -18,8 +18,7 @@ case "${LENGTH:-first}" in
 esac
 extra=("$@")
 configs=projects/promptkd/configs/emoji
-python="$(bash scripts/setup.sh --python)"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
 
 measure() { # NAME CHECKPOINT [SEED ...]
     bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data emoji --quiet --ckpt "$2" \
@@ -46,6 +45,5 @@ measure zero_shot_teacher clip:zoo:tinyclip-emoji-teacher
 measure prompted_teacher "$runs/teacher"
 # shellcheck disable=SC2086
 measure distilled_student "$runs/student_s{seed}" $seeds
-[ -z "${DRY_RUN:-}" ] || exit 0
-"$python" -m projects.promptkd.table "$runs" --markdown "$runs/table.md"
-cat "$runs/table.md"
+bash scripts/launch.sh projects/promptkd/table.py "$runs" --markdown "$runs/table.md"
+[ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

@@ -5,16 +5,16 @@
 #
 # RUNS (default: runs/emoji_table), SEEDS (default: "0 1 2") and STEPS (default: 600, divisible by 12) may be set;
 # arguments go to every run. Finished runs are kept and interrupted ones go on, so the command can be repeated.
+# DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 runs="${RUNS:-runs/emoji_table}"
 steps="${STEPS:-600}"
 extra=("$@")
 configs=projects/tinyclip/configs/emoji
-python="$(bash scripts/setup.sh --python)"
 
 # The teacher looks at four crops of every training image once; no run below has to ask it again.
-"$python" data_tools/embed_teacher.py --model zoo:tinyclip-emoji-teacher --shards emoji:train --crops 4 \
+bash scripts/launch.sh data_tools/embed_teacher.py --model zoo:tinyclip-emoji-teacher --shards emoji:train --crops 4 \
     --crop-scale 0.6 1.0 --out "$runs/teacher_cache" --threads 2
 cached=("data.sources.0.teacher_caches=[$runs/teacher_cache]")
 
@@ -49,5 +49,5 @@ for seed in ${SEEDS:-0 1 2}; do
     stage "multi25_s$seed" "local-dir:$runs/multi50_s$seed/export" 0.5 0.75 $((steps / 3)) true
 done
 
-"$python" scripts/seeds_table.py "$runs" --baseline scratch_contrastive --markdown "$runs/table.md"
-cat "$runs/table.md"
+bash scripts/launch.sh scripts/seeds_table.py "$runs" --baseline scratch_contrastive --markdown "$runs/table.md"
+[ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

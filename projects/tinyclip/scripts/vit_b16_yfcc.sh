@@ -16,13 +16,9 @@ example_data="/data/yfcc15m/{00000..01499}.tar"
 # With CACHE, the teacher embeds four crops of every image once, on one GPU; an interrupted call goes on.
 cache=()
 if [ -n "${CACHE:-}" ]; then
-    embed=("$(bash scripts/setup.sh --python)" data_tools/embed_teacher.py --model ViT-B-32 --pretrained laion2b_e16
-        --shards "$DATA" --crops 4 --crop-scale 0.9 1.0 --batch-size 512 --out "$CACHE")
-    if [ -n "${DRY_RUN:-}" ]; then
-        printf '%q ' "${embed[@]}"
-        echo
-    elif [ "${NNODES:-1}" = 1 ] && [ -z "${HOSTFILE:-}${LAUNCH:-}" ]; then
-        "${embed[@]}"
+    if [ -n "${DRY_RUN:-}" ] || { [ "${NNODES:-1}" = 1 ] && [ -z "${HOSTFILE:-}${LAUNCH:-}" ]; }; then
+        NPROC=1 NNODES=1 HOSTFILE="" bash scripts/launch.sh data_tools/embed_teacher.py --model ViT-B-32 \
+            --pretrained laion2b_e16 --shards "$DATA" --crops 4 --crop-scale 0.9 1.0 --batch-size 512 --out "$CACHE"
     fi
     cache=(data.sources.0.teacher_caches="['$CACHE']")
 fi
