@@ -331,6 +331,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir", "is empty; set it, e.g. run_dir=runs/my_run")
+        longest = max(len(part.encode()) for part in self.run_dir.split("/"))
+        require(longest <= 200, "run_dir", f"has a name of {longest} bytes; a folder's may have 200")
         nvme = self.deepspeed.offload == "nvme"
         require(
             nvme == bool(self.deepspeed.nvme_path),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmkd import distributed
 from vlmkd.config import RunConfig, require
 from vlmkd.errors import UserError
-from vlmkd.files import read_object
+from vlmkd.files import one_line, read_object
 from vlmkd.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +72,10 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         generated = _fill_auto(
             read_object(cfg.deepspeed.file, "config field deepspeed.file:"), generated, cfg.deepspeed.file
         )
-    return _merge(generated, cfg.deepspeed.extra)
+    merged = _merge(generated, cfg.deepspeed.extra)
+    for key in ("optimizer", "scheduler"):
+        require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
+    return merged
 
 
 def check_machine(cfg: RunConfig) -> None:
@@ -107,11 +110,14 @@ class Engine:
         optimizer = self._optimizer(groups, cfg)
         import deepspeed
 
+        if cfg.deepspeed.extra or cfg.deepspeed.file:
+            _check_json(self.config)
         engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
         )
         self._engine = engine
         task.student = engine
+        self._read_masters()
 
     def _optimizer(self, groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
         optim = cfg.optim
@@ -155,6 +161,7 @@ class Engine:
         self._engine.step()
         if boundary:
             self._clamp()
+            self._read_masters()
         return bool(boundary)
 
     def grad_norm(self) -> float:
@@ -179,6 +186,16 @@ class Engine:
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:  # None: another rank holds this parameter's master weights
                 mapping.get_hp_fragment().data.clamp_(low, high)
+
+    def _read_masters(self) -> None:
+        """Give the parameters of `task.masters()` their fp32 master values, which `master_value` reads; a collective."""
+        if self.dtype is torch.float32:
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter: Any
+        for parameter in self.task.masters():
+            parameter.master = safe_get_full_fp32_param(parameter)
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -239,6 +256,7 @@ class Engine:
             raise UserError(
                 f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
             )
+        self._read_masters()
 
     def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
         """The frozen teacher in compute precision on this rank, or sharded over the ranks by ZeRO stage 3."""
@@ -289,6 +307,23 @@ def stop_ranks() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _check_json(config: dict[str, Any]) -> None:
+    """Refuse entries of the user's that DeepSpeed's own reading refuses.
+
+    Raises:
+        UserError: with what DeepSpeed says.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig as Reader
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        Reader(config)
+    except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        raise UserError(
+            f"config field deepspeed.extra (or deepspeed.file) holds what DeepSpeed refuses: {one_line(error)}"
+        ) from None
 
 
 def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def new_folder(path: str | Path, what: str) -> Path:
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"{what} {path} cannot be made a folder ({reason}); name another") from None
-    if not os.access(path, os.W_OK | os.X_OK):
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"{what} {path} cannot be written (Permission denied); name another")
     return path
 

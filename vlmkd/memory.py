@@ -76,5 +76,6 @@ def _group_limits() -> Iterator[tuple[int, int]]:
 
 
 def _page_cache(group: Path) -> int:
-    fields = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
+    stat = group / "memory.stat"
+    fields = dict(line.split(" ", 1) for line in stat.read_text().splitlines()) if stat.is_file() else {}
     return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))

@@ -60,6 +60,10 @@ class Task:
         """Parameters that the engine clamps to [low, high] after each optimiser step, master weights included."""
         return []
 
+    def masters(self) -> list[nn.Parameter]:
+        """Parameters that the student reads by `master_value`, in fp32 whatever the training precision."""
+        return []
+
     def after_update(self, step: int) -> None:
         """Called after each optimiser step and its clamps (averages)."""
 
@@ -104,6 +108,16 @@ class Task:
     def check_export(self, folder: Path) -> None:
         """Reload `folder` with an outside library in a fresh process and compare its outputs with what was exported."""
         raise AssertionError(f"{type(self).__name__} does not define check_export()")
+
+
+def master_value(parameter: Tensor) -> Tensor:
+    """`parameter` in fp32 (float64 stays): its master weight where the engine gave it one, with gradients to it.
+
+    Rounding a parameter to bf16 may turn a decision that hangs on it; see `Task.masters`.
+    """
+    value = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    master: Tensor | None = getattr(parameter, "master", None)
+    return value if master is None else master + (value - value.detach())
 
 
 def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> StepOutput:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from projects.tinyclip.config import DistillConfig, InheritConfig, MaskConfig, ModelConfig, TinyCLIPConfig
+from projects.tinyclip.config import DistillConfig, InheritConfig, MaskConfig, TinyCLIPConfig
 from projects.tinyclip.fuse import reenter
 from projects.tinyclip.inherit import Inheritance, inherit
 from projects.tinyclip.masked import MaskedCLIP
@@ -72,9 +72,9 @@ def mask_job(cfg: MaskConfig) -> Job:
 def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inheritance | None:
     """Weights cut out of the sources of `cfg`; None when it names none."""
     result = None
-    for tower, source, layers in (
-        ("image", cfg.image_from, cfg.image_layers),
-        ("text", cfg.text_from, cfg.text_layers),
+    for tower, source, layers, units in (
+        ("image", cfg.image_from, cfg.image_layers, cfg.image_units),
+        ("text", cfg.text_from, cfg.text_layers, cfg.text_units),
     ):
         if not source.model:
             continue
@@ -84,7 +84,7 @@ def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inh
             loaded.config,
             student_config,
             layer_select=layers if cfg.layers == "list" else cfg.layers,
-            width_select=cfg.width,
+            width_select=units if cfg.width == "list" else cfg.width,
             tower=tower,  # type: ignore[arg-type]
             positions=cfg.positional,
             allow_activation_change=cfg.allow_activation_change,
@@ -94,42 +94,34 @@ def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inh
 
 
 def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipModel) -> Job:
-    teachers = [] if cfg.cached else [_teacher(teacher, cfg, source) for teacher in cfg.teachers]
+    teachers = [
+        ClipTeacher(load_clip(teacher.model, teacher.pretrained), source.image_spec)
+        for teacher in cfg.teachers
+    ]
+    digests = [teacher.model.digest for teacher in teachers] or None
+    if cfg.cached:  # the models have served their purpose once they are known to be those of the caches
+        teachers = []
     dims, scales = _teacher_facts(cfg, teachers)
-    loader = _loader(cfg, source, teachers)
+    loader = _loader(cfg, source, teachers, digests)
     with torch.random.fork_rng(devices=[]):  # new projectors depend on the run's seed alone
         torch.manual_seed(cfg.seed)
         student = Student(encoder, source.config["embed_dim"], dims, cfg.loss)
     return Job(task_class(cfg, student, source, teachers, scales), loader, evaluators(cfg))
 
 
-def _teacher(teacher: ModelConfig, cfg: TinyCLIPConfig, student: ClipModel) -> ClipTeacher:
-    return ClipTeacher(load_clip(teacher.model, teacher.pretrained), student.image_spec)
-
-
 def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[list[int], list[float]]:
     """Embedding width and own logit scale of every teacher, from its cache when there is one."""
     if cfg.cached:
-        folders = cfg.data.sources[0].teacher_caches
-        infos = [TeacherCache(folder).info for folder in folders]
-        named = [
-            teacher.model + (f"@{teacher.pretrained}" if teacher.pretrained else "")
-            for teacher in cfg.teachers
-        ]
-        held = [info.source for info in infos]
-        require(
-            not named or named == held,
-            "teachers",
-            f"names {', '.join(named)}, but the teacher caches {', '.join(folders)} are of {', '.join(held)}; "
-            f"write caches of these teachers with data_tools/embed_teacher.py, or leave teachers empty",
-        )
+        infos = [TeacherCache(folder).info for folder in cfg.data.sources[0].teacher_caches]
         return [info.dim for info in infos], [info.logit_scale for info in infos]
     models = [teacher.model for teacher in teachers]
     scales = [float(model.module.logit_scale.detach().double().exp()) for model in models]  # type: ignore[operator, union-attr]
     return [int(model.config["embed_dim"]) for model in models], scales
 
 
-def _loader(cfg: TinyCLIPConfig, source: ClipModel, teachers: list[ClipTeacher]) -> Loader:
+def _loader(
+    cfg: TinyCLIPConfig, source: ClipModel, teachers: list[ClipTeacher], digests: list[str] | None
+) -> Loader:
     world_size = distributed.world_size()
     micro, _ = batch_triple(cfg, world_size)
     views = [
@@ -145,6 +137,7 @@ def _loader(cfg: TinyCLIPConfig, source: ClipModel, teachers: list[ClipTeacher])
         image_spec=source.image_spec,
         tokenizer=source.tokenizer,
         teacher_views=views,
+        teacher_digests=digests if cfg.cached else None,
     )
 
 

@@ -33,8 +33,12 @@ class InheritConfig:
     """Source layers of the image tower, with layers=list."""
     text_layers: Annotated[list[int], Range()] = field(default_factory=list)
     """Source layers of the text tower, with layers=list."""
-    width: Literal["front", "magnitude"] = "front"
-    """Which channels and heads: the leading ones (the released code), or those of the largest weights."""
+    width: Literal["front", "magnitude", "list"] = "front"
+    """Which channels and heads: the leading ones (the released code), those of the largest weights, or lists."""
+    image_units: dict[str, list[int]] = field(default_factory=dict)
+    """Source units of the image tower by group (hidden, heads, mlp, ...), with width=list; other groups: leading ones."""
+    text_units: dict[str, list[int]] = field(default_factory=dict)
+    """Source units of the text tower, with width=list."""
     positional: Literal["interpolate", "refuse"] = "interpolate"
     """What happens when the student has another patch grid than the source."""
     allow_activation_change: bool = False
@@ -80,7 +84,7 @@ class TinyCLIPConfig(StreamRunConfig):
     student: ModelConfig = field(default_factory=ModelConfig)
     """The student; `local-dir:RUN/export` starts it from an earlier stage."""
     teachers: list[ModelConfig] = field(default_factory=list)
-    """Frozen teachers, their affinities averaged; with data.sources.N.teacher_caches they are never loaded."""
+    """Frozen teachers, their affinities averaged; with teacher caches they are only compared with them, or may be empty."""
     logit_scale: LogitScaleConfig = field(default_factory=LogitScaleConfig)
     """Temperature."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -134,6 +138,12 @@ class DistillConfig(TinyCLIPConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_average(self.ema_decay, self.deepspeed.zero_stage)
+        units = bool(self.inherit.image_units or self.inherit.text_units)
+        require(
+            units == (self.inherit.width == "list"),
+            "inherit.image_units",
+            "and inherit.text_units go with inherit.width=list, and only with it",
+        )
         listed = bool(self.inherit.image_layers or self.inherit.text_layers)
         require(
             listed == (self.inherit.layers == "list"),
@@ -167,7 +177,7 @@ class MaskSettings:
     round_to: Annotated[int, Range(1, 64)] = 1
     """Round kept widths to multiples of 1 (off), 8, 16 or 64 when fusing."""
     legacy_projection_scale: bool = False
-    """Replay the released fusing, which also scales the output projections."""
+    """Replay the released fusing, which scales the output projections too and drops the bias of empty attention."""
 
 
 @dataclass(frozen=True, kw_only=True)

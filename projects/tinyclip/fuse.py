@@ -65,8 +65,9 @@ def fuse(
         config: its config.
         round_to: hidden width and FFN channels become multiples of this, each the top k with k rounded to the nearest;
             heads are whole. Exact with respect to the masks rounded in the same way (TowerMasks.deterministic).
-        legacy_projection_scale: also scale the rows of the output projections by the hidden mask, as the reference's
-            fusing does although its masked forward pass does not; only for replaying it.
+        legacy_projection_scale: fuse as the released code does, whose dense model is not the masked one: the rows of
+            the output projections are scaled by the hidden mask too, and an attention without heads goes with its
+            output bias. Only for replaying it.
 
     Raises:
         UserError: no hidden channel of a tower is left.
@@ -106,11 +107,12 @@ def fuse_masks(
         state.update(_fuse_ends(weights, prefix, kept, mask.hidden[kept], legacy_projection_scale))
         for layer in range(len(tower["heads"])):
             block = f"{prefix}transformer.resblocks.{layer}."
-            state.update(
-                _fuse_attention(
-                    weights, block, kept, mask.hidden[kept], mask.heads[layer], tower["head_width"]
-                )
+            attention = _fuse_attention(
+                weights, block, kept, mask.hidden[kept], mask.heads[layer], tower["head_width"]
             )
+            if legacy_projection_scale and not mask.heads[layer].any():
+                attention = {name: torch.zeros_like(value) for name, value in attention.items()}
+            state.update(attention)
             state.update(_fuse_mlp(weights, block, kept, mask.hidden[kept], mask.intermediate[layer]))
         pruned[field] = {
             **tower,

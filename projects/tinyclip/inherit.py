@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -173,6 +172,12 @@ class _Job:
             raise UserError(
                 f"{self.tower} tower: the source is {names[0]}, the student {names[1]}; use two of one kind"
             )
+        patches = [config["vision_cfg"].get("patch_size", 16) for config in (teacher, student)]
+        if self.tower == "image" and not kinds[0] and patches[0] != patches[1]:
+            raise UserError(
+                f"image tower: the source has patches of {patches[0]} pixels, the student of {patches[1]}; patch weights "
+                f"are not resized, so set vision_cfg.patch_size: {patches[0]} in the student, or take another source"
+            )
         widths = [_head_width(config, self.key) for config in (teacher, student)]
         if widths[0] != widths[1]:
             raise UserError(
@@ -251,7 +256,7 @@ class _Job:
         if self.positions == "refuse":
             raise UserError(
                 f"image tower: the source has a {_by(grids['teacher'])} grid of positions, the student {_by(grids['student'])}; "
-                "use one image and patch size, or positions=interpolate"
+                "use one image size, or positions=interpolate"
             )
         table = source[name]
         if len(table) != 1 + grids["teacher"][0] * grids["teacher"][1]:
@@ -309,7 +314,7 @@ class _Job:
         if group in ("fixed", "vocabulary") and small != big:
             raise UserError(
                 f"{self.tower} tower: {name} has {small} entries in the student and {big} in the source along an axis that "
-                "is never cut (patch, kernel or vocabulary); make them equal"
+                "is never cut (kernel or vocabulary); make them equal"
             )
 
     def _explicit(self, group: str, units: list[int], count: int) -> Tensor:
@@ -375,6 +380,8 @@ def _student_shapes(config: Mapping[str, Any], tower: str) -> dict[str, torch.Si
         raise UserError(
             f"student: {tower} tower cannot inherit in a CLIP with a timm, Hugging Face or custom text tower; use a plain CLIP"
         )
+    import open_clip
+
     with torch.device("meta"):
         model = open_clip.CLIP(**{key: config[key] for key in known if key in config})
     return {name: tensor.shape for name, tensor in model.state_dict().items() if _tower_of(name) == tower}

@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlmkd.task import master_value
+
 GAMMA, ZETA = -0.1, 1.1  # the concrete variable is stretched to this interval and then clipped to [0, 1]
 EPSILON = 1e-6
 TEMPERATURE = 2 / 3
@@ -28,7 +30,7 @@ Sides = Literal["one", "two"]
 
 
 class Mask(NamedTuple):
-    """Factors of one tower's units: hidden [D], heads [L, H], intermediate [L, F], in fp32."""
+    """Factors of one tower's units: hidden [D], heads [L, H], intermediate [L, F], in fp32 or wider."""
 
     hidden: Tensor
     heads: Tensor
@@ -46,20 +48,20 @@ def keep_probability(log_alpha: Tensor) -> Tensor:
     """q: the probability that a unit's mask is not zero (Louizos et al. 2018, eq. 12, with this method's constants)."""
     edge = -GAMMA / (ZETA - GAMMA)
     shift = TEMPERATURE * math.log(edge / (1 - edge))
-    return 1 - torch.sigmoid(shift - log_alpha.float()).clamp(EPSILON, 1 - EPSILON)
+    return 1 - torch.sigmoid(shift - log_alpha).clamp(EPSILON, 1 - EPSILON)
 
 
 def sample_mask(log_alpha: Tensor, generator: torch.Generator) -> Tensor:
     """A random mask in [0, 1] of the shape of `log_alpha`, differentiable in it; the draw is the generator's."""
-    uniform = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device)
+    uniform = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device, dtype=log_alpha.dtype)
     uniform = uniform * (1 - 2 * EPSILON) + EPSILON
-    concrete = torch.sigmoid((uniform.log() - (-uniform).log1p() + log_alpha.float()) / TEMPERATURE)
+    concrete = torch.sigmoid((uniform.log() - (-uniform).log1p() + log_alpha) / TEMPERATURE)
     return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def soft_mask(log_alpha: Tensor) -> Tensor:
     """m: the mask value of a kept unit at evaluation."""
-    return torch.sigmoid(INFERENCE_FACTOR / TEMPERATURE * log_alpha.float())
+    return torch.sigmoid(INFERENCE_FACTOR / TEMPERATURE * log_alpha)
 
 
 def kept_counts(log_alpha: Tensor, present: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class TowerMasks(nn.Module):
             mask = Mask(*values)
         # Reshaped, because an engine may keep scalars as vectors of one element.
         multipliers = Multipliers(
-            *(reverse_gradient(value).reshape(()) for value in (self.linear, self.quadratic))
+            *(reverse_gradient(master_value(value)).reshape(()) for value in (self.linear, self.quadratic))
         )
         return mask, self.expected_size(), multipliers
 
@@ -150,8 +152,10 @@ class TowerMasks(nn.Module):
         return (4 * self.width**2 + 4 * self.width) // self.num_heads
 
     def _families(self) -> list[tuple[Tensor, Tensor]]:
-        """Log alphas and presence of the three families."""
-        return [(getattr(self, family), getattr(self, f"{family}_present")) for family in FAMILIES]
+        """Log alphas, in fp32 or wider, and presence of the three families."""
+        return [
+            (master_value(getattr(self, family)), getattr(self, f"{family}_present")) for family in FAMILIES
+        ]
 
     def log_alphas(self) -> list[nn.Parameter]:
         """The parameters that are clamped to +- LOG_ALPHA_LIMIT."""
@@ -186,10 +190,11 @@ def sparsity_target(step: int, start: float, target: float, warmup_steps: int) -
 
 
 def lagrangian(sparsity: Tensor, target: float, multipliers: Multipliers, sides: Sides = "one") -> Tensor:
-    """linear * deviation + quadratic * deviation^2, a fp32 scalar.
+    """linear * deviation + quadratic * deviation^2, a scalar in the multipliers' precision.
 
     `one` (reference code): deviation = max(target - sparsity, 0), so a model below its size is left alone.
     `two` (paper, CoFiPruning): deviation = sparsity - target, linear term signed.
     """
     deviation = (target - sparsity).clamp(min=0) if sides == "one" else sparsity - target
-    return (multipliers.linear * deviation + multipliers.quadratic * deviation**2).float()
+    penalty = multipliers.linear * deviation + multipliers.quadratic * deviation**2
+    return penalty.to(multipliers.linear.dtype)

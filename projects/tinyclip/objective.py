@@ -56,6 +56,7 @@ def objective(
         )
         terms["affinity"] = affinity.ce
         metrics["affinity_kl"] = affinity.kl.detach()
+        metrics["affinity_kl_image_to_text"], metrics["affinity_kl_text_to_image"] = affinity.directions
     if loss.contrastive and loss.contrastive_kind == "softmax":
         terms["contrastive"] = clip_loss(*pair, student.logit_scale, **columns, offset=offset)
     elif loss.contrastive:

@@ -20,6 +20,7 @@ from vlmkd import distributed
 from vlmkd.averaging import moving_average
 from vlmkd.config import OptimConfig
 from vlmkd.export import export_clip, verify_export
+from vlmkd.files import write_text
 from vlmkd.losses.affinity import TeacherEmbeds
 from vlmkd.models.clip import ClipModel, ClipPredictor
 from vlmkd.models.pruned_clip import PrunedCLIP
@@ -304,6 +305,10 @@ class MaskTask(TinyCLIPTask):
         """The learned scale, and the log alphas."""
         return super().bounds() + self.masked.bounds()
 
+    def masters(self) -> list[nn.Parameter]:
+        """Log alphas and multipliers: evaluation and export decide alike which units stay."""
+        return [*self.masked.image_masks.parameters(), *self.masked.text_masks.parameters()]
+
     def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
         """The dense student of the deterministic masks; what was kept goes to the log."""
         fused = fuse(
@@ -327,4 +332,4 @@ class MaskTask(TinyCLIPTask):
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the fused student and the table of what each layer kept."""
         super().export(folder, weights)
-        (folder / "kept.md").write_text(self.fused_report + "\n", encoding="utf-8")
+        write_text(folder / "kept.md", self.fused_report + "\n")

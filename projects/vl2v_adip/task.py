@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from vlmkd.averaging import BestWeights, LossValley, trainable
 from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
+from vlmkd.files import write_json
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.clip import ClipModel, ClipPredictor, evaluating
@@ -222,7 +222,7 @@ class Vl2vTask(Task):
             export_classifier(
                 target, self.exported, state, provenance={"vl2v_adip": {**self.facts, **selection}}
             )
-            (target / FACTS).write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
+            write_json(target / FACTS, self.facts)
             self._written[target] = state
 
     def check_export(self, folder: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> No
         (["data.text_key=\0"], ["not valid YAML"]),
         (["data.text_key=&a [*a]"], ["alias *a: write it out"]),
         (["run_dir="], ["run_dir"]),
+        ([f"run_dir=runs/{'x' * 300}"], ["run_dir has a name of 300 bytes"]),
     ],
 )
 def test_mistakes_name_the_field_in_one_line(arguments: list[str], parts: list[str]) -> None:
@@ -168,3 +169,28 @@ def test_micro_batch_ranks_and_accumulation_make_up_the_batch(
 ) -> None:
     cfg = config.load(StreamRunConfig, [*BASE, f"batch_size={batch}", f"micro_batch_size={micro}"])
     assert engine.batch_triple(cfg, ranks) == triple
+
+
+def test_entries_that_deepspeed_refuses_are_one_line() -> None:
+    whole = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+    engine._check_json(whole | {"zero_optimization": {"stage": 1}})
+    for wrong in ({"bf16": 5}, {"zero_optimization": {"nosuch": 1}}, {"zero_optimization": {"stage": "x"}}):
+        with pytest.raises(
+            UserError, match=r"deepspeed.extra \(or deepspeed.file\) holds what DeepSpeed refuses"
+        ):
+            engine._check_json(whole | wrong)
+    cfg = config.load(StreamRunConfig, [*BASE, "deepspeed.extra.optimizer=5"])
+    with pytest.raises(
+        UserError, match="deepspeed brings its own optimizer, which would be ignored; set optim"
+    ):
+        engine.deepspeed_json(cfg, 1)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{", b"3"])
+def test_a_deepspeed_file_of_anything_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    for given in (path, tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="config field deepspeed.file: .*/") as caught:
+            engine.deepspeed_json(config.load(StreamRunConfig, [*BASE, f"deepspeed.file={given}"]), 1)
+        assert "\n" not in str(caught.value)

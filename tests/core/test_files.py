@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmkd import files
-from vlmkd.errors import UserError
+from vlmkd.distributed import device_named
+from vlmkd.errors import UserError, run_tool
 
 CONTENTS = st.one_of(
     st.binary(max_size=40),
     st.text(max_size=40).map(str.encode),
     st.text(alphabet='{}[]":,&*!|>-% \n01e.aux\\\ud83d'.replace("\ud83d", ""), max_size=40).map(str.encode),
-    st.integers(1, 5).map(lambda n: b"[" * 40_000 * n),
+    st.just(b"[" * 20_000),
 )
 
 
@@ -33,7 +34,7 @@ def one_line(call: Callable[[], Any]) -> str:
 
 
 @given(CONTENTS)
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 def test_any_bytes_are_read_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any"
     path.write_bytes(content)
@@ -57,7 +58,7 @@ TREES = st.recursive(
 
 
 @given(TREES)
-@settings(derandomize=True, max_examples=150, deadline=None)
+@settings(derandomize=True, max_examples=60, deadline=None)
 def test_what_yaml_and_json_write_is_read_back(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     assert files.parse_yaml(yaml.safe_dump(tree, allow_unicode=True), "x") == tree
     path = tmp_path_factory.getbasetemp() / "tree.json"
@@ -147,3 +148,57 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
     assert "(No space left on device)" in one_line(fill)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def stranger() -> Iterator[None]:
+    """Without root's rights, which pass every permission."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_missing_permissions_are_one_line(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    secret, locked = tmp_path / "secret.json", tmp_path / "locked"
+    secret.write_text("{}")
+    secret.chmod(0)
+    locked.mkdir(mode=0o555)
+    request.getfixturevalue("stranger")
+    assert "cannot be read (Permission denied)" in one_line(lambda: files.read_json(secret, "--keys"))
+    for refused in (
+        lambda: files.write_text(locked / "out.md", "", "--markdown"),
+        lambda: files.check_writable(locked / "out.json", "--json"),
+        lambda: files.new_folder(locked / "cache", "--out"),
+        lambda: files.new_folder(locked, "--out"),
+    ):
+        assert "Permission denied" in one_line(refused)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (UserError("--x is 1\nbad"), "--x is 1\\nbad\n"),
+        (PermissionError(13, "Permission denied", "/a/b.tar"), "/a/b.tar: Permission denied\n"),
+    ],
+)
+def test_a_tool_ends_with_one_line_and_two(
+    raised: Exception, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tool(argv: list[str]) -> int:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run_tool(tool)
+    assert ended.value.code == 2 and capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("name", ["tpu9", "meta", "cuda:99", "xla"])
+def test_devices_that_are_not_there(name: str) -> None:
+    assert f"--device {name}" in one_line(lambda: device_named(name))

@@ -401,3 +401,10 @@ def test_drawn_views_are_sent_as_pictures_and_masked_ones_are_marked(items, tmp_
     valid = dict(zip(second["keys"], second["teacher_valid"][0].tolist(), strict=True))
     assert valid == {item.key: item.key != "class/0" for item in items}
     assert CLEAN != views
+
+
+def test_a_ledger_that_cannot_be_opened_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, told in ((tmp_path, "cannot be opened"), (tmp_path / "file" / "x.sqlite", "it is a file")):
+        with pytest.raises(UserError, match=f"--ledger .*{told}"):
+            ledger(path, None)

@@ -61,6 +61,11 @@ def test_recalls_equal_brute_force(
     for k in (1, 5, 10):
         assert result.metrics[f"image_to_text_r{k}"] == sum(place < k for place in to_text) / 40
         assert result.metrics[f"text_to_image_r{k}"] == sum(place < k for place in to_image) / 200
+    for name, places in (("image_to_text", to_text), ("text_to_image", to_image)):
+        ranks = sorted(place + 1 for place in places)
+        middle = len(ranks) // 2
+        assert result.details[f"{name}_mean_rank"] == pytest.approx(sum(ranks) / len(ranks))
+        assert result.details[f"{name}_median_rank"] == (ranks[middle - 1] + ranks[middle]) / 2
     assert 0 < result.metrics["text_to_image_r1"] < result.metrics["image_to_text_r1"] < 1
     assert (result.count, result.details["texts"]) == (40, 200)
 

@@ -39,8 +39,8 @@ def problem(
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, teachers
 
 
-def oracle(leaves: dict[str, Tensor], teachers: list[TeacherEmbeds]) -> tuple[float, float]:
-    """ce and kl of the 1/2 form by loops over single numbers."""
+def oracle(leaves: dict[str, Tensor], teachers: list[TeacherEmbeds]) -> tuple[float, list[float]]:
+    """ce of the 1/2 form, and kl of either direction, by loops over single numbers."""
 
     def numpy(x: Tensor) -> np.ndarray:
         return x.detach().double().numpy()
@@ -50,8 +50,8 @@ def oracle(leaves: dict[str, Tensor], teachers: list[TeacherEmbeds]) -> tuple[fl
         total = math.log(sum(math.exp(x) for x in logits))
         return [x - total for x in logits]
 
-    ce = kl = 0.0
-    for here, there in (("image", "text"), ("text", "image")):
+    ce, kl = 0.0, [0.0, 0.0]
+    for direction, (here, there) in enumerate((("image", "text"), ("text", "image"))):
         rows = numpy(leaves[f"{here}_embeds"])
         columns = numpy(leaves.get(f"all_{there}_embeds", leaves[f"{there}_embeds"]))
         for i in range(len(rows)):
@@ -64,7 +64,9 @@ def oracle(leaves: dict[str, Tensor], teachers: list[TeacherEmbeds]) -> tuple[fl
                 logs = log_softmax(float(teacher.logit_scale), numpy(values[f"{here}_embeds"])[i], others)
                 target = [t + math.exp(x) / len(teachers) for t, x in zip(target, logs, strict=True)]
             ce -= sum(t * s for t, s in zip(target, student, strict=True)) / len(rows) / 2
-            kl += sum(t * (math.log(t) - s) for t, s in zip(target, student, strict=True)) / len(rows) / 2
+            kl[direction] += sum(t * (math.log(t) - s) for t, s in zip(target, student, strict=True)) / len(
+                rows
+            )
     return ce, kl
 
 
@@ -95,7 +97,8 @@ def test_equals_float64_loops(chunk: int, columns: int, teacher_widths: tuple[in
     loss = affinity_loss(**leaves, teachers=teachers, chunk=chunk)
     ce, kl = oracle(leaves, teachers)
     assert loss.ce.item() == pytest.approx(ce, abs=1e-12)
-    assert loss.kl.item() == pytest.approx(kl, abs=1e-12)
+    assert loss.kl.item() == pytest.approx(sum(kl) / 2, abs=1e-12)
+    assert loss.directions.tolist() == pytest.approx(kl, abs=1e-12) and not loss.directions.requires_grad
     assert affinity_loss(
         **leaves, teachers=teachers, chunk=chunk, reduction="sum"
     ).ce.item() == pytest.approx(2 * ce)
@@ -245,10 +248,14 @@ def test_only_needed_gradients() -> None:
     leaves, teachers = problem(6, 12, 4, (5,), torch.float64)
     expected = dict(zip(leaves, gradients(leaves, teachers), strict=True))
     for name in leaves:
-        alone = {key: leaf.detach().requires_grad_(key == name) for key, leaf in leaves.items()}
+        wanted = (name, f"all_{name}")  # local rows never come without their columns
+        alone = {key: leaf.detach().requires_grad_(key in wanted) for key, leaf in leaves.items()}
         affinity_loss(**alone, teachers=teachers, chunk=5).ce.backward()
-        torch.testing.assert_close(alone[name].grad, expected[name])
-        assert all(leaf.grad is None for key, leaf in alone.items() if key != name)
+        for key, leaf in alone.items():
+            if key in wanted:
+                torch.testing.assert_close(leaf.grad, expected[key])
+            else:
+                assert leaf.grad is None
     with torch.no_grad():
         assert not affinity_loss(**leaves, teachers=teachers, chunk=5).ce.requires_grad
 
@@ -331,3 +338,15 @@ def test_bad_arguments_are_named() -> None:
         affinity_loss(**leaves, teachers=[teachers[0]._replace(all_image_embeds=None)])
     with pytest.raises(ValueError, match="row counts differ"):
         affinity_loss(**leaves, teachers=[teachers[0]._replace(image_embeds=teachers[0].image_embeds[:5])])
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_gathered_columns_without_their_gradient_are_refused(name: str, chunk: int) -> None:
+    leaves, teachers = problem(6, 12, 4, (5,), torch.float32)
+    cut = {**leaves, f"all_{name}_embeds": leaves[f"all_{name}_embeds"].detach()}
+    with pytest.raises(ValueError, match=f"all_{name}_embeds carries no gradient"):
+        affinity_loss(**cut, teachers=teachers, chunk=chunk)
+    with torch.no_grad():  # an evaluation's columns, and a frozen tower's, need none
+        affinity_loss(**cut, teachers=teachers, chunk=chunk)
+    affinity_loss(**{**cut, f"{name}_embeds": leaves[f"{name}_embeds"].detach()}, teachers=teachers)

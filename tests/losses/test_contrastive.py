@@ -184,6 +184,19 @@ def test_bad_arguments_are_named() -> None:
         interactive_contrastive_loss(image, text, image, text, 1.0, all_teacher_text_embeds=text)
 
 
+def test_gathered_columns_without_their_gradient_are_refused() -> None:
+    image, text = unit(0, 3, 4).requires_grad_(), unit(1, 3, 4).requires_grad_()
+    columns = {"all_image_embeds": torch.cat([image, unit(2, 3, 4)])}
+    lost = torch.cat([text, unit(3, 3, 4)]).detach()
+    with pytest.raises(ValueError, match="all_text_embeds carries no gradient"):
+        clip_loss(image, text, 10.0, all_text_embeds=lost, **columns)
+    with pytest.raises(ValueError, match="all_text_embeds carries no gradient"):
+        sigmoid_loss(image, text, 10.0, all_text_embeds=lost)
+    clip_loss(image, text.detach(), 10.0, all_text_embeds=lost, **columns).backward()  # a frozen text tower
+    with torch.no_grad():
+        sigmoid_loss(image, text, 10.0, all_text_embeds=lost)
+
+
 def info_nce_loops(logits: Tensor, positives: Tensor, negatives: Tensor, weights: list[float]) -> float:
     total = used = 0.0
     for i in range(len(logits)):

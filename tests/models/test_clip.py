@@ -434,8 +434,10 @@ def test_predictor_embeds_in_eval_mode_and_restores_training(tmp_path: Path) -> 
 
 def test_predictor_of_a_frozen_model_leaves_it_frozen(tmp_path: Path) -> None:
     loaded = load_clip(write_json(tmp_path, siglip_like()), seed=0)
-    loaded.module.requires_grad_(False)
+    loaded.module.requires_grad_(False).eval()
     predictor = ClipPredictor.of(loaded)
+    predictor.encode_image(batch()[0])
+    assert not any(part.training for part in loaded.module.modules())
     assert predictor.name == loaded.source
     assert predictor.logit_scale == pytest.approx(10.0)
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())

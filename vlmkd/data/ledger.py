@@ -41,6 +41,7 @@ from vlmkd.data.stored_outputs import CLEAN, Prepared, missing_items, prepare, w
 from vlmkd.data.teacher_cache import CacheInfo
 from vlmkd.data.transforms import View, ViewConfig
 from vlmkd.errors import UserError
+from vlmkd.files import new_folder
 from vlmkd.image_spec import ImageSpec
 from vlmkd.query import AnswerLost, BlackBox, NotServed
 
@@ -482,8 +483,13 @@ def _is_dead(owner: str) -> bool:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    base = sqlite3.connect(path, timeout=60, isolation_level=None)
+    new_folder(path.parent, "--ledger")
+    try:
+        base = sqlite3.connect(path, timeout=60, isolation_level=None)
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"--ledger {path} cannot be opened ({error}); name a file that can be written"
+        ) from None
     base.row_factory = sqlite3.Row
     try:
         _enter_wal(base)

@@ -1,4 +1,4 @@
-"""Image-text retrieval: recall at 1, 5 and 10 in both directions.
+"""Image-text retrieval: recall at 1, 5 and 10, and mean and median rank, in both directions.
 
 Q queries, N candidates, D embedding width. An image-to-text query is a hit when any of its captions is among the
 first k texts; a text-to-image query is one caption, and a hit when its image (any of its images) is among the first k.
@@ -9,6 +9,7 @@ Tie rule: candidates are ranked by falling score, equal scores by rising index, 
 from __future__ import annotations
 
 from collections import defaultdict
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 class Retrieval:
-    """`image_to_text_r<k>` and `text_to_image_r<k>` for k = 1, 5, 10 (k >= number of candidates is left out)."""
+    """`image_to_text_r<k>` and `text_to_image_r<k>` for k = 1, 5, 10 (k >= number of candidates is left out).
+
+    `details` has the mean and median rank of the first positive, where 1 is best, in both directions.
+    """
 
     name = "retrieval"
 
@@ -54,27 +58,34 @@ class Retrieval:
             for text in indices:
                 images_of_text[text].append(image)
         images, texts = images.to(context.device), texts[kept].to(context.device)
-        metrics = recalls(images, texts, texts_of_image, "image_to_text")
-        metrics |= recalls(
-            texts, images, [images_of_text[text] for text in range(len(kept))], "text_to_image"
-        )
+        directions = {
+            "image_to_text": (images, texts, texts_of_image),
+            "text_to_image": (texts, images, [images_of_text[text] for text in range(len(kept))]),
+        }
+        metrics: dict[str, float] = {}
         details: dict[str, Any] = {"texts": len(kept)}
+        for name, (queries, candidates, positives) in directions.items():
+            places = all_places(queries, candidates, positives)
+            ks = [k for k in RECALL_AT if k == 1 or k < len(candidates)]
+            metrics |= {f"{name}_r{k}": sum(place < k for place in places) / len(places) for k in ks}
+            details[f"{name}_mean_rank"] = 1 + fmean(places)
+            details[f"{name}_median_rank"] = 1 + median(places)
         if unreadable:
             metrics["unreadable"] = float(len(unreadable))
             details["unreadable"] = unreadable
         return [Result(self.name, data.name, metrics, len(ids), details)]
 
 
-def recalls(queries: Tensor, candidates: Tensor, positives: list[list[int]], prefix: str) -> dict[str, float]:
-    """Share of queries [Q,D] with a positive among the first k of candidates [N,D]; ranks of a run share the queries."""
+def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:
+    """Place (0 = first) of the first positive of each of queries [Q,D] among candidates [N,D], in any order.
+
+    Ranks of a run share the queries, and every rank gets the places of all.
+    """
     share = rank_share(len(queries))
     found = first_positive(
         queries[share.start :: share.step], candidates, [positives[index] for index in share]
     )
-    ks = [k for k in RECALL_AT if k == 1 or k < len(candidates)]
-    hits = distributed.gather_objects([int((found < k).sum()) for k in ks])
-    totals = [sum(part[column] for part in hits) for column in range(len(ks))]
-    return {f"{prefix}_r{k}": total / len(queries) for k, total in zip(ks, totals, strict=True)}
+    return [place for part in distributed.gather_objects(found.tolist()) for place in part]
 
 
 def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> Tensor:

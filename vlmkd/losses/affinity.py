@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmkd.losses.contrastive import check_gathered
+
 
 class AffinityLoss(NamedTuple):
     """Two scalars with the same gradient; `ce` is trained on by the paper, `kl` reaches 0 and is easier to read."""
@@ -23,6 +25,8 @@ class AffinityLoss(NamedTuple):
     """Cross entropy of the student's affinities under the teachers'."""
     kl: Tensor
     """`ce` minus the entropy of the teachers' affinities."""
+    directions: Tensor
+    """`kl` of image-to-text and of text-to-image before they are weighed, [2], without gradient."""
 
 
 class TeacherEmbeds(NamedTuple):
@@ -65,7 +69,8 @@ def affinity_loss(
         chunk: 0 for the dense form; else tiles whose memory is at most 2 * chunk * B numbers in all.
 
     Raises:
-        ValueError: no teacher, half of a gathered pair, a negative chunk, an unknown reduction, unequal row counts.
+        ValueError: no teacher, half of a gathered pair, gathered student columns without gradients, a negative chunk,
+            an unknown reduction, unequal row counts.
     """
     _check(image_embeds, text_embeds, teachers, all_image_embeds, all_text_embeds, chunk)
     if reduction not in ("half", "sum"):
@@ -76,7 +81,7 @@ def affinity_loss(
     blocks = [[_image_rows(x) for x in (student, *teachers)]]
     if gathered:
         blocks.append([_text_rows(x) for x in (student, *teachers)])
-    terms: list[tuple[Tensor, Tensor]] = []
+    terms: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.autocast(image_embeds.device.type, enabled=False):
         for block in blocks:
             triple, *teacher = [
@@ -89,9 +94,9 @@ def affinity_loss(
             else:
                 terms.append(_dense(*triple, teacher, both=not gathered))
     weight = 0.5 if reduction == "half" else 1.0
-    ce = torch.stack([cross_entropy for cross_entropy, _ in terms]).sum()
-    entropy = torch.stack([teacher_entropy for _, teacher_entropy in terms]).sum()
-    return AffinityLoss(ce=weight * ce, kl=weight * (ce - entropy))
+    ces, entropies, directions = zip(*terms, strict=True)
+    ce, entropy = torch.stack(ces).sum(), torch.stack(entropies).sum()
+    return AffinityLoss(ce=weight * ce, kl=weight * (ce - entropy), directions=torch.cat(directions))
 
 
 def _check(
@@ -115,6 +120,9 @@ def _check(
         raise ValueError(
             "gathered embeddings must be given for images and texts of the student and of every teacher"
         )
+    if all_image_embeds is not None and all_text_embeds is not None:
+        check_gathered(image_embeds, all_image_embeds, "all_image_embeds")
+        check_gathered(text_embeds, all_text_embeds, "all_text_embeds")
     for group in (locals_, given):
         if len({x.shape[0] for x in group}) > 1:
             raise ValueError(f"row counts differ between student and teachers: {[x.shape[0] for x in group]}")
@@ -142,18 +150,22 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 def _dense(
     rows: Tensor, columns: Tensor, scale: Tensor, teacher: list[Triple], both: bool
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy and teacher entropy, each divided by b; `both` adds the softmax over rows to that over columns."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy, teacher entropy and the difference of each direction, divided by b.
+
+    `both` adds the softmax over rows to that over columns.
+    """
     logits = (scale * rows) @ columns.T
     with torch.no_grad():
         teacher_logits = [(s * r) @ c.T for r, c, s in teacher]
-    ce, entropy = rows.new_zeros(()), rows.new_zeros(())
+    ces, entropies = [], []
     for dim in (1, 0) if both else (1,):
         with torch.no_grad():
             target, log_target = _mean_softmax(teacher_logits, dim)
-            entropy = entropy - log_target.mul_(target).sum()
-        ce = ce - (target * logits.log_softmax(dim)).sum()
-    return ce / rows.shape[0], entropy / rows.shape[0]
+            entropies.append(-log_target.mul_(target).sum())
+        ces.append(-(target * logits.log_softmax(dim)).sum())
+    ce, entropy, count = torch.stack(ces), torch.stack(entropies), rows.shape[0]
+    return ce.sum() / count, entropy.sum() / count, (ce.detach() - entropy) / count
 
 
 def _mean_softmax(logits: list[Tensor], dim: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +203,7 @@ class _Chunked(torch.autograd.Function):
         chunk: int,
         grad_enabled: bool,
         *packed: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         teacher = [(packed[i], packed[i + 1], packed[i + 2]) for i in range(0, len(packed), 3)]
         num_tiles = 5 if both else 4
         step = min(rows.shape[0], max(1, 2 * chunk // num_tiles))
@@ -201,21 +213,20 @@ class _Chunked(torch.autograd.Function):
         needs = ctx.needs_input_grad if grad_enabled else (False,) * 3
         grad_rows = torch.empty_like(rows) if needs[0] or needs[2] else None
         grad_columns = torch.zeros_like(columns) if needs[1] else None
-        ce, entropy = rows.new_zeros(()), rows.new_zeros(())
+        totals = rows.new_zeros(2 if both else 1, 2)  # of each direction: cross entropy, entropy
         for start in range(0, rows.shape[0], step):
             part = slice(start, min(start + step, rows.shape[0]))
             views = [tile[: part.stop - start] for tile in tiles]
             torch.mm(scale * rows[part], columns.T, out=views[0])
             _targets([(r[part], c, s) for r, c, s in teacher], sums[1:], views)
-            terms = _tile_terms(sums[:1], views)
-            ce, entropy = ce + terms[0], entropy + terms[1]
+            totals += _tile_terms(sums[:1], views)
             difference = views[1]
             if grad_rows is not None:
                 torch.mm(difference, columns, out=grad_rows[part])
             if grad_columns is not None:
                 grad_columns.addmm_(difference.T, rows[part])
         if both:
-            ce = ce + sums[0][1].log().sum()
+            totals[1, 0] += sums[0][1].log().sum()
         count = rows.shape[0]
         grad_scale = None
         if grad_rows is not None:
@@ -224,13 +235,13 @@ class _Chunked(torch.autograd.Function):
         if grad_columns is not None:
             grad_columns.mul_(scale / count)
         ctx.save_for_backward(grad_rows, grad_columns, grad_scale)
-        entropy = entropy / count
-        ctx.mark_non_differentiable(entropy)
-        return ce / count, entropy
+        (ce, entropy), directions = totals.sum(0) / count, (totals[:, 0] - totals[:, 1]) / count
+        ctx.mark_non_differentiable(entropy, directions)
+        return ce, entropy, directions
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ce: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_ce: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         needed = zip(
             ctx.saved_tensors, ctx.needs_input_grad, strict=False
         )  # the other inputs carry no gradient
@@ -271,8 +282,9 @@ def _targets(teacher: list[Triple], sums: list[tuple[Tensor, Tensor]], views: li
                 views[4].add_(column_target)
 
 
-def _tile_terms(sums: list[tuple[Tensor, Tensor]], views: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross entropy and entropy summed over a tile; leaves student minus target probabilities in views[1].
+def _tile_terms(sums: list[tuple[Tensor, Tensor]], views: list[Tensor]) -> Tensor:
+    """Cross entropy and entropy of each direction summed over a tile, [1 or 2, 2]; leaves student minus target
+    probabilities in views[1].
 
     views: student logits, result, row target, scratch, and with `sums` (the student's) the column target. Of the
     column direction's cross entropy the logarithm of `sums` is left to the caller, who adds it once for all tiles.
@@ -283,12 +295,12 @@ def _tile_terms(sums: list[tuple[Tensor, Tensor]], views: list[Tensor]) -> tuple
     torch.exp(scratch, out=difference)
     total = difference.sum(1, keepdim=True)
     # -sum_j target log p = log(total) - sum_j target (logit - top): both parts have one sign, so nothing cancels.
-    ce = total.log().sum() - scratch.mul_(target).sum()
+    terms = [total.log().sum() - scratch.mul_(target).sum(), entropy]
     difference.div_(total).sub_(target)
     for top, column_total in sums:
         column_target = views[4]
-        entropy = entropy - _log(column_target, out=scratch).mul_(column_target).sum()
+        entropy = -_log(column_target, out=scratch).mul_(column_target).sum()
         logits.sub_(top)
-        ce = ce - torch.mul(logits, column_target, out=scratch).sum()
+        terms += [-torch.mul(logits, column_target, out=scratch).sum(), entropy]
         difference.add_(logits.exp_().div_(column_total)).sub_(column_target)
-    return ce, entropy
+    return torch.stack(terms).view(-1, 2)

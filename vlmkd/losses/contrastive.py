@@ -3,7 +3,8 @@
 Letters: b local rows, B gathered columns (B = b without gathering), D width, N anchors, M keys.
 
 Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean over
-ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
+ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries gradients, so
+gathered student columns without a gradient are refused.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def clip_loss(
         logits = _logits(image_embeds, text_embeds, logit_scale)
         # One block read along both dimensions: a transposed copy of it would cost more than the softmax.
         return -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
+    check_gathered(image_embeds, all_image_embeds, "all_image_embeds")
+    check_gathered(text_embeds, all_text_embeds, "all_text_embeds")
     labels = _labels(image_embeds, all_image_embeds, offset)
     image_loss = F.cross_entropy(_logits(image_embeds, all_text_embeds, logit_scale), labels)
     text_loss = F.cross_entropy(_logits(text_embeds, all_image_embeds, logit_scale), labels)
@@ -63,6 +66,7 @@ def sigmoid_loss(
         offset: position of the first local row among the gathered texts.
     """
     columns = text_embeds if all_text_embeds is None else all_text_embeds
+    check_gathered(text_embeds, columns, "all_text_embeds")
     _check_offset(image_embeds, columns, offset)
     signed = -(_logits(image_embeds, columns, logit_scale) + logit_bias)
     # In place, because a matrix of signs would be as large as the logits.
@@ -139,6 +143,20 @@ def info_nce(
     return ((normaliser - mean_positive) * weight).sum() / torch.where(
         total > 0, total, torch.ones_like(total)
     )
+
+
+def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
+    """Refuse gathered student columns that hold `rows` but not their gradient: part of the gradient would be lost.
+
+    Columns of a teacher, and of a frozen tower whose rows have no gradient either, are right without one.
+
+    Raises:
+        ValueError: `rows` are trained on and `columns` carry no gradient.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad and not columns.requires_grad:
+        raise ValueError(
+            f"{name} carries no gradient, but its local rows do; gather with vlmkd.distributed.gather"
+        )
 
 
 def _logits(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Tensor:

@@ -690,10 +690,11 @@ class ClipPredictor:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode afterwards."""
-    was_training = module.training
+    """Eval mode inside, afterwards each part in its own former mode: a frozen tower in a new wrapper stays in eval mode."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training

@@ -246,8 +246,8 @@ def test_the_zoos_name_is_taken_where_a_file_is(
         assert evaluation.main(arguments) == 0, capsys.readouterr().err
         written.append(json.loads(out.read_text()))
     assert written[0] == written[1] and written[0][0]["count"] == CLASSES
-    assert evaluation.main(["--model", "zoo:DHO-ViT-B-16", "--set", f"folder:{tmp_path / 'set'}"]) == 2
-    assert "did you mean DHO-ViT-B-16-1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="did you mean DHO-ViT-B-16-1"):
+        evaluation.main(["--model", "zoo:DHO-ViT-B-16", "--set", f"folder:{tmp_path / 'set'}"])
 
     config = {
         "embed_dim": 24,

@@ -143,8 +143,8 @@ def test_the_evaluation_command_agrees_with_the_run(
     assert evaluation.main([*arguments, "--search", "val"]) == 0
     kept = json.loads((whole / "export" / "provenance.json").read_text())["dho"]["validation_top1"]
     assert f"images val {kept:.4f}" in capsys.readouterr().out
-    assert evaluation.main([*arguments, "--search", "test"]) == 2
-    assert "is the split that is reported" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is the split that is reported"):
+        evaluation.main([*arguments, "--search", "test"])
 
 
 @pytest.mark.parametrize("method", ["ce", "pcgrad", "kd_feature", "ce_kd_feature"])
@@ -256,4 +256,5 @@ def test_table_has_one_row_per_method(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "| dho | 60.0 ± 14.1 | not run |" in shown and "| ce | not run | 25.0 |" in shown
     assert "| dho | 0.30 ± 0.14 |" in shown
-    assert table.main([str(tmp_path / "nothing")]) == 2
+    with pytest.raises(UserError, match="has no finished run named METHOD_LABELS_sSEED"):
+        table.main([str(tmp_path / "nothing")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,13 @@ import torch
 
 from projects.tinyclip.build import distill_job, mask_job
 from projects.tinyclip.config import DistillConfig, MaskConfig
+from tests.evaluation.conftest import numbered_png
 from tests.projects.tinyclip.tiny_runs import Runs, model_config
 from vlmkd import config, engine
+from vlmkd.config import DataConfig
+from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.errors import UserError
+from vlmkd.models.clip import ClipPredictor, load_clip
 from vlmkd.run import main
 
 
@@ -32,6 +38,8 @@ def _sources(runs: Runs, name: str = "teacher") -> list[str]:
         (["teachers=[]"], ["teachers", "is empty"]),
         (["loss.affinity=0", "loss.contrastive=1"], ["teachers", "is given"]),
         (["inherit.image_layers=[0]"], ["inherit.image_layers", "inherit.layers=list"]),
+        (["inherit.text_units.hidden=[0]"], ["inherit.text_units", "inherit.width=list"]),
+        (["inherit.width=list"], ["inherit.text_units", "inherit.width=list"]),
         (["ema_decay=0.9", "deepspeed.zero_stage=3"], ["ema_decay", "zero_stage"]),
         (["logit_scale.value=0"], ["logit_scale.value"]),
         (["student.model="], ["student.model", "is empty"]),
@@ -166,3 +174,36 @@ def test_dry_run_prints_the_resolved_config(
         DistillConfig, [str(runs.config("c")), "run_dir=somewhere"]
     )
     assert not Path("somewhere").exists()
+
+
+def _store(runs: Runs, name: str, seed: int, shard: Path) -> tuple[Path, Path]:
+    """A teacher's weights file, and a cache of its embeddings of the shard."""
+    architecture = str(runs.folder / "teacher.json")
+    weights = runs.folder / f"{name}.pt"
+    torch.save(load_clip(architecture, seed=seed).module.state_dict(), weights)
+    clip = load_clip(architecture, str(weights))
+    embed_shards(
+        ClipPredictor.of(clip), [str(shard)], runs.folder / name, source="teacher", digest=clip.digest,
+        data=DataConfig(), crops=1,
+    )  # fmt: skip
+    return weights, runs.folder / name
+
+
+def test_stored_embeddings_are_compared_with_the_teacher_by_its_weights(runs: Runs) -> None:
+    shard = runs.folder / "0.tar"
+    with tarfile.open(shard, "w") as tar:
+        for member, content in (("a.png", numbered_png(1)), ("a.txt", b"a dot")):
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (good, cache), (other, other_cache) = (_store(runs, f"t{seed}", seed, shard) for seed in (1, 2))
+    data = ["data.kind=webdataset", f"data.sources=[{{shards: [{shard}], teacher_caches: [{cache}]}}]"]
+    teacher = f"teachers.0.pretrained={good}"
+    job = distill_job(_distill(runs, *data, teacher))
+    assert job.task.teachers == [] and job.loader.describe()
+    with pytest.raises(UserError, match=f"{cache} does not fit this run: the run's teacher has weights"):
+        distill_job(_distill(runs, *data, f"teachers.0.pretrained={other}"))
+    two = [data[0], data[1][:-1] + f", {{shards: [{shard}], teacher_caches: [{other_cache}]}}]"]
+    with pytest.raises(UserError, match=f"{other_cache} does not fit this run"):
+        distill_job(_distill(runs, *two, teacher))
+    assert distill_job(_distill(runs, *data, "teachers=[]")).task.teachers == []

@@ -367,7 +367,7 @@ def test_two_sources_are_merged() -> None:
         (vit(32, 6, 32, 6, head=32), "heads are 16 wide in the source and 32 in the student"),
         (vit(32, 6, 32, 6, quick_gelu=True), "source uses GELU, the student QuickGELU.*quick_gelu: false"),
         (vit(32, 6, 32, 6, vision_cfg__mlp_ratio=16.0), r"512 units of .*mlp.*its source 256"),
-        (vit(32, 6, 32, 6, vision_cfg__patch_size=4), "never cut"),
+        (vit(32, 6, 32, 6, vision_cfg__patch_size=4), "patches of 8 pixels, the student of 4.*patch_size: 8"),
         (vit(32, 6, 32, 6, text_cfg__context_length=20), "20 units of positions.*its source 12"),
         (vit(32, 6, 32, 6, text_cfg__vocab_size=39), "vocabulary"),
         (vit(32, 6, 32, 6, embed_dim=32), "32 units of embedding.*its source 24"),

@@ -410,6 +410,26 @@ def test_bfloat16_keeps_mask_arithmetic_in_fp32(precision: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+def test_float64_stays_float64_with_exact_gradients() -> None:
+    tower = TowerMasks(6, 2, 2, 5).double()
+    with torch.no_grad():
+        for alpha in tower.log_alphas():
+            alpha.copy_(torch.randn(alpha.shape, generator=torch.Generator().manual_seed(2)))
+    parts = [tower.deterministic(), *tower(seed=1)]
+    assert {value.dtype for part in parts for value in (part if isinstance(part, tuple) else (part,))} == {
+        torch.float64
+    }
+
+    def of(hidden: Tensor, heads: Tensor, intermediate: Tensor) -> tuple[Tensor, ...]:
+        values = {"hidden": hidden, "heads": heads, "intermediate": intermediate}
+        mask, size, multipliers = torch.func.functional_call(tower, values, (1,))
+        sparsity = masks.expected_sparsity((size, tower.full_size()))
+        return (*mask, masks.lagrangian(sparsity, 0.9, multipliers))
+
+    inside = [alpha.detach().clone().requires_grad_() for alpha in tower.log_alphas()]
+    assert torch.autograd.gradcheck(of, inside)  # to 1e-6, which float32 inside would fail
+
+
 def test_activation_checkpointing_changes_nothing() -> None:
     model = MaskedCLIP.from_clip(tiny_clip()).train()
     spread_masks(model)

@@ -14,6 +14,7 @@ from projects.tinyclip.objective import StudentEmbeds, objective
 from tests.projects.tinyclip.tiny_runs import Runs
 from vlmkd import config
 from vlmkd.losses.affinity import TeacherEmbeds
+from vlmkd.models.clip import load_clip
 from vlmkd.trainer import Job
 
 ALL_TERMS = ["loss.affinity=0.5", "loss.contrastive=0.25", "loss.feature=20", "loss.interactive=2"]
@@ -115,6 +116,23 @@ def test_inherited_weights_are_the_sources_leading_slices(runs: Runs) -> None:
     for mine, theirs in ((0, 0), (1, 2)):  # four layers into two: floor(4 / 2) apart
         name = "transformer.resblocks.{}.mlp.c_fc.weight"
         assert torch.equal(state[name.format(mine)], source[name.format(theirs)][:128, :32])
+
+
+def test_inherited_units_are_those_that_the_config_lists(runs: Runs) -> None:
+    teacher = runs.folder / "teacher.json"
+    odd = [47, 2, 46, *range(9, 38)]
+    weights = runs.folder / "teacher.pt"
+    source = load_clip(str(teacher), seed=3).module.state_dict()
+    torch.save(source, weights)
+    job = _job(
+        runs, f"inherit.image_from.model={teacher}", f"inherit.image_from.pretrained={weights}",
+        "inherit.width=list", f"inherit.image_units.hidden={odd}", "inherit.image_units.heads=[2,0]",
+    )  # fmt: skip
+    found = job.task.core.encoder.model.state_dict()
+    assert torch.equal(found["visual.class_embedding"], source["visual.class_embedding"][odd])
+    name = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    heads = source[name].view(3, 3, 16, 48)[:, [2, 0]][..., odd]
+    assert torch.equal(found[name], heads.reshape(96, 32))
 
 
 def test_the_same_batch_draws_the_same_masks_and_another_batch_others(runs: Runs) -> None:
