@@ -6,8 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from vlmkd.errors import UserError
 log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+_SHARED = "shared.pt"
 _NAME = re.compile(r"step_(\d{6,})$")
 
 
@@ -35,19 +39,36 @@ def save(
     """
     final = state_dir / f"step_{step:06d}"
     partial = state_dir / f".partial_{final.name}"
-    problem = None
-    if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    try:
+    with _together(final, partial):
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with _together(final, partial):
         engine.save(partial)
         torch.save(per_rank, partial / f"rank_{distributed.rank()}.pt")
         if distributed.is_main():
-            torch.save(shared, partial / "shared.pt")
+            torch.save(shared, partial / _SHARED)
         own = _digests(partial, distributed.rank())
+    files = {name: digest for part in distributed.gather_objects(own) for name, digest in part.items()}
+    with _together(final, partial):
+        if distributed.is_main():
+            facts = {"step": step, **_shape(engine), "files": files}
+            _write_synced(partial / _MANIFEST, json.dumps(facts | {"sha256": _digest_of(facts)}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _sync_folder(state_dir)
+            for old in _steps(state_dir)[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _together(final: Path, partial: Path) -> Iterator[None]:
+    """Run the body on every rank; when it fails on one, all drop `partial` and raise the same UserError."""
+    problem = None
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        problem, own = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", {}
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     problems = [text for text in distributed.gather_objects(problem) if text]
     if problems:
         if distributed.is_main():
@@ -56,20 +77,14 @@ def save(
             f"checkpoint {final} could not be written ({problems[0]}); free disk space and start the same command "
             f"again: the run continues from the checkpoint before it"
         )
-    files = {name: digest for part in distributed.gather_objects(own) for name, digest in part.items()}
-    if distributed.is_main():
-        manifest = {"step": step, "world_size": distributed.world_size(), "files": files}
-        _write_synced(partial / _MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync_folder(state_dir)
-        for old in _steps(state_dir)[keep:]:
-            shutil.rmtree(old)
-    distributed.barrier()
 
 
 def latest(state_dir: Path) -> Path | None:
-    """The newest whole checkpoint, agreed on by all ranks; damaged ones are reported and passed over."""
+    """The newest whole checkpoint, agreed on by all ranks; damaged ones are reported and renamed `damaged_step_N`.
+
+    Raises:
+        UserError: a damaged one cannot be renamed.
+    """
     found = None
     if distributed.is_main():
         for folder in _steps(state_dir):
@@ -77,19 +92,31 @@ def latest(state_dir: Path) -> Path | None:
             if reason is None:
                 found = folder
                 break
+            aside = folder.with_name(f"damaged_{folder.name}")
             log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, reason)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)  # else it would count among the newest that are kept
+            except OSError as error:
+                raise UserError(
+                    f"the damaged checkpoint {folder} cannot be renamed ({error.strerror}); move it away"
+                ) from None
     return distributed.broadcast_object(found)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file has the recorded size and sha256."""
+    """What is wrong with a checkpoint folder, or None when the manifest and every file have the recorded sha256."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return f"no {_MANIFEST}"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{_MANIFEST} cannot be read: {error}"
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest_of(manifest):
+        return f"{_MANIFEST} does not match its own sha256"
+    files = manifest.get("files")
+    if not isinstance(files, dict) or _SHARED not in files:
+        return f"{_MANIFEST} does not list {_SHARED}"
     for name, digest in files.items():
         path = folder / name
         if not path.is_file():
@@ -100,21 +127,40 @@ def damage(folder: Path) -> str | None:
 
 
 def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restore the engine; returns the shared state and this rank's own.
+    """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run.
 
     Raises:
-        UserError: it was written by another number of ranks.
+        UserError: it was written by another number of ranks or at another ZeRO stage, holds more than tensors and plain
+            data, or does not fit this run's model.
     """
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    saved, now = manifest["world_size"], distributed.world_size()
-    if saved != now:
+    for name, now in _shape(engine).items():
+        if manifest.get(name) != now:
+            raise UserError(
+                f"checkpoint {folder} was written with {name}={manifest.get(name)} and this run has {now}; "
+                f"start it with {manifest.get(name)} or choose another run_dir"
+            )
+    try:
+        engine.load(folder)
+        shared = torch.load(folder / _SHARED, map_location="cpu", weights_only=True)
+        own = torch.load(folder / f"rank_{distributed.rank()}.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks for {named[1]}" if named else "cannot be read"
         raise UserError(
-            f"checkpoint {folder} was written by {saved} ranks and this run has {now}; start it with {saved} ranks"
-        )
-    engine.load(folder)
-    shared = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
-    own = torch.load(folder / f"rank_{distributed.rank()}.pt", map_location="cpu", weights_only=True)
+            f"checkpoint {folder} {what}, which no state of ours does; nothing of it was run: "
+            f"delete the run folder, and do not trust where it came from"
+        ) from None
+    except (OSError, EOFError, RuntimeError, LookupError) as error:
+        raise UserError(
+            f"checkpoint {folder} does not fit this run ({' '.join(str(error).split())[:300]}); choose another run_dir"
+        ) from None
     return shared, own
+
+
+def _shape(engine: Engine) -> dict[str, int]:
+    """What decides which files there are and what is in them."""
+    return {"ranks": distributed.world_size(), "deepspeed.zero_stage": engine.zero_stage}
 
 
 def _steps(state_dir: Path) -> list[Path]:
@@ -140,6 +186,11 @@ def _owner(name: str) -> int:
     """Rank that writes a file: by `rank_R` in its name (DeepSpeed's and ours), else rank 0."""
     match = re.search(r"rank_(\d+)", name)
     return int(match[1]) if match and not name.startswith("mp_rank") else 0
+
+
+def _digest_of(facts: dict[str, Any]) -> str:
+    """sha256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from vlmkd.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TAG = "deepspeed"
+_RESTRICTED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _KEPT = -1  # no module has this number
 
 
@@ -142,6 +143,11 @@ class Engine:
         """The student without DeepSpeed's wrapper."""
         return self._engine.module
 
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that DeepSpeed runs at."""
+        return int(self._engine.zero_optimization_stage())
+
     def set_lr(self, factor: float) -> float:
         """Give every scheduled group `factor` times its peak; returns the first scheduled group's rate."""
         rates = []
@@ -250,8 +256,20 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        """Restore what `save` wrote, bit for bit.
+
+        Raises:
+            pickle.UnpicklingError: a file asks for anything else than tensors, plain data and four classes of DeepSpeed.
+        """
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        # DeepSpeed asks for the unrestricted reader; `start_ranks` has made torch refuse to give it.
+        assert os.environ[_RESTRICTED] == "1"
+        known = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+        with torch.serialization.safe_globals(known):
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise UserError(
                 f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
@@ -287,6 +305,8 @@ def start_ranks() -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
+    os.environ[_RESTRICTED] = "1"  # torch.load runs no code, whatever its caller asks for
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses to be given both
     try:
         import deepspeed
     except ImportError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 from vlmkd import checkpoint, distributed, engine
 from vlmkd.config import DeepSpeedConfig, OptimConfig, RunConfig
+from vlmkd.errors import UserError
 from vlmkd.task import Task
 
 BOUND = 0.1
@@ -51,6 +55,41 @@ OPTIMISERS = {
 }
 
 
+class Hostile:
+    """Its pickle makes a file when it is read without restriction."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def hostile_states(state_dir: Path, around: engine.Engine) -> dict[str, str]:
+    """What is said to a checkpoint some of whose files would run code, and whose manifest agrees with them."""
+    said = {}
+    for kind in ("model_states.pt", "optim_states.pt", "shared.pt", "rank_*.pt"):
+        forged = state_dir.parent / "forged" / "step_000003"
+        distributed.barrier()  # nobody reads the one before any more
+        if distributed.is_main():
+            shutil.rmtree(forged.parent, ignore_errors=True)
+            shutil.copytree(state_dir / "step_000003", forged)
+            for path in forged.rglob(f"*{kind}"):
+                torch.save({"x": Hostile(state_dir.parent / "ran")}, path)
+            manifest = json.loads((forged / "manifest.json").read_text())
+            manifest.pop("sha256")
+            manifest["files"] = {name: checkpoint._sha256(forged / name) for name in manifest["files"]}
+            manifest["sha256"] = checkpoint._digest_of(manifest)
+            (forged / "manifest.json").write_text(json.dumps(manifest))
+        distributed.barrier()
+        try:
+            checkpoint.load(checkpoint.latest(forged.parent), around)
+            said[kind] = "nothing"
+        except UserError as error:
+            said[kind] = str(error)
+    return said
+
+
 def main(state_dir: Path, stage: int, precision: str, optimiser: str) -> None:
     """Straight through against save and restore after three of six steps."""
     engine.start_ranks()
@@ -73,8 +112,11 @@ def main(state_dir: Path, stage: int, precision: str, optimiser: str) -> None:
     assert own == {"rank": distributed.rank()} and shared == {"step": 3}
     train(second, again, 3, 6)
     resumed = again.student_weights()
+    said = hostile_states(state_dir, again)
     if straight is not None and resumed is not None:
         result = {
+            "hostile": said,
+            "ran": (state_dir.parent / "ran").exists(),
             "equal": all(torch.equal(straight[name], resumed[name]) for name in straight),
             "names": sorted(straight),
             "dtypes": sorted({str(value.dtype) for value in straight.values()}),

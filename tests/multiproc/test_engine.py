@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def _run(tmp_path: Path, stage: int, precision: str, ranks: int, optimiser: str = "adamw") -> dict:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        str(Path(__file__).parent / "engine_worker.py"), str(tmp_path), str(stage), precision, optimiser,
+        str(Path(__file__).parent / "engine_worker.py"), str(tmp_path / "state"), str(stage), precision, optimiser,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
@@ -63,6 +63,10 @@ def test_restore_is_exact_and_weights_equal_plain_torch(
 ) -> None:
     result = _run(tmp_path, stage, precision, ranks)
     assert result["equal"]
+    assert not result["ran"]
+    assert len(result["hostile"]) == 4
+    for said in result["hostile"].values():
+        assert "step_000003 asks for posix.mkdir" in said and "nothing of it was run" in said
     assert result["dtypes"] == ["torch.float32"]
     assert result["largest_clamped"] == pytest.approx(0.1, abs=1e-7)
     assert result["weights"]["note"] == [0.0, 1.0, 2.0]
