@@ -132,7 +132,7 @@ done
 asked_to_stop=""
 trap 'asked_to_stop=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-# The first process that fails decides the exit code. The others would wait for it in a collective for ever, so they
+# The first process that fails decides the exit code, but for a mistake that one has told (2). The others would wait for it in a collective for ever, so they
 # are asked to stop, and ten seconds later killed. After a SIGTERM from outside nobody is killed: they are saving.
 code=0
 deadline=""
@@ -147,7 +147,7 @@ while [ ${#pids[@]} -gt 0 ]; do
         fi
         status=0
         wait "$pid" || status=$?
-        [ "$code" -ne 0 ] || code=$status
+        if [ "$code" -eq 0 ] || [ "$status" -eq 2 ]; then code=$status; fi
     done
     pids=(${running[@]+"${running[@]}"})
     if [ "$code" -ne 0 ] && [ ${#pids[@]} -gt 0 ] && [ -z "$asked_to_stop" ]; then

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from vlmkd import distributed
 from vlmkd.engine import Engine
 from vlmkd.errors import UserError
+from vlmkd.tensor_files import read_torch
 
 log = logging.getLogger(__name__)
 
@@ -142,19 +142,12 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
             )
     try:
         engine.load(folder)
-        shared = torch.load(folder / _SHARED, map_location="cpu", weights_only=True)
-        own = torch.load(folder / f"rank_{distributed.rank()}.pt", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks for {named[1]}" if named else "cannot be read"
-        raise UserError(
-            f"checkpoint {folder} {what}, which no state of ours does; nothing of it was run: "
-            f"delete the run folder, and do not trust where it came from"
-        ) from None
-    except (OSError, EOFError, RuntimeError, LookupError) as error:
+    except (OSError, RuntimeError, LookupError) as error:
         raise UserError(
             f"checkpoint {folder} does not fit this run ({' '.join(str(error).split())[:300]}); choose another run_dir"
         ) from None
+    shared = read_torch(folder / _SHARED, what="checkpoint file")
+    own = read_torch(folder / f"rank_{distributed.rank()}.pt", what="checkpoint file")
     return shared, own
 
 

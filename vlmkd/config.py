@@ -212,8 +212,8 @@ class OptimConfig:
 class DeepSpeedConfig:
     """What goes into DeepSpeed's JSON; vlmkd writes the file and keeps it in the run folder."""
 
-    zero_stage: Annotated[int, Range(1, 3)] = 1
-    """ZeRO stage: 1, 2 or 3 (0 is not offered: its checkpoints cannot be converted to full weights)."""
+    zero_stage: Annotated[int, Range(-1, 3)] = -1
+    """ZeRO stage 0 to 3; -1: 1, or 0 for one rank in fp32 without offload, which has nothing to partition."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Compute precision of the student; fp16 needs a GPU."""
     offload: Literal["none", "cpu", "nvme"] = "none"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from vlmkd.errors import UserError
+
+_MISTAKE, _HEARD = "vlmkd/mistake", "vlmkd/heard"
+_PATIENCE_S = 5.0
 
 
 def rank() -> int:
@@ -150,6 +156,32 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def tell_mistake() -> None:
+    """Before this rank leaves over a mistake of the user's that it has told: spare the others a traceback about it."""
+    if world_size() == 1:
+        return
+    store, own, others = distributed_c10d._get_default_store(), rank(), world_size() - 1
+    with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
+        store.set(_MISTAKE, "")
+        dist.destroy_process_group()  # the others' collectives fail now, not when they time out
+        end = time.monotonic() + _PATIENCE_S
+        while own == 0 and store.add(_HEARD, 0) < others and time.monotonic() < end:
+            time.sleep(0.05)  # this process keeps the store
+
+
+def mistake_told() -> bool:
+    """Whether another rank has told a mistake, so that the error at hand is only that it left."""
+    if world_size() == 1:
+        return False
+    store = distributed_c10d._get_default_store()
+    try:
+        told = store.check([_MISTAKE])
+        store.add(_HEARD, 1)
+    except RuntimeError:  # the store has gone with rank 0
+        return False
+    return bool(told)
 
 
 def any_rank(flag: bool) -> bool:

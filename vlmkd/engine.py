@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,10 @@ from vlmkd.config import RunConfig, require
 from vlmkd.errors import UserError
 from vlmkd.files import one_line, read_object
 from vlmkd.task import Task
+from vlmkd.tensor_files import read_torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TAG = "deepspeed"
-_RESTRICTED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _KEPT = -1  # no module has this number
 
 
@@ -49,13 +50,15 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
 def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: generated, or the user's file with its "auto" values filled in."""
     micro, accumulation = batch_triple(cfg, world_size)
-    zero: dict[str, Any] = {"stage": cfg.deepspeed.zero_stage}
+    alone = world_size == 1 and cfg.deepspeed.precision == "fp32" and cfg.deepspeed.offload == "none"
+    stage = cfg.deepspeed.zero_stage if cfg.deepspeed.zero_stage >= 0 else int(not alone)
+    zero: dict[str, Any] = {"stage": stage}
     if cfg.deepspeed.offload != "none":
         target: dict[str, Any] = {"device": cfg.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
         if cfg.deepspeed.offload == "nvme":
             target["nvme_path"] = cfg.deepspeed.nvme_path
         zero["offload_optimizer"] = target
-        if cfg.deepspeed.zero_stage == 3:
+        if stage == 3:
             zero["offload_param"] = dict(target)
     generated: dict[str, Any] = {
         "train_batch_size": cfg.batch_size,
@@ -76,7 +79,22 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     merged = _merge(generated, cfg.deepspeed.extra)
     for key in ("optimizer", "scheduler"):
         require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
+    _check_stage(merged)
     return merged
+
+
+def _check_stage(merged: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed 0.19 does wrong without ZeRO: its half-precision optimisers begin with a step of their own."""
+    bf16, fp16, zero = (
+        section if isinstance(section := merged.get(name), dict) else {}
+        for name in ("bf16", "fp16", "zero_optimization")
+    )
+    plain = not (bf16.get("enabled") or fp16.get("enabled") or "offload_optimizer" in zero)
+    require(
+        zero.get("stage", 0) != 0 or plain,
+        "deepspeed.zero_stage",
+        "is 0, which works in fp32 and without offload only; use 1",
+    )
 
 
 def check_machine(cfg: RunConfig) -> None:
@@ -116,6 +134,15 @@ class Engine:
         engine, self.optimizer, _, _ = deepspeed.initialize(
             model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
         )
+        self._plain = engine.zero_optimization_stage() == 0
+        self._norm = math.nan
+        if self._plain:
+            engine.clip_fp32_gradients = lambda: None  # `_clip` does it, and keeps the norm
+            engine.enable_backward_allreduce = (
+                distributed.world_size() > 1
+            )  # it copies, with nobody to add to
+        # DeepSpeed's own reader runs what a file names, and a run folder may come from anybody.
+        engine.checkpoint_engine.load = _read_state
         self._engine = engine
         task.student = engine
         self._read_masters()
@@ -164,6 +191,8 @@ class Engine:
     def update(self) -> bool:
         """Count one micro-batch; True when it completed an optimiser step."""
         boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary and self._plain:
+            self._norm = self._clip()
         self._engine.step()
         if boundary:
             self._clamp()
@@ -172,8 +201,20 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Gradient norm of the last optimiser step, before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        norm = self._norm if self._plain else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    def _clip(self) -> float:
+        """Clip the gradients as ZeRO does, for which a parameter that no loss has touched has gradient 0; the norm before."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        limit = self._engine.gradient_clipping()
+        if 0 < limit < float(norm):
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
 
     @torch.no_grad()
     def _clamp(self) -> None:
@@ -256,20 +297,12 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit.
+        """Restore what `save` wrote, bit for bit; nothing that a file carries is run.
 
         Raises:
-            pickle.UnpicklingError: a file asks for anything else than tensors, plain data and four classes of DeepSpeed.
+            UserError: damaged, of another number of ranks, or a file that names code.
         """
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        # DeepSpeed asks for the unrestricted reader; `start_ranks` has made torch refuse to give it.
-        assert os.environ[_RESTRICTED] == "1"
-        known = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
-        with torch.serialization.safe_globals(known):
-            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise UserError(
                 f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
@@ -301,12 +334,23 @@ def _give_dimensions(module: nn.Module) -> None:
             parameter.data = parameter.data.reshape(1)
 
 
+def _read_state(path: str, map_location: Any = None) -> Any:
+    """A file of DeepSpeed's checkpoint, in its checkpoint engine's place; on the CPU, from where DeepSpeed copies."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    plain = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+    return read_torch(path, what="checkpoint file", plain=plain)
+
+
 def start_ranks() -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
-    os.environ[_RESTRICTED] = "1"  # torch.load runs no code, whatever its caller asks for
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses to be given both
+    # Where DeepSpeed calls torch.load by itself, torch gives it the restricted reader, and refuses to be asked for both.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         import deepspeed
     except ImportError:
@@ -323,9 +367,11 @@ def start_ranks() -> None:
     )
 
 
-def stop_ranks() -> None:
-    """Leave the process group."""
+def stop_ranks(*, together: bool = True) -> None:
+    """Leave the process group; `together`, after waiting for all: who leaves first breaks what another still sends."""
     if torch.distributed.is_initialized():
+        if together:
+            distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -93,6 +93,8 @@ def new_folder(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
         UserError: a foreign folder in the way, or no space.
     """
     folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; the export is a folder there: move the file away")
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in marks):
         raise UserError(f"{folder} exists and is no model export; choose another folder")
     partial = folder.with_name(f".{folder.name}.partial")

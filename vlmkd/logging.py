@@ -15,6 +15,7 @@ from typing import Any
 from vlmkd import distributed
 from vlmkd.config import LogConfig
 from vlmkd.errors import UserError
+from vlmkd.files import write_text
 
 log = logging.getLogger("vlmkd")
 
@@ -30,10 +31,18 @@ def start_console(run_dir: Path) -> None:
     formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if rank == 0:
-        handlers.append(logging.FileHandler(run_dir / "log.txt"))
+        handlers.append(_RunLog(run_dir / "log.txt"))
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)
+
+
+class _RunLog(logging.FileHandler):
+    """A log file whose full disk is an error of the run's, not a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
+        """Called while the error of `emit` is handled."""
+        raise  # noqa: PLE0704
 
 
 class Metrics:
@@ -52,7 +61,7 @@ class Metrics:
             return
         if self._path.is_file():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < resume_step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            write_text(self._path, "".join(line + "\n" for line in kept))
         if cfg.tensorboard:
             self._trackers.append(_TensorBoard(run_dir))
         for name, project in (("wandb", cfg.wandb), ("trackio", cfg.trackio)):

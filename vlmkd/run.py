@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -17,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +29,11 @@ from PIL import Image
 import vlmkd
 from vlmkd import config, distributed, engine, lookup, trainer
 from vlmkd.allocator import keep_freed_memory
-from vlmkd.config import RunConfig
+from vlmkd.config import CheckpointConfig, LogConfig, RunConfig
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, OfItems
 from vlmkd.evaluation.retrieval import Retrieval
+from vlmkd.files import read_yaml
 from vlmkd.logging import Metrics, start_console
 from vlmkd.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
 from vlmkd.teacher_check import look_at_teachers
@@ -40,8 +43,18 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RunConfig)
 
-# What may differ when a run is continued: none of it changes the weights, except that other workers re-start the stream.
-_CHANGEABLE = ("log", "checkpoint", "evaluation", "threads", "data.workers", "data.shard_cache")
+# What may differ when a run is continued, by whole names: none of it changes the weights, except that other workers
+# re-start the stream. Which sets are evaluated and when is no part of it: weights are selected by them.
+_CHANGEABLE = (
+    {"run_dir", "threads", "data.workers", "data.shard_cache"}
+    | {
+        f"{section}.{item.name}"
+        for section, fields in (("log", LogConfig), ("checkpoint", CheckpointConfig))
+        for item in dataclasses.fields(fields)
+    }
+    | {"evaluation.batch_size", "evaluation.workers", "evaluation.teacher"}
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GALLERY_IMAGES = 24
 _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
 
@@ -76,17 +89,36 @@ def main(
         cfg = cfg if resolve is None else resolve(cfg)
         with _run_folder(cfg):
             _run(cfg, build, generated)
+        engine.stop_ranks()
     except UserError as error:
-        rank = distributed.environment()["RANK"]
-        print(
-            f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True
+        _exit_with(str(error))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _exit_with(
+            f"{error.filename or f'a file of {cfg.run_dir}'} could not be written ({error.strerror}); free disk space "
+            f"and start the same command again: the run goes on from its newest checkpoint"
         )
-        sys.exit(2)
+    except RuntimeError:
+        if not distributed.mistake_told():
+            raise
+        sys.exit(2)  # another rank has said it, and left; what broke here was the connection to it
     except Stopped as stopped:
         print(stopped, flush=True)
+        engine.stop_ranks()
         sys.exit(128 + 15)
     finally:
-        engine.stop_ranks()
+        engine.stop_ranks(together=False)
+
+
+def _exit_with(mistake: str) -> NoReturn:
+    """Print one line, spare the other ranks a traceback, and exit with 2."""
+    rank = distributed.environment()["RANK"]
+    print(
+        f"error: {mistake}" if rank == "0" else f"error (rank {rank}): {mistake}", file=sys.stderr, flush=True
+    )
+    distributed.tell_mistake()
+    sys.exit(2)
 
 
 def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
@@ -159,12 +191,25 @@ def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: 
         items = {one.dataset: one.items for one in judged}
         write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
-        build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
         job.task.export(run_dir / "export", weights)
         job.task.check_export(run_dir / "export")
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
         _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
+        _draw_page(run_dir)
     distributed.barrier()
+
+
+def _draw_page(run_dir: Path) -> None:
+    """Write report.html; a page that cannot be drawn costs a finished run nothing but a line."""
+    try:
+        build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError, UserError) as error:
+        log.warning(
+            "the run is complete, but its page could not be drawn (%s: %s); to try again: python scripts/report.py %s",
+            type(error).__name__,
+            error,
+            run_dir,
+        )
 
 
 def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
@@ -195,7 +240,7 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         raise UserError(f"config field run_dir: {run_dir} is a file; name a folder")
     if before.is_file():
         _check_same_run(before, cfg)
-    elif run_dir.is_dir() and any(path.name not in (".lock", "log.txt") for path in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(not _of_a_start(path) for path in run_dir.iterdir()):
         raise UserError(
             f"config field run_dir: {run_dir} holds files of something else; choose an empty or new folder"
         )
@@ -216,16 +261,28 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         yield
 
 
+def _of_a_start(path: Path) -> bool:
+    """Whether a file may lie in a folder whose run was stopped before it had written its config."""
+    return path.name in (".lock", "log.txt") or path.name.endswith(".partial")
+
+
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
-    """Refuse to continue a folder whose config differs in anything that changes the weights."""
-    old = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """Refuse to continue a folder whose config differs in anything that changes the weights, or is damaged."""
+    mend = "delete the folder or choose another run_dir"
+    loaded = read_yaml(path, f"run folder {path.parent}:", mend)
+    if (
+        not isinstance(loaded, dict)
+        or not {item.name for item in dataclasses.fields(RunConfig)} <= loaded.keys()
+    ):
+        raise UserError(f"config.yaml of run folder {path.parent} is no whole config of a run; {mend}")
+    old = _flatten(loaded)
     new = _flatten(yaml.safe_load(config.to_yaml(cfg)))
     # A field that did not exist when the run was started had its default.
     before = _flatten(config.defaults(type(cfg))) | old
     changed = [
         name
         for name in sorted(old.keys() | new.keys())
-        if before.get(name) != new.get(name) and not name.startswith(_CHANGEABLE) and name != "run_dir"
+        if before.get(name) != new.get(name) and name not in _CHANGEABLE
     ]
     if changed:
         first = changed[0]

@@ -16,11 +16,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._cuda = torch.cuda.is_available()  # asked once: it costs more than a short span
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time of the body to `name`."""
-        if torch.cuda.is_available():
+        if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield

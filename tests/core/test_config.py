@@ -57,7 +57,7 @@ def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> No
         (["data=3"], ["data", "3"]),
         (["zzz.bar=3"], ["zzz", "fields here"]),
         (["missing.yaml"], ["missing.yaml", "does not exist"]),
-        (["deepspeed.zero_stage=0"], ["deepspeed.zero_stage", "1, 2 or 3"]),
+        (["deepspeed.zero_stage=4"], ["deepspeed.zero_stage", "4"]),
         (["deepspeed.offload=nvme"], ["deepspeed.nvme_path"]),
         (["optim.decay_steps=5"], ["optim.decay_steps", "wsd"]),
         (["optim.momentum=0.9"], ["optim.momentum", "sgd"]),

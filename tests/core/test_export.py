@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmkd import export
 from vlmkd.errors import UserError
-from vlmkd.export import export_clip, verify_export
+from vlmkd.export import export_clip, new_folder, verify_export
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, weights_digest
 
@@ -239,3 +239,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command_line()([*arguments, "--pretrained", str(tmp_path / "w.pt"), "--layout", "hf"]) == 0
     assert load_clip(f"hf:{tmp_path / 'out'}").digest == weights_digest(clip.module.state_dict())
     assert [folder for folder, _ in verified] == [tmp_path / "out"]
+
+
+def test_a_file_in_the_exports_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "export").write_text("no folder")
+    with pytest.raises(UserError, match="export is a file"), new_folder(tmp_path / "export", []):
+        pass
+    assert (tmp_path / "export").read_text() == "no folder"

@@ -44,6 +44,12 @@ if os.environ["RANK"] == "1" or os.environ["WORLD_SIZE"] == "1":
 time.sleep(600)
 """
 
+# A mistake in one rank's data, told with exit code 2; the other rank fails over it at the same moment.
+MISTAKE = """
+import os, sys
+sys.exit(2 if os.environ["RANK"] == "1" else 1)
+"""
+
 # Says that it is up, and on SIGTERM takes a moment to "save".
 SAVE = """
 import os, pathlib, signal, sys, time
@@ -62,13 +68,13 @@ time.sleep(600)
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A small repository with the scripts and three probe modules."""
+    """A small repository with the scripts and four probe modules."""
     root = tmp_path / "check out"
     (root / "scripts").mkdir(parents=True)
     for name in ("launch.sh", "setup.sh"):
         shutil.copy(ROOT / "scripts" / name, root / "scripts" / name)
     (root / "probe").mkdir()
-    for name, text in (("reduce", REDUCE), ("fail", FAIL), ("save", SAVE)):
+    for name, text in (("reduce", REDUCE), ("fail", FAIL), ("save", SAVE), ("mistake", MISTAKE)):
         (root / "probe" / f"{name}_ranks.py").write_text(text)
     return root
 
@@ -199,6 +205,12 @@ def test_the_exit_code_is_the_runs_own(checkout: Path, procs: str) -> None:
     process = launch(checkout, "probe/fail_ranks.py", NPROC=procs)
     process.communicate(timeout=60)
     assert process.returncode == 7
+
+
+def test_a_mistake_that_was_told_decides_the_exit_code(checkout: Path) -> None:
+    process = launch(checkout, "probe/mistake_ranks.py", NPROC="2")
+    process.communicate(timeout=60)
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize("procs", [1, 2])

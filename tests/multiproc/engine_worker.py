@@ -70,6 +70,8 @@ def hostile_states(state_dir: Path, around: engine.Engine) -> dict[str, str]:
     said = {}
     for kind in ("model_states.pt", "optim_states.pt", "shared.pt", "rank_*.pt"):
         forged = state_dir.parent / "forged" / "step_000003"
+        if not list((state_dir / "step_000003").rglob(f"*{kind}")):
+            continue  # without ZeRO the optimiser's state lies in the model's file
         distributed.barrier()  # nobody reads the one before any more
         if distributed.is_main():
             shutil.rmtree(forged.parent, ignore_errors=True)

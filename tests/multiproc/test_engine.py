@@ -1,4 +1,4 @@
-"""The engine at ZeRO 1, 2 and 3 with one and two processes: equal weights, clamps, bit-exact restore."""
+"""The engine at ZeRO 0 to 3 with one and two processes: equal weights, clamps, bit-exact restore."""
 
 from __future__ import annotations
 
@@ -56,7 +56,15 @@ def _reference(optimiser: str = "adamw") -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "precision", "ranks"),
-    [(1, "fp32", 1), (1, "fp32", 2), (1, "bf16", 2), (2, "fp32", 2), (3, "fp32", 2), (3, "bf16", 1)],
+    [
+        (0, "fp32", 1),
+        (1, "fp32", 1),
+        (0, "fp32", 2),
+        (1, "bf16", 2),
+        (2, "fp32", 2),
+        (3, "fp32", 2),
+        (3, "bf16", 1),
+    ],
 )
 def test_restore_is_exact_and_weights_equal_plain_torch(
     tmp_path: Path, stage: int, precision: str, ranks: int
@@ -64,9 +72,9 @@ def test_restore_is_exact_and_weights_equal_plain_torch(
     result = _run(tmp_path, stage, precision, ranks)
     assert result["equal"]
     assert not result["ran"]
-    assert len(result["hostile"]) == 4
+    assert len(result["hostile"]) == 4 - (stage == 0)
     for said in result["hostile"].values():
-        assert "step_000003 asks for posix.mkdir" in said and "nothing of it was run" in said
+        assert "names posix.mkdir, which is code and no data; it is not read" in said
     assert result["dtypes"] == ["torch.float32"]
     assert result["largest_clamped"] == pytest.approx(0.1, abs=1e-7)
     assert result["weights"]["note"] == [0.0, 1.0, 2.0]
@@ -77,7 +85,8 @@ def test_restore_is_exact_and_weights_equal_plain_torch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("optimiser", "stage", "ranks"), [("adam", 1, 1), ("sgd", 1, 1), ("sgd", 2, 2), ("sgd", 3, 1)]
+    ("optimiser", "stage", "ranks"),
+    [("adam", 0, 1), ("adam", 1, 1), ("sgd", 0, 1), ("sgd", 2, 2), ("sgd", 3, 1)],
 )
 def test_adam_and_sgd_equal_plain_torch_and_restore_exactly(
     tmp_path: Path, optimiser: str, stage: int, ranks: int
