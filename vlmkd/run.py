@@ -23,7 +23,6 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 import vlmkd
@@ -33,7 +32,7 @@ from vlmkd.config import CheckpointConfig, LogConfig, RunConfig
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, OfItems
 from vlmkd.evaluation.retrieval import Retrieval
-from vlmkd.files import read_yaml
+from vlmkd.files import parse_yaml, read_yaml
 from vlmkd.logging import Metrics, start_console
 from vlmkd.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
 from vlmkd.teacher_check import look_at_teachers
@@ -276,7 +275,7 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
     ):
         raise UserError(f"config.yaml of run folder {path.parent} is no whole config of a run; {mend}")
     old = _flatten(loaded)
-    new = _flatten(yaml.safe_load(config.to_yaml(cfg)))
+    new = _flatten(parse_yaml(config.to_yaml(cfg), "config"))
     # A field that did not exist when the run was started had its default.
     before = _flatten(config.defaults(type(cfg))) | old
     changed = [

@@ -75,7 +75,7 @@ def test_ten_random_kills_change_no_bit(runs: Runs, zygote: Zygote) -> None:
     (broken / "report.html").mkdir()  # and a page that cannot be written
     code, said = zygote.run(TRAIN, [config, f"run_dir={broken}"], output, without=UNCHECKED)
     assert code == 0 and "resumed from" in said, said
-    assert "its page could not be drawn (IsADirectoryError" in said and (broken / "done.json").is_file()
+    assert "its page could not be drawn (" in said and (broken / "done.json").is_file()
     first, second = _exported(whole), _exported(broken)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert _train_lines(whole) == _train_lines(broken)
