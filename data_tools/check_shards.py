@@ -18,7 +18,7 @@ from vlmkd.config import DataConfig
 from vlmkd.data.decode import BadImageError, decode
 from vlmkd.data.samples import BadSample, checked_size, members, unpack
 from vlmkd.data.shards import RawSample, expand, read_shard
-from vlmkd.errors import run_tool
+from vlmkd.errors import at_least, run_tool
 
 
 def check(raw: RawSample, cfg: DataConfig, pixels: bool) -> BadSample | None:
@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--image-keys", nargs="+", default=default.image_keys, help="as data.image_keys")
     parser.add_argument("--text-key", default=default.text_key, help="as data.text_key")
-    parser.add_argument("--max-pixels", type=int, default=default.max_pixels, help="as data.max_pixels")
+    parser.add_argument(
+        "--max-pixels", type=at_least(1), default=default.max_pixels, help="as data.max_pixels"
+    )
     parser.add_argument("--headers-only", action="store_true", help="do not decode the images")
     args = parser.parse_args(argv)
     cfg = DataConfig(image_keys=args.image_keys, text_key=args.text_key, max_pixels=args.max_pixels)

@@ -28,7 +28,7 @@ from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.ledger import Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_text
 from vlmkd.image_spec import ImageSpec
 
@@ -116,12 +116,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("--color-jitter", type=float, default=data.color_jitter, help="as data.color_jitter")
     add("--hue", type=float, default=data.hue, help="as data.hue")
     add("--grayscale", type=float, default=data.grayscale, help="as data.grayscale")
-    add("--max-pixels", type=int, default=data.max_pixels, help="as data.max_pixels")
-    add("--seed", type=int, default=0, help="seed of the views")
+    add("--max-pixels", type=at_least(1), default=data.max_pixels, help="as data.max_pixels")
+    add("--seed", type=at_least(0), default=0, help="seed of the views")
     add("--fp32", action="store_true", help="store float32 instead of float16")
     add("--batch-size", type=int, default=64, help="views per forward pass, or inputs per call")
-    add("--workers", type=int, default=0, help="processes that read and decode")
-    add("--size", type=int, default=224, help="black box: side of the views that are sent, in pixels")
+    add("--workers", type=at_least(0), default=0, help="processes that read and decode")
+    add("--size", type=at_least(1), default=224, help="black box: side of the views that are sent, in pixels")
     mask = add(
         "--mask", action="store_true", help="black box: leave out images that get no vector; default: stop"
     )

@@ -23,7 +23,7 @@ from vlmkd.config import DataConfig
 from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.distributed import device_named
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.models.clip import ClipPredictor, load_clip
 
 
@@ -50,11 +50,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--color-jitter", type=float, default=data.color_jitter, help="as data.color_jitter")
     parser.add_argument("--image-keys", nargs="+", default=data.image_keys, help="as data.image_keys")
     parser.add_argument("--text-key", default=data.text_key, help="as data.text_key")
-    parser.add_argument("--max-pixels", type=int, default=data.max_pixels, help="as data.max_pixels")
+    parser.add_argument("--max-pixels", type=at_least(1), default=data.max_pixels, help="as data.max_pixels")
     parser.add_argument("--shard-cache", default="", help="as data.shard_cache")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the views")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the views")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.crops < 1 or args.batch_size < 1:

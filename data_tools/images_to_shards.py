@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.data.shards import expand, read_shard
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import new_folder, read_json, read_text, write_json
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
         help="with --reshard: this share of the samples get another one's caption, to study noise; held in memory",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="order of the images, and who gets a wrong caption"
+        "--seed", type=at_least(0), default=0, help="order of the images, and who gets a wrong caption"
     )
     args = parser.parse_args(argv)
     left_out: Counter[str] = Counter()

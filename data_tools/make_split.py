@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vlmkd.data import few_shot_sets
 from vlmkd.data.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
 from vlmkd.data.folders import class_folder_names, images_of_classes
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_object, read_text, write_text
 
 Entry = tuple[str, int, str]
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--set", required=True, help="key of the set, such as dtd")
     parser.add_argument("--root", required=True, help="folder that holds the sets, or the set's own folder")
-    parser.add_argument("--seed", required=True, type=int, help="what the draw depends on")
+    parser.add_argument("--seed", required=True, type=at_least(0), help="what the draw depends on")
     options = parser.parse_args(argv)
     path = make(options.set, options.root, options.seed)
     content = read_object(path, "split file")

@@ -29,7 +29,7 @@ from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
 from vlmkd.data.shards import read_shard
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.logging import duration
 from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle, train_heads
 from vlmkd.zoo import sha256_of
@@ -91,8 +91,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--flip", type=float, default=0.0, help="as data.flip")
     parser.add_argument("--color-jitter", type=float, default=0.0, help="as data.color_jitter")
     parser.add_argument("--steps", type=int, default=800, help="steps of the heads' training")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,5 +1,6 @@
 """The one exception that a user is meant to read."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,3 +32,15 @@ def run_tool(main: Callable[[list[str]], int]) -> NoReturn:
             raise
         print(UserError(f"{error.filename}: {error.strerror}"), file=sys.stderr)
     sys.exit(2)
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """`type` of a command-line option that is a whole number from `low` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {low} on")
+        return value
+
+    return number

@@ -10,7 +10,7 @@ import torch
 from vlmkd.data.ledger import Budget, Ledger, Policy, Prices
 from vlmkd.data.transforms import eval_transform_of_bytes
 from vlmkd.distributed import device_named
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, at_least
 from vlmkd.evaluation.base import DualEncoder
 from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
 from vlmkd.models.clip import ClipPredictor, load_clip
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[str]:
         help=f"open_clip name, JSON config, local-dir:, hf: or zoo: name, or {ORACLE}FILE of the emoji set's strong teacher",
     )
     add("--pretrained", default="", help="open_clip tag or weights file")
-    add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    add("--threads", type=at_least(0), default=0, help="CPU threads; 0: torch's default")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     box = parser.add_argument_group("black-box teacher")
     add = box.add_argument
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[str]:
     ]
     add("--logit-scale", type=float, default=100.0, help="factor of its cosines in the softmax")
     add("--timeout", type=float, default=60.0, help="seconds")
-    add("--retries", type=int, default=2, help="repetitions of a call that was not served")
+    add("--retries", type=at_least(0), default=2, help="repetitions of a call that was not served")
     return [option.dest for option in options]
 
 

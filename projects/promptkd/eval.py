@@ -32,7 +32,7 @@ from vlmkd.classifier_export import CONFIG, load_classifier
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_sets import items_of
 from vlmkd.data.splits import base_and_novel
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.base import Context, ImageClassifier
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
 from vlmkd.files import check_writable, write_json
@@ -231,8 +231,8 @@ def main(argv: list[str]) -> int:
     add("--bank", default="", help="class vectors for a published student, instead of --teacher")
     add("--json", default="", metavar="FILE", help="write all numbers to FILE")
     add("--batch-size", type=int, default=100)
-    add("--workers", type=int, default=0)
-    add("--threads", type=int, default=0)
+    add("--workers", type=at_least(0), default=0)
+    add("--threads", type=at_least(0), default=0)
     add("--device", default="")
     add("--quiet", action="store_true")
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from vlmkd import files
 from vlmkd.distributed import device_named
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 
 CONTENTS = st.one_of(
     st.binary(max_size=40),
@@ -202,3 +203,13 @@ def test_a_tool_ends_with_one_line_and_two(
 @pytest.mark.parametrize("name", ["tpu9", "meta", "cuda:99", "xla"])
 def test_devices_that_are_not_there(name: str) -> None:
     assert f"--device {name}" in one_line(lambda: device_named(name))
+
+
+def test_options_below_their_range_are_told_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=at_least(0))
+    assert parser.parse_args(["--threads", "3"]).threads == 3
+    for wrong in ("-1", "x", str(2**70), "1.5"):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([f"--threads={wrong}"])
+        assert ended.value.code == 2 and "argument --threads" in capsys.readouterr().err
