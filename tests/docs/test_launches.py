@@ -60,8 +60,8 @@ def rows() -> Iterator[Row]:
 
     for stage in BASELINES.split():
         yield "vl2v_adip/scripts/run.sh", (stage, "resnet50", "office_home", "Art", "data.root=/data"), {}
-    for key in domain_sets.SETS:
-        yield "vl2v_adip/scripts/run.sh", ("distill", "vit_b16", key, "all", "data.root=/data"), {}
+    for key, found in domain_sets.SETS.items():
+        yield "vl2v_adip/scripts/run.sh", ("distill", "vit_b16", key, found.domains[0], "data.root=/data"), {}
     yield from (
         ("vl2v_adip/scripts/run.sh", ("align", student, "pacs", "photo"), {})
         for student in ("vit_s16", "deit_s", "clip_vitb16")
