@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from vlmkd.config import require
+from vlmkd.task import master_value
 
 Weights = dict[str, Tensor]
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -26,7 +27,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 def moving_average(student: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of `student`, kept in fp32: average = decay * average + (1 - decay) * weight.
 
-    Call it before the engine wraps the student; feed it with `update_parameters` after each optimiser step. The
+    Call it before the engine wraps the student; feed it with `update_average` after each optimiser step. The
     first update copies the weights. Needs whole parameters on each rank, so ZeRO stage 3 is refused by `check_average`.
     """
 
@@ -38,9 +39,30 @@ def moving_average(student: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(student, multi_avg_fn=lerp, use_buffers=False).float()
 
 
+def update_average(average: AveragedModel, student: nn.Module) -> None:
+    """Feed a moving average with the student's master weights (see `Task.masters`)."""
+    average.update_parameters(_Masters(student))  # type: ignore[arg-type]
+
+
+class _Masters:
+    """What AveragedModel reads of a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def parameters(self) -> Iterator[Tensor]:
+        return (master_value(parameter).detach() for parameter in self._module.parameters())
+
+    def buffers(self) -> Iterator[Tensor]:
+        return self._module.buffers()
+
+
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
-    """The trained parameters of `module` by name, detached; with `buffers` also its floating-point buffers."""
-    weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    """The trained parameters of `module` by name, detached; with `buffers` also its floating-point buffers.
+
+    In half precision these are the fp32 master weights of the parameters that `Task.masters` lists.
+    """
+    weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:
         weights |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}
     return weights

@@ -258,12 +258,8 @@ class RetrievalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Which evaluations run, and when."""
+    """When evaluations run, and how."""
 
-    zero_shot: list[ZeroShotConfig] = field(default_factory=list)
-    """Zero-shot classification sets."""
-    retrieval: list[RetrievalConfig] = field(default_factory=list)
-    """Retrieval sets."""
     every_steps: Count = 0
     """Evaluate every so many steps; 0: only at the end."""
     phase: Count = 0
@@ -274,6 +270,16 @@ class EvaluationConfig:
     """Processes per rank that decode an evaluation's images; 0 decodes in the training process. Does not change results."""
     teacher: bool = True
     """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTextEvaluationConfig(EvaluationConfig):
+    """Sets that an image-text student is evaluated on; labelled runs have their own set's splits."""
+
+    zero_shot: list[ZeroShotConfig] = field(default_factory=list)
+    """Zero-shot classification sets."""
+    retrieval: list[RetrievalConfig] = field(default_factory=list)
+    """Retrieval sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +394,8 @@ class StreamRunConfig(RunConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     """The training stream."""
+    evaluation: ImageTextEvaluationConfig = field(default_factory=ImageTextEvaluationConfig)
+    """Evaluations."""
 
 
 def require(condition: bool, path: str, message: str) -> None:

@@ -144,7 +144,7 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
     for teacher in job.task.teachers:
         around.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
     state_dir = run_dir / "state"
-    start = trainer.resume(job, around, state_dir)
+    start, ended = trainer.resume(job, around, state_dir)
     metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)
     _, accumulation = engine.batch_triple(cfg, distributed.world_size())
     if not start and cfg.evaluation.teacher:
@@ -152,7 +152,9 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
         with around.whole_weights():
             look_at_teachers(job.task, job.evaluators, job.loader, context)
     try:
-        step = trainer.fit(cfg, job, around, metrics, state_dir, start=start, accumulation=accumulation)
+        step = start
+        if not ended:
+            step = trainer.fit(cfg, job, around, metrics, state_dir, start=start, accumulation=accumulation)
         _finish(cfg, job, around, metrics, run_dir, step)
     finally:
         metrics.close()

@@ -61,7 +61,7 @@ class Task:
         return []
 
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that the student reads by `master_value`, in fp32 whatever the training precision."""
+        """Parameters that `master_value` reads in fp32 whatever the training precision, after each optimiser step."""
         return []
 
     def after_update(self, step: int) -> None:

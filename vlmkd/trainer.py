@@ -104,7 +104,7 @@ def fit(
                     results = evaluate(cfg, job.evaluators, job.task.predictor(), engine, metrics, done)
                 if job.task.after_evaluation(results, done):
                     log.info("step %d: the task ends the run", done)
-                    save_state(cfg, job, engine, state_dir, done)
+                    save_state(cfg, job, engine, state_dir, done, ended=True)
                     job.loader.check_bad_share()
                     return done
             stop = distributed.any_rank(terminated()) if _stop_check_due(cfg, done) else False
@@ -152,24 +152,26 @@ def evaluate(
     return results
 
 
-def save_state(cfg: RunConfig, job: Job, engine: Engine, state_dir: Path, step: int) -> None:
-    """Checkpoint everything that a resumed run needs to go on bit for bit."""
-    shared = {"step": step, "task": job.task.state()}
+def save_state(
+    cfg: RunConfig, job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False
+) -> None:
+    """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: the task ended the run here."""
+    shared = {"step": step, "ended": ended, "task": job.task.state()}
     per_rank = {"loader": job.loader.state_dict()}
     checkpoint.save(state_dir, step, engine, shared=shared, per_rank=per_rank, keep=cfg.checkpoint.keep)
     log.info("saved %s", state_dir / f"step_{step:06d}")
 
 
-def resume(job: Job, engine: Engine, state_dir: Path) -> int:
-    """Restore the newest whole checkpoint, if any; returns the step to go on from."""
+def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
+    """Restore the newest whole checkpoint, if any; returns the step to go on from, and whether the task ended there."""
     folder = checkpoint.latest(state_dir)
     if folder is None:
-        return 0
+        return 0, False
     shared, own = checkpoint.load(folder, engine)
     job.task.load_state(shared["task"])
     job.loader.load_state_dict(own["loader"])
     log.info("resumed from %s", folder)
-    return int(shared["step"])
+    return int(shared["step"]), bool(shared.get("ended"))
 
 
 def stream_seed(*parts: int | str) -> int:

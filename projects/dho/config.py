@@ -181,12 +181,6 @@ class DhoConfig(RunConfig):
         self._check_split()
         self._check_teacher()
         self._check_mixing()
-        for name in ("zero_shot", "retrieval"):
-            require(
-                not getattr(self.evaluation, name),
-                f"evaluation.{name}",
-                "has no effect on a classifier; name further sets in test_sets",
-            )
 
     def _check_loss(self) -> None:
         loss = self.loss

@@ -25,6 +25,7 @@ from projects.dho.objective import (
 from projects.dho.selection import NAME as HEADS
 from projects.dho.student import Student, StudentOutput
 from projects.dho.teacher import Teacher
+from vlmkd.averaging import trainable
 from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.evaluation.base import Result
 from vlmkd.image_spec import ImageSpec
@@ -153,6 +154,10 @@ class DhoTask(Task):
 
     # ---------------------------------------------------------------------------------------- which weights are kept
 
+    def masters(self) -> list[nn.Parameter]:
+        """What is kept of the best evaluation."""
+        return [] if self._best is None else [p for p in self.core.parameters() if p.requires_grad]
+
     def after_evaluation(self, results: list[Result], step: int) -> bool:
         """Take the mixture of the validation images, and with selection=best the weights when they are the best so far."""
         for result in results:
@@ -165,7 +170,7 @@ class DhoTask(Task):
             if result.chosen:
                 self.mixture = Mixture(result.chosen["alpha"], result.chosen["beta"], accuracy)
             if self._best is not None:
-                self._best.load_state_dict(self.core.state_dict())
+                self._best.load_state_dict(self.core.state_dict() | trainable(self.core))
         return False
 
     def state(self) -> dict[str, Any]:

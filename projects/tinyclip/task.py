@@ -17,7 +17,7 @@ from projects.tinyclip.masked import MaskedCLIP
 from projects.tinyclip.masks import sparsity_target
 from projects.tinyclip.objective import StudentEmbeds, objective
 from vlmkd import distributed
-from vlmkd.averaging import moving_average
+from vlmkd.averaging import moving_average, update_average
 from vlmkd.config import OptimConfig
 from vlmkd.export import export_clip, verify_export
 from vlmkd.files import write_text
@@ -228,11 +228,15 @@ class DistillTask(TinyCLIPTask):
         if self.cfg.ema_decay:
             self._average = moving_average(self.core, self.cfg.ema_decay)
 
+    def masters(self) -> list[nn.Parameter]:
+        """What is averaged."""
+        return [] if self._average is None else list(self.core.parameters())
+
     def after_update(self, step: int) -> None:
         """Feed the moving average."""
         if self._average is not None:
             self._average.to(next(self.core.parameters()).device)
-            self._average.update_parameters(self.core)
+            update_average(self._average, self.core)
 
     def state(self) -> dict[str, Any]:
         """The moving average."""

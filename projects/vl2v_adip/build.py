@@ -59,8 +59,8 @@ def job(cfg: Vl2vConfig) -> Job:
     """The run of any stage or baseline."""
     dataset = configured_set(cfg.data)
     fold = choose(dataset, cfg.fold)
-    teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
     backbone = student_backbone(cfg)
+    teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
     vectors = None if teacher is None else teacher.vectors
     facts = facts_of(cfg, vectors.teacher_digest if vectors else "", vectors.templates if vectors else [])
     with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
@@ -140,6 +140,13 @@ def student_backbone(cfg: Vl2vConfig) -> Backbone:
         backbone = with_spec(backbone, interpolation=cfg.data.interpolation)
     if cfg.legacy_norm:
         backbone = with_spec(backbone, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    norms = [part for part in backbone.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    require(
+        not norms or cfg.deepspeed.precision == "fp32",
+        "deepspeed.precision",
+        f"is {cfg.deepspeed.precision}, but {backbone.source} has BatchNorm, whose statistics are fp32; use fp32, or a "
+        "student without BatchNorm, such as a ViT",
+    )
     if cfg.student.freeze_bn:
         freeze_batch_norm(backbone.module)
     return backbone

@@ -116,6 +116,10 @@ class Vl2vTask(Task):
 
     # --------------------------------------------------------------------------------------------- selecting weights
 
+    def masters(self) -> list[nn.Parameter]:
+        """What is averaged and kept."""
+        return [parameter for parameter in self.core.parameters() if parameter.requires_grad]
+
     def after_update(self, step: int) -> None:
         """Feed the open segment of the loss valley."""
         if self.valley is not None:

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from vlmkd.averaging import BestWeights, GaussianAverage, LossValley, RunningMean, trainable
+from vlmkd.averaging import (
+    BestWeights,
+    GaussianAverage,
+    LossValley,
+    RunningMean,
+    moving_average,
+    trainable,
+    update_average,
+)
 from vlmkd.errors import UserError
 
 FLAT = [1.0, 1.05, 1.1, 1.12, 1.15, 1.2, 1.2, 1.2, 1.25, 1.25]
@@ -262,3 +270,22 @@ def test_a_tensor_that_never_moves_keeps_its_exact_value() -> None:
     for _ in range(1000):
         mean.add({"w": torch.tensor([0.1, 1e-8])})
     assert torch.equal(mean.mean["w"], torch.tensor([0.1, 1e-8]))
+
+
+def test_averages_read_the_master_weights_of_a_half_precision_student() -> None:
+    student: Any = nn.Linear(3, 2)
+    average = moving_average(student, 0.9)
+    student.bfloat16()
+    expected = []
+    for number in range(3):
+        for parameter in student.parameters():
+            parameter.master = torch.full(parameter.shape, 1 + 1e-4 * number)  # bf16 rounds each of them to 1
+            parameter.data.fill_(1.0)
+        update_average(average, student)
+        found = trainable(student)
+        assert all(torch.equal(found[name], p.master) for name, p in student.named_parameters())
+        expected.append(1 + 1e-4 * number)
+    wanted = 0.9 * (0.9 * expected[0] + 0.1 * expected[1]) + 0.1 * expected[2]
+    for parameter in average.module.parameters():
+        assert parameter.dtype is torch.float32
+        torch.testing.assert_close(parameter, torch.full_like(parameter, wanted), rtol=0, atol=2e-7)

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tests.docs.commands import ROOT, config_class
 from vlmkd import config
+from vlmkd.errors import UserError
 
 CONFIGS = sorted((ROOT / "projects").glob("*/configs/**/*.yaml"))
 
@@ -64,6 +65,21 @@ def test_a_part_of_runs_has_known_fields_of_the_right_types(path: Path) -> None:
         except OmegaConfBaseException as error:
             refusals.append(f"{script.name}: {error}")
     assert len(refusals) < len(list(project.glob("train_*.py"))), "\n".join(refusals)
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted((ROOT / "projects").glob("*/train_*.py")),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+@pytest.mark.parametrize("name", ["zero_shot", "retrieval"])
+def test_labelled_runs_refuse_the_sets_of_image_text_runs(script: Path, name: str) -> None:
+    cls = config_class(script)
+    reads = issubclass(cls, config.StreamRunConfig)
+    assert config.has_field(cls, f"evaluation.{name}") == reads
+    if not reads:
+        with pytest.raises(UserError, match="unknown config field evaluation.*; .*fields here"):
+            config.load(cls, ["run_dir=r", f"evaluation.{name}=[{{data: x}}]"])
 
 
 def test_runs_name_files_that_exist() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,7 +119,7 @@ SETS: dict[str, DomainSet] = {
 }
 
 
-def load(key: str, root: str, ignore_domains: Sequence[str] = ()) -> LabelledSet:
+def load(key: str, root: str) -> LabelledSet:
     """One of `SETS`; other image counts than the published ones are logged.
 
     `root` is the folder that holds the sets' folders, or the set's own.
@@ -131,13 +130,12 @@ def load(key: str, root: str, ignore_domains: Sequence[str] = ()) -> LabelledSet
     described = SETS[key]
     source = f"get it with {described.source}"
     folder = data_set_folder(root, [described.folder], described.domains, key, source)
-    found = read_domains(folder, name=key, ignore_domains=ignore_domains)
+    found = read_domains(folder, name=key)
     own = f"load it as domains:{folder} if it is your own set"
-    expected = [domain for domain in described.domains if domain not in ignore_domains]
-    if found.domains != expected:
+    if found.domains != list(described.domains):
         raise UserError(
-            f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has {', '.join(expected)}: "
-            f"complete it, or move other folders away; {own}"
+            f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has "
+            f"{', '.join(described.domains)}: complete it, or move other folders away; {own}"
         )
     classes = [name.replace("_", " ") for name in described.classes]
     if classes and found.class_names != classes:
@@ -153,17 +151,16 @@ def load(key: str, root: str, ignore_domains: Sequence[str] = ()) -> LabelledSet
             described.title,
             described.num_classes,
         )
-    if not ignore_domains:
-        build = build_of(key, found)
-        if build:
-            log.info("%s: the build of %s", described.title, build)
-        else:
-            log.warning(
-                "%s has %s images a domain; the published builds are %s: splits and numbers do not compare",
-                folder,
-                "/".join(map(str, _counts(found))),
-                "; ".join(f"{name} {counts}" for name, counts in described.builds.items()),
-            )
+    build = build_of(key, found)
+    if build:
+        log.info("%s: the build of %s", described.title, build)
+    else:
+        log.warning(
+            "%s has %s images a domain; the published builds are %s: splits and numbers do not compare",
+            folder,
+            "/".join(map(str, _counts(found))),
+            "; ".join(f"{name} {counts}" for name, counts in described.builds.items()),
+        )
     return found
 
 
@@ -178,18 +175,13 @@ def _counts(labelled: LabelledSet) -> tuple[int, ...]:
     return tuple(images[domain] for domain in range(len(labelled.domains)))
 
 
-def read_domains(folder: Path, *, name: str, ignore_domains: Sequence[str] = ()) -> LabelledSet:
+def read_domains(folder: Path, *, name: str) -> LabelledSet:
     """Any tree `<domain>/<class>/*`; class names are the folders' with spaces for underscores.
 
-    `ignore_domains` are left out, and the others numbered without them.
-
     Raises:
-        UserError: fewer than two domains, domains with different classes, an empty class, or an unknown name to ignore.
+        UserError: fewer than two domains, domains with different classes, or an empty class.
     """
     domains = class_folder_names(folder)
-    if unknown := [domain for domain in ignore_domains if domain not in domains]:
-        raise UserError(f"{folder} has no domain {unknown[0]!r} to ignore; it has {', '.join(domains)}")
-    domains = [domain for domain in domains if domain not in ignore_domains]
     if len(domains) < 2:
         raise UserError(
             f"{folder} has {len(domains)} domain folders; it needs two or more, each with one folder per class"

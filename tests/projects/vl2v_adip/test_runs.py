@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
 from tests.projects.zygote import Zygote
 from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import CLEAN, embed_items
+from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
 
@@ -143,6 +145,39 @@ def test_a_killed_run_goes_on_to_the_same_weights(run, folder: Path) -> None:
         assert not changed(weights(whole, export), weights(broken, export)), export
 
 
+def test_a_run_that_its_valley_ended_ends_there_again(run) -> None:
+    # Converged at once, and dead at the first evaluation with a higher loss.
+    overrides = ["steps=40", "optim.lr=1.0", "checkpoint.every_steps=1", "swad.n_converge=1", "swad.n_tolerance=1",
+                 "swad.tolerance_ratio=0"]  # fmt: skip
+    run_dir = run("kd_image", *overrides, name="dead")
+    end = json.loads((run_dir / "done.json").read_text())["step"]
+    assert 1 < end < 40 and end % 2
+    before = [weights(run_dir, export) for export in ("export", BEST_EXPORT)]
+    for lost in ("the results", "the last checkpoint too"):
+        (run_dir / "done.json").unlink()
+        for folder in ("export", BEST_EXPORT, "eval"):
+            shutil.rmtree(run_dir / folder)
+        if lost != "the results":
+            shutil.rmtree(run_dir / "state" / f"step_{end:06d}")
+        run("kd_image", *overrides, name="dead")
+        assert json.loads((run_dir / "done.json").read_text())["step"] == end, lost
+        for old, export in zip(before, ("export", BEST_EXPORT), strict=True):
+            assert not changed(old, weights(run_dir, export)), lost
+
+
+def test_half_precision_keeps_and_averages_the_master_weights(run) -> None:
+    half = ["deepspeed.precision=bf16", "student.backbone=timm:test_vit"]
+    run_dir = run("one_stage", "steps=4", *half, name="half")
+    for export in ("export", BEST_EXPORT):
+        trained = {
+            name: w
+            for name, w in weights(run_dir, export).items()
+            if name.startswith(("backbone", "projector"))
+        }
+        rounded = [name for name, weight in trained.items() if torch.equal(weight, weight.bfloat16().float())]
+        assert not rounded, (export, rounded)
+
+
 @pytest.mark.parametrize(
     ("method", "trained"),
     [
@@ -238,6 +273,15 @@ def test_two_ranks_train_and_select_like_one(run) -> None:
         first, second = weights(one, export), weights(two, export)
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=0, atol=2e-5, msg=f"{export} {name}")
+
+
+def test_half_precision_with_batch_norm_is_refused(folder: Path) -> None:
+    from projects.vl2v_adip.build import job
+    from vlmkd import config as configs
+
+    cfg = configs.load(DistillConfig, [str(config(folder)), "run_dir=x", "deepspeed.precision=bf16"])
+    with pytest.raises(UserError, match="deepspeed.precision is bf16, but timm:test_resnet has BatchNorm"):
+        job(cfg)
 
 
 def test_legacy_norm_feeds_imagenets_statistics_to_both(folder: Path) -> None:
