@@ -86,6 +86,9 @@ def environment() -> dict[str, str]:
     return found
 
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in 2.14
+
+
 class _Gather(torch.autograd.Function):
     """All-gather along dim 0 whose backward sums every rank's gradient of this rank's rows."""
 
@@ -97,10 +100,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        rows = grad.shape[0] // dist.get_world_size()
-        return grad[dist.get_rank() * rows : (dist.get_rank() + 1) * rows]
+        own = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
+        _reduce_scatter(own, grad.contiguous())
+        return own
 
 
 def gather(x: Tensor) -> Tensor:
