@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # The table of the README: six ways to the same small CLIP on the emoji set, equal steps, several seeds.
 #
-#   bash projects/tinyclip/scripts/emoji_table.sh [field=value ...]        (two CPU cores; the README says how long it took)
+#   bash projects/tinyclip/scripts/emoji_table.sh [field=value ...]        (a first look: one seed, 96 steps, some ten minutes)
+#   LENGTH=full bash projects/tinyclip/scripts/emoji_table.sh              (the table of the README: an hour and a half)
 #
-# RUNS (default: runs/emoji_table), SEEDS (default: "0 1 2") and STEPS (default: 600, divisible by 12) may be set;
-# arguments go to every run. Finished runs are kept and interrupted ones go on, so the command can be repeated.
-# DRY_RUN=1 prints the commands.
+# Two CPU cores. RUNS (default: runs/emoji_table, with LENGTH=full runs/emoji_table_full), SEEDS (default: 0, of the full
+# table "0 1 2", side by side with a thread each) and STEPS (default: 96 and 600, divisible by 12) may be set; arguments go
+# to every run. Finished runs are kept and interrupted ones go on, so the command can be repeated. DRY_RUN=1 prints commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-runs="${RUNS:-runs/emoji_table}"
-steps="${STEPS:-600}"
-extra=("$@")
+case "${LENGTH:-first}" in
+    first) runs="${RUNS:-runs/emoji_table}" seeds="${SEEDS:-0}" steps="${STEPS:-96}" looks=4 ;;
+    full) runs="${RUNS:-runs/emoji_table_full}" seeds="${SEEDS:-0 1 2}" steps="${STEPS:-600}" looks=12 ;;
+    *) echo "emoji_table.sh: LENGTH is $LENGTH; use full, or leave it out" >&2; exit 2 ;;
+esac
+extra=("optim.warmup_steps=$((steps / 15))" "$@")
 configs=projects/tinyclip/configs/emoji
 
 # The teacher looks at four crops of every training image once; no run below has to ask it again.
@@ -22,7 +26,7 @@ distill() { # NAME CONFIG [field=value ...]
     local name="$1" config="$2"
     shift 2
     bash scripts/launch.sh projects/tinyclip/train_distill.py "$configs/base.yaml" "$configs/$config.yaml" \
-        run_dir="$runs/$name" seed="$seed" steps="$steps" evaluation.every_steps=$((steps / 12)) \
+        run_dir="$runs/$name" seed="$seed" steps="$steps" evaluation.every_steps=$((steps / looks)) \
         evaluation.retrieval=[] "${extra[@]}" "$@"
 }
 
@@ -38,7 +42,7 @@ stage() { # NAME INIT START TARGET STEPS FREEZE
     distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
 }
 
-for seed in ${SEEDS:-0 1 2}; do
+seed_runs() {
     distill "scratch_contrastive_s$seed" scratch
     distill "scratch_affinity_s$seed" distill "${cached[@]}" inherit.image_from.model= inherit.text_from.model=
     distill "inherited_contrastive_s$seed" distill "teachers=[]" loss.affinity=0 loss.contrastive=1 logit_scale.mode=learned
@@ -47,7 +51,21 @@ for seed in ${SEEDS:-0 1 2}; do
     stage "multi75_s$seed" zoo:tinyclip-emoji-teacher 0 0.25 $((steps / 3)) false
     stage "multi50_s$seed" "local-dir:$runs/multi75_s$seed/export" 0.25 0.5 $((steps / 3)) true
     stage "multi25_s$seed" "local-dir:$runs/multi50_s$seed/export" 0.5 0.75 $((steps / 3)) true
+}
+
+# Several seeds side by side, one thread each: faster than two threads a run one after the other.
+read -ra all <<< "$seeds"
+started=()
+[ ${#all[@]} = 1 ] || extra=(threads=1 "${extra[@]}")
+for seed in "${all[@]}"; do
+    if [ ${#all[@]} = 1 ] || [ -n "${DRY_RUN:-}" ]; then
+        seed_runs
+    else
+        { seed_runs 2>&1 | sed -u "s/^/[seed $seed] /"; } &
+        started+=($!)
+    fi
 done
+for one in ${started[@]+"${started[@]}"}; do wait "$one"; done
 
 bash scripts/launch.sh scripts/seeds_table.py "$runs" --baseline scratch_contrastive --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"
