@@ -1,10 +1,13 @@
-"""Draw a split file for one of the few-shot sets when the published one cannot be had.
+"""Draw a split file for one of the few-shot sets when the published one cannot be had, or list the labelled share of a set.
 
     python data_tools/make_split.py --set dtd --root data --seed 1
+    python data_tools/make_split.py --set imagenet --root data --percent 1 --out imagenet_1percent.txt
 
-Proportions are those of the published splits (half/fifth/rest of each class, or the official test images and a fifth of
-the official training images for validation), but which images go where is drawn from the seed: numbers on such a split
-compare with each other and with no published ones, and the file says so. An existing file is never overwritten.
+The first draws a split: proportions are those of the published splits (half/fifth/rest of each class, or the official test
+images and a fifth of the official training images for validation), but which images go where is drawn from the seed: numbers on
+such a split compare with each other and with no published ones, and the file says so. The second writes the images that DHO's
+rule labels, which has no seed of its own (1 and 10 are its published lists), for `split.list_file`. A file that is there is
+never overwritten.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vlmkd.data import few_shot_sets
 from vlmkd.data.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
 from vlmkd.data.folders import class_folder_names, images_of_classes
+from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.data.splits import percent_list, write_list
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_object, read_text, write_text
 
@@ -226,10 +231,22 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--set", required=True, help="key of the set, such as dtd")
-    parser.add_argument("--root", required=True, help="folder that holds the sets, or the set's own folder")
-    parser.add_argument("--seed", required=True, type=at_least(0), help="what the draw depends on")
+    parser.add_argument("--set", required=True, help="name of the set, such as dtd")
+    parser.add_argument("--root", default="", help="folder that holds the sets, or the set's own folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--seed", type=at_least(0), help="draw a split file; what the draw depends on")
+    what.add_argument("--percent", type=float, help="list this share of the training images, in per cent")
+    parser.add_argument("--out", type=Path, help="file of the list (with --percent)")
     options = parser.parse_args(argv)
+    if (options.percent is None) != (options.out is None):
+        raise UserError("--out goes with --percent, and --percent with --out: the file of the list")
+    if options.percent is not None:
+        if not 0 < options.percent <= 100:
+            raise UserError(f"--percent is {options.percent:g}; it is above 0 and at most 100")
+        listed = percent_list(items_of(load_set(options.set, options.root), "train"), options.percent)
+        write_list(options.out, listed)
+        print(f"{options.out}: {len(listed.names)} images, sha256 {listed.sha256}")
+        return 0
     path = make(options.set, options.root, options.seed)
     content = read_object(path, "split file")
     counts = ", ".join(f"{split} {len(content[split])}" for split in ("train", "val", "test"))

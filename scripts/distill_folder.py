@@ -306,6 +306,8 @@ def _promptkd(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
     fields: dict[str, Any]
     if shots and "train" in dataset.splits:
         fields = {"clip.model": model, "clip.pretrained": pretrained, "shots": shots, **common}
+        if args.shots:
+            fields["fewer"] = "refuse"
         if args.prompt:
             fields |= _learned_prompt(args.prompt)
         configs = ["base/teacher", "own_images/teacher"]

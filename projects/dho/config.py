@@ -42,8 +42,8 @@ class SplitConfig:
     """The rule that made `list_file`; the two are never mixed in one table."""
     seed: Seed = 1
     """Seed of the few-shot draw (published runs: 1) and of the held-out images."""
-    fewer: Fewer = "repeat"
-    """What happens to a class with fewer images than shots."""
+    fewer: Fewer = "refuse"
+    """What happens to a class with fewer images than shots (the released code: repeat; no published run meets one)."""
     unlabelled_includes_labelled: bool = False
     """Draw unlabelled batches from all training images (paper) instead of the rest (released code)."""
     pool_per_class: Count = 0

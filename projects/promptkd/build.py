@@ -103,7 +103,7 @@ def teacher_job(cfg: TeacherConfig) -> Job:
     log.info("stage 1: %d classes, %d labelled images", len(names), len(protocol.train))
     loader = _loader(cfg, protocol, clip.image_spec)
     task = TeacherTask(cfg, net, clip, dataset, protocol, template)
-    return Job(task, loader, _evaluators(cfg, protocol))
+    return Job(task, loader, _evaluators(protocol))
 
 
 def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
@@ -166,7 +166,7 @@ def student_job(cfg: StudentConfig) -> Job:
         assert teacher is not None
         text = functools.partial(vectors_now, teacher, dataset)
     task = StudentTask(cfg, student, clip, vectors, protocol, image_teacher, text)
-    return Job(task, loader, _evaluators(cfg, protocol))
+    return Job(task, loader, _evaluators(protocol))
 
 
 def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None) -> ClassVectors:
@@ -266,12 +266,6 @@ def _loader(
     )
 
 
-def _evaluators(cfg: PromptKDConfig, protocol: Protocol) -> list[Evaluator]:
+def _evaluators(protocol: Protocol) -> list[Evaluator]:
     """The test set, and before it the validation images that select=val chooses by."""
-    for name in ("zero_shot", "retrieval"):
-        require(
-            not getattr(cfg.evaluation, name),
-            f"evaluation.{name}",
-            "is not used here; the data set is evaluated",
-        )
     return [protocol.test] if protocol.validation is None else [protocol.validation, protocol.test]

@@ -18,6 +18,7 @@ from vlmkd.config import (
     Seed,
     require,
 )
+from vlmkd.data.splits import Fewer
 
 TRAINING_TEMPLATE = "a photo of a {}."
 """The prompt of both stages in every published run."""
@@ -195,6 +196,8 @@ class TeacherConfig(PromptKDConfig):
     """Classes whose labels are used: the first half (base-to-novel), or all (few-shot; ImageNet for the other settings)."""
     shots: Count = 16
     """Labelled images a class; 0: the whole training split."""
+    fewer: Fewer = "refuse"
+    """What happens to a class with fewer images than shots (the released code: keep; no published run meets one)."""
     loss: PromptSRCLossConfig = field(default_factory=PromptSRCLossConfig)
     """Weights of the terms."""
     average: AverageConfig = field(default_factory=AverageConfig)
@@ -239,6 +242,8 @@ class StudentConfig(PromptKDConfig):
     """Which images are trained on and which classes are evaluated (spec b.5)."""
     shots: Count = 0
     """Unlabelled training images a class, picked by their labels (ablation); 0: the whole training split."""
+    fewer: Fewer = "refuse"
+    """What happens to a class with fewer images than shots."""
     hold_out: BelowOne = 0.5
     """domain_generalization: share of the only split that is tested on, and not trained on; 0: all of it is both, as in
     the reference."""

@@ -40,7 +40,9 @@ def teacher_protocol(cfg: TeacherConfig, dataset: LabelledSet) -> Protocol:
     """
     whole = items_of(dataset, "train")
     val = dataset.splits.get("val", []) if cfg.select == "val" else []
-    train, few_val = coop_few_shot(whole, val, cfg.shots, cfg.seed, class_names=dataset.class_names)
+    train, few_val = coop_few_shot(
+        whole, val, cfg.shots, cfg.seed, fewer=cfg.fewer, class_names=dataset.class_names
+    )
     base, novel = base_and_novel(whole)
     classes = base if cfg.classes == "base" else sorted(by_class(whole))
     if cfg.classes == "base":
@@ -91,7 +93,9 @@ def student_images(cfg: StudentConfig, dataset: LabelledSet) -> list[Item]:
         return [item.unlabelled() for item in train]
     more = [] if cfg.shots else dataset.splits.get("unlabelled", [])
     labelled = dataset.splits.get("train", []) if more else items_of(dataset, "train")
-    train, _ = coop_few_shot(labelled, [], cfg.shots, cfg.seed, class_names=dataset.class_names)
+    train, _ = coop_few_shot(
+        labelled, [], cfg.shots, cfg.seed, fewer=cfg.fewer, class_names=dataset.class_names
+    )
     return [item.unlabelled() for item in train] + more
 
 

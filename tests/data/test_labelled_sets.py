@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmkd.data import domain_sets, few_shot_sets, imagenet_sets, labelled_sets
+from vlmkd.data import domain_sets, few_shot_sets, imagenet_sets, labelled_sets, splits
 from vlmkd.data.few_shot_sets import SETS
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.labelled_sets import items_of, known_sets, load_set
@@ -206,6 +206,24 @@ def test_make_split_by_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert path.read_bytes() == first
     with pytest.raises(UserError, match="'imagenet' has no split file to draw"):
         make_split().main(["--set", "imagenet", "--root", str(tmp_path), "--seed", "1"])
+
+
+def test_make_split_lists_a_share_that_a_run_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "images", *(f"{name}/{n:02d}.jpg" for name in ("ant", "bee") for n in range(40)))
+    out = tmp_path / "ten.txt"
+    command = ["--set", f"folder:{tmp_path / 'images'}", "--percent", "10", "--out", str(out)]
+    assert make_split().main(command) == 0 == make_split().main(command)  # the same list again is no mistake
+    train = load_set(f"folder:{tmp_path / 'images'}").splits["train"]
+    listed, rest = splits.pick_listed(train, splits.read_list(out, "cascade"))
+    wanted = splits.percent_list(train, 10)
+    assert [item.key for item in listed] == wanted.names and len(listed) + len(rest) == len(train)
+    assert wanted.sha256 in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists and lists other images"):
+        make_split().main([*command, "--percent", "20"])
+    with pytest.raises(UserError, match="--out goes with --percent"):
+        make_split().main(command[:4])
 
 
 def check_official(tmp_path: Path, key: str, names: list[str]) -> None:

@@ -35,7 +35,7 @@ def test_coop_picks_are_the_published_ones() -> None:
 
 
 def test_coop_val_goes_on_with_the_same_generator_and_stops_at_four() -> None:
-    train, val = splits.coop_few_shot(items(20, 20), items(9, 3), 16, seed=3)
+    train, val = splits.coop_few_shot(items(20, 20), items(9, 3), 16, seed=3, fewer="keep")
     rng = random.Random(3)
     expected = [rng.sample(range(20), 16), rng.sample(range(20), 16), rng.sample(range(9), 4)]
     assert numbers(train) == expected[0] + expected[1]
@@ -44,25 +44,25 @@ def test_coop_val_goes_on_with_the_same_generator_and_stops_at_four() -> None:
 
 def test_coop_keeps_a_small_class_as_it_is_and_zero_shots_is_everything() -> None:
     data = items(3, 9)
-    train, _ = splits.coop_few_shot(data, [], 4, seed=1)
+    train, _ = splits.coop_few_shot(data, [], 4, seed=1, fewer="keep")
     assert numbers(train[:3]) == [0, 1, 2]
     assert numbers(train[3:]) == [2, 1, 8, 0]  # a kept class draws nothing
     assert splits.coop_few_shot(data, data[:2], 0, seed=1) == (data, data[:2])
 
 
 def test_tip_adapter_repeats_in_a_small_class() -> None:
-    picked = splits.tip_adapter_few_shot(items(9, 2), 4)
+    picked = splits.tip_adapter_few_shot(items(9, 2), 4, fewer="repeat")
     assert numbers(picked[:4]) == [2, 1, 8, 0]
     rng = random.Random(1)
     rng.sample(range(9), 4)
     assert numbers(picked[4:]) == rng.choices(range(2), k=4)
 
 
-def test_more_shots_than_images_can_be_refused_with_class_and_counts() -> None:
+def test_more_shots_than_images_are_refused_with_class_and_counts() -> None:
     with pytest.raises(UserError, match=r"shots is 4, more than .*class 1 \(dog\) has 3; ask for at most 3"):
-        splits.coop_few_shot(items(9, 3), [], 4, seed=1, fewer="refuse", class_names=["cat", "dog"])
+        splits.coop_few_shot(items(9, 3), [], 4, seed=1, class_names=["cat", "dog"])
     with pytest.raises(UserError, match="class 0 has 2"):
-        splits.tip_adapter_few_shot(items(2, 5), 3, fewer="refuse")
+        splits.tip_adapter_few_shot(items(2, 5), 3)
     with pytest.raises(UserError, match="shots is -1"):
         splits.coop_few_shot(items(2), [], -1, seed=1)
     with pytest.raises(UserError, match="no label"):
@@ -71,7 +71,7 @@ def test_more_shots_than_images_can_be_refused_with_class_and_counts() -> None:
 
 def test_the_rest_is_everything_that_was_not_picked_without_labels() -> None:
     data = items(9, 2)
-    picked = splits.tip_adapter_few_shot(data, 4)
+    picked = splits.tip_adapter_few_shot(data, 4, fewer="repeat")
     rest = splits.rest_of(data, picked)
     assert {item.key for item in rest} == {item.key for item in data} - {item.key for item in picked}
     assert {item.label for item in rest} == {UNLABELLED}

@@ -47,13 +47,13 @@ def coop_few_shot(
     shots: int,
     seed: int,
     *,
-    fewer: Fewer = "keep",
+    fewer: Fewer = "refuse",
     class_names: Sequence[str] = (),
 ) -> tuple[list[Item], list[Item]]:
     """Few-shot train and val items by CoOp's rule, which PromptSRC and PromptKD use.
 
     Classes come in the order of first appearance and one generator serves train and then val, which gets at most
-    `MAX_VAL_SHOTS` a class. Give all classes: the base and novel halves are taken from the result. The rule itself keeps a
+    `MAX_VAL_SHOTS` a class. Give all classes: the base and novel halves are taken from the result. CoOp's own code keeps a
     class with fewer images as it is (`fewer="keep"`). `shots=0` is the whole split.
 
     Raises:
@@ -73,12 +73,12 @@ def tip_adapter_few_shot(
     shots: int,
     seed: int = 1,
     *,
-    fewer: Fewer = "repeat",
+    fewer: Fewer = "refuse",
     class_names: Sequence[str] = (),
 ) -> list[Item]:
     """Few-shot train items by Tip-Adapter's rule, which DHO uses; `rest_of` gives its unlabelled remainder.
 
-    As CoOp's rule, but a class with fewer images than shots is drawn with replacement up to `shots`
+    As CoOp's rule, but Tip-Adapter's own code draws a class with fewer images than shots with replacement up to `shots`
     (`fewer="repeat"`), and the published runs all use seed 1.
 
     Raises:
@@ -110,7 +110,7 @@ def _pick(
         if fewer == "refuse":
             raise UserError(
                 f"shots is {shots}, more than the images of a class: {named}{more}; ask for at most "
-                f"{min(map(len, groups.values()))} shots, or choose fewer=keep or fewer=repeat"
+                f"{min(map(len, groups.values()))} shots, or set the field fewer beside shots to keep or repeat"
             )
         done = "kept as they are" if fewer == "keep" else "repeated at random"
         log.warning("%d classes have fewer than %d images (%s%s): %s", len(small), shots, named, more, done)

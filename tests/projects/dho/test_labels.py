@@ -77,7 +77,7 @@ def test_draws_depend_on_the_seed_and_the_pool_does_not(choose: Any) -> None:
 
 
 def test_a_small_class_repeats_its_images_and_keeps_the_rest_unlabelled(choose: Any) -> None:
-    found = choose(shots=5, validation="none")
+    found = choose(shots=5, fewer="repeat", validation="none")
     assert per_class(found.labelled) == {"cat": 5, "dog": 5, "toad": 5}
     assert len({key for key in keys(found.labelled) if "toad" in key}) <= 3
     assert keys(found.labelled) | keys(found.unlabelled) == {
