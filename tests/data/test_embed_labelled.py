@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
@@ -18,6 +19,7 @@ from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds
 from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
 from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +101,30 @@ def test_a_model_embeds_the_training_split_with_the_given_views(main, tmp_path, 
     assert len(stored) == 6 and stored.view_count == 2 and stored.info.seed == 4
     assert stored.info.source == "tiny@tag" and stored.info.dtype == "float16"
     assert stored.info.logit_scale == pytest.approx(float(torch.tensor(3.0).exp()))
+
+
+class Oracle(torch.nn.Module):
+    """An encoder with the oracle's interface, whose image embedding is the class that the picture's key says."""
+
+    name = "oracle"
+    image_spec = ImageSpec(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    logit_scale = 20.0
+
+    def encode_image(self, images):
+        return torch.nn.functional.normalize(images.flatten(1)[:, :4] + 1e-3, dim=-1)
+
+
+def test_the_emoji_sets_strong_teacher_is_named_by_its_heads(main, tmp_path, monkeypatch):
+    from vlmkd.models import emoji_oracle
+
+    heads = tmp_path / "heads.safetensors"
+    heads.write_bytes(b"heads")
+    asked = []
+    monkeypatch.setattr(emoji_oracle, "load_oracle", lambda file: asked.append(file) or Oracle())
+    assert main("--model", f"emoji-oracle:{heads}", "--clean") == 0
+    info = StoredEmbeds(tmp_path / "out", "clean").info
+    assert asked == [heads] and (info.source, info.dim, info.logit_scale) == ("oracle", 4, 20.0)
+    assert info.digest == hashlib.sha256(b"heads").hexdigest()
 
 
 def test_chosen_splits_and_keys(main, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,6 +267,24 @@ def test_teachers_get_the_same_view_at_their_own_size(make_items, spec):
     view = VIEWS.draw(40, 30, random.Random(f"7/{key}/0"))
     image = decode(next(item for item in items if item.key == key).image.read())
     assert torch.equal(batch["teacher_images"][1][1], normalise([render(image, view, own)], own)[0])
+
+
+def test_interpolation_of_the_views_is_the_teachers_too(make_items, spec):
+    """Student and teacher look at one picture: nothing is rendered twice for another filter."""
+    assert spec.interpolation == "bicubic"
+    teacher = ImageSpec(size=spec.size, mean=(0.1, 0.1, 0.1), std=(1.0, 1.0, 1.0), interpolation="bicubic")
+    smaller = ImageSpec(size=(12, 20), mean=(0.1, 0.1, 0.1), std=(1.0, 1.0, 1.0))
+    cfg = LabelledDataConfig(interpolation="bilinear", workers=0)
+    items = make_items(2)
+    built = build_labelled_loader(
+        cfg, {"a": Stream(items, 2)}, seed=7, rank=0, world_size=1, image_spec=spec, teacher_specs=[teacher, smaller]
+    )  # fmt: skip
+    batch = take(built, 1)[0]
+    assert batch["teacher_images"][0] is None
+    item = next(item for item in items if item.key == batch["keys"][0])
+    view = labelled_views(cfg).draw(40, 30, random.Random(f"7/{item.key}/0"))
+    seen = render(decode(item.image.read()), view, replace(smaller, interpolation="bilinear"))
+    assert torch.equal(batch["teacher_images"][1][0], normalise([seen], smaller)[0])
 
 
 def test_impossible_streams_are_refused(make_items, spec):

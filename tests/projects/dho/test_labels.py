@@ -86,6 +86,11 @@ def test_a_small_class_repeats_its_images_and_keeps_the_rest_unlabelled(choose: 
     assert not keys(found.labelled) & keys(found.unlabelled)
 
 
+def test_without_labels_every_training_image_is_unlabelled(choose: Any) -> None:
+    found = choose(validation="val")
+    assert found.labelled == [] and len(found.unlabelled) == 22 and len(found.validation) == 6
+
+
 def test_settings_that_leave_a_role_empty_are_refused(choose: Any) -> None:
     with pytest.raises(UserError, match="no training image is left without a label"):
         choose(shots=12, fewer="keep", validation="none")

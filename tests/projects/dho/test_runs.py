@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from projects.dho import eval as evaluation
 from projects.dho import table
-from projects.dho.config import SplitConfig, TeacherConfig, TipAdapterConfig
+from projects.dho.config import DhoConfig, SplitConfig, TeacherConfig, TipAdapterConfig
 from projects.dho.teacher import load_teacher
 from projects.dho.train_tip_adapter import train
 from tests.projects.dho.tiny_runs import CLASSES, Runs
 from tests.projects.zygote import Zygote
 from vlmkd.classifier_export import load_classifier
 from vlmkd.config import LabelledDataConfig
+from vlmkd.config import load as load_config
 from vlmkd.data.labelled_loader import labelled_views
 from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import embed_items
@@ -147,21 +148,37 @@ def test_the_evaluation_command_agrees_with_the_run(
         evaluation.main([*arguments, "--search", "test"])
 
 
-@pytest.mark.parametrize("method", ["ce", "pcgrad", "kd_feature", "ce_kd_feature"])
+@pytest.mark.parametrize("method", ["ce", "kd", "pcgrad", "kd_feature", "ce_kd_feature"])
 def test_baselines_train_and_export(runs: Runs, method: str) -> None:
     fields: dict = {"loss": {"method": method}, **SHORT}
     if method == "ce":
         fields["teacher"] = {}
-    if method == "kd_feature":
+    if method in ("kd", "kd_feature"):
         fields["split"] = {"validation": "val"}
     run_dir = runs.folder / method
     code, output = runs.train(runs.config(method, **fields), f"run_dir={run_dir}")
     assert code == 0, output
     terms = {name for name in lines(run_dir)[0] if name.startswith("loss/")}
-    expected = {"ce": {"loss/ce"}, "pcgrad": {"loss/ce", "loss/kd"}, "kd_feature": {"loss/feature"}}
+    expected = {
+        "ce": {"loss/ce"},
+        "kd": {"loss/kd"},
+        "pcgrad": {"loss/ce", "loss/kd"},
+        "kd_feature": {"loss/feature"},
+    }
     assert terms == expected.get(method, {"loss/ce", "loss/feature"})
     stored = load_file(run_dir / "export" / "model.safetensors")
     assert any(name.startswith("projector.") for name in stored) == (method == "kd_feature")
+
+
+def test_labels_are_refused_where_a_method_uses_none_and_asked_for_where_it_does(runs: Runs) -> None:
+    config = str(runs.config("labels"))
+    for words, message in (
+        (["loss.method=kd"], "config field split names labelled images, but loss.method=kd uses no labels"),
+        (["split.shots=0"], "config field split needs exactly one of shots, percent and list_file"),
+        (["loss.method=kd", "split.shots=0", "labelled_batch=2"], "kd and kd_feature: none is"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(DhoConfig, [config, "run_dir=r", *words])
 
 
 @pytest.mark.parametrize("kd_head", ["cosine", "scaled_linear"])
