@@ -411,6 +411,27 @@ def load(cls: type[C], argv: list[str]) -> C:
         UserError: a missing file, an unknown field (with the nearest right one), a wrong type, range or choice.
     """
     schema = OmegaConf.structured(cls)
+    try:
+        complete = OmegaConf.merge(schema, _stacked(cls, schema, argv, checked=False))
+    except _REFUSALS:
+        complete = OmegaConf.merge(
+            schema, _stacked(cls, schema, argv, checked=True)
+        )  # says which argument it was
+    check_ranges(cls, OmegaConf.to_container(complete))
+    try:
+        return typing.cast(C, OmegaConf.to_object(complete))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(_explain(error, "config")) from None
+
+
+_REFUSALS = (OmegaConfBaseException, TypeError, IndexError, OverflowError)
+"""What OmegaConf raises at a value that does not fit."""
+
+
+def _stacked(cls: type[Any], schema: Any, argv: list[str], *, checked: bool) -> Any:
+    """The defaults of `cls` under all files and overrides; `checked` holds each of them against the schema, which is slow."""
     values: Any = OmegaConf.create(defaults(cls))  # plain, because frozen nodes refuse item updates
     for arg in argv:
         if arg.startswith("--local_rank"):
@@ -425,17 +446,11 @@ def load(cls: type[C], argv: list[str]) -> C:
                 OmegaConf.update(values, key, _leaf(layer, key), merge=False)
             else:
                 values = OmegaConf.merge(values, layer)
-            OmegaConf.merge(schema, values)
-        except (OmegaConfBaseException, TypeError, IndexError, OverflowError) as error:
+            if checked:
+                OmegaConf.merge(schema, values)
+        except _REFUSALS as error:
             raise UserError(_explain(error, origin)) from None
-    complete = OmegaConf.merge(schema, values)
-    check_ranges(cls, OmegaConf.to_container(complete))
-    try:
-        return typing.cast(C, OmegaConf.to_object(complete))
-    except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise UserError(_explain(error, "config")) from None
+    return values
 
 
 def check_ranges(cls: type[Any], values: Any, prefix: str = "") -> None:
