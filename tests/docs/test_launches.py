@@ -68,6 +68,7 @@ def rows() -> Iterator[Row]:
     )
     yield "vl2v_adip/scripts/run.sh", ("vl2v_sd", "clip_vitb16", "vlcs", "SUN09"), {}
     yield "vl2v_adip/scripts/nano.sh", (), {"STAGES": BASELINES}
+    yield "vl2v_adip/scripts/nano.sh", (), {"LENGTH": "full", "SEEDS": "2"}
 
 
 ROWS = list(rows())

@@ -1,33 +1,40 @@
 #!/usr/bin/env bash
 # The whole leave-one-domain-out table on the emoji styles, on two CPU cores: zero-shot teacher, ERM and VL2V-ADiP.
 #
-#   bash projects/vl2v_adip/scripts/nano.sh [key=value ...]                (one seed)
-#   SEEDS="0 1 2" STAGES="erm kd_cos align distill" bash projects/vl2v_adip/scripts/nano.sh       (the table of the README)
+#   bash projects/vl2v_adip/scripts/nano.sh [key=value ...]               (a first look: one seed, some ten minutes)
+#   LENGTH=full bash projects/vl2v_adip/scripts/nano.sh                   (the table: three seeds, more steps, kd_cos too)
 #
-# RUNS (default: runs/vl2v_nano). The teacher (zoo:tinyclip-emoji-teacher) looks at two views of each picture once; no run
-# asks it again. SEEDS (default: 0) are the trial seeds, STAGES (default: "erm align distill") may add
+# The teacher (zoo:tinyclip-emoji-teacher) looks at two views of each picture once; no run asks it again. RUNS (default:
+# runs/vl2v_nano, with LENGTH=full runs/vl2v_full), SEEDS (of the trials), STEPS and STAGES may be set; stages may add
 # "lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd". Finished runs are kept. DRY_RUN=1 prints.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export RUNS="${RUNS:-runs/vl2v_nano}"
+case "${LENGTH:-first}" in
+    first) runs=runs/vl2v_nano seeds=0 stages="erm align distill" steps=60 looks=5 ;;
+    full) runs=runs/vl2v_full seeds="0 1 2" stages="erm kd_cos align distill" steps=200 looks=10 ;;
+    *) echo "nano.sh: LENGTH=$LENGTH; it is first or full" >&2; exit 2 ;;
+esac
+export RUNS="${RUNS:-$runs}" steps="${STEPS:-$steps}" looks
 
 OMP_NUM_THREADS=2 bash scripts/launch.sh data_tools/embed_labelled.py --set emoji-domains --model zoo:tinyclip-emoji-teacher --views 2 \
     --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 --grayscale 0.1 --threads 2 --out "$RUNS/teacher_outputs"
 
-# Two runs of one thread each at a time: every line of theirs begins with its stage and held-out domain.
-export OMP_NUM_THREADS=1 seed stage
-fold() { # DOMAIN [key=value ...]
-    local stored=("data.teacher_outputs=$RUNS/teacher_outputs")
-    case "$stage" in erm | lp | lp_ft) stored=() ;; esac
-    bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji "$1" fold.trial_seed="$seed" \
-        ${stored[@]+"${stored[@]}"} "${@:2}" 2>&1 | sed -u "s/^/[$stage $1 $seed] /"
+# Two runs of one thread each at a time: every line of theirs begins with its stage, held-out domain and seed.
+export OMP_NUM_THREADS=1 stage
+fold() { # "DOMAIN SEED" [key=value ...]
+    local domain seed looks="$looks" given=(steps="$steps" select_from_step=$((steps / 3)))
+    read -r domain seed <<< "$1"
+    case "$stage" in align | lp) looks=2 ;; esac
+    given+=(evaluation.every_steps=$(((steps + looks - 1) / looks)))
+    case "$stage" in erm | lp | lp_ft) ;; *) given+=(data.teacher_outputs="$RUNS/teacher_outputs") ;; esac
+    bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji "$domain" fold.trial_seed="$seed" \
+        "${given[@]}" "${@:2}" 2>&1 | sed -u "s/^/[$stage $domain $seed] /"
 }
 export -f fold
-for seed in ${SEEDS:-0}; do
-    for stage in ${STAGES:-erm align distill}; do
-        printf '%s\n' noto openmoji pixel twemoji |
-            xargs -P 2 -I DOMAIN bash -euo pipefail -c 'fold "$@"' fold DOMAIN "$@"
-    done
+for stage in ${STAGES:-$stages}; do
+    for seed in ${SEEDS:-$seeds}; do
+        printf "%s $seed\n" noto openmoji pixel twemoji
+    done | xargs -P 2 -I FOLD bash -euo pipefail -c 'fold "$@"' fold FOLD "$@"
 done
 
 bash scripts/launch.sh projects/vl2v_adip/table.py "$RUNS" --markdown "$RUNS/table.md" --json "$RUNS/table.json"
