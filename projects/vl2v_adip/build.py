@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from projects.vl2v_adip.config import CONTINUES, FROZEN_BACKBONE, LINEAR_HEAD, WITHOUT_TEACHER, Vl2vConfig
 from projects.vl2v_adip.evaluation import DomainAccuracy
 from projects.vl2v_adip.folds import Fold, choose, earlier_stage, facts_of
+from projects.vl2v_adip.miro import MiroStudent, Pretrained
 from projects.vl2v_adip.objective import needs_images
 from projects.vl2v_adip.student import Student, train_parts
 from projects.vl2v_adip.task import Vl2vTask
@@ -72,13 +73,16 @@ def job(cfg: Vl2vConfig) -> Job:
         log.info("started from %s", folder)
     clip = None if teacher is None else teacher.clip
     judged = teacher is not None and clip is None and cfg.teacher.model and cfg.evaluation.teacher
+    frozen: nn.Module | None = None if clip is None else ClipTeacher(clip, backbone.image_spec)
+    if cfg.method == "miro":
+        frozen = Pretrained(backbone.module)
     task = Vl2vTask(
         cfg,
         student,
         exported,
         facts,
         validation=[f"{fold.name(domain)}_out" for domain in fold.sources],
-        teacher=None if clip is None else ClipTeacher(clip, backbone.image_spec),
+        teacher=frozen,
         vectors=vectors,
         load_judged=(lambda: load_model(cfg)) if judged else None,
     )
@@ -172,14 +176,19 @@ def build_student(
             "student.backbone",
             f"gives {backbone.dim} features, the teacher {width}: with method=vl2v_sd it is the teacher's own tower",
         )
-    student = Student(backbone.module, head, projector)
+    student: Student
+    if cfg.method == "miro":
+        student = MiroStudent(backbone, head)
+    else:
+        student = Student(backbone.module, head, projector)
     learned_head = head if cfg.method in LINEAR_HEAD else None
     if cfg.method in FROZEN_BACKBONE:
         train_parts(student, (projector, learned_head))
     elif cfg.method == "distill":
         train_parts(student, (student.backbone,))
     else:
-        train_parts(student, (student.backbone, projector, learned_head))
+        variances = student.variances if isinstance(student, MiroStudent) else None
+        train_parts(student, (student.backbone, projector, learned_head, variances))
     student.train()
     templates = teacher.vectors.templates if teacher is not None and learned_head is None else []
     exported = ClassifierConfig.of(

@@ -20,9 +20,9 @@ from vlmkd.config import (
 
 FROZEN_BACKBONE: tuple[Method, ...] = ("align", "lp")
 """Methods of train_align.py: only what lies behind the backbone is trained."""
-LINEAR_HEAD: tuple[Method, ...] = ("erm", "lp", "lp_ft", "kd_kl", "kd_cos")
+LINEAR_HEAD: tuple[Method, ...] = ("erm", "lp", "lp_ft", "kd_kl", "kd_cos", "miro")
 """Methods with a learned linear head; the others classify by the teacher's class vectors."""
-WITHOUT_TEACHER: tuple[Method, ...] = ("erm", "lp", "lp_ft")
+WITHOUT_TEACHER: tuple[Method, ...] = ("erm", "lp", "lp_ft", "miro")
 CONTINUES: dict[Method, Method] = {"distill": "align", "lp_ft": "lp"}
 """Second stages, and the stage of the same fold that they start from."""
 
@@ -79,6 +79,8 @@ class LossConfig:
     """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos), as released."""
     temperature: AboveZero = 0.1
     """Divides the logits of kd_kl and kd_cos (released code; CLIP's logits are already times 100)."""
+    miro_weight: Amount = 0.1
+    """Weight of MIRO's regulariser (miro)."""
     legacy_kl: bool = False
     """Replay the released kd_kl, which gives probabilities where logarithms belong; for comparison only."""
 
@@ -201,6 +203,11 @@ def _check_method(cfg: Vl2vConfig) -> None:
         not fixed or loss.image_weight == default.image_weight,
         "loss.image_weight",
         f"has no effect with method={cfg.method}",
+    )
+    require(
+        cfg.method != "miro" or not cfg.deepspeed.activation_checkpointing,
+        "deepspeed.activation_checkpointing",
+        "does not go with method=miro, which looks at every layer once",
     )
     require(not loss.legacy_kl or cfg.method == "kd_kl", "loss.legacy_kl", "goes with method=kd_kl")
     require(

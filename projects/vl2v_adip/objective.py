@@ -15,7 +15,8 @@ from torch import Tensor
 from vlmkd.losses.logits import kl_divergence
 
 Method = Literal[
-    "align", "distill", "one_stage", "vl2v_sd", "kd_image", "kd_text", "kd_kl", "kd_cos", "simkd", "erm", "lp", "lp_ft"
+    "align", "distill", "one_stage", "vl2v_sd", "kd_image", "kd_text", "kd_kl", "kd_cos", "simkd", "erm", "lp", "lp_ft",
+    "miro",
 ]  # fmt: skip
 Terms = tuple[dict[str, Tensor], dict[str, float]]
 
@@ -48,7 +49,7 @@ def image_share(method: Method, image_weight: float) -> float:
 
 def needs_images(method: Method, image_weight: float) -> bool:
     """Whether the method asks the teacher for image embeddings."""
-    if method in ("erm", "lp", "lp_ft"):
+    if method in ("erm", "lp", "lp_ft", "miro"):
         return False
     return method in ("kd_kl", "kd_cos", "simkd") or image_share(method, image_weight) > 0
 
@@ -63,15 +64,22 @@ def objective(
     kd_weight: float = 0.5,
     temperature: float = 0.1,
     legacy_kl: bool = False,
+    miro: Tensor | None = None,
+    miro_weight: float = 0.1,
 ) -> Terms:
     """Terms and weights of a method; a term whose weight is 0 is left out.
 
     Args:
         embeds: what the student's head sees [B, D], of any length.
         logits: the student's logits [B, C].
+        miro: the regulariser of `miro`, a scalar.
     """
     if method in ("erm", "lp", "lp_ft"):
         return {"ce": F.cross_entropy(logits.float(), targets.labels)}, {"ce": 1.0}
+    if method == "miro":
+        assert miro is not None
+        ce = F.cross_entropy(logits.float(), targets.labels)
+        return {"ce": ce, "miro": miro}, {"ce": 1.0, "miro": miro_weight}
     if method == "kd_kl":
         return _kd_kl(logits, targets, kd_weight, temperature, legacy_kl)
     if method == "kd_cos":

@@ -20,6 +20,8 @@ class StudentOutput(NamedTuple):
     """What the head sees [B, D], of any length."""
     logits: Tensor
     """[B, C], fp32."""
+    layers: tuple[Tensor, ...] = ()
+    """Outputs of the backbone's layers, where the method asks for them."""
 
 
 class Student(Classifier):

@@ -15,7 +15,7 @@ TIP = {"FEW_SHOT_TEACHER": "1"}
 TINYCLIP = {"DATA": "/data/{00000..00099}.tar", "IMAGENET": "/images/in 1k", "NPROC": "1", "RUNS": "/out"}
 PROMPTKD = {"DATA": "/data"}
 SETS = [key for key in few_shot_sets.SETS if key != "imagenet"]
-BASELINES = "erm lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd align distill"
+BASELINES = "erm miro lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd align distill"
 
 Row = tuple[str, tuple[str, ...], dict[str, str]]
 

@@ -6,7 +6,7 @@
 #
 # The teacher (zoo:tinyclip-emoji-teacher) looks at two views of each picture once; no run asks it again. RUNS (default:
 # runs/vl2v_nano, with LENGTH=full runs/vl2v_full), SEEDS (of the trials), STEPS and STAGES may be set; stages may add
-# "lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd". Finished runs are kept. DRY_RUN=1 prints.
+# "miro lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd". Finished runs are kept. DRY_RUN=1 prints.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in
@@ -26,7 +26,7 @@ fold() { # "DOMAIN SEED" [key=value ...]
     read -r domain seed <<< "$1"
     case "$stage" in align | lp) looks=2 ;; esac
     given+=(evaluation.every_steps=$(((steps + looks - 1) / looks)))
-    case "$stage" in erm | lp | lp_ft) ;; *) given+=(data.teacher_outputs="$RUNS/teacher_outputs") ;; esac
+    case "$stage" in erm | miro | lp | lp_ft) ;; *) given+=(data.teacher_outputs="$RUNS/teacher_outputs") ;; esac
     bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji "$domain" fold.trial_seed="$seed" \
         "${given[@]}" "${@:2}" 2>&1 | sed -u "s/^/[$stage $domain $seed] /"
 }

@@ -3,7 +3,7 @@
 #
 #   bash projects/vl2v_adip/scripts/run.sh STAGE STUDENT DATASET [TEST_DOMAIN|all] [key=value ...]
 #
-# STAGE    a file of configs/stages: align distill one_stage vl2v_sd kd_image kd_text kd_kl kd_cos simkd erm lp lp_ft
+# STAGE    a file of configs/stages: align distill one_stage vl2v_sd kd_image kd_text kd_kl kd_cos simkd erm miro lp lp_ft
 # STUDENT  a file of configs/students: vit_b16 vit_s16 deit_s resnet50 clip_vitb16 emoji_lite0
 # DATASET  a file of configs/datasets, or emoji
 #

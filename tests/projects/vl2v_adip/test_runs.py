@@ -188,6 +188,7 @@ def test_half_precision_keeps_and_averages_the_master_weights(run) -> None:
         ("kd_kl", {"backbone", "head"}),
         ("kd_cos", {"backbone", "head"}),
         ("erm", {"backbone", "head"}),
+        ("miro", {"backbone", "head"}),
     ],
 )
 def test_every_baseline_trains_its_own_parts(run, method: str, trained: set[str]) -> None:

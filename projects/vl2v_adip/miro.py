@@ -1,0 +1,115 @@
+"""MIRO (Cha et al., ECCV 2022, arXiv:2203.10789) as a baseline: every layer must still tell its pre-trained features.
+
+Letters: B images, d channels of a layer; a layer's output is [B, d, h, w] or [B, tokens, d].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from projects.vl2v_adip.student import Student, StudentOutput
+from vlmkd.errors import UserError
+from vlmkd.models.backbones import Backbone
+
+_FIRST_VARIANCE, _EPS = 0.1, 1e-5
+
+
+def layers_of(backbone: nn.Module) -> list[nn.Module]:
+    """The transformer's blocks, or the stages of a convolutional net.
+
+    Raises:
+        UserError: a backbone whose layers are not known.
+    """
+    named = dict(backbone.named_modules())
+    for name, part in named.items():
+        if name.rpartition(".")[2] in ("blocks", "resblocks"):
+            return list(part.children())
+    stages = [part for name, part in named.items() if re.fullmatch(r"(.*\.)?layer[1-4]", name)]
+    if not stages:
+        raise UserError(
+            "config field student.backbone has no blocks or stages that method=miro knows; use a ViT or ResNet"
+        )
+    return stages
+
+
+@contextmanager
+def recorded(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the layers give during the body."""
+    found: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: found.append(output))
+        for layer in layers_of(backbone)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class MiroStudent(Student):
+    """A student that also gives its layers' outputs while it trains, and holds their learned variances."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__(backbone.module, head)
+        training = backbone.module.training
+        with recorded(backbone.module.eval()) as layers, torch.no_grad():
+            backbone.module(torch.zeros(1, 3, *backbone.image_spec.size))
+        backbone.module.train(training)
+        start = math.log(math.expm1(_FIRST_VARIANCE - _EPS))
+        self.variances = nn.ParameterList(
+            [nn.Parameter(torch.full((layer.shape[_channels(layer)],), start)) for layer in layers]
+        )
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        """images [B, 3, h, w] -> embeddings, logits, and in training the layers' outputs."""
+        if not self.training:
+            return super().forward(images)
+        with recorded(self.backbone) as layers:
+            output = super().forward(images)
+        return output._replace(layers=tuple(layers))
+
+
+class Pretrained(nn.Module):
+    """The backbone as it was before training: images -> its layers' outputs."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Pretrained:
+        """Stays in eval mode."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, h, w] in the student's statistics."""
+        with recorded(self.backbone) as layers:
+            self.backbone(images.to(next(self.backbone.parameters()).dtype))
+        return layers
+
+
+def regulariser(
+    layers: Sequence[Tensor], pretrained: Sequence[Tensor], variances: Sequence[Tensor]
+) -> Tensor:
+    """Mean over the layers of mean((f - f0)^2 / v + log v) / 2, v = softplus(b) + 1e-5 a channel (spec f)."""
+    parts = []
+    for layer, before, raw in zip(layers, pretrained, variances, strict=True):
+        shape = [1] * layer.ndim
+        shape[_channels(layer)] = -1
+        variance = (F.softplus(raw.float()) + _EPS).view(shape)
+        parts.append(((layer.float() - before.float()).square() / variance + variance.log()).mean() / 2)
+    return torch.stack(parts).mean()
+
+
+def _channels(layer: Tensor) -> int:
+    """The axis of the channels: images have them second, tokens last."""
+    return 1 if layer.ndim == 4 else -1
