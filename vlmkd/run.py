@@ -45,7 +45,7 @@ C = TypeVar("C", bound=RunConfig)
 # What may differ when a run is continued, by whole names: none of it changes the weights, except that other workers
 # re-start the stream. Which sets are evaluated and when is no part of it: weights are selected by them.
 _CHANGEABLE = (
-    {"run_dir", "threads", "data.workers", "data.shard_cache"}
+    {"run_dir", "threads", "data.workers", "data.shard_cache", "data.max_bad_share"}
     | {
         f"{section}.{item.name}"
         for section, fields in (("log", LogConfig), ("checkpoint", CheckpointConfig))
