@@ -84,7 +84,7 @@ def dry_run(script: str, *args: str, **extra: str) -> list[list[str]]:
     found: list[list[str]] = []
     for line in done.stdout.splitlines():
         words = shlex.split(line)
-        if "-m" in words:
+        if "-m" in words and ".train_" in words[words.index("-m") + 1]:
             words = words[words.index("-m") + 1 :]
             words[0] = words[0].replace(".", "/") + ".py"
             if words not in found:

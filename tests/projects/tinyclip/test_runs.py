@@ -158,6 +158,10 @@ def test_two_ranks_train_like_one(runs: Runs, zero_stage: int) -> None:
     first, second = exported(one), exported(two)
     assert first.keys() == second.keys()
     for name, value in first.items():
+        if name.endswith("in_proj_bias"):
+            # No softmax sees a key's bias: its gradient is rounding, which Adam scales to a step of any size.
+            (query, _, own), (other_query, _, other) = value.chunk(3), second[name].chunk(3)
+            value, second[name] = torch.cat([query, own]), torch.cat([other_query, other])
         torch.testing.assert_close(
             second[name], value, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
