@@ -41,6 +41,7 @@ def started(tmp_path: Path) -> Path:
         "threads=3",
         "data.workers=0",
         "data.shard_cache=x",
+        "data.max_bad_share=0.5",
     ],
 )
 def test_what_changes_no_weight_may_change(started: Path, field: str) -> None:
