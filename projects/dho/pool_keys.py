@@ -6,15 +6,14 @@ For `data_tools/embed_labelled.py --keys`, so that a teacher embeds no image tha
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from projects.dho.config import DhoConfig
 from projects.dho.labels import pool
 from vlmkd import config
 from vlmkd.data.labelled_sets import configured_set, items_of
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import run_tool
+from vlmkd.files import write_text
 
 
 def main(argv: list[str]) -> int:
@@ -23,17 +22,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("words", nargs="+", metavar="CONFIG.yaml or field=value")
     parser.add_argument("--out", type=Path, required=True, help="text file, one key a line")
     args = parser.parse_args(argv)
-    try:
-        cfg = config.load(DhoConfig, args.words)
-        train = items_of(configured_set(cfg.data), "train")
-        keys = [item.key for item in pool(train, cfg.split.pool_per_class)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    partial.write_text("\n".join(keys) + "\n", encoding="utf-8")
-    os.replace(partial, args.out)
+    cfg = config.load(DhoConfig, args.words)
+    keys = [item.key for item in pool(items_of(configured_set(cfg.data), "train"), cfg.split.pool_per_class)]
+    write_text(args.out, "\n".join(keys) + "\n", "--out")
     print(f"{args.out}: {len(keys)} images")
     return 0
 

@@ -19,6 +19,8 @@ from projects.vl2v_adip.student import Student, StudentOutput
 from vlmkd.errors import UserError
 from vlmkd.models.backbones import Backbone
 
+VARIANCES = "variances."
+"""Begins the names of the parameters that only training needs; an export has none of them."""
 _FIRST_VARIANCE, _EPS = 0.1, 1e-5
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from projects.vl2v_adip.config import Vl2vConfig
 from projects.vl2v_adip.folds import FACTS
-from projects.vl2v_adip.miro import MiroStudent, regulariser
+from projects.vl2v_adip.miro import VARIANCES, MiroStudent, regulariser
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student, StudentOutput
 from vlmkd.averaging import BestWeights, LossValley, trainable
@@ -230,14 +230,15 @@ class Vl2vTask(Task):
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """SWAD's weights into `folder` and the best ones beside it; without SWAD the best ones into `folder`."""
-        exported = self.exported.build().state_dict()
         chosen = list(self._chosen().items()) or [("last step", {})]
         self._written: dict[Path, dict[str, Tensor]] = {}
         for target, (name, own) in zip(
             (folder, folder.with_name(BEST_EXPORT)), reversed(chosen), strict=False
         ):
             state = {
-                key: _shaped(own.get(key, value), value) for key, value in weights.items() if key in exported
+                key: _shaped(own.get(key, value), value)
+                for key, value in weights.items()
+                if not key.startswith(VARIANCES)
             }
             selection = {
                 "selection": name,
