@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in
     first) runs="${RUNS:-runs/promptkd_emoji}" seeds="${SEEDS:-1}" length=() ;;
-    full) runs="${RUNS:-runs/promptkd_emoji_full}" seeds="${SEEDS:-1 2 3}" length=(shots=0) ;;
+    full) runs="${RUNS:-runs/promptkd_emoji_full}" seeds="${SEEDS:-1 2 3}" length=(shots=0 epochs=4) ;;
     *) echo "nano.sh: LENGTH is $LENGTH; use full, or leave it out" >&2; exit 2 ;;
 esac
 extra=("$@")
