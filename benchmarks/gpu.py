@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from projects.tinyclip.build import distill_job
 from projects.tinyclip.config import DistillConfig
-from vlmkd import config, distributed, engine, memory
-from vlmkd.task import Task
+from vlmkd import config, distributed, memory
+from vlmkd.train import engine
+from vlmkd.train.task import Task
 
 MODELS = Path(__file__).resolve().parents[1] / "projects" / "tinyclip" / "configs" / "models"
 STUDENT, TEACHER = str(MODELS / "TinyCLIP-ViT-40M-32-Text-19M.json"), "ViT-B-32"

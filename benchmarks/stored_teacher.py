@@ -46,20 +46,21 @@ from projects.promptkd.config import StudentConfig, TeacherConfig, TeacherSource
 from projects.promptkd.teacher import load_teacher
 from projects.vl2v_adip.build import job as vl2v_job
 from projects.vl2v_adip.config import AlignConfig
-from vlmkd import config, distributed, engine
+from vlmkd import config, distributed
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
-from vlmkd.data.embedded_catalog import STYLES, concepts
-from vlmkd.data.embedded_draw import concept_picture
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import embed_items
+from vlmkd.datasets.emoji.catalog import STYLES, concepts
+from vlmkd.datasets.emoji.draw import concept_picture
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
-from vlmkd.export import export_clip
-from vlmkd.logging import Metrics
+from vlmkd.export.clip import export_clip
 from vlmkd.models.clip import ClipPredictor, load_clip
-from vlmkd.trainer import Job, fit
+from vlmkd.train import engine
+from vlmkd.train.metrics import Metrics
+from vlmkd.train.trainer import Job, fit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "projects"
 NANO = "nano"

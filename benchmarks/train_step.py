@@ -23,11 +23,12 @@ import torch.nn.functional as F
 
 from projects.tinyclip.build import distill_job
 from projects.tinyclip.config import DistillConfig
-from vlmkd import config, distributed, engine
-from vlmkd.data.embedded import resolve
+from vlmkd import config, distributed
 from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.datasets.emoji.embedded import resolve
 from vlmkd.models.clip import ClipPredictor, build_clip, load_clip
-from vlmkd.trainer import to_device
+from vlmkd.train import engine
+from vlmkd.train.trainer import to_device
 
 CONFIGS = Path(__file__).resolve().parents[1] / "projects" / "tinyclip" / "configs" / "emoji"
 TEACHER = "zoo:tinyclip-emoji-teacher"

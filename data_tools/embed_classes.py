@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from vlmkd import teacher_options
-from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.ledger import Prices, text_query
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation import prompts
 from vlmkd.files import check_writable

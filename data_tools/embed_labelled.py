@@ -24,10 +24,10 @@ from vlmkd import teacher_options
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
-from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.ledger import Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig
+from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_text
 from vlmkd.image_spec import ImageSpec

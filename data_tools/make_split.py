@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlmkd.data import few_shot_sets
-from vlmkd.data.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
-from vlmkd.data.folders import class_folder_names, images_of_classes
-from vlmkd.data.labelled_sets import items_of, load_set
-from vlmkd.data.splits import percent_list, write_list
+from vlmkd.datasets import few_shot_sets
+from vlmkd.datasets.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
+from vlmkd.datasets.folders import class_folder_names, images_of_classes
+from vlmkd.datasets.labelled_sets import items_of, load_set
+from vlmkd.datasets.splits import percent_list, write_list
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_object, read_text, write_text
 

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
-from vlmkd.data.embedded import resolve
 from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
 from vlmkd.data.shards import read_shard
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
+from vlmkd.datasets.emoji.embedded import resolve
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.logging import duration
 from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle, train_heads
+from vlmkd.train.metrics import duration
 from vlmkd.zoo import sha256_of
 
 HEADS = "heads.safetensors"

@@ -37,14 +37,14 @@ from projects.dho.config import DhoConfig
 from projects.promptkd.config import StudentConfig, TeacherConfig
 from projects.vl2v_adip.config import AlignConfig, DistillConfig
 from vlmkd import config, memory
-from vlmkd.classifier_export import ONNX, TIMM_WEIGHTS, WEIGHTS, missing_for_onnx, to_onnx
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.data.labelled_sets import DOMAINS, FOLDER, load_set
+from vlmkd.datasets.labelled_sets import DOMAINS, FOLDER, load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.command import model_name
+from vlmkd.export.classifier import ONNX, TIMM_WEIGHTS, WEIGHTS, missing_for_onnx, to_onnx
 from vlmkd.files import write_json
 from vlmkd.models.backbones import load_backbone
-from vlmkd.report import build_report, format_score, main_set, read_run, rows_of
+from vlmkd.page.report import build_report, format_score, main_set, read_run, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("promptkd", "dho", "vl2v_adip")
@@ -524,7 +524,7 @@ def _finish(args: argparse.Namespace, run_dir: Path) -> None:
     export = run_dir / "export"
     print("== export and report", flush=True)
     print(
-        f"{export / WEIGHTS}: vlmkd.classifier_export.load_classifier; `--model classifier:{export}` in scripts/eval_zero_shot.py"
+        f"{export / WEIGHTS}: vlmkd.export.classifier.load_classifier; `--model classifier:{export}` in scripts/eval_zero_shot.py"
     )
     if (export / TIMM_WEIGHTS).is_file():
         print(f"{export / TIMM_WEIGHTS}: timm.create_model, whose arguments are in the file's metadata")

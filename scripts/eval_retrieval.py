@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vlmkd.datasets.evaluation_sets import captioned
 from vlmkd.errors import run_tool
 from vlmkd.evaluation import command
 from vlmkd.evaluation.base import Evaluator
-from vlmkd.evaluation.datasets import captioned
 from vlmkd.evaluation.retrieval import Retrieval
 
 

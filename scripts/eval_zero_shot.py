@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vlmkd.datasets.evaluation_sets import labelled
 from vlmkd.errors import run_tool
 from vlmkd.evaluation import command
 from vlmkd.evaluation.agreement import Agreement
 from vlmkd.evaluation.base import Context, Evaluator
-from vlmkd.evaluation.datasets import labelled
 from vlmkd.evaluation.zero_shot import ZeroShot
 from vlmkd.models.clip import ClipPredictor, load_clip
 

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--half", action="store_true", help="store fp16 weights")
     args = parser.parse_args(argv)
-    from vlmkd.export import export_clip, verify_export
+    from vlmkd.export.clip import export_clip, verify_export
     from vlmkd.models.clip import load_clip
 
     clip = load_clip(args.model, args.pretrained)

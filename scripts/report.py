@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a check
 
 from vlmkd.errors import run_tool
 from vlmkd.files import write_text
-from vlmkd.report import build_report, markdown_table
+from vlmkd.page.report import build_report, markdown_table
 
 
 def main(argv: list[str]) -> int:

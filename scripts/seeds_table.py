@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a check
 
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import read_yaml, write_text
-from vlmkd.report import (
+from vlmkd.page.report import (
     STUDENT,
     Run,
     columns_of,

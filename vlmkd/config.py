@@ -132,7 +132,7 @@ class LabelledDataConfig:
     """Training images of a labelled set; which items a run trains on is its project's matter."""
 
     set: str = ""
-    """Name of the set as `vlmkd.data.labelled_sets.load_set` takes it, e.g. `emoji`, `eurosat` or `folder:PATH`."""
+    """Name of the set as `vlmkd.datasets.labelled_sets.load_set` takes it, e.g. `emoji`, `eurosat` or `folder:PATH`."""
     root: str = ""
     """Folder of the data sets on disk; embedded sets need none."""
     class_names: str = ""
@@ -195,7 +195,7 @@ class OptimConfig:
     momentum: BelowOne = 0.0
     """Momentum of SGD (not Nesterov's)."""
     schedule: Literal["cosine", "wsd", "constant", "linear", "epoch_cosine", "warmup_times_cosine"] = "cosine"
-    """Learning rate over the steps; the formulas are those of vlmkd.optim.lr_factor."""
+    """Learning rate over the steps; the formulas are those of vlmkd.train.optim.lr_factor."""
     warmup_steps: Count = 2000
     """Linear warm-up: lr * (step + 1) / warmup_steps; `linear` starts at 0, `warmup_times_cosine` at lr / 100."""
     decay_steps: Count = 0

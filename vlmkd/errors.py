@@ -9,7 +9,7 @@ from typing import NoReturn
 class UserError(ValueError):
     """A mistake in the user's input, told in one line that names the thing and the mend.
 
-    Entry points (`vlmkd.run.main`, every script) print the message alone and exit with code 2; any other
+    Entry points (`vlmkd.train.run.main`, every script) print the message alone and exit with code 2; any other
     exception is a defect of ours and keeps its traceback. Line breaks and control characters, which may come with a
     quoted name or text, are written as escapes.
     """

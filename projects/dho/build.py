@@ -17,15 +17,15 @@ from projects.dho.teacher import Teacher, load_teacher, prompts_of
 from vlmkd import distributed
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.labelled_sets import load_set
-from vlmkd.engine import batch_triple
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
 from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier
-from vlmkd.trainer import Job
+from vlmkd.train.engine import batch_triple
+from vlmkd.train.trainer import Job
 
 log = logging.getLogger("vlmkd.dho")
 

@@ -19,7 +19,7 @@ from vlmkd.config import (
     Share,
     require,
 )
-from vlmkd.data.splits import Fewer, ListKind
+from vlmkd.datasets.splits import Fewer, ListKind
 from vlmkd.models.class_vectors import Normalise
 from vlmkd.models.heads import KdHead
 
@@ -37,7 +37,7 @@ class SplitConfig:
     percent: Annotated[float, Range(0, 100)] = 0.0
     """Labelled share of the training images by the cascade rule (1 and 10 are the published ImageNet lists); 100: all."""
     list_file: str = ""
-    """A list of labelled images, as `vlmkd.data.splits.write_list` writes it, or SimCLR's."""
+    """A list of labelled images, as `vlmkd.datasets.splits.write_list` writes it, or SimCLR's."""
     list_kind: ListKind = "cascade"
     """The rule that made `list_file`; the two are never mixed in one table."""
     seed: Seed = 1

@@ -22,11 +22,11 @@ from projects.dho.legacy import load_released
 from projects.dho.mixing import entropy_alpha, mix, search
 from projects.dho.selection import Shifted, head_logits
 from vlmkd import distributed
-from vlmkd.classifier_export import load_classifier
-from vlmkd.data.labelled_sets import items_of, load_set
+from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.classify import Classification
+from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable, write_json
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.clip import evaluating

@@ -10,8 +10,8 @@ from pathlib import Path
 from projects.dho.config import SplitConfig
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.labelled import Item, LabelledSet, by_class
-from vlmkd.data.labelled_sets import configured_set
-from vlmkd.data.splits import percent_list, pick_listed, read_list, rest_of, tip_adapter_few_shot
+from vlmkd.datasets.labelled_sets import configured_set
+from vlmkd.datasets.splits import percent_list, pick_listed, read_list, rest_of, tip_adapter_few_shot
 from vlmkd.errors import UserError
 
 log = logging.getLogger("vlmkd.dho")

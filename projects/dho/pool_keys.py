@@ -11,7 +11,7 @@ from pathlib import Path
 from projects.dho.config import DhoConfig
 from projects.dho.labels import pool
 from vlmkd import config
-from vlmkd.data.labelled_sets import configured_set, items_of
+from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import run_tool
 from vlmkd.files import write_text
 

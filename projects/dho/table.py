@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import read_object, read_text, write_text
 from vlmkd.models.class_vectors import ClassVectors
-from vlmkd.report import mean_and_spread
+from vlmkd.page.report import mean_and_spread
 
 _NAME = re.compile(r"(?P<method>.+)_(?P<labels>\d+shot|\d+pct|none)_s(?P<seed>\d+)$")
 _COSINES = ("gradient_cosine/backbone", "gradient_cosine/heads")

@@ -25,17 +25,17 @@ from projects.dho.objective import (
 from projects.dho.selection import NAME as HEADS
 from projects.dho.student import Student, StudentOutput
 from projects.dho.teacher import Teacher
-from vlmkd.averaging import trainable
-from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.evaluation.base import Result
+from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import Backbone
 from vlmkd.models.classifier import ClassifierConfig
 from vlmkd.models.clip import compute_dtype, evaluating
 from vlmkd.models.heads import DualLogits, TextClassifier, mix_heads
 from vlmkd.models.teacher import ClipTeacher
-from vlmkd.task import Batch, StepOutput, Task, combine
-from vlmkd.timing import Stopwatch
+from vlmkd.train.averaging import trainable
+from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.timing import Stopwatch
 
 
 class DhoTask(Task):

@@ -12,8 +12,8 @@ from torch import nn
 
 from projects.dho import tip_adapter
 from projects.dho.config import TeacherConfig
-from vlmkd.data.imagenet_sets import ensemble_templates
 from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.datasets.imagenet_sets import ensemble_templates
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors, encode_classes, require_same_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip

@@ -2,7 +2,7 @@
 
 from projects.dho.build import student_job
 from projects.dho.config import DhoConfig
-from vlmkd.run import main
+from vlmkd.train.run import main
 
 if __name__ == "__main__":
     main(DhoConfig, student_job)

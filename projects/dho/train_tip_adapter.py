@@ -32,9 +32,9 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embed_all
 from vlmkd.files import new_file, new_folder, read_text, write_text
-from vlmkd.lookup import check_names
 from vlmkd.models.clip import ClipModel, ClipPredictor, compute_dtype, load_clip
 from vlmkd.tensor_files import read_torch
+from vlmkd.train.lookup import check_names
 
 ADAPTER = "tip_adapter.pt"
 

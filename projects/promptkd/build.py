@@ -28,10 +28,9 @@ from vlmkd.class_names import prompt_name
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.labelled_sets import items_of, load_set
 from vlmkd.data.stored_outputs import StoredEmbeds
-from vlmkd.data.text import prompt_templates
-from vlmkd.engine import batch_triple
+from vlmkd.datasets.labelled_sets import items_of, load_set
+from vlmkd.datasets.text import prompt_templates
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, gather_rows
 from vlmkd.evaluation.images import ImageOutputs
@@ -39,7 +38,8 @@ from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
-from vlmkd.trainer import Job
+from vlmkd.train.engine import batch_triple
+from vlmkd.train.trainer import Job
 
 log = logging.getLogger("vlmkd.promptkd")
 

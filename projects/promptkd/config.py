@@ -18,7 +18,7 @@ from vlmkd.config import (
     Seed,
     require,
 )
-from vlmkd.data.splits import Fewer
+from vlmkd.datasets.splits import Fewer
 
 TRAINING_TEMPLATE = "a photo of a {}."
 """The prompt of both stages in every published run."""

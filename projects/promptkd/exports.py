@@ -3,7 +3,7 @@
 `python -m projects.promptkd.exports --check FOLDER PROBE` is that process.
 
 The folder has `prompts.safetensors` and `promptkd_teacher.json`, which names the CLIP under the prompts. A student is
-exported as every classifier is (vlmkd/classifier_export.py).
+exported as every classifier is (vlmkd/export/classifier.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.prompts import fill
-from vlmkd.export import check_main, compare, new_folder, run_check, write_json, write_tensors
+from vlmkd.export.clip import check_main, compare, new_folder, run_check, write_json, write_tensors
 from vlmkd.files import read_object
 from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 from vlmkd.tensor_files import read_safetensors

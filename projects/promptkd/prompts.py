@@ -22,7 +22,7 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import INIT_STD, PromptedImageTower, check_depth
 from vlmkd.models.text_tower import encode_causal, pool_type, read_at, up_to
-from vlmkd.task import frozen
+from vlmkd.train.task import frozen
 
 
 @dataclass(frozen=True, kw_only=True)

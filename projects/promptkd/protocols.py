@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from projects.promptkd.config import StudentConfig, TeacherConfig
 from vlmkd.data.labelled import Item, LabelledSet, by_class, only_classes
-from vlmkd.data.labelled_sets import items_of
-from vlmkd.data.splits import base_and_novel, coop_few_shot
+from vlmkd.datasets.labelled_sets import items_of
+from vlmkd.datasets.splits import base_and_novel, coop_few_shot
 from vlmkd.errors import UserError
 from vlmkd.evaluation.classify import Classification
 

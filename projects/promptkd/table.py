@@ -10,10 +10,10 @@ import re
 import statistics
 from pathlib import Path
 
-from vlmkd.classifier_export import WEIGHTS
 from vlmkd.errors import UserError, run_tool
+from vlmkd.export.classifier import WEIGHTS
 from vlmkd.files import read_object, write_text
-from vlmkd.report import STUDENT, mean_and_spread, read_run
+from vlmkd.page.report import STUDENT, mean_and_spread, read_run
 from vlmkd.tensor_files import read_safetensors
 
 _ROWS = ("zero_shot_student", "zero_shot_teacher", "prompted_teacher", "distilled_student")

@@ -30,16 +30,16 @@ from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
 from projects.promptkd.protocols import Protocol
 from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier
 from projects.promptkd.teacher import ImageTeacher, Teacher
-from vlmkd.averaging import BestWeights, GaussianAverage, Weights, trainable
-from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import ImageClassifier, Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
+from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel
-from vlmkd.task import Batch, StepOutput, Task, combine
-from vlmkd.timing import Stopwatch
+from vlmkd.train.averaging import BestWeights, GaussianAverage, Weights, trainable
+from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.timing import Stopwatch
 
 _PROBES = 2  # images by which an export is checked
 

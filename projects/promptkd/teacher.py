@@ -19,7 +19,7 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.models.teacher import convert_images
-from vlmkd.task import frozen
+from vlmkd.train.task import frozen
 from vlmkd.zoo import weights_file
 
 TEXT_BATCH = 64

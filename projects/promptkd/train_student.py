@@ -2,7 +2,7 @@
 
 from projects.promptkd.build import resolve_student, student_job
 from projects.promptkd.config import StudentConfig
-from vlmkd.run import main
+from vlmkd.train.run import main
 
 if __name__ == "__main__":
     main(StudentConfig, student_job, resolve=resolve_student)

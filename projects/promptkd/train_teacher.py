@@ -2,7 +2,7 @@
 
 from projects.promptkd.build import resolve_teacher, teacher_job
 from projects.promptkd.config import TeacherConfig
-from vlmkd.run import main
+from vlmkd.train.run import main
 
 if __name__ == "__main__":
     main(TeacherConfig, teacher_job, resolve=resolve_teacher)

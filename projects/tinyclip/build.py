@@ -17,14 +17,14 @@ from vlmkd import distributed
 from vlmkd.config import require
 from vlmkd.data.loader import Loader, build_loader
 from vlmkd.data.teacher_cache import TeacherCache
-from vlmkd.engine import batch_triple
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.evaluation.zero_shot import ZeroShot
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, load_weights
 from vlmkd.models.pruned_clip import PrunedCLIP, config_from_clip
 from vlmkd.models.teacher import ClipTeacher
-from vlmkd.trainer import Job
+from vlmkd.train.engine import batch_triple
+from vlmkd.train.trainer import Job
 
 log = logging.getLogger("vlmkd.tinyclip")
 

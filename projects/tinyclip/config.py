@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vlmkd.averaging import check_average
 from vlmkd.config import AboveZero, Amount, BelowOne, Count, Range, StreamRunConfig, require
+from vlmkd.train.averaging import check_average
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from vlmkd.models.pruned_clip import (
     config_from_clip,
     tower_names,
 )
-from vlmkd.optim import decay_groups
+from vlmkd.train.optim import decay_groups
 
 
 class MaskedOutput(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlmkd.task import master_value
+from vlmkd.train.task import master_value
 
 GAMMA, ZETA = -0.1, 1.1  # the concrete variable is stretched to this interval and then clipped to [0, 1]
 EPSILON = 1e-6

@@ -17,18 +17,18 @@ from projects.tinyclip.masked import MaskedCLIP
 from projects.tinyclip.masks import sparsity_target
 from projects.tinyclip.objective import StudentEmbeds, objective
 from vlmkd import distributed
-from vlmkd.averaging import moving_average, update_average
 from vlmkd.config import OptimConfig
-from vlmkd.export import export_clip, verify_export
+from vlmkd.export.clip import export_clip, verify_export
 from vlmkd.files import write_text
 from vlmkd.losses.affinity import TeacherEmbeds
 from vlmkd.models.clip import ClipModel, ClipPredictor
 from vlmkd.models.pruned_clip import PrunedCLIP
 from vlmkd.models.teacher import ClipTeacher
-from vlmkd.optim import decay_groups
-from vlmkd.task import Batch, StepOutput, Task, combine
-from vlmkd.timing import Stopwatch
-from vlmkd.trainer import stream_seed
+from vlmkd.train.averaging import moving_average, update_average
+from vlmkd.train.optim import decay_groups
+from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.timing import Stopwatch
+from vlmkd.train.trainer import stream_seed
 
 LEGACY_FIRST_SCALE = 1 / 0.07  # the released student's scale before its first optimiser step
 _SCALE_LIMIT = math.log(100.0)

@@ -2,7 +2,7 @@
 
 from projects.tinyclip.build import distill_job
 from projects.tinyclip.config import DistillConfig
-from vlmkd.run import main
+from vlmkd.train.run import main
 
 if __name__ == "__main__":
     main(DistillConfig, distill_job)

@@ -2,7 +2,7 @@
 
 from projects.tinyclip.build import mask_job
 from projects.tinyclip.config import MaskConfig
-from vlmkd.run import main
+from vlmkd.train.run import main
 
 if __name__ == "__main__":
     main(MaskConfig, mask_job)

@@ -18,16 +18,15 @@ from projects.vl2v_adip.objective import needs_images
 from projects.vl2v_adip.student import Student, train_parts
 from projects.vl2v_adip.task import Vl2vTask
 from vlmkd import distributed
-from vlmkd.classifier_export import WEIGHTS
 from vlmkd.config import require
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.labelled_sets import configured_set
 from vlmkd.data.stored_outputs import StoredEmbeds
-from vlmkd.engine import batch_triple
+from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
+from vlmkd.export.classifier import WEIGHTS
 from vlmkd.models.backbones import Backbone, freeze_batch_norm, load_backbone, with_spec
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
@@ -36,7 +35,8 @@ from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.models.heads import LinearHead, Projector, TextClassifier
 from vlmkd.models.teacher import ClipTeacher
 from vlmkd.tensor_files import read_safetensors
-from vlmkd.trainer import Job
+from vlmkd.train.engine import batch_triple
+from vlmkd.train.trainer import Job
 
 log = logging.getLogger("vlmkd.vl2v_adip")
 

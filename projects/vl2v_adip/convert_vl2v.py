@@ -41,14 +41,14 @@ from projects.vl2v_adip.config import LINEAR_HEAD, Vl2vConfig
 from projects.vl2v_adip.folds import FACTS, choose, facts_of
 from projects.vl2v_adip.task import BEST
 from vlmkd import distributed
-from vlmkd.classifier_export import export_classifier, load_classifier
 from vlmkd.config import load, require
-from vlmkd.data.labelled_sets import configured_set
+from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, Evaluator
+from vlmkd.export.classifier import export_classifier, load_classifier
 from vlmkd.models.backbones import Backbone, load_backbone_weights
 from vlmkd.tensor_files import read_torch
-from vlmkd.trainer import results_json
+from vlmkd.train.trainer import results_json
 
 BACKBONE, PROJECTOR, CLASSIFIERS = "featurizer.network.", "proj_lyr.", ("clip_cls.", "classifier.")
 _METHODS = {"DFC_STAGE1": "align", "DFC_STAGE2": "distill", "DFC_CLIP_INIT": "vl2v_sd"}

@@ -18,7 +18,7 @@ from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.task import BEST, SWAD
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import read_object, write_json, write_text
-from vlmkd.report import mean_and_spread
+from vlmkd.page.report import mean_and_spread
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.miro import VARIANCES, MiroStudent, regulariser
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student, StudentOutput
-from vlmkd.averaging import BestWeights, LossValley, trainable
-from vlmkd.classifier_export import export_classifier, verify_classifiers
 from vlmkd.config import OptimConfig
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
+from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.files import write_json
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.clip import ClipModel, ClipPredictor, evaluating
-from vlmkd.task import Batch, StepOutput, Task, combine
-from vlmkd.timing import Stopwatch
+from vlmkd.train.averaging import BestWeights, LossValley, trainable
+from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.timing import Stopwatch
 
 BEST, SWAD = "best by source validation", "SWAD"
 BEST_EXPORT = "export_iid"

@@ -2,7 +2,7 @@
 
 from projects.vl2v_adip.build import job
 from projects.vl2v_adip.config import AlignConfig
-from vlmkd.run import main
+from vlmkd.train.run import main
 
 if __name__ == "__main__":
     main(AlignConfig, job)

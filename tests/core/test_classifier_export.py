@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlmkd import classifier_export
-from vlmkd.classifier_export import export_classifier, load_classifier, to_onnx, verify_classifiers
 from vlmkd.errors import UserError
+from vlmkd.export import classifier as classifier_export
+from vlmkd.export.classifier import export_classifier, load_classifier, to_onnx, verify_classifiers
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vlmkd import config, engine, run
+from vlmkd import config
 from vlmkd.config import StreamRunConfig
 from vlmkd.errors import UserError
+from vlmkd.train import engine, run
 
 BASE = ["run_dir=r"]
 

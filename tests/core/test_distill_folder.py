@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.projects.vl2v_adip.tiny import CLASSES, domain_tree, export_teacher
-from vlmkd.classifier_export import load_classifier, missing_for_onnx
 from vlmkd.errors import UserError
+from vlmkd.export.classifier import load_classifier, missing_for_onnx
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts/distill_folder.py"))

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlmkd import export
 from vlmkd.errors import UserError
-from vlmkd.export import export_clip, new_folder, verify_export
+from vlmkd.export import clip as export
+from vlmkd.export.clip import export_clip, new_folder, verify_export
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, weights_digest
 

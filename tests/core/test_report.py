@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmkd import charts, report
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
 from vlmkd.image_spec import ImageSpec
+from vlmkd.page import charts, report
 
 ROOT = Path(__file__).parents[2]
 TEACHER = "teacher <ViT & text>"
@@ -48,7 +48,7 @@ class Colours:
 
 
 def write_run(folder: Path, scores: dict[str, float], *, steps: int = 40) -> Path:
-    """A run folder as `vlmkd.run` writes it; its last evaluation has `scores`."""
+    """A run folder as `vlmkd.train.run` writes it; its last evaluation has `scores`."""
     (folder / "eval").mkdir(parents=True)
     lines: list[dict[str, Any]] = []
     for step in range(10, steps + 1, 10):

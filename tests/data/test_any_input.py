@@ -15,11 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmkd.data import few_shot_sets, imagenet_sets, shards, splits, tar_index, teacher_cache, text
+from vlmkd.data import shards, tar_index, teacher_cache
+from vlmkd.datasets import evaluation_sets as datasets
+from vlmkd.datasets import few_shot_sets, imagenet_sets, splits, text
 from vlmkd.errors import UserError
-from vlmkd.evaluation import datasets, prompts
+from vlmkd.evaluation import prompts
 from vlmkd.models.class_vectors import ClassVectors
-from vlmkd.report import read_run
+from vlmkd.page.report import read_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlmkd import teacher_options
-from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds
 from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmkd.data import embedded, embedded_build, embedded_catalog
-from vlmkd.data.embedded_build import VERSION
-from vlmkd.data.embedded_catalog import Concept, concepts, kin_of, training_styles, unit_hash
-from vlmkd.data.embedded_draw import PIXELS, compose, concept_picture
+from vlmkd.datasets.emoji import build as embedded_build
+from vlmkd.datasets.emoji import catalog as embedded_catalog
+from vlmkd.datasets.emoji import embedded
+from vlmkd.datasets.emoji.build import VERSION
+from vlmkd.datasets.emoji.catalog import Concept, concepts, kin_of, training_styles, unit_hash
+from vlmkd.datasets.emoji.draw import PIXELS, compose, concept_picture
 from vlmkd.errors import UserError
 
 pytest.importorskip("resvg_py")

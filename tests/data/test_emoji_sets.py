@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmkd.data import embedded, embedded_build, emoji_sets
-from vlmkd.data.embedded_catalog import STYLES, concepts
-from vlmkd.data.embedded_draw import concept_picture
-from vlmkd.data.labelled_sets import load_set
+from vlmkd.datasets.emoji import build as embedded_build
+from vlmkd.datasets.emoji import embedded, emoji_sets
+from vlmkd.datasets.emoji.catalog import STYLES, concepts
+from vlmkd.datasets.emoji.draw import concept_picture
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 
 pytest.importorskip("resvg_py")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmkd.data.folders import list_class_folders
+from vlmkd.datasets.folders import list_class_folders
 from vlmkd.errors import UserError
 
 

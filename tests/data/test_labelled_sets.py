@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmkd.data import domain_sets, few_shot_sets, imagenet_sets, labelled_sets, splits
-from vlmkd.data.few_shot_sets import SETS
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
-from vlmkd.data.labelled_sets import items_of, known_sets, load_set
+from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets, labelled_sets, splits
+from vlmkd.datasets.few_shot_sets import SETS
+from vlmkd.datasets.labelled_sets import items_of, known_sets, load_set
 from vlmkd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

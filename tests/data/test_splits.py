@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmkd.data import splits
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, only_classes
+from vlmkd.datasets import splits
 from vlmkd.errors import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-from vlmkd.data.text import class_names, fill_template, prompt_templates
+from vlmkd.datasets.text import class_names, fill_template, prompt_templates
 from vlmkd.errors import UserError
 
 

@@ -21,10 +21,10 @@ from unittest import mock
 import torch
 
 from vlmkd import config
-from vlmkd.data import labelled_sets
+from vlmkd.datasets import labelled_sets
 from vlmkd.errors import UserError
-from vlmkd.lookup import check_names
 from vlmkd.models.backbones import load_backbone
+from vlmkd.train.lookup import check_names
 
 ROOT = Path(__file__).parents[2]
 _DROPPED = (

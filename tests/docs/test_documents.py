@@ -75,7 +75,7 @@ def test_attributions_cover_the_data() -> None:
 
 
 def test_attributions_name_every_photograph() -> None:
-    from vlmkd.data import embedded_draw
+    from vlmkd.datasets.emoji import draw as embedded_draw
 
     text = (ROOT / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
     for name in embedded_draw._PHOTOGRAPHS:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.docs.commands import ROOT, looked_up, printed
-from vlmkd.data import domain_sets, few_shot_sets, imagenet_sets
+from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
 from vlmkd.errors import UserError
 
 DHO = {"ROOT": "/data", "NPROC": "1", "METHODS": "dho ce kd ce_kd pcgrad kd_feature ce_kd_feature"}

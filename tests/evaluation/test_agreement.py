@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from vlmkd.datasets.evaluation_sets import labelled
 from vlmkd.evaluation.agreement import Agreement, agreement
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.datasets import labelled
 
 from .conftest import Encoder, tiny_clip
 

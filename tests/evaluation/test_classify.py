@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
+from vlmkd.datasets.evaluation_sets import LabelledImages
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
-from vlmkd.evaluation.datasets import LabelledImages
 from vlmkd.evaluation.zero_shot import ZeroShot
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import encode_classes

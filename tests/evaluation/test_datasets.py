@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
+from vlmkd.datasets.evaluation_sets import captioned, default_name, labelled
 from vlmkd.errors import UserError
 from vlmkd.evaluation import prompts
-from vlmkd.evaluation.datasets import captioned, default_name, labelled
 
 from .conftest import encoded, write_tar
 
@@ -224,7 +224,7 @@ def test_emoji_captions_name_concepts(tmp_path: Path, monkeypatch: pytest.Monkey
             for kind, data in [("png", b""), ("txt", text)]
         },
     )
-    monkeypatch.setattr("vlmkd.data.embedded.resolve", lambda name: [str(path)])
+    monkeypatch.setattr("vlmkd.datasets.emoji.embedded.resolve", lambda name: [str(path)])
     data = captioned("emoji:unseen_concept")
     assert (
         data.name == "unseen_concept"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from vlmkd import trainer
 from vlmkd.config import EvaluationConfig, RunConfig
+from vlmkd.datasets.evaluation_sets import captioned, labelled
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.datasets import captioned, labelled
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.evaluation.zero_shot import ZeroShot
+from vlmkd.train import trainer
 
 from .conftest import CLASSES, Encoder, encoded, write_tar
 

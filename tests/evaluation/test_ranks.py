@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vlmkd.data.images import ImageRef
+from vlmkd.datasets.evaluation_sets import CaptionedImages, LabelledImages
 from vlmkd.evaluation.base import Context, Result
-from vlmkd.evaluation.datasets import CaptionedImages, LabelledImages
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.evaluation.zero_shot import ZeroShot
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmkd.data.images import ImageRef
+from vlmkd.datasets.evaluation_sets import CaptionedImages
 from vlmkd.errors import UserError
 from vlmkd.evaluation import retrieval
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.datasets import CaptionedImages
 from vlmkd.evaluation.retrieval import Retrieval, first_positive
 
 from .conftest import FixedEncoder, numbered_png

@@ -14,9 +14,9 @@ from PIL import Image
 
 from vlmkd.config import ZeroShotConfig
 from vlmkd.data.images import ImageRef
+from vlmkd.datasets.evaluation_sets import LabelledImages, labelled
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.datasets import LabelledImages, labelled
 from vlmkd.evaluation.zero_shot import ZeroShot, class_weights, topk_hits
 
 from .conftest import CLASSES, SPEC, Encoder, FixedEncoder, numbered_png

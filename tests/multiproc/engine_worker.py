@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlmkd import checkpoint, distributed, engine
+from vlmkd import distributed
 from vlmkd.config import DeepSpeedConfig, OptimConfig, RunConfig
 from vlmkd.errors import UserError
-from vlmkd.task import Task
+from vlmkd.train import checkpoint, engine
+from vlmkd.train.task import Task
 
 BOUND = 0.1
 

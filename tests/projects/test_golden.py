@@ -22,7 +22,7 @@ from tests.projects.dho.tiny_runs import clip_config, write_images
 from tests.projects.tinyclip.tiny_runs import model_config
 from tests.projects.vl2v_adip.tiny import domain_tree
 from tests.projects.zygote import Zygote
-from vlmkd.export import export_clip
+from vlmkd.export.clip import export_clip
 from vlmkd.models.clip import load_clip
 
 pytestmark = pytest.mark.slow

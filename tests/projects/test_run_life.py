@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.data.conftest import pair, write_tar
 from tests.projects.tinyclip.tiny_runs import Runs
 from tests.projects.zygote import Zygote
-from vlmkd import checkpoint
+from vlmkd.train import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +148,9 @@ def test_a_disk_that_is_full_at_the_start_is_one_line_and_the_folder_stays_usabl
     last = said.strip().splitlines()[-1]
     assert last.startswith("error: ") and "No space left on device" in last and "free disk space" in last
     (run_dir / first).unlink()
-    code, said = zygote.run(TRAIN, [config, f"run_dir={run_dir}"], output, without=["vlmkd.run:_finish"])
+    code, said = zygote.run(
+        TRAIN, [config, f"run_dir={run_dir}"], output, without=["vlmkd.train.run:_finish"]
+    )
     assert code == 0, said
 
 

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "torch._inductor.compile_fx",  # by DeepSpeed's optimisers, when an engine is made
-    "torchvision", "open_clip", "timm", "deepspeed", "vlmkd.run", "projects.dho.build", "projects.promptkd.build",
+    "torchvision", "open_clip", "timm", "deepspeed", "vlmkd.train.run", "projects.dho.build", "projects.promptkd.build",
     "projects.vl2v_adip.build",
 )  # fmt: skip
 _LIMIT_S = 300.0
@@ -121,7 +121,9 @@ def serve() -> None:
     sys.modules["tests"] = tests
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as vlmkd.engine does before it imports deepspeed
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # as vlmkd.train.engine does before it imports deepspeed
     for name in PRELOADED:
         importlib.import_module(name)
     assert importlib.import_module(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import tarfile
 from dataclasses import dataclass, field
 
-from vlmkd.data.folders import IMAGE_SUFFIXES
 from vlmkd.data.images import ImageRef
+from vlmkd.datasets.folders import IMAGE_SUFFIXES
 from vlmkd.errors import UserError
 
 _BLOCK = 512  # bytes of a tar header

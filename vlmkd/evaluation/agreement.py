@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmkd.datasets.evaluation_sets import LabelledImages
 from vlmkd.evaluation.base import Context, DualEncoder, Result, gather_rows, require_protocol
-from vlmkd.evaluation.datasets import LabelledImages
 from vlmkd.evaluation.images import embed_all
 from vlmkd.evaluation.zero_shot import class_weights
 

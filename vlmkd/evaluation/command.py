@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from vlmkd import distributed, zoo
 from vlmkd.allocator import keep_freed_memory
-from vlmkd.classifier_export import load_classifier
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
 from vlmkd.evaluation.efficiency import ParameterCount, count_macs, count_parameters, latency_ms, macs_of
+from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable, write_json
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, weights_digest

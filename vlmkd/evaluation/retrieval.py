@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vlmkd import distributed
 from vlmkd.config import RetrievalConfig
+from vlmkd.datasets.evaluation_sets import CaptionedImages, captioned
 from vlmkd.evaluation.base import Context, DualEncoder, Result, gather_rows, rank_share, require_protocol
-from vlmkd.evaluation.datasets import CaptionedImages, captioned
 from vlmkd.evaluation.images import embed_all, embed_texts
 
 RECALL_AT = (1, 5, 10)

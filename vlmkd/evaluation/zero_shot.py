@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmkd import distributed
 from vlmkd.config import ZeroShotConfig
+from vlmkd.datasets.evaluation_sets import LabelledImages, labelled
 from vlmkd.evaluation import prompts
 from vlmkd.evaluation.base import (
     Context,
@@ -25,7 +26,6 @@ from vlmkd.evaluation.base import (
     rank_share,
     require_protocol,
 )
-from vlmkd.evaluation.datasets import LabelledImages, labelled
 from vlmkd.evaluation.images import ImageOutputs, embed_batches
 from vlmkd.models.class_vectors import require_same_classes
 

@@ -19,16 +19,16 @@ from projects.dho.teacher import load_teacher
 from projects.dho.train_tip_adapter import train
 from tests.projects.dho.tiny_runs import CLASSES, Runs
 from tests.projects.zygote import Zygote
-from vlmkd.classifier_export import load_classifier
 from vlmkd.config import LabelledDataConfig
 from vlmkd.config import load as load_config
 from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.labelled_sets import load_set
 from vlmkd.data.stored_outputs import embed_items
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
+from vlmkd.export.classifier import load_classifier
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
-from vlmkd.report import columns_of, read_run, rows_of
+from vlmkd.page.report import columns_of, read_run, rows_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from tests.projects.zygote import Zygote
-from vlmkd.export import export_clip
+from vlmkd.export.clip import export_clip
 from vlmkd.models.clip import load_clip
 
 SCRIPT = "projects.dho.train_student"

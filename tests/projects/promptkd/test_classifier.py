@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier
 from tests.projects.promptkd import tiny
-from vlmkd.classifier_export import (
+from vlmkd.errors import UserError
+from vlmkd.export.classifier import (
     _Prediction,
     export_classifier,
     load_classifier,
@@ -18,7 +19,6 @@ from vlmkd.classifier_export import (
     to_onnx,
     verify_classifiers,
 )
-from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
 
 NAMES = ["amber", "blue", "cyan"]

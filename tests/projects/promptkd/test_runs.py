@@ -30,9 +30,9 @@ from projects.promptkd.prompts import class_tokens
 from projects.promptkd.student import PromptedStudent, StudentClassifier
 from projects.promptkd.teacher import load_teacher
 from tests.projects.zygote import Zygote
-from vlmkd.classifier_export import load_classifier
 from vlmkd.errors import UserError
-from vlmkd.export import export_clip
+from vlmkd.export.classifier import load_classifier
+from vlmkd.export.clip import export_clip
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import build_clip, load_clip
 

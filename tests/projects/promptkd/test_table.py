@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from projects.promptkd import table
-from vlmkd.classifier_export import WEIGHTS
 from vlmkd.errors import UserError
+from vlmkd.export.classifier import WEIGHTS
 
 METRICS = ("base_top1", "novel_top1", "harmonic_mean")
 

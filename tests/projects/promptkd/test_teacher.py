@@ -9,8 +9,8 @@ from projects.promptkd.config import ClipConfig, StudentConfig, TeacherSource
 from projects.promptkd.prompts import PromptedCLIP, PromptShape
 from projects.promptkd.teacher import Teacher
 from vlmkd.config import EvaluationConfig
-from vlmkd.data.embedded_catalog import class_names
 from vlmkd.data.labelled import LabelledSet
+from vlmkd.datasets.emoji.catalog import class_names
 from vlmkd.models.clip import load_clip
 
 

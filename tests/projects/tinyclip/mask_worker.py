@@ -10,8 +10,9 @@ import torch
 from projects.tinyclip.build import mask_job
 from projects.tinyclip.config import MaskConfig
 from projects.tinyclip.masked import MaskedCLIP
-from vlmkd import config, engine
-from vlmkd.trainer import to_device
+from vlmkd import config
+from vlmkd.train import engine
+from vlmkd.train.trainer import to_device
 
 
 def masks_of(model: MaskedCLIP) -> list[torch.Tensor]:

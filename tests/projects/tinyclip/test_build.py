@@ -14,12 +14,13 @@ from projects.tinyclip.build import distill_job, mask_job
 from projects.tinyclip.config import DistillConfig, MaskConfig
 from tests.evaluation.conftest import numbered_png
 from tests.projects.tinyclip.tiny_runs import Runs, model_config
-from vlmkd import config, engine
+from vlmkd import config
 from vlmkd.config import DataConfig
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.errors import UserError
 from vlmkd.models.clip import ClipPredictor, load_clip
-from vlmkd.run import main
+from vlmkd.train import engine
+from vlmkd.train.run import main
 
 
 def _distill(runs: Runs, *overrides: str) -> DistillConfig:

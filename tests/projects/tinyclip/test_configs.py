@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from projects.tinyclip.config import DistillConfig, MaskConfig
 from vlmkd import config
-from vlmkd.engine import batch_triple
+from vlmkd.train.engine import batch_triple
 
 ROOT = Path(__file__).parents[3]
 PROJECT = ROOT / "projects" / "tinyclip"

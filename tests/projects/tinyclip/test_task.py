@@ -15,7 +15,7 @@ from tests.projects.tinyclip.tiny_runs import Runs
 from vlmkd import config
 from vlmkd.losses.affinity import TeacherEmbeds
 from vlmkd.models.clip import load_clip
-from vlmkd.trainer import Job
+from vlmkd.train.trainer import Job
 
 ALL_TERMS = ["loss.affinity=0.5", "loss.contrastive=0.25", "loss.feature=20", "loss.interactive=2"]
 

@@ -25,8 +25,8 @@ from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.table import markdown, scores_in
 from tests.projects.vl2v_adip import tiny
 from vlmkd import config as configs
-from vlmkd.classifier_export import load_classifier
 from vlmkd.errors import UserError
+from vlmkd.export.classifier import load_classifier
 from vlmkd.models.backbones import load_backbone, with_spec
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip

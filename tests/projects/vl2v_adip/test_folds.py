@@ -16,7 +16,7 @@ from projects.vl2v_adip.folds import FACTS, choose, earlier_stage, facts_of
 from projects.vl2v_adip.student import Student
 from tests.projects.vl2v_adip.tiny import CLASSES, DOMAINS, config, domain_tree
 from vlmkd import config as configs
-from vlmkd.data.labelled_sets import load_set
+from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.models.heads import Projector, TextClassifier
 

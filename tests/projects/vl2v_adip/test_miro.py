@@ -11,7 +11,7 @@ from projects.vl2v_adip.miro import MiroStudent, Pretrained, layers_of, regulari
 from projects.vl2v_adip.objective import Targets, objective
 from vlmkd.errors import UserError
 from vlmkd.models.backbones import load_backbone
-from vlmkd.task import combine
+from vlmkd.train.task import combine
 
 
 def test_the_regulariser_is_a_gaussian_log_likelihood_a_layer() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from projects.vl2v_adip.config import LossConfig
 from projects.vl2v_adip.objective import Targets, needs_images, objective
-from vlmkd.task import combine
+from vlmkd.train.task import combine
 
 B, C, D = 6, 4, 5
 

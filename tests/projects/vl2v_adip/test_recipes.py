@@ -13,7 +13,7 @@ import pytest
 
 from projects.vl2v_adip.config import CONTINUES, FROZEN_BACKBONE, WITHOUT_TEACHER, AlignConfig, DistillConfig
 from vlmkd import config
-from vlmkd.data.domain_sets import SETS
+from vlmkd.datasets.domain_sets import SETS
 
 ROOT = Path(__file__).parents[3]
 PROJECT = ROOT / "projects" / "vl2v_adip"

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from vlmkd.export import export_clip
+from vlmkd.export.clip import export_clip
 from vlmkd.models.clip import load_clip
 
 DOMAINS, CLASSES = ("ink", "oil", "photo"), ("cat", "dog", "red_fox")

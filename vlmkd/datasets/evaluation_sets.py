@@ -1,0 +1,335 @@
+"""Evaluation sets on disk: class folders, captioned image folders, and webdataset shards.
+
+Shards are uncompressed local tars (remote ones are fetched into the cache first) whose headers are read once, so
+that every rank and loader process reads its own images and the time left is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmkd.data import shards as shard_lists
+from vlmkd.data.images import ImageRef
+from vlmkd.data.tar_index import index_tar
+from vlmkd.datasets.folders import ClassFolders, list_class_folders
+from vlmkd.errors import UserError
+from vlmkd.evaluation import prompts
+from vlmkd.files import read_json
+
+log = logging.getLogger(__name__)
+
+_WNID = re.compile(r"n\d{8}")
+# `a.jpg#0<tab>text` (Flickr30k's token file), `a.jpg,text` and `a.jpg| 0| text` (its CSV forms)
+_CAPTION_LINE = re.compile(
+    r"^\"?(.+?\.(?:jpe?g|png|webp))\"?(?:#\d+)?\s*[\t,|]\s*(?:\d+\s*\|\s*)?(.+)$", re.I
+)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A classification set."""
+
+    name: str
+    images: list[ImageRef]
+    labels: list[int]
+    """Index into `class_names`, one per image."""
+    class_names: list[str]
+    templates: list[str]
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """A retrieval set; every image and every text has at least one partner."""
+
+    name: str
+    images: list[ImageRef]
+    texts: list[str]
+    texts_of_image: list[list[int]]
+    """Indices into `texts` of each image's captions."""
+
+
+def labelled(data: str, *, class_names: str = "", templates: str = "", name: str = "") -> LabelledImages:
+    """A classification set from an ImageNet-layout folder, webdataset shards, or an `emoji:` name.
+
+    Empty `class_names` and `templates` mean the data set's own: classnames.txt and templates.txt beside the shards or
+    class folders, else (folders) the folders' names, or OpenAI's ImageNet names for wnids, and the 80 OpenAI prompts.
+
+    Raises:
+        UserError: missing data, files without a label, or class names that do not fit.
+    """
+    tars = _find_shards(data, "zero-shot data")
+    if tars:
+        images, labels = _labelled_shards(tars)
+        beside = _with_root(Path(tars[0]).parent)
+        own = _beside(beside, ("classnames.txt",))
+        if not class_names and own is None:
+            raise UserError(
+                f"{beside[0]} has no classnames.txt beside its shards; write one, or name class_names"
+            )
+        names = prompts.class_names(class_names or str(own))
+        worst = max(labels)
+        if worst >= len(names):
+            raise UserError(
+                f"{data}: a sample has class {worst}, but there are only {len(names)} class names; correct them"
+            )
+    else:
+        folders = list_class_folders(data)
+        beside = _with_root(Path(folders.root))
+        own = _beside(beside, ("classnames.txt",))
+        names, labels = _folder_classes(folders, class_names or (str(own) if own else ""))
+        images = [ImageRef(path) for path in folders.images]
+    own = _beside(beside, prompts.TEMPLATE_FILES)
+    chosen = templates or (str(own) if own else prompts.DEFAULT_TEMPLATES)
+    return LabelledImages(name or default_name(data), images, labels, names, prompts.templates(chosen))
+
+
+def captioned(data: str, *, captions: str = "", name: str = "") -> CaptionedImages:
+    """A retrieval set from an image folder with a captions file, webdataset shards, or an `emoji:` name.
+
+    `captions`: COCO annotations JSON, Karpathy split JSON (its `test` images), or Flickr30k's token or CSV file.
+    In shards every non-empty line of `txt` is a caption. Equal captions of an `emoji:` set are one text with several
+    right images (its test captions are concept names); elsewhere each caption counts by itself, as published.
+
+    Raises:
+        UserError: missing images or captions, or a file in none of these layouts.
+    """
+    name = name or default_name(data)
+    tars = _find_shards(data, "retrieval data")
+    if tars:
+        if captions:
+            raise UserError(
+                f"captions={captions} has no effect on shards, whose txt members are the captions; leave it out"
+            )
+        pairs = _captioned_shards(tars)
+    else:
+        if not captions:
+            raise UserError(
+                f"{data} holds no .tar shards; for an image folder name its captions file (COCO or Karpathy JSON)"
+            )
+        pairs = _captioned_folder(Path(data).expanduser(), Path(captions).expanduser())
+    texts: list[str] = []
+    texts_of_image: list[list[int]] = []
+    known: dict[str, int] = {}
+    for image, image_texts in pairs:
+        if not image_texts:
+            raise UserError(
+                f"{image} has no caption in {captions or data}; remove the image or add a caption"
+            )
+        indices = []
+        for text in image_texts:
+            if data.startswith("emoji:") and text in known:
+                indices.append(known[text])
+                continue
+            known[text] = len(texts)
+            indices.append(len(texts))
+            texts.append(text)
+        texts_of_image.append(list(dict.fromkeys(indices)))
+    return CaptionedImages(name, [image for image, _ in pairs], texts, texts_of_image)
+
+
+def default_name(data: str) -> str:
+    """Last part of a data path that says something: `imagenet` for /data/imagenet/val."""
+    if data.startswith("emoji:"):
+        return data.partition(":")[2]
+    parts = [part for part in re.split(r"[/\\]", data) if part]
+    telling = [part for part in parts if part not in ("val", "test", ".", "..") and not part.endswith(".tar")]
+    return (telling or parts or [data])[-1]
+
+
+def _with_root(folder: Path) -> list[Path]:
+    """`folder`, and the data set's root when `folder` is one of its splits."""
+    return [folder, folder.parent] if folder.name in ("val", "test", "train") else [folder]
+
+
+def _beside(folders: list[Path], names: tuple[str, ...]) -> Path | None:
+    """The first file of these names in these folders."""
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------------- class folders
+
+
+def _folder_classes(folders: ClassFolders, source: str) -> tuple[list[str], list[int]]:
+    """Class names, and the label of each image among them."""
+    found = folders.classes
+    wnids = all(_WNID.fullmatch(folder) for folder in found)
+    numbers = all(folder.isdecimal() for folder in found)
+    if wnids and source in ("", "imagenet"):
+        return _wnid_names(folders), folders.labels
+    if not source:
+        if numbers:
+            raise UserError(
+                f"{folders.root} has numbered class folders; name class_names (`imagenet` or a file)"
+            )
+        return [folder.replace("_", " ") for folder in found], folders.labels
+    names = prompts.class_names(source)
+    if numbers:
+        worst = int(found[-1])
+        if worst >= len(names):
+            raise UserError(
+                f"class folder {folders.root}/{found[-1]} has no class name: {source} has {len(names)}"
+            )
+        return names, [int(found[label]) for label in folders.labels]
+    if len(names) != len(found):
+        raise UserError(
+            f"{source} has {len(names)} class names, but {folders.root} has {len(found)} class folders; write one name per "
+            f"folder, in the folders' sorted order"
+        )
+    return names, folders.labels
+
+
+def _wnid_names(folders: ClassFolders) -> list[str]:
+    """OpenAI's names of the wnids; says so when they are not all 1,000."""
+    by_wnid = dict(zip(prompts.imagenet_wnids(), prompts.imagenet_class_names(), strict=True))
+    unknown = [folder for folder in folders.classes if folder not in by_wnid]
+    if unknown:
+        raise UserError(
+            f"class folder {folders.root}/{unknown[0]} is not a wnid of ImageNet-1K; remove it or name class_names"
+        )
+    if len(folders.classes) < len(by_wnid):
+        log.warning(
+            "%s has %d of ImageNet's 1000 classes; accuracy is over these only",
+            folders.root,
+            len(folders.classes),
+        )
+    return [by_wnid[folder] for folder in folders.classes]
+
+
+# ----------------------------------------------------------------------------------------------- captioned folders
+
+
+def _captioned_folder(root: Path, captions: Path) -> list[tuple[ImageRef, list[str]]]:
+    if not root.is_dir():
+        raise UserError(f"image folder {root} does not exist (looked from {os.getcwd()}); correct the path")
+    pairs = _read_json_captions(captions) if captions.suffix == ".json" else _read_caption_lines(captions)
+    if not pairs:
+        raise UserError(
+            f"captions file {captions} names no image to evaluate (Karpathy files: no image of split `test`)"
+        )
+    located = []
+    missing = []
+    for candidates, texts in pairs:
+        path = next((root / name for name in candidates if (root / name).is_file()), None)
+        if path is None:
+            missing.append(candidates[0])
+        else:
+            located.append((ImageRef(str(path)), texts))
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(pairs)} images of {captions} are missing, first {root / missing[0]}; add them"
+        )
+    return located
+
+
+def _read_json_captions(path: Path) -> list[tuple[list[str], list[str]]]:
+    """(possible file names, captions) per image of a COCO or Karpathy JSON."""
+    content = read_json(path, "captions file")
+    pairs = None
+    try:
+        pairs = _karpathy(content["images"])
+        if pairs is None and content["images"] and content["annotations"]:
+            pairs = _coco(content["images"], content["annotations"])
+    except (KeyError, TypeError, AttributeError):
+        pass  # another layout
+    if pairs is None or not all(isinstance(text, str) for part in pairs for texts in part for text in texts):
+        raise UserError(
+            f"captions file {path} is neither COCO captions (images + annotations with `caption`) nor a Karpathy split "
+            f"(images with `sentences`); name one of these"
+        )
+    return pairs
+
+
+def _karpathy(images: list[dict[str, Any]]) -> list[tuple[list[str], list[str]]] | None:
+    if not images or not all("sentences" in image and "filename" in image for image in images):
+        return None
+    return [
+        (
+            [os.path.join(image.get("filepath", ""), image["filename"]), image["filename"]],
+            [sentence["raw"] for sentence in image["sentences"]],
+        )
+        for image in images
+        if image.get("split") == "test"
+    ]
+
+
+def _coco(
+    images: list[dict[str, Any]], annotations: list[dict[str, Any]]
+) -> list[tuple[list[str], list[str]]]:
+    by_image: dict[Any, list[str]] = defaultdict(list)
+    for item in annotations:
+        by_image[item["image_id"]].append(item["caption"])
+    return [([image["file_name"]], by_image[image["id"]]) for image in images]
+
+
+def _read_caption_lines(path: Path) -> list[tuple[list[str], list[str]]]:
+    """(file name, captions) per image of Flickr30k's token or CSV file; a header line is skipped."""
+    by_image: dict[str, list[str]] = {}
+    for number, line in enumerate(prompts.read_lines(path, "captions"), start=1):
+        match = _CAPTION_LINE.match(line)
+        if match is None:
+            if number == 1:
+                continue
+            raise UserError(
+                f"captions file {path}: entry {number} is not `image.jpg#0<tab>caption` or CSV: {line[:60]!r}"
+            )
+        by_image.setdefault(match.group(1), []).append(match.group(2).strip().strip('"'))
+    return [([name], texts) for name, texts in by_image.items()]
+
+
+# --------------------------------------------------------------------------------------------------------- shards
+
+
+def _find_shards(data: str, where: str) -> list[str]:
+    """Local tars that `data` names: an `emoji:` set, tars, a folder of tars (or its test/); [] for another folder."""
+    if not data:
+        raise UserError(f"{where} is empty; name a folder, shards or an emoji: set")
+    if data.startswith("pipe:"):
+        raise UserError(
+            f"{where} {data}: evaluation reads files, not pipes; save the shard and name its path"
+        )
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        tars = sorted(folder.glob("*.tar")) or sorted(folder.glob("test/*.tar"))
+        return [str(path) for path in tars]
+    if not (data.startswith("emoji:") or ".tar" in data):
+        return []
+    found = shard_lists.expand([data], where)
+    remote = [url for url in found if shard_lists.is_remote(url)]
+    if not remote:
+        return found
+    from vlmkd.zoo import cache_folder
+
+    cache = cache_folder().parent / "evaluation_shards"
+    try:
+        return [str(shard_lists.download(url, cache)) if url in remote else url for url in found]
+    except OSError as error:
+        raise UserError(
+            f"{where} {data} cannot be fetched ({error}); check the address and the network"
+        ) from None
+
+
+def _labelled_shards(tars: list[str]) -> tuple[list[ImageRef], list[int]]:
+    images, labels = [], []
+    for sample in (sample for tar in tars for sample in index_tar(tar)):
+        content = sample.text("cls").strip()
+        if not content.isdecimal():
+            raise UserError(
+                f"{sample.shard}: {sample.key}.cls is {content[:20]!r}, not a class index; write the shard again"
+            )
+        images.append(sample.image())
+        labels.append(int(content))
+    return images, labels
+
+
+def _captioned_shards(tars: list[str]) -> list[tuple[ImageRef, list[str]]]:
+    pairs = []
+    for sample in (sample for tar in tars for sample in index_tar(tar)):
+        lines = [line.strip() for line in sample.text("txt").splitlines()]
+        pairs.append((sample.image(), [line for line in lines if line]))
+    return pairs

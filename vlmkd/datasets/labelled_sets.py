@@ -1,0 +1,293 @@
+"""Labelled sets by name: `load_set("eurosat", root)`, `load_set("emoji")`, `load_set("folder:PATH")`.
+
+docs/datasets.md lists every name with its size, licence, layout on disk and source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from vlmkd.class_names import check_class_names, class_key, prompt_name
+from vlmkd.config import LabelledDataConfig
+from vlmkd.data.images import ImageRef
+from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
+from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
+from vlmkd.datasets.emoji import emoji_sets
+from vlmkd.datasets.folders import class_folder_names, images_of_classes, is_image, root_folder
+from vlmkd.datasets.text import class_lines
+from vlmkd.datasets.text import class_names as read_class_names
+from vlmkd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "folder:"
+"""Before the path of a user's own class folders."""
+DOMAINS = "domains:"
+"""Before the path of a user's own `<domain>/<class>` folders."""
+VAL_SHARE = 0.1
+TEST_SHARE = 0.2
+"""Shares of a folder's images that are held out where it has no val or test folder."""
+SPLITS = ("train", "val", "test")
+UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
+"""Folders of images without a class, beside the class folders."""
+_FEWEST = {"test": 2, "val": 5}
+"""From so many images on every class has one held out."""
+
+_LOADERS = {
+    **{key: partial(few_shot_sets.load, key) for key in few_shot_sets.SETS},
+    **{key: partial(imagenet_sets.load_variant, key) for key in imagenet_sets.VARIANTS},
+    **{key: partial(domain_sets.load, key) for key in domain_sets.SETS},
+}
+_EMBEDDED = {"emoji": emoji_sets.load_emoji, "emoji-domains": emoji_sets.load_emoji_domains}
+
+
+def known_sets() -> list[str]:
+    """All names that `load_set` takes; `folder:PATH` and `domains:PATH` stand for the user's own folders."""
+    return [*_LOADERS, *_EMBEDDED, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
+
+
+def require_known(name: str) -> None:
+    """Refuse a name that `load_set` does not take; nothing is read.
+
+    Raises:
+        UserError: with the nearest known name.
+    """
+    if name not in _LOADERS and name not in _EMBEDDED and not name.startswith((FOLDER, DOMAINS)):
+        raise UserError(f"unknown data set {name!r}{_nearest(name)}; it is one of {', '.join(known_sets())}")
+
+
+def configured_set(data: LabelledDataConfig) -> LabelledSet:
+    """The labelled set that a run's config names."""
+    return load_set(data.set, data.root, data.class_names, data.templates)
+
+
+def load_set(name: str, root: str = "", class_names: str = "", templates: Sequence[str] = ()) -> LabelledSet:
+    """The labelled set of this name, its files checked.
+
+    `root` is the folder that holds the data sets, each in its own folder, or the data set's own folder. Embedded sets
+    (`emoji`, `emoji-domains`) and paths take none. For a user's own folders `class_names` is a file for `with_class_names`,
+    and `templates` are the prompts in the place of `a photo of a {}`. Few-shot sets have the splits `train`, `val` and `test`, ImageNet `train` and `test`, its variants `test`,
+    domain sets `all`; `folder:` sets may have `unlabelled` too.
+
+    Raises:
+        UserError: an unknown name, or files that are missing or belong to another data set.
+    """
+    require_known(name)
+    own_path = name.startswith((FOLDER, DOMAINS))
+    if (class_names or templates) and not own_path:
+        raise UserError(
+            f"data set {name} has its own class names and prompts; data.class_names and data.templates go with {FOLDER} and "
+            f"{DOMAINS} sets"
+        )
+    if name in _LOADERS:
+        return _LOADERS[name](root)
+    if root and (name in _EMBEDDED or own_path):
+        why = "the path says where it is" if own_path else "it is built into the cache"
+        raise UserError(f"data set {name} takes no root ({root}): {why}; leave it out")
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]()
+    labelled = _own(name, class_names)
+    check_class_names(labelled.class_names)
+    return replace(labelled, templates=list(templates)) if templates else labelled
+
+
+def _own(name: str, class_names: str) -> LabelledSet:
+    if name.startswith(FOLDER):
+        return load_folder(name.removeprefix(FOLDER), class_names)
+    path = name.removeprefix(DOMAINS)
+    folder = root_folder(path, name, "name the folder that holds the domains' folders")
+    labelled = domain_sets.read_domains(folder, name=folder.name)
+    return with_class_names(labelled, class_names) if class_names else labelled
+
+
+def items_of(labelled: LabelledSet, split: str) -> list[Item]:
+    """The items of one split.
+
+    Raises:
+        UserError: the set has no such split.
+    """
+    if split not in labelled.splits:
+        raise UserError(
+            f"data set {labelled.name} has no split {split!r}; it has {', '.join(labelled.splits)}"
+        )
+    return labelled.splits[split]
+
+
+def load_folder(
+    path: str, class_names: str = "", *, val_share: float = VAL_SHARE, test_share: float = TEST_SHARE
+) -> LabelledSet:
+    """A user's own images: `PATH/<class>/*`, or `PATH/train/<class>/*` with `val` and `test` beside it.
+
+    What is missing of val and test is held out of the other images by a hash of each image's path inside PATH, so that new
+    images do not move old ones (but see `_hashed` on small classes). Images in
+    PATH/unlabelled are the split `unlabelled`. Where there are no others, `class_names` says what is to be seen in them,
+    and part of them is held out as test, without labels.
+
+    Class names are the folders' names with spaces for underscores, or the lines of PATH/classnames.txt, one for each
+    folder in ASCII order; `class_names` is a file for `with_class_names`.
+
+    Raises:
+        UserError: no such folder, no classes, an empty class, or class names that do not fit.
+    """
+    if not (0 <= val_share and 0 <= test_share and val_share + test_share < 1):
+        raise UserError(
+            f"held-out shares are {val_share} and {test_share}; they are from 0 on and below 1 together"
+        )
+    root = root_folder(path, f"{FOLDER}{path}", "name a folder with one folder per class")
+    given = [split for split in SPLITS if (root / split).is_dir()]
+    base = root / given[0] if given else root
+    unlabelled = _unlabelled(root)
+    classes = [name for name in class_folder_names(base) if given or name not in UNLABELLED_FOLDERS]
+    if not classes and unlabelled and class_names:
+        return _without_labels(root.name, unlabelled, class_names, test_share)
+    if len(classes) < 2:
+        raise UserError(
+            f"{base} holds {len(classes)} class folders; sort the images into one folder per class, at least two"
+        )
+    if loose := sum(is_image(name) for name in os.listdir(base)):
+        log.warning("%s: %d images lie in no class folder and are left out", base, loose)
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    if given[:1] in ([], ["train"]):  # val or test alone is a set to be tested on
+        shares = {
+            split: share for split, share in (("test", test_share), ("val", val_share)) if split not in given
+        }
+        prefix = "train/" if given else ""
+        for label, paths in enumerate(images_of_classes(base, classes)):
+            for name, split in _hashed(paths, shares).items():
+                splits[split].append(Item(f"{prefix}{name}", ImageRef(str(base / name)), label))
+    for split in given:
+        if split != "train":
+            splits[split] = _given_split(root, split, classes, base)
+    splits["unlabelled"] = unlabelled
+    names = [name.replace("_", " ") for name in classes] if class_names else _own_class_names(root, classes)
+    whole = {split: items for split, items in splits.items() if items}
+    labelled = LabelledSet(root.name, names, ["a photo of a {}."], whole)
+    return with_class_names(labelled, class_names) if class_names else labelled
+
+
+def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
+    """The set with the class names of a file, and numbered in the order of its lines: `NAME` or `FOLDER<tab>NAME`.
+
+    A line without a tab names the class that reads the same; underscores, white space and case do not count.
+
+    Raises:
+        UserError: a line that is of no class or of one that had a line already, or a class without a line.
+    """
+    check_class_names(labelled.class_names)
+    place = {class_key(name): index for index, name in enumerate(labelled.class_names)}
+    numbers: dict[int, int] = {}
+    names: list[str] = []
+    for folder, name in class_lines(path):
+        old = place.get(class_key(folder))
+        if old is None:
+            near = difflib.get_close_matches(class_key(folder), place, n=1, cutoff=0.5)
+            mend = f"; did you mean {near[0]!r}?" if near else "; write NAME or FOLDER<tab>NAME a line"
+            raise UserError(f"class names {path}: {labelled.name} has no class folder {folder!r}{mend}")
+        if old in numbers:
+            raise UserError(f"class names {path}: {folder!r} comes twice; write one line a class")
+        numbers[old] = len(names)
+        names.append(prompt_name(name))
+    missing = [name for index, name in enumerate(labelled.class_names) if index not in numbers]
+    if missing:
+        raise UserError(
+            f"class names {path}: class folder {missing[0]!r} of {labelled.name} has no line; add it, or remove the folder"
+        )
+    splits = {
+        split: [
+            item if item.label == UNLABELLED else replace(item, label=numbers[item.label]) for item in items
+        ]
+        for split, items in labelled.splits.items()
+    }
+    return replace(labelled, class_names=names, splits=splits)
+
+
+def _unlabelled(root: Path) -> list[Item]:
+    """Images whose class nobody has said."""
+    folders = [name for name in UNLABELLED_FOLDERS if (root / name).is_dir()]
+    return [
+        Item(path, ImageRef(str(root / path)), UNLABELLED)
+        for images in images_of_classes(root, folders)
+        for path in images
+    ]
+
+
+def _without_labels(name: str, items: list[Item], class_names: str, test_share: float) -> LabelledSet:
+    """A set of unlabelled images and of names of classes."""
+    test = {
+        path
+        for path, split in _hashed([item.key for item in items], {"test": test_share}).items()
+        if split == "test"
+    }
+    splits = {
+        "unlabelled": [item for item in items if item.key not in test],
+        "test": [item for item in items if item.key in test],
+    }
+    names = [prompt_name(line) for _, line in class_lines(class_names)]
+    return LabelledSet(name, names, ["a photo of a {}."], splits)
+
+
+def _given_split(root: Path, split: str, classes: Sequence[str], first: Path) -> list[Item]:
+    found = class_folder_names(root / split)
+    if extra := sorted(set(found) - set(classes)):
+        raise UserError(f"class {extra[0]} of {root / split} is not in {first}; add or remove it")
+    return [
+        Item(f"{split}/{path}", ImageRef(str(root / split / path)), classes.index(name))
+        for name, images in zip(found, images_of_classes(root / split, found), strict=True)
+        for path in images
+    ]
+
+
+def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
+    """The split of each image of one class, by a hash of its path: those of `shares`, in their order, or train.
+
+    In a small class the hash alone may leave a split empty: whatever it says, one image trains, one of two or more tests
+    and one of five or more validates.
+    """
+    place = {
+        path: int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 for path in paths
+    }
+    bounds = dict(zip(shares, itertools.accumulate(shares.values()), strict=True))
+    found = {
+        path: next((split for split, bound in bounds.items() if place[path] < bound), "train")
+        for path in paths
+    }
+    ranked = sorted(paths, key=lambda path: place[path])
+    if "train" not in found.values():
+        found[ranked[-1]] = "train"
+    for position, split in enumerate(split for split, share in shares.items() if share):
+        if split not in found.values() and len(paths) >= _FEWEST[split]:
+            found[ranked[position]] = split
+    return found
+
+
+def _own_class_names(root: Path, classes: Sequence[str]) -> list[str]:
+    path = root / "classnames.txt"
+    if not path.is_file():
+        return [name.replace("_", " ") for name in classes]
+    names = read_class_names(str(path))
+    if len(names) != len(classes):
+        raise UserError(
+            f"{path} has {len(names)} names for {len(classes)} class folders; write one a line, in the folders' ASCII order"
+        )
+    return names
+
+
+def _nearest(name: str) -> str:
+    """Half a sentence with the known name that the user may have meant."""
+    plain = {_plain(known): known for known in (*_LOADERS, *_EMBEDDED)}
+    given = _plain(name)
+    starts = [key for key in plain if given and (key.startswith(given) or given.startswith(key))]
+    near = starts[:1] or difflib.get_close_matches(given, plain, n=1, cutoff=0.5)
+    return f" (did you mean {plain[near[0]]}?)" if near else ""
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -1,0 +1,209 @@
+"""The resumable state of a run: written under a temporary name, verified, renamed; torn ones are skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmkd import distributed
+from vlmkd.errors import UserError
+from vlmkd.tensor_files import read_torch
+from vlmkd.train.engine import Engine
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_SHARED = "shared.pt"
+_NAME = re.compile(r"step_(\d{6,})$")
+
+
+def save(
+    state_dir: Path, step: int, engine: Engine, *, shared: dict[str, Any], per_rank: dict[str, Any], keep: int
+) -> None:
+    """Write `state_dir/step_NNNNNN`, then drop all but the newest `keep` checkpoints.
+
+    `shared` comes from rank 0, `per_rank` from each rank; both hold tensors and plain data only. A collective.
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints stay as they were.
+    """
+    final = state_dir / f"step_{step:06d}"
+    partial = state_dir / f".partial_{final.name}"
+    with _together(final, partial):
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with _together(final, partial):
+        engine.save(partial)
+        torch.save(per_rank, partial / f"rank_{distributed.rank()}.pt")
+        if distributed.is_main():
+            torch.save(shared, partial / _SHARED)
+        own = _digests(partial, distributed.rank())
+    files = {name: digest for part in distributed.gather_objects(own) for name, digest in part.items()}
+    with _together(final, partial):
+        if distributed.is_main():
+            facts = {"step": step, **_shape(engine), "files": files}
+            _write_synced(partial / _MANIFEST, json.dumps(facts | {"sha256": _digest_of(facts)}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _sync_folder(state_dir)
+            for old in _steps(state_dir)[keep:]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _together(final: Path, partial: Path) -> Iterator[None]:
+    """Run the body on every rank; when it fails on one, all drop `partial` and raise the same UserError."""
+    problem = None
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    problems = [text for text in distributed.gather_objects(problem) if text]
+    if problems:
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} could not be written ({problems[0]}); free disk space and start the same command "
+            f"again: the run continues from the checkpoint before it"
+        )
+
+
+def latest(state_dir: Path) -> Path | None:
+    """The newest whole checkpoint, agreed on by all ranks; damaged ones are reported and renamed `damaged_step_N`.
+
+    Raises:
+        UserError: a damaged one cannot be renamed.
+    """
+    found = None
+    if distributed.is_main():
+        for folder in _steps(state_dir):
+            reason = damage(folder)
+            if reason is None:
+                found = folder
+                break
+            aside = folder.with_name(f"damaged_{folder.name}")
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, reason)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)  # else it would count among the newest that are kept
+            except OSError as error:
+                raise UserError(
+                    f"the damaged checkpoint {folder} cannot be renamed ({error.strerror}); move it away"
+                ) from None
+    return distributed.broadcast_object(found)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when the manifest and every file have the recorded sha256."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return f"no {_MANIFEST}"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{_MANIFEST} cannot be read: {error}"
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest_of(manifest):
+        return f"{_MANIFEST} does not match its own sha256"
+    files = manifest.get("files")
+    if not isinstance(files, dict) or _SHARED not in files:
+        return f"{_MANIFEST} does not list {_SHARED}"
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run.
+
+    Raises:
+        UserError: it was written by another number of ranks or at another ZeRO stage, holds more than tensors and plain
+            data, or does not fit this run's model.
+    """
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    for name, now in _shape(engine).items():
+        if manifest.get(name) != now:
+            raise UserError(
+                f"checkpoint {folder} was written with {name}={manifest.get(name)} and this run has {now}; "
+                f"start it with {manifest.get(name)} or choose another run_dir"
+            )
+    try:
+        engine.load(folder)
+    except (OSError, RuntimeError, LookupError) as error:
+        raise UserError(
+            f"checkpoint {folder} does not fit this run ({' '.join(str(error).split())[:300]}); choose another run_dir"
+        ) from None
+    shared = read_torch(folder / _SHARED, what="checkpoint file")
+    own = read_torch(folder / f"rank_{distributed.rank()}.pt", what="checkpoint file")
+    return shared, own
+
+
+def _shape(engine: Engine) -> dict[str, int]:
+    """What decides which files there are and what is in them."""
+    return {"ranks": distributed.world_size(), "deepspeed.zero_stage": engine.zero_stage}
+
+
+def _steps(state_dir: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    if not state_dir.is_dir():
+        return []
+    named = [(int(match[1]), path) for path in state_dir.iterdir() if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def _digests(folder: Path, rank: int) -> dict[str, str]:
+    """sha256 of the files that this rank wrote, flushed to disk first."""
+    result = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and _owner(path.name) == rank:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            result[path.relative_to(folder).as_posix()] = _sha256(path)
+    return result
+
+
+def _owner(name: str) -> int:
+    """Rank that writes a file: by `rank_R` in its name (DeepSpeed's and ours), else rank 0."""
+    match = re.search(r"rank_(\d+)", name)
+    return int(match[1]) if match and not name.startswith("mp_rank") else 0
+
+
+def _digest_of(facts: dict[str, Any]) -> str:
+    """sha256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,418 @@
+"""DeepSpeed around one task; the only module that imports deepspeed, and only when an engine is made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd import distributed
+from vlmkd.config import RunConfig, require
+from vlmkd.errors import UserError
+from vlmkd.files import one_line, read_object
+from vlmkd.tensor_files import read_torch
+from vlmkd.train.task import Task
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TAG = "deepspeed"
+_KEPT = -1  # no module has this number
+
+
+def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+    """Micro-batch per rank and accumulation steps that make up `cfg.batch_size` on `world_size` ranks.
+
+    Raises:
+        UserError: the three do not fit; names the nearest batch sizes that do.
+    """
+    micro = cfg.micro_batch_size or cfg.batch_size // world_size
+    unit = max(1, cfg.micro_batch_size) * world_size
+    if cfg.batch_size % unit:
+        lower = cfg.batch_size // unit * unit
+        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        of = (
+            f"micro_batch_size x ranks = {cfg.micro_batch_size} x "
+            if cfg.micro_batch_size
+            else "the ranks = "
+        )
+        raise UserError(
+            f"config field batch_size is {cfg.batch_size}, which is no multiple of {of}{world_size}"
+            f"{f' = {unit}' if cfg.micro_batch_size else ''}; nearest valid: batch_size={near}"
+        )
+    return micro, cfg.batch_size // (micro * world_size)
+
+
+def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: generated, or the user's file with its "auto" values filled in."""
+    micro, accumulation = batch_triple(cfg, world_size)
+    alone = world_size == 1 and cfg.deepspeed.precision == "fp32" and cfg.deepspeed.offload == "none"
+    stage = cfg.deepspeed.zero_stage if cfg.deepspeed.zero_stage >= 0 else int(not alone)
+    zero: dict[str, Any] = {"stage": stage}
+    if cfg.deepspeed.offload != "none":
+        target: dict[str, Any] = {"device": cfg.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
+        if cfg.deepspeed.offload == "nvme":
+            target["nvme_path"] = cfg.deepspeed.nvme_path
+        zero["offload_optimizer"] = target
+        if stage == 3:
+            zero["offload_param"] = dict(target)
+    generated: dict[str, Any] = {
+        "train_batch_size": cfg.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": cfg.optim.clip_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": cfg.deepspeed.precision == "bf16"},
+        "fp16": {"enabled": cfg.deepspeed.precision == "fp16"},
+        "steps_per_print": 2**31 - 1,  # the run's own log speaks
+    }
+    if cfg.optim.name == "sgd":
+        generated["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
+    if cfg.deepspeed.file:
+        generated = _fill_auto(
+            read_object(cfg.deepspeed.file, "config field deepspeed.file:"), generated, cfg.deepspeed.file
+        )
+    merged = _merge(generated, cfg.deepspeed.extra)
+    for key in ("optimizer", "scheduler"):
+        require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
+    _check_stage(merged)
+    return merged
+
+
+def _check_stage(merged: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed 0.19 does wrong without ZeRO: its half-precision optimisers begin with a step of their own."""
+    bf16, fp16, zero = (
+        section if isinstance(section := merged.get(name), dict) else {}
+        for name in ("bf16", "fp16", "zero_optimization")
+    )
+    plain = not (bf16.get("enabled") or fp16.get("enabled") or "offload_optimizer" in zero)
+    require(
+        zero.get("stage", 0) != 0 or plain,
+        "deepspeed.zero_stage",
+        "is 0, which works in fp32 and without offload only; use 1",
+    )
+
+
+def check_machine(cfg: RunConfig) -> None:
+    """Refuse what this machine cannot do, before anything is loaded."""
+    gpu = torch.cuda.is_available()
+    require(
+        cfg.deepspeed.precision != "fp16" or gpu,
+        "deepspeed.precision",
+        "is fp16, which needs a GPU; use bf16 or fp32",
+    )
+    if gpu and cfg.deepspeed.precision == "bf16":
+        require(
+            torch.cuda.is_bf16_supported(),
+            "deepspeed.precision",
+            "is bf16, which this GPU lacks; use fp16 or fp32",
+        )
+
+
+class Engine:
+    """Trains `task.student` under DeepSpeed; afterwards `task.student` is the wrapped module."""
+
+    def __init__(self, task: Task, cfg: RunConfig) -> None:
+        self.task = task
+        self.dtype = PRECISIONS[cfg.deepspeed.precision]
+        self.config = deepspeed_json(cfg, distributed.world_size())
+        self._scalars = {name for name, p in task.student.named_parameters() if p.ndim == 0}
+        _give_dimensions(task.student)
+        groups = [dict(group) for group in task.param_groups(cfg.optim)]
+        for group in groups:
+            group["peak_lr"] = group.get("lr", cfg.optim.lr)
+            group.setdefault("schedule", True)
+        optimizer = self._optimizer(groups, cfg)
+        import deepspeed
+
+        if cfg.deepspeed.extra or cfg.deepspeed.file:
+            _check_json(self.config)
+        engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
+        )
+        self._plain = engine.zero_optimization_stage() == 0
+        self._norm = math.nan
+        if self._plain:
+            engine.clip_fp32_gradients = lambda: None  # `_clip` does it, and keeps the norm
+            engine.enable_backward_allreduce = (
+                distributed.world_size() > 1
+            )  # it copies, with nobody to add to
+        # DeepSpeed's own reader runs what a file names, and a run folder may come from anybody.
+        engine.checkpoint_engine.load = _read_state
+        self._engine = engine
+        task.student = engine
+        self._read_masters()
+
+    def _optimizer(self, groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
+        optim = cfg.optim
+        if optim.name == "sgd":
+            return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+        betas = (optim.betas[0], optim.betas[1])
+        if cfg.deepspeed.offload != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            adamw = optim.name == "adamw"
+            return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=adamw)
+        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+        return kinds[optim.name](groups, lr=optim.lr, betas=betas, eps=optim.eps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student lives."""
+        return self._engine.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The student without DeepSpeed's wrapper."""
+        return self._engine.module
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that DeepSpeed runs at."""
+        return int(self._engine.zero_optimization_stage())
+
+    def set_lr(self, factor: float) -> float:
+        """Give every scheduled group `factor` times its peak; returns the first scheduled group's rate."""
+        rates = []
+        for group in self.optimizer.param_groups:
+            if group["schedule"]:
+                group["lr"] = group["peak_lr"] * factor
+                rates.append(group["lr"])
+        return rates[0] if rates else 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch."""
+        self._engine.backward(loss)
+
+    def update(self) -> bool:
+        """Count one micro-batch; True when it completed an optimiser step."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary and self._plain:
+            self._norm = self._clip()
+        self._engine.step()
+        if boundary:
+            self._clamp()
+            self._read_masters()
+        return bool(boundary)
+
+    def grad_norm(self) -> float:
+        """Gradient norm of the last optimiser step, before clipping."""
+        norm = self._norm if self._plain else self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    def _clip(self) -> float:
+        """Clip the gradients as ZeRO does, for which a parameter that no loss has touched has gradient 0; the norm before."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        limit = self._engine.gradient_clipping()
+        if 0 < limit < float(norm):
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Apply `task.bounds()` to the weights and to this rank's part of the fp32 master weights."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        parameter: Any  # DeepSpeed hangs its own attributes on it
+        for parameter, low, high in self.task.bounds():
+            # Empty where ZeRO 3 has freed it; whole for small parameters, which ZeRO 3 keeps gathered.
+            parameter.data.clamp_(low, high)
+            if hasattr(parameter, "ds_id"):
+                local = safe_get_local_fp32_param(parameter)
+                safe_set_local_fp32_param(parameter, local.clamp(low, high))
+                parameter.ds_tensor.data.clamp_(low, high)
+                continue
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:  # None: another rank holds this parameter's master weights
+                mapping.get_hp_fragment().data.clamp_(low, high)
+
+    def _read_masters(self) -> None:
+        """Give the parameters of `task.masters()` their fp32 master values, which `master_value` reads; a collective."""
+        if self.dtype is torch.float32:
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter: Any
+        for parameter in self.task.masters():
+            parameter.master = safe_get_full_fp32_param(parameter)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every rank sees complete parameters, so that any method of student and teachers can be called.
+
+        A collective; the body may do different work on each rank, also under ZeRO 3.
+        """
+        import deepspeed
+
+        modules = [self.module, *self.task.teachers]
+        parameters: list[Any] = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+            # Forward hooks free a weight after use, and gathering it again would wait for the other ranks: a user
+            # that never finishes keeps it until the end.
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.add(_KEPT)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.clear()
+
+    def student_weights(self) -> dict[str, Tensor] | None:
+        """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective at any ZeRO stage."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        full: dict[int, Tensor] = {}
+        for parameter in self.module.parameters():
+            if id(parameter) in full:
+                continue
+            value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if value is None:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    value = parameter.detach().float()
+            if distributed.is_main():
+                full[id(parameter)] = value.detach().float().cpu().clone()
+        if not distributed.is_main():
+            return None
+        weights = {names[key]: value for key, value in full.items()}
+        persistent = self.module.state_dict(keep_vars=True)
+        for name, value in persistent.items():
+            if name not in weights:  # buffers and tied names
+                weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
+        return {
+            name: value.reshape(()) if name in self._scalars else value for name, value in weights.items()
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimiser shards of all ranks into `folder`."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, bit for bit; nothing that a file carries is run.
+
+        Raises:
+            UserError: damaged, of another number of ranks, or a file that names code.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise UserError(
+                f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
+            )
+        self._read_masters()
+
+    def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
+        """The frozen teacher in compute precision on this rank, or sharded over the ranks by ZeRO stage 3."""
+        teacher.to(self.dtype)
+        if not shard:
+            return teacher.to(self.device)
+        _give_dimensions(teacher)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": self.dtype is torch.bfloat16},
+            "fp16": {"enabled": self.dtype is torch.float16},
+        }
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
+        return engine.module
+
+
+def _give_dimensions(module: nn.Module) -> None:
+    """Scalars become vectors of one element, because DeepSpeed 0.19 cannot broadcast parameters without dimensions."""
+    for parameter in module.parameters():
+        if parameter.ndim == 0:
+            parameter.data = parameter.data.reshape(1)
+
+
+def _read_state(path: str, map_location: Any = None) -> Any:
+    """A file of DeepSpeed's checkpoint, in its checkpoint engine's place; on the CPU, from where DeepSpeed copies."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    plain = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+    return read_torch(path, what="checkpoint file", plain=plain)
+
+
+def start_ranks() -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
+    # Where DeepSpeed calls torch.load by itself, torch gives it the restricted reader, and refuses to be asked for both.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("training needs the package deepspeed: pip install deepspeed") from None
+    # A collective for inference on CPUs that training never calls; building it needs a C++ compiler and half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(distributed.environment())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.device())
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", dist_init_required=False
+    )
+
+
+def stop_ranks(*, together: bool = True) -> None:
+    """Leave the process group; `together`, after waiting for all: who leaves first breaks what another still sends."""
+    if torch.distributed.is_initialized():
+        if together:
+            distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _check_json(config: dict[str, Any]) -> None:
+    """Refuse entries of the user's that DeepSpeed's own reading refuses.
+
+    Raises:
+        UserError: with what DeepSpeed says.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig as Reader
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        Reader(config)
+    except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        raise UserError(
+            f"config field deepspeed.extra (or deepspeed.file) holds what DeepSpeed refuses: {one_line(error)}"
+        ) from None
+
+
+def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) -> dict[str, Any]:
+    """`given` with each "auto" taken from the same place of `generated`; batch sizes are always the run's own."""
+    filled: dict[str, Any] = {}
+    for key, value in given.items():
+        counterpart = generated.get(key)
+        if value == "auto":
+            if counterpart is None:
+                raise UserError(
+                    f'config field deepspeed.file: {origin} asks for "auto" at {key}, which vlmkd does not set'
+                )
+            filled[key] = counterpart
+        elif isinstance(value, dict):
+            filled[key] = _fill_auto(value, counterpart if isinstance(counterpart, dict) else {}, origin)
+        else:
+            filled[key] = value
+    return filled
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,44 @@
+"""Whether the data sets and zoo models that a config names are known, before anything is read, built or fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlmkd import zoo
+from vlmkd.datasets import labelled_sets
+from vlmkd.datasets.emoji import embedded
+from vlmkd.errors import UserError
+
+
+def check_names(config: Mapping[str, Any]) -> None:
+    """Refuse a name in a config's plain tree that the look-up of its run would refuse.
+
+    `set` is a labelled data set; `zoo:` and `emoji:` begin names wherever they stand. Files and folders are not looked
+    for: an earlier run may still have to write them. Architectures are the business of libraries that a dry run does
+    not import.
+
+    Raises:
+        UserError: names the field.
+    """
+    for field, key, value in _fields(config, ""):
+        try:
+            if key == "set" and value:
+                labelled_sets.require_known(value)
+            elif str(value).startswith("zoo:"):
+                zoo.entry(value)
+            elif embedded.is_embedded(str(value)):
+                embedded.require_known(value)
+        except UserError as error:
+            raise UserError(f"config field {field}: {error}") from None
+
+
+def _fields(node: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf: its name with dots, its key and its value."""
+    pairs = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for key, value in pairs:
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping | list | tuple):
+            yield from _fields(value, name)
+        else:
+            yield name, key, value

@@ -1,0 +1,360 @@
+"""The life of one run: parse, start ranks, build, fit, evaluate, export, check the export."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+import vlmkd
+from vlmkd import config, distributed
+from vlmkd.allocator import keep_freed_memory
+from vlmkd.config import CheckpointConfig, LogConfig, RunConfig
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Context, OfItems
+from vlmkd.evaluation.retrieval import Retrieval
+from vlmkd.files import parse_yaml, read_yaml
+from vlmkd.page.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
+from vlmkd.train import engine, lookup, trainer
+from vlmkd.train.metrics import Metrics, start_console
+from vlmkd.train.teacher_check import look_at_teachers
+from vlmkd.train.trainer import Job, Stopped
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=RunConfig)
+
+# What may differ when a run is continued, by whole names: none of it changes the weights, except that other workers
+# re-start the stream. Which sets are evaluated and when is no part of it: weights are selected by them.
+_CHANGEABLE = (
+    {"run_dir", "threads", "data.workers", "data.shard_cache", "data.max_bad_share"}
+    | {
+        f"{section}.{item.name}"
+        for section, fields in (("log", LogConfig), ("checkpoint", CheckpointConfig))
+        for item in dataclasses.fields(fields)
+    }
+    | {"evaluation.batch_size", "evaluation.workers", "evaluation.teacher"}
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_GALLERY_IMAGES = 24
+_PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
+
+
+def main(
+    config_class: type[C],
+    build: Callable[[C], Job],
+    argv: list[str] | None = None,
+    *,
+    resolve: Callable[[C], C] | None = None,
+) -> None:
+    """Entry point of every train script: `CONFIG.yaml [MORE.yaml ...] [field=value ...] [--help] [--dry-run]`.
+
+    `resolve` fills in what follows from the data, such as the steps of an epoch; the run is that of its result, a dry
+    run shows the config before it. Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a
+    SIGTERM whose state is saved.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        config.print_help(config_class)
+        return
+    dry_run = "--dry-run" in argv
+    try:
+        cfg = config.load(config_class, [arg for arg in argv if arg != "--dry-run"])
+        world_size = int(distributed.environment()["WORLD_SIZE"])
+        engine.check_machine(cfg)
+        generated = engine.deepspeed_json(cfg, world_size)
+        if dry_run:
+            lookup.check_names(asdict(cfg))
+            print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
+            return
+        cfg = cfg if resolve is None else resolve(cfg)
+        with _run_folder(cfg):
+            _run(cfg, build, generated)
+        engine.stop_ranks()
+    except UserError as error:
+        _exit_with(str(error))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _exit_with(
+            f"{error.filename or f'a file of {cfg.run_dir}'} could not be written ({error.strerror}); free disk space "
+            f"and start the same command again: the run goes on from its newest checkpoint"
+        )
+    except RuntimeError:
+        if not distributed.mistake_told():
+            raise
+        sys.exit(2)  # another rank has said it, and left; what broke here was the connection to it
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        engine.stop_ranks()
+        sys.exit(128 + 15)
+    finally:
+        engine.stop_ranks(together=False)
+
+
+def _exit_with(mistake: str) -> NoReturn:
+    """Print one line, spare the other ranks a traceback, and exit with 2."""
+    rank = distributed.environment()["RANK"]
+    print(
+        f"error: {mistake}" if rank == "0" else f"error (rank {rank}): {mistake}", file=sys.stderr, flush=True
+    )
+    distributed.tell_mistake()
+    sys.exit(2)
+
+
+def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
+    run_dir = Path(cfg.run_dir)
+    if (run_dir / "done.json").is_file():
+        print(f"run {run_dir} is complete; export: {run_dir / 'export'} (delete the folder to run it again)")
+        return
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    engine.start_ranks()
+    _seed(cfg.seed)
+    start_console(run_dir)
+    job = build(cfg)
+    if distributed.is_main():
+        _write_origin(run_dir, cfg, generated)
+        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
+    student_parameters = sum(p.numel() for p in job.task.student.parameters())
+    log.info(
+        "student: %.2f M parameters, %d teacher(s) loaded", student_parameters / 1e6, len(job.task.teachers)
+    )
+    around = engine.Engine(job.task, cfg)
+    for teacher in job.task.teachers:
+        around.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
+    state_dir = run_dir / "state"
+    start, ended = trainer.resume(job, around, state_dir)
+    metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)
+    _, accumulation = engine.batch_triple(cfg, distributed.world_size())
+    if not start and cfg.evaluation.teacher:
+        context = Context(around.device, cfg.evaluation.batch_size, progress=False)
+        with around.whole_weights():
+            look_at_teachers(job.task, job.evaluators, job.loader, context)
+    try:
+        step = start
+        if not ended:
+            step = trainer.fit(cfg, job, around, metrics, state_dir, start=start, accumulation=accumulation)
+        _finish(cfg, job, around, metrics, run_dir, step)
+    finally:
+        metrics.close()
+
+
+def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
+    """Final evaluation of student and teachers, export, and its check in a fresh process."""
+    student = job.task.predictor()
+    results = {"student": trainer.evaluate(cfg, job.evaluators, student, around, metrics, step)}
+    job.task.after_evaluation(results["student"], step)
+    results["student"] += trainer.evaluate(cfg, job.final_evaluators, student, around, metrics, step)
+    selections = job.task.final_predictors()
+    others = dict(selections)
+    if cfg.evaluation.teacher:
+        others |= job.task.teacher_predictors()
+    exported = [STUDENT, *selections][-1]
+    for name, predictor in others.items():
+        results[name] = trainer.evaluate(
+            cfg, [*job.evaluators, *job.final_evaluators], predictor, around, metrics, step, model=name
+        )
+    with around.whole_weights():
+        if distributed.is_main():
+            (run_dir / "eval").mkdir(exist_ok=True)
+            models = {
+                "exported": exported,
+                "selections": list(selections),
+                "parameters": job.task.parameter_counts(),
+            }
+            _write(run_dir / "eval" / MODELS, json.dumps(models, indent=1))
+            _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
+    weights = around.student_weights()
+    if weights is not None:
+        _write(run_dir / "eval" / "results.json", trainer.results_json(results))
+        judged = [one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, OfItems)]
+        items = {one.dataset: one.items for one in judged}
+        write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
+        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
+        job.task.export(run_dir / "export", weights)
+        job.task.check_export(run_dir / "export")
+        log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
+        _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
+        _draw_page(run_dir)
+    distributed.barrier()
+
+
+def _draw_page(run_dir: Path) -> None:
+    """Write report.html; a page that cannot be drawn costs a finished run nothing but a line."""
+    try:
+        build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError, UserError) as error:
+        log.warning(
+            "the run is complete, but its page could not be drawn (%s: %s); to try again: python scripts/report.py %s",
+            type(error).__name__,
+            error,
+            run_dir,
+        )
+
+
+def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
+    """How teachers and student relate some texts and images of the first retrieval set, for the report."""
+    sets = [evaluator.dataset for evaluator in job.evaluators if isinstance(evaluator, Retrieval)]
+    if not sets:
+        return
+    dataset = sets[0]
+    spread = range(0, len(dataset.images), max(1, len(dataset.images) // _GALLERY_IMAGES))
+    rows = {dataset.texts_of_image[index][0]: index for index in spread}  # one image a text
+    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()][
+        :_GALLERY_IMAGES
+    ]
+    texts = [dataset.texts[text] for text in rows][:_GALLERY_IMAGES]
+    predictors = {**job.task.teacher_predictors(), "student": job.task.predictor()}
+    write_gallery(path, predictors, images, texts, parameters=job.task.parameter_counts(), device=device)
+
+
+@contextmanager
+def _run_folder(cfg: RunConfig) -> Iterator[None]:
+    """Create or re-open the run folder and hold its lock (rank 0); refuse another run's folder."""
+    if distributed.environment()["RANK"] != "0":
+        yield
+        return
+    run_dir = Path(cfg.run_dir)
+    before = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"config field run_dir: {run_dir} is a file; name a folder")
+    if before.is_file():
+        _check_same_run(before, cfg)
+    elif run_dir.is_dir() and any(not _of_a_start(path) for path in run_dir.iterdir()):
+        raise UserError(
+            f"config field run_dir: {run_dir} holds files of something else; choose an empty or new folder"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"config field run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"run folder {run_dir} is in use by another process; wait for it or choose another run_dir"
+            ) from None
+        yield
+
+
+def _of_a_start(path: Path) -> bool:
+    """Whether a file may lie in a folder whose run was stopped before it had written its config."""
+    return path.name in (".lock", "log.txt") or path.name.endswith(".partial")
+
+
+def _check_same_run(path: Path, cfg: RunConfig) -> None:
+    """Refuse to continue a folder whose config differs in anything that changes the weights, or is damaged."""
+    mend = "delete the folder or choose another run_dir"
+    loaded = read_yaml(path, f"run folder {path.parent}:", mend)
+    if (
+        not isinstance(loaded, dict)
+        or not {item.name for item in dataclasses.fields(RunConfig)} <= loaded.keys()
+    ):
+        raise UserError(f"config.yaml of run folder {path.parent} is no whole config of a run; {mend}")
+    old = _flatten(loaded)
+    new = _flatten(parse_yaml(config.to_yaml(cfg), "config"))
+    # A field that did not exist when the run was started had its default.
+    before = _flatten(config.defaults(type(cfg))) | old
+    changed = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if before.get(name) != new.get(name) and name not in _CHANGEABLE
+    ]
+    if changed:
+        first = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"run folder {path.parent} belongs to a run with {first}={before.get(first)!r}, now {new.get(first)!r}{more}; "
+            f"choose another run_dir or give the same config to go on"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _seed(seed: int) -> None:
+    """Seed what libraries draw outside our own generators, the same on every rank, so that initial weights agree."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _write_origin(run_dir: Path, cfg: RunConfig, generated: dict[str, Any]) -> None:
+    """What goes out with a number of this run: config, DeepSpeed JSON, command, versions, commit, devices."""
+    _write(run_dir / "config.yaml", config.to_yaml(cfg))
+    _write(run_dir / "ds_config.json", json.dumps(generated, indent=1))
+    _write(run_dir / "command.txt", shlex.join(sys.argv) + "\n")
+    _write(run_dir / "env.json", json.dumps(environment_facts(), indent=1))
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, git commit and digest of uncommitted changes, device, threads and ranks."""
+    root = Path(vlmkd.__file__).parent.parent
+    versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
+    changes = _git(root, "diff", "HEAD")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "vlmkd": vlmkd.__version__,
+        "packages": versions,
+        "python": sys.version.split()[0],
+        "git_commit": _git(root, "rev-parse", "HEAD"),
+        "git_changes_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
+        "gpu": gpu,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": distributed.world_size(),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git(root: Path, *args: str) -> str | None:
+    """Output of a git command in the source tree; None for an installed copy without one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,96 @@
+"""A look at the teacher before anything is learned from it: does it know the classes of the run?
+
+N images, D embedding width, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from vlmkd import distributed
+from vlmkd.data.labelled import UNLABELLED, Item
+from vlmkd.data.labelled_loader import LabelledLoader
+from vlmkd.data.loader import Loader
+from vlmkd.evaluation.base import Context, Evaluator, ImageClassifier, OfItems
+from vlmkd.evaluation.classify import Classification
+from vlmkd.train.task import Task
+
+log = logging.getLogger(__name__)
+
+MOST_IMAGES = 256
+"""Labelled images that the teacher is asked about, spread over what there is."""
+FEWEST_IMAGES = 20
+"""With fewer, or with fewer than half an image a class, nothing is said."""
+
+
+def look_at_teachers(task: Task, evaluators: list[Evaluator], loader: Loader, context: Context) -> None:
+    """Say how many of the validation images each teacher knows, and warn where it hardly does better than guessing.
+
+    Stored outputs are looked up, a loaded teacher is asked. Nothing is said of tasks whose evaluators have no labels.
+    A collective.
+    """
+    items = [item for evaluator in evaluators if isinstance(evaluator, OfItems) for item in evaluator.items]
+    stored = _stored(loader, items)
+    if stored is not None:
+        embeds, labels, source = stored
+        logits = task.teacher_logits(embeds)
+        if logits is not None:
+            right = int((logits.cpu().argmax(1) == labels).sum())
+            _tell(source, right, len(labels), logits.shape[1], task.without_teacher)
+        return
+    items = _spread([item for item in items if item.label != UNLABELLED])
+    if not items:
+        return
+    for name, predictor in task.teacher_predictors().items():
+        if isinstance(predictor, ImageClassifier):
+            judged = Classification(items, predictor.class_names, dataset="validation images")
+            (result,) = judged.run(predictor, context)
+            right = round(result.metrics["top1"] * result.count)
+            _tell(name, right, result.count, len(predictor.class_names), task.without_teacher)
+
+
+def hardly_knows(right: int, count: int, classes: int) -> bool:
+    """Whether `right` of `count` is less than twice chance, or less than a tenth of the way from chance to all."""
+    chance = 1 / classes
+    enough = count >= min(MOST_IMAGES, max(FEWEST_IMAGES, classes // 2))
+    return enough and right / count < min(2 * chance, chance + 0.1 * (1 - chance))
+
+
+def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | None:
+    """Vectors [N, D] and labels [N] of the validation images in a run's stored outputs, else of training images."""
+    if not isinstance(loader, LabelledLoader) or loader.stored is None:
+        return None
+    stored = loader.stored
+    held = [item for item in items if item.key in stored] or loader.labelled()
+    entries = [(stored.get(item.key), item.label) for item in _spread(held) if item.key in stored]
+    rows = [(entry.image_embeds[0].float(), label) for entry, label in entries if entry is not None]
+    rows = [(row, label) for row, label in rows if row.any()]  # a masked answer is stored as zeros
+    if not rows:
+        return None
+    labels = torch.tensor([label for _, label in rows])
+    return torch.stack([row for row, _ in rows]), labels, f"teacher {stored.info.source} (stored)"
+
+
+def _spread(items: list[Item]) -> list[Item]:
+    count = min(len(items), MOST_IMAGES)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _tell(name: str, right: int, count: int, classes: int, without: str) -> None:
+    if (
+        not distributed.is_main() or right == count
+    ):  # all right: also where the labels are the teacher's own answers
+        return
+    log.info(
+        "%s: %d of %d images right before the run (%.1f %%; guessing among %d classes: %.1f %%)",
+        name, right, count, 100 * right / count, classes, 100 / classes,
+    )  # fmt: skip
+    if hardly_knows(right, count, classes):
+        log.warning(
+            "%s hardly knows these classes, and a student learns no more than it knows: stop here and name another "
+            "teacher, other prompts or plainer class names%s",
+            name, f", or learn from the labels alone ({without})" if without else "",
+        )  # fmt: skip

@@ -1,0 +1,351 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmkd import distributed, memory
+from vlmkd.config import RunConfig
+from vlmkd.data.loader import Loader, worker_deaths
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Context, Evaluator, Result
+from vlmkd.files import write_json
+from vlmkd.train import checkpoint
+from vlmkd.train.engine import Engine, batch_triple
+from vlmkd.train.metrics import Metrics, duration
+from vlmkd.train.optim import lr_factor
+from vlmkd.train.task import Batch, StepOutput, Task
+
+log = logging.getLogger(__name__)
+
+_FEWEST_LINES = 10
+"""Log lines of the shortest run."""
+_NEAR = 0.8
+"""Share of the memory that a process can have above which it is told so."""
+_RECENT_LINES = 5
+"""Log lines whose rate gives the time left."""
+
+
+@dataclass
+class Job:
+    """What a project's `build(cfg)` returns."""
+
+    task: Task
+    loader: Loader
+    evaluators: list[Evaluator]
+    final_evaluators: list[Evaluator] = field(default_factory=list)
+    """Run once, when training has ended: what must not be looked at before, such as a held-out domain."""
+
+
+class Stopped(Exception):
+    """SIGTERM came; the state is saved and the run can be resumed."""
+
+
+def fit(
+    cfg: RunConfig,
+    job: Job,
+    engine: Engine,
+    metrics: Metrics,
+    state_dir: Path,
+    *,
+    start: int,
+    accumulation: int,
+) -> int:
+    """Train from optimiser step `start` to `cfg.steps`; returns the step reached.
+
+    One step: fetch, `task.step`, backward, finite check, update, `after_update`; then log, evaluate and save when due.
+
+    Raises:
+        UserError: a non-finite loss (before it touches the weights), bad data, a full disk.
+        Stopped: SIGTERM; the checkpoint of the last whole step is written.
+    """
+    batches = iter(job.loader)
+    window = _Window(cfg, engine, job)
+    last_save = time.monotonic()
+    with _sigterm() as terminated, worker_deaths():
+        for step in range(start, cfg.steps):
+            lr = engine.set_lr(lr_factor(step, cfg.steps, cfg.optim))
+            torch.manual_seed(stream_seed(cfg.seed, distributed.rank(), step, "step"))
+            outputs, keys = [], []
+            for _ in range(accumulation):
+                with window.data_wait():
+                    batch = next(batches)
+                output = job.task.step(to_device(batch, engine.device), step)
+                engine.backward(output.loss)
+                outputs.append(output)
+                keys.extend(batch["keys"])
+                if len(outputs) < accumulation:
+                    engine.update()
+            finite = all(bool(torch.isfinite(output.loss)) for output in outputs)
+            if distributed.any_rank(not finite):
+                raise _non_finite(state_dir.parent, step, outputs, keys, finite)
+            engine.update()
+            job.task.after_update(step)
+            window.add(outputs, len(keys), lr)
+            done = step + 1
+            if step == start:
+                _warn_of_memory(cfg)
+            if done % _log_every(cfg) == 0 or done == cfg.steps:
+                window.write(metrics, done)
+            if _evaluation_due(cfg, done):
+                with window.evaluation():
+                    results = evaluate(cfg, job.evaluators, job.task.predictor(), engine, metrics, done)
+                if job.task.after_evaluation(results, done):
+                    log.info("step %d: the task ends the run", done)
+                    save_state(cfg, job, engine, state_dir, done, ended=True)
+                    job.loader.check_bad_share()
+                    return done
+            stop = distributed.any_rank(terminated()) if _stop_check_due(cfg, done) else False
+            hours = cfg.checkpoint.every_hours
+            late = bool(hours) and distributed.broadcast_object(time.monotonic() - last_save > hours * 3600)
+            regular = cfg.checkpoint.every_steps and done % cfg.checkpoint.every_steps == 0
+            if stop or late or regular or done == cfg.steps:
+                save_state(cfg, job, engine, state_dir, done)
+                last_save = time.monotonic()
+            if stop and done < cfg.steps:
+                raise Stopped(f"stopped by SIGTERM after step {done}; start the same command again to go on")
+    job.loader.check_bad_share()
+    return cfg.steps
+
+
+def evaluate(
+    cfg: RunConfig,
+    evaluators: list[Evaluator],
+    predictor: Any,
+    engine: Engine,
+    metrics: Metrics,
+    step: int,
+    model: str = "student",
+) -> list[Result]:
+    """Run every evaluator on `predictor`; logs and returns the results."""
+    if not evaluators:
+        return []
+    context = Context(
+        engine.device, cfg.evaluation.batch_size, cfg.evaluation.workers, progress=False, embedded={}
+    )
+    results: list[Result] = []
+    with engine.whole_weights(), torch.no_grad():
+        for evaluator in evaluators:
+            results.extend(evaluator.run(predictor, context))
+    values = {
+        f"{result.dataset}/{name}": value for result in results for name, value in result.metrics.items()
+    }
+    chosen = {result.dataset: result.chosen for result in results if result.chosen}
+    metrics.write("eval", step, {"model": model, **values, **({"chosen": chosen} if chosen else {})})
+    for result in results:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        if result.chosen:
+            shown += f"  ({'  '.join(f'{name} {value:g}' for name, value in result.chosen.items())})"
+        log.info("eval step %d  %s  %s  %s", step, model, result.dataset, shown)
+    return results
+
+
+def save_state(
+    cfg: RunConfig, job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False
+) -> None:
+    """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: the task ended the run here."""
+    shared = {"step": step, "ended": ended, "task": job.task.state()}
+    per_rank = {"loader": job.loader.state_dict()}
+    checkpoint.save(state_dir, step, engine, shared=shared, per_rank=per_rank, keep=cfg.checkpoint.keep)
+    log.info("saved %s", state_dir / f"step_{step:06d}")
+
+
+def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
+    """Restore the newest whole checkpoint, if any; returns the step to go on from, and whether the task ended there."""
+    folder = checkpoint.latest(state_dir)
+    if folder is None:
+        return 0, False
+    shared, own = checkpoint.load(folder, engine)
+    job.task.load_state(shared["task"])
+    job.loader.load_state_dict(own["loader"])
+    log.info("resumed from %s", folder)
+    return int(shared["step"]), bool(shared.get("ended"))
+
+
+def stream_seed(*parts: int | str) -> int:
+    """A 63-bit seed from what names a random stream, e.g. (run seed, rank, step, purpose)."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with its tensors (also those in lists) on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        return [move(item) for item in value] if isinstance(value, list) else value
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+class _Window:
+    """Averages between two log lines."""
+
+    def __init__(self, cfg: RunConfig, engine: Engine, job: Job) -> None:
+        self._cfg, self._engine, self._job = cfg, engine, job
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
+        self._evaluation_s = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._count, self._samples, self._wait, self._lr = 0, 0, 0.0, 0.0
+        self._start = time.monotonic()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Leave the body out of the training time; the time left counts it once for each evaluation to come."""
+        start = time.monotonic()
+        yield
+        self._evaluation_s = time.monotonic() - start
+        self._start += self._evaluation_s
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Add the body to the time spent waiting for data."""
+        start = time.monotonic()
+        yield
+        self._wait += time.monotonic() - start
+
+    def add(self, outputs: list[StepOutput], samples: int, lr: float) -> None:
+        """Count one optimiser step; values stay on the device until the line is written."""
+        for output in outputs:
+            named = {
+                "loss": output.loss.detach(),
+                **{f"loss/{k}": v for k, v in output.terms.items()},
+                **output.metrics,
+            }
+            for name, value in named.items():
+                self._sums[name] = self._sums[name].to(value.device) + value.detach().float() / len(outputs)
+        self._count, self._samples, self._lr = self._count + 1, self._samples + samples, lr
+
+    def write(self, metrics: Metrics, done: int) -> None:
+        """One console line and one metrics line, averaged over the window and the ranks."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        values = {name: float(total) / self._count for name, total in self._sums.items()}
+        values |= {f"{name}_s": spent / self._count for name, spent in self._job.task.watch.read().items()}
+        values |= {"data_wait_s": self._wait / self._count, "step_s": elapsed / self._count}
+        values = distributed.mean(values)
+        values["samples_per_s"] = self._samples * distributed.world_size() / elapsed
+        values |= {
+            "lr": self._lr,
+            "grad_norm": self._engine.grad_norm(),
+            "peak_memory_mb": memory.peak() / 1e6,
+        }
+        skipped = _sum_ranks(self._job.loader.skipped)
+        values |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
+        metrics.write("train", done, {**values})
+        self._recent.append((elapsed, self._count))
+        terms = "  ".join(
+            f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in values if name.startswith("loss/")
+        )
+        log.info(
+            "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %.0f samples/s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
+            done,
+            self._cfg.steps,
+            values["loss"],
+            terms,
+            self._lr,
+            values["grad_norm"],
+            values["samples_per_s"],
+            100 * self._wait / elapsed,
+            values["peak_memory_mb"],
+            sum(skipped.values()),
+            duration(self._left(done)),
+        )
+        self._restart()
+
+    def _left(self, done: int) -> float:
+        """Seconds to the end: the rest at the rate of the last lines, and the evaluations to come, the closing one too."""
+        seconds, steps = (sum(column) for column in zip(*self._recent, strict=True))
+        evaluations = 1 + _evaluations_between(self._cfg, done)
+        return (self._cfg.steps - done) * seconds / steps + evaluations * self._evaluation_s
+
+
+def _warn_of_memory(cfg: RunConfig) -> None:
+    """Say so when the first step came near the memory there is: evaluations, and everybody else, want some too."""
+    taken, there = memory.peak(), memory.held() + memory.available()
+    if taken > _NEAR * there:
+        micro, _ = batch_triple(cfg, distributed.world_size())
+        log.warning(
+            "the first step took %.1f of the %.1f GB that this process can have; with micro_batch_size=%d (now %d) in "
+            "another run_dir it takes less, and a step still sees batch_size images",
+            taken / 1e9, there / 1e9, max(1, micro // 2), micro,
+        )  # fmt: skip
+
+
+def _sum_ranks(counts: dict[str, int]) -> dict[str, int]:
+    total: dict[str, int] = defaultdict(int)
+    for part in distributed.gather_objects(dict(counts)):
+        for reason, count in part.items():
+            total[reason] += count
+    return dict(total)
+
+
+def _log_every(cfg: RunConfig) -> int:
+    """Steps between two log lines: those of the config, less in a run that would have fewer than ten lines."""
+    return max(1, min(cfg.log.every_steps, cfg.steps // _FEWEST_LINES))
+
+
+def _stop_check_due(cfg: RunConfig, done: int) -> bool:
+    """Each step for one process; with several, where a check is a collective, at most every tenth step."""
+    return distributed.world_size() == 1 or done % min(10, _log_every(cfg)) == 0
+
+
+def _evaluation_due(cfg: RunConfig, done: int) -> bool:
+    """By `every_steps` and `phase`; never after the last step, where the closing evaluation follows."""
+    every = cfg.evaluation.every_steps
+    return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
+
+
+def _evaluations_between(cfg: RunConfig, done: int) -> int:
+    """Evaluations due at step `done` and later, without the closing one."""
+    every, phase = cfg.evaluation.every_steps, cfg.evaluation.phase
+    return (cfg.steps - 1 - phase) // every - (done - 1 - phase) // every if every else 0
+
+
+def _non_finite(
+    run_dir: Path, step: int, outputs: list[StepOutput], keys: list[str], finite: bool
+) -> UserError:
+    """Write down the samples of this rank's batch and say what was not finite."""
+    path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
+    terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
+    bad = sorted({name for part in terms for name, value in part.items() if not math.isfinite(value)})
+    write_json(path, {"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys})
+    where = f"terms {', '.join(bad)}" if bad else "on another rank"
+    return UserError(
+        f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "
+        f"{path} (first: {', '.join(keys[:3])}); lower optim.lr or remove the samples, then start the same command again"
+    )
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether SIGTERM has come; the signal no longer kills at once."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def results_json(results: dict[str, list[Result]]) -> str:
+    """Results by model name as JSON."""
+    return json.dumps(
+        {model: [asdict(result) for result in items] for model, items in results.items()}, indent=1
+    )
