@@ -24,6 +24,7 @@ from projects.promptkd.exports import (
     verify,
     write_teacher,
 )
+from projects.promptkd.gaussian import GaussianAverage
 from projects.promptkd.objective import cosine_logits, promptkd_loss, promptsrc_terms
 from projects.promptkd.precision import encode
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
@@ -37,7 +38,7 @@ from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel
-from vlmkd.train.averaging import BestWeights, GaussianAverage, Weights, trainable
+from vlmkd.train.averaging import BestWeights, Weights, trainable
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from projects.vl2v_adip.objective import Method
+from projects.vl2v_adip.valley import Reset, Semantics
 from vlmkd.config import (
     AboveZero,
     Amount,
@@ -16,7 +17,6 @@ from vlmkd.config import (
     Share,
     require,
 )
-from vlmkd.train.averaging import Reset, Semantics
 
 FROZEN_BACKBONE: tuple[Method, ...] = ("align", "lp")
 """Methods of train_align.py: only what lies behind the backbone is trained."""
@@ -87,7 +87,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwadConfig:
-    """Weight averaging over the loss valley (vlmkd.train.averaging.LossValley)."""
+    """Weight averaging over the loss valley (projects.vl2v_adip.valley.LossValley)."""
 
     enabled: bool = True
     """Average; false exports the best single weights only."""

@@ -15,6 +15,7 @@ from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.miro import VARIANCES, MiroStudent, regulariser
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student, StudentOutput
+from projects.vl2v_adip.valley import LossValley
 from vlmkd.config import OptimConfig
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
@@ -23,7 +24,7 @@ from vlmkd.files import write_json
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.clip import ClipModel, ClipPredictor, evaluating
-from vlmkd.train.averaging import BestWeights, LossValley, trainable
+from vlmkd.train.averaging import BestWeights, trainable
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 

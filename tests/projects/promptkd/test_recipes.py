@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from projects.promptkd.config import BankConfig, StudentConfig, TeacherConfig, with_steps
+from projects.promptkd.gaussian import GaussianAverage
 from projects.promptkd.protocols import held_out, student_protocol, teacher_protocol
 from vlmkd import config
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.errors import UserError
-from vlmkd.train.averaging import GaussianAverage
 from vlmkd.train.optim import lr_factor
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,59 @@
+"""PromptKD's average of the weights over the epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkd.config import require
+from vlmkd.train.averaging import Weights
+
+
+class GaussianAverage:
+    """PromptKD's average of the weights after each epoch: sum over e = 1 .. N of g_e theta_e (spec b.2, GPA).
+
+    g_e is proportional to exp(-((e - mean) / std)^2 / 2) and sums to 1 over e = 1 .. N. One float32 copy.
+    """
+
+    def __init__(self, epochs: int, mean: float, std: float) -> None:
+        require(epochs >= 1, "epochs", f"is {epochs}; it must be at least 1")
+        require(std > 0, "std", f"of the Gaussian average is {std}; it must be above 0")
+        bells = [math.exp(-0.5 * ((epoch - mean) / std) ** 2) for epoch in range(1, epochs + 1)]
+        require(
+            sum(bells) > 0, "mean", f"of the Gaussian average is {mean}, too far from epochs 1 to {epochs}"
+        )
+        self.coefficients = [bell / sum(bells) for bell in bells]
+        self._sum: Weights = {}
+        self._epoch = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every epoch was added."""
+        return self._epoch == len(self.coefficients)
+
+    @torch.no_grad()
+    def add(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in the weights after the next epoch."""
+        assert not self.complete, f"the average holds all of its {self._epoch} epochs"
+        coefficient = self.coefficients[self._epoch]
+        for name, value in weights.items():
+            part = value.detach().float() * coefficient
+            self._sum[name] = self._sum[name].to(part.device) + part if name in self._sum else part
+        self._epoch += 1
+
+    def average(self) -> Weights:
+        """The average over all N epochs."""
+        assert self.complete, f"{self._epoch} of {len(self.coefficients)} epochs were added"
+        return self._sum
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for `load_state`."""
+        return {"sum": self._sum, "epoch": self._epoch}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._sum, self._epoch = dict(state["sum"]), int(state["epoch"])
