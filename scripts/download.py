@@ -13,7 +13,8 @@ from vlmkd import zoo
 from vlmkd.errors import UserError, run_tool
 
 EPILOG = """environment:
-  VLMKD_CACHE               folder of the cache (default ~/.cache/vlmkd; models lie in its zoo/)
+  VLMKD_CACHE               folder of the cache (default ~/.cache/vlmkd; files lie in its zoo/)
+  HF_HOME                   folder of the hub's cache, where the `hub` entries lie
   VLMKD_MIRROR              base URL that serves the release files by their names in the cache
   HF_ENDPOINT               another Hugging Face host
   VLMKD_OFFLINE, HF_HUB_OFFLINE   use what is in the cache only

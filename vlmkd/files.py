@@ -50,15 +50,15 @@ def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMI
 
 def read_json(path: str | Path, what: str, hint: str = "") -> Any:
     """The content of a JSON file; arguments and errors as `read_text`, and for what is no JSON."""
-    text = read_text(path, what, hint)
+    text, end = read_text(path, what, hint), f"; {hint}" if hint else ""
     try:
         content = json.loads(text)
         if "\\u" in text:  # half of a surrogate pair would fail only where the string is written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise UserError(f"{what} {path} is not usable: its JSON is nested too deeply") from None
+        raise UserError(f"{what} {path} is not usable: its JSON is nested too deeply{end}") from None
     except ValueError as error:
-        raise UserError(f"{what} {path} is not valid JSON: {one_line(error)}") from None
+        raise UserError(f"{what} {path} is not valid JSON: {one_line(error)}{end}") from None
     return content
 
 
@@ -66,7 +66,8 @@ def read_object(path: str | Path, what: str, hint: str = "") -> dict[str, Any]:
     """As `read_json`, for a file that must hold a JSON object."""
     content = read_json(path, what, hint)
     if not isinstance(content, dict):
-        raise UserError(f"{what} {path} must hold a JSON object; it holds a {type(content).__name__}")
+        end = f"; {hint}" if hint else ""
+        raise UserError(f"{what} {path} must hold a JSON object; it holds a {type(content).__name__}{end}")
     return content
 
 

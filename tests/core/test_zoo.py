@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
 import json
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -39,6 +42,8 @@ class Server:
     honours_range: bool = True
     requests: int = 0
     redirect: bool = False
+    shift: int = 0
+    """Bytes after the wanted one at which it continues."""
 
 
 @pytest.fixture
@@ -46,6 +51,15 @@ def server() -> Iterator[Server]:
     state = Server()
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            body = state.files.get(self.path)
+            self.send_response(404 if body is None else 200)
+            commit = re.search("/resolve/([^/]*)/", self.path)
+            self.send_header("X-Repo-Commit", commit[1] if commit else "")
+            self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+
         def do_GET(self) -> None:
             state.requests += 1
             if state.redirect:
@@ -53,7 +67,7 @@ def server() -> Iterator[Server]:
                 self.send_header("Location", self.path)
                 self.end_headers()
                 return
-            body = state.files.get(self.path)
+            body = state.files.get(self.path.partition("?")[0])
             if body is None:
                 self.send_error(404)
                 return
@@ -62,6 +76,7 @@ def server() -> Iterator[Server]:
             start = int(re.findall(r"bytes=(\d+)-", asked)[0]) if asked and state.honours_range else 0
             if self.headers.get("If-Range", state.etag) != state.etag:
                 start = 0
+            start += state.shift if start else 0
             if start >= len(body):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(body)}")
@@ -99,6 +114,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(zoo, "BACKOFF_S", 0.0)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "cache" / "zoo"
 
 
@@ -136,8 +153,6 @@ def test_a_file_changed_in_the_cache_is_set_aside(mirror: Server, cache: Path) -
 
 
 def test_wrong_sha256_of_zoo_yaml(mirror: Server, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    import dataclasses
-
     item = dataclasses.replace(zoo.entry(NAME), sha256="0" * 64)
     monkeypatch.setitem(zoo.entries(), NAME, item)
     with pytest.raises(UserError, match=f"sha256 {SHA}, not the 0{{64}} of zoo.yaml"):
@@ -155,7 +170,7 @@ def test_partial_file_survives_a_failed_call_and_is_continued_by_the_next(
     mirror: Server, cache: Path
 ) -> None:
     mirror.cut_after = [100] * zoo.ATTEMPTS
-    with pytest.raises(UserError, match=f"stopped at 400 of {len(CONTENT)} bytes.*400 bytes kept"):
+    with pytest.raises(UserError, match="without sending complete message body.*400 bytes kept"):
         zoo.fetch(NAME)
     assert (cache / f"{FILE}.part").stat().st_size == 100 * zoo.ATTEMPTS
     assert zoo.fetch(NAME).read_bytes() == CONTENT
@@ -177,13 +192,19 @@ def test_server_without_ranges_starts_again(mirror: Server) -> None:
     assert zoo.fetch(NAME).read_bytes() == CONTENT
 
 
-def test_complete_and_overlong_partial_files(mirror: Server, cache: Path) -> None:
+@pytest.mark.parametrize("left", [CONTENT, CONTENT + b"more"])
+def test_complete_and_overlong_partial_files(mirror: Server, cache: Path, left: bytes) -> None:
     cache.mkdir(parents=True)
-    (cache / f"{FILE}.part").write_bytes(CONTENT)
+    (cache / f"{FILE}.part").write_bytes(left)
+    (cache / f"{FILE}.part.etag").write_text(mirror.etag)
     assert zoo.fetch(NAME).read_bytes() == CONTENT
-    (cache / FILE).unlink()
-    (cache / f"{FILE}.part").write_bytes(CONTENT + b"more")
-    assert zoo.fetch(NAME).read_bytes() == CONTENT
+    assert mirror.ranges == [f"bytes={len(left)}-", ""]
+
+
+def test_a_server_that_continues_elsewhere_is_not_believed(mirror: Server, cache: Path) -> None:
+    mirror.cut_after, mirror.shift = [1000], 1
+    with pytest.raises(UserError, match="continued at bytes 1001-.* instead of byte 1000"):
+        zoo.fetch(NAME)
 
 
 def test_missing_file_is_one_line_with_the_mend(
@@ -222,7 +243,7 @@ def test_a_mirror_that_is_no_address(monkeypatch: pytest.MonkeyPatch, address: s
 def test_a_circle_of_redirections_is_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.redirect = True
     monkeypatch.setenv("VLMKD_MIRROR", server.url)
-    with pytest.raises(UserError, match="infinite loop") as caught:
+    with pytest.raises(UserError, match="redirect") as caught:
         zoo.fetch(NAME)
     assert "\n" not in str(caught.value)
 
@@ -243,43 +264,42 @@ def test_a_link_in_place_of_a_partial_file_is_not_followed(mirror: Server, cache
     assert zoo.fetch(NAME).read_bytes() == CONTENT and other.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize(
-    "listing", [b"[]", b"{}", b'{"sha": 1, "siblings": 3}', b'{"sha": 1, "siblings": ["a"]}']
-)
-def test_a_hub_that_answers_something_else(
-    server: Server, monkeypatch: pytest.MonkeyPatch, listing: bytes
-) -> None:
-    item = zoo.entry(f"{NAME}-hf")
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    server.files[f"/api/models/{item.source}/revision/{item.revision}"] = listing
-    with pytest.raises(UserError, match="gave no list of the files|is no JSON object"):
-        zoo.fetch(item.name)
-
-
-def test_without_a_network_the_hub_is_asked_for_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """open_clip and timm look into the cache alone, and the line names the connection."""
+def test_without_a_network_the_hub_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip, timm and the zoo look into the cache alone, and the line names the connection."""
     from huggingface_hub import constants
 
     from vlmkd.models.backbones import load_backbone
     from vlmkd.models.clip import load_clip
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
-    for load in (lambda: load_clip("ViT-B-32", "laion2b_s34b_b79k"), lambda: load_backbone("timm:test_vit")):
-        with pytest.raises(UserError, match="http://127.0.0.1:9 cannot be reached: Connection refused"):
+    for load in (
+        lambda: load_clip("ViT-B-32", "laion2b_s34b_b79k"),
+        lambda: load_backbone("timm:test_vit"),
+        lambda: zoo.fetch(f"{NAME}-hf"),
+    ):
+        with pytest.raises(UserError, match="http://127.0.0.1:9 cannot be reached: .*Connection refused"):
             load()
         assert constants.HF_HUB_OFFLINE is False
 
 
 def test_a_proxy_is_asked_in_place_of_the_hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import close_session
+
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("HF_ENDPOINT", "http://no-such-host.invalid")
+    close_session()  # it keeps the proxies it was made with
     with zoo.hub_or_cache() as trouble:
         assert trouble == ""
+    close_session()
+
+
+def test_errors_of_the_hubs_http_library_are_errors_of_the_system() -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    library = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    with pytest.raises(ConnectionError, match="broke off"), zoo.hub_or_cache():
+        raise library("broke off")
 
 
 @pytest.mark.parametrize("variable", ["VLMKD_OFFLINE", "HF_HUB_OFFLINE", ""])
@@ -297,49 +317,59 @@ def test_offline_uses_the_cache_only(
     assert mirror.requests == 0
 
 
-def _hub(server: Server, name: str, revision: str, listed: str) -> None:
+def _hub(server: Server, name: str, revision: str) -> None:
+    """A repository of the hub as huggingface_hub asks for it: the commit, the list of files, the files."""
     repo = zoo.entry(name).source
     files = {"config.json": b"{}", "model.safetensors": CONTENT, "merges.txt": b"a b"}
-    unwanted = {"pytorch_model.bin": b"pickle", "onnx/config.json": b"{}", "../evil.json": b"{}"}
-    siblings = [{"rfilename": item} for item in files | unwanted]
-    listing = {"sha": revision, "siblings": siblings}
-    server.files[f"/api/models/{repo}/revision/{listed}"] = json.dumps(listing).encode()
+    files |= {"pytorch_model.bin": b"pickle", "onnx/config.json": b"{}"}  # unwanted
+    tree = [
+        {"type": "file", "path": item, "size": len(data), "oid": hashlib.sha256(data).hexdigest()[:40]}
+        for item, data in files.items()
+    ]
+    info = {"id": repo, "sha": revision, "siblings": [{"rfilename": item} for item in files]}
+    server.files[f"/api/models/{repo}/revision/main"] = json.dumps(info).encode()
+    server.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps(info).encode()
+    server.files[f"/api/models/{repo}/tree/{revision}"] = json.dumps(tree).encode()
     server.files |= {f"/{repo}/resolve/{revision}/{item}": data for item, data in files.items()}
 
 
+@pytest.mark.parametrize("listed", [True, False])
 def test_hub_entry_at_its_pinned_revision(
-    server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path
+    server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, listed: bool
 ) -> None:
-    name = f"{NAME}-hf"
+    """At the commit of its list, or at the one that the first download found; then from the hub's cache alone."""
+    name = f"{NAME}-hf" if listed else "TinyCLIP-ViT-39M-16-Text-19M-YFCC15M-hf"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    revision = zoo.entry(name).revision
-    _hub(server, name, revision, listed=revision)
-    server.cut_after = [10_000, 1, 50]
+    revision = zoo.entry(name).revision if listed else "ab" * 20
+    _hub(server, name, revision)
     folder = zoo.fetch(name)
-    assert folder == cache / name
+    assert folder.is_relative_to(tmp_path / "hub") and folder.name == revision
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "merges.txt",
         "model.safetensors",
     ]
     assert (folder / "model.safetensors").read_bytes() == CONTENT
-    assert json.loads((cache / "pins.json").read_text())[name] == {"sha256": SHA}
+    pin = {"sha256": SHA} if listed else {"sha256": SHA, "revision": revision}
+    assert json.loads((cache / "pins.json").read_text())[name] == pin
+    assert zoo.weights_file(f"zoo:{name}") == folder / "model.safetensors"
 
-
-def test_hub_entry_without_revision_pins_the_first_one(
-    server: Server, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
-    name = "TinyCLIP-ViT-39M-16-Text-19M-YFCC15M-hf"
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    revision = "ab" * 20
-    _hub(server, name, revision, listed="main")
-    folder = zoo.fetch(name)
-    assert json.loads((cache / "pins.json").read_text())[name] == {"sha256": SHA, "revision": revision}
-    import shutil
-
-    shutil.rmtree(folder)
-    with pytest.raises(UserError, match=f"revision/{revision}: HTTP 404.*HF_ENDPOINT"):
+    server.files.clear()
+    assert zoo.fetch(name, offline=True) == folder
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(UserError, match=f"at {revision} cannot be fetched from {server.url} .*HF_ENDPOINT"):
         zoo.fetch(name)  # asks for the pinned commit, not for main
+    with pytest.raises(UserError, match="cannot be fetched .*offline mode is on.* by hand"):
+        zoo.fetch(name, offline=True)
+
+
+def test_a_hub_entry_that_is_not_the_pinned_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = dataclasses.replace(zoo.entry(f"{NAME}-hf"), sha256="0" * 64)
+    monkeypatch.setitem(zoo.entries(), item.name, item)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    _hub(server, item.name, item.revision)
+    with pytest.raises(UserError, match=f"not the 0{{64}} of zoo.yaml; kept as .*{item.revision}: delete it"):
+        zoo.fetch(item.name)
 
 
 MANUAL = "PromptKD-teacher-ViT-L-14-DescribableTextures"
@@ -417,7 +447,7 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirro
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(zoo, "_copy", full)
+    monkeypatch.setattr(zoo, "_transfer", full)
     with pytest.raises(UserError, match="No space left.*VLMKD_CACHE"):
         zoo.fetch(NAME)
 
@@ -436,7 +466,7 @@ def test_entries_are_complete_and_honest() -> None:
     assert counts["tinyclip", "release"] == 11 and counts["tinyclip", "hub"] == 4
     assert counts["dho", "release"] == 4
     assert counts["promptkd", "manual"] == 12 + 2 + 12  # teachers, students, PromptSRC
-    assert {item.project for item in items} == zoo.SECTIONS.keys() - {"vl2v_adip"}  # it published nothing
+    assert {item.project for item in items} == zoo.lists().keys() - {"vl2v_adip"}  # it published nothing
     for item in items:
         if item.project == "tinyclip" and item.kind == "release":
             assert item.source.endswith(f"/{item.name}.pt") and item.paper_imagenet_top1 is not None
@@ -510,7 +540,8 @@ def test_stated_parameters_of_prompted_models(prefix: str, clip: str, blocks: in
 
 def test_model_zoo_page_is_up_to_date() -> None:
     page = zoo.REPOSITORY / "MODEL_ZOO.md"
-    assert page.read_text(encoding="utf-8") == zoo.markdown(), "run python scripts/check_zoo.py --write"
+    text = runpy.run_path(str(zoo.REPOSITORY / "scripts" / "check_zoo.py"))["markdown"]()
+    assert page.read_text(encoding="utf-8") == text, "run python scripts/check_zoo.py --write"
 
 
 def test_no_torch_for_listing_and_downloading() -> None:

@@ -19,4 +19,4 @@ bash scripts/launch.sh projects/tinyclip/train_distill.py \
 
 # The zoo keeps it in half precision.
 bash scripts/launch.sh scripts/export.py "local-dir:$runs/emoji_teacher/export" "$runs/tinyclip-emoji-teacher" --half
-[ -n "${DRY_RUN:-}" ] || echo "wrote $runs/tinyclip-emoji-teacher; copy it to zoo/ and put its sha256 into vlmkd/zoo.yaml"
+[ -n "${DRY_RUN:-}" ] || echo "wrote $runs/tinyclip-emoji-teacher; copy it to zoo/ and put its sha256 into projects/tinyclip/zoo.yaml"
