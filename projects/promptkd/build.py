@@ -107,7 +107,7 @@ def teacher_job(cfg: TeacherConfig) -> Job:
 
 
 def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
-    """[C,D]: mean of the frozen text features over the templates, then unit length (spec b.2)."""
+    """[C,D]: unit mean of the frozen text features over the templates (docs/papers/promptkd.md, eq. 3)."""
     if cfg.frozen_templates == "openai60":
         templates = prompt_templates("openai")[:FROZEN_TEMPLATES]
     else:

@@ -24,7 +24,7 @@ TRAINING_TEMPLATE = "a photo of a {}."
 """The prompt of both stages in every published run."""
 
 Setting = Literal["base_to_novel", "cross_dataset", "domain_generalization"]
-"""Which images are trained on, and which classes are evaluated (spec b.5)."""
+"""Which images are trained on, and which classes are evaluated (docs/papers/promptkd.md#the-method)."""
 C = TypeVar("C", bound="PromptKDConfig")
 
 
@@ -40,7 +40,7 @@ class ClipConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """Deep prompts of the teacher (spec b.1)."""
+    """Deep prompts of the teacher (docs/papers/promptkd.md, eq. 1 and 2)."""
 
     image_depth: Count = 9
     """Image blocks with prompts of their own; 0 leaves the image tower as it is."""
@@ -69,7 +69,7 @@ class StudentPromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig:
-    """Gaussian-weighted average of the prompts over the epochs (GPA, spec b.2)."""
+    """Gaussian-weighted average of the prompts over the epochs (GPA; docs/papers/promptkd.md, eq. 10)."""
 
     mean: Amount = 15.0
     """Epoch (from 1) with the largest weight."""
@@ -104,7 +104,7 @@ class TeacherSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillLossConfig:
-    """PromptKD's only term (spec b.3)."""
+    """PromptKD's only term (docs/papers/promptkd.md, eq. 13)."""
 
     weight: AboveZero = 1000.0
     """Published: 200 for FGVCAircraft, Flowers102 and DTD, 1000 for the others."""
@@ -115,7 +115,7 @@ class DistillLossConfig:
 
 
 def published_optim() -> OptimConfig:
-    """SGD of every run of both stages (spec d); the steps of an epoch follow from the data."""
+    """SGD of both stages (docs/papers/promptkd.md#recipe); the steps of an epoch follow from the data."""
     return OptimConfig(
         name="sgd",
         lr=0.005,
@@ -239,7 +239,7 @@ class StudentConfig(PromptKDConfig):
     text_every_step: bool = False
     """Run the teacher's text tower over all classes at every step, as the reference does; for measuring only."""
     protocol: Setting = "base_to_novel"
-    """Which images are trained on and which classes are evaluated (spec b.5)."""
+    """Which images are trained on and which classes are evaluated (docs/papers/promptkd.md#the-method)."""
     shots: Count = 0
     """Unlabelled training images a class, picked by their labels (ablation); 0: the whole training split."""
     fewer: Fewer = "refuse"

@@ -14,7 +14,7 @@ from vlmkd.train.averaging import Weights
 
 
 class GaussianAverage:
-    """PromptKD's average of the weights after each epoch: sum over e = 1 .. N of g_e theta_e (spec b.2, GPA).
+    """PromptSRC's average of the weights after each epoch (GPA; docs/papers/promptkd.md, eq. 10).
 
     g_e is proportional to exp(-((e - mean) / std)^2 / 2) and sums to 1 over e = 1 .. N. One float32 copy.
     """

@@ -1,8 +1,9 @@
-"""The published checkpoints of PromptKD and PromptSRC: read without running their code, and written for it (spec g).
+"""The published checkpoints of PromptKD and PromptSRC: read without running their code, and written for it.
 
 Such a file is a torch.save'd dictionary with `state_dict`, `epoch`, `optimizer`, `scheduler` and `val_result`, whose
 `scheduler` embeds live Python objects. Only tensors and plain containers are made from it here; every other class that
-the file names becomes an empty dictionary, and then only `state_dict` is kept.
+the file names becomes an empty dictionary, and then only `state_dict` is kept. Its keys:
+docs/papers/promptkd.md#checkpoints.
 
 Letters: J prompted blocks, n prompts a block, w width of a tower, T token positions, C classes of the file's training.
 """

@@ -1,4 +1,4 @@
-"""The losses of both stages as pure functions: PromptSRC's four terms (spec b.2) and PromptKD's KL (spec b.3).
+"""The losses of both stages as pure functions: PromptSRC's four terms and PromptKD's KL.
 
 Letters: B images, C classes, D embedding width. All in fp32 (float64 stays), whatever the towers computed in.
 """
@@ -29,7 +29,7 @@ def promptsrc_terms(
     labels: Tensor,
     scale: Tensor | float,
 ) -> dict[str, Tensor]:
-    """The terms of the prompted teacher's loss, without their weights (published: 1, 25, 10 and 1).
+    """The terms of the prompted teacher's loss, without their weights (docs/papers/promptkd.md, eq. 4-9).
 
     - `ce`: cross-entropy of the prompted logits, mean over B;
     - `text`: mean over C x D of |class vectors - frozen class vectors|;
@@ -61,9 +61,9 @@ def promptkd_loss(
     reduction: Literal["element", "batch"] = "element",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """T^2 KL(teacher || student) of logits [B,C], without its weight.
+    """T^2 KL(teacher || student) of logits [B,C], without its weight (docs/papers/promptkd.md, eq. 13).
 
     `element` divides by B x C, as the released code does, whose weights 200 and 1000 belong to it; `batch` divides by
-    B, and its equal weight is C times smaller. Only images whose `mask` [B] is true count.
+    B, and its equal weight is C times smaller (eq. 14). Only images whose `mask` [B] is true count.
     """
     return kl_divergence(student_logits, teacher_logits, temperature, reduction=reduction, mask=mask)

@@ -1,4 +1,6 @@
-"""Deep prompts in both towers of an open_clip CLIP (spec b.1), run through open_clip's own blocks.
+"""Deep prompts in both towers of an open_clip CLIP (docs/papers/promptkd.md, eq. 1 and 2).
+
+They run through open_clip's own blocks.
 
 Letters: B images, C classes, T token positions, J prompted blocks (the depth), n prompts a block, w width of a tower,
 D embedding width. The image tower, and what all prompts have in common, is in vlmkd/models/prompted.py.
@@ -210,7 +212,7 @@ class PromptedEncoder:
 
 
 def with_room(tokenizer: Callable[[list[str]], Tensor], template: str, length: int) -> str:
-    """`template` if at least `length` tokens stand before its class name, else that many `X` before the name (spec b.1).
+    """`template` if at least `length` tokens stand before its class name, else that many `X` before the name.
 
     Learned vectors replace the first `length` tokens of a prompt; without room they would replace the class name.
     """

@@ -1,4 +1,4 @@
-"""Which images each stage sees, and which it is judged by (spec b.5, e.3 to e.5)."""
+"""Which images each stage sees, and which it is judged by (docs/papers/promptkd.md#recipe)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InheritConfig:
-    """Manual weight inheritance (spec c1); each tower may come from another source."""
+    """Manual weight inheritance (docs/papers/tinyclip.md, eq. 14); each tower may come from another source."""
 
     image_from: ModelConfig = field(default_factory=ModelConfig)
     """Source of the image tower; empty: not inherited."""
@@ -62,7 +62,7 @@ class LossConfig:
     """Weights of the loss terms; 0 leaves a term out."""
 
     affinity: Amount = 1.0
-    """Affinity mimicking (paper eq. 3-5; alpha of the released code)."""
+    """Affinity mimicking (docs/papers/tinyclip.md, eq. 5; alpha of the released code)."""
     affinity_reduction: Literal["half", "sum"] = "half"
     """`half` averages the two directions (released code), `sum` adds them (paper)."""
     affinity_chunk: Count = 0
@@ -154,7 +154,7 @@ class DistillConfig(TinyCLIPConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings:
-    """Learned masks (spec c2)."""
+    """Learned masks (docs/papers/tinyclip.md, eq. 15-21)."""
 
     start_sparsity: BelowOne = 0.0
     """Target at step 0; absolute, relative to the full model."""

@@ -35,8 +35,8 @@ def objective(
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
     """Terms, their weights, and metrics; terms whose weight is 0 are not computed.
 
-    L = affinity * L_aff + contrastive * L_clip + feature * FD + interactive * ICL (spec b and k); FD and ICL are
-    means over the teachers.
+    L = affinity * L_aff + contrastive * L_clip + feature * FD + interactive * ICL, docs/papers/tinyclip.md,
+    eq. 5, 8, 11 and 12; FD and ICL are means over the teachers.
 
     Args:
         offset: position of the first local row among the gathered rows.

@@ -102,7 +102,10 @@ class Pretrained(nn.Module):
 def regulariser(
     layers: Sequence[Tensor], pretrained: Sequence[Tensor], variances: Sequence[Tensor]
 ) -> Tensor:
-    """Mean over the layers of mean((f - f0)^2 / v + log v) / 2, v = softplus(b) + 1e-5 a channel (spec f)."""
+    """Mean over the layers of mean((f - f0)^2 / v + log v) / 2, v = softplus(b) + 1e-5 a channel.
+
+    docs/papers/vl2v_adip.md, eq. 10.
+    """
     parts = []
     for layer, before, raw in zip(layers, pretrained, variances, strict=True):
         shape = [1] * layer.ndim

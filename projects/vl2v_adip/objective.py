@@ -93,7 +93,10 @@ def objective(
 
 
 def cosine_terms(embeds: Tensor, targets: Targets, image_weight: float) -> Terms:
-    """-lambda mean cos(z, I(x)) - (1 - lambda) mean cos(z, t_y) (spec b.2); rows without an answer keep the text term."""
+    """-lambda mean cos(z, I(x)) - (1 - lambda) mean cos(z, t_y) (docs/papers/vl2v_adip.md, eq. 3).
+
+    Rows without an answer of the teacher keep the text term.
+    """
     terms: dict[str, Tensor] = {}
     if image_weight > 0:
         assert targets.image_embeds is not None

@@ -35,8 +35,9 @@ class LossValley:
     these losses times 1 + `tolerance_ratio`, and the valley is dead (`dead`) when `n_tolerance` evaluations in a row
     lie above it.
 
-    `reference` repeats the released code (VL2V-ADiP spec b.5): each segment weighs 1 whatever its length, the
-    converged one usually twice, and the oldest one more often when convergence comes before `n_tolerance` evaluations.
+    `reference` is the rule of docs/papers/vl2v_adip.md#the-released-codes-rule: each segment weighs 1 whatever its
+    length, the converged one usually twice, and the oldest one more often when convergence comes before `n_tolerance`
+    evaluations.
     `clean` takes every step once, from the converged segment to the last one whose loss is not above the threshold.
 
     Memory, in float32 copies of the averaged tensors: `reference` max(n_converge, n_tolerance) segments, the average

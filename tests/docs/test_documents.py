@@ -15,7 +15,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob("projects/*/README.md"),
         *ROOT.glob("benchmarks/*.md"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
     }
 )
 SCRIPTS = sorted({*ROOT.glob("scripts/*.sh"), *ROOT.glob("projects/*/scripts/*.sh")})

@@ -217,6 +217,6 @@ def test_splits_names_and_refusals(tmp_path: Path) -> None:
 
 
 def test_harmonic_mean() -> None:
-    # PromptKD spec f: 86.96 and 80.73 -> 83.73
+    # the paper's average row (docs/papers/promptkd.md#published-numbers): 86.96 and 80.73 -> 83.73
     assert round(harmonic_mean(86.96, 80.73), 2) == 83.73
     assert harmonic_mean(0.0, 0.0) == 0.0

@@ -84,7 +84,7 @@ def test_torchvision_widths(name: str, dim: int) -> None:
 
 
 def test_statistics_are_those_of_the_weights() -> None:
-    """VL2V-ADiP spec c: the AugReg ViTs see 0.5 / 0.5, and the pinned tag survives."""
+    """docs/papers/vl2v_adip.md#recipe: the AugReg ViTs see 0.5 / 0.5, and the pinned tag survives."""
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     with torch.device("meta"):
         backbone = load_backbone(f"timm:{name}", pretrained=False)
@@ -125,7 +125,7 @@ def test_dho_files_of_numbered_children(tmp_path: Path, name: str) -> None:
     model = torchvision.models.get_model(name, weights=None).eval()
     trunk = nn.Sequential(*list(model.children())[:-1])
     heads = {"ce_head.weight": torch.zeros(3, 5), "kd_head.bias": torch.zeros(3)}
-    # DHO spec g: 124 tensors of ResNet-18 with its four head tensors, 316 of MobileNetV2.
+    # The released files: 124 tensors of ResNet-18 with its four head tensors, 316 of MobileNetV2.
     assert len(trunk.state_dict()) + 4 == {"resnet18": 124, "mobilenet_v2": 316}[name]
     state = {f"module.backbone.{key}": value for key, value in trunk.state_dict().items()}
     state |= {f"module.{key}": value for key, value in heads.items()}

@@ -113,7 +113,7 @@ def test_projector() -> None:
     ).sqrt()  # BatchNorm's batch statistics
     expected = hidden.relu() @ two.layers[3].weight.T + two.layers[3].bias
     torch.testing.assert_close(two(z), expected, rtol=1e-4, atol=1e-5)
-    # PromptKD spec b.3: 986,112 parameters at 512 -> 768
+    # docs/papers/promptkd.md#stage-2-the-student: 986,112 parameters at 512 -> 768
     assert sum(p.numel() for p in Projector(512, 768, layers=2).parameters()) == 986_112
     assert Projector(**two.config).state_dict().keys() == two.state_dict().keys()
     with pytest.raises(UserError, match="layers is 0"):

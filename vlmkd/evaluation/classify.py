@@ -42,7 +42,7 @@ class Classification:
 
     Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (macro average over the classes that occur); with several
     domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and
-    `harmonic_mean`. The classes of a group compete only with each other (PromptKD spec b.4), or, with `rivals="all"`,
+    `harmonic_mean`. The classes of a group compete only with each other (as in PromptKD), or, with `rivals="all"`,
     with every class (the open set of VL2V-ADiP); all in the same forward pass.
 
     Details, plain data: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion

@@ -1,4 +1,4 @@
-"""Affinity mimicking: the student's image-text softmax matrices imitate the teachers' (TinyCLIP, eq. 1-5).
+"""Affinity mimicking: the student's image-text softmax imitates the teachers' (docs/papers/tinyclip.md, eq. 1-6).
 
 Letters: b local rows, B gathered columns (B = b without gathering), D student width, D' teacher width, E teachers.
 

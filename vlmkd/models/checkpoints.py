@@ -132,7 +132,7 @@ def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
     """The model config that fits `state` (any layout of `read_state_dict`), read from its shapes.
 
     A standard open_clip config where one can say it, else the pruned config of the ragged shapes. The activation is
-    not in a file: GELU is assumed, which holds for every TinyCLIP (spec e); set `quick_gelu` for OpenAI's.
+    not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
 
     Raises:
         UserError: neither a ViT nor a ResNet CLIP, or shapes that do not fit `head_width`.

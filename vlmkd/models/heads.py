@@ -57,7 +57,7 @@ class DualLogits(NamedTuple):
 
 
 class DualHead(nn.Module):
-    """A head for labels and a head for a teacher on one feature (DHO spec b.3).
+    """A head for labels and a head for a teacher on one feature (docs/papers/dho.md, eq. 1 and 9).
 
     The label head is linear on the feature as it is. The teacher head, by `kd`:
     `linear`: W z + b; `scaled_linear`: 100 (W n(z) + b), the reference's code, which its released weights need;
@@ -103,7 +103,7 @@ class DualHead(nn.Module):
 
 
 def mix_heads(logits: DualLogits, alpha: float, beta: float) -> Tensor:
-    """log(alpha softmax(ce) + (1 - alpha) softmax(kd / beta)), [B, C] fp32: DHO's prediction (spec b.4).
+    """log(alpha softmax(ce) + (1 - alpha) softmax(kd / beta)), [B, C] fp32: docs/papers/dho.md, eq. 13.
 
     Its softmax is the mixture itself.
     """

@@ -13,7 +13,7 @@ from vlmkd.models.clip import ClipModel, ClipOutput, encode
 class ClipTeacher(nn.Module):
     """A frozen CLIP that accepts images in `student_spec`'s statistics.
 
-    `scale` replaces the teacher's own logit scale (TinyCLIP spec b: 50 for both); `dtype` is the type it computes in.
+    `scale` replaces the teacher's own logit scale (TinyCLIP: 50 for both); `dtype` is the type it computes in.
     Runs without gradients, and stays in eval mode whatever `train` says. Not in inference mode, because losses keep its
     outputs for their backward pass.
     """

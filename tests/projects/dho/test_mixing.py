@@ -16,7 +16,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def double_loop(ce: np.ndarray, kd: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """The search as the spec words it: outer loop beta, inner alpha, keep strictly better, start (0, 1.0) with best 0."""
+    """The released search: outer loop beta, inner alpha, keep strictly better, start (0, 1.0) with best 0."""
     best, alpha, beta = 0.0, 0.0, 1.0
     for b in [0.5, 0.75, 1, 1.25, 1.5, 2, 4]:
         for step in range(21):

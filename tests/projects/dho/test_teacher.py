@@ -1,4 +1,4 @@
-"""The zero-shot teacher's logits against float64 sums (spec b.2), and what it refuses to mix."""
+"""The zero-shot teacher's logits (docs/papers/dho.md, eq. 10) against float64 sums, and what it refuses."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_students_round_trip_and_convolutions_are_linear_layers(clip: ClipModel,
 
 
 def test_a_student_of_the_published_size() -> None:
-    """1,013,760 trained values and 171 tensors (spec b.3, g): ViT-B/16, nine times four prompts, projector to 768."""
+    """1,013,760 trained values and 171 tensors: ViT-B/16, nine times four prompts, projector to 768."""
     tower = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12}
     text = {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
     with torch.device("meta"):

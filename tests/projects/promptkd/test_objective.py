@@ -59,7 +59,7 @@ def test_promptkd_loss_and_the_two_ways_to_weigh_it(temperature: float) -> None:
     element = temperature**2 * total / (BATCH * CLASSES)
     assert float(promptkd_loss(student, teacher, temperature)) == pytest.approx(element, abs=1e-12)
     batch = float(promptkd_loss(student, teacher, temperature, "batch"))
-    # Weight w of the released code on C classes is the weight w / C of the batch mean (spec b.3).
+    # Weight w of the released code is the weight w / C of the batch mean (docs/papers/promptkd.md, eq. 14).
     assert 1000 / CLASSES * batch == pytest.approx(1000 * element, rel=1e-9)
     assert float(promptkd_loss(student.float(), teacher.float(), temperature)) == pytest.approx(
         element, abs=1e-6

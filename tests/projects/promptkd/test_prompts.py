@@ -189,7 +189,7 @@ def test_a_tokenizer_without_start_token_puts_prompts_first() -> None:
 
 @pytest.mark.parametrize("length", range(1, 9))
 def test_prompts_never_take_the_place_of_the_class_name(length: int) -> None:
-    """Up to four learned vectors stand for `a photo of a`, more for as many X (spec b.1)."""
+    """Up to four learned vectors stand for `a photo of a`, more for as many X."""
     given = with_room(open_clip.tokenize, TEMPLATE, length)
     wanted = (
         TEMPLATE if length <= 4 else " ".join(["X"] * length) + " {}."

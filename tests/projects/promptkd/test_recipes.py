@@ -21,7 +21,7 @@ from vlmkd.train.optim import lr_factor
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "projects" / "promptkd" / "configs"
-# lr .005, N = 20 (spec d)
+# lr .005, N = 20 (docs/papers/promptkd.md#recipe)
 RATES = [
     1e-5, .005, .00496922, .00487764, .00472752, .00452254, .00426777, .00396946, .00363498, .00327254, .00289109,
     .0025, .00210891, .00172746, .00136502, .00103054, .00073223, .00047746, .00027248, .00012236,

@@ -375,5 +375,5 @@ def test_means_are_over_seeds_with_their_spread_and_the_harmonic_mean_is_that_of
     assert lines[-1].startswith("| average | 60.00 ± 14.14 | 40.00 ± 7.07 |")
     single = evaluation.table(evaluation.summary(runs[:2]), "base2novel")
     assert "| a | 90.00 | 50.00 | 64.29 |" in single and "±" not in single
-    # The published table's own average row (spec f).
+    # The published table's own average row.
     assert evaluation.harmonic_mean(86.96, 80.73) == pytest.approx(83.73, abs=0.005)

@@ -19,7 +19,8 @@ OVERFITS = [3, 2.5, 2, 1.5, 1.2, 1.1, 1.0, 1.05, 1.1, 1.2, 1.6, 1.7, 1.8, 1.9, 2
 EARLY = [2.0, 1.0, 1.1, 1.2, 1.1, 1.1, 1.15, 1.2, 1.2]
 NEVER = [3, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3]
 
-# losses, converge step, threshold, dead at, coefficient of each step times the sum of them (spec b.5)
+# losses, converge step, threshold, dead at, coefficient of each step times their sum
+# (docs/papers/vl2v_adip.md#the-released-codes-rule)
 GOLDEN = [
     (FLAT, 0, 1.365, None, [3, 2, 2, 1, 1, 1, 1, 1, 1, 1]),
     (FALLING, 6, 1.365, None, [0] * 5 + [1, 2] + [1] * 8),
@@ -57,7 +58,7 @@ def test_reference_semantics_give_the_golden_rows(losses, converge, threshold, d
 def brute_force(
     losses: list[float], n_converge: int, n_tolerance: int, ratio: float
 ) -> tuple[list[float], int | None]:
-    """Spec b.5 read literally over whole lists, one step a segment: counts of each segment, and where it dies."""
+    """The released rule read literally over whole lists, one step a segment: counts of each, and where it dies."""
     counts = [0.0] * len(losses)
     converged = None
     threshold = 0.0
