@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -177,6 +178,26 @@ class LabelledDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParamGroupConfig:
+    """Trained parameters with a rate or decay of their own."""
+
+    match: str = ""
+    """Regular expression that is searched in the parameters' names; the first group that matches counts."""
+    lr: Amount | None = None
+    """Peak learning rate; null: optim.lr."""
+    weight_decay: Amount | None = None
+    """Decay where optim.weight_decay has an effect; null: optim.weight_decay."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise UserError(
+                f"config field optim.groups.N.match: {self.match!r} is no pattern ({error})"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimiser and its schedule."""
 
@@ -204,6 +225,8 @@ class OptimConfig:
     """Optimiser steps of one epoch of `epoch_cosine`, whose rate changes between epochs only."""
     first_epoch_lr: Amount = 1e-5
     """Constant rate during the first epoch of `epoch_cosine`."""
+    groups: list[ParamGroupConfig] = field(default_factory=list)
+    """Rates and decays by the names of parameters, e.g. [{match: "projector", lr: 1.0e-3}]."""
     clip_grad_norm: Amount = 5.0
     """Global gradient-norm clip; 0 turns it off."""
 
@@ -466,7 +489,9 @@ def check_ranges(cls: type[Any], values: Any, prefix: str = "") -> None:
         if nested is not None:
             for index, part in enumerate(value) if isinstance(value, list) else [("", value)]:
                 check_ranges(nested, part, f"{path}.{index}." if isinstance(value, list) else f"{path}.")
-        for limits in typing.get_args(hint):
+        if value is None:
+            continue
+        for limits in itertools.chain(typing.get_args(hint), *map(typing.get_args, typing.get_args(hint))):
             if isinstance(limits, Range) and (told := limits.refusal(value)):
                 meaning = " ".join(_field_docs(cls)[name].split())
                 raise UserError(f"config field {path} is {value}; {told}: {meaning}")

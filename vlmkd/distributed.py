@@ -187,11 +187,20 @@ def mistake_told() -> bool:
     return bool(told)
 
 
-def any_rank(flag: bool) -> bool:
+def total(value: Tensor) -> Tensor:
+    """Sum over the ranks of a tensor on this rank's device, where it stays."""
+    if world_size() == 1:
+        return value
+    summed = value.to(_collective_device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.to(value.device)
+
+
+def any_rank(flag: bool | Tensor) -> bool:
     """True on every rank when `flag` is true on any."""
     if world_size() == 1:
-        return flag
-    box = torch.tensor([float(flag)], device=_collective_device())
+        return bool(flag)
+    box = torch.as_tensor(flag, dtype=torch.float32, device=_collective_device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box.item())
 

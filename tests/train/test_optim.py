@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlmkd.config import OptimConfig
+from vlmkd.config import OptimConfig, ParamGroupConfig
 from vlmkd.errors import UserError
 from vlmkd.train.averaging import check_average, moving_average
 from vlmkd.train.optim import decay_groups, lr_factor
@@ -23,6 +23,27 @@ def test_decay_goes_to_matrices_only() -> None:
         id(p) for p in [*module["ln_1"].parameters(), module["conv"].bias]
     }
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_rates_and_decays_by_the_names_of_parameters() -> None:
+    module = nn.ModuleDict({"tower": nn.Linear(3, 2), "projector": nn.Linear(2, 2), "mixer": nn.Linear(2, 1)})
+    groups = [{"match": "^projector", "lr": 0.1}, {"match": "^(mixer|projector)", "weight_decay": 0.0}]
+    optim = OptimConfig(lr=0.5, weight_decay=0.2, groups=[ParamGroupConfig(**group) for group in groups])
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in decay_groups(module, optim)}
+    assert found == {
+        "decay": (0.5, 0.2),
+        "no_decay": (0.5, 0.0),
+        "^projector/decay": (0.1, 0.2),
+        "^projector/no_decay": (0.1, 0.0),
+        "^(mixer|projector)/decay": (0.5, 0.0),
+        "^(mixer|projector)/no_decay": (0.5, 0.0),
+    }
+    with pytest.raises(
+        UserError, match=r"optim.groups.0.match is 'experts'.*names are like tower.weight and mixer"
+    ):
+        decay_groups(module, OptimConfig(groups=[ParamGroupConfig(match="experts")]))
+    with pytest.raises(UserError, match="is no pattern"):
+        ParamGroupConfig(match="(")
 
 
 def test_cosine_with_warm_up() -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from vlmkd.config import EvaluationConfig, LogConfig, RunConfig
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
 from vlmkd.train import trainer
-from vlmkd.train.task import StepOutput
+from vlmkd.train.task import StepOutput, Task
 from vlmkd.train.timing import Stopwatch
 
 _UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -100,19 +100,20 @@ def fit(
     monkeypatch.setattr(trainer, "save_state", lambda *arguments: None)
     seconds = 1.0
 
-    def step(batch: Any, number: int) -> StepOutput:
-        nonlocal seconds
-        seconds = step_seconds.get(number, seconds)
-        clock.now += seconds
-        loss = torch.tensor(float(number))
-        return StepOutput(loss, {"part": loss})
+    class Slow(Task):
+        watch = Stopwatch()
 
-    task = SimpleNamespace(
-        step=step, after_update=lambda number: None, after_evaluation=lambda results, done: False,
-        predictor=lambda: None, watch=Stopwatch(),
-    )  # fmt: skip
+        def step(self, batch: Any, step: int) -> StepOutput:
+            nonlocal seconds
+            seconds = step_seconds.get(step, seconds)
+            clock.now += seconds
+            loss = torch.tensor(float(step))
+            return StepOutput(loss, {"part": loss})
 
-    job: Any = SimpleNamespace(task=task, loader=Loader(), evaluators=[Evaluator(clock)])
+        def predictor(self) -> None:
+            return None
+
+    job: Any = SimpleNamespace(task=Slow(), loader=Loader(), evaluators=[Evaluator(clock)])
     engine: Any = Engine()
     metrics: Any = lines
     trainer.fit(cfg, job, engine, metrics, tmp_path / "state", start=0, accumulation=1)
@@ -200,3 +201,42 @@ def test_a_short_run_is_judged_by_its_bad_samples_at_the_end(
     monkeypatch.setattr(Loader, "check_bad_share", refuse)
     with pytest.raises(UserError, match="84 of 180"):
         fit(config(tmp_path, steps=3), monkeypatch, {}, tmp_path)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: str
+
+
+def test_tensors_at_any_depth_reach_the_device() -> None:
+    tensor = torch.zeros(1)
+    batch = {"keys": ["a"], "turns": [{"tokens": tensor, "spans": (tensor, 3)}], "pair": Pair(tensor, "x")}
+    moved = trainer.to_device(batch, torch.device("meta"))
+    found = [moved["turns"][0]["tokens"], moved["turns"][0]["spans"][0], moved["pair"].first]
+    assert [part.device.type for part in found] == ["meta"] * 3
+    assert moved["keys"] == ["a"] and moved["turns"][0]["spans"][1] == 3 and moved["pair"].second == "x"
+
+
+def test_a_micro_batch_counts_by_its_weight_and_equal_ones_by_exactly_one() -> None:
+    cpu = torch.device("cpu")
+    assert trainer.loss_factors([3, 3, 3], cpu) == [1.0, 1.0, 1.0]
+    assert [float(factor) for factor in trainer.loss_factors([1, 0, 7], cpu)] == [3 / 8, 0, 21 / 8]
+
+
+def test_a_step_that_trains_on_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Task, "weight", lambda task, batch: 0)
+    with pytest.raises(UserError, match="nothing in the batch of step 0 is trained on; its samples are in"):
+        fit(config(tmp_path, steps=3), monkeypatch, {}, tmp_path)
+
+
+def test_the_log_tells_each_kind_of_item_and_the_use_of_a_known_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vlmkd")
+    monkeypatch.setattr(Task, "items", lambda task, batch: {"samples": 2, "tokens": 30})
+    monkeypatch.setattr(Task, "flops", lambda task, batch: 2e12)
+    monkeypatch.setattr(trainer, "peak_tflops", lambda: 4.0)
+    _, lines = fit(config(tmp_path, steps=3), monkeypatch, {}, tmp_path)
+    told = {name: lines.train[3][name] for name in ("samples_per_s", "tokens_per_s", "tflops", "mfu")}
+    assert told == {"samples_per_s": 2.0, "tokens_per_s": 30.0, "tflops": 2.0, "mfu": 0.5}
+    assert "2 samples/s  30 tokens/s" in caplog.text

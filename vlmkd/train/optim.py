@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import nn
 
-from vlmkd.config import OptimConfig
+from vlmkd.config import OptimConfig, ParamGroupConfig, require
 
 NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
 
@@ -16,21 +17,49 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters of `module` in a decayed and an undecayed group.
 
     Decay goes to tensors of two or more dimensions whose name holds none of `NO_DECAY_NAMES` (the rule of the
-    TinyCLIP reference), or to all of them with `optim.decay_all`. A group may carry its own `lr` and
+    TinyCLIP reference), or to all of them with `optim.decay_all`. Rate and decay are those of the first of
+    `optim.groups` whose pattern is found in the name, else the run's. A group may carry its own `lr` and
     `schedule: False` (constant); see `Engine.set_lr`.
+
+    Raises:
+        UserError: a pattern that is none, or that counts for no trained parameter.
     """
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    rules = [*optim.groups, ParamGroupConfig()]
+    members: list[tuple[list[nn.Parameter], list[nn.Parameter]]] = [([], []) for _ in rules]
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
+        rule = next(index for index, rule in enumerate(rules) if re.search(rule.match, name))
         plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY_NAMES)
-        (undecayed if plain and not optim.decay_all else decayed).append(parameter)
-    groups = [
-        {"name": "decay", "params": decayed, "lr": optim.lr, "weight_decay": optim.weight_decay},
-        {"name": "no_decay", "params": undecayed, "lr": optim.lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        members[rule][plain and not optim.decay_all].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for index in (
+        len(rules) - 1,
+        *range(len(rules) - 1),
+    ):  # the run's own rate first, because the log tells that
+        rule = rules[index]
+        lr = optim.lr if rule.lr is None else rule.lr
+        decay = optim.weight_decay if rule.weight_decay is None else rule.weight_decay
+        named = f"{rule.match}/" if rule.match else ""
+        require(
+            bool(members[index][0] or members[index][1] or not named),
+            f"optim.groups.{index}.match",
+            f"is {rule.match!r}, which counts for no trained parameter; names are like {_example(module)}",
+        )
+        for kind, params, weight_decay in zip(
+            ("decay", "no_decay"), members[index], (decay, 0.0), strict=True
+        ):
+            if params:
+                groups.append(
+                    {"name": named + kind, "params": params, "lr": lr, "weight_decay": weight_decay}
+                )
+    return groups
+
+
+def _example(module: nn.Module) -> str:
+    """Two names of trained parameters."""
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return " and ".join(dict.fromkeys([names[0], names[-1]])) if names else "none"
 
 
 def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:

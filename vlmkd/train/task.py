@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmkd.evaluation.base import Result
 
 Batch = dict[str, Any]
+"""One micro-batch: `keys`, the names of its samples, and whatever the loader and the task agree on, nested as they like."""
 
 
 @dataclass
@@ -23,7 +24,7 @@ class StepOutput:
     """What one micro-batch gives the loop."""
 
     loss: Tensor
-    """Scalar to back-propagate."""
+    """Scalar to back-propagate: a mean over what `Task.weight` counts."""
     terms: dict[str, Tensor]
     """Weighted, detached scalars that sum to `loss`."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -49,6 +50,22 @@ class Task:
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Forward pass and losses of one micro-batch at optimiser step `step`."""
         raise AssertionError(f"{type(self).__name__} does not define step()")
+
+    def weight(self, batch: Batch) -> float:
+        """What a micro-batch's loss is a mean over: its rows, or e.g. the tokens that are learned.
+
+        An optimiser step trains on the mean over this number in all its micro-batches on all ranks. A loss of the batch
+        as a set (contrastive) has no such mean, and its micro-batches are equally large.
+        """
+        return len(batch["keys"])
+
+    def items(self, batch: Batch) -> dict[str, float]:
+        """How much of what a micro-batch holds, by kind; the log tells each as a rate."""
+        return {"samples": len(batch["keys"])}
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations that a micro-batch asks of the models, forward and backward; 0: not known."""
+        return 0.0
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """Optimiser groups; the default splits decayed from undecayed parameters."""

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from vlmkd.train.engine import Engine, batch_triple
 from vlmkd.train.metrics import Metrics, duration
 from vlmkd.train.optim import lr_factor
 from vlmkd.train.task import Batch, StepOutput, Task
+from vlmkd.train.timing import peak_tflops
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ def fit(
 ) -> int:
     """Train from optimiser step `start` to `cfg.steps`; returns the step reached.
 
-    One step: fetch, `task.step`, backward, finite check, update, `after_update`; then log, evaluate and save when due.
+    One step: fetch all micro-batches, `task.step` and backward for each, finite check, update, `after_update`; then log,
+    evaluate and save when due.
 
     Raises:
         UserError: a non-finite loss (before it touches the weights), bad data, a full disk.
@@ -79,22 +81,24 @@ def fit(
         for step in range(start, cfg.steps):
             lr = engine.set_lr(lr_factor(step, cfg.steps, cfg.optim))
             torch.manual_seed(stream_seed(cfg.seed, distributed.rank(), step, "step"))
-            outputs, keys = [], []
-            for _ in range(accumulation):
-                with window.data_wait():
-                    batch = next(batches)
-                output = job.task.step(to_device(batch, engine.device), step)
+            with window.data_wait():
+                parts = [next(batches) for _ in range(accumulation)]
+            factors = loss_factors([job.task.weight(part) for part in parts], engine.device)
+            outputs = []
+            for part, factor in zip(parts, factors, strict=True):
+                output = job.task.step(to_device(part, engine.device), step)
+                output.loss = output.loss * factor.to(output.loss.dtype)
                 engine.backward(output.loss)
                 outputs.append(output)
-                keys.extend(batch["keys"])
                 if len(outputs) < accumulation:
                     engine.update()
-            finite = all(bool(torch.isfinite(output.loss)) for output in outputs)
-            if distributed.any_rank(not finite):
-                raise _non_finite(state_dir.parent, step, outputs, keys, finite)
+            if distributed.any_rank(
+                ~torch.stack([output.loss.detach() for output in outputs]).isfinite().all()
+            ):
+                raise _non_finite(state_dir.parent, step, outputs, factors, parts)
             engine.update()
             job.task.after_update(step)
-            window.add(outputs, len(keys), lr)
+            window.add(outputs, factors, parts, lr)
             done = step + 1
             if step == start:
                 _warn_of_memory(cfg)
@@ -181,15 +185,28 @@ def stream_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with its tensors (also those in lists) on `device`."""
+def loss_factors(weights: list[float], device: torch.device) -> list[torch.Tensor]:
+    """What each micro-batch's mean loss is multiplied by, so that a step trains on the mean over all it weighs.
 
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
-        return [move(item) for item in value] if isinstance(value, list) else value
+    The engine divides by micro-batches and ranks; `weights` of equal micro-batches give factors of exactly 1. A
+    collective that waits for no device.
+    """
+    total = distributed.total(torch.tensor(sum(weights), dtype=torch.float64, device=device))
+    count = len(weights) * distributed.world_size()
+    return [weight * count / total for weight in weights]
 
-    return {name: move(value) for name, value in batch.items()}
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with the tensors in its mappings, lists and tuples, at any depth, on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: to_device(part, device) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(part, device) for part in value))
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(part, device) for part in value)
+    return value
 
 
 class _Window:
@@ -203,7 +220,8 @@ class _Window:
 
     def _restart(self) -> None:
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._count, self._samples, self._wait, self._lr = 0, 0, 0.0, 0.0
+        self._items: dict[str, float] = defaultdict(float)
+        self._count, self._flops, self._wait, self._lr = 0, 0.0, 0.0, 0.0
         self._start = time.monotonic()
 
     @contextmanager
@@ -221,17 +239,20 @@ class _Window:
         yield
         self._wait += time.monotonic() - start
 
-    def add(self, outputs: list[StepOutput], samples: int, lr: float) -> None:
+    def add(
+        self, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch], lr: float
+    ) -> None:
         """Count one optimiser step; values stay on the device until the line is written."""
-        for output in outputs:
-            named = {
-                "loss": output.loss.detach(),
-                **{f"loss/{k}": v for k, v in output.terms.items()},
-                **output.metrics,
-            }
-            for name, value in named.items():
-                self._sums[name] = self._sums[name].to(value.device) + value.detach().float() / len(outputs)
-        self._count, self._samples, self._lr = self._count + 1, self._samples + samples, lr
+        for output, factor in zip(outputs, factors, strict=True):
+            named = {**{f"loss/{k}": v for k, v in output.terms.items()}, **output.metrics}
+            weighted = {name: value.detach().float() * factor.float() for name, value in named.items()}
+            for name, value in {"loss": output.loss.detach().float(), **weighted}.items():
+                self._sums[name] = self._sums[name].to(value.device) + value / len(outputs)
+        for part in parts:
+            self._flops += self._job.task.flops(part)
+            for kind, count in self._job.task.items(part).items():
+                self._items[kind] += count
+        self._count, self._lr = self._count + 1, lr
 
     def write(self, metrics: Metrics, done: int) -> None:
         """One console line and one metrics line, averaged over the window and the ranks."""
@@ -239,8 +260,14 @@ class _Window:
         values = {name: float(total) / self._count for name, total in self._sums.items()}
         values |= {f"{name}_s": spent / self._count for name, spent in self._job.task.watch.read().items()}
         values |= {"data_wait_s": self._wait / self._count, "step_s": elapsed / self._count}
-        values = distributed.mean(values)
-        values["samples_per_s"] = self._samples * distributed.world_size() / elapsed
+        values["tflops"] = self._flops / elapsed / 1e12
+        rates = {f"{kind}_per_s": count / elapsed for kind, count in self._items.items()}
+        values = distributed.mean(values | rates)
+        values |= {name: values[name] * distributed.world_size() for name in rates}
+        if not values["tflops"]:
+            del values["tflops"]
+        elif peak := peak_tflops():
+            values["mfu"] = values["tflops"] / peak
         values |= {
             "lr": self._lr,
             "grad_norm": self._engine.grad_norm(),
@@ -254,14 +281,14 @@ class _Window:
             f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in values if name.startswith("loss/")
         )
         log.info(
-            "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %.0f samples/s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
+            "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
             done,
             self._cfg.steps,
             values["loss"],
             terms,
             self._lr,
             values["grad_norm"],
-            values["samples_per_s"],
+            "  ".join(f"{values[name]:.0f} {name.removesuffix('_per_s')}/s" for name in rates),
             100 * self._wait / elapsed,
             values["peak_memory_mb"],
             sum(skipped.values()),
@@ -319,14 +346,20 @@ def _evaluations_between(cfg: RunConfig, done: int) -> int:
 
 
 def _non_finite(
-    run_dir: Path, step: int, outputs: list[StepOutput], keys: list[str], finite: bool
+    run_dir: Path, step: int, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch]
 ) -> UserError:
     """Write down the samples of this rank's batch and say what was not finite."""
     path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
+    keys = [key for part in parts for key in part["keys"]]
+    finite = all(bool(output.loss.isfinite()) for output in outputs)
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
     bad = sorted({name for part in terms for name, value in part.items() if not math.isfinite(value)})
     write_json(path, {"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys})
     where = f"terms {', '.join(bad)}" if bad else "on another rank"
+    if factors[0].isnan():
+        return UserError(
+            f"nothing in the batch of step {step} is trained on; its samples are in {path}; mend the data"
+        )
     return UserError(
         f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "
         f"{path} (first: {', '.join(keys[:3])}); lower optim.lr or remove the samples, then start the same command again"
