@@ -382,7 +382,8 @@ def test_checkpointing_a_resnet_warns() -> None:
     config = tiny()
     config["vision_cfg"] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
     with pytest.warns(UserWarning, match="no effect on open_clip's ResNet"):
-        CLIPEncoder(build_clip(config), activation_checkpointing=True)
+        encoder = CLIPEncoder(build_clip(config), activation_checkpointing=True)
+    assert encoder.model.transformer.grad_checkpointing  # the text tower's works
 
 
 def test_parameters_have_a_dimension_and_exports_get_their_shape_back(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def _child(request: dict[str, Any]) -> None:
         code = 0
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:  # noqa: BLE001  (as the interpreter does at its end)
+    except BaseException:  # noqa: BLE001  (as the interpreter does at its end; the exit code stays 1)
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -282,7 +282,8 @@ def test_no_code_in_a_checkpoint_runs(clip: ClipModel, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "bomb")
     read = legacy.read_checkpoint(tmp_path / "bomb")
     assert not trace.exists() and "logit_scale" in read
-    torch.load(tmp_path / "bomb", weights_only=False)  # the test's own file: proves that the bomb is armed
+    # The one load without weights_only, of the test's own file: it proves that the bomb is armed.
+    torch.load(tmp_path / "bomb", weights_only=False)
     assert trace.exists()
     torch.save({"state_dict": {"a": Bomb(open, str(tmp_path / "b"), "w")}}, tmp_path / "weights")
     with pytest.raises(UserError, match="a is no tensor"):

@@ -448,7 +448,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 
 def test_a_training_step_never_waits_for_the_device() -> None:
     """Fake tensors refuse every operation whose result the host would have to read."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     config = MaskedCLIP.from_clip(tiny_clip()).config
     with FakeTensorMode() as mode:
@@ -456,7 +456,10 @@ def test_a_training_step_never_waits_for_the_device() -> None:
         images, tokens = (mode.from_tensor(value) for value in inputs())
         output = model(images, tokens, seed=3, target=0.9)
         (output.penalty + output.image_embeds.sum() + output.text_embeds.sum()).backward()
+        assert all(alpha.grad is not None for alpha in model.image_masks.log_alphas())
         model.eval()(images, tokens)
+        with pytest.raises(DataDependentOutputException):  # as they would have above
+            output.penalty.item()
 
 
 def test_mask_state_resumes_exactly() -> None:
