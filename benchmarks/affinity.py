@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vlmkd.losses.affinity import TeacherEmbeds, affinity_loss  # noqa: E402
+from vlmkd.losses.affinity import PairEmbeds, affinity_loss  # noqa: E402
 
 DENSE_BLOCKS = 8  # [b, B] blocks alive at once in the dense form, rounded up from what its memory test counts
 MIB = 2**20
@@ -109,7 +109,7 @@ def available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def embeddings(rows: int, columns: int, width: int, device: str) -> tuple[list[Tensor], TeacherEmbeds]:
+def embeddings(rows: int, columns: int, width: int, device: str) -> tuple[list[Tensor], PairEmbeds]:
     """Pairs that share a direction, so that the softmax is neither flat nor saturated."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(columns, width, generator=generator)
@@ -118,9 +118,9 @@ def embeddings(rows: int, columns: int, width: int, device: str) -> tuple[list[T
         for _ in range(4)
     )
     if rows == columns:
-        return [images, texts], TeacherEmbeds(teacher_images, teacher_texts, 50.0)
+        return [images, texts], PairEmbeds(teacher_images, teacher_texts, 50.0)
     local = [x[:rows].clone() for x in (images, texts)]
-    teacher = TeacherEmbeds(teacher_images[:rows], teacher_texts[:rows], 50.0, teacher_images, teacher_texts)
+    teacher = PairEmbeds(teacher_images[:rows], teacher_texts[:rows], 50.0, teacher_images, teacher_texts)
     return [*local, images, texts], teacher
 
 
@@ -142,7 +142,7 @@ def measure(rows: int, columns: int, chunk: int, width: int) -> dict[str, float]
             torch.cuda.synchronize()
 
     warm = F.normalize(torch.randn(64, width, device=device), dim=-1).requires_grad_()
-    affinity_loss(warm, warm, scale, [TeacherEmbeds(warm, warm, 50.0)], chunk=chunk).ce.backward()
+    affinity_loss(warm, warm, scale, [PairEmbeds(warm, warm, 50.0)], chunk=chunk).ce.backward()
     before = torch.cuda.memory_allocated() if device == "cuda" else resident_bytes()
     times = []
     for _ in range(10 if rows * columns <= 2**21 else 1):

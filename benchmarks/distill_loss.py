@@ -23,7 +23,7 @@ from open_clip.loss import DistillClipLoss
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vlmkd.losses.affinity import TeacherEmbeds, affinity_loss  # noqa: E402
+from vlmkd.losses.affinity import PairEmbeds, affinity_loss  # noqa: E402
 from vlmkd.losses.contrastive import clip_loss  # noqa: E402
 
 
@@ -56,7 +56,7 @@ def steps(rows: int, width: int, device: str) -> tuple[dict[str, Callable[[], Te
     )
     scale = torch.tensor(50.0, device=device)
     leaves = [x.requires_grad_() for x in (image, text, scale)]
-    teacher = TeacherEmbeds(teacher_image, teacher_text, 50.0)
+    teacher = PairEmbeds(teacher_image, teacher_text, 50.0)
     reference = DistillClipLoss()
 
     def open_clip_step() -> Tensor:

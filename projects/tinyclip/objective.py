@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from projects.tinyclip.config import LossConfig
-from vlmkd.losses.affinity import TeacherEmbeds, affinity_loss
+from vlmkd.losses.affinity import PairEmbeds, affinity_loss
 from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
 from vlmkd.losses.features import feature_distillation_loss
 
@@ -31,7 +31,7 @@ class StudentEmbeds:
 
 
 def objective(
-    student: StudentEmbeds, teachers: Sequence[TeacherEmbeds], loss: LossConfig, offset: int = 0
+    student: StudentEmbeds, teachers: Sequence[PairEmbeds], loss: LossConfig, offset: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
     """Terms, their weights, and metrics; terms whose weight is 0 are not computed.
 

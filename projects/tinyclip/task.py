@@ -20,7 +20,7 @@ from vlmkd import distributed
 from vlmkd.config import OptimConfig
 from vlmkd.export.clip import export_clip, verify_export
 from vlmkd.files import write_text
-from vlmkd.losses.affinity import TeacherEmbeds
+from vlmkd.losses.affinity import PairEmbeds
 from vlmkd.models.clip import ClipModel, ClipPredictor
 from vlmkd.models.pruned_clip import PrunedCLIP
 from vlmkd.models.teacher import ClipTeacher
@@ -128,7 +128,7 @@ class TinyCLIPTask(Task):
         return LEGACY_FIRST_SCALE if scale.legacy_first_step and step == 0 else scale.value
 
     @torch.no_grad()
-    def _teacher_embeds(self, batch: Batch) -> list[TeacherEmbeds]:
+    def _teacher_embeds(self, batch: Batch) -> list[PairEmbeds]:
         """Unit embeddings of every teacher, loaded or stored, gathered over the ranks."""
         if "teacher_image_embeds" in batch:
             pairs = list(zip(batch["teacher_image_embeds"], batch["teacher_text_embeds"], strict=True))
@@ -144,7 +144,7 @@ class TinyCLIPTask(Task):
                 pairs.append((output.image_embeds, output.text_embeds))
         fixed = self.cfg.logit_scale.mode == "fixed"
         return [
-            TeacherEmbeds(
+            PairEmbeds(
                 image, text, self.cfg.logit_scale.value if fixed else scale, *self._gathered(image, text)
             )
             for (image, text), scale in zip(pairs, self._teacher_scales, strict=True)

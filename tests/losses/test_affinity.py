@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmkd.losses.affinity import TeacherEmbeds, affinity_loss
+from vlmkd.losses.affinity import PairEmbeds, affinity_loss
 
 
 def unit(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,7 +23,7 @@ def unit(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.flo
 
 def problem(
     rows: int, columns: int, width: int, teacher_widths: tuple[int, ...], dtype: torch.dtype, seed: int = 0
-) -> tuple[dict[str, Tensor], list[TeacherEmbeds]]:
+) -> tuple[dict[str, Tensor], list[PairEmbeds]]:
     """Student leaves (gathered columns only when columns > rows) and teachers with scales 10, 15, ..."""
     generator = torch.Generator().manual_seed(seed)
     names = ["image_embeds", "text_embeds"]
@@ -35,11 +35,11 @@ def problem(
     for index, teacher_width in enumerate(teacher_widths):
         parts = [unit(generator, rows, teacher_width, dtype=dtype) for _ in range(2)]
         parts += [unit(generator, columns, teacher_width, dtype=dtype) for _ in gathered]
-        teachers.append(TeacherEmbeds(parts[0], parts[1], 10.0 + 5 * index, *parts[2:]))
+        teachers.append(PairEmbeds(parts[0], parts[1], 10.0 + 5 * index, *parts[2:]))
     return {name: leaf.requires_grad_() for name, leaf in leaves.items()}, teachers
 
 
-def oracle(leaves: dict[str, Tensor], teachers: list[TeacherEmbeds]) -> tuple[float, list[float]]:
+def oracle(leaves: dict[str, Tensor], teachers: list[PairEmbeds]) -> tuple[float, list[float]]:
     """ce of the 1/2 form, and kl of either direction, by loops over single numbers."""
 
     def numpy(x: Tensor) -> np.ndarray:
@@ -71,7 +71,7 @@ def oracle(leaves: dict[str, Tensor], teachers: list[TeacherEmbeds]) -> tuple[fl
 
 
 def gradients(
-    leaves: dict[str, Tensor], teachers: list[TeacherEmbeds], which: str = "ce", **options
+    leaves: dict[str, Tensor], teachers: list[PairEmbeds], which: str = "ce", **options
 ) -> list[Tensor]:
     loss = getattr(affinity_loss(**leaves, teachers=teachers, **options), which)
     return list(torch.autograd.grad(loss, list(leaves.values())))
@@ -83,7 +83,7 @@ def test_hand_worked_two_by_two(chunk: int) -> None:
     # Teacher logits all 0: every target is (1/2, 1/2), whose entropy is ln 2.
     student = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     zeros = torch.zeros(2, 3, dtype=torch.float64)
-    loss = affinity_loss(student, student, math.log(3), [TeacherEmbeds(zeros, zeros, 1.0)], chunk=chunk)
+    loss = affinity_loss(student, student, math.log(3), [PairEmbeds(zeros, zeros, 1.0)], chunk=chunk)
     ce = (-0.5 * math.log(3 / 16) + math.log(2)) / 2
     assert loss.ce.item() == pytest.approx(ce, abs=1e-14)
     assert loss.kl.item() == pytest.approx(ce - math.log(2), abs=1e-14)
@@ -144,9 +144,7 @@ def test_float32_is_near_float64_at_scale_100(chunk: int) -> None:
     leaves["logit_scale"] = torch.tensor(100.0, requires_grad=True)
     teachers = [teachers[0]._replace(logit_scale=100.0)]
     wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-    wide_teachers = [
-        TeacherEmbeds(teachers[0].image_embeds.double(), teachers[0].text_embeds.double(), 100.0)
-    ]
+    wide_teachers = [PairEmbeds(teachers[0].image_embeds.double(), teachers[0].text_embeds.double(), 100.0)]
     loss = affinity_loss(**leaves, teachers=teachers, chunk=chunk)
     exact = affinity_loss(**wide, teachers=wide_teachers)
     torch.testing.assert_close(loss.ce.double(), exact.ce, rtol=2e-6, atol=0)
@@ -194,7 +192,7 @@ def test_ce_and_kl_have_one_gradient(chunk: int, columns: int) -> None:
 @pytest.mark.parametrize("columns", [6, 12])
 def test_kl_and_gradient_vanish_when_student_is_teacher(chunk: int, columns: int) -> None:
     leaves, _ = problem(6, columns, 4, (), torch.float64)
-    teacher = TeacherEmbeds(**{name: leaf.detach() for name, leaf in leaves.items()})
+    teacher = PairEmbeds(**{name: leaf.detach() for name, leaf in leaves.items()})
     assert affinity_loss(**leaves, teachers=[teacher, teacher], chunk=chunk).kl.item() == pytest.approx(
         0, abs=1e-14
     )
@@ -207,7 +205,7 @@ def test_order_of_pairs_does_not_matter(chunk: int) -> None:
     leaves, teachers = problem(7, 7, 4, (5,), torch.float64)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
     moved = {name: leaf[order] if leaf.ndim else leaf for name, leaf in leaves.items()}
-    moved_teacher = TeacherEmbeds(teachers[0].image_embeds[order], teachers[0].text_embeds[order], 10.0)
+    moved_teacher = PairEmbeds(teachers[0].image_embeds[order], teachers[0].text_embeds[order], 10.0)
     expected = affinity_loss(**leaves, teachers=teachers, chunk=chunk)
     torch.testing.assert_close(
         affinity_loss(**moved, teachers=[moved_teacher], chunk=chunk), expected, rtol=0, atol=1e-13
@@ -217,7 +215,7 @@ def test_order_of_pairs_does_not_matter(chunk: int) -> None:
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_teacher_gets_no_gradient_and_half_precision_is_widened(chunk: int) -> None:
     leaves, teachers = problem(6, 6, 4, (5,), torch.float32)
-    teacher = TeacherEmbeds(
+    teacher = PairEmbeds(
         teachers[0].image_embeds.requires_grad_(),
         teachers[0].text_embeds,
         torch.tensor(10.0, requires_grad=True),
@@ -238,7 +236,7 @@ def test_teacher_gets_no_gradient_and_half_precision_is_widened(chunk: int) -> N
 def test_teacher_in_inference_mode(chunk: int) -> None:
     leaves, teachers = problem(6, 12, 4, (5, 3), torch.float64)
     with torch.inference_mode():
-        copies = [TeacherEmbeds(*(1.0 * value for value in teacher)) for teacher in teachers]
+        copies = [PairEmbeds(*(1.0 * value for value in teacher)) for teacher in teachers]
     torch.testing.assert_close(
         gradients(leaves, copies, chunk=chunk), gradients(leaves, teachers, chunk=chunk), rtol=0, atol=1e-15
     )

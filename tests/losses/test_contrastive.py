@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkd.losses.contrastive import clip_loss, info_nce, interactive_contrastive_loss, sigmoid_loss
+from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
 
 
 def unit(seed: int, *shape: int) -> Tensor:
@@ -102,7 +102,6 @@ def test_gradcheck() -> None:
     images, texts = unit(0, 6, 3).requires_grad_(), unit(1, 6, 3).requires_grad_()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
-    positives = torch.eye(6, dtype=torch.bool)
     part = slice(2, 5)
 
     def clip(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -119,7 +118,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(clip, (images, texts, scale))
     assert torch.autograd.gradcheck(sigmoid, (images, texts, scale, bias))
     assert torch.autograd.gradcheck(interactive, (images, texts, scale))
-    assert torch.autograd.gradcheck(lambda a, k, s: info_nce(a, k, s, positives), (images, texts, scale))
 
 
 def test_order_of_pairs_does_not_matter() -> None:
@@ -195,63 +193,3 @@ def test_gathered_columns_without_their_gradient_are_refused() -> None:
     clip_loss(image, text.detach(), 10.0, all_text_embeds=lost, **columns).backward()  # a frozen text tower
     with torch.no_grad():
         sigmoid_loss(image, text, 10.0, all_text_embeds=lost)
-
-
-def info_nce_loops(logits: Tensor, positives: Tensor, negatives: Tensor, weights: list[float]) -> float:
-    total = used = 0.0
-    for i in range(len(logits)):
-        chosen = [j for j in range(logits.shape[1]) if positives[i, j]]
-        if not chosen:
-            continue
-        others = [j for j in range(logits.shape[1]) if positives[i, j] or negatives[i, j]]
-        denominator = sum(math.exp(float(logits[i, j])) for j in others)
-        cost = sum(-math.log(math.exp(float(logits[i, j])) / denominator) for j in chosen) / len(chosen)
-        total, used = total + weights[i] * cost, used + weights[i]
-    return total / used
-
-
-def test_info_nce_equals_loops_and_regions() -> None:
-    anchors, keys = unit(0, 6, 4), unit(1, 9, 4)
-    region = torch.tensor([0, 0, 1, 1, 1, 2])
-    key_region = torch.cat([region, torch.tensor([-1, -1, -1])])
-    same = region[:, None] == key_region[None, :]
-    logits = 10 * anchors @ keys.T
-    # Every point of the region is a positive (CALICO, PLRC).
-    assert info_nce(anchors, keys, 10.0, same).item() == pytest.approx(
-        info_nce_loops(logits, same, ~same, [1.0] * 6), abs=1e-12
-    )
-    # The same point is the positive, the rest of its region is left out (RAPC), regions weigh the same (RAD).
-    point = torch.eye(6, 9, dtype=torch.bool)
-    weights = 1 / torch.bincount(region)[region].double()
-    assert info_nce(anchors, keys, 10.0, point, negatives=~same, weights=weights).item() == pytest.approx(
-        info_nce_loops(logits, point, ~same, weights.tolist()), abs=1e-12
-    )
-
-
-def test_info_nce_closed_forms() -> None:
-    eye = torch.eye(4, dtype=torch.float64)
-    # Orthonormal keys: log(1 + 3 e^{-10}); all alike and all positive: log N.
-    assert info_nce(eye, eye, 10.0, eye.bool()).item() == pytest.approx(
-        math.log1p(3 * math.exp(-10)), abs=1e-14
-    )
-    alike = torch.ones(4, 1, dtype=torch.float64)
-    assert info_nce(alike, alike, 10.0, torch.ones(4, 4, dtype=torch.bool)).item() == pytest.approx(
-        math.log(4)
-    )
-    # One positive each is the image-to-text half of the CLIP loss.
-    image, text = unit(0, 6, 4), unit(1, 6, 4)
-    halves = info_nce(image, text, 5.0, torch.eye(6).bool()) + info_nce(text, image, 5.0, torch.eye(6).bool())
-    assert halves.item() / 2 == pytest.approx(clip_loss(image, text, 5.0).item(), abs=1e-12)
-
-
-def test_info_nce_without_positives_is_zero_with_finite_gradient() -> None:
-    anchors, keys = unit(0, 3, 4).requires_grad_(), unit(1, 5, 4)
-    nothing = torch.zeros(3, 5, dtype=torch.bool)
-    loss = info_nce(anchors, keys, 10.0, nothing, negatives=nothing)
-    loss.backward()
-    assert loss.item() == 0 and anchors.grad.abs().max() == 0
-    # An unused anchor does not count in the mean.
-    some = nothing.clone()
-    some[1, 2] = True
-    alone = info_nce(anchors[1:2], keys, 10.0, some[1:2])
-    assert info_nce(anchors, keys, 10.0, some).item() == pytest.approx(alone.item(), abs=1e-14)

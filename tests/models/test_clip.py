@@ -21,7 +21,6 @@ from vlmkd.models.clip import (
     CLIPEncoder,
     ClipPredictor,
     build_clip,
-    build_image_tower,
     load_clip,
     weights_digest,
 )
@@ -479,13 +478,3 @@ def test_zoo_architectures_are_the_shipped_configs() -> None:
             config = json.loads((CONFIGS / f"{name}.json").read_text())
             assert config.pop("quick_gelu") is False
             assert config == entry.architecture, entry.name
-
-
-def test_image_only_student_from_timm() -> None:
-    tower, spec = build_image_tower("test_vit", embed_dim=24, seed=0)
-    assert spec.size == (160, 160) and spec.mean == (0.5, 0.5, 0.5)
-    assert tower.eval()(torch.randn(2, 3, 160, 160)).shape == (2, 24)
-    again, _ = build_image_tower("test_vit", embed_dim=24, seed=0)
-    assert weights_digest(tower.state_dict()) == weights_digest(again.state_dict())
-    with pytest.raises(UserError, match="did you mean"):
-        build_image_tower("resnet181", embed_dim=24)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmkd.distributed import gather, row_offset
-from vlmkd.losses.affinity import TeacherEmbeds, affinity_loss
+from vlmkd.losses.affinity import PairEmbeds, affinity_loss
 from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
 
 RANKS, ROWS, WIDTH, TEACHER_WIDTH = 2, 5, 4, 6
@@ -59,7 +59,7 @@ def affinity(leaves: Leaves, part: slice, chunk: int, which: str) -> Tensor:
     teachers = []
     for first, teacher_scale in ((0, 8.0), (2, 12.0)):
         local = [x[part] for x in teachers_of_all(TEACHER_WIDTH)[first : first + 2]]
-        teachers.append(TeacherEmbeds(*local, teacher_scale, **columns(*local)))
+        teachers.append(PairEmbeds(*local, teacher_scale, **columns(*local)))
     return getattr(affinity_loss(image, text, scale, teachers, chunk=chunk, **columns(image, text)), which)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmkd.losses.contrastive import check_gathered
+from vlmkd.losses.precision import wide
 
 
 class AffinityLoss(NamedTuple):
@@ -29,8 +30,8 @@ class AffinityLoss(NamedTuple):
     """`kl` of image-to-text and of text-to-image before they are weighed, [2], without gradient."""
 
 
-class TeacherEmbeds(NamedTuple):
-    """Unit embeddings of one teacher; the gathered ones are given exactly when the student's are."""
+class PairEmbeds(NamedTuple):
+    """Unit embeddings of one model; gathered ones are given for every model or for none."""
 
     image_embeds: Tensor
     """[b, D']."""
@@ -48,7 +49,7 @@ def affinity_loss(
     image_embeds: Tensor,
     text_embeds: Tensor,
     logit_scale: Tensor | float,
-    teachers: Sequence[TeacherEmbeds],
+    teachers: Sequence[PairEmbeds],
     *,
     all_image_embeds: Tensor | None = None,
     all_text_embeds: Tensor | None = None,
@@ -76,7 +77,7 @@ def affinity_loss(
     if reduction not in ("half", "sum"):
         raise ValueError(f"reduction is {reduction!r}; choose half or sum")
     gathered = all_image_embeds is not None
-    student = TeacherEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds)
+    student = PairEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds)
     # Without gathering one block serves both directions: its columns are the rows of the other direction.
     blocks = [[_image_rows(x) for x in (student, *teachers)]]
     if gathered:
@@ -85,7 +86,7 @@ def affinity_loss(
     with torch.autocast(image_embeds.device.type, enabled=False):
         for block in blocks:
             triple, *teacher = [
-                (_wide(rows), _wide(columns), _scalar(scale, rows)) for rows, columns, scale in block
+                (wide(rows), wide(columns), _scalar(scale, rows)) for rows, columns, scale in block
             ]
             teacher = [(rows.detach(), columns.detach(), scale.detach()) for rows, columns, scale in teacher]
             if chunk:
@@ -102,7 +103,7 @@ def affinity_loss(
 def _check(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    teachers: Sequence[TeacherEmbeds],
+    teachers: Sequence[PairEmbeds],
     all_image_embeds: Tensor | None,
     all_text_embeds: Tensor | None,
     chunk: int,
@@ -128,21 +129,16 @@ def _check(
             raise ValueError(f"row counts differ between student and teachers: {[x.shape[0] for x in group]}")
 
 
-def _image_rows(x: TeacherEmbeds) -> tuple[Tensor, Tensor, Tensor | float]:
+def _image_rows(x: PairEmbeds) -> tuple[Tensor, Tensor, Tensor | float]:
     return x.image_embeds, x.text_embeds if x.all_text_embeds is None else x.all_text_embeds, x.logit_scale
 
 
-def _text_rows(x: TeacherEmbeds) -> tuple[Tensor, Tensor, Tensor | float]:
+def _text_rows(x: PairEmbeds) -> tuple[Tensor, Tensor, Tensor | float]:
     return x.text_embeds, x.image_embeds if x.all_image_embeds is None else x.all_image_embeds, x.logit_scale
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precisions as float32; float32 and float64 as they are (bf16 logits cost 2.5 % of the gradient)."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _scalar(scale: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(scale, dtype=_wide(like).dtype, device=like.device).reshape(())
+    return torch.as_tensor(scale, dtype=wide(like).dtype, device=like.device).reshape(())
 
 
 Triple = tuple[Tensor, Tensor, Tensor]

@@ -1,6 +1,6 @@
-"""Contrastive losses over unit embeddings: CLIP, SigLIP, interactive (student against teacher), general InfoNCE.
+"""Contrastive losses over unit embeddings: CLIP, SigLIP, interactive (student against teacher).
 
-Letters: b local rows, B gathered columns (B = b without gathering), D width, N anchors, M keys.
+Letters: b local rows, B gathered columns (B = b without gathering), D width.
 
 Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean over
 ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries gradients, so
@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vlmkd.losses.precision import wide
 
 
 def clip_loss(
@@ -107,44 +109,6 @@ def interactive_contrastive_loss(
     return (image_loss + text_loss) / 2
 
 
-def info_nce(
-    anchors: Tensor,
-    keys: Tensor,
-    logit_scale: Tensor | float,
-    positives: Tensor,
-    *,
-    negatives: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """InfoNCE with any number of positives per anchor (SupCon, the form with the mean outside the logarithm).
-
-    Anchor i costs -(1/|P_i|) sum_{j in P_i} log( e^{s a_i.k_j} / sum_{k in P_i or N_i} e^{s a_i.k_k} ), and the loss is
-    the weighted mean over the anchors that have a positive; 0 when none has.
-
-    Args:
-        anchors: [N, D] unit vectors.
-        keys: [M, D] unit vectors.
-        logit_scale: inverse temperature s.
-        positives: bool [N, M], the sets P_i.
-        negatives: bool [N, M], the sets N_i; None: every key that is not a positive. Other keys are left out.
-        weights: [N] non-negative weight of each anchor; None: equal.
-    """
-    logits = _logits(anchors, keys, logit_scale)
-    if negatives is not None:
-        logits = logits.masked_fill(~(positives | negatives), -torch.inf)
-    counts = positives.sum(1)
-    used = counts > 0
-    # An anchor without any key has a log-sum-exp of -inf, whose gradient is NaN even when it is not used.
-    normaliser = logits.masked_fill(~used[:, None], 0.0).logsumexp(1)
-    mean_positive = logits.masked_fill(~positives, 0.0).sum(1) / counts.clamp_min(1)
-    weight = used.to(logits.dtype) if weights is None else used * weights.to(logits.dtype)
-    total = weight.sum()
-    # Without any weight the numerator is 0, and so shall be the loss.
-    return ((normaliser - mean_positive) * weight).sum() / torch.where(
-        total > 0, total, torch.ones_like(total)
-    )
-
-
 def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
     """Refuse gathered student columns that hold `rows` but not their gradient: part of the gradient would be lost.
 
@@ -160,10 +124,9 @@ def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
 
 
 def _logits(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Tensor:
-    """scale * rows @ columns.T in float32 or float64, [b, B]; half-precision logits would cost 2.5 % of the gradient."""
+    """scale * rows @ columns.T in float32 or float64, [b, B]."""
     with torch.autocast(rows.device.type, enabled=False):
-        rows, columns = (x if x.dtype == torch.float64 else x.float() for x in (rows, columns))
-        return (scale * rows).to(rows.dtype) @ columns.T
+        return (scale * wide(rows)).to(wide(rows).dtype) @ wide(columns).T
 
 
 def _labels(rows: Tensor, columns: Tensor, offset: int) -> Tensor:

@@ -6,18 +6,9 @@ Letters: D width, `...` any leading dimensions, whose product is the number of p
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine similarity, mean over positions; between 0 and 2. Both [..., D], of any length.
-
-    Differs from VL2V-ADiP's negative cosine by a constant.
-    """
-    student, teacher = _pair(student, teacher)
-    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+from vlmkd.losses.precision import wide
 
 
 def feature_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -39,5 +30,4 @@ def l2_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape:
         raise ValueError(f"student features {list(student.shape)}, teacher features {list(teacher.shape)}")
-    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
-    return student, teacher.detach()
+    return wide(student), wide(teacher).detach()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
+
+from vlmkd.losses.precision import wide
 
 
 def kl_divergence(
@@ -62,5 +63,4 @@ def kl_divergence(
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return (logits / temperature).log_softmax(-1)
+    return (wide(logits) / temperature).log_softmax(-1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import fnmatch
 import http.client
 import re
 import types
@@ -380,27 +379,6 @@ def freeze_batch_norm(module: nn.Module) -> int:
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
-
-
-def set_trainable(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Train the parameters whose names match a pattern (`backbone.*`, `*VPT*`), freeze the others; returns the names.
-
-    Raises:
-        UserError: a pattern matches no parameter, or there is no pattern.
-    """
-    if not patterns:
-        raise UserError("the list of trainable patterns is empty; write ['*'] to train everything")
-    named = dict(module.named_parameters())
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            near = difflib.get_close_matches(pattern.strip("*."), named, n=1, cutoff=0.0)
-            raise UserError(
-                f"trainable pattern {pattern!r} matches no parameter; names look like {near[0] if near else 'none'}"
-            )
-    chosen = [name for name in named if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in set(chosen))
-    return chosen
 
 
 def with_spec(backbone: Backbone, **changes: Any) -> Backbone:

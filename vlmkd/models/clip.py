@@ -591,46 +591,6 @@ def _checkpoint_activations(model: nn.Module) -> None:
     towers.set_grad_checkpointing(True)
 
 
-def build_image_tower(
-    timm_name: str, *, embed_dim: int, image_size: int | None = None, seed: int | None = None
-) -> tuple[nn.Module, ImageSpec]:
-    """An image-only student: a timm model with a linear projection to [B, embed_dim], randomly initialised.
-
-    Size and statistics are those of timm's weights for that name, unless `image_size` is given.
-
-    Raises:
-        UserError: timm has no such model.
-    """
-    import timm
-    from open_clip.timm_model import TimmModel
-
-    if not timm.is_model(timm_name):
-        near = difflib.get_close_matches(timm_name, timm.list_models(), n=2)
-        raise UserError(
-            f"timm has no model {timm_name}; {'did you mean ' + ' or '.join(near) if near else 'see timm.list_models()'}"
-        )
-    defaults: Any = timm.get_pretrained_cfg(timm_name)
-    size = image_size or defaults.input_size[-1]
-    with contextlib.ExitStack() as stack:
-        if seed is not None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            torch.manual_seed(seed)
-        # An empty pool keeps the trunk's own pooling before the projection.
-        tower = TimmModel(timm_name, embed_dim, image_size=size, pool="", proj="linear")
-    preprocess = {"mean": defaults.mean, "std": defaults.std, "interpolation": defaults.interpolation}
-    return tower, ImageSpec(**_spec_fields(size, preprocess))
-
-
-def _spec_fields(size: int, preprocess: Mapping[str, Any]) -> Config:
-    interpolation = preprocess["interpolation"]
-    return {
-        "size": (size, size),
-        "mean": tuple(preprocess["mean"]),
-        "std": tuple(preprocess["std"]),
-        "interpolation": interpolation if interpolation in ("bicubic", "bilinear") else "bicubic",
-    }
-
-
 # -------------------------------------------------------------------------------------------------------- predictor
 
 

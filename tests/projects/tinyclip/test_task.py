@@ -13,7 +13,7 @@ from projects.tinyclip.config import DistillConfig, LossConfig, MaskConfig
 from projects.tinyclip.objective import StudentEmbeds, objective
 from tests.projects.tinyclip.tiny_runs import Runs
 from vlmkd import config
-from vlmkd.losses.affinity import TeacherEmbeds
+from vlmkd.losses.affinity import PairEmbeds
 from vlmkd.models.clip import load_clip
 from vlmkd.train.trainer import Job
 
@@ -33,7 +33,7 @@ def _unit(rows: int, width: int, seed: int) -> torch.Tensor:
 def test_objective_equals_the_formulas_written_out() -> None:
     images, texts, teacher_images, teacher_texts = (_unit(5, 7, seed) for seed in range(4))
     student = StudentEmbeds(images, texts, 50.0, 0.0, projected=[(images, texts)], interactive_scale=10.0)
-    teacher = TeacherEmbeds(teacher_images, teacher_texts, 30.0)
+    teacher = PairEmbeds(teacher_images, teacher_texts, 30.0)
     loss = LossConfig(affinity=1.0, contrastive=0.5, feature=2000.0, interactive=1.0)
     terms, weights, metrics = objective(student, [teacher], loss)
 
