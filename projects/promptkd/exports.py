@@ -1,6 +1,6 @@
 """What a teacher's run leaves behind, its prompts: written, read, and checked in a fresh process.
 
-`python -m projects.promptkd.exports --check FOLDER PROBE` is that process.
+`python -m projects.promptkd.exports FOLDER PROBE` is that process.
 
 The folder has `prompts.safetensors` and `promptkd_teacher.json`, which names the CLIP under the prompts. A student is
 exported as every classifier is (vlmkd/export/classifier.py).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tempfile
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch import Tensor
 from projects.promptkd.config import ClipConfig
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
-from vlmkd.errors import UserError, run_tool
+from vlmkd.errors import UserError
 from vlmkd.evaluation.prompts import fill
-from vlmkd.export.clip import check_main, compare, new_folder, run_check, write_json, write_tensors
-from vlmkd.files import read_object
+from vlmkd.export import folder as export_folder
+from vlmkd.export.folder import Probe, check_main, replacing, stored, write_tensors
+from vlmkd.files import read_object, write_json
 from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 from vlmkd.tensor_files import read_safetensors
 
@@ -56,8 +57,8 @@ class TeacherFacts:
 
 def write_teacher(folder: Path, prompts: Mapping[str, Tensor], facts: TeacherFacts) -> None:
     """Write a teacher's prompts (names and shapes of `PromptedCLIP.prompts`); an older teacher there is replaced."""
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in prompts.items()}
-    with new_folder(folder, [TEACHER_JSON]) as partial:
+    tensors = {name: stored(value) for name, value in prompts.items()}
+    with replacing(folder, [TEACHER_JSON]) as partial:
         write_tensors(partial / _PROMPTS, tensors)
         write_json(partial / TEACHER_JSON, {**dataclasses.asdict(facts), "vlmkd": __version__})
 
@@ -101,29 +102,18 @@ def verify(folder: Path, images: Tensor, expected: Mapping[str, Tensor]) -> None
     Raises:
         UserError: they differ, or the folder cannot be loaded.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        probe = Path(scratch) / "probe.safetensors"
-        outputs = {name: value.cpu().contiguous() for name, value in expected.items()}
-        write_tensors(probe, {"images": images, **outputs})
-        run_check("projects.promptkd.exports", {folder.absolute(): probe})
+    export_folder.verify("projects.promptkd.exports", {folder: Probe({"images": images}, dict(expected))})
 
 
-def _check(folder: Path, probe_file: Path) -> str:
-    """What differs between the teacher in `folder` and the probe; empty when nothing does."""
-    probe = read_safetensors(probe_file)
+def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
+    """What the teacher in `folder` makes of a probe's pixels and of the probe text."""
     prompted, clip, facts = read_teacher(folder)
     encoder = PromptedEncoder(prompted, clip, "teacher")
-    found = {
-        "image_embeds": encoder.encode_image(probe["images"]),
+    return {
+        "image_embeds": encoder.encode_image(probe.inputs["images"]),
         "text_embeds": encoder.encode_text([probe_text(facts.template)]),
     }
-    return compare(found, probe)
-
-
-def main(argv: list[str]) -> int:
-    """Entry of the checking process; prints what differs and returns 1 when something does."""
-    return check_main("projects.promptkd.exports", _check, argv)
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(check_main(reloaded_outputs, sys.argv[1:]))

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlmkd.errors import UserError
 from vlmkd.export import classifier as classifier_export
 from vlmkd.export.classifier import export_classifier, load_classifier, to_onnx, verify_classifiers
+from vlmkd.export.folder import compare
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier
@@ -52,6 +53,12 @@ def pixels(count: int = 3) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
+def difference(folder: Path, module: torch.nn.Module, config: ClassifierConfig) -> str:
+    """What the checking process would say, without starting one."""
+    probe = classifier_export.probe_of(module, config)
+    return compare(classifier_export.reloaded_outputs(folder, probe), probe.outputs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["linear", "dual", "text", "text_two_layers"])
 @pytest.mark.parametrize("backbone", ["timm:test_resnet", "timm:test_vit", "torchvision:resnet18"])
@@ -68,8 +75,7 @@ def test_round_trip(kind: str, backbone: str, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out/provenance.json").read_text())
     assert facts["method"] == "test" and facts["parameters"] == sum(p.numel() for p in module.parameters())
     assert not list(tmp_path.glob(".out*"))
-    classifier_export._write_probe(tmp_path / "probe.safetensors", module, config)
-    assert classifier_export._check(tmp_path / "out", tmp_path / "probe.safetensors") == ""
+    assert difference(tmp_path / "out", module, config) == ""
 
 
 def test_check_finds_a_changed_head(tmp_path: Path) -> None:
@@ -77,13 +83,10 @@ def test_check_finds_a_changed_head(tmp_path: Path) -> None:
     export_classifier(tmp_path / "out", config, module.state_dict())
     with torch.no_grad():
         module.head.kd_head.bias[2] += 0.01
-    classifier_export._write_probe(tmp_path / "probe.safetensors", module, config)
-    assert "kd differs" in classifier_export._check(tmp_path / "out", tmp_path / "probe.safetensors")
+    assert "kd differs" in difference(tmp_path / "out", module, config)
     mixed = config.with_mix(0.31, 2.0)
-    classifier_export._write_probe(
-        tmp_path / "probe.safetensors", load_classifier(tmp_path / "out").module, mixed
-    )
-    assert "prediction differs" in classifier_export._check(tmp_path / "out", tmp_path / "probe.safetensors")
+    module = load_classifier(tmp_path / "out").module
+    assert "prediction differs" in difference(tmp_path / "out", module, mixed)
 
 
 def test_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmkd.errors import UserError
 from vlmkd.export import clip as export
-from vlmkd.export.clip import export_clip, new_folder, verify_export
+from vlmkd.export.clip import export_clip, probe_of, reloaded_outputs, verify_export
+from vlmkd.export.folder import Probe, compare, replacing
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, weights_digest
 
@@ -66,8 +67,9 @@ def siglip_like(folder: Path) -> ClipModel:
 
 def difference(folder: Path, clip: ClipModel, tmp_path: Path) -> str:
     """What the checking process would say, without starting one."""
-    export._write_probe(tmp_path / "probe.safetensors", clip)
-    return export._check(folder, tmp_path / "probe.safetensors")
+    probe_of(clip).save(tmp_path / "probe.safetensors")
+    probe = Probe.load(tmp_path / "probe.safetensors")
+    return compare(reloaded_outputs(folder, probe), probe.outputs)
 
 
 @pytest.mark.parametrize("kind", [make, small_vocabulary, resnet, siglip_like, pruned])
@@ -243,6 +245,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_in_the_exports_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "export").write_text("no folder")
-    with pytest.raises(UserError, match="export is a file"), new_folder(tmp_path / "export", []):
+    with pytest.raises(UserError, match="export is a file"), replacing(tmp_path / "export", []):
         pass
     assert (tmp_path / "export").read_text() == "no folder"

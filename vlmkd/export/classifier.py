@@ -3,7 +3,7 @@
 `model.safetensors`, `classifier.json` (backbone, head, class names, pixel statistics), `provenance.json`, and, where
 one linear layer says the same, `timm.safetensors` for `timm.create_model(NAME, num_classes=C)`.
 
-`python -m vlmkd.export.classifier --check FOLDER PROBE ...` is the process that `verify_classifiers` starts.
+`python -m vlmkd.export.classifier FOLDER PROBE ...` is the process that `verify_classifiers` starts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
-from vlmkd.export.clip import (
-    PROVENANCE,
+from vlmkd.export.folder import (
+    Probe,
     check_main,
-    compare,
-    new_folder,
-    provenance_of,
-    run_check,
-    write_json,
+    probe_images,
+    replacing,
+    stored,
+    verify,
+    write_provenance,
     write_tensors,
 )
-from vlmkd.files import read_object
+from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
@@ -44,7 +43,6 @@ from vlmkd.tensor_files import read_safetensors
 CONFIG, WEIGHTS = "classifier.json", "model.safetensors"
 TIMM_WEIGHTS, ONNX = "timm.safetensors", "model.onnx"
 _FORMAT = 1
-_PROBE_SEED = 20231001
 _ONNX_TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest one where that is above 1; onnxruntime fuses other operations."""
 
@@ -64,12 +62,15 @@ def export_classifier(
         UserError: weights of another classifier, a foreign folder in the way, or no space.
     """
     module = _filled(config, weights, str(folder))
-    with new_folder(folder, [CONFIG]) as partial:
-        write_tensors(partial / WEIGHTS, _stored(module.state_dict()))
+    with replacing(folder, [CONFIG]) as partial:
+        write_tensors(partial / WEIGHTS, _as_stored(module.state_dict()))
         write_json(partial / CONFIG, {"format": _FORMAT, **dataclasses.asdict(config)})
         _write_timm(partial / TIMM_WEIGHTS, config, module)
-        facts = provenance_of(partial / WEIGHTS, config.source, module.parameters())
-        write_json(partial / PROVENANCE, facts | dict(provenance or {}))
+        write_provenance(partial / WEIGHTS, config.source, module.parameters(), provenance or {})
+
+
+def _as_stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: stored(tensor) for name, tensor in state.items()}
 
 
 def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
@@ -118,14 +119,6 @@ def _filled(config: ClassifierConfig, weights: Mapping[str, Tensor], origin: str
     return module.eval()
 
 
-def _stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as the file has them: fp32, whole, with memory of their own."""
-    return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous().clone()
-        for name, tensor in state.items()
-    }
-
-
 # ----------------------------------------------------------------------------------------------------- timm weights
 
 
@@ -149,7 +142,7 @@ def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> Non
     if config.backbone["image_size"] and backbone.pretrained_cfg.get("fixed_input_size"):
         create["img_size"] = config.backbone["image_size"]
     facts = {"create_model": json.dumps(create), "logits": "equal" if exact else "same order"}
-    write_tensors(path, _stored(module.backbone.state_dict() | heads), facts)
+    write_tensors(path, _as_stored(module.backbone.state_dict() | heads), facts)
 
 
 def _folded(module: Classifier) -> tuple[Tensor, Tensor, bool] | None:
@@ -178,43 +171,27 @@ def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
     Raises:
         UserError: a reloaded classifier differs, or cannot be loaded.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        probes = {}
-        for number, (folder, module) in enumerate(exports.items()):
-            probe = probes[folder.absolute()] = Path(scratch) / f"probe_{number}.safetensors"
-            _write_probe(probe, module, read_config(folder))
-        run_check("vlmkd.export.classifier", probes)
+    probes = {folder: probe_of(module, read_config(folder)) for folder, module in exports.items()}
+    verify("vlmkd.export.classifier", probes)
 
 
-def _write_probe(path: Path, module: nn.Module, config: ClassifierConfig) -> None:
+def probe_of(module: nn.Module, config: ClassifierConfig) -> Probe:
     """Pixels and what `module` makes of them, in fp32 on the CPU."""
-    module = copy.deepcopy(module).cpu().float()
-    images = _probe_images(config.image_spec, 2)
-    write_tensors(path, {"images": images} | _outputs(module, config, images))
+    images = probe_images(config.image_spec)
+    return Probe({"images": images}, _outputs(copy.deepcopy(module).cpu().float(), config, images))
 
 
-def _probe_images(spec: ImageSpec, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
-    return torch.randn(count, 3, *spec.size, generator=generator)
+def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
+    """What the classifier in `folder` makes of a probe's pixels."""
+    return _outputs(load_classifier(folder).module, read_config(folder), probe.inputs["images"])
 
 
 def _outputs(module: nn.Module, config: ClassifierConfig, images: Tensor) -> dict[str, Tensor]:
     """Logits of every head, and the prediction."""
     with torch.no_grad():
         output = module.eval()(images)
-    named = dict(output._asdict()) if isinstance(output, DualLogits) else {"logits": output}
-    predictor: Any = ClassifierPredictor.of("", module, config)
-    return {**named, "prediction": predictor.classify(images)}
-
-
-def _check(folder: Path, probe_file: Path) -> str:
-    """What differs between the classifier in `folder` and the probe; empty when nothing does."""
-    probe = read_safetensors(probe_file)
-    again = load_classifier(folder)
-    found = _outputs(again.module, read_config(folder), probe["images"])
-    if found.keys() != probe.keys() - {"images"}:
-        return f"outputs {sorted(found)} instead of {sorted(probe.keys() - {'images'})}"
-    return compare(found, probe)
+    named = output._asdict() if isinstance(output, DualLogits) else {"logits": output}
+    return {**named, "prediction": ClassifierPredictor.of("", module, config).classify(images)}
 
 
 # ------------------------------------------------------------------------------------------------------------- ONNX
@@ -255,7 +232,7 @@ def to_onnx(folder: Path, path: Path | None = None) -> Path:
     spec = predictor.image_spec
     torch.onnx.export(
         model,
-        (_probe_images(spec, 2),),
+        (probe_images(spec),),
         str(partial),
         input_names=["images"],
         output_names=["logits"],
@@ -279,7 +256,7 @@ def _onnx_difference(path: Path, model: nn.Module, spec: ImageSpec) -> str:
     onnxruntime = importlib.import_module("onnxruntime")  # of the extra `export`
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for count in (1, 3):
-        images = _probe_images(spec, count)
+        images = probe_images(spec, count)
         with torch.no_grad():
             expected = model(images)
         found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -289,10 +266,5 @@ def _onnx_difference(path: Path, model: nn.Module, spec: ImageSpec) -> str:
     return ""
 
 
-def main(argv: list[str]) -> int:
-    """Entry of the checking process; prints what differs and returns 1 when something does."""
-    return check_main("vlmkd.export.classifier", _check, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(check_main(reloaded_outputs, sys.argv[1:]))
