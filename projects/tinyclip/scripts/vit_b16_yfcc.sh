@@ -9,8 +9,6 @@
 # CACHE     folder of the teacher's stored embeddings, used in place of the teacher; on one machine it is written first
 #           where it is missing, for several machines write it beforehand (DRY_RUN=1 prints the command)
 # Further `field=value` overrides hold for every run.
-set -euo pipefail
-example_data="/data/yfcc15m/{00000..01499}.tar"
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # With CACHE, the teacher embeds four crops of every image once, on one GPU; an interrupted call goes on.
@@ -23,8 +21,11 @@ if [ -n "${CACHE:-}" ]; then
     cache=(data.sources.0.teacher_caches="['$CACHE']")
 fi
 
-# Each student is one run of 25 epochs: the shared recipe, the data, its file, and where things lie.
-data=(projects/tinyclip/configs/base/yfcc15m.yaml data.sources.0.shards="['$DATA']")
+# Each student is one run: the affinities of OpenCLIP's ViT-B/32 at temperature 0.02, AdamW at 1e-4 (base/recipe.yaml), 25
+# epochs of YFCC15M in batches of 4,096 (base/yfcc15m.yaml). Both are cut out of ViT-B/16@openai: 39m takes every image
+# layer and every other text layer, 8m ten image layers and every fourth text layer at width 256.
 for size in ${SIZES:-39m 8m}; do
-    run train_distill "vit_b16_yfcc_$size" ${cache[@]+"${cache[@]}"} "$@"
+    $launch projects/tinyclip/train_distill.py "$configs/base/recipe.yaml" "$configs/base/yfcc15m.yaml" \
+        data.sources.0.shards="['$DATA']" "$configs/vit_b16_yfcc_$size.yaml" run_dir="$runs/vit_b16_yfcc_$size" \
+        evaluation.zero_shot.0.data="$IMAGENET" ${cache[@]+"${cache[@]}"} "$@"
 done
