@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vlmkd.evaluation.prompts import imagenet_class_names  # noqa: E402
+from vlmkd.class_names import read_class_names  # noqa: E402
 from vlmkd.models.clip import load_clip  # noqa: E402
 from vlmkd.models.text_tower import encode_text, needed  # noqa: E402
 
@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clip = load_clip("ViT-B-32", seed=0)
-    names = imagenet_class_names()
+    names = read_class_names("imagenet")
     prompts = [f"a photo of a {name}." for name in names[:TEXTS]]
     captions = [CAPTION.format(*pair) for pair in zip(names[:TEXTS], names[TEXTS:], strict=False)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} thread(s)"

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from vlmkd import teacher_options
+from vlmkd.class_names import read_templates
 from vlmkd.data.ledger import Prices, text_query
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError, run_tool
-from vlmkd.evaluation import prompts
 from vlmkd.files import check_writable
 from vlmkd.models.class_vectors import TextEncoder, class_prompts, encode_classes
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         encoder, digest = teacher_options.encoder(args, box_only)
     vectors = encode_classes(
         encoder, dataset.class_names, templates, args.normalise, teacher_digest=digest,
-        batch_size=args.batch_size, allow_duplicates=dataset.name.startswith("imagenet"),
+        batch_size=args.batch_size,
     )  # fmt: skip
     vectors.save(Path(args.out))
     print(
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 def chosen_templates(given: list[str], own: list[str]) -> list[str]:
     """The prompts of `--templates`; `own` are the set's."""
     if len(given) == 1 and "{" not in given[0]:
-        return prompts.templates(given[0])
+        return read_templates(given[0])
     return given or own
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlmkd.datasets.evaluation_sets import captioned
+from vlmkd.datasets.evaluation_sets import retrieval_set
 from vlmkd.errors import run_tool
 from vlmkd.evaluation import command
 from vlmkd.evaluation.base import Evaluator
@@ -40,7 +40,7 @@ def _evaluators(args: argparse.Namespace) -> list[Evaluator]:
     captions = command.per_set(args.captions, args.data, "--captions")
     names = command.per_set(args.name, args.data, "--name", shared=False)
     return [
-        Retrieval(captioned(data, captions=captions[index], name=names[index]))
+        Retrieval(retrieval_set(data, captions=captions[index], name=names[index]))
         for index, data in enumerate(args.data)
     ]
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlmkd.datasets.evaluation_sets import labelled
+from vlmkd.datasets.evaluation_sets import zero_shot_set
 from vlmkd.errors import run_tool
 from vlmkd.evaluation import command
 from vlmkd.evaluation.agreement import Agreement
 from vlmkd.evaluation.base import Context, Evaluator
-from vlmkd.evaluation.zero_shot import ZeroShot
+from vlmkd.evaluation.classify import Classification
 from vlmkd.models.clip import ClipPredictor, load_clip
 
 
@@ -49,10 +49,10 @@ def _evaluators(args: argparse.Namespace, context: Context) -> list[Evaluator]:
     templates = command.per_set(args.templates, args.data, "--templates")
     names = command.per_set(args.name, args.data, "--name", shared=False)
     sets = [
-        labelled(data, class_names=class_names[index], templates=templates[index], name=names[index])
+        zero_shot_set(data, class_names=class_names[index], templates=templates[index], name=names[index])
         for index, data in enumerate(args.data)
     ]
-    evaluators: list[Evaluator] = [ZeroShot(one) for one in sets]
+    evaluators: list[Evaluator] = [Classification.of(one) for one in sets]
     if args.teacher:
         clip = load_clip(*command.model_name(args.teacher))
         clip.module.to(context.device)

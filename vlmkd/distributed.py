@@ -146,6 +146,19 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def rank_share(count: int) -> range:
+    """The indices below `count` that this rank works on: every W-th, from its rank on."""
+    return range(rank(), count, world_size())
+
+
+def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids [n], rows [n,D]) of all ranks on the CPU, sorted by id; ranks may bring different n, also none."""
+    parts = gather_objects((ids.cpu(), rows.cpu()))
+    all_ids, all_rows = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    order = all_ids.argsort()
+    return all_ids[order], all_rows[order]
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` on every rank."""
     if world_size() == 1:

@@ -41,7 +41,6 @@ def student_job(cfg: DhoConfig) -> Job:
             dataset.class_names,
             dataset.templates,
             outputs=cfg.data.teacher_outputs,
-            duplicates=has_duplicates(dataset),
         )
     backbone = load_backbone(
         cfg.student.backbone,
@@ -55,11 +54,6 @@ def student_job(cfg: DhoConfig) -> Job:
         student = build_student(cfg, backbone, teacher, dataset)
     task = DhoTask(cfg, student, backbone, teacher, dataset.class_names)
     return Job(task, _loader(cfg, images, backbone, teacher), _validation(cfg, images), _tests(cfg, images))
-
-
-def has_duplicates(dataset: LabelledSet) -> bool:
-    """Whether the published class names contain a name twice (ImageNet's `missile` and `sunglasses`)."""
-    return dataset.name.startswith("imagenet")
 
 
 def build_student(
@@ -97,7 +91,6 @@ def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> N
         prompts_of(cfg.teacher, dataset.templates),
         cfg.student.text_init,
         teacher_digest=clip.digest,
-        allow_duplicates=has_duplicates(dataset),
     ).vectors
     if isinstance(head, DualHead):
         head.init_from_text(vectors)

@@ -14,7 +14,7 @@ from torch import Tensor
 from projects.dho.mixing import Mixture, mix, search
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, ImageClassifier, Result, gather_rows, require_protocol
+from vlmkd.evaluation.base import Context, ImageClassifier, Result, require_protocol
 from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.images import ImageOutputs
 from vlmkd.image_spec import ImageSpec
@@ -78,12 +78,7 @@ def head_logits(
         return torch.cat(predictor.heads(images), dim=1)
 
     stream = ImageOutputs(side_by_side, predictor.image_spec, [item.image for item in items], title, context)
-    parts = list(stream)
-    unreadable = stream.unreadable()
-    # The empty tensors stand for the share of a rank that has no images.
-    found = torch.cat([torch.empty(0, dtype=torch.long), *(part[0] for part in parts)])
-    rows = torch.cat([torch.empty(0, 2 * len(predictor.class_names)), *(part[1].cpu() for part in parts)])
-    ids, rows = gather_rows(found, rows)
+    ids, rows, unreadable = stream.gathered()
     ce, kd = rows.chunk(2, dim=1)
     return DualLogits(ce, kd), torch.tensor([item.label for item in items])[ids], unreadable
 

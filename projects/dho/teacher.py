@@ -12,10 +12,10 @@ from torch import nn
 
 from projects.dho import tip_adapter
 from projects.dho.config import TeacherConfig
+from vlmkd.class_names import read_templates, require_same_classes
 from vlmkd.data.stored_outputs import StoredEmbeds
-from vlmkd.datasets.imagenet_sets import ensemble_templates
 from vlmkd.errors import UserError
-from vlmkd.models.class_vectors import ClassVectors, encode_classes, require_same_classes
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.models.heads import TextClassifier
 
@@ -38,7 +38,7 @@ class Teacher:
 
 
 def load_teacher(
-    cfg: TeacherConfig, class_names: list[str], templates: list[str], *, outputs: str, duplicates: bool
+    cfg: TeacherConfig, class_names: list[str], templates: list[str], *, outputs: str
 ) -> Teacher:
     """The teacher that `cfg` names for a set with these classes and prompts; its towers are dropped where `outputs`, a folder, replaces them.
 
@@ -60,7 +60,7 @@ def load_teacher(
         logits: nn.Module = adapter
         dim = int(adapter.keys.shape[1])
     else:
-        vectors = class_vectors(cfg, clip, class_names, templates, duplicates=duplicates)
+        vectors = class_vectors(cfg, clip, class_names, templates)
         if vectors.teacher_digest != digest:
             raise UserError(
                 f"class vectors {cfg.class_vectors} are of {vectors.teacher}, the image embeddings of {source}: other "
@@ -74,7 +74,7 @@ def load_teacher(
 
 def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
     """The prompts that `cfg` asks for; `own` are the data set's."""
-    return cfg.templates or (ensemble_templates() if cfg.prompts == "ensemble" else own)
+    return cfg.templates or (read_templates("simple") if cfg.prompts == "ensemble" else own)
 
 
 def class_vectors(
@@ -82,8 +82,6 @@ def class_vectors(
     clip: ClipModel | None,
     class_names: list[str],
     templates: list[str],
-    *,
-    duplicates: bool,
 ) -> ClassVectors:
     """Class vectors of `cfg`, read or made, with the scale that the config asks for."""
     if cfg.class_vectors:
@@ -96,7 +94,6 @@ def class_vectors(
             prompts_of(cfg, templates),
             cfg.normalise,
             teacher_digest=clip.digest,
-            allow_duplicates=duplicates,
         )
     return replace(vectors, logit_scale=cfg.scale) if cfg.scale else vectors
 

@@ -30,7 +30,7 @@ from vlmkd.data.teacher_cache import CacheInfo
 from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.images import embed_all
+from vlmkd.evaluation.images import embeddings
 from vlmkd.files import new_file, new_folder, read_text, write_text
 from vlmkd.models.clip import ClipModel, ClipPredictor, compute_dtype, load_clip
 from vlmkd.tensor_files import read_torch
@@ -63,7 +63,6 @@ def train(cfg: TipAdapterConfig) -> Path:
         clip,
         dataset.class_names,
         dataset.templates,
-        duplicates=dataset.name.startswith("imagenet"),
     )
     features = _features(cfg, clip, images, folder / "features.pt", device)
     labels = torch.tensor([item.label for item in images.labelled], device=device)
@@ -173,7 +172,8 @@ def _clean(
 ) -> tuple[Tensor, Tensor]:
     """Unit vectors [M, D] and labels [M] of whole images."""
     context = Context(device=device, batch_size=batch_size, progress=False)
-    ids, rows, _ = embed_all(ClipPredictor.of(clip), [item.image for item in items], "validation", context)
+    images = [item.image for item in items]
+    ids, rows, _ = embeddings(ClipPredictor.of(clip), images, "validation", context).gathered()
     return rows, torch.tensor([item.label for item in items])[ids]
 
 

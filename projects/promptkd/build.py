@@ -24,16 +24,15 @@ from projects.promptkd.student import PromptedStudent
 from projects.promptkd.task import StudentTask, TeacherNet, TeacherTask
 from projects.promptkd.teacher import Teacher, load_teacher
 from vlmkd import distributed
-from vlmkd.class_names import prompt_name
+from vlmkd.class_names import prompt_name, read_templates
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
 from vlmkd.data.stored_outputs import StoredEmbeds
 from vlmkd.datasets.labelled_sets import items_of, load_set
-from vlmkd.datasets.text import prompt_templates
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, Evaluator, gather_rows
-from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.evaluation.base import Context, Evaluator
+from vlmkd.evaluation.images import embeddings
 from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
@@ -109,19 +108,17 @@ def teacher_job(cfg: TeacherConfig) -> Job:
 def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
     """[C,D]: unit mean of the frozen text features over the templates (docs/papers/promptkd.md, eq. 3)."""
     if cfg.frozen_templates == "openai60":
-        templates = prompt_templates("openai")[:FROZEN_TEMPLATES]
+        templates = read_templates("openai")[:FROZEN_TEMPLATES]
     else:
         templates = (
-            dataset.templates if cfg.frozen_templates == "set" else prompt_templates(cfg.frozen_templates)
+            dataset.templates if cfg.frozen_templates == "set" else read_templates(cfg.frozen_templates)
         )
-    duplicates = dataset.name.startswith("imagenet")
     vectors = encode_classes(
         ClipPredictor.of(clip),
         names,
         templates,
         "mean",
         teacher_digest=clip.digest,
-        allow_duplicates=duplicates,
     )
     return vectors.vectors
 
@@ -215,15 +212,9 @@ def _as_the_teacher_answers(
     items = items_of(dataset, "test")
     context = Context(distributed.device(), cfg.evaluation.batch_size, cfg.data.workers)
     title = f"{dataset.name}: the teacher's answers"
-    stream = ImageOutputs(
-        encoder.encode_image, encoder.image_spec, [item.image for item in items], title, context
-    )
-    parts = [(found, vectors.logits(embeds).argmax(dim=1).cpu()) for found, embeds in stream]
-    stream.unreadable()
-    empty = torch.empty(0, dtype=torch.long)  # the share of a rank without images
-    ids, answers = gather_rows(
-        *(torch.cat([empty, *column]) for column in zip((empty, empty), *parts, strict=True))
-    )
+    stream = embeddings(encoder, [item.image for item in items], title, context)
+    ids, embeds, _ = stream.gathered()
+    answers = vectors.logits(embeds).argmax(dim=1)
     log.info(
         "no labels: the student's answers on %d held-out images are compared with the teacher's", len(ids)
     )

@@ -28,6 +28,7 @@ from projects.promptkd.protocols import held_out
 from projects.promptkd.student import StudentClassifier
 from projects.promptkd.teacher import load_teacher
 from vlmkd.allocator import keep_freed_memory
+from vlmkd.class_names import require_same_classes
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.datasets.splits import base_and_novel
@@ -36,7 +37,7 @@ from vlmkd.evaluation.base import Context, ImageClassifier
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
 from vlmkd.export.classifier import CONFIG, load_classifier
 from vlmkd.files import check_writable, write_json
-from vlmkd.models.class_vectors import ClassVectors, require_same_classes
+from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import load_clip
 from vlmkd.zoo import weights_file
 

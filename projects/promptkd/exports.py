@@ -20,8 +20,8 @@ from torch import Tensor
 from projects.promptkd.config import ClipConfig
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
+from vlmkd.class_names import fill
 from vlmkd.errors import UserError
-from vlmkd.evaluation.prompts import fill
 from vlmkd.export import folder as export_folder
 from vlmkd.export.folder import Probe, check_main, replacing, stored, write_tensors
 from vlmkd.files import read_object, write_json

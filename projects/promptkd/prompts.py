@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmkd.class_names import fill
 from vlmkd.errors import UserError
-from vlmkd.evaluation.prompts import fill
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import INIT_STD, PromptedImageTower, check_depth

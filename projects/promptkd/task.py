@@ -222,7 +222,6 @@ class TeacherTask(PromptTask):
             self.dataset.class_names,
             [self.template],
             teacher_digest="in training",
-            allow_duplicates=self.dataset.name.startswith("imagenet"),
         )
         return ZeroShotClassifier(encoder, vectors)
 

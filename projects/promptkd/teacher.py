@@ -52,7 +52,6 @@ class Teacher:
             templates,
             teacher_digest=self.digest,
             batch_size=TEXT_BATCH,
-            allow_duplicates=dataset.name.startswith("imagenet"),
         )
 
 

@@ -17,9 +17,10 @@ from vlmkd import distributed
 from vlmkd.config import require
 from vlmkd.data.loader import Loader, build_loader
 from vlmkd.data.teacher_cache import TeacherCache
+from vlmkd.datasets.evaluation_sets import retrieval_set, zero_shot_set
 from vlmkd.evaluation.base import Evaluator
+from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
-from vlmkd.evaluation.zero_shot import ZeroShot
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, load_weights
 from vlmkd.models.pruned_clip import PrunedCLIP, config_from_clip
 from vlmkd.models.teacher import ClipTeacher
@@ -150,5 +151,11 @@ def _same_tokens(one: ClipModel, other: ClipModel) -> bool:
 
 def evaluators(cfg: TinyCLIPConfig) -> list[Evaluator]:
     """Zero-shot sets, then retrieval sets."""
-    zero_shot: list[Evaluator] = [ZeroShot.from_config(item) for item in cfg.evaluation.zero_shot]
-    return zero_shot + [Retrieval.from_config(item) for item in cfg.evaluation.retrieval]
+    sets = [
+        zero_shot_set(one.data, class_names=one.class_names, templates=one.templates, name=one.name)
+        for one in cfg.evaluation.zero_shot
+    ]
+    retrieval = [
+        retrieval_set(one.data, captions=one.captions, name=one.name) for one in cfg.evaluation.retrieval
+    ]
+    return [*(Classification.of(one) for one in sets), *(Retrieval(one) for one in retrieval)]

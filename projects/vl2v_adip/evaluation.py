@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, ImageClassifier, Result, gather_rows, require_protocol
+from vlmkd.evaluation.base import Context, ImageClassifier, Result, require_protocol
 from vlmkd.evaluation.images import ImageOutputs
 
 
@@ -29,16 +30,14 @@ class DomainAccuracy:
         require_protocol(self.name, predictor, ImageClassifier)
         images = [item.image for item in self.items]
         stream = ImageOutputs(predictor.classify, predictor.image_spec, images, self.dataset, context)
-        indices, rows = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 2)]
-        for found, logits in stream:
-            labels = torch.tensor([self.items[index].label for index in found.tolist()])
-            logits = logits.cpu().float()
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            indices.append(found)
-            rows.append(torch.stack([(logits.argmax(1) == labels).float(), losses], dim=1))
-        unreadable = stream.unreadable()
-        _, judged = gather_rows(torch.cat(indices), torch.cat(rows))
+        _, judged, unreadable = stream.gathered(self._judge)
         # Summed in double precision: SWAD reacts to differences of 1e-3.
         top1, loss = judged.double().mean(0).tolist()
         details = {"unreadable": unreadable} if unreadable else {}
         return [Result(self.name, self.dataset, {"top1": top1, "loss": loss}, len(judged), details)]
+
+    def _judge(self, indices: Tensor, logits: Tensor) -> Tensor:
+        """Whether an image is right, and its cross entropy: [B,2]."""
+        labels = torch.tensor([self.items[index].label for index in indices.tolist()], dtype=torch.long)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([(logits.argmax(1) == labels).float(), losses], dim=1)

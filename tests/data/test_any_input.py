@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmkd import class_names
 from vlmkd.data import shards, tar_index, teacher_cache
 from vlmkd.datasets import evaluation_sets as datasets
-from vlmkd.datasets import few_shot_sets, imagenet_sets, splits, text
+from vlmkd.datasets import few_shot_sets, imagenet_sets, splits
 from vlmkd.errors import UserError
-from vlmkd.evaluation import prompts
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.page.report import read_run
 
@@ -118,10 +118,9 @@ def _splits(path: Path) -> Any:
         named("c.csv", _captions, LINES),
         named("c.json", _coco, trees(CAPTIONS_KEYS)),
         named("c.txt", datasets._read_caption_lines, LINES),
-        named("c.txt", lambda path: text.class_names(str(path)), LINES),
-        named("c.txt", lambda path: text.class_lines(str(path)), LINES),
-        named("c.txt", lambda path: text.prompt_templates(str(path)), LINES),
-        named("c.txt", lambda path: prompts.templates(str(path)), LINES),
+        named("c.txt", lambda path: class_names.read_class_names(str(path)), LINES),
+        named("c.txt", lambda path: class_names.read_folder_names(str(path)), LINES),
+        named("c.txt", lambda path: class_names.read_templates(str(path)), LINES),
         named("classnames.txt", _listed, LINES),
         named("list.txt", _image_list, LINES),
         named("sizes.json", _sizes, trees(["a.tar"])),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmkd.datasets.evaluation_sets import labelled
+from vlmkd.datasets.evaluation_sets import zero_shot_set
 from vlmkd.evaluation.agreement import Agreement, agreement
 from vlmkd.evaluation.base import Context
 
@@ -40,7 +40,7 @@ def test_hand_worked() -> None:
 def test_a_model_agrees_with_itself_and_less_with_another(
     encoder: Encoder, class_folders: Path, context: Context
 ) -> None:
-    evaluator = Agreement(encoder, labelled(str(class_folders), templates="simple"))
+    evaluator = Agreement(encoder, zero_shot_set(str(class_folders), templates="simple"))
     (same,) = evaluator.run(encoder, context)
     (other,) = evaluator.run(Encoder(tiny_clip(1), name="other"), context)
     assert same.metrics["agreement_top1"] == 1 and same.metrics["kl"] == pytest.approx(0, abs=1e-12)

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
-from vlmkd.datasets.evaluation_sets import captioned, default_name, labelled
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.datasets.evaluation_sets import default_name, retrieval_set, zero_shot_set
 from vlmkd.errors import UserError
-from vlmkd.evaluation import prompts
 
 from .conftest import encoded, write_tar
+
+
+def labels(data: LabelledSet) -> list[int]:
+    return [item.label for item in data.splits["test"]]
 
 
 def _images(root: Path, *names: str) -> None:
@@ -29,34 +33,34 @@ def test_wnid_folders_get_their_own_names_in_a_subset_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _images(tmp_path, "val/n02123394/a.JPEG", "val/n01440764/b.JPEG")  # Persian cat and tench
-    data = labelled(str(tmp_path))
-    assert data.class_names == ["tench", "Persian cat"] and data.labels == [0, 1]
+    data = zero_shot_set(str(tmp_path))
+    assert data.class_names == ["tench", "Persian cat"] and labels(data) == [0, 1]
     assert "2 of ImageNet's 1000 classes" in caplog.text
     assert len(data.templates) == 80
     _images(tmp_path, "val/n99999999/a.JPEG")
     with pytest.raises(UserError, match="n99999999 is not a wnid"):
-        labelled(str(tmp_path))
+        zero_shot_set(str(tmp_path))
 
 
 def test_numbered_folders_are_class_indices(tmp_path: Path) -> None:
     _images(tmp_path, "0/a.jpg", "2/b.jpg", "10/c.jpg")  # ImageNet-V2's layout
-    data = labelled(str(tmp_path), class_names="imagenet")
-    assert data.labels == [0, 2, 10] and data.class_names == list(IMAGENET_CLASSNAMES)
+    data = zero_shot_set(str(tmp_path), class_names="imagenet")
+    assert labels(data) == [0, 2, 10] and data.class_names == list(IMAGENET_CLASSNAMES)
     with pytest.raises(UserError, match="numbered class folders; name class_names"):
-        labelled(str(tmp_path))
+        zero_shot_set(str(tmp_path))
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     with pytest.raises(UserError, match="/10 has no class name: .* has 3"):
-        labelled(str(tmp_path), class_names=str(tmp_path / "names.txt"))
+        zero_shot_set(str(tmp_path), class_names=str(tmp_path / "names.txt"))
 
 
 def test_named_folders(tmp_path: Path) -> None:
     _images(tmp_path, "golden_retriever/a.jpg", "cat/b.jpg")
-    assert labelled(str(tmp_path)).class_names == ["cat", "golden retriever"]
+    assert zero_shot_set(str(tmp_path)).class_names == ["cat", "golden retriever"]
     (tmp_path / "classnames.txt").write_text("a cat\n\na dog\n")
-    assert labelled(str(tmp_path)).class_names == ["a cat", "a dog"]
+    assert zero_shot_set(str(tmp_path)).class_names == ["a cat", "a dog"]
     (tmp_path / "classnames.txt").write_text("a cat\n")
     with pytest.raises(UserError, match="has 1 class names, but .* has 2 class folders"):
-        labelled(str(tmp_path))
+        zero_shot_set(str(tmp_path))
 
 
 def _class_tar(path: Path, **changes: bytes) -> Path:
@@ -79,11 +83,13 @@ def test_shards_in_clip_benchmark_layout(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("odd\neven\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n{c}\n")
     for name in (str(tmp_path), str(tmp_path / "test"), str(tmp_path / "test" / "{0..1}.tar")):
-        data = labelled(name)
-        assert data.labels == [0, 1, 0] * 2 and data.class_names == ["odd", "even"]
+        data = zero_shot_set(name)
+        assert labels(data) == [0, 1, 0] * 2 and data.class_names == ["odd", "even"]
         assert data.templates == ["a {c}.", "{c}"]
-        assert [image.read() for image in data.images] == [encoded(number) for number in range(3)] * 2
-    assert labelled(str(tmp_path), templates="simple").templates[0] == "itap of a {}."
+        assert [item.image.read() for item in data.splits["test"]] == [
+            encoded(number) for number in range(3)
+        ] * 2
+    assert zero_shot_set(str(tmp_path), templates="simple").templates[0] == "itap of a {}."
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def test_bad_samples_of_shards(tmp_path: Path, changes: dict[str, bytes], messag
     members = {f"s{number}.{kind}": data for number in range(3) for kind, data in _sample(number).items()}
     write_tar(tmp_path / "0.tar", members | {name.replace("__", "."): data for name, data in changes.items()})
     with pytest.raises(UserError, match=message):
-        labelled(str(tmp_path))
+        zero_shot_set(str(tmp_path))
 
 
 @pytest.mark.parametrize("keep", [100, 700, 5000, -1025])
@@ -112,23 +118,23 @@ def test_a_torn_shard_is_refused(tmp_path: Path, keep: int) -> None:
     end = len(whole.rstrip(b"\0")) + 512  # inside the padding of the last member, before the end mark
     path.write_bytes(whole[:keep] if keep > 0 else whole[: end // 512 * 512])
     with pytest.raises(UserError, match="0.tar is not a whole, uncompressed tar"):
-        labelled(str(tmp_path))
+        zero_shot_set(str(tmp_path))
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     _class_tar(tmp_path / "0.tar")
     with pytest.raises(UserError, match="no classnames.txt beside its shards"):
-        labelled(str(tmp_path))
+        zero_shot_set(str(tmp_path))
     with pytest.raises(UserError, match="no file matches .*missing.tar"):
-        labelled(str(tmp_path / "missing.tar"))
+        zero_shot_set(str(tmp_path / "missing.tar"))
     with pytest.raises(UserError, match="nowhere does not exist"):
-        labelled("nowhere")
+        zero_shot_set("nowhere")
     with pytest.raises(UserError, match="not pipes"):
-        labelled("pipe:cat a.tar")
+        zero_shot_set("pipe:cat a.tar")
     with pytest.raises(UserError, match="is empty"):
-        labelled("")
+        zero_shot_set("")
     with pytest.raises(UserError, match="unknown embedded data set 'emoji:nothing'"):
-        labelled("emoji:nothing")
+        zero_shot_set("emoji:nothing")
 
 
 def test_names_of_sets() -> None:
@@ -138,25 +144,6 @@ def test_names_of_sets() -> None:
         "wds/{0..3}.tar": "wds",
     }
     assert {data: default_name(data) for data in names} == names
-
-
-# --------------------------------------------------------------------------------------------------------- prompts
-
-
-def test_templates_are_open_clips() -> None:
-    for ours, theirs in zip(prompts.templates("openai"), OPENAI_IMAGENET_TEMPLATES, strict=True):
-        assert prompts.fill(ours, "hot dog") == theirs("hot dog")
-
-
-def test_template_files(tmp_path: Path) -> None:
-    path = tmp_path / "templates.txt"
-    path.write_text("a {}, the {c}\n")
-    assert prompts.fill(prompts.templates(str(path))[0], "{}") == "a {}, the {}"
-    path.write_text("a {}\na photo\n")
-    with pytest.raises(UserError, match="'a photo' has no {} or {c}"):
-        prompts.templates(str(path))
-    with pytest.raises(UserError, match="neither `openai` nor `simple`.*opnai does not exist"):
-        prompts.templates("opnai")
 
 
 # ------------------------------------------------------------------------------------------------------- retrieval
@@ -200,7 +187,7 @@ KAGGLE = "image_name| comment_number| comment\nb.jpg| 0| b one\na.jpg| 0| a one\
 def test_caption_layouts(tmp_path: Path, file: str, content: str) -> None:
     _images(tmp_path, "images/b.jpg", "images/val2014/a.jpg" if file == "k.json" else "images/a.jpg")
     (tmp_path / file).write_text(content)
-    data = captioned(str(tmp_path / "images"), captions=str(tmp_path / file))
+    data = retrieval_set(str(tmp_path / "images"), captions=str(tmp_path / file))
     assert [Path(image.path).name for image in data.images] == ["b.jpg", "a.jpg"]
     assert data.texts == ["b one", "a one", "a two"] and data.texts_of_image == [[0], [1, 2]]
 
@@ -210,7 +197,7 @@ def test_equal_captions_count_by_themselves_outside_the_emoji_sets(tmp_path: Pat
         tmp_path / "0.tar",
         {f"{number}.{kind}": data for number in (0, 1) for kind, data in _sample(0).items()},
     )
-    data = captioned(str(tmp_path))
+    data = retrieval_set(str(tmp_path))
     assert data.texts == ["one", "two", "one", "two"] and data.texts_of_image == [[0, 1], [2, 3]]
 
 
@@ -225,7 +212,7 @@ def test_emoji_captions_name_concepts(tmp_path: Path, monkeypatch: pytest.Monkey
         },
     )
     monkeypatch.setattr("vlmkd.datasets.emoji.embedded.resolve", lambda name: [str(path)])
-    data = captioned("emoji:unseen_concept")
+    data = retrieval_set("emoji:unseen_concept")
     assert (
         data.name == "unseen_concept"
         and data.texts == ["fox", "cup"]
@@ -251,19 +238,19 @@ def test_bad_captions(tmp_path: Path, content: str, message: str) -> None:
     _images(tmp_path, "a.jpg", "b.jpg")
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        captioned(str(tmp_path), captions=str(tmp_path / "c.json"))
+        retrieval_set(str(tmp_path), captions=str(tmp_path / "c.json"))
 
 
 def test_bad_caption_lines_and_paths(tmp_path: Path) -> None:
     _images(tmp_path, "a.jpg")
     (tmp_path / "c.token").write_text("a.jpg#0\tone\na caption alone\n")
     with pytest.raises(UserError, match="entry 2 is not"):
-        captioned(str(tmp_path), captions=str(tmp_path / "c.token"))
+        retrieval_set(str(tmp_path), captions=str(tmp_path / "c.token"))
     with pytest.raises(UserError, match="name its captions file"):
-        captioned(str(tmp_path))
+        retrieval_set(str(tmp_path))
     with pytest.raises(UserError, match="c.json does not exist"):
-        captioned(str(tmp_path), captions="c.json")
+        retrieval_set(str(tmp_path), captions="c.json")
     with pytest.raises(UserError, match="image folder .* does not exist"):
-        captioned(str(tmp_path / "no"), captions=str(tmp_path / "c.token"))
+        retrieval_set(str(tmp_path / "no"), captions=str(tmp_path / "c.token"))
     with pytest.raises(UserError, match="has no effect on shards"):
-        captioned(str(_class_tar(tmp_path / "0.tar")), captions="c.json")
+        retrieval_set(str(_class_tar(tmp_path / "0.tar")), captions="c.json")

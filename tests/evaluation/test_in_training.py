@@ -12,10 +12,10 @@ import pytest
 from torch import Tensor
 
 from vlmkd.config import EvaluationConfig, RunConfig
-from vlmkd.datasets.evaluation_sets import captioned, labelled
+from vlmkd.datasets.evaluation_sets import retrieval_set, zero_shot_set
 from vlmkd.evaluation.base import Context
+from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
-from vlmkd.evaluation.zero_shot import ZeroShot
 from vlmkd.train import trainer
 
 from .conftest import CLASSES, Encoder, encoded, write_tar
@@ -43,7 +43,7 @@ def evaluators(tmp_path: Path) -> list[Any]:
         members[f"{number:02d}.txt"] = f"picture {number}".encode()
     shard = str(write_tar(tmp_path / "set" / "0.tar", members))
     (tmp_path / "set" / "classnames.txt").write_text("\n".join(CLASSES))
-    return [ZeroShot(labelled(shard)), Retrieval(captioned(shard))]
+    return [Classification.of(zero_shot_set(shard)), Retrieval(retrieval_set(shard))]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from vlmkd.data.images import ImageRef
-from vlmkd.datasets.evaluation_sets import CaptionedImages, LabelledImages
+from vlmkd.data.labelled import Item
+from vlmkd.datasets.evaluation_sets import CaptionedImages
 from vlmkd.evaluation.base import Context, Result
+from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
-from vlmkd.evaluation.zero_shot import ZeroShot
 
 from .conftest import FixedEncoder, numbered_png
 
@@ -29,9 +30,8 @@ def _evaluate(folder: str, count: int) -> list[Result]:
     """Zero-shot and retrieval over `count` numbered images, of which image 1 is torn."""
     images = [ImageRef(f"{folder}/{number}.png") for number in range(count)]
     classes = [f"class {number}" for number in range(min(count, 7))]
-    zero_shot = ZeroShot(
-        LabelledImages("z", images, [n % len(classes) for n in range(count)], classes, ["{}"])
-    )
+    items = [Item(str(image), image, number % len(classes)) for number, image in enumerate(images)]
+    zero_shot = Classification(items, classes, dataset="z", templates=["{}"])
     captions = [[2 * number, 2 * number + 1] for number in range(count)]
     retrieval = Retrieval(CaptionedImages("r", images, [f"text {n}" for n in range(2 * count)], captions))
     context = Context(batch_size=4, progress=False, max_unreadable_share=0.5)
@@ -63,7 +63,7 @@ def test_ranks_equal_one_process(tmp_path: Path, world_size: int, count: int) ->
 
 
 def test_shares_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmkd.evaluation.base import rank_share
+    from vlmkd.distributed import rank_share
 
     monkeypatch.setattr("vlmkd.distributed.world_size", lambda: 3)
     shares = []

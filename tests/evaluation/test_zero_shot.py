@@ -12,12 +12,13 @@ import torch
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 
-from vlmkd.config import ZeroShotConfig
 from vlmkd.data.images import ImageRef
-from vlmkd.datasets.evaluation_sets import LabelledImages, labelled
+from vlmkd.data.labelled import Item, LabelledSet
+from vlmkd.datasets.evaluation_sets import zero_shot_set
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.zero_shot import ZeroShot, class_weights, topk_hits
+from vlmkd.evaluation.classify import Classification
+from vlmkd.models.class_vectors import encode_classes
 
 from .conftest import CLASSES, SPEC, Encoder, FixedEncoder, numbered_png
 
@@ -43,13 +44,13 @@ def _reference(model: torch.nn.Module, root: Path) -> tuple[torch.Tensor, float,
 @torch.no_grad()
 def test_equals_open_clip(encoder: Encoder, class_folders: Path, context: Context) -> None:
     weights, top1, top5 = _reference(encoder.model, class_folders)
-    evaluator = ZeroShot.from_config(ZeroShotConfig(data=str(class_folders), name="tiny"))
+    evaluator = Classification.of(zero_shot_set(str(class_folders), name="tiny"))
     (result,) = evaluator.run(encoder, context)
     assert (result.metrics["top1"], result.metrics["top5"]) == (top1, top5)
     assert 0 < top1 < top5 < 1  # else the comparison would be empty
     assert (result.dataset, result.count) == ("tiny", 96)
-    ours = class_weights(encoder, CLASSES, evaluator.dataset.templates, context, "")
-    torch.testing.assert_close(ours, weights, rtol=0, atol=1e-7)
+    ours = encode_classes(encoder, CLASSES, evaluator.templates, teacher_digest="", shared=True)
+    torch.testing.assert_close(ours.vectors.T, weights, rtol=0, atol=1e-7)
 
 
 def test_counts_per_class_and_mean_over_classes(tmp_path: Path, context: Context) -> None:
@@ -57,37 +58,32 @@ def test_counts_per_class_and_mean_over_classes(tmp_path: Path, context: Context
     texts = torch.eye(3)
     images = torch.eye(3)[[0, 0, 1, 1, 2, 0]]  # what the model sees
     data = _numbered(tmp_path, labels=[0, 0, 0, 0, 1, 2], class_names=["class 0", "class 1", "class 2"])
-    (result,) = ZeroShot(data).run(FixedEncoder(images, texts), context)
+    (result,) = Classification.of(data).run(FixedEncoder(images, texts), context)
     assert result.details["per_class"] == [[2, 4], [0, 1], [0, 1]]
     assert result.metrics["top1"] == 2 / 6 and "top5" not in result.metrics
     assert result.metrics["mean_per_class"] == pytest.approx((2 / 4 + 0 + 0) / 3)
 
 
-def _numbered(folder: Path, labels: list[int], class_names: list[str]) -> LabelledImages:
+def _numbered(folder: Path, labels: list[int], class_names: list[str]) -> LabelledSet:
     """Images that FixedEncoder takes for number 0, 1, 2, ..."""
     for number in range(len(labels)):
         (folder / f"{number}.png").write_bytes(numbered_png(number))
-    images = [ImageRef(str(folder / f"{number}.png")) for number in range(len(labels))]
-    return LabelledImages("numbered", images, labels, class_names, ["{}"])
-
-
-def test_topk_hits_against_sorting() -> None:
-    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
-    target = torch.arange(50) % 9
-    order = logits.argsort(dim=1, descending=True)
-    expected = torch.stack([(order[:, :k] == target[:, None]).any(1) for k in (1, 5)])
-    assert torch.equal(topk_hits(logits, target, [1, 5]), expected)
+    items = [
+        Item(f"{number}", ImageRef(str(folder / f"{number}.png")), label)
+        for number, label in enumerate(labels)
+    ]
+    return LabelledSet("numbered", class_names, ["{}"], {"test": items})
 
 
 def test_unreadable_images_are_counted_and_fatal_above_the_share(
     class_folders: Path, encoder: Encoder
 ) -> None:
-    data = labelled(str(class_folders))
+    data = zero_shot_set(str(class_folders))
     torn = class_folders / "torn.jpg"
-    torn.write_bytes(Path(data.images[5].path).read_bytes()[:300])
-    images = list(data.images)
-    images[5] = ImageRef(str(torn))
-    evaluator = ZeroShot(dataclasses.replace(data, images=images, name="torn"))
+    items = list(data.splits["test"])
+    torn.write_bytes(items[5].image.read()[:300])
+    items[5] = dataclasses.replace(items[5], image=ImageRef(str(torn)))
+    evaluator = Classification.of(dataclasses.replace(data, splits={"test": items}, name="torn"))
     (result,) = evaluator.run(encoder, Context(batch_size=7, progress=False, max_unreadable_share=0.02))
     assert result.count == 95 and result.metrics["unreadable"] == 1
     assert result.details["unreadable"] == [str(torn)]
@@ -99,7 +95,7 @@ def test_unreadable_images_are_counted_and_fatal_above_the_share(
 def test_loader_processes_give_the_same_result(
     class_folders: Path, encoder: Encoder, context: Context
 ) -> None:
-    evaluator = ZeroShot(labelled(str(class_folders)))
+    evaluator = Classification.of(zero_shot_set(str(class_folders)))
     assert evaluator.run(encoder, dataclasses.replace(context, workers=2)) == evaluator.run(encoder, context)
 
 
@@ -113,6 +109,6 @@ def test_a_predictor_without_the_protocol_is_refused_by_name(class_folders: Path
 
     with pytest.raises(
         UserError,
-        match="zero_shot needs a DualEncoder, but ImageHead has no encode_image, encode_text, logit_scale",
+        match="classification needs a DualEncoder, but ImageHead has no encode_image, encode_text, logit_scale",
     ):
-        ZeroShot(labelled(str(class_folders))).run(ImageHead(), context)
+        Classification.of(zero_shot_set(str(class_folders))).run(ImageHead(), context)

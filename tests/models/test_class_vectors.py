@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmkd.class_names import check_class_names
 from vlmkd.errors import UserError
-from vlmkd.evaluation.prompts import imagenet_class_names
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
 
@@ -127,16 +125,6 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'\\"t\\"', b'\\"t\\"').replace(b'\\"b\\"', b'\\"z\\"'))
     with pytest.raises(UserError, match="were edited"):
         ClassVectors.load(path)
-
-
-def test_colliding_class_names() -> None:
-    with pytest.raises(UserError, match=r"classes 0 \('Hot dog'\) and 2 \('hot__dog '\)"):
-        check_class_names(["Hot dog", "cat", "hot__dog "])
-    with pytest.raises(UserError, match="class 1 has the name"):
-        check_class_names(["a", "_ "])
-    with pytest.raises(UserError, match="same prompt"):
-        check_class_names(imagenet_class_names())
-    check_class_names(imagenet_class_names(), allow_duplicates=True)
 
 
 def test_refusals(predictor: ClipPredictor) -> None:

@@ -14,33 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmkd.class_names import imagenet_names, read_class_names, read_lines, read_templates
 from vlmkd.data import shards as shard_lists
 from vlmkd.data.images import ImageRef
+from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.data.tar_index import index_tar
 from vlmkd.datasets.folders import ClassFolders, list_class_folders
 from vlmkd.errors import UserError
-from vlmkd.evaluation import prompts
 from vlmkd.files import read_json
 
 log = logging.getLogger(__name__)
 
+_TEMPLATE_FILES = ("templates.txt", "zeroshot_classification_templates.txt")  # the second is CLIP-benchmark's
 _WNID = re.compile(r"n\d{8}")
 # `a.jpg#0<tab>text` (Flickr30k's token file), `a.jpg,text` and `a.jpg| 0| text` (its CSV forms)
 _CAPTION_LINE = re.compile(
     r"^\"?(.+?\.(?:jpe?g|png|webp))\"?(?:#\d+)?\s*[\t,|]\s*(?:\d+\s*\|\s*)?(.+)$", re.I
 )
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """A classification set."""
-
-    name: str
-    images: list[ImageRef]
-    labels: list[int]
-    """Index into `class_names`, one per image."""
-    class_names: list[str]
-    templates: list[str]
 
 
 @dataclass(frozen=True)
@@ -54,8 +44,8 @@ class CaptionedImages:
     """Indices into `texts` of each image's captions."""
 
 
-def labelled(data: str, *, class_names: str = "", templates: str = "", name: str = "") -> LabelledImages:
-    """A classification set from an ImageNet-layout folder, webdataset shards, or an `emoji:` name.
+def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name: str = "") -> LabelledSet:
+    """A labelled set with the split `test`, from an ImageNet-layout folder, webdataset shards, or an `emoji:` name.
 
     Empty `class_names` and `templates` mean the data set's own: classnames.txt and templates.txt beside the shards or
     class folders, else (folders) the folders' names, or OpenAI's ImageNet names for wnids, and the 80 OpenAI prompts.
@@ -65,15 +55,15 @@ def labelled(data: str, *, class_names: str = "", templates: str = "", name: str
     """
     tars = _find_shards(data, "zero-shot data")
     if tars:
-        images, labels = _labelled_shards(tars)
+        items = _labelled_shards(tars)
         beside = _with_root(Path(tars[0]).parent)
         own = _beside(beside, ("classnames.txt",))
         if not class_names and own is None:
             raise UserError(
                 f"{beside[0]} has no classnames.txt beside its shards; write one, or name class_names"
             )
-        names = prompts.class_names(class_names or str(own))
-        worst = max(labels)
+        names = read_class_names(class_names or str(own))
+        worst = max(item.label for item in items)
         if worst >= len(names):
             raise UserError(
                 f"{data}: a sample has class {worst}, but there are only {len(names)} class names; correct them"
@@ -83,13 +73,17 @@ def labelled(data: str, *, class_names: str = "", templates: str = "", name: str
         beside = _with_root(Path(folders.root))
         own = _beside(beside, ("classnames.txt",))
         names, labels = _folder_classes(folders, class_names or (str(own) if own else ""))
-        images = [ImageRef(path) for path in folders.images]
-    own = _beside(beside, prompts.TEMPLATE_FILES)
-    chosen = templates or (str(own) if own else prompts.DEFAULT_TEMPLATES)
-    return LabelledImages(name or default_name(data), images, labels, names, prompts.templates(chosen))
+        start = len(folders.root) + 1
+        items = [
+            Item(path[start:], ImageRef(path), label)
+            for path, label in zip(folders.images, labels, strict=True)
+        ]
+    own = _beside(beside, _TEMPLATE_FILES)
+    chosen = templates or (str(own) if own else "openai")
+    return LabelledSet(name or default_name(data), names, read_templates(chosen), {"test": items})
 
 
-def captioned(data: str, *, captions: str = "", name: str = "") -> CaptionedImages:
+def retrieval_set(data: str, *, captions: str = "", name: str = "") -> CaptionedImages:
     """A retrieval set from an image folder with a captions file, webdataset shards, or an `emoji:` name.
 
     `captions`: COCO annotations JSON, Karpathy split JSON (its `test` images), or Flickr30k's token or CSV file.
@@ -168,7 +162,7 @@ def _folder_classes(folders: ClassFolders, source: str) -> tuple[list[str], list
                 f"{folders.root} has numbered class folders; name class_names (`imagenet` or a file)"
             )
         return [folder.replace("_", " ") for folder in found], folders.labels
-    names = prompts.class_names(source)
+    names = read_class_names(source)
     if numbers:
         worst = int(found[-1])
         if worst >= len(names):
@@ -186,7 +180,7 @@ def _folder_classes(folders: ClassFolders, source: str) -> tuple[list[str], list
 
 def _wnid_names(folders: ClassFolders) -> list[str]:
     """OpenAI's names of the wnids; says so when they are not all 1,000."""
-    by_wnid = dict(zip(prompts.imagenet_wnids(), prompts.imagenet_class_names(), strict=True))
+    by_wnid = imagenet_names()
     unknown = [folder for folder in folders.classes if folder not in by_wnid]
     if unknown:
         raise UserError(
@@ -270,7 +264,7 @@ def _coco(
 def _read_caption_lines(path: Path) -> list[tuple[list[str], list[str]]]:
     """(file name, captions) per image of Flickr30k's token or CSV file; a header line is skipped."""
     by_image: dict[str, list[str]] = {}
-    for number, line in enumerate(prompts.read_lines(path, "captions"), start=1):
+    for number, line in enumerate(read_lines(str(path), "captions file"), start=1):
         match = _CAPTION_LINE.match(line)
         if match is None:
             if number == 1:
@@ -314,17 +308,16 @@ def _find_shards(data: str, where: str) -> list[str]:
         ) from None
 
 
-def _labelled_shards(tars: list[str]) -> tuple[list[ImageRef], list[int]]:
-    images, labels = [], []
+def _labelled_shards(tars: list[str]) -> list[Item]:
+    items = []
     for sample in (sample for tar in tars for sample in index_tar(tar)):
         content = sample.text("cls").strip()
         if not content.isdecimal():
             raise UserError(
                 f"{sample.shard}: {sample.key}.cls is {content[:20]!r}, not a class index; write the shard again"
             )
-        images.append(sample.image())
-        labels.append(int(content))
-    return images, labels
+        items.append(Item(sample.key, sample.image(), int(content)))
+    return items
 
 
 def _captioned_shards(tars: list[str]) -> list[tuple[ImageRef, list[str]]]:

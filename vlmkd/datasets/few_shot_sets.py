@@ -290,19 +290,6 @@ SETS: dict[str, FewShotSet] = {
 """Counts: PromptKD's table e.1. Licences as their pages or copies of the data state them; check before you publish."""
 
 
-def templates_of(key: str, kind: Literal["custom", "ensemble"]) -> list[str]:
-    """Prompts of a set: its own one, or the seven of ImageNet (after the own one for every set but ImageNet).
-
-    DHO's ImageNet runs use `ensemble`; a loaded set's `templates` are `custom`.
-    """
-    own = [SETS[key].template]
-    if kind == "custom":
-        return own
-    return (
-        imagenet_sets.ensemble_templates() if key == "imagenet" else own + imagenet_sets.ensemble_templates()
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 

@@ -6,18 +6,16 @@ Labels follow the sorted wnids. Class names are OpenAI's 1,000 (with the pairs `
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmkd.class_names import imagenet_names
 from vlmkd.data.images import ImageRef
-from vlmkd.data.labelled import Item, LabelledSet, by_class
+from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.datasets.folders import class_folder_names, data_set_folder, images_of_classes
-from vlmkd.datasets.text import class_names as named_list
-from vlmkd.datasets.text import prompt_templates
 from vlmkd.errors import UserError
 from vlmkd.files import read_text
 
@@ -127,8 +125,6 @@ def load_imagenet(root: str, *, name: str = "imagenet") -> LabelledSet:
 def load_variant(key: str, root: str) -> LabelledSet:
     """One of `VARIANTS`, as the one split `test`; A and R number their own 200 sorted wnids from 0.
 
-    `imagenet_indices` leads from these labels to ImageNet's 1,000.
-
     Raises:
         UserError: the set is not there, a folder without a class, or an empty class.
     """
@@ -162,40 +158,6 @@ def load_variant(key: str, root: str) -> LabelledSet:
             variant.classes,
         )
     return LabelledSet(key, names, list(TEMPLATES), {"test": items})
-
-
-def imagenet_indices(labelled: LabelledSet) -> list[int]:
-    """Index among ImageNet's 1,000 classes of each class of ImageNet or a variant, from its wnid folders.
-
-    Raises:
-        UserError: the set's class folders are no wnids (V2 has the 1,000 classes in order).
-    """
-    if labelled.name in VARIANTS and VARIANTS[labelled.name].numbered:
-        return list(range(len(labelled.class_names)))
-    items = [item for split in labelled.splits.values() for item in split]
-    position = {wnid: index for index, wnid in enumerate(imagenet_names())}
-    indices = []
-    for _, group in sorted(by_class(items).items()):
-        wnid = group[0].key.split("/")[-2]
-        if wnid not in position:
-            raise UserError(f"data set {labelled.name}: {wnid} is not a wnid of ImageNet-1K")
-        indices.append(position[wnid])
-    return indices
-
-
-@functools.lru_cache(maxsize=1)
-def imagenet_names() -> dict[str, str]:
-    """OpenAI's class name of each of the 1,000 wnids, in wnid order."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    wnids = [info.index_to_label_name(index) for index in range(info.num_classes())]
-    return dict(zip(wnids, named_list("imagenet"), strict=True))
-
-
-def ensemble_templates() -> list[str]:
-    """The seven templates that OpenAI's CLIP notebook selects for ImageNet, DHO's prompts there."""
-    return prompt_templates("simple")
 
 
 def _wnid_folders(folder: Path) -> list[str]:

@@ -15,15 +15,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vlmkd.class_names import check_class_names, class_key, prompt_name
+from vlmkd.class_names import (
+    check_class_names,
+    class_key,
+    prompt_name,
+    read_class_names,
+    read_folder_names,
+)
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
 from vlmkd.datasets.emoji import emoji_sets
 from vlmkd.datasets.folders import class_folder_names, images_of_classes, is_image, root_folder
-from vlmkd.datasets.text import class_lines
-from vlmkd.datasets.text import class_names as read_class_names
 from vlmkd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -88,7 +92,9 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
             f"{DOMAINS} sets"
         )
     if name in _LOADERS:
-        return _LOADERS[name](root)
+        found = _LOADERS[name](root)
+        check_class_names(found.class_names, allow_duplicates=name.startswith("imagenet"))
+        return found
     if root and (name in _EMBEDDED or own_path):
         why = "the path says where it is" if own_path else "it is built into the cache"
         raise UserError(f"data set {name} takes no root ({root}): {why}; leave it out")
@@ -185,7 +191,7 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
     place = {class_key(name): index for index, name in enumerate(labelled.class_names)}
     numbers: dict[int, int] = {}
     names: list[str] = []
-    for folder, name in class_lines(path):
+    for folder, name in read_folder_names(path):
         old = place.get(class_key(folder))
         if old is None:
             near = difflib.get_close_matches(class_key(folder), place, n=1, cutoff=0.5)
@@ -230,7 +236,7 @@ def _without_labels(name: str, items: list[Item], class_names: str, test_share: 
         "unlabelled": [item for item in items if item.key not in test],
         "test": [item for item in items if item.key in test],
     }
-    names = [prompt_name(line) for _, line in class_lines(class_names)]
+    names = [prompt_name(line) for _, line in read_folder_names(class_names)]
     return LabelledSet(name, names, ["a photo of a {}."], splits)
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmkd.datasets.evaluation_sets import LabelledImages
-from vlmkd.evaluation.base import Context, DualEncoder, Result, gather_rows, require_protocol
-from vlmkd.evaluation.images import embed_all
-from vlmkd.evaluation.zero_shot import class_weights
+from vlmkd.data.labelled import LabelledSet
+from vlmkd.evaluation.base import Context, DualEncoder, Result, require_protocol
+from vlmkd.evaluation.images import class_vectors, embeddings
 
 
 class Agreement:
@@ -22,7 +21,7 @@ class Agreement:
 
     name = "agreement"
 
-    def __init__(self, teacher: DualEncoder, dataset: LabelledImages) -> None:
+    def __init__(self, teacher: DualEncoder, dataset: LabelledSet) -> None:
         require_protocol(self.name, teacher, DualEncoder)
         self.teacher = teacher
         self.dataset = dataset
@@ -44,10 +43,10 @@ class Agreement:
         """Image-text cosines [N,C] of all ranks."""
         data = self.dataset
         title = f"{data.name}: {predictor.name}"
-        weights = class_weights(predictor, data.class_names, data.templates, context, title=title)
-        ids, rows, unreadable = embed_all(predictor, data.images, f"{title}: images", context)
-        _, vectors = gather_rows(ids, rows)
-        return vectors @ weights, unreadable
+        classes = class_vectors(predictor, data.class_names, data.templates, title, context)
+        images = [item.image for item in data.splits["test"]]
+        _, vectors, unreadable = embeddings(predictor, images, f"{title}: images", context).gathered()
+        return vectors @ classes.vectors.T, unreadable
 
 
 def agreement(

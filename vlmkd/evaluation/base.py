@@ -139,16 +139,3 @@ def progress(items: Iterable[T], total: int, title: str, context: Context) -> It
     return iter(
         tqdm(items, total=total, desc=title, disable=hidden, mininterval=interval, dynamic_ncols=True)
     )
-
-
-def rank_share(count: int) -> range:
-    """The indices below `count` that this rank works on: every W-th, from its rank on."""
-    return range(distributed.rank(), count, distributed.world_size())
-
-
-def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids [n], rows [n,D]) of all ranks on the CPU, sorted by id; ranks may bring different n."""
-    parts = distributed.gather_objects((ids.cpu(), rows.cpu()))
-    all_ids, all_rows = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    order = all_ids.argsort()
-    return all_ids[order], all_rows[order]

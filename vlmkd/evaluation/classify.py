@@ -5,18 +5,19 @@ N images, B batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vlmkd.class_names import require_same_classes
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, DualEncoder, ImageClassifier, Result, gather_rows, require_protocol
-from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.evaluation.base import Context, DualEncoder, ImageClassifier, Result, require_protocol
+from vlmkd.evaluation.images import ImageOutputs, class_vectors, embeddings
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.class_vectors import ClassVectors, require_same_classes
+from vlmkd.models.class_vectors import ClassVectors
 
 TOP_K = 5
 WORST = 24
@@ -40,10 +41,13 @@ class ZeroShotClassifier:
 class Classification:
     """Top-1, top-5, mean over classes; with domains top-1 of each and their mean; base, novel and harmonic mean.
 
-    Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (macro average over the classes that occur); with several
-    domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and
-    `harmonic_mean`. The classes of a group compete only with each other (as in PromptKD), or, with `rivals="all"`,
-    with every class (the open set of VL2V-ADiP); all in the same forward pass.
+    An ImageClassifier answers by its logits; a DualEncoder, where `templates` are given, by its scaled cosines with the
+    mean embedding of each class's prompts (zero-shot).
+
+    Metrics: `top1`, `top5` (where C > 5; ties are broken by torch.topk, as in open_clip), `mean_per_class` (macro average
+    over the classes that occur); with several domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel`
+    classes `base_top1`, `novel_top1` and `harmonic_mean`. The classes of a group compete only with each other (as in
+    PromptKD), or, with `rivals="all"`, with every class (the open set of VL2V-ADiP); all in the same forward pass.
 
     Details, plain data: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion
     matrix that are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest
@@ -58,6 +62,7 @@ class Classification:
         class_names: Sequence[str],
         *,
         dataset: str,
+        templates: Sequence[str] = (),
         domains: Sequence[str] = (),
         base: Sequence[int] = (),
         novel: Sequence[int] = (),
@@ -76,7 +81,7 @@ class Classification:
                 f"classification set {dataset}: base and novel must be two class groups without a common class"
             )
         self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
-        self.domains = list(domains)
+        self.templates, self.domains = list(templates), list(domains)
         self.groups = {"base": list(base), "novel": list(novel)} if base else {}
         self.rivals = rivals
 
@@ -91,30 +96,37 @@ class Classification:
         """
         if split not in data.splits:
             raise UserError(f"data set {data.name} has no split {split}; it has {', '.join(data.splits)}")
-        name = data.name if split == "test" else f"{data.name}_{split}"
         return cls(
-            data.splits[split], data.class_names, dataset=name, domains=data.domains, base=base, novel=novel
+            data.splits[split],
+            data.class_names,
+            dataset=data.name if split == "test" else f"{data.name}_{split}",
+            templates=data.templates,
+            domains=data.domains,
+            base=base,
+            novel=novel,
         )
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
         """Classify the images of all ranks.
 
         Raises:
-            UserError: no ImageClassifier, or one of other classes.
+            UserError: neither protocol, or a classifier of other classes.
         """
+        stream, logits = self._outputs(predictor, context)
+        ids, judged, unreadable = stream.gathered(lambda ids, rows: self._judge(ids, logits(rows)))
+        return [self._result([self.items[index] for index in ids.tolist()], judged, unreadable)]
+
+    def _outputs(self, predictor: Any, context: Context) -> tuple[ImageOutputs, Callable[[Tensor], Tensor]]:
+        """What the predictor gives, and what makes logits [b,C] of it."""
+        images, title = [item.image for item in self.items], f"{self.dataset}: images"
+        if self.templates and not isinstance(predictor, ImageClassifier):
+            require_protocol(self.name, predictor, DualEncoder)
+            vectors = class_vectors(predictor, self.class_names, self.templates, self.dataset, context)
+            return embeddings(predictor, images, title, context), vectors.logits
         require_protocol(self.name, predictor, ImageClassifier)
         require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
-        images = [item.image for item in self.items]
-        stream = ImageOutputs(
-            predictor.classify, predictor.image_spec, images, f"{self.dataset}: images", context
-        )
-        indices, rows = [torch.empty(0, dtype=torch.long)], [torch.empty(0, 4)]
-        for found, logits in stream:
-            indices.append(found)
-            rows.append(self._judge(found, logits.cpu()))
-        unreadable = stream.unreadable()
-        ids, judged = gather_rows(torch.cat(indices), torch.cat(rows))
-        return [self._result([self.items[index] for index in ids.tolist()], judged, unreadable)]
+        stream = ImageOutputs(predictor.classify, predictor.image_spec, images, title, context)
+        return stream, lambda logits: logits
 
     def _judge(self, indices: Tensor, logits: Tensor) -> Tensor:
         """Per image the predicted class, its probability, whether the label is in the top 5 and first in its group.

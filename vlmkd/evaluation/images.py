@@ -14,8 +14,9 @@ from vlmkd import distributed
 from vlmkd.data.images import ImageRef
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, DualEncoder, progress, rank_share
+from vlmkd.evaluation.base import Context, DualEncoder, progress
 from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import ClassVectors, encode_classes
 
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
@@ -26,7 +27,7 @@ class _Decoded(Dataset[tuple[int, Tensor, bool]]):
     """(index into all images, pixels, readable) of one rank's share; unreadable images are zeros."""
 
     def __init__(self, images: Sequence[ImageRef], spec: ImageSpec) -> None:
-        self._images, self._share = images, rank_share(len(images))
+        self._images, self._share = images, distributed.rank_share(len(images))
         self._transform = eval_transform(spec)
         self._blank = torch.zeros(3, *spec.size)
 
@@ -56,20 +57,46 @@ class ImageOutputs:
         images: Sequence[ImageRef],
         title: str,
         context: Context,
+        *,
+        keep: bool = False,
     ) -> None:
+        """`keep` holds the rows on the CPU, and a second iteration gives these."""
         self._run, self._spec, self._images, self._title, self._context = run, spec, images, title, context
+        self._keep, self._kept = keep, list[tuple[Tensor, Tensor]]()
         self._unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._kept:
+            yield from self._kept
+            return
         context = self._context
         decoded = _Decoded(self._images, self._spec)
         loader = DataLoader(decoded, batch_size=context.batch_size, num_workers=context.workers)
         self._unreadable = []
+        kept = []
         for indices, images, readable in progress(loader, len(loader), self._title, context):
             self._unreadable += [str(self._images[int(index)]) for index in indices[~readable]]
             with torch.no_grad():
                 rows = self._run(images.to(context.device))
-            yield indices[readable], rows[readable.to(rows.device)].float()
+            found = indices[readable], rows[readable.to(rows.device)].float()
+            if self._keep:
+                kept.append((found[0], found[1].cpu()))
+            yield found
+        self._kept = kept
+
+    def gathered(
+        self, reduce: Callable[[Tensor, Tensor], Tensor] = lambda indices, rows: rows
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Indices [n] of the readable images of all ranks, sorted, their rows [n,...] on the CPU, and the unreadable ones.
+
+        `reduce` makes of (indices [b], rows [b,...] on the CPU) what is kept of a batch, [b,...].
+        """
+        parts = [(indices, reduce(indices, rows.cpu())) for indices, rows in self]
+        unreadable = self.unreadable()
+        # The empty tensors stand for the share of a rank that has no images.
+        indices = torch.cat([torch.empty(0, dtype=torch.long), *(part[0] for part in parts)])
+        rows = torch.cat([torch.empty(0), *(part[1] for part in parts)])
+        return (*distributed.gather_rows(indices, rows), unreadable)
 
     def unreadable(self) -> list[str]:
         """Unreadable images of all ranks, sorted.
@@ -88,46 +115,41 @@ class ImageOutputs:
         return found
 
 
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def embed_batches(
-    predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
-) -> tuple[Batches, list[str]]:
-    """(indices [b], unit vectors [b,D] on the CPU) of this rank's share, batch by batch, and all unreadable names.
-
-    A context that remembers embeddings decodes and embeds the same images once for each predictor.
-    """
-    key = (id(predictor), tuple(images))
+def embeddings(
+    encoder: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
+) -> ImageOutputs:
+    """Unit vectors [b,D] of the images; a context that remembers them decodes and embeds once for each encoder."""
     known = context.embedded
-    if known is not None and key in known:
-        return known[key]
-    stream = ImageOutputs(predictor.encode_image, predictor.image_spec, images, title, context)
-    found = [(indices, rows.cpu()) for indices, rows in stream], stream.unreadable()
-    if known is not None:
-        known[key] = found
-    return found
+    if known is None:
+        return ImageOutputs(encoder.encode_image, encoder.image_spec, images, title, context)
+    key = (id(encoder), tuple(images))
+    if key not in known:
+        known[key] = ImageOutputs(encoder.encode_image, encoder.image_spec, images, title, context, keep=True)
+    return known[key]
 
 
-def embed_all(
-    predictor: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Indices [n] of the readable images, their vectors [n,D] on this rank's share, and all unreadable names."""
-    parts, unreadable = embed_batches(predictor, images, title, context)
-    # The empty tensors stand for the share of a rank that has no images.
-    indices = torch.cat([torch.empty(0, dtype=torch.long), *(part[0] for part in parts)])
-    return indices, torch.cat([torch.empty(0), *(part[1] for part in parts)]), unreadable
-
-
-def embed_texts(
-    predictor: DualEncoder, texts: list[str], title: str, context: Context
-) -> tuple[Tensor, Tensor]:
-    """Indices [n] and unit vectors [n,D] (CPU) of this rank's share of `texts`."""
-    share = rank_share(len(texts))
+def embed_texts(encoder: DualEncoder, texts: list[str], title: str, context: Context) -> Tensor:
+    """Unit vectors [N,D] (CPU) of texts, which the ranks share."""
+    share = distributed.rank_share(len(texts))
     starts = range(0, len(share), context.batch_size)
     parts = [torch.empty(0)]
     with torch.no_grad():
         for start in progress(starts, len(starts), title, context):
             chunk = share[start : start + context.batch_size]
-            parts.append(predictor.encode_text([texts[index] for index in chunk]).float().cpu())
-    return torch.tensor(list(share), dtype=torch.long), torch.cat(parts)
+            parts.append(encoder.encode_text([texts[index] for index in chunk]).float().cpu())
+    return distributed.gather_rows(torch.tensor(share, dtype=torch.long), torch.cat(parts))[1]
+
+
+def class_vectors(
+    encoder: DualEncoder, class_names: list[str], templates: list[str], title: str, context: Context
+) -> ClassVectors:
+    """The zero-shot classifier of an encoder; the ranks share the classes."""
+    return encode_classes(
+        encoder,
+        class_names,
+        templates,
+        teacher_digest="",
+        batch_size=context.batch_size,
+        shared=True,
+        watch=lambda starts: progress(starts, len(starts), f"{title}: classes", context),
+    )

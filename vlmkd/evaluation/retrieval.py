@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from vlmkd import distributed
-from vlmkd.config import RetrievalConfig
-from vlmkd.datasets.evaluation_sets import CaptionedImages, captioned
-from vlmkd.evaluation.base import Context, DualEncoder, Result, gather_rows, rank_share, require_protocol
-from vlmkd.evaluation.images import embed_all, embed_texts
+from vlmkd.datasets.evaluation_sets import CaptionedImages
+from vlmkd.evaluation.base import Context, DualEncoder, Result, require_protocol
+from vlmkd.evaluation.images import embed_texts, embeddings
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ELEMENTS = 1 << 24
@@ -37,18 +36,13 @@ class Retrieval:
     def __init__(self, dataset: CaptionedImages) -> None:
         self.dataset = dataset
 
-    @classmethod
-    def from_config(cls, cfg: RetrievalConfig) -> Retrieval:
-        """The evaluator of a run's or script's retrieval set."""
-        return cls(captioned(cfg.data, captions=cfg.captions, name=cfg.name))
-
     def run(self, predictor: Any, context: Context) -> list[Result]:
         """Recalls over all ranks. An unreadable image leaves the set, with the captions that are only its own."""
         require_protocol(self.name, predictor, DualEncoder)
         data = self.dataset
-        ids, rows, unreadable = embed_all(predictor, data.images, f"{data.name}: images", context)
-        ids, images = gather_rows(ids, rows)
-        _, texts = gather_rows(*embed_texts(predictor, data.texts, f"{data.name}: texts", context))
+        stream = embeddings(predictor, data.images, f"{data.name}: images", context)
+        ids, images, unreadable = stream.gathered()
+        texts = embed_texts(predictor, data.texts, f"{data.name}: texts", context)
         texts_of_image = [data.texts_of_image[index] for index in ids.tolist()]
         kept = sorted({index for indices in texts_of_image for index in indices})
         place = {index: position for position, index in enumerate(kept)}
@@ -81,7 +75,7 @@ def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) 
 
     Ranks of a run share the queries, and every rank gets the places of all.
     """
-    share = rank_share(len(queries))
+    share = distributed.rank_share(len(queries))
     found = first_positive(
         queries[share.start :: share.step], candidates, [positives[index] for index in share]
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkd.class_names import check_class_names, class_key, prompt_name
+from vlmkd import distributed
+from vlmkd.class_names import check_templates, fill, prompt_name, require_same_classes
 from vlmkd.errors import UserError
-from vlmkd.evaluation.prompts import fill
 from vlmkd.files import new_file
 from vlmkd.tensor_files import read_safetensors
 
@@ -145,25 +145,6 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
     return json.loads(facts), tensors["vectors"]
 
 
-def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
-    """Refuse class lists that differ in a name, the order or the number; `what` has the classes `found`.
-
-    Underscores, white space and case do not count: folders and prompts spell the same class differently.
-
-    Raises:
-        UserError: names the first class that differs.
-    """
-    if len(found) != len(wanted):
-        raise UserError(
-            f"{what} has {len(found)} classes, but {len(wanted)} are asked for; use the class list it was made with"
-        )
-    for index, (name, other) in enumerate(zip(found, wanted, strict=True)):
-        if class_key(name) != class_key(other):
-            raise UserError(
-                f"{what}: class {index} is {name!r}, but {other!r} is asked for; use the class list it was made with"
-            )
-
-
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """The C x P texts that an encoder is given, the prompts of a class side by side."""
     return [fill(template, prompt_name(name)) for name in class_names for template in templates]
@@ -177,20 +158,21 @@ def encode_classes(
     *,
     teacher_digest: str,
     batch_size: int = 256,
-    allow_duplicates: bool = False,
+    shared: bool = False,
+    watch: Callable[[range], Iterable[int]] = iter,
 ) -> ClassVectors:
     """Mean prompt vector of every class, by `encoder`; underscores in class names become spaces.
 
     The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
-    vectors. A constant logit scale (DHO: 100) is put in by `dataclasses.replace(vectors, logit_scale=100.0)`.
+    vectors. A constant logit scale (DHO: 100) is put in by `dataclasses.replace(vectors, logit_scale=100.0)`. With
+    `shared` the ranks encode some classes each, and all call this; `watch` may show the batches' progress.
 
     Raises:
-        UserError: colliding class names, no template or one without a place for the class, or an encoder that gives
-            unit vectors only where others are needed.
+        UserError: no template or one without a place for the class, or an encoder that gives unit vectors only where
+            others are needed.
     """
     assert normalise in get_args(Normalise), normalise
-    check_class_names(class_names, allow_duplicates=allow_duplicates)
-    _check_templates(templates)
+    check_templates(templates)
     raw = normalise in ("mean", "none")
     encode = getattr(encoder, "text_features", None) if raw else encoder.encode_text
     if encode is None:
@@ -198,13 +180,18 @@ def encode_classes(
             f"class vectors with normalise={normalise} need text features before normalisation, which {encoder.name} does "
             "not give; use a CLIP, or normalise=each_and_mean"
         )
-    texts = class_prompts(class_names, templates)
+    share = distributed.rank_share(len(class_names)) if shared else range(len(class_names))
+    texts = class_prompts([class_names[index] for index in share], templates)
+    starts = range(0, len(texts), batch_size)
     with torch.no_grad():
-        parts = [encode(texts[at : at + batch_size]) for at in range(0, len(texts), batch_size)]
-    vectors = torch.cat([part.float().cpu() for part in parts])
-    vectors = vectors.reshape(len(class_names), len(templates), -1).mean(dim=1)
+        parts = [encode(texts[start : start + batch_size]).float().cpu() for start in watch(starts)]
+    vectors = torch.cat([torch.empty(0), *parts])
+    if parts:
+        vectors = vectors.reshape(len(share), len(templates), -1).mean(dim=1)
     if normalise in ("each_and_mean", "mean"):
         vectors = F.normalize(vectors, dim=-1)
+    if shared:
+        _, vectors = distributed.gather_rows(torch.tensor(share, dtype=torch.long), vectors)
     return ClassVectors(
         vectors=vectors,
         class_names=list(class_names),
@@ -214,11 +201,3 @@ def encode_classes(
         logit_scale=float(encoder.logit_scale),
         normalise=normalise,
     )
-
-
-def _check_templates(templates: Sequence[str]) -> None:
-    if not templates:
-        raise UserError("the list of prompt templates is empty; give at least `a photo of a {}.`")
-    for template in templates:
-        if "{}" not in template and "{c}" not in template:
-            raise UserError(f"prompt template {template!r} has no {{}} or {{c}} for the class name; add it")

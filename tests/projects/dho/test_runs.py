@@ -253,7 +253,7 @@ def test_a_few_shot_teacher_is_trained_and_teaches_a_student(runs: Runs) -> None
     teacher = results(run_dir)[f"teacher {runs.teacher} classification"]
     assert teacher["top1"] == pytest.approx(facts["test_top1"])
     with pytest.raises(UserError, match="class 0"):
-        load_teacher(TeacherConfig(**adapted), ["a", "b", "c"], ["{}"], outputs="", duplicates=False)
+        load_teacher(TeacherConfig(**adapted), ["a", "b", "c"], ["{}"], outputs="")
 
 
 def test_table_has_one_row_per_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def clip(monkeypatch: pytest.MonkeyPatch) -> ClipModel:
 
 def load(**fields: Any) -> teacher.Teacher:
     cfg = TeacherConfig(model=fields.pop("model", "tiny"), **fields)
-    return teacher.load_teacher(cfg, NAMES, TEMPLATES, outputs="", duplicates=False)
+    return teacher.load_teacher(cfg, NAMES, TEMPLATES, outputs="")
 
 
 def raw(clip: ClipModel) -> Tensor:
