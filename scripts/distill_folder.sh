@@ -3,8 +3,8 @@
 #
 #   bash scripts/distill_folder.sh IMAGES --method promptkd|dho|vl2v_adip [--classes names.txt] [options] [field=value ...]
 #
-# `--help` lists the options; README.md says how IMAGES has to look. NPROC, NNODES, HOSTFILE and DRY_RUN work as for
-# launch.sh. The same command again goes on where it stopped, and re-uses what is done.
+# `--help` lists the options; README.md says how IMAGES has to look. NPROC, NNODES, HOSTFILE and DRY_RUN work
+# as for launch.sh. The same command again goes on where it stopped, and re-uses what is done.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$(bash "$root/scripts/setup.sh" --python)"

@@ -9,8 +9,8 @@
 #   srun bash scripts/launch.sh ...                one process per SLURM task
 #   DRY_RUN=1 ...                                  print the commands only
 #
-# The exit code is that of the run (2: a mistake in the config or the data, told in one line). SIGTERM and SIGINT
-# reach every process of this machine, and the launcher waits until they have saved.
+# The exit code is that of the run (2: a mistake in the config or the data, told in one line). SIGTERM and
+# SIGINT reach every process of this machine, and the launcher waits until they have saved.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -132,8 +132,9 @@ done
 asked_to_stop=""
 trap 'asked_to_stop=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-# The first process that fails decides the exit code, but for a mistake that one has told (2). The others would wait for it in a collective for ever, so they
-# are asked to stop, and ten seconds later killed. After a SIGTERM from outside nobody is killed: they are saving.
+# The first process that fails decides the exit code, but for a mistake that one has told (2). The others
+# would wait for it in a collective for ever, so they are asked to stop, and ten seconds later killed. After a
+# SIGTERM from outside nobody is killed: they are saving.
 code=0
 deadline=""
 while [ ${#pids[@]} -gt 0 ]; do

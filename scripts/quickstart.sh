@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # From nothing to a distilled CLIP and a page about it: bash scripts/quickstart.sh
 #
-# Installs into .venv, builds the embedded emoji data set, trains a student from scratch and a TinyCLIP student with
-# inherited weights and the teacher's affinities, evaluates both and the teacher, and writes report.html. Two CPU cores
-# and 4 GB of memory are enough. What is there already is re-used; an interrupted call goes on where it stopped.
+# Installs into .venv, builds the embedded emoji data set, trains a student from scratch and a TinyCLIP
+# student with inherited weights and the teacher's affinities, evaluates both and the teacher, and writes
+# report.html. Two CPU cores and 4 GB of memory are enough. What is there already is re-used; an interrupted
+# call goes on where it stopped.
 #
-# RUNS (default: runs/quickstart) is the folder for everything but the data; arguments (field=value) go to both runs.
+# RUNS (default: runs/quickstart) is the folder for everything but the data; arguments (field=value) go to
+# both runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs="${RUNS:-runs/quickstart}"

@@ -5,8 +5,8 @@
 #   bash scripts/setup.sh --python       install nothing; print the interpreter that the scripts use
 #
 # The environment is $VLMKD_VENV, else .venv in the repository; VLMKD_NO_VENV=1 takes the active one instead.
-# PYTHON=python3.12 chooses the interpreter of a new environment. Nothing is installed when requirements.txt and
-# pyproject.toml are those of the last call.
+# PYTHON=python3.12 chooses the interpreter of a new environment. Nothing is installed when requirements.txt
+# and pyproject.toml are those of the last call.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

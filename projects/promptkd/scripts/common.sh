@@ -1,4 +1,4 @@
-# Sourced by the other scripts of this folder: where things are, and one function a step.
+# Sourced by the other scripts of this folder: where things are. The runs themselves are written out in each.
 #
 #   DATA      folder that holds the data sets (default: data)
 #   RUNS      folder of the runs (default: runs/promptkd)
@@ -12,20 +12,5 @@ runs="${RUNS:-runs/promptkd}"
 configs=projects/promptkd/configs
 fail() { echo "$(basename "$0"): $1" >&2; exit 2; }
 
-launch() { bash scripts/launch.sh "$@"; }
-single() { NPROC=1 bash scripts/launch.sh "$@"; }
-
-train_teacher() { # CONFIG RUN_DIR DATASET [field=value ...]
-    launch projects/promptkd/train_teacher.py "$configs/base/teacher.yaml" "$configs/$1.yaml" \
-        run_dir="$2" data.set="$3" data.root="$data" "${@:4}"
-}
-
-bank() { # FILE TEACHER DATASET SETTING
-    single projects/promptkd/build_bank.py out="$1" teacher.prompts="$2" data.set="$3" data.root="$data" protocol="$4" \
-        ${TEACHER:+teacher.clip.model=ViT-L-14-quickgelu teacher.clip.pretrained=openai}
-}
-
-train_student() { # CONFIG RUN_DIR DATASET SEED TEACHER BANK [YAML or field=value ...]
-    launch projects/promptkd/train_student.py "$configs/base/student.yaml" "$configs/$1.yaml" "${@:7}" \
-        run_dir="$2" data.set="$3" data.root="$data" seed="$4" teacher.prompts="$5" class_vectors="$6"
-}
+published=() # a published file does not say which CLIP its prompts are for; an export does
+[ -z "${TEACHER:-}" ] || published=(teacher.clip.model=ViT-L-14-quickgelu teacher.clip.pretrained=openai)

@@ -4,11 +4,12 @@
 #   bash projects/promptkd/scripts/nano.sh [field=value ...]              (a first look: one seed, some ten minutes)
 #   LENGTH=full bash projects/promptkd/scripts/nano.sh                    (the table of the README: some forty minutes)
 #
-# Zero-shot student and teacher, the teacher with prompts from 16 shots of the base classes, the student distilled without
-# labels; and one short run with the text tower at every step beside the same one with stored class vectors. The first look
-# takes at most 64 images a class, LENGTH=full all of them and three seeds. RUNS (default: runs/promptkd_emoji, with
-# LENGTH=full runs/promptkd_emoji_full) is the folder of everything, SEEDS are the students'; arguments go to every student.
-# Finished runs are kept. DRY_RUN=1 prints the commands.
+# Zero-shot student and teacher, the teacher with prompts from 16 shots of the base classes, the student
+# distilled without labels; and one short run with the text tower at every step beside the same one with
+# stored class vectors. The first look takes at most 64 images a class, LENGTH=full all of them and three
+# seeds. RUNS (default: runs/promptkd_emoji, with LENGTH=full runs/promptkd_emoji_full) is the folder of
+# everything, SEEDS are the students'; arguments go to every student. Finished runs are kept. DRY_RUN=1 prints
+# the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in

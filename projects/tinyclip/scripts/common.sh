@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Sourced by the recipes of this folder, not run: what the caller must say. The runs themselves are written out in each.
+# Sourced by the recipes of this folder, not run: what the caller must say. The runs themselves are written
+# out in each.
 #
 # DATA      training shards; a quoted brace range or glob
 # IMAGENET  folder that holds val/<wnid>/*.JPEG
 # NPROC     GPUs of this machine (several machines: multi_node.sh, slurm.sbatch; one GPU: one_gpu.sh)
 # RUNS      where the run folders go; default: runs
-# DRY_RUN=1 prints the commands. A second call goes on where the first stopped: finished runs are skipped, and a run
-# folder whose settings differ is refused.
+# DRY_RUN=1 prints the commands. A second call goes on where the first stopped: finished runs are skipped, and
+# a run folder whose settings differ is refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 

@@ -4,9 +4,10 @@
 #   bash projects/tinyclip/scripts/emoji_table.sh [field=value ...]        (a first look: one seed, 96 steps, some ten minutes)
 #   LENGTH=full bash projects/tinyclip/scripts/emoji_table.sh              (the table of the README: an hour and a half)
 #
-# Two CPU cores. RUNS (default: runs/emoji_table, with LENGTH=full runs/emoji_table_full), SEEDS (default: 0, of the full
-# table "0 1 2", side by side with a thread each) and STEPS (default: 96 and 600, divisible by 12) may be set; arguments go
-# to every run. Finished runs are kept and interrupted ones go on, so the command can be repeated. DRY_RUN=1 prints commands.
+# Two CPU cores. RUNS (default: runs/emoji_table, with LENGTH=full runs/emoji_table_full), SEEDS (default: 0,
+# of the full table "0 1 2", side by side with a thread each) and STEPS (default: 96 and 600, divisible by 12)
+# may be set; arguments go to every run. Finished runs are kept and interrupted ones go on, so the command can
+# be repeated. DRY_RUN=1 prints commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in
@@ -30,8 +31,8 @@ distill() { # NAME CONFIG [field=value ...]
         evaluation.retrieval=[] "${extra[@]}" "$@"
 }
 
-# One stage: a third of its steps learns the masks, the rest distils the fused model. The masks have the same way to go in
-# a short stage as in a long one, so that their rates are the higher the fewer the steps.
+# One stage: a third of its steps learns the masks, the rest distils the fused model. The masks have the same
+# way to go in a short stage as in a long one, so that their rates are the higher the fewer the steps.
 stage() { # NAME INIT START TARGET STEPS FREEZE
     local rate
     rate="$(awk "BEGIN { print 20 / int($5 / 3) }")"

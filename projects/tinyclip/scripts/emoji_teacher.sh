@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 runs="${RUNS:-runs}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
 
-# The strong teacher: pretrained EfficientNet-Lite0 and MiniLM with trained heads; its embeddings of two crops an image.
+# The strong teacher: pretrained EfficientNet-Lite0 and MiniLM with trained heads; its embeddings of two crops
+# an image.
 bash scripts/launch.sh data_tools/train_emoji_oracle.py --out "$runs/emoji_oracle" --crops 3 --crop-scale 0.6 1.0 --threads 2
 
 # The ViT CLIP that is distilled from it, through the same code as every other run.

@@ -4,9 +4,10 @@
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 NPROC=8 DATA=... IMAGENET=... RUNS=/shared/runs \
 #       bash projects/tinyclip/scripts/multi_node.sh vit_b32_manual [field=value ...]
 #
-# The first word names the recipe (vit_b32_manual, vit_b32_auto, rn50_manual, vit_b16_yfcc); its own header says what
-# DATA and IMAGENET are. RUNS must be a folder that all machines see, because a stage starts from the one before.
-# The global batch stays 8,192 (256 a GPU on 4 x 8). The reference's docs use 1,024 a GPU on 32 GPUs:
+# The first word names the recipe (vit_b32_manual, vit_b32_auto, rn50_manual, vit_b16_yfcc); its own header
+# says what DATA and IMAGENET are. RUNS must be a folder that all machines see, because a stage starts from
+# the one before. The global batch stays 8,192 (256 a GPU on 4 x 8). The reference's docs use 1,024 a GPU on
+# 32 GPUs:
 #   batch_size=32768 steps=73242                     (manual recipes; 6 epochs of 400M)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."

@@ -3,12 +3,13 @@
 #
 #   DATA=... IMAGENET=... bash projects/tinyclip/scripts/one_gpu.sh vit_b16_yfcc [field=value ...]
 #
-# The first word names the recipe (vit_b32_manual, vit_b32_auto, rn50_manual, vit_b16_yfcc); its own header says what
-# DATA, IMAGENET and RUNS are. MICRO (default 1024) is the number of pairs in memory at once.
+# The first word names the recipe (vit_b32_manual, vit_b32_auto, rn50_manual, vit_b16_yfcc); its own header
+# says what DATA, IMAGENET and RUNS are. MICRO (default 1024) is the number of pairs in memory at once.
 #
-# Not quite the same recipe: affinities are between the pairs of one micro-batch, so each pair meets MICRO - 1 others in
-# place of the whole batch's. Make MICRO as large as memory allows; loss.affinity_chunk=512 and a stored teacher (CACHE of
-# vit_b16_yfcc.sh, projects/tinyclip/configs/add/teacher_cache.yaml) leave more room for it.
+# Not quite the same recipe: affinities are between the pairs of one micro-batch, so each pair meets MICRO - 1
+# others in place of the whole batch's. Make MICRO as large as memory allows; loss.affinity_chunk=512 and a
+# stored teacher (CACHE of vit_b16_yfcc.sh, projects/tinyclip/configs/add/teacher_cache.yaml) leave more room
+# for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 

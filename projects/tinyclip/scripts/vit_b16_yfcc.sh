@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TinyCLIP ViT-39M/16 or ViT-8M/16 on YFCC15M. The recipe was never published: a reproduction target, not a guarantee.
+# TinyCLIP ViT-39M/16 or ViT-8M/16 on YFCC15M. The recipe was never published: a target, not a guarantee.
 #
 #   DATA='/data/yfcc15m/{00000..01499}.tar' IMAGENET=/data/imagenet NPROC=8 \
 #       bash projects/tinyclip/scripts/vit_b16_yfcc.sh [field=value ...]
@@ -21,9 +21,10 @@ if [ -n "${CACHE:-}" ]; then
     cache=(data.sources.0.teacher_caches="['$CACHE']")
 fi
 
-# Each student is one run: the affinities of OpenCLIP's ViT-B/32 at temperature 0.02, AdamW at 1e-4 (base/recipe.yaml), 25
-# epochs of YFCC15M in batches of 4,096 (base/yfcc15m.yaml). Both are cut out of ViT-B/16@openai: 39m takes every image
-# layer and every other text layer, 8m ten image layers and every fourth text layer at width 256.
+# Each student is one run: the affinities of OpenCLIP's ViT-B/32 at temperature 0.02, AdamW at 1e-4
+# (base/recipe.yaml), 25 epochs of YFCC15M in batches of 4,096 (base/yfcc15m.yaml). Both are cut out of
+# ViT-B/16@openai: 39m takes every image layer and every other text layer, 8m ten image layers and every
+# fourth text layer at width 256.
 for size in ${SIZES:-39m 8m}; do
     $launch projects/tinyclip/train_distill.py "$configs/base/recipe.yaml" "$configs/base/yfcc15m.yaml" \
         data.sources.0.shards="['$DATA']" "$configs/vit_b16_yfcc_$size.yaml" run_dir="$runs/vit_b16_yfcc_$size" \

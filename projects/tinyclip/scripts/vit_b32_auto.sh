@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# TinyCLIP with automatic inheritance, ViT-B/32 -> 75 % -> 50 % -> 25 %, as published. Each stage is a mask run, which
-# learns what to keep and exports the fused student, and a distil run, which trains that student for the rest of the stage.
+# TinyCLIP with automatic inheritance, ViT-B/32 -> 75 % -> 50 % -> 25 %, as published. Each stage is a mask
+# run, which learns what to keep and exports the fused student, and a distil run, which trains that student
+# for the rest of the stage.
 #
 #   DATA='/data/laion400m/{00000..41407}.tar' IMAGENET=/data/imagenet NPROC=8 \
 #       bash projects/tinyclip/scripts/vit_b32_auto.sh [field=value ...]
@@ -37,8 +38,8 @@ distill() { # NAME [field=value ...]
         ${both[@]+"${both[@]}"}
 }
 
-# 100 -> 75 %: 3,000 steps of gates over the whole ViT-B/32 while the rate rises, then the fused student, with a fresh
-# optimiser and a cosine to zero.
+# 100 -> 75 %: 3,000 steps of gates over the whole ViT-B/32 while the rate rises, then the fused student, with
+# a fresh optimiser and a cosine to zero.
 mask vit_b32_auto_75_mask
 distill vit_b32_auto_75_distill student.model="local-dir:$runs/vit_b32_auto_75_mask/export"
 

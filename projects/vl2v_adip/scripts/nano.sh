@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The whole leave-one-domain-out table on the emoji styles, on two CPU cores: zero-shot teacher, ERM and VL2V-ADiP.
+# The leave-one-domain-out table on the emoji styles, two CPU cores: zero-shot teacher, ERM and VL2V-ADiP.
 #
 #   bash projects/vl2v_adip/scripts/nano.sh [key=value ...]               (a first look: one seed, some ten minutes)
 #   LENGTH=full bash projects/vl2v_adip/scripts/nano.sh                   (the table: three seeds, more steps, kd_cos too)
 #
-# The teacher (zoo:tinyclip-emoji-teacher) looks at two views of each picture once; no run asks it again. RUNS (default:
-# runs/vl2v_nano, with LENGTH=full runs/vl2v_full), SEEDS (of the trials), STEPS and STAGES may be set; stages may add
-# "miro lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd". Finished runs are kept. DRY_RUN=1 prints.
+# The teacher (zoo:tinyclip-emoji-teacher) looks at two views of each picture once; no run asks it again. RUNS
+# (default: runs/vl2v_nano, with LENGTH=full runs/vl2v_full), SEEDS (of the trials), STEPS and STAGES may be
+# set; stages may add "miro lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd". Finished runs are kept.
+# DRY_RUN=1 prints.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in

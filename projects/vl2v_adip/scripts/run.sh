@@ -10,8 +10,9 @@
 #   NPROC=1 bash projects/vl2v_adip/scripts/run.sh align resnet50 office_home all data.root=/data
 #   NPROC=1 bash projects/vl2v_adip/scripts/run.sh distill resnet50 office_home all data.root=/data
 #
-# RUNS (default: runs/vl2v_adip) holds the run folders; Distill finds the Align export of the same data set, student,
-# teacher, held-out domain and trial seed below it. Finished runs are skipped, interrupted ones go on. DRY_RUN=1 prints.
+# RUNS (default: runs/vl2v_adip) holds the run folders; Distill finds the Align export of the same data set,
+# student, teacher, held-out domain and trial seed below it. Finished runs are skipped, interrupted ones go
+# on. DRY_RUN=1 prints.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 configs=projects/vl2v_adip/configs
@@ -25,15 +26,20 @@ case "${1:-}" in
     '' | *=*) ;;
     *) domain="$1"; shift ;;
 esac
-for part in "stages/$stage" "students/$student"; do
-    [ -f "$configs/$part.yaml" ] || fail "no file $configs/$part.yaml; there are: $(cd "$configs/${part%/*}" && ls | sed 's/\.yaml$//' | tr '\n' ' ')"
-done
+names() { (cd "$configs/$1" && echo *.yaml) | sed 's/\.yaml//g'; } # FOLDER
+known() { # FILE [MORE]
+    [ -f "$configs/$1.yaml" ] || fail "no file $configs/$1.yaml; there are:${2:-} $(names "${1%/*}")"
+}
+known "stages/$stage"
+known "students/$student"
+
+# A run is a stack: what all published runs share, the data set, the student, and last the stage.
 if [ "$dataset" = emoji ]; then
     set_name=emoji-domains
     stack=("$configs/base.yaml" "$configs/emoji/base.yaml" "$configs/students/$student.yaml")
     [ ! -f "$configs/emoji/$stage.yaml" ] || stack+=("$configs/emoji/$stage.yaml")
 else
-    [ -f "$configs/datasets/$dataset.yaml" ] || fail "no file $configs/datasets/$dataset.yaml; there are: emoji $(cd "$configs/datasets" && ls | sed 's/\.yaml$//' | tr '\n' ' ')"
+    known "datasets/$dataset" " emoji"
     set_name="$dataset"
     stack=("$configs/base.yaml" "$configs/datasets/$dataset.yaml" "$configs/students/$student.yaml")
     # The released scripts let SWAD's segments overlap, except for ViT-B/16's Distill.
@@ -42,6 +48,7 @@ else
     case "$student/$stage" in vit_b16/align | resnet50/distill) stack+=(select_from_step=1000) ;; esac
 fi
 
+# Align and linear probing train the projector or head alone, all other stages the backbone.
 script=train_distill
 case "$stage" in align | lp) script=train_align ;; esac
 
@@ -55,6 +62,7 @@ for override in "$@"; do
 done
 runs="${RUNS:-runs/vl2v_adip}"
 
+# One run a held-out domain.
 domains=("$domain")
 if [ "$domain" = all ]; then
     python="$(bash scripts/setup.sh --python)"
