@@ -11,7 +11,7 @@ import torch
 from projects.tinyclip.config import DistillConfig, InheritConfig, MaskConfig, TinyCLIPConfig
 from projects.tinyclip.fuse import reenter
 from projects.tinyclip.inherit import Inheritance, inherit
-from projects.tinyclip.masked import MaskedCLIP
+from projects.tinyclip.masked import MaskedCLIP, config_from_clip
 from projects.tinyclip.task import DistillTask, MaskTask, Student
 from vlmkd import distributed
 from vlmkd.config import require
@@ -22,7 +22,7 @@ from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, load_weights
-from vlmkd.models.pruned_clip import PrunedCLIP, config_from_clip
+from vlmkd.models.pruned_clip import PrunedCLIP
 from vlmkd.models.teacher import ClipTeacher
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job

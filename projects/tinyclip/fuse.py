@@ -16,7 +16,8 @@ from torch import Tensor
 from projects.tinyclip.masked import MaskedCLIP
 from projects.tinyclip.masks import FAMILIES, INITIAL_LOG_ALPHA, Mask, Sides, TowerMasks
 from vlmkd.errors import UserError
-from vlmkd.models.pruned_clip import Config, PrunedCLIP, State, count_macs, count_parameters
+from vlmkd.evaluation.efficiency import count_macs
+from vlmkd.models.pruned_clip import Config, PrunedCLIP, State
 
 Multiple = Literal[1, 8, 16, 64]
 
@@ -31,21 +32,25 @@ class Fused:
 
     def model(self) -> PrunedCLIP:
         """The dense model in evaluation mode."""
-        model = PrunedCLIP.from_config(self.config)
+        model = PrunedCLIP(self.config)
         model.load_state_dict(self.state)
         return model.eval()
 
     def report(self) -> str:
         """Markdown table: units of each tower and layer, parameters, MACs, and the sparsity reached."""
         lines = ["| part | width | heads | FFN | params | of full | MACs |", "|---|---|---|---|---|---|---|"]
-        counts, full_counts = count_parameters(self.config), count_parameters(self.full_config)
-        macs = count_macs(self.config)
-        for name, field in (("image", "vision_cfg"), ("text", "text_cfg")):
+        rows = zip(
+            ("image", "text"),
+            ("vision_cfg", "text_cfg"),
+            costs(self.config),
+            costs(self.full_config),
+            strict=True,
+        )
+        for name, field, (count, macs), (full_count, _) in rows:
             tower, full = self.config[field], self.full_config[field]
             lines.append(
                 f"| {name} | {tower['width']}/{full['width']} | {sum(tower['heads'])}/{sum(full['heads'])} "
-                f"| {sum(tower['mlp'])}/{sum(full['mlp'])} | {counts[name]:,} "
-                f"| {counts[name] / full_counts[name]:.1%} | {macs[name]:,} |"
+                f"| {sum(tower['mlp'])}/{sum(full['mlp'])} | {count:,} | {count / full_count:.1%} | {macs:,} |"
             )
             layers = zip(tower["heads"], full["heads"], tower["mlp"], full["mlp"], strict=True)
             for layer, (heads, all_heads, channels, all_channels) in enumerate(layers):
@@ -53,6 +58,20 @@ class Fused:
                     f"| {name} layer {layer} | | {heads}/{all_heads} | {channels}/{all_channels} | | | |"
                 )
         return "\n".join(lines)
+
+
+def costs(config: Config) -> list[tuple[int, int]]:
+    """Parameters and multiply-adds of the image tower, and of the text tower with its token table at full length."""
+    with torch.device("meta"):
+        model = PrunedCLIP({**config, "pruned": True})
+        size = config["vision_cfg"]["image_size"]
+        images = torch.empty(1, 3, *([size, size] if isinstance(size, int) else size))
+        tokens = torch.zeros(1, config["text_cfg"]["context_length"], dtype=torch.long)
+        macs = count_macs(model, images, tokens)
+    counts = [
+        sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)
+    ]
+    return list(zip(counts, macs, strict=True))
 
 
 def fuse(

@@ -30,11 +30,12 @@ from vlmkd.errors import UserError
 from vlmkd.models.pruned_clip import (
     Config,
     PrunedAttention,
+    PrunedCLIP,
     PrunedImageTower,
     PrunedMLP,
     PrunedTextTower,
-    config_from_clip,
-    tower_names,
+    config_from_state_dict,
+    own_names,
 )
 from vlmkd.train.optim import decay_groups
 
@@ -196,7 +197,8 @@ class MaskedCLIP(nn.Module):
             UserError: the model has parts that cannot be masked.
         """
         masked = cls(config_from_clip(model), joint=joint, sides=sides)
-        masked.load_encoders(tower_names(model.state_dict()))
+        state = {name: value for name, value in own_names(model.state_dict()).items() if name != "attn_mask"}
+        masked.load_encoders(state)
         return masked
 
     def load_encoders(self, state: dict[str, Tensor]) -> None:
@@ -306,3 +308,49 @@ def _tower_masks(tower: Config, name: str, sides: Sides) -> TowerMasks:
             "enter it through fuse.reenter with the full-size config"
         )
     return TowerMasks(tower["width"], len(tower["heads"]), tower["heads"][0], tower["mlp"][0], sides)
+
+
+def config_from_clip(model: nn.Module) -> Config:
+    """The pruned config of an unpruned open_clip.CLIP (ViT and causal text transformer), or of a PrunedCLIP.
+
+    Raises:
+        UserError: the model has parts that PrunedCLIP does not have; names the part.
+    """
+    if isinstance(model, PrunedCLIP):
+        return model.config
+    visual: Any = getattr(model, "visual", None)
+    stacks: list[Any] = [
+        getattr(getattr(part, "transformer", None), "resblocks", ()) for part in (visual, model)
+    ]
+    if not all(stacks) or not hasattr(visual, "class_embedding"):
+        raise UserError(
+            "model: pruning needs an open_clip CLIP with a ViT image tower and its own text transformer"
+        )
+    first = stacks[0][0]
+    quick_gelu = type(first.mlp.gelu).__name__ == "QuickGELU"
+    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    blocks = [block for stack in stacks for block in stack]
+    refusals = {
+        "attentional pooling": visual.attn_pool is not None,
+        "pooling other than the class token": visual.pool_type != "tok" or visual.final_ln_after_pool,
+        "no ln_pre": not isinstance(visual.ln_pre, nn.LayerNorm),
+        "text pooling other than argmax": model.text_pool_type != "argmax",
+        "a text tower without causal mask": model.attn_mask is None,
+        "a text projection that is no plain matrix": not isinstance(model.text_projection, Tensor),
+        "LayerScale or custom blocks": any(
+            type(block).__name__ != "ResidualAttentionBlock" or not isinstance(block.ls_1, nn.Identity)
+            for block in blocks
+        ),
+        "an activation other than GELU and QuickGELU": not quick_gelu
+        and getattr(first.mlp.gelu, "approximate", "") != "none",
+        "LayerNorms with an epsilon other than 1e-5": any(norm.eps != 1e-5 for norm in norms),
+    }
+    found = [what for what, present in refusals.items() if present]
+    if found:
+        raise UserError(f"model: pruning does not support {found[0]}; choose a plain ViT CLIP")
+    return config_from_state_dict(
+        model.state_dict(),
+        head_width=first.attn.head_dim,
+        text_head_width=stacks[1][0].attn.head_dim,
+        activation="quick_gelu" if quick_gelu else "gelu",
+    )

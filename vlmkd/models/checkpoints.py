@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from vlmkd.errors import UserError
 from vlmkd.models.convert import from_hf_state, is_hf_state, mlp_ratio
-from vlmkd.models.pruned_clip import PrunedCLIP, canonical_names, config_from_state_dict, tower_names
+from vlmkd.models.pruned_clip import PrunedCLIP, config_from_state_dict
 from vlmkd.tensor_files import is_zip, read_torch, zip_members
 
 Config = dict[str, Any]
@@ -27,6 +28,8 @@ _NESTED = ("state_dict", "model_state_dict", "model_dict", "model", "module")
 """Entries of a training checkpoint that may hold the weights, first match wins."""
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that wrappers (DDP, torch.compile, our encoder) put before every name."""
+_TINYCLIP = r"^(?:(?:_image_encoder|_text_encoder|_logit_scale|\w+_without_ddp)\.)?(?:module\.)?"
+"""Prefixes of TinyCLIP's training code: each part apart, and a copy of each without DDP, which gives way to the first."""
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 """Extra tensors of OpenAI's archives."""
 _NAMES_SHOWN = 3
@@ -71,12 +74,12 @@ def normalise_names(state: Mapping[str, Tensor]) -> State:
             named = {name.removeprefix(wrapper): tensor for name, tensor in named.items()}
     if is_hf_state(named):
         named = from_hf_state(named)
-    named = canonical_names(tower_names(named))
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in named.items()
-        if name not in _NOT_WEIGHTS
-    }
+    result = {}
+    for name, tensor in sorted(named.items(), key=lambda item: "_without_ddp." not in item[0]):
+        name = re.sub(_TINYCLIP, "", name).removeprefix("text.")
+        if name not in _NOT_WEIGHTS:  # a copy, read first, gives way
+            result[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return result
 
 
 def is_torchscript(path: Path) -> bool:
@@ -224,29 +227,21 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
         UserError: weights of another architecture; lists the first missing, unexpected and resized tensors and, where
             there is one, the known architecture that these weights do fit.
     """
-    if isinstance(module, PrunedCLIP):
-        try:
-            module.load_upstream_state(_shape_scalars(normalise_names(state), module.state_dict()))
-        except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
-        return
     from open_clip.convert import convert_state_dict
 
-    named = normalise_names(convert_state_dict(module, dict(state)))
-    wanted = module.state_dict()
-    given = {f"text.{name}" if f"text.{name}" in wanted else name: tensor for name, tensor in named.items()}
-    given = _shape_scalars(given, wanted)
-    given = {name: tensor for name, tensor in given.items() if not name.endswith("embeddings.position_ids")}
+    named, wanted = normalise_names(convert_state_dict(module, dict(state))), module.state_dict()
+    if isinstance(module, PrunedCLIP):
+        given = module.completed(named)
+    else:
+        given = {f"text.{name}" if f"text.{name}" in wanted else name: value for name, value in named.items()}
+        given = {name: value for name, value in given.items() if not name.endswith("embeddings.position_ids")}
+    for name in ("logit_scale", "logit_bias"):  # [] or [1]; files have either
+        if name in given and name in wanted:
+            given[name] = given[name].reshape(wanted[name].shape)
     problems = differences(wanted, given)
     if problems:
         raise UserError(f"weights {origin} are of another architecture: {problems}{_suggestion(named)}")
     module.load_state_dict(given)
-
-
-def _shape_scalars(given: State, wanted: State) -> State:
-    """`given` with scale and bias in the shape of the model, [] or [1]; files have either."""
-    scalars = [name for name in ("logit_scale", "logit_bias") if name in given and name in wanted]
-    return given | {name: given[name].reshape(wanted[name].shape) for name in scalars}
 
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -170,7 +170,7 @@ def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Modu
         if config.get("pruned"):
             from vlmkd.models.pruned_clip import PrunedCLIP
 
-            return PrunedCLIP.from_config(dict(config))
+            return PrunedCLIP(dict(config))
         return _build_open_clip(config)
 
 
@@ -289,8 +289,7 @@ def _beside(weights: Path) -> Config:
         content = read_object(folder / "config.json", "model config")
         if content.get("model_type") == "clip":
             config = from_hf_config(content, str(folder / "config.json"))
-            spec = _hf_image_spec(folder, config)
-            return {**dataclasses.asdict(spec), "quick_gelu": config["quick_gelu"]}
+            return {**_hf_preprocess(folder), "quick_gelu": config["quick_gelu"]}
     return {}
 
 
@@ -338,12 +337,11 @@ def _load_hf_folder(folder: Path, source: str) -> ClipModel:
         config["text_cfg"]["hf_tokenizer_name"] = (
             "."  # CLIP's own vocabulary is read by open_clip's tokenizer
         )
-    spec = _hf_image_spec(folder, config)
-    return _clip_model(module, config, dataclasses.asdict(spec), source, folder)
+    return _clip_model(module, config, _hf_preprocess(folder), source, folder)
 
 
-def _hf_image_spec(folder: Path, config: Config) -> ImageSpec:
-    """Pixel statistics of a transformers folder, OpenAI's when it has no processor file."""
+def _hf_preprocess(folder: Path) -> Config:
+    """open_clip's preprocess config of a transformers folder, OpenAI's when it has no processor file."""
     processor: Config = {}
     if (folder / "preprocessor_config.json").is_file():
         processor = read_object(folder / "preprocessor_config.json", "processor config")
@@ -351,7 +349,7 @@ def _hf_image_spec(folder: Path, config: Config) -> ImageSpec:
         processor = read_object(folder / "processor_config.json", "processor config").get(
             "image_processor", {}
         )
-    return from_hf_processor(processor, config["vision_cfg"]["image_size"])
+    return from_hf_processor(processor)
 
 
 def _load_zoo(name: str) -> ClipModel:

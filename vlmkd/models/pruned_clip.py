@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,8 +26,6 @@ Config = dict[str, Any]
 State = dict[str, Tensor]
 
 _TEXT_NAMES = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-_WRAPPERS = ("_image_encoder.", "_text_encoder.", "_logit_scale.")
-_DUPLICATES = ("image_encoder_without_ddp.", "text_encoder_without_ddp.", "logit_scale_without_ddp.")
 
 
 class OutputBias(nn.Module):
@@ -59,18 +58,15 @@ class PrunedAttention(nn.Module):
 
     def attend(self, x: Tensor, causal: bool) -> Tensor:
         """Attention output of every head before the output projection, [B, H, T, head_width]."""
-        query, key, value = (
-            F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            .unflatten(-1, (3, self.heads, self.head_width))
-            .permute(2, 0, 3, 1, 4)
-        )
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = rearrange(projected, "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.heads)
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         """x [B, T, D] -> [B, T, D], or [1, 1, D] without heads."""
         if not self.heads:
             return self.out_proj()
-        return self.out_proj(self.attend(x, causal).transpose(1, 2).flatten(2))
+        return self.out_proj(rearrange(self.attend(x, causal), "b h t d -> b t (h d)"))
 
 
 class PrunedMLP(nn.Module):
@@ -151,7 +147,7 @@ class PrunedImageTower(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Patch and class tokens with their positions, [B, T, D]."""
-        patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = rearrange(self.conv1(images.to(self.conv1.weight.dtype)), "b d h w -> b (h w) d")
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
 
@@ -209,11 +205,6 @@ class PrunedCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.get("logit_bias") else None
 
-    @classmethod
-    def from_config(cls, config: Config) -> PrunedCLIP:
-        """A randomly initialised model."""
-        return cls(config)
-
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """images [B, 3, h, w] -> [B, E]."""
         features = self.visual(images)
@@ -239,71 +230,37 @@ class PrunedCLIP(nn.Module):
             if isinstance(part, PrunedTransformer):
                 part.grad_checkpointing = enable
 
-    def load_upstream_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load weights under any name layout of `tower_names`, strictly.
+    def completed(self, state: Mapping[str, Tensor]) -> State:
+        """`state` under this model's names, with what files of pruned models lack and without what they have too much.
 
-        Blocks that the file lacks add nothing: their output bias is set to zero. Half precision is converted.
-
-        Raises:
-            UserError: a tensor is missing, left over, or of another shape.
+        A file lacks the output bias of a removed block, which adds nothing: it is zero. It may keep tensors without
+        elements, and the LayerNorm before a part that is gone.
         """
-        given = tower_names(state)
         wanted = self.state_dict()
-        filled: State = {}
+        given = {
+            name: tensor for name, tensor in own_names(state).items() if not _is_spent(name, tensor, wanted)
+        }
         for name, tensor in wanted.items():
-            if name in given:
-                filled[name] = given.pop(name)
-                if filled[name].shape != tensor.shape:
-                    raise UserError(
-                        f"weights: {name} is {list(filled[name].shape)}, but the config asks for {list(tensor.shape)}; "
-                        "use the config that belongs to these weights (config_from_state_dict reads it)"
-                    )
-            elif (
+            if (
                 name.endswith(("out_proj.bias", "c_proj.bias"))
                 and name.replace("bias", "weight") not in wanted
             ):
-                filled[name] = torch.zeros_like(tensor)
-            else:
-                raise UserError(f"weights: {name} is missing; use the config that belongs to these weights")
-        left = [name for name in given if not _is_spent(name, given[name], wanted)]
-        if left:
-            raise UserError(f"weights: {left[0]} (and {len(left) - 1} more) has no place in this config")
-        self.load_state_dict(filled)
+                given.setdefault(name, torch.zeros_like(tensor))
+        return given
 
 
 def _is_spent(name: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -> bool:
     """Whether `name` belongs to a removed block: no elements, or the LayerNorm before a part that is gone."""
-    if not tensor.numel():
-        return True
     norm = re.fullmatch(r"(.*resblocks\.\d+\.)ln_([12])\.(weight|bias)", name)
     if norm is None:
-        return False
+        return not tensor.numel()
     part = {"1": "attn.in_proj_weight", "2": "mlp.c_fc.weight"}[norm[2]]
     return f"{norm[1]}{part}" not in wanted
 
 
-def tower_names(state: Mapping[str, Tensor]) -> State:
-    """`state` under PrunedCLIP's names.
-
-    Reads open_clip's plain names, PrunedCLIP's own, and those of TinyCLIP's training code: `_image_encoder.`,
-    `_text_encoder.`, `_logit_scale.`, each with or without `module.`; the `*_without_ddp.` copies are used only where
-    the first are absent.
-    """
-    result: State = {}
-    for name, tensor in sorted(state.items(), key=lambda item: not item[0].startswith(_DUPLICATES)):
-        for prefix in (*_WRAPPERS, *_DUPLICATES):
-            name = name.removeprefix(prefix)
-        name = name.removeprefix("module.")
-        if name != "attn_mask":
-            result[f"text.{name}" if name.startswith(_TEXT_NAMES) else name] = (
-                tensor  # a copy, read first, gives way
-            )
-    return result
-
-
-def canonical_names(state: Mapping[str, Tensor]) -> State:
-    """PrunedCLIP's names turned into open_clip.CLIP's (the text tower at the top level)."""
-    return {name.removeprefix("text."): tensor for name, tensor in state.items()}
+def own_names(state: Mapping[str, Tensor]) -> State:
+    """open_clip.CLIP's names turned into PrunedCLIP's, whose text tower is a module of its own."""
+    return {f"text.{name}" if name.startswith(_TEXT_NAMES) else name: value for name, value in state.items()}
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -316,32 +273,25 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the field.
     """
-    shared = ("width", "heads", "mlp", "head_width")
-    for field, parts in (
+    what, shared = "pruned model config:", ("width", "heads", "mlp", "head_width")
+    for section, fields in (
         ("", ("embed_dim", "vision_cfg", "text_cfg", "activation")),
         ("vision_cfg", ("image_size", "patch_size", *shared)),
         ("text_cfg", ("context_length", "vocab_size", *shared)),
     ):
-        section = config[field] if field else config
-        for part in parts:
-            if part not in section:
-                raise UserError(f"pruned model config: field {f'{field}.{part}'.lstrip('.')} is missing")
+        for field in fields:
+            if field not in (config[section] if section else config):
+                raise UserError(f"{what} field {f'{section}.{field}'.lstrip('.')} is missing")
     if config["activation"] not in ("gelu", "quick_gelu"):
-        raise UserError(
-            f"pruned model config: activation is {config['activation']!r}; choose gelu or quick_gelu"
-        )
-    for field in ("vision_cfg", "text_cfg"):
-        heads, mlp = config[field]["heads"], config[field]["mlp"]
-        if (
-            not isinstance(heads, (list, tuple))
-            or not isinstance(mlp, (list, tuple))
-            or len(heads) != len(mlp)
-        ):
+        raise UserError(f"{what} activation is {config['activation']!r}; choose gelu or quick_gelu")
+    for section in ("vision_cfg", "text_cfg"):
+        heads, mlp = config[section]["heads"], config[section]["mlp"]
+        if not all(isinstance(sizes, (list, tuple)) for sizes in (heads, mlp)) or len(heads) != len(mlp):
             raise UserError(
-                f"pruned model config: {field}.heads and {field}.mlp must be lists of one length, one number a layer"
+                f"{what} {section}.heads and {section}.mlp must be lists of one length, one number a layer"
             )
-        if min([*heads, *mlp], default=0) < 0 or config[field]["width"] < 1:
-            raise UserError(f"pruned model config: {field} holds a negative size or no width")
+        if min([*heads, *mlp], default=0) < 0 or config[section]["width"] < 1:
+            raise UserError(f"{what} {section} holds a negative size or no width")
 
 
 def config_from_state_dict(
@@ -351,7 +301,7 @@ def config_from_state_dict(
     text_head_width: int | None = None,
     activation: str = "gelu",
 ) -> Config:
-    """The ragged config of `state` (any layout of `tower_names`), read from its shapes.
+    """The ragged config of `state` (open_clip.CLIP's names, or PrunedCLIP's), read from its shapes.
 
     Layers are numbered by the file; parts whose keys are absent or empty have 0 heads or channels. The image size
     assumes a square grid. Head width (`text_head_width` where the text tower's differs) and activation are not in a
@@ -360,7 +310,7 @@ def config_from_state_dict(
     Raises:
         UserError: the file is no ViT + text transformer CLIP, or its shapes do not fit `head_width`.
     """
-    named = tower_names(state)
+    named = own_names(state)
     for name in (
         "visual.conv1.weight",
         "visual.proj",
@@ -421,100 +371,7 @@ def _layers_from_state(named: State, tower: str, head_width: int) -> Config:
     return {"heads": heads, "mlp": mlp, "head_width": head_width}
 
 
-def config_from_clip(model: nn.Module) -> Config:
-    """The pruned config of an unpruned open_clip.CLIP (ViT and causal text transformer), or of a PrunedCLIP.
-
-    Raises:
-        UserError: the model has parts that PrunedCLIP does not have; names the part.
-    """
-    if isinstance(model, PrunedCLIP):
-        return model.config
-    visual: Any = getattr(model, "visual", None)
-    stacks: list[Any] = [
-        getattr(getattr(part, "transformer", None), "resblocks", ()) for part in (visual, model)
-    ]
-    if not all(stacks) or not hasattr(visual, "class_embedding"):
-        raise UserError(
-            "model: pruning needs an open_clip CLIP with a ViT image tower and its own text transformer"
-        )
-    first = stacks[0][0]
-    quick_gelu = type(first.mlp.gelu).__name__ == "QuickGELU"
-    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
-    blocks = [block for stack in stacks for block in stack]
-    refusals = {
-        "attentional pooling": visual.attn_pool is not None,
-        "pooling other than the class token": visual.pool_type != "tok" or visual.final_ln_after_pool,
-        "no ln_pre": not isinstance(visual.ln_pre, nn.LayerNorm),
-        "text pooling other than argmax": model.text_pool_type != "argmax",
-        "a text tower without causal mask": model.attn_mask is None,
-        "a text projection that is no plain matrix": not isinstance(model.text_projection, Tensor),
-        "LayerScale or custom blocks": any(
-            type(block).__name__ != "ResidualAttentionBlock" or not isinstance(block.ls_1, nn.Identity)
-            for block in blocks
-        ),
-        "an activation other than GELU and QuickGELU": not quick_gelu
-        and getattr(first.mlp.gelu, "approximate", "") != "none",
-        "LayerNorms with an epsilon other than 1e-5": any(norm.eps != 1e-5 for norm in norms),
-    }
-    found = [what for what, present in refusals.items() if present]
-    if found:
-        raise UserError(f"model: pruning does not support {found[0]}; choose a plain ViT CLIP")
-    return config_from_state_dict(
-        model.state_dict(),
-        head_width=first.attn.head_dim,
-        text_head_width=stacks[1][0].attn.head_dim,
-        activation="quick_gelu" if quick_gelu else "gelu",
-    )
-
-
 def _num_patches(tower: Mapping[str, Any]) -> int:
     size, patch = tower["image_size"], tower["patch_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return (height // patch) * (width // patch)
-
-
-def count_parameters(config: Mapping[str, Any]) -> dict[str, int]:
-    """Parameters of each tower of a pruned config, and `tokens`, the token table's share of `text`."""
-    embed = config["embed_dim"]
-    image, text = config["vision_cfg"], config["text_cfg"]
-    tokens = text["vocab_size"] * text["width"]
-    patch = 3 * image["patch_size"] ** 2
-    # Beside the blocks: class token and positions, ln_pre and ln_post (ln_final), and the projection.
-    return {
-        "image": image["width"] * (patch + 1 + _num_patches(image) + 1 + 4 + embed)
-        + _block_parameters(image),
-        "text": tokens + text["width"] * (text["context_length"] + 2 + embed) + _block_parameters(text),
-        "tokens": tokens,
-    }
-
-
-def _block_parameters(tower: Mapping[str, Any]) -> int:
-    width, total = tower["width"], 0
-    for heads, channels in zip(tower["heads"], tower["mlp"], strict=True):
-        inner = heads * tower["head_width"]
-        total += 4 * inner * width + 3 * inner + (2 * width if heads else 0) + width
-        total += 2 * channels * width + channels + (2 * width if channels else 0) + width
-    return total
-
-
-def count_macs(config: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-accumulates of one image and of one text of full context length, by tower.
-
-    Per layer 4 n D H h + 2 n^2 H h + 2 n D F with n tokens and head width h (12 n D^2 + 2 n^2 D when nothing is
-    pruned), plus the patch embedding and the output projection.
-    """
-    image, text = config["vision_cfg"], config["text_cfg"]
-    patches = _num_patches(image)
-    embedding = patches * 3 * image["patch_size"] ** 2 * image["width"]
-    return {
-        "image": embedding + _tower_macs(image, patches + 1) + image["width"] * config["embed_dim"],
-        "text": _tower_macs(text, text["context_length"]) + text["width"] * config["embed_dim"],
-    }
-
-
-def _tower_macs(tower: Mapping[str, Any], tokens: int) -> int:
-    total = 0
-    for heads, channels in zip(tower["heads"], tower["mlp"], strict=True):
-        inner = heads * tower["head_width"]
-        total += tokens * tower["width"] * (4 * inner + 2 * channels) + 2 * tokens**2 * inner
-    return total

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.tinyclip.fuse import fuse, fuse_masks, reenter
-from projects.tinyclip.masked import MaskedCLIP
+from projects.tinyclip.fuse import costs, fuse, fuse_masks, reenter
+from projects.tinyclip.masked import MaskedCLIP, config_from_clip
 from projects.tinyclip.masks import LOG_ALPHA_LIMIT, Mask
 from vlmkd.errors import UserError
-from vlmkd.models.pruned_clip import PrunedCLIP, count_parameters
+from vlmkd.models.pruned_clip import PrunedCLIP
 
 TINY: dict[str, Any] = {
     "embed_dim": 24,
@@ -96,8 +96,7 @@ def test_parameter_count_equals_the_count_from_the_masks() -> None:
             expected += (3 * inner * (d + 1) + inner * d + 2 * d if inner else 0) + d
             expected += (2 * f * d + f + 2 * d if f else 0) + d
     assert total == expected
-    counts = count_parameters(fused.config)
-    assert counts["image"] + counts["text"] + 1 == total
+    assert sum(count for count, _ in costs(fused.config)) + 1 == total
 
 
 def test_expected_sparsity_is_about_the_real_one_when_masks_are_decided() -> None:
@@ -218,7 +217,7 @@ def test_report_lists_units_parameters_and_macs() -> None:
     width = fused.config["vision_cfg"]["width"]
     assert f"| image | {width}/48 |" in report
     assert "| image layer 1 | | 0/3 |" in report and "| text layer 0 | |" in report
-    assert f"{count_parameters(fused.config)['image']:,}" in report
+    assert f"{sum(p.numel() for p in fused.model().visual.parameters()):,}" in report
 
 
 def test_reentry_holds_the_pruned_model_in_front() -> None:
@@ -324,3 +323,51 @@ def test_refusals() -> None:
         full = {**model.config, "vision_cfg": {**model.config["vision_cfg"], field: change}}
         with pytest.raises(UserError, match="vision_cfg"):
             reenter(unknown, full)
+
+
+def uniform(layers: int, width: int) -> dict[str, Any]:
+    return {"width": width, "heads": [width // 64] * layers, "mlp": [4 * width] * layers, "head_width": 64}
+
+
+@pytest.mark.parametrize(
+    ("patch", "layers", "width", "text_layers", "text_width", "vision", "text", "macs"),
+    [
+        (16, 12, 512, 6, 512, 38.587, 19.22, 9.48),
+        (16, 10, 256, 3, 256, 8.277, 2.52, 1.98),
+        (32, 12, 640, 9, 512, 61.411, 28.67, 5.32),
+        (32, 12, 512, 6, 512, 39.692, 19.22, 3.49),
+    ],
+)
+def test_costs_are_the_papers(
+    patch: int,
+    layers: int,
+    width: int,
+    text_layers: int,
+    text_width: int,
+    vision: float,
+    text: float,
+    macs: float,
+) -> None:
+    """Parameters in millions, the text tower's without its token table, and MACs of a pair in G."""
+    config = {
+        "embed_dim": 512,
+        "activation": "gelu",
+        "vision_cfg": {"image_size": 224, "patch_size": patch, **uniform(layers, width)},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, **uniform(text_layers, text_width)},
+    }
+    (image, image_macs), (texts, text_macs) = costs(config)
+    assert round(image / 1e6, 3) == vision
+    assert round((texts - 49408 * text_width) / 1e6, 2) == text
+    assert round((image_macs + text_macs) / 1e9, 2) == macs
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({**TINY["vision_cfg"], "ls_init_value": 0.1}, "LayerScale"),
+        ({"image_size": 32, "width": 8, "layers": [1, 1, 1, 1], "head_width": 16}, "ViT image tower"),
+    ],
+)
+def test_what_cannot_be_masked_is_named(vision: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_from_clip(open_clip.CLIP(**{**TINY, "vision_cfg": vision}))
