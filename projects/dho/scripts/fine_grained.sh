@@ -3,10 +3,9 @@
 #
 #   ROOT=/data NPROC=1 bash projects/dho/scripts/fine_grained.sh [field=value ...]
 #
-# ROOT, NPROC, RUNS, SHOTS, METHODS (default: "dho ce_kd pcgrad") and DRY_RUN: see common.sh. SETS may be set; so may
-# STUDENT (default: resnet18; or mobilenet_v2) and FEW_SHOT_TEACHER=1. Methods without labels are one run a set, as long as 16
-# shots'. Gradient cosines are measured every 20 steps where there are two losses.
-set -euo pipefail
+# ROOT, NPROC, RUNS, SHOTS, METHODS (default: "dho ce_kd pcgrad") and DRY_RUN: see common.sh. SETS may be set;
+# so may STUDENT (default: resnet18; or mobilenet_v2) and FEW_SHOT_TEACHER=1, which adds the methods with a
+# Tip-Adapter-F. Methods without labels are one run a set, as long as 16 shots'.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 classes() { # of SET
@@ -23,28 +22,46 @@ classes() { # of SET
     esac
 }
 
+# One student: ResNet-18 taught by CLIP RN50, 200 epochs of the labelled images in batches of 64 labelled and
+# 64 unlabelled ones, AdamW at 1e-3, a tenth of the steps as warm-up and a linear fall; alpha and beta are
+# searched once an epoch on the validation images.
+run() { # SHOTS NAME [field=value ...]
+    local epoch=$((($1 * $(classes "$set") + 63) / 64)) # labelled batches
+    bash scripts/launch.sh projects/dho/train_student.py "$configs/fine_grained.yaml" \
+        "$configs/teachers/clip_rn50.yaml" "$configs/students/${STUDENT:-resnet18}.yaml" "$configs/sets/$set.yaml" \
+        run_dir="$runs/dho_$set/$2_s1" data.root="$ROOT" split.shots="$1" steps=$((200 * epoch)) \
+        optim.warmup_steps=$((20 * epoch)) evaluation.every_steps="$epoch" loss.method="$method" "${@:3}"
+}
+
 for set in ${SETS:-caltech101 dtd eurosat fgvc_aircraft food101 oxford_flowers oxford_pets stanford_cars sun397 ucf101}; do
-    count="$(classes "$set")"
-    stack="fine_grained teachers/clip_rn50 students/${STUDENT:-resnet18} sets/$set"
-    run() { # METHOD SHOTS NAME [field=value ...]
-        local epoch=$((($2 * count + 63) / 64)) # labelled batches; 200 epochs, a tenth of them warm-up
-        student "dho_$set/$3_s1" "$stack" split.shots="$2" steps=$((200 * epoch)) optim.warmup_steps=$((20 * epoch)) \
-            evaluation.every_steps="$epoch" "${own[@]}" "${@:4}"
-    }
+    classes "$set" > /dev/null
     for method in ${METHODS:-dho ce_kd pcgrad}; do
-        fields_of "$method" 64
-        if without_labels "$method"; then
-            run "$method" 16 "${method}_none" "$@"
-            continue
-        fi
-        if [ "$method" != ce ]; then own+=(grad_cosine_every=20); fi
+        # Without labels: the whole batch is unlabelled, and there is one run whatever SHOTS is.
+        case "$method" in
+            kd | kd_feature)
+                run 16 "${method}_none" split.shots=0 split.percent=0 "$@"
+                continue
+                ;;
+        esac
         for shot in $shots; do
-            run "$method" "$shot" "${method}_${shot}shot" "$@"
-            if [ -n "${FEW_SHOT_TEACHER:-}" ] && asks_class_logits "$method"; then
-                tip_adapter "$set" "$shot"
-                run "$method" "$shot" "${method}_tip_${shot}shot" grad_cosine_every=0 \
-                    teacher.adapter="$runs/tip_adapter_${set}_${shot}shot/tip_adapter.pt" "$@"
-            fi
+            # Without a teacher: the labelled half of the batch. With both losses, how their gradients agree
+            # is measured.
+            case "$method" in
+                ce) run "$shot" "ce_${shot}shot" teacher.model= teacher.pretrained= batch_size=64 "$@" ;;
+                *) run "$shot" "${method}_${shot}shot" grad_cosine_every=20 "$@" ;;
+            esac
+
+            # The few-shot teacher, fine-tuned on the same labels, and the methods that ask it for class
+            # probabilities.
+            case "${FEW_SHOT_TEACHER:+$method}" in
+                dho | ce_kd | pcgrad)
+                    adapter="$runs/tip_adapter_${set}_${shot}shot"
+                    NPROC=1 HOSTFILE="" bash scripts/launch.sh projects/dho/train_tip_adapter.py \
+                        "$configs/tip_adapter/base.yaml" "$configs/tip_adapter/$set.yaml" run_dir="$adapter" \
+                        data.root="$ROOT" split.shots="$shot"
+                    run "$shot" "${method}_tip_${shot}shot" teacher.adapter="$adapter/tip_adapter.pt" "$@"
+                    ;;
+            esac
         done
     done
 done
