@@ -27,7 +27,8 @@ from vlmkd.data.ledger import Prices, text_query
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import check_writable
-from vlmkd.models.class_vectors import TextEncoder, class_prompts, encode_classes
+from vlmkd.models.class_vectors import class_prompts, encode_classes
+from vlmkd.predictors import TextEncoder
 
 
 def main(argv: list[str]) -> int:

@@ -11,9 +11,9 @@ from vlmkd.data.ledger import Budget, Ledger, Policy, Prices
 from vlmkd.data.transforms import eval_transform_of_bytes
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, at_least
-from vlmkd.evaluation.base import DualEncoder
 from vlmkd.models.black_box import BlackBox, HttpTeacher, LocalTeacher
 from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.predictors import DualEncoder
 from vlmkd.zoo import sha256_of
 
 ORACLE = "emoji-oracle:"

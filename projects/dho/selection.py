@@ -14,11 +14,12 @@ from torch import Tensor
 from projects.dho.mixing import Mixture, mix, search
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, ImageClassifier, Result, require_protocol
+from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.images import ImageOutputs
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.heads import DualLogits
+from vlmkd.predictors import ImageClassifier
 
 NAME = "heads"
 

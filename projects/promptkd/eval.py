@@ -33,12 +33,13 @@ from vlmkd.data.labelled import LabelledSet
 from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.datasets.splits import base_and_novel
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.evaluation.base import Context, ImageClassifier
+from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
 from vlmkd.export.classifier import CONFIG, load_classifier
 from vlmkd.files import check_writable, write_json
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import load_clip
+from vlmkd.predictors import ImageClassifier
 from vlmkd.zoo import weights_file
 
 SETTINGS: dict[str, Setting] = {

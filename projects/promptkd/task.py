@@ -32,12 +32,13 @@ from projects.promptkd.protocols import Protocol
 from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier
 from projects.promptkd.teacher import ImageTeacher, Teacher
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.evaluation.base import ImageClassifier, Result
+from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel
+from vlmkd.predictors import ImageClassifier
 from vlmkd.train.averaging import BestWeights, Weights, trainable
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, ImageClassifier, Result, require_protocol
+from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.predictors import ImageClassifier
 
 
 class DomainAccuracy:

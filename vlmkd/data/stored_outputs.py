@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,27 +38,12 @@ from vlmkd.data.teacher_cache import (
 )
 from vlmkd.data.transforms import View, ViewConfig, normalise
 from vlmkd.errors import UserError
-from vlmkd.image_spec import ImageSpec
+from vlmkd.predictors import ImageEncoder
 
 CLEAN = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 """The one view that nothing random is in: resized and centre-cropped."""
 
 _TOOL = "embed_labelled.py"
-
-
-class ImageEncoder(Protocol):
-    """What embeds images; `vlmkd.evaluation.base.DualEncoder` is one."""
-
-    image_spec: ImageSpec
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor of cosine similarities in the softmax."""
-        ...
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors."""
-        ...
 
 
 # -------------------------------------------------------------------------------------------------------- reading

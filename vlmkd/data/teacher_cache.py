@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,7 @@ from vlmkd.data.transforms import View, ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.files import new_folder, read_object
 from vlmkd.image_spec import ImageSpec
+from vlmkd.predictors import DualEncoder
 
 VERSION = 1
 _OPEN_FILES = 4  # a shuffle block rarely spans more shards than this
@@ -209,25 +210,6 @@ def _info_from(data: dict[str, Any]) -> CacheInfo:
 
 
 # -------------------------------------------------------------------------------------------------------- writing
-
-
-class DualEncoder(Protocol):
-    """What embeds images and texts; `vlmkd.evaluation.base.DualEncoder` is one."""
-
-    image_spec: ImageSpec
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor of cosine similarities in the softmax."""
-        ...
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] -> [B,D] unit vectors."""
-        ...
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Captions -> [N,D] unit vectors."""
-        ...
 
 
 @dataclass

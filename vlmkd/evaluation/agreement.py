@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.evaluation.base import Context, DualEncoder, Result, require_protocol
+from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import class_vectors, embeddings
+from vlmkd.predictors import DualEncoder
 
 
 class Agreement:

@@ -11,48 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from vlmkd import distributed
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
-from vlmkd.image_spec import ImageSpec
 
 T = TypeVar("T")
-
-
-@runtime_checkable
-class DualEncoder(Protocol):
-    """A model with one embedding space for images and texts."""
-
-    name: str
-    image_spec: ImageSpec
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor (not its logarithm) of cosine similarities in the softmax."""
-        ...
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors, float32."""
-        ...
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """N captions -> [N,D] unit vectors, float32."""
-        ...
-
-
-@runtime_checkable
-class ImageClassifier(Protocol):
-    """A model with a fixed list of classes."""
-
-    name: str
-    image_spec: ImageSpec
-    class_names: list[str]
-
-    def classify(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] in the statistics of `image_spec` -> [B,C] logits, float32."""
-        ...
 
 
 @dataclass(frozen=True)

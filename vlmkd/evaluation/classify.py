@@ -14,10 +14,11 @@ from torch import Tensor
 from vlmkd.class_names import require_same_classes
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, DualEncoder, ImageClassifier, Result, require_protocol
+from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import ImageOutputs, class_vectors, embeddings
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors
+from vlmkd.predictors import DualEncoder, ImageClassifier
 
 TOP_K = 5
 WORST = 24

@@ -14,9 +14,10 @@ from vlmkd import distributed
 from vlmkd.data.images import ImageRef
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, DualEncoder, progress
+from vlmkd.evaluation.base import Context, progress
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
+from vlmkd.predictors import DualEncoder
 
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""

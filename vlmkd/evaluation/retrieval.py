@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vlmkd import distributed
 from vlmkd.datasets.evaluation_sets import CaptionedImages
-from vlmkd.evaluation.base import Context, DualEncoder, Result, require_protocol
+from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import embed_texts, embeddings
+from vlmkd.predictors import DualEncoder
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ELEMENTS = 1 << 24

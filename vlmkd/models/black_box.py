@@ -26,12 +26,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmkd.errors import UserError
+from vlmkd.predictors import DualEncoder
 from vlmkd.query import AnswerLost, BlackBox, NotServed
 
 __all__ = ["AnswerLost", "BlackBox", "HttpTeacher", "LocalTeacher", "NotServed"]
@@ -248,14 +249,6 @@ def _vectors(answer: bytes, expected: int) -> list[list[float]]:
     return vectors
 
 
-class _Encoder(Protocol):
-    """A DualEncoder."""
-
-    def encode_image(self, images: Tensor) -> Tensor: ...
-
-    def encode_text(self, texts: list[str]) -> Tensor: ...
-
-
 class LocalTeacher:
     """A model on this machine that answers like a service: for tests, small runs and rehearsals of a paid one.
 
@@ -265,7 +258,7 @@ class LocalTeacher:
             `vlmkd.data.transforms.eval_transform_of_bytes(encoder.image_spec)`.
     """
 
-    def __init__(self, encoder: _Encoder, transform: Callable[[bytes], Tensor]) -> None:
+    def __init__(self, encoder: DualEncoder, transform: Callable[[bytes], Tensor]) -> None:
         self._encoder, self._transform = encoder, transform
 
     @torch.no_grad()

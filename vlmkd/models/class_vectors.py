@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from vlmkd import distributed
 from vlmkd.class_names import check_templates, fill, prompt_name, require_same_classes
 from vlmkd.errors import UserError
 from vlmkd.files import new_file
+from vlmkd.predictors import TextEncoder
 from vlmkd.tensor_files import read_safetensors
 
 Normalise = Literal["each_and_mean", "each", "mean", "none"]
@@ -31,21 +32,6 @@ Normalise = Literal["each_and_mean", "each", "mean", "none"]
 `each_and_mean`: OpenAI's and open_clip's classifiers, PromptKD, VL2V-ADiP. `each`: DHO's open_clip teachers, as its code
 has it. `mean`: PromptSRC's frozen text features. `none`: DHO's text initialisation.
 """
-
-
-class TextEncoder(Protocol):
-    """The text side of a DualEncoder."""
-
-    name: str
-
-    @property
-    def logit_scale(self) -> float:
-        """Factor of cosine similarities in the model's logits."""
-        ...
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """N texts -> unit vectors [N, D], fp32."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

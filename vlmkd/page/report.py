@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlmkd.data.labelled import Item
-    from vlmkd.evaluation.base import DualEncoder, Result
+    from vlmkd.evaluation.base import Result
+    from vlmkd.predictors import DualEncoder
 
 STUDENT = "student"
 GALLERY, MISTAKES, MODELS = "gallery.json", "mistakes.json", "models.json"

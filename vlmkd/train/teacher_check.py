@@ -14,8 +14,9 @@ from vlmkd import distributed
 from vlmkd.data.labelled import UNLABELLED, Item
 from vlmkd.data.labelled_loader import LabelledLoader
 from vlmkd.data.loader import Loader
-from vlmkd.evaluation.base import Context, Evaluator, ImageClassifier, OfItems
+from vlmkd.evaluation.base import Context, Evaluator, OfItems
 from vlmkd.evaluation.classify import Classification
+from vlmkd.predictors import ImageClassifier
 from vlmkd.train.task import Task
 
 log = logging.getLogger(__name__)

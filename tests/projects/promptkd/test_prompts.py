@@ -13,8 +13,8 @@ from torch import Tensor
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape, class_tokens, with_room
 from tests.projects.promptkd import tiny
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import DualEncoder
 from vlmkd.models.class_vectors import encode_classes
+from vlmkd.predictors import DualEncoder
 
 NAMES = ["cat", "hot_dog", "a much longer name"]
 TEMPLATE = "a photo of a {}."

@@ -1,0 +1,60 @@
+"""What evaluations, teacher stores and class vectors ask of a model.
+
+Letters: B images, N texts, D embedding width, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from vlmkd.image_spec import ImageSpec
+
+
+class ImageEncoder(Protocol):
+    """What embeds images."""
+
+    image_spec: ImageSpec
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor (not its logarithm) of cosine similarities in the softmax."""
+        ...
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors, float32."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What embeds texts."""
+
+    name: str
+
+    @property
+    def logit_scale(self) -> float:
+        """As an ImageEncoder's."""
+        ...
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """N captions -> [N,D] unit vectors, float32."""
+        ...
+
+
+@runtime_checkable
+class DualEncoder(ImageEncoder, TextEncoder, Protocol):
+    """A model with one embedding space for images and texts."""
+
+
+@runtime_checkable
+class ImageClassifier(Protocol):
+    """A model with a fixed list of classes."""
+
+    name: str
+    image_spec: ImageSpec
+    class_names: list[str]
+
+    def classify(self, images: Tensor) -> Tensor:
+        """[B,3,H,W] in the statistics of `image_spec` -> [B,C] logits, float32."""
+        ...
