@@ -65,6 +65,29 @@ def test_shell_scripts_parse_and_name_files_that_exist(path: Path) -> None:
             assert (ROOT / name).exists(), f"{path.name}: {name} does not exist"
 
 
+def test_the_tree_of_the_readme_has_every_folder() -> None:
+    """Each folder of the core, each project, each folder at the top; and no folder that is not there."""
+    (tree,) = re.findall(
+        r"^## Layout\n+```\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), flags=re.M | re.S
+    )
+    above: list[str] = []
+    named = set()
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+/) ", line).groups()  # type: ignore[union-attr]
+        above = [*above[: len(indent) // 2], name]
+        named.add("".join(above).rstrip("/"))
+    for folder in named:
+        assert any(ROOT.glob(folder.replace("<paper>", "*"))), f"README's tree names {folder}"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {Path(line).parent for line in listed.splitlines()}
+    there = {
+        str(Path(*folder.parts[: 1 + (folder.parts[0] in ("vlmkd", "projects"))]))
+        for folder in folders
+        if folder.parts
+    }
+    assert {folder for folder in there if not folder.startswith(".")} <= named
+
+
 def test_attributions_cover_the_data() -> None:
     text = (ROOT / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
