@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.datasets import few_shot_sets
-from vlmkd.datasets.few_shot_sets import SETS, cars_class, pets_class, set_folder, sun_class, ucf_folder
+from vlmkd.datasets.few_shot_sets import SETS, set_folder
 from vlmkd.datasets.folders import class_folder_names, images_of_classes
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.splits import percent_list, write_list
@@ -43,12 +44,9 @@ VAL_OF_TRAIN = 0.2
 def class_folders(key: str, folder: Path) -> list[Entry]:
     """All images of Caltech101, DTD, EuroSAT or Food101, a class for each folder."""
     images = folder / SETS[key].images
-    dropped = few_shot_sets.CALTECH_DROPPED if key == "caltech101" else ()
-    classes = [name for name in class_folder_names(images) if name not in dropped]
-    class_of = SETS[key].class_of
-    assert class_of is not None
+    classes = [name for name in class_folder_names(images) if name not in SETS[key].dropped]
     return [
-        (path, label, class_of(path))
+        (path, label, SETS[key].class_of(path))
         for label, paths in enumerate(images_of_classes(images, classes))
         for path in paths
     ]
@@ -71,7 +69,9 @@ def pets(key: str, folder: Path) -> tuple[list[Entry], list[Entry]]:
 
     def read(name: str) -> list[Entry]:
         lines = [line.split() for line in _lines(key, folder / "annotations" / name)]
-        return [(f"{stem}.jpg", int(label) - 1, pets_class(f"{stem}.jpg")) for stem, label, *_ in lines]
+        return [
+            (f"{stem}.jpg", int(label) - 1, SETS[key].class_of(f"{stem}.jpg")) for stem, label, *_ in lines
+        ]
 
     return read("trainval.txt"), read("test.txt")
 
@@ -92,13 +92,19 @@ def cars(key: str, folder: Path) -> tuple[list[Entry], list[Entry]]:
     return read(devkit / "cars_train_annos.mat", "cars_train"), read(test, "cars_test")
 
 
+def cars_class(name: str) -> str:
+    """`Audi TT Coupe 2012` -> `2012 Audi TT Coupe`: the year comes first."""
+    model, _, year = name.rpartition(" ")
+    return f"{year} {model}"
+
+
 def sun(key: str, folder: Path) -> tuple[list[Entry], list[Entry]]:
     """Official first partition: `ClassName.txt` orders the classes, the lists have `/a/abbey/sun_x.jpg` a line."""
     label_of = {name.lstrip("/"): label for label, name in enumerate(_lines(key, folder / "ClassName.txt"))}
 
     def read(name: str) -> list[Entry]:
         paths = [line.lstrip("/") for line in _lines(key, folder / name)]
-        return [(path, label_of[path.rpartition("/")[0]], sun_class(path)) for path in paths]
+        return [(path, label_of[path.rpartition("/")[0]], SETS[key].class_of(path)) for path in paths]
 
     return read("Training_01.txt"), read("Testing_01.txt")
 
@@ -117,6 +123,11 @@ def ucf(key: str, folder: Path) -> tuple[list[Entry], list[Entry]]:
         ]
 
     return read("trainlist01.txt"), read("testlist01.txt")
+
+
+def ucf_folder(action: str) -> str:
+    """`ApplyEyeMakeup` -> `Apply_Eye_Makeup`."""
+    return "_".join(re.findall(r"[A-Z][^A-Z]*", action))
 
 
 WHOLE: dict[str, Callable[[str, Path], list[Entry]]] = {

@@ -96,7 +96,7 @@ def _coco(path: Path) -> Any:
 
 
 def _listed(path: Path) -> Any:
-    return imagenet_sets._listed([path.parent])
+    return imagenet_sets._listed(str(path))
 
 
 def _image_list(path: Path) -> Any:

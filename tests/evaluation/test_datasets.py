@@ -63,6 +63,43 @@ def test_named_folders(tmp_path: Path) -> None:
         zero_shot_set(str(tmp_path))
 
 
+def test_folders_are_listed_as_imagenet_s(tmp_path: Path) -> None:
+    names = ("b/b.JPEG", "a/z.JPEG", "a/below/a.JPEG", "a/notes.txt", "a/.hidden.JPEG", ".cache/x.jpg")
+    _images(tmp_path / "val", *names)
+    data = zero_shot_set(str(tmp_path))
+    assert [item.key for item in data.splits["test"]] == ["a/below/a.JPEG", "a/z.JPEG", "b/b.JPEG"]
+    assert data.class_names == ["a", "b"] and labels(data) == [0, 0, 1]
+    assert zero_shot_set(str(tmp_path / "val")).splits == data.splits
+
+
+def test_a_file_of_wnids_and_names(tmp_path: Path) -> None:
+    _images(tmp_path, "val/n02123394/a.JPEG", "val/n01440764/b.JPEG")
+    (tmp_path / "classnames.txt").write_text("n01440764 my fish\nn02123394 my cat\n")
+    assert zero_shot_set(str(tmp_path)).class_names == ["my fish", "my cat"]
+    (tmp_path / "classnames.txt").write_text("n01440764 my fish\n")
+    with pytest.raises(UserError, match="n02123394 is not a wnid of .*classnames.txt"):
+        zero_shot_set(str(tmp_path))
+    (tmp_path / "classnames.txt").write_text("n01440764 my fish\ncat\n")
+    with pytest.raises(UserError, match="is not `wnid name`"):
+        zero_shot_set(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no class folders.*image-net.org"),
+        (["val/a.JPEG", "val/b.JPEG"], "val holds 2 images but no class folders"),
+        (["train/n01/a.JPEG"], "no val folder: .*/val is missing.*image-net.org"),
+        (["val/n01/a.JPEG", "val/n02/readme.txt"], "class folder .*/val/n02 holds no image"),
+        ([f"{letter}/x.txt" for letter in "abcde"], "/a, .*/b, .*/c and 2 more holds no image"),
+    ],
+)
+def test_errors_name_the_place(tmp_path: Path, files: list[str], message: str) -> None:
+    _images(tmp_path, *files)
+    with pytest.raises(UserError, match=message):
+        zero_shot_set(str(tmp_path))
+
+
 def _class_tar(path: Path, **changes: bytes) -> Path:
     members = {f"s{number}.{kind}": data for number in range(3) for kind, data in _sample(number).items()}
     return write_tar(path, members | {name.replace("__", "."): data for name, data in changes.items()})

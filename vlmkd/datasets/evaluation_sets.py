@@ -6,7 +6,6 @@ that every rank and loader process reads its own images and the time left is kno
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import defaultdict
@@ -14,19 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmkd.class_names import imagenet_names, read_class_names, read_lines, read_templates
+from vlmkd.class_names import read_class_names, read_lines, read_templates
 from vlmkd.data import shards as shard_lists
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.data.tar_index import index_tar
-from vlmkd.datasets.folders import ClassFolders, list_class_folders
+from vlmkd.datasets.folders import class_folder_names, is_image
+from vlmkd.datasets.imagenet_sets import (
+    IMAGENET_SOURCE,
+    ClassFolders,
+    class_names_file,
+    warn_of_missing_classes,
+)
 from vlmkd.errors import UserError
 from vlmkd.files import read_json
 
-log = logging.getLogger(__name__)
-
 _TEMPLATE_FILES = ("templates.txt", "zeroshot_classification_templates.txt")  # the second is CLIP-benchmark's
-_WNID = re.compile(r"n\d{8}")
 # `a.jpg#0<tab>text` (Flickr30k's token file), `a.jpg,text` and `a.jpg| 0| text` (its CSV forms)
 _CAPTION_LINE = re.compile(
     r"^\"?(.+?\.(?:jpe?g|png|webp))\"?(?:#\d+)?\s*[\t,|]\s*(?:\d+\s*\|\s*)?(.+)$", re.I
@@ -54,33 +56,27 @@ def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name
         UserError: missing data, files without a label, or class names that do not fit.
     """
     tars = _find_shards(data, "zero-shot data")
+    folder = Path(tars[0]).parent if tars else _val_folder(data)
+    beside = [folder, folder.parent] if folder.name in ("val", "test", "train") else [folder]
+    source = class_names or class_names_file(beside)
     if tars:
-        items = _labelled_shards(tars)
-        beside = _with_root(Path(tars[0]).parent)
-        own = _beside(beside, ("classnames.txt",))
-        if not class_names and own is None:
+        if not source:
             raise UserError(
-                f"{beside[0]} has no classnames.txt beside its shards; write one, or name class_names"
+                f"{folder} has no classnames.txt beside its shards; write one, or name class_names"
             )
-        names = read_class_names(class_names or str(own))
+        names, items = read_class_names(source), _labelled_shards(tars)
         worst = max(item.label for item in items)
         if worst >= len(names):
             raise UserError(
                 f"{data}: a sample has class {worst}, but there are only {len(names)} class names; correct them"
             )
     else:
-        folders = list_class_folders(data)
-        beside = _with_root(Path(folders.root))
-        own = _beside(beside, ("classnames.txt",))
-        names, labels = _folder_classes(folders, class_names or (str(own) if own else ""))
-        start = len(folders.root) + 1
-        items = [
-            Item(path[start:], ImageRef(path), label)
-            for path, label in zip(folders.images, labels, strict=True)
-        ]
-    own = _beside(beside, _TEMPLATE_FILES)
-    chosen = templates or (str(own) if own else "openai")
-    return LabelledSet(name or default_name(data), names, read_templates(chosen), {"test": items})
+        classes = ClassFolders.of(folder, source)
+        names, items = classes.names, classes.items(folder)
+        warn_of_missing_classes(folder, classes)
+    own = (path for place in beside for file in _TEMPLATE_FILES if (path := place / file).is_file())
+    chosen = read_templates(templates or str(next(own, "openai")))
+    return LabelledSet(name or default_name(data), names, chosen, {"test": items})
 
 
 def retrieval_set(data: str, *, captions: str = "", name: str = "") -> CaptionedImages:
@@ -136,63 +132,25 @@ def default_name(data: str) -> str:
     return (telling or parts or [data])[-1]
 
 
-def _with_root(folder: Path) -> list[Path]:
-    """`folder`, and the data set's root when `folder` is one of its splits."""
-    return [folder, folder.parent] if folder.name in ("val", "test", "train") else [folder]
+def _val_folder(data: str) -> Path:
+    """The folder that holds the class folders: `data`, or its `val`.
 
-
-def _beside(folders: list[Path], names: tuple[str, ...]) -> Path | None:
-    """The first file of these names in these folders."""
-    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
-
-
-# ---------------------------------------------------------------------------------------------------- class folders
-
-
-def _folder_classes(folders: ClassFolders, source: str) -> tuple[list[str], list[int]]:
-    """Class names, and the label of each image among them."""
-    found = folders.classes
-    wnids = all(_WNID.fullmatch(folder) for folder in found)
-    numbers = all(folder.isdecimal() for folder in found)
-    if wnids and source in ("", "imagenet"):
-        return _wnid_names(folders), folders.labels
-    if not source:
-        if numbers:
-            raise UserError(
-                f"{folders.root} has numbered class folders; name class_names (`imagenet` or a file)"
-            )
-        return [folder.replace("_", " ") for folder in found], folders.labels
-    names = read_class_names(source)
-    if numbers:
-        worst = int(found[-1])
-        if worst >= len(names):
-            raise UserError(
-                f"class folder {folders.root}/{found[-1]} has no class name: {source} has {len(names)}"
-            )
-        return names, [int(found[label]) for label in folders.labels]
-    if len(names) != len(found):
-        raise UserError(
-            f"{source} has {len(names)} class names, but {folders.root} has {len(found)} class folders; write one name per "
-            f"folder, in the folders' sorted order"
-        )
-    return names, folders.labels
-
-
-def _wnid_names(folders: ClassFolders) -> list[str]:
-    """OpenAI's names of the wnids; says so when they are not all 1,000."""
-    by_wnid = imagenet_names()
-    unknown = [folder for folder in folders.classes if folder not in by_wnid]
-    if unknown:
-        raise UserError(
-            f"class folder {folders.root}/{unknown[0]} is not a wnid of ImageNet-1K; remove it or name class_names"
-        )
-    if len(folders.classes) < len(by_wnid):
-        log.warning(
-            "%s has %d of ImageNet's 1000 classes; accuracy is over these only",
-            folders.root,
-            len(folders.classes),
-        )
-    return [by_wnid[folder] for folder in folders.classes]
+    Raises:
+        UserError: nothing there, a data set without its val folder, or images in no class folder.
+    """
+    base = Path(data).expanduser()
+    hint = IMAGENET_SOURCE.format(folder=base)
+    if not base.is_dir():
+        raise UserError(f"image folder {data} does not exist (looked from {os.getcwd()}); {hint}")
+    if (base / "val").is_dir():
+        base = base / "val"
+    elif (base / "train").is_dir():
+        raise UserError(f"{base} has a train folder but no val folder: {base / 'val'} is missing; {hint}")
+    if not class_folder_names(base):
+        loose = sum(is_image(name) for name in os.listdir(base))
+        found = f"holds {loose} images but no class folders" if loose else "holds no class folders"
+        raise UserError(f"{base} {found}; sort its images into one folder per class; {hint}")
+    return base
 
 
 # ----------------------------------------------------------------------------------------------- captioned folders

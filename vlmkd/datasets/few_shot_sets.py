@@ -1,6 +1,6 @@
 """The eleven sets of the few-shot and base-to-novel benchmarks, in the layout of CoOp's data folder.
 
-One table says where each set's images, split and class names are. Reading changes nothing on disk: a set whose split
+`sets.yaml` says where each set's images, split and class names are. Reading changes nothing on disk: a set whose split
 file is missing is refused, because a split drawn anew gives numbers that compare with nobody's
 (`data_tools/make_split.py` draws one on request).
 """
@@ -11,14 +11,15 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.datasets import imagenet_sets
+from vlmkd.datasets.facts import facts
 from vlmkd.datasets.folders import data_set_folder
 from vlmkd.datasets.splits import base_and_novel
 from vlmkd.errors import UserError
@@ -27,73 +28,6 @@ from vlmkd.files import read_object, read_text
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-HUB = "https://huggingface.co/zhengli97/prompt_learning_dataset"
-"""A model-type repository with one archive a set, images and split file together; the sets' own terms apply."""
-
-# ------------------------------------------------------------------------------------------------------ class names
-
-CALTECH_DROPPED = ("BACKGROUND_Google", "Faces_easy")
-_CALTECH_RENAMED = {
-    "airplanes": "airplane",
-    "Faces": "face",
-    "Leopards": "leopard",
-    "Motorbikes": "motorbike",
-}
-_EUROSAT_RENAMED = {
-    "AnnualCrop": "Annual Crop Land",
-    "Forest": "Forest",
-    "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road",
-    "Industrial": "Industrial Buildings",
-    "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land",
-    "Residential": "Residential Buildings",
-    "River": "River",
-    "SeaLake": "Sea or Lake",
-}
-
-
-def _folder(path: str) -> str:
-    return PurePosixPath(path).parent.name
-
-
-def caltech_class(path: str) -> str:
-    """Class of `airplanes/image_0001.jpg`."""
-    return _CALTECH_RENAMED.get(_folder(path), _folder(path))
-
-
-def eurosat_class(path: str) -> str:
-    """Class of `AnnualCrop/AnnualCrop_1.jpg`."""
-    return _EUROSAT_RENAMED.get(_folder(path), _folder(path))
-
-
-def pets_class(path: str) -> str:
-    """Class of `Abyssinian_100.jpg`: its stem without the number, in lower case."""
-    return PurePosixPath(path).stem.rpartition("_")[0].lower()
-
-
-def sun_class(path: str) -> str:
-    """Class of `c/church/outdoor/sun_a.jpg`: the folders after the letter, last first."""
-    return " ".join(reversed(PurePosixPath(path.lstrip("/")).parts[1:-1]))
-
-
-def ucf_class(path: str) -> str:
-    """Class of `Apply_Eye_Makeup/v_ApplyEyeMakeup_g08_c01.jpg`: its folder, CamelCase split by underscores."""
-    return _folder(path)
-
-
-def ucf_folder(action: str) -> str:
-    """`ApplyEyeMakeup` -> `Apply_Eye_Makeup`."""
-    return "_".join(re.findall(r"[A-Z][^A-Z]*", action))
-
-
-def cars_class(name: str) -> str:
-    """`Audi TT Coupe 2012` -> `2012 Audi TT Coupe`: the year comes first."""
-    model, _, year = name.rpartition(" ")
-    return f"{year} {model}"
-
-
-# ------------------------------------------------------------------------------------------------------------ table
 
 
 @dataclass(frozen=True)
@@ -111,186 +45,43 @@ class FewShotSet:
     """Images of train, val and test of the published split; ImageNet's val is its test."""
     halves: tuple[int, int]
     """Test images of the base and of the novel classes."""
-    template: str
-    """The one prompt of the zero-shot baselines."""
     licence: str
     source: str
     """Where images and split come from."""
+    template: str = "a photo of a {}."
+    """The one prompt of the zero-shot baselines."""
     split_file: str = ""
     split_drive: str = ""
     """Google Drive id of the split file."""
     mark: str = ""
     """What shows that a folder is the set's own folder; empty: the image folder."""
-    class_of: Callable[[str], str] | None = None
-    """Class name from a path of the split file, where the path says it."""
+    class_from: Literal["", "folder", "stem", "path"] = ""
+    """Where a path of the split file says the class, see `class_of`; empty: nowhere."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Class names of folders whose name is another one."""
+    dropped: tuple[str, ...] = ()
+    """Folders that are no class."""
+
+    def class_of(self, path: str) -> str:
+        """Class name that a path of the split file says.
+
+        `folder`: `airplanes/image_0001.jpg`; `stem`: `Abyssinian_100.jpg`, the stem without the number, in lower case;
+        `path`: `c/church/outdoor/sun_a.jpg`, the folders after the letter, last first.
+        """
+        parts = PurePosixPath(path.lstrip("/"))
+        if self.class_from == "stem":
+            return parts.stem.rpartition("_")[0].lower()
+        if self.class_from == "path":
+            return " ".join(reversed(parts.parts[1:-1]))
+        return self.renamed.get(parts.parent.name, parts.parent.name)
+
+    @property
+    def hint(self) -> str:
+        """What to do when something of the set is missing."""
+        return f"get it from {self.source} (CoOp's data folder layout)"
 
 
-_PLAIN = "a photo of a {}."
-SETS: dict[str, FewShotSet] = {
-    "imagenet": FewShotSet(
-        title="ImageNet-1K",
-        folder="imagenet",
-        images="images",
-        layout="wnids",
-        classes=1000,
-        counts=(1_281_167, 0, 50_000),
-        halves=(25_000, 25_000),
-        template=_PLAIN,
-        licence="non-commercial research and education",
-        source="https://image-net.org/download",
-    ),
-    "caltech101": FewShotSet(
-        title="Caltech101",
-        folder="caltech-101",
-        images="101_ObjectCategories",
-        layout="split",
-        classes=100,
-        counts=(4_128, 1_649, 2_465),
-        halves=(1_549, 916),
-        template=_PLAIN,
-        licence="CC BY 4.0",
-        source=f"{HUB} caltech-101.zip",
-        split_file="split_zhou_Caltech101.json",
-        split_drive="1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
-        class_of=caltech_class,
-    ),
-    "oxford_pets": FewShotSet(
-        title="OxfordPets",
-        folder="oxford_pets",
-        images="images",
-        layout="split",
-        classes=37,
-        counts=(2_944, 736, 3_669),
-        halves=(1_881, 1_788),
-        template="a photo of a {}, a type of pet.",
-        licence="CC BY-SA 4.0",
-        source=f"{HUB} oxford_pets.zip",
-        split_file="split_zhou_OxfordPets.json",
-        split_drive="1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
-        class_of=pets_class,
-    ),
-    "stanford_cars": FewShotSet(
-        title="StanfordCars",
-        folder="stanford_cars",
-        images="",
-        layout="split",
-        classes=196,
-        counts=(6_509, 1_635, 8_041),
-        halves=(4_002, 4_039),
-        template=_PLAIN,
-        licence="none stated",
-        source=f"{HUB} stanford_cars.zip",
-        split_file="split_zhou_StanfordCars.json",
-        split_drive="1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
-        mark="cars_train",
-    ),
-    "oxford_flowers": FewShotSet(
-        title="OxfordFlowers (Flowers102)",
-        folder="oxford_flowers",
-        images="jpg",
-        layout="split",
-        classes=102,
-        counts=(4_093, 1_633, 2_463),
-        halves=(1_053, 1_410),
-        template="a photo of a {}, a type of flower.",
-        licence="none stated",
-        source=f"{HUB} oxford_flowers.zip",
-        split_file="split_zhou_OxfordFlowers.json",
-        split_drive="1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
-    ),
-    "food101": FewShotSet(
-        title="Food101",
-        folder="food-101",
-        images="images",
-        layout="split",
-        classes=101,
-        counts=(50_500, 20_200, 30_300),
-        halves=(15_300, 15_000),
-        template="a photo of {}, a type of food.",
-        licence="none stated",
-        source=f"{HUB} food101.zip",
-        split_file="split_zhou_Food101.json",
-        split_drive="1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
-        class_of=_folder,
-    ),
-    "fgvc_aircraft": FewShotSet(
-        title="FGVCAircraft",
-        folder="fgvc_aircraft",
-        images="images",
-        layout="variants",
-        classes=100,
-        counts=(3_334, 3_333, 3_333),
-        halves=(1_666, 1_667),
-        template="a photo of a {}, a type of aircraft.",
-        licence="non-commercial research",
-        source=f"{HUB} fgvc_aircraft.zip",
-        mark="variants.txt",
-    ),
-    "sun397": FewShotSet(
-        title="SUN397",
-        folder="sun397",
-        images="SUN397",
-        layout="split",
-        classes=397,
-        counts=(15_880, 3_970, 19_850),
-        halves=(9_950, 9_900),
-        template=_PLAIN,
-        licence="none stated",
-        source=f"{HUB} sun397.zip",
-        split_file="split_zhou_SUN397.json",
-        split_drive="1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
-        class_of=sun_class,
-    ),
-    "dtd": FewShotSet(
-        title="DescribableTextures",
-        folder="dtd",
-        images="images",
-        layout="split",
-        classes=47,
-        counts=(2_820, 1_128, 1_692),
-        halves=(864, 828),
-        template="{} texture.",
-        licence="research",
-        source=f"{HUB} dtd.zip",
-        split_file="split_zhou_DescribableTextures.json",
-        split_drive="1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
-        class_of=_folder,
-    ),
-    "eurosat": FewShotSet(
-        title="EuroSAT",
-        folder="eurosat",
-        images="2750",
-        layout="split",
-        classes=10,
-        counts=(13_500, 5_400, 8_100),
-        halves=(4_200, 3_900),
-        template="a centered satellite photo of {}.",
-        licence="MIT",
-        source=f"{HUB} eurosat.zip",
-        split_file="split_zhou_EuroSAT.json",
-        split_drive="1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
-        class_of=eurosat_class,
-    ),
-    "ucf101": FewShotSet(
-        title="UCF101, middle frames",
-        folder="ucf101",
-        images="UCF-101-midframes",
-        layout="split",
-        classes=101,
-        counts=(7_639, 1_898, 3_783),
-        halves=(1_934, 1_849),
-        template="a photo of a person doing {}.",
-        licence="none stated",
-        source=f"{HUB} ucf101.zip",
-        split_file="split_zhou_UCF101.json",
-        split_drive="1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
-        class_of=ucf_class,
-    ),
-}
-"""Counts: PromptKD's table e.1. Licences as their pages or copies of the data state them; check before you publish."""
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
+SETS = facts("few_shot", FewShotSet)
 
 
 def load(key: str, root: str) -> LabelledSet:
@@ -323,14 +114,10 @@ def set_folder(key: str, root: str) -> Path:
     """
     described = SETS[key]
     marks = [mark for mark in (described.mark or described.images, described.split_file) if mark]
-    return data_set_folder(root, [described.folder], marks, key, _mend(described))
+    return data_set_folder(root, [described.folder], marks, key, described.hint)
 
 
-def _mend(described: FewShotSet) -> str:
-    return f"get it from {described.source} (CoOp's data folder layout)"
-
-
-def _split_mend(key: str) -> str:
+def _split_hint(key: str) -> str:
     described = SETS[key]
     return (
         f"get it from https://drive.google.com/uc?id={described.split_drive} or inside {described.source}; "
@@ -343,8 +130,8 @@ def _read_split(key: str, folder: Path) -> tuple[list[str], dict[str, list[Item]
     described = SETS[key]
     path = folder / described.split_file
     if not path.is_file():
-        raise UserError(f"data set {key}: split file {path} does not exist; {_split_mend(key)}")
-    content = _read_json(path)
+        raise UserError(f"data set {key}: split file {path} does not exist; {_split_hint(key)}")
+    content = read_object(path, "split file", "fetch it again")
     if content.get("note"):
         log.warning("%s: %s", path, content["note"])
     names: dict[int, str] = {}
@@ -352,18 +139,14 @@ def _read_split(key: str, folder: Path) -> tuple[list[str], dict[str, list[Item]
     for split in SPLITS:
         entries = content.get(split)
         if not isinstance(entries, list):
-            raise UserError(f"split file {path} has no list {split!r}; {_split_mend(key)}")
+            raise UserError(f"split file {path} has no list {split!r}; {_split_hint(key)}")
         splits[split] = [_split_item(path, described, folder, entry, names) for entry in entries]
     if sorted(names) != list(range(len(names))):
         gap = next(label for label in range(len(names) + 1) if label not in names)
         raise UserError(
-            f"split file {path} has labels up to {max(names)} but no class {gap}; {_split_mend(key)}"
+            f"split file {path} has labels up to {max(names)} but no class {gap}; {_split_hint(key)}"
         )
     return [names[label].replace("_", " ") for label in range(len(names))], splits
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "split file", "fetch it again")
 
 
 def _split_item(path: Path, described: FewShotSet, folder: Path, entry: Any, names: dict[int, str]) -> Item:
@@ -387,30 +170,26 @@ def _split_item(path: Path, described: FewShotSet, folder: Path, entry: Any, nam
 
 def _read_variants(key: str, folder: Path) -> tuple[list[str], dict[str, list[Item]]]:
     """FGVC's lists: `variants.txt` names the classes, `images_variant_<split>.txt` has `id variant` a line."""
-    variants = _lines(key, folder / "variants.txt")
+    described = SETS[key]
+
+    def lines(path: Path) -> list[str]:
+        text = read_text(path, f"data set {key}:", described.hint)
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    variants = lines(folder / "variants.txt")
     labels = {variant: label for label, variant in enumerate(variants)}
-    splits: dict[str, list[Item]] = {}
-    for split in SPLITS:
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for split, items in splits.items():
         path = folder / f"images_variant_{split}.txt"
-        splits[split] = []
-        for line in _lines(key, path):
+        for line in lines(path):
             number, _, variant = line.partition(" ")
             if variant not in labels:
                 raise UserError(
-                    f"{path}: variant {variant!r} is not in {folder / 'variants.txt'}; {_mend(SETS[key])}"
+                    f"{path}: variant {variant!r} is not in {folder / 'variants.txt'}; {described.hint}"
                 )
-            name = f"{SETS[key].images}/{number}.jpg"
-            splits[split].append(Item(name, ImageRef(str(folder / name)), labels[variant]))
+            name = f"{described.images}/{number}.jpg"
+            items.append(Item(name, ImageRef(str(folder / name)), labels[variant]))
     return [variant.replace("_", " ") for variant in variants], splits
-
-
-def _lines(key: str, path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"data set {key}: {path} does not exist; {_mend(SETS[key])}")
-    return [line.strip() for line in read_text(path, f"data set {key}:").splitlines() if line.strip()]
-
-
-# ----------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_images(key: str, folder: Path, splits: dict[str, list[Item]]) -> None:
@@ -418,20 +197,20 @@ def _check_images(key: str, folder: Path, splits: dict[str, list[Item]]) -> None
     described = SETS[key]
     images = folder / described.images
     if not images.is_dir():
-        raise UserError(f"data set {key}: image folder {images} does not exist; {_mend(described)}")
+        raise UserError(f"data set {key}: image folder {images} does not exist; {described.hint}")
     items = [item for split in splits.values() for item in split]
     missing = missing_files(folder, [item.key for item in items])
     if not missing:
         return
-    lists = described.split_file or "images_variant_*.txt"
     if 2 * len(missing) > len(items):
         raise UserError(
-            f"{folder / lists} seems to be of another data set: {len(missing)} of its {len(items)} images are not below "
-            f"{images}, first {missing[0]}; put the list of {described.title} there, or unpack the images"
+            f"{folder / (described.split_file or 'images_variant_*.txt')} seems to be of another data set: "
+            f"{len(missing)} of its {len(items)} images are not below {images}, first {missing[0]}; put the list of "
+            f"{described.title} there, or unpack the images"
         )
     raise UserError(
         f"data set {key}: {len(missing)} of {len(items)} images are missing, first {folder / missing[0]}; "
-        f"unpack the images again ({_mend(described)})"
+        f"unpack the images again ({described.hint})"
     )
 
 
@@ -454,45 +233,36 @@ def _check_classes(key: str, folder: Path, names: list[str], train: list[Item]) 
         raise UserError(
             f"data set {key}: {path} gives no training image to class {absent[0]!r}{more}; fetch it again"
         )
-    if described.class_of is not None:
+    expected: dict[int, str] = {}
+    if described.class_from:
         strip = f"{described.images}/"
-        expected = {
-            item.label: described.class_of(item.key.removeprefix(strip)).replace("_", " ") for item in train
-        }
+        for item in train:
+            expected[item.label] = described.class_of(item.key.removeprefix(strip)).replace("_", " ")
         wrong = [label for label, name in expected.items() if name.lower() != names[label].lower()]
-    else:
-        # The paths of Cars and Flowers say nothing of the class; Cars' names all begin with a year.
-        wrong = [
-            n for n, name in enumerate(names) if key == "stanford_cars" and not re.match(r"\d{4} ", name)
-        ]
-        expected = {label: "a name that begins with the year" for label in wrong}
+    else:  # the paths of Cars and Flowers say nothing of the class; Cars' names all begin with a year
+        cars = key == "stanford_cars"
+        wrong = [label for label, name in enumerate(names) if cars and not re.match(r"\d{4} ", name)]
     if 2 * len(wrong) > len(names):
+        wanted = repr(expected[wrong[0]]) if expected else "a name that begins with the year"
         raise UserError(
             f"{path} has the class names of another data set: {len(wrong)} of {len(names)} do not fit, such as "
-            f"{names[wrong[0]]!r} where {described.title} has {expected[wrong[0]]!r}; {_split_mend(key)}"
+            f"{names[wrong[0]]!r} where {described.title} has {wanted}; {_split_hint(key)}"
         )
 
 
 def _compare_counts(described: FewShotSet, found: LabelledSet) -> None:
     """Log where a set has other numbers than the published split."""
-    counts = [len(found.splits.get(split, [])) for split in SPLITS]
-    if (len(found.class_names), *counts) != (described.classes, *described.counts):
+    counts = tuple(len(found.splits.get(split, [])) for split in SPLITS)
+    if (len(found.class_names), counts) != (described.classes, described.counts):
         log.warning(
-            "%s has %d classes and %s images (train/val/test); the published split has %d and %s: numbers do not compare",
-            described.title,
-            len(found.class_names),
-            "/".join(map(str, counts)),
-            described.classes,
-            "/".join(map(str, described.counts)),
-        )
+            "%s has %d classes and %s images (train, val, test); the published split has %d and %s: numbers do not compare",
+            described.title, len(found.class_names), counts, described.classes, described.counts,
+        )  # fmt: skip
         return
-    base, novel = (set(half) for half in base_and_novel(found.splits["train"]))
-    test = found.splits["test"]
-    halves = tuple(sum(item.label in half for item in test) for half in (base, novel))
+    groups = base_and_novel(found.splits["train"])
+    halves = tuple(sum(item.label in half for item in found.splits["test"]) for half in map(set, groups))
     if halves != described.halves:
         log.warning(
             "%s has %s test images of base and novel classes; the published split has %s",
-            described.title,
-            halves,
-            described.halves,
-        )
+            described.title, halves, described.halves,
+        )  # fmt: skip

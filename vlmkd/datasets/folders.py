@@ -1,71 +1,18 @@
-"""Image folders with one subfolder per class: ImageNet's `val/<wnid>/*.JPEG` and its many relatives."""
+"""Image folders with one subfolder per class, `<class>/*`, and where data sets lie below a root."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from vlmkd.data.images import ImageRef
+from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Lower-case endings of files that count as images."""
-IMAGENET_HELP = (
-    "ImageNet: get ILSVRC2012_img_val.tar from https://image-net.org/download (free registration), unpack it and move "
-    "the images into one folder per wnid, {val}/n01440764/*.JPEG and so on"
-)
 _NAMED = 3  # offenders that an error line names
-
-
-@dataclass(frozen=True)
-class ClassFolders:
-    """Images of a folder with one subfolder per class, classes in order, images sorted within their class."""
-
-    root: str
-    """The folder that holds the class folders."""
-    classes: list[str]
-    """Folder names: by number when all are numbers, else alphabetical, so that sorted wnids are ImageNet's order."""
-    images: list[str]
-    """Paths."""
-    labels: list[int]
-    """Index into `classes`, one per image."""
-
-
-def list_class_folders(root: str, split: str = "val") -> ClassFolders:
-    """List `root/<split>/<class>/...` if there is such a split, else `root/<class>/...`; subfolders are searched too.
-
-    Raises:
-        UserError: nothing there, images that lie outside class folders, or an empty class folder.
-    """
-    base = Path(root).expanduser()
-    help_line = IMAGENET_HELP.format(val=base / split)
-    if not base.is_dir():
-        raise UserError(f"image folder {root} does not exist (looked from {os.getcwd()}); {help_line}")
-    if (base / split).is_dir():
-        base = base / split
-    elif (base / "train").is_dir():
-        raise UserError(
-            f"{base} has a train folder but no {split} folder: {base / split} is missing; {help_line}"
-        )
-    folders = [item.name for item in os.scandir(base) if item.is_dir() and not item.name.startswith(".")]
-    if not folders:
-        loose = sum(is_image(name) for name in os.listdir(base))
-        found = f"holds {loose} images but no class folders" if loose else "holds no class folders"
-        raise UserError(f"{base} {found}; sort its images into one folder per class; {help_line}")
-    numbered = all(name.isdecimal() for name in folders)
-    folders.sort(key=(lambda name: (int(name), name)) if numbered else None)
-    per_class = [list_images(base / name) for name in folders]
-    empty = [str(base / name) for name, images in zip(folders, per_class, strict=True) if not images]
-    if empty:
-        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
-        raise UserError(f"class folder {', '.join(empty[:_NAMED])}{more} holds no image; fill or remove it")
-    return ClassFolders(
-        root=str(base),
-        classes=folders,
-        images=[path for images in per_class for path in images],
-        labels=[label for label, images in enumerate(per_class) for _ in images],
-    )
 
 
 def class_folder_names(folder: Path) -> list[str]:
@@ -93,6 +40,28 @@ def images_of_classes(
         more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
         raise UserError(f"class folder {', '.join(empty[:_NAMED])}{more} holds no image; fill or remove it")
     return found
+
+
+def class_items(
+    folder: Path,
+    classes: Sequence[str],
+    labels: Sequence[int] = (),
+    *,
+    prefix: str = "",
+    domain: int = 0,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+) -> list[Item]:
+    """The images of class folders, class by class, with `labels` (default: 0, 1, ...) and `prefix` before their keys.
+
+    Raises:
+        UserError: a class without images.
+    """
+    found = images_of_classes(folder, classes, suffixes)
+    return [
+        Item(prefix + path, ImageRef(str(folder / path)), label, domain)
+        for label, images in zip(labels or range(len(classes)), found, strict=True)
+        for path in images
+    ]
 
 
 def data_set_folder(

@@ -12,23 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmkd.class_names import imagenet_names
-from vlmkd.data.images import ImageRef
+from vlmkd.class_names import imagenet_names, read_class_names, read_lines
 from vlmkd.data.labelled import Item, LabelledSet
-from vlmkd.datasets.folders import class_folder_names, data_set_folder, images_of_classes
+from vlmkd.datasets.facts import facts
+from vlmkd.datasets.folders import class_folder_names, class_items, data_set_folder
 from vlmkd.errors import UserError
-from vlmkd.files import read_text
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = ["a photo of a {}."]
-"""The one prompt of zero-shot baselines on ImageNet and its variants (PromptKD e.6)."""
+"""The one prompt of zero-shot baselines on ImageNet and its variants (PromptKD)."""
 IMAGENET_SOURCE = (
-    "get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org/download (free registration) "
-    "and unpack them into one folder per wnid, {folder}/train/n01440764/*.JPEG and {folder}/val/n01440764/*.JPEG"
+    "ImageNet: get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org/download (free "
+    "registration) and unpack them into one folder per wnid, {folder}/train/n01440764/*.JPEG and "
+    "{folder}/val/n01440764/*.JPEG"
 )
 _WNID = re.compile(r"n\d{8}")
-_NUM_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -46,46 +45,81 @@ class Variant:
     """Class folders are indices into the 1,000 class names instead of wnids."""
 
 
-_HUB = "the Hugging Face repository zhengli97/prompt_learning_dataset"
-VARIANTS = {
-    "imagenetv2": Variant(
-        "ImageNetV2, matched frequency",
-        (
-            "imagenetv2/imagenetv2-matched-frequency-format-val",
-            "imagenetv2-matched-frequency-format-val",
-            "imagenetv2",
-        ),
-        1000,
-        10_000,
-        "MIT",
-        f"get imagenetv2-matched-frequency.tar.gz from the Hugging Face data set vaishaal/ImageNetV2 (or {_HUB})",
-        numbered=True,
-    ),
-    "imagenet-sketch": Variant(
-        "ImageNet-Sketch",
-        ("imagenet-sketch/images", "imagenet-sketch", "sketch"),
-        1000,
-        50_889,
-        "none stated",
-        f"get it from https://github.com/HaohanWang/ImageNet-Sketch (or {_HUB})",
-    ),
-    "imagenet-a": Variant(
-        "ImageNet-A",
-        ("imagenet-adversarial/imagenet-a", "imagenet-a"),
-        200,
-        7_500,
-        "MIT (its repository)",
-        f"get imagenet-a.tar from https://github.com/hendrycks/natural-adv-examples (or {_HUB})",
-    ),
-    "imagenet-r": Variant(
-        "ImageNet-R",
-        ("imagenet-rendition/imagenet-r", "imagenet-r"),
-        200,
-        30_000,
-        "MIT (its repository)",
-        f"get imagenet-r.tar from https://github.com/hendrycks/imagenet-r (or {_HUB})",
-    ),
-}
+VARIANTS = facts("imagenet", Variant)
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The class folders of a folder."""
+
+    folders: list[str]
+    """In the order of their labels."""
+    labels: list[int]
+    names: list[str]
+    """Class names by label."""
+
+    @classmethod
+    def of(cls, folder: Path, source: str = "") -> ClassFolders:
+        """Folders that are wnids, numbers (indices into the class names) or class names themselves.
+
+        `source` is `imagenet`, or a file with one name a line, or with `wnid name`; without it wnids have OpenAI's names.
+
+        Raises:
+            UserError: no class folder, or names that do not fit.
+        """
+        found = class_folder_names(folder)
+        listed = _listed(source)
+        if found and all(map(_WNID.fullmatch, found)) and (listed or source in ("", "imagenet")):
+            names = listed or imagenet_names()
+            if unknown := [wnid for wnid in found if wnid not in names]:
+                raise UserError(
+                    f"class folder {folder / unknown[0]} is not a wnid of {source if listed else 'ImageNet-1K'}; add its "
+                    "name, or move the folder away"
+                )
+            return cls(found, list(range(len(found))), [names[wnid] for wnid in found])
+        numbers = bool(found) and all(name.isdecimal() for name in found)
+        if not source:
+            if numbers:
+                raise UserError(
+                    f"{folder} has numbered class folders; name class_names (`imagenet` or a file)"
+                )
+            return cls(found, list(range(len(found))), [name.replace("_", " ") for name in found])
+        named = list(listed.values()) or read_class_names(source)
+        if numbers:
+            found.sort(key=int)
+            if int(found[-1]) >= len(named):
+                raise UserError(
+                    f"class folder {folder / found[-1]} has no class name: {source} has {len(named)}"
+                )
+            return cls(found, [int(name) for name in found], named)
+        if len(named) != len(found):
+            raise UserError(
+                f"{source} has {len(named)} class names, but {folder} has {len(found)} class folders; write one name per "
+                "folder, in the folders' sorted order"
+            )
+        return cls(found, list(range(len(found))), named)
+
+    def items(self, folder: Path, prefix: str = "") -> list[Item]:
+        """Their images, keys relative to `folder` behind `prefix`."""
+        return class_items(folder, self.folders, self.labels, prefix=prefix)
+
+
+def class_names_file(folders: Sequence[Path]) -> str:
+    """The first classnames.txt in these folders; empty without one."""
+    return next((str(path) for folder in folders if (path := folder / "classnames.txt").is_file()), "")
+
+
+def _listed(source: str) -> dict[str, str]:
+    """wnid -> name of a file of `wnid name` lines; empty for another source."""
+    if source in ("", "imagenet"):
+        return {}
+    pairs = [line.partition(" ")[::2] for line in read_lines(source, "class names")]
+    if not _WNID.fullmatch(pairs[0][0]):
+        return {}
+    for wnid, name in pairs:
+        if not _WNID.fullmatch(wnid) or not name.strip():
+            raise UserError(f"class names {source}: {f'{wnid} {name}'[:60]!r} is not `wnid name`; correct it")
+    return {wnid: name.strip() for wnid, name in pairs}
 
 
 def load_imagenet(root: str, *, name: str = "imagenet") -> LabelledSet:
@@ -97,29 +131,31 @@ def load_imagenet(root: str, *, name: str = "imagenet") -> LabelledSet:
         UserError: neither is there, a folder that is no wnid, an empty class, or splits with different classes.
     """
     marks = ("images/train", "images/val", "train", "val")
-    help_line = IMAGENET_SOURCE.format(folder="imagenet/images")
-    folder = data_set_folder(root, ["imagenet"], marks, name, help_line)
+    hint = IMAGENET_SOURCE.format(folder="imagenet/images")
+    folder = data_set_folder(root, ["imagenet"], marks, name, hint)
     base = folder / "images" if (folder / "images").is_dir() else folder
-    splits, wnids, first = {}, [""], ""
+    wnids = {place: _wnid_folders(base / place) for place in ("train", "val") if (base / place).is_dir()}
+    if not wnids:
+        raise UserError(f"data set {name}: {base} has neither train nor val; {hint}")
+    if other := set.symmetric_difference(*map(set, wnids.values())) if len(wnids) == 2 else set():
+        raise UserError(f"{base / 'val'} and {base / 'train'} have different classes, such as {min(other)}")
+    classes = ClassFolders.of(base / next(iter(wnids)), class_names_file([folder]))
+    splits = {}
     for split, place in (("train", "train"), ("test", "val")):
-        if not (base / place).is_dir():
+        if place in wnids:
+            splits[split] = classes.items(base / place, f"{place}/")
+        else:
             log.warning("%s does not exist: %s has no %s split", base / place, name, split)
-            continue
-        found = _wnid_folders(base / place)
-        if first and found != wnids:
-            other = sorted(set(found) ^ set(wnids))[0]
-            raise UserError(f"{base / place} and {base / first} have different classes, such as {other}")
-        wnids, first = found, place
-        splits[split] = [
-            Item(f"{place}/{path}", ImageRef(str(base / place / path)), label)
-            for label, images in enumerate(images_of_classes(base / place, found))
-            for path in images
-        ]
-    if not splits:
-        raise UserError(f"data set {name}: {base} has neither train nor val; {help_line}")
-    if len(wnids) < _NUM_CLASSES:
-        log.warning("%s has %d of ImageNet's 1000 classes; accuracy is over these only", base, len(wnids))
-    return LabelledSet(name, _names_of(wnids, [folder]), list(TEMPLATES), splits)
+    warn_of_missing_classes(base, classes)
+    return LabelledSet(name, classes.names, list(TEMPLATES), splits)
+
+
+def warn_of_missing_classes(folder: Path, classes: ClassFolders) -> None:
+    """Say where wnid folders are not all 1,000 of ImageNet."""
+    if _WNID.fullmatch(classes.folders[0]) and len(classes.folders) < len(imagenet_names()):
+        log.warning(
+            "%s has %d of ImageNet's 1000 classes; accuracy is over these only", folder, len(classes.folders)
+        )
 
 
 def load_variant(key: str, root: str) -> LabelledSet:
@@ -131,78 +167,25 @@ def load_variant(key: str, root: str) -> LabelledSet:
     variant = VARIANTS[key]
     marks = ["0"] if variant.numbered else list(imagenet_names())
     folder = data_set_folder(root, variant.folders, marks, key, variant.source)
-    beside = [folder, folder.parent]
-    if variant.numbered:
-        classes = sorted(class_folder_names(folder), key=_number)
-        names = [name for _, name in _listed(beside)] or list(imagenet_names().values())
-        labels = [_number(found) for found in classes]
-        if max(labels, default=0) >= len(names):
-            raise UserError(f"class folder {folder / classes[-1]} has no class name: there are {len(names)}")
-    else:
-        classes = _wnid_folders(folder)
-        names, labels = _names_of(classes, beside), list(range(len(classes)))
-    if not classes:
+    if not variant.numbered:
+        _wnid_folders(folder)
+    classes = ClassFolders.of(folder, class_names_file([folder, folder.parent]) or "imagenet")
+    if not classes.folders:
         raise UserError(f"data set {key}: {folder} holds no class folders; {variant.source}")
-    items = [
-        Item(path, ImageRef(str(folder / path)), label)
-        for label, images in zip(labels, images_of_classes(folder, classes), strict=True)
-        for path in images
-    ]
-    if (len(classes), len(items)) != (variant.classes, variant.images):
+    items = classes.items(folder)
+    if (len(classes.folders), len(items)) != (variant.classes, variant.images):
         log.warning(
             "%s has %d images of %d classes; the published set has %d of %d",
-            folder,
-            len(items),
-            len(classes),
-            variant.images,
-            variant.classes,
-        )
-    return LabelledSet(key, names, list(TEMPLATES), {"test": items})
+            folder, len(items), len(classes.folders), variant.images, variant.classes,
+        )  # fmt: skip
+    return LabelledSet(key, classes.names, list(TEMPLATES), {"test": items})
 
 
 def _wnid_folders(folder: Path) -> list[str]:
-    """Sorted wnid folders; loose files (README.txt of A and R) are no classes."""
+    """Sorted wnid folders; loose files (README.txt of A and R) are no classes, other folders a mistake."""
     found = class_folder_names(folder)
     if wrong := [name for name in found if not _WNID.fullmatch(name)]:
         raise UserError(
             f"class folder {folder / wrong[0]} is not a wnid such as n01440764; move it out of {folder}"
         )
     return found
-
-
-def _number(folder_name: str) -> int:
-    if not folder_name.isdecimal():
-        raise UserError(
-            f"class folder {folder_name} of imagenetv2 is not a number from 0 to 999; move it away"
-        )
-    return int(folder_name)
-
-
-def _names_of(wnids: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    names = dict(_listed(folders)) or imagenet_names()
-    if unknown := [wnid for wnid in wnids if wnid not in names]:
-        where = _class_file(folders) or "ImageNet-1K"
-        raise UserError(
-            f"wnid {unknown[0]} of {folders[0]} has no class name in {where}; add it, or move its folder away"
-        )
-    return [names[wnid] for wnid in wnids]
-
-
-def _class_file(folders: Sequence[Path]) -> Path | None:
-    return next((path for folder in folders if (path := folder / "classnames.txt").is_file()), None)
-
-
-def _listed(folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """(wnid, name) of each line of the first classnames.txt in these folders, in its order; empty without one."""
-    path = _class_file(folders)
-    if path is None:
-        return []
-    pairs = []
-    for number, line in enumerate(read_text(path, "class names").splitlines(), start=1):
-        wnid, _, name = line.strip().partition(" ")
-        if not line.strip():
-            continue
-        if not _WNID.fullmatch(wnid) or not name.strip():
-            raise UserError(f"{path}: line {number} is not `wnid name`: {line[:60]!r}")
-        pairs.append((wnid, name.strip()))
-    return pairs
