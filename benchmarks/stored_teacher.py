@@ -223,7 +223,7 @@ def promptkd(models: Models, folder: Path, args: argparse.Namespace) -> Iterator
     batch, unused = args.batch_sizes[0], f"run_dir={folder}/unused"
     sets = {count: class_folders(folder / f"set_{count}", count, 2 * batch) for count in args.classes}
     fields = [
-        "epochs=1",
+        "steps=1ep",
         "shots=0",
         "average.std=0",
         f"data.set={sets[min(sets)]}",
@@ -243,7 +243,7 @@ def promptkd(models: Models, folder: Path, args: argparse.Namespace) -> Iterator
         teacher.class_vectors(dataset).save(vectors)
         text = time.perf_counter() - begin
         common = [
-            *_files(emoji / "base", emoji / "student"), *_COMMON, "epochs=1", "shots=0", "optim.steps_per_epoch=0",
+            *_files(emoji / "base", emoji / "student"), *_COMMON, "steps=1ep", "shots=0",
             f"batch_size={batch}", f"data.set={name}", f"teacher.prompts={source.prompts}", *models.promptkd,
         ]  # fmt: skip
         data = config.load(StudentConfig, [*common, unused]).data

@@ -51,17 +51,12 @@ METHODS = ("promptkd", "dho", "vl2v_adip")
 TEACHER = "ViT-L-14-quickgelu@openai"
 SHOTS = 16
 """Labelled images a class for a PromptKD teacher (the paper's number)."""
-EPOCHS = {"dho": 30, "vl2v_adip": 20}
-FEWEST_STEPS = {"dho": 500, "vl2v_adip": 1000}
-"""Without --epochs a small folder is passed over more often, up to so many steps. PromptKD has its published 20 epochs."""
 PER_DOMAIN = 32
 """Images of every source domain in a batch (the paper's number)."""
 KEPT = 1.1
 """Memory of an image in training, as a multiple of what its forward pass keeps (measured)."""
 FEWEST_IMAGES = 4
 """Images of a stream that BatchNorm still sees at a time, however little memory there is."""
-EVALUATIONS = 25
-"""Looks at the validation images during a run that chooses its weights by them."""
 FROM_OPTIONS = {
     "run_dir": "--out",
     "runs": "--out",
@@ -292,9 +287,6 @@ def _plan(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
         if args.prompt:
             stage.fields["data.templates"] = [args.prompt]
     _give_overrides(stages, args.fields)
-    if args.method != "promptkd":
-        for stage in stages:
-            _set_length(args, dataset, stage)
     return stages
 
 
@@ -318,7 +310,7 @@ def _promptkd(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
     if args.student:
         fields |= dict(zip(("student.model", "student.pretrained"), model_name(args.student), strict=True))
     if args.epochs:
-        fields["epochs"] = args.epochs
+        fields["steps"] = f"{args.epochs}ep"
     configs = ["base/student", "own_images/student"]
     return [*stages, Stage("student", "promptkd/train_student.py", StudentConfig, configs, fields)]
 
@@ -346,6 +338,8 @@ def _dho(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
         fields["student.backbone"] = args.student
     if args.shots:
         fields |= {"split.shots": args.shots, "split.percent": 0}
+    if args.epochs:
+        fields["steps"] = f"{args.epochs}ep"
     if "val" not in dataset.splits:
         print("no class has five images: without validation images both heads count the same", flush=True)
         fields |= {"split.validation": "none", "mixing.mode": "fixed", "selection": "last"}
@@ -361,6 +355,11 @@ def _vl2v_adip(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
         "fold.test_domain": args.hold_out or dataset.domains[-1],
         "runs": str(args.out),
         "batch_size": PER_DOMAIN * (len(dataset.domains) - 1),
+        "steps": f"{args.epochs}ep"
+        if args.epochs
+        else "max(1000, 20ep)",  # a small folder is passed over more often
+        "evaluation.every_steps": "max(2, 4%)",
+        "select_from_step": "min(100, 20%)",
     }
     if args.student:
         fields["student.backbone"] = args.student
@@ -374,37 +373,6 @@ def _vl2v_adip(args: argparse.Namespace, dataset: LabelledSet) -> list[Stage]:
         )
         for name, cls in (("align", AlignConfig), ("distill", DistillConfig))
     ]
-
-
-def _set_length(args: argparse.Namespace, dataset: LabelledSet, stage: Stage) -> None:
-    """Give a run the steps of its passes over the images, and what follows from the steps."""
-    own = [arg.partition("=")[2] for arg in stage.overrides if arg.startswith("steps=")]
-    given = int(own[-1]) if own and own[-1].isdecimal() else 0
-    stage.fields |= _of_steps(stage, given or FEWEST_STEPS[args.method])
-    cfg = stage.config()
-    if given:
-        return
-    if stage.config_class is DhoConfig:
-        images = sum(len(dataset.splits.get(split, [])) for split in ("train", "unlabelled"))
-        batch = cfg.batch_size - cfg.labelled_images
-        if not batch:  # the labels alone
-            images, batch = len(dataset.splits["train"]), cfg.batch_size
-    else:
-        held_out = dataset.domains.index(cfg.fold.test_domain)
-        images = sum(item.domain != held_out for items in dataset.splits.values() for item in items)
-        batch = cfg.batch_size
-    steps = math.ceil((args.epochs or EPOCHS[args.method]) * images / batch)
-    stage.fields |= _of_steps(stage, steps if args.epochs else max(steps, FEWEST_STEPS[args.method]))
-
-
-def _of_steps(stage: Stage, steps: int) -> dict[str, int]:
-    """Fields that are shares of the steps."""
-    fields = {"steps": steps, "evaluation.every_steps": max(2, steps // EVALUATIONS)}
-    if stage.config_class is DhoConfig:
-        fields["optim.warmup_steps"] = steps // 10
-    else:
-        fields["select_from_step"] = min(100, steps // 5)
-    return fields
 
 
 def _fit_memory(stage: Stage, domains: int) -> None:

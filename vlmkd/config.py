@@ -17,7 +17,7 @@ import sys
 import textwrap
 import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,6 +48,9 @@ class Range:
 
     def refusal(self, value: Any) -> str:
         """What `value` must be and is not, or nothing."""
+        if isinstance(value, str):
+            forms = "5000 (steps), 20ep, 1e6ex (examples), 10%, max(500, 12ep) or min(100, 20%)"
+            return "" if DURATION.fullmatch(value) else f"it must be a length such as {forms}"
         numbers = value if isinstance(value, list) else [value]
         if self.length and len(numbers) != self.length:
             return f"it must be {self.length} numbers"
@@ -68,6 +71,21 @@ class Range:
             )
         return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
 
+
+_ONE = r"(?:\d+(?:\.\d+)?(?:e\d+)?(?:ep|ex|%))"
+DURATION = re.compile(
+    rf"(?P<bound>max|min)\((?P<a>\d+|{_ONE}), *(?P<b>\d+|{_ONE})\)"
+    r"|(?P<number>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>ep|ex|%)"
+)
+"""A length that is not given in steps; see vlmkd.train.durations."""
+
+if TYPE_CHECKING:  # for the code that reads one: after start-up every duration is a number of steps
+    Duration = int
+    Length = int
+else:
+    Duration = Annotated[int | str, Range()]
+    """0 turns off what happens every so often."""
+    Length = Annotated[int | str, Range(1)]
 
 Count = Annotated[int, Range()]
 Positive = Annotated[int, Range(1)]
@@ -120,6 +138,8 @@ class DataConfig:
     """Sample member that holds the caption."""
     max_pixels: Positive = 89_478_485
     """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
+    samples_per_epoch: Count = 0
+    """Samples of one pass over all sources, for lengths in epochs; 0: not known."""
     max_bad_share: Share = 0.05
     """The run stops when more than this share was bad: of 1,000 samples or more, of a pass, or of a whole short run."""
     shard_cache: str = ""
@@ -215,16 +235,12 @@ class OptimConfig:
     """Epsilon of AdamW and Adam."""
     momentum: BelowOne = 0.0
     """Momentum of SGD (not Nesterov's)."""
-    schedule: Literal["cosine", "wsd", "constant", "linear", "epoch_cosine", "warmup_times_cosine"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate over the steps; the formulas are those of vlmkd.train.optim.lr_factor."""
-    warmup_steps: Count = 2000
-    """Linear warm-up: lr * (step + 1) / warmup_steps; `linear` starts at 0, `warmup_times_cosine` at lr / 100."""
-    decay_steps: Count = 0
+    warmup_steps: Duration = 2000
+    """Linear warm-up: lr * (step + 1) / warmup_steps."""
+    decay_steps: Duration = 0
     """Length of the final linear decay of `wsd`."""
-    steps_per_epoch: Count = 0
-    """Optimiser steps of one epoch of `epoch_cosine`, whose rate changes between epochs only."""
-    first_epoch_lr: Amount = 1e-5
-    """Constant rate during the first epoch of `epoch_cosine`."""
     groups: list[ParamGroupConfig] = field(default_factory=list)
     """Rates and decays by the names of parameters, e.g. [{match: "projector", lr: 1.0e-3}]."""
     clip_grad_norm: Amount = 5.0
@@ -283,7 +299,7 @@ class RetrievalConfig:
 class EvaluationConfig:
     """When evaluations run, and how."""
 
-    every_steps: Count = 0
+    every_steps: Duration = 0
     """Evaluate every so many steps; 0: only at the end."""
     phase: Count = 0
     """Shift of `every_steps`: 1 evaluates after the steps 1, 1 + N, 1 + 2N, ... (DomainBed)."""
@@ -309,7 +325,7 @@ class ImageTextEvaluationConfig(EvaluationConfig):
 class LogConfig:
     """Console, metrics.jsonl (always) and trackers."""
 
-    every_steps: Positive = 20
+    every_steps: Length = 20
     """Console and metrics line every so many optimiser steps; a short run has at least ten."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
@@ -323,7 +339,7 @@ class LogConfig:
 class CheckpointConfig:
     """When the resumable state is written and how much of it is kept."""
 
-    every_steps: Count = 1000
+    every_steps: Duration = 1000
     """Save every so many optimiser steps; 0: only by hours, at SIGTERM and at the end."""
     every_hours: Amount = 0.0
     """Save when so many hours have passed since the last save; 0: off."""
@@ -339,8 +355,8 @@ class RunConfig:
     """Folder of this run, e.g. runs/tinyclip_nano."""
     seed: Seed = 0
     """Seed of initialisation, data order, views and masks."""
-    steps: Positive = 1000
-    """Optimiser steps."""
+    steps: Length = 1000
+    """Length: optimiser steps, or `20ep` (epochs), `1e6ex` (examples). Parts of a run may also be shares of it: `10%`."""
     batch_size: Positive = 1024
     """Global batch: samples per optimiser step over all ranks."""
     micro_batch_size: Count = 0
@@ -375,7 +391,7 @@ class RunConfig:
         )
         every, phase = self.evaluation.every_steps, self.evaluation.phase
         require(
-            phase == 0 or 0 <= phase < every,
+            phase == 0 or not in_steps_already(every) or 0 <= phase < every,
             "evaluation.phase",
             f"is {phase}; it must be in [0, evaluation.every_steps = {every})",
         )
@@ -393,22 +409,6 @@ def _check_optim(cfg: RunConfig) -> None:
         "deepspeed.offload",
         "works with adamw and adam; use offload=none with optim.name=sgd",
     )
-    by_epochs = optim.schedule == "epoch_cosine"
-    require(
-        by_epochs == (optim.steps_per_epoch > 0),
-        "optim.steps_per_epoch",
-        "goes with optim.schedule=epoch_cosine, and only with it",
-    )
-    require(
-        not (by_epochs and optim.warmup_steps),
-        "optim.warmup_steps",
-        f"is {optim.warmup_steps}, but epoch_cosine has its first epoch for that; set it to 0",
-    )
-    require(
-        optim.schedule != "warmup_times_cosine" or 0 < optim.warmup_steps < cfg.steps,
-        "optim.warmup_steps",
-        f"is {optim.warmup_steps}; warmup_times_cosine needs it between 1 and steps - 1 = {cfg.steps - 1}",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,6 +419,16 @@ class StreamRunConfig(RunConfig):
     """The training stream."""
     evaluation: ImageTextEvaluationConfig = field(default_factory=ImageTextEvaluationConfig)
     """Evaluations."""
+
+
+def is_duration(hint: Any) -> bool:
+    """Whether a field of this type takes `20ep`, `1e6ex` and `10%` beside steps."""
+    return typing.get_origin(hint) is Annotated and typing.get_args(hint)[0] == int | str
+
+
+def in_steps_already(*durations: int | str) -> bool:
+    """Whether all of these are plain numbers, so that they can be compared."""
+    return all(isinstance(duration, int) for duration in durations)
 
 
 def require(condition: bool, path: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import ClipPredictor, load_clip
 from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier
+from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
 
@@ -33,6 +35,7 @@ log = logging.getLogger("vlmkd.dho")
 def student_job(cfg: DhoConfig) -> Job:
     """The run of a student."""
     images = choose(cfg.data, cfg.split)
+    cfg = in_steps(cfg, _epoch(cfg, images))
     dataset = images.dataset
     teacher = None
     if cfg.loss.method != "ce":
@@ -53,7 +56,19 @@ def student_job(cfg: DhoConfig) -> Job:
         torch.manual_seed(cfg.seed)
         student = build_student(cfg, backbone, teacher, dataset)
     task = DhoTask(cfg, student, backbone, teacher, dataset.class_names)
-    return Job(task, _loader(cfg, images, backbone, teacher), _validation(cfg, images), _tests(cfg, images))
+    loader = _loader(cfg, images, backbone, teacher)
+    return Job(cfg, task, loader, _validation(cfg, images), _tests(cfg, images))
+
+
+def _epoch(cfg: DhoConfig, images: Images) -> int:
+    """Steps of an epoch; 0 where the method has no such images."""
+    unlabelled = cfg.batch_size - cfg.labelled_images
+    passed, batch = (
+        (images.labelled, cfg.labelled_images)
+        if cfg.epoch == "labelled" or not unlabelled
+        else (images.unlabelled, unlabelled)
+    )
+    return math.ceil(len(passed) / batch) if batch else 0
 
 
 def build_student(

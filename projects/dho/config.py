@@ -11,12 +11,14 @@ from vlmkd.config import (
     Amount,
     Count,
     LabelledDataConfig,
+    OptimConfig,
     Positive,
     Processes,
     Range,
     RunConfig,
     Seed,
     Share,
+    in_steps_already,
     require,
 )
 from vlmkd.datasets.splits import Fewer, ListKind
@@ -142,6 +144,14 @@ class ShiftedSetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DhoOptimConfig(OptimConfig):
+    """Optimiser and schedule."""
+
+    schedule: Literal["cosine", "wsd", "constant", "linear", "warmup_times_cosine"] = "cosine"  # type: ignore[assignment]
+    """`linear` (fine-grained sets) and `warmup_times_cosine` (low-shot ImageNet): schedules.py; the others are the core's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DhoConfig(RunConfig):
     """One run of DHO or of a baseline: a student for one data set and one set of labels."""
 
@@ -149,6 +159,10 @@ class DhoConfig(RunConfig):
     """Global batch: labelled and unlabelled images of an optimiser step over all ranks."""
     labelled_batch: Count = 0
     """Labelled images of every global batch; 0: half of it (loss.method=ce: all; kd, kd_feature: none)."""
+    epoch: Literal["labelled", "unlabelled"] = "unlabelled"
+    """Whose images an epoch passes over, as of steps=200ep; its last batch need not be whole."""
+    optim: DhoOptimConfig = field(default_factory=DhoOptimConfig)
+    """Optimiser and schedule."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """Data set and training views."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -176,6 +190,14 @@ class DhoConfig(RunConfig):
             self.student.head_init == "default" or self.student.backbone.startswith("clip:"),
             "student.head_init",
             f"is text, but {self.student.backbone} has no text tower; use a clip: backbone or head_init=default",
+        )
+        warmup = self.optim.warmup_steps
+        require(
+            self.optim.schedule != "warmup_times_cosine"
+            or not in_steps_already(self.steps, warmup)
+            or 0 < warmup < self.steps,
+            "optim.warmup_steps",
+            f"is {warmup}; warmup_times_cosine needs it above 0 and below steps={self.steps}",
         )
         self._check_loss()
         self._check_split()
@@ -284,7 +306,7 @@ class DhoConfig(RunConfig):
             "is none, but mixing.mode=search and selection=best need validation images; the test set is not for that",
         )
         require(
-            self.selection == "last" or self.evaluation.every_steps > 0,
+            self.selection == "last" or bool(self.evaluation.every_steps),
             "selection",
             "is best, but evaluation.every_steps is 0: only the last weights are ever looked at; set either",
         )

@@ -22,9 +22,11 @@ from projects.dho.objective import (
     surgery_weights,
     term_weights,
 )
+from projects.dho.schedules import linear, warmup_times_cosine
 from projects.dho.selection import NAME as HEADS
 from projects.dho.student import Student, StudentOutput
 from projects.dho.teacher import Teacher
+from vlmkd.config import RunConfig
 from vlmkd.evaluation.base import Result
 from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.image_spec import ImageSpec
@@ -151,6 +153,11 @@ class DhoTask(Task):
         whole = found["backbone"] + found["heads"]
         factors = surgery_weights(whole.dot, whole.first_square, whole.second_square)
         return {name: terms[name] * factor for name, factor in zip(self._weights, factors, strict=True)}
+
+    def lr_factor(self, step: int, cfg: RunConfig) -> float:
+        """The released scripts' schedules beside the core's."""
+        own = {"linear": linear, "warmup_times_cosine": warmup_times_cosine}.get(cfg.optim.schedule)
+        return own(step, cfg.steps, cfg.optim.warmup_steps) if own else super().lr_factor(step, cfg)
 
     # ---------------------------------------------------------------------------------------- which weights are kept
 

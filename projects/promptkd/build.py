@@ -15,7 +15,6 @@ from projects.promptkd.config import (
     PromptKDConfig,
     StudentConfig,
     TeacherConfig,
-    with_steps,
 )
 from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens, with_room
@@ -37,6 +36,7 @@ from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
 
@@ -58,18 +58,6 @@ def set_of(data: LabelledDataConfig) -> LabelledSet:
     return data_set(data.set, data.root, data.class_names, tuple(data.templates))
 
 
-def resolve_teacher(cfg: TeacherConfig) -> TeacherConfig:
-    """Stage 1 with its steps filled in."""
-    _check_machine(cfg)
-    return with_steps(cfg, len(teacher_protocol(cfg, set_of(cfg.data)).train))
-
-
-def resolve_student(cfg: StudentConfig) -> StudentConfig:
-    """Stage 2 with its steps filled in."""
-    _check_machine(cfg)
-    return with_steps(cfg, len(student_images(cfg, set_of(cfg.data))))
-
-
 def _check_machine(cfg: PromptKDConfig) -> None:
     require(
         cfg.autocast != "fp16" or torch.cuda.is_available(),
@@ -80,8 +68,16 @@ def _check_machine(cfg: PromptKDConfig) -> None:
 
 def teacher_job(cfg: TeacherConfig) -> Job:
     """Stage 1: prompts of both towers."""
+    _check_machine(cfg)
     dataset = set_of(cfg.data)
     protocol = teacher_protocol(cfg, dataset)
+    epoch = len(protocol.train) // cfg.batch_size
+    cfg = in_steps(cfg, epoch)
+    require(
+        not cfg.average.std or (epoch > 0 and cfg.steps % epoch == 0),
+        "steps",
+        f"is {cfg.steps}; the average is over whole epochs, here of {epoch} steps: give e.g. steps=20ep",
+    )
     clip = _load(cfg.clip, cfg.seed)
     prompts = cfg.prompts
     shape = PromptShape(
@@ -101,8 +97,8 @@ def teacher_job(cfg: TeacherConfig) -> Job:
     net = TeacherNet(prompted, tokens, frozen_vectors, _DTYPES[cfg.autocast]).to(distributed.device())
     log.info("stage 1: %d classes, %d labelled images", len(names), len(protocol.train))
     loader = _loader(cfg, protocol, clip.image_spec)
-    task = TeacherTask(cfg, net, clip, dataset, protocol, template)
-    return Job(task, loader, _evaluators(protocol))
+    task = TeacherTask(cfg, net, clip, dataset, protocol, template, epoch)
+    return Job(cfg, task, loader, _evaluators(protocol))
 
 
 def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
@@ -125,7 +121,10 @@ def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, n
 
 def student_job(cfg: StudentConfig) -> Job:
     """Stage 2: visual prompts and projector, by KL to the teacher."""
+    _check_machine(cfg)
     dataset = set_of(cfg.data)
+    epoch = len(student_images(cfg, dataset)) // cfg.batch_size
+    cfg = in_steps(cfg, epoch)
     stored = bool(cfg.data.teacher_outputs)
     teacher = None
     if not (cfg.class_vectors and stored):
@@ -162,8 +161,8 @@ def student_job(cfg: StudentConfig) -> Job:
     if cfg.text_every_step:
         assert teacher is not None
         text = functools.partial(vectors_now, teacher, dataset)
-    task = StudentTask(cfg, student, clip, vectors, protocol, image_teacher, text)
-    return Job(task, loader, _evaluators(protocol))
+    task = StudentTask(cfg, student, clip, vectors, protocol, epoch, image_teacher, text)
+    return Job(cfg, task, loader, _evaluators(protocol))
 
 
 def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None) -> ClassVectors:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 from vlmkd.config import (
     AboveZero,
     Amount,
     BelowOne,
     Count,
+    Duration,
     LabelledDataConfig,
+    Length,
     OptimConfig,
     Positive,
     Processes,
@@ -25,7 +27,6 @@ TRAINING_TEMPLATE = "a photo of a {}."
 
 Setting = Literal["base_to_novel", "cross_dataset", "domain_generalization"]
 """Which images are trained on, and which classes are evaluated (docs/papers/promptkd.md#the-method)."""
-C = TypeVar("C", bound="PromptKDConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +115,33 @@ class DistillLossConfig:
     """`element`: mean over images and classes (the code, to which the weights belong); `batch`: sum over classes."""
 
 
-def published_optim() -> OptimConfig:
-    """SGD of both stages (docs/papers/promptkd.md#recipe); the steps of an epoch follow from the data."""
-    return OptimConfig(
+@dataclass(frozen=True, kw_only=True)
+class PromptKDOptimConfig(OptimConfig):
+    """Optimiser and schedule."""
+
+    schedule: Literal["epoch_cosine", "cosine", "wsd", "constant"] = "epoch_cosine"  # type: ignore[assignment]
+    """`epoch_cosine`, whose rate changes between epochs only (objective.py); the others are vlmkd.train.optim's."""
+    first_epoch_lr: Amount = 1e-5
+    """Constant rate during the first epoch of `epoch_cosine`."""
+    warmup_steps: Duration = 0
+    """Linear warm-up: lr * (step + 1) / warmup_steps."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.schedule != "epoch_cosine" or not self.warmup_steps,
+            "optim.warmup_steps",
+            f"is {self.warmup_steps}, but epoch_cosine has its first epoch for that; set it to 0",
+        )
+
+
+def published_optim() -> PromptKDOptimConfig:
+    """SGD of every run of both stages (docs/papers/promptkd.md, Recipe)."""
+    return PromptKDOptimConfig(
         name="sgd",
         lr=0.005,
         momentum=0.9,
         weight_decay=5e-4,
         decay_all=True,
-        schedule="epoch_cosine",
-        steps_per_epoch=1,
-        first_epoch_lr=1e-5,
-        warmup_steps=0,
         clip_grad_norm=0.0,
     )
 
@@ -134,38 +150,27 @@ def published_optim() -> OptimConfig:
 class PromptKDConfig(RunConfig):
     """What the two training stages share."""
 
-    steps: Count = 0
-    """Filled in: epochs times the whole batches of an epoch."""
+    steps: Length = "20ep"  # type: ignore[assignment]
+    """Length: epochs (`20ep`) of as many whole batches as the training images make, examples (`1e6ex`) or optimiser steps."""
     batch_size: Positive = 8
     """Global batch: images per optimiser step over all ranks."""
-    optim: OptimConfig = field(default_factory=published_optim)
-    """Optimiser and schedule; steps_per_epoch is filled in."""
+    optim: PromptKDOptimConfig = field(default_factory=published_optim)
+    """Optimiser and schedule."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """The data set and the training views."""
-    epochs: Positive = 20
-    """Passes over the training images; only whole batches count."""
-    evaluate_every_epochs: Count = 0
-    """Evaluate after every so many epochs; 0: at the end only, or with select other than last after each."""
     select: Literal["last", "val", "upstream"] = "last"
-    """Whose weights are exported: of the last epoch, of the best epoch on validation images, or of the best on *test*
-    images, as the reference reports."""
+    """Whose weights are exported: of the last epoch, of the best evaluation on validation images, or of the best on *test*
+    images, as the reference reports (evaluation.every_steps=1ep)."""
     autocast: Literal["none", "bf16", "fp16"] = "none"
     """Type of the towers' matrix products; prompts, projector, logits and losses are fp32 in any case. fp16 needs a GPU."""
 
     def __post_init__(self) -> None:
-        if self.steps == 0:
-            object.__setattr__(self, "steps", self.epochs)
         super().__post_init__()
         require(
-            self.optim.schedule == "epoch_cosine" or self.optim.steps_per_epoch == 0,
-            "optim.steps_per_epoch",
-            "goes with optim.schedule=epoch_cosine",
-        )
-        require(self.steps % self.epochs == 0, "steps", "follows from epochs and the data; leave it out")
-        require(
-            self.evaluation.every_steps in (0, self.every_epochs * (self.steps // self.epochs)),
-            "evaluation.every_steps",
-            "follows from evaluate_every_epochs; set that one",
+            self.select == "last" or bool(self.evaluation.every_steps),
+            "select",
+            f"is {self.select}, but evaluation.every_steps is 0: only the last weights are ever looked at; set it, e.g. "
+            "evaluation.every_steps=1ep",
         )
         require(
             self.deepspeed.precision == "fp32",
@@ -177,11 +182,6 @@ class PromptKDConfig(RunConfig):
             "deepspeed.zero_stage",
             "is 3, but only about a million weights are trained and averaged whole; use 1 or 2",
         )
-
-    @property
-    def every_epochs(self) -> int:
-        """Epochs between two evaluations; 0: none before the last."""
-        return self.evaluate_every_epochs or int(self.select != "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,22 +316,3 @@ class BankConfig:
             "data.teacher_outputs",
             "is the folder that image_views are written to; give both or neither",
         )
-
-
-def with_steps(cfg: C, images: int) -> C:
-    """`cfg` with the optimiser steps and evaluation steps that follow from the number of training images.
-
-    Raises:
-        UserError: fewer images than one batch.
-    """
-    per_epoch = images // cfg.batch_size
-    require(
-        per_epoch > 0,
-        "batch_size",
-        f"is {cfg.batch_size}, more than the {images} training images; make it smaller",
-    )
-    optim = cfg.optim
-    if optim.schedule == "epoch_cosine":
-        optim = replace(optim, steps_per_epoch=per_epoch)
-    evaluation = replace(cfg.evaluation, every_steps=cfg.every_epochs * per_epoch)
-    return replace(cfg, steps=cfg.epochs * per_epoch, optim=optim, evaluation=evaluation)

@@ -5,7 +5,7 @@ Letters: B images, C classes, D embedding width. All in fp32 (float64 stays), wh
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from projects.promptkd.precision import exact
 from vlmkd.losses.logits import kl_divergence
+from vlmkd.train.optim import half_cosine
+
+if TYPE_CHECKING:
+    from projects.promptkd.config import PromptKDOptimConfig
 
 
 def cosine_logits(image_embeds: Tensor, class_vectors: Tensor, scale: Tensor | float) -> Tensor:
@@ -67,3 +71,8 @@ def promptkd_loss(
     B, and its equal weight is C times smaller (eq. 14). Only images whose `mask` [B] is true count.
     """
     return kl_divergence(student_logits, teacher_logits, temperature, reduction=reduction, mask=mask)
+
+
+def epoch_cosine(epoch: int, epochs: int, optim: PromptKDOptimConfig) -> float:
+    """Share of the peak rate in `epoch` of `epochs`: `first_epoch_lr`, then (1 + cos(pi (epoch - 1) / epochs)) / 2."""
+    return half_cosine((epoch - 1) / epochs) if epoch else optim.first_epoch_lr / optim.lr

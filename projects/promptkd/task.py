@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from projects.promptkd.exports import (
     write_teacher,
 )
 from projects.promptkd.gaussian import GaussianAverage
-from projects.promptkd.objective import cosine_logits, promptkd_loss, promptsrc_terms
+from projects.promptkd.objective import cosine_logits, epoch_cosine, promptkd_loss, promptsrc_terms
 from projects.promptkd.precision import encode
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
 from projects.promptkd.protocols import Protocol
 from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier
 from projects.promptkd.teacher import ImageTeacher, Teacher
+from vlmkd.config import RunConfig
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
@@ -84,13 +86,20 @@ class PromptTask(Task):
     core: nn.Module
     """The student without the engine's wrapper."""
 
-    def __init__(self, cfg: PromptKDConfig, core: nn.Module, protocol: Protocol) -> None:
-        self.cfg, self.core, self.protocol = cfg, core, protocol
+    def __init__(self, cfg: PromptKDConfig, core: nn.Module, protocol: Protocol, epoch: int) -> None:
+        """`epoch` is its number of steps."""
+        self.cfg, self.core, self.protocol, self.epoch = cfg, core, protocol, epoch
         self.student = core
         self.teachers = []
         self.watch = Stopwatch()
         self._average: GaussianAverage | None = None
         self._best = BestWeights("earlier")
+
+    def lr_factor(self, step: int, cfg: RunConfig) -> float:
+        """By epochs, where the config asks for that."""
+        if self.cfg.optim.schedule != "epoch_cosine":
+            return super().lr_factor(step, cfg)
+        return epoch_cosine(step // self.epoch, math.ceil(cfg.steps / self.epoch), self.cfg.optim)
 
     def _classifier(self, name: str) -> ImageClassifier:
         """The trained model with the weights that it holds now."""
@@ -104,8 +113,7 @@ class PromptTask(Task):
 
     def after_update(self, step: int) -> None:
         """Feed the average at the end of each epoch."""
-        per_epoch = self.cfg.steps // self.cfg.epochs
-        if self._average is not None and (step + 1) % per_epoch == 0:
+        if self._average is not None and (step + 1) % self.epoch == 0:
             self._average.add(trainable(self.core))
 
     def after_evaluation(self, results: list[Result], step: int) -> bool:
@@ -195,12 +203,13 @@ class TeacherTask(PromptTask):
         dataset: LabelledSet,
         protocol: Protocol,
         template: str,
+        epoch: int,
     ) -> None:
         """`template` is the prompt with room for the learned vectors."""
-        super().__init__(cfg, net, protocol)
+        super().__init__(cfg, net, protocol, epoch)
         self.clip, self.dataset, self.template = clip, dataset, template
         if cfg.average.std:
-            self._average = GaussianAverage(cfg.epochs, cfg.average.mean, cfg.average.std)
+            self._average = GaussianAverage(cfg.steps // epoch, cfg.average.mean, cfg.average.std)
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch of labelled images."""
@@ -274,11 +283,12 @@ class StudentTask(PromptTask):
         clip: ClipModel,
         vectors: ClassVectors,
         protocol: Protocol,
+        epoch: int,
         teacher: Teacher | None,
         text: Callable[[], Tensor] | None = None,
     ) -> None:
         """`teacher` is None where its image embeddings are stored; `text` computes the class vectors anew each step."""
-        super().__init__(cfg, student, protocol)
+        super().__init__(cfg, student, protocol, epoch)
         self.clip, self.vectors, self._text = clip, vectors, text
         self._teacher: ImageTeacher | None = None
         if teacher is not None:

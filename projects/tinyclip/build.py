@@ -24,6 +24,7 @@ from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, load_weights
 from vlmkd.models.pruned_clip import PrunedCLIP
 from vlmkd.models.teacher import ClipTeacher
+from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
 
@@ -104,10 +105,11 @@ def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipM
         teachers = []
     dims, scales = _teacher_facts(cfg, teachers)
     loader = _loader(cfg, source, teachers, digests)
+    cfg = in_steps(cfg, loader.samples_per_epoch // cfg.batch_size)
     with torch.random.fork_rng(devices=[]):  # new projectors depend on the run's seed alone
         torch.manual_seed(cfg.seed)
         student = Student(encoder, source.config["embed_dim"], dims, cfg.loss)
-    return Job(task_class(cfg, student, source, teachers, scales), loader, evaluators(cfg))
+    return Job(cfg, task_class(cfg, student, source, teachers, scales), loader, evaluators(cfg))
 
 
 def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[list[int], list[float]]:

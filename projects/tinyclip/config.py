@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vlmkd.config import AboveZero, Amount, BelowOne, Count, Range, StreamRunConfig, require
+from vlmkd.config import AboveZero, Amount, BelowOne, Count, Duration, Range, StreamRunConfig, require
 from vlmkd.train.averaging import check_average
 
 
@@ -160,7 +160,7 @@ class MaskSettings:
     """Target at step 0; absolute, relative to the full model."""
     target_sparsity: BelowOne = 0.25
     """Share of the transformer weights to remove."""
-    sparsity_warmup_steps: Count = 1000
+    sparsity_warmup_steps: Duration = 1000
     """Steps over which the target rises linearly."""
     lr: Amount = 0.02
     """Learning rate of the log alphas."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
 from vlmkd.models.heads import LinearHead, Projector, TextClassifier
 from vlmkd.models.teacher import ClipTeacher
 from vlmkd.tensor_files import read_safetensors
+from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
 
@@ -60,6 +62,8 @@ def job(cfg: Vl2vConfig) -> Job:
     """The run of any stage or baseline."""
     dataset = configured_set(cfg.data)
     fold = choose(dataset, cfg.fold)
+    pool = sum(len(fold.splits[domain].inside) for domain in fold.sources)
+    cfg = in_steps(cfg, math.ceil(pool / cfg.batch_size))
     backbone = student_backbone(cfg)
     teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
     vectors = None if teacher is None else teacher.vectors
@@ -89,6 +93,7 @@ def job(cfg: Vl2vConfig) -> Job:
     target = target_of(cfg, fold)
     watched = target[:1] if cfg.watch_target else []
     return Job(
+        cfg,
         task,
         _loader(cfg, fold, backbone, teacher),
         [*validation_of(fold), *watched],

@@ -10,11 +10,13 @@ from vlmkd.config import (
     AboveZero,
     Amount,
     Count,
+    Duration,
     LabelledDataConfig,
     Positive,
     RunConfig,
     Seed,
     Share,
+    in_steps_already,
     require,
 )
 
@@ -125,7 +127,7 @@ class Vl2vConfig(RunConfig):
     """Export of the earlier stage; empty: the one of the same fold, student and teacher below `runs`."""
     runs: str = "runs"
     """Folder that is searched for the earlier stage."""
-    select_from_step: Count = 100
+    select_from_step: Duration = 100
     """Evaluations before this step are no candidates for the best weights."""
     watch_target: bool = False
     """Also evaluate the held-out domain during training; nothing is chosen by it."""
@@ -149,7 +151,7 @@ class Vl2vConfig(RunConfig):
             "is 3, but averages and best weights need whole weights on each rank; use 1 or 2",
         )
         require(
-            not self.swad.enabled or self.evaluation.every_steps > 0,
+            not self.swad.enabled or bool(self.evaluation.every_steps),
             "evaluation.every_steps",
             "is 0, but SWAD lives on evaluations; set it, or swad.enabled=false",
         )
@@ -158,8 +160,9 @@ class Vl2vConfig(RunConfig):
             "student.freeze_bn",
             "is false: running statistics are averaged with swad.semantics=clean only",
         )
+
         require(
-            self.select_from_step < self.steps,
+            not in_steps_already(self.steps, self.select_from_step) or self.select_from_step < self.steps,
             "select_from_step",
             f"is {self.select_from_step}; it must be below steps={self.steps}",
         )

@@ -65,13 +65,6 @@ def test_the_resolved_config_loads_back_to_an_equal_object(tmp_path: Path) -> No
         (["optim.name=sgd", "optim.momentum=1"], ["optim.momentum is 1", "[0, 1)"]),
         (["optim.name=sgd", "deepspeed.offload=cpu"], ["deepspeed.offload", "sgd"]),
         (["optim.name=lamb"], ["optim.name", "lamb", "adamw"]),
-        (["optim.schedule=epoch_cosine"], ["optim.steps_per_epoch", "epoch_cosine"]),
-        (["optim.steps_per_epoch=5"], ["optim.steps_per_epoch", "epoch_cosine"]),
-        (
-            ["optim.schedule=epoch_cosine", "optim.steps_per_epoch=5"],
-            ["optim.warmup_steps is 2000", "set it to 0"],
-        ),
-        (["optim.schedule=warmup_times_cosine"], ["optim.warmup_steps is 2000", "999"]),
         (["evaluation.phase=1"], ["evaluation.phase", "every_steps = 0"]),
         (["checkpoint.keep=1"], ["checkpoint.keep is 1", "at least 2"]),
         (["optim.lr=nan"], ["optim.lr is nan", "at least 0", "Peak learning rate"]),

@@ -18,6 +18,7 @@ from PIL import Image
 from tests.projects.vl2v_adip.tiny import CLASSES, domain_tree, export_teacher
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier, missing_for_onnx
+from vlmkd.train.durations import in_steps
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts/distill_folder.py"))
@@ -58,7 +59,7 @@ def planned(*argv: str) -> list[Any]:
         (["pets", "--method", "dho", "--prompt", "a pet"], "has no {} for the class name"),
         (["pets", "--method", "dho", "--teacher", "ViT-L-14"], "names no weights"),
         (["pets", "--method", "dho", "--student", "timm:x", "run_dir=here"], "run_dir is decided by --out"),
-        (["pets", "--method", "dho", "teacher:epochs=2"], "no stage 'teacher', only student"),
+        (["pets", "--method", "dho", "teacher:steps=2ep"], "no stage 'teacher', only student"),
         (
             ["pets", "--method", "dho", "optim.lrr=1"],
             "unknown config field optim.lrr; did you mean optim.lr?",
@@ -141,11 +142,11 @@ def test_promptkd_learns_prompts_only_from_labels(pets: Path) -> None:
     )
     prompted, distilled = teacher.config(), student.config()
     assert (teacher.name, student.name) == ("teacher", "student")
-    assert (prompted.classes, prompted.shots, prompted.epochs) == ("all", 16, 20)
+    assert (prompted.classes, prompted.shots, prompted.steps) == ("all", 16, "20ep")
     assert (prompted.clip.model, prompted.clip.pretrained) == ("ViT-L-14-quickgelu", "openai")
     assert distilled.teacher.clip == prompted.clip and prompted.run_dir == "runs/pets_promptkd/teacher"
     assert distilled.teacher.prompts == "runs/pets_promptkd/teacher/export"
-    assert (distilled.protocol, distilled.epochs, distilled.select) == ("cross_dataset", 7, "last")
+    assert (distilled.protocol, distilled.steps, distilled.select) == ("cross_dataset", "7ep", "last")
     assert (distilled.student.model, distilled.data.set) == ("ViT-B-16-quickgelu", f"folder:{pets}")
     assert (prompted.seed, distilled.seed, prompted.optim.lr, distilled.optim.lr) == (5, 5, 0.005, 0.5)
 
@@ -174,15 +175,15 @@ def test_dho_counts_passes_over_all_training_images(pets: Path) -> None:
         "val",
         "best",
     )
-    assert (cfg.steps, cfg.optim.warmup_steps, cfg.evaluation.every_steps) == (500, 50, 20)
+    assert cfg.steps == "max(500, 30ep)" and in_steps(cfg, 5).optim.warmup_steps == 50
+    assert in_steps(cfg, 5).evaluation.every_steps == 20 and cfg.epoch == "unlabelled"
     assert cfg.student.backbone == "torchvision:resnet18" and cfg.loss.method == "dho"
     touch(pets, *(f"unlabelled/{n}.jpg" for n in range(1000)))
     (stage,) = planned("pets", "--method", "dho", "--epochs", "4", "--shots", "2", "batch_size=20")
     cfg = stage.config()
-    train = 20 - sum(len(SCRIPT["load_set"]("folder:pets").splits[split]) for split in ("val", "test"))
-    assert (cfg.steps, cfg.split.shots, cfg.split.percent) == (-(-4 * (1000 + train) // 10), 2, 0)
+    assert (cfg.steps, cfg.split.shots, cfg.split.percent) == ("4ep", 2, 0)
     (stage,) = planned("pets", "--method", "dho", "--student", "timm:test_vit", "steps=30")
-    assert (stage.config().steps, stage.config().optim.warmup_steps) == (30, 3)
+    assert in_steps(stage.config(), 0).optim.warmup_steps == 3
 
     shutil.rmtree(pets)
     touch(pets, *(f"{name}/{n}.jpg" for name in "cj" for n in range(4)))
@@ -233,8 +234,7 @@ def test_runs_on_own_images_get_a_micro_batch_that_fits_and_keep_it(
 def test_labels_alone_need_no_teacher(pets: Path) -> None:
     (stage,) = planned("pets", "--method", "dho", "loss.method=ce", "--epochs", "8", "batch_size=4")
     cfg = stage.config()
-    train = len(SCRIPT["load_set"]("folder:pets").splits["train"])
-    assert (cfg.teacher.model, cfg.labelled_images, cfg.steps) == ("", 4, -(-8 * train // 4))
+    assert (cfg.teacher.model, cfg.labelled_images, cfg.steps) == ("", 4, "8ep")
 
 
 def test_vl2v_holds_out_the_last_domain_or_the_named_one(
@@ -253,10 +253,10 @@ def test_vl2v_holds_out_the_last_domain_or_the_named_one(
         *["runs/d_vl2v_adip"] * 2,
     )
     assert first.fold.test_domain == second.fold.test_domain == "y"
-    assert first.batch_size == 64 and first.steps == second.steps == 1000
+    assert first.batch_size == 64 and first.steps == second.steps == "max(1000, 20ep)"
     assert not second.swad.enabled and second.student.backbone.startswith("timm:vit_small_patch16_224.")
     align, _ = planned("d", "--method", "vl2v_adip", "--hold-out", "07", "--epochs", "1")
-    assert align.config().fold.test_domain == "07" and align.config().steps == 1
+    assert align.config().fold.test_domain == "07" and align.config().steps == "1ep"
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -323,7 +323,7 @@ def test_promptkd_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "names.txt").write_text("Cat\nDog\nred fox\n")
     output = distil(
         tmp_path, "pets", "--method", "promptkd", "--classes", "names.txt", "--student", "local-dir:teacher",
-        "--epochs", "2", "teacher:epochs=1", "batch_size=4", "teacher:prompts.image_depth=1",
+        "--epochs", "2", "teacher:steps=1ep", "batch_size=4", "teacher:prompts.image_depth=1",
         "teacher:prompts.text_depth=1", "student:prompts.depth=1",
     )  # fmt: skip
     out = tmp_path / "runs/pets_promptkd"

@@ -144,7 +144,7 @@ def tinyclip_mask(place: Place) -> Path:
 
 def promptkd_teacher(place: Place) -> Path:
     fields = {
-        "epochs": 10,  # of two steps: four images of each base class
+        "steps": "10ep",  # of two steps: four images of each base class
         "batch_size": 3,
         "shots": 4,
         "data": {"set": f"folder:{place.folder / 'images'}", "workers": 0},
@@ -165,7 +165,7 @@ def promptkd_teacher(place: Place) -> Path:
 
 def promptkd_student(place: Place) -> Path:
     fields = {
-        "epochs": 4,  # of five steps
+        "steps": "4ep",  # of five steps
         "batch_size": 6,
         "data": {"set": f"folder:{place.folder / 'images'}", "workers": 0},
         "student": {"model": place.model("small")},

@@ -60,68 +60,11 @@ def test_warmup_stable_decay() -> None:
     assert lr_factor(9, 10, OptimConfig(warmup_steps=2, schedule="constant")) == 1.0
 
 
-def rates(optim: OptimConfig, steps: int) -> list[float]:
-    """Learning rate of every step."""
-    return [lr_factor(step, steps, optim) * optim.lr for step in range(steps)]
-
-
 def test_everything_is_decayed_when_asked_for() -> None:
     module = nn.ModuleDict({"fc": nn.Linear(3, 2), "bn": nn.BatchNorm1d(2)})
     (group,) = decay_groups(module, OptimConfig(weight_decay=0.1, decay_all=True))
     assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters()}
     assert group["weight_decay"] == 0.1
-
-
-@pytest.mark.parametrize("steps_per_epoch", [1, 7])
-def test_promptkds_rate_changes_between_epochs_only(steps_per_epoch: int) -> None:
-    published = [1e-5, .005, .00496922, .00487764, .00472752, .00452254, .00426777, .00396946, .00363498, .00327254,
-                 .00289109, .0025, .00210891, .00172746, .00136502, .00103054, .00073223, .00047746, .00027248,
-                 .00012236]  # fmt: skip
-    optim = OptimConfig(
-        lr=0.005,
-        schedule="epoch_cosine",
-        steps_per_epoch=steps_per_epoch,
-        first_epoch_lr=1e-5,
-        warmup_steps=0,
-    )
-    found = rates(optim, 20 * steps_per_epoch)
-    expected = [rate for rate in published for _ in range(steps_per_epoch)]
-    assert found == pytest.approx(expected, abs=5e-9)
-
-
-def test_dhos_fine_grained_rate_rises_from_zero_and_falls_linearly() -> None:
-    optim = OptimConfig(lr=1e-3, schedule="linear", warmup_steps=20)  # 10 % of 200 epochs of one step
-    found = rates(optim, 200)
-    assert found[0] == 0.0
-    assert [found[step] for step in (1, 10, 20)] == pytest.approx([5e-5, 5e-4, 1e-3])
-    assert [found[step] for step in (110, 199)] == pytest.approx([5e-4, 1e-3 / 180])
-
-
-def test_dhos_low_shot_rates() -> None:
-    total, warmup = 158_528, 5000  # the 1 % split: 4,954 steps times 32
-    compat = OptimConfig(lr=5e-5, schedule="warmup_times_cosine", warmup_steps=warmup)
-    at = {step: lr_factor(step, total, compat) * compat.lr for step in (0, 2500, 5000, total - warmup, total)}
-    assert at[0] == pytest.approx(5e-7)
-    assert at[2500] == pytest.approx(5e-5 * 0.505 * 0.5 * (1 + math.cos(math.pi * 2500 / (total - warmup))))
-    assert at[5000] == pytest.approx(4.987e-5, abs=5e-9)
-    assert at[total - warmup] == pytest.approx(0.0, abs=1e-18)
-    assert at[total] == pytest.approx(1.3e-7, abs=5e-9)
-    clean = OptimConfig(lr=5e-5, schedule="cosine", warmup_steps=warmup)
-    assert lr_factor(warmup, total, clean) == 1.0
-    assert lr_factor(total, total, clean) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_the_low_shot_product_is_what_torchs_schedulers_give() -> None:
-    optim = OptimConfig(lr=5e-5, schedule="warmup_times_cosine", warmup_steps=10)
-    weight = nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([weight], lr=optim.lr)
-    warm = torch.optim.lr_scheduler.LinearLR(sgd, start_factor=0.01, total_iters=10)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=50)
-    for rate in rates(optim, 60)[:50]:
-        assert sgd.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-6, abs=1e-15)
-        sgd.step()
-        warm.step()
-        cosine.step()
 
 
 def test_moving_average_is_the_textbook_sum_even_from_bf16_weights() -> None:

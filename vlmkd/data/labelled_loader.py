@@ -289,7 +289,7 @@ class LabelledLoader:
         self._rank, self._world_size, self._accumulation = rank, world_size, accumulation
         self._workers, self._max_bad_share, self._keep_mb = workers, max_bad_share, keep_encoded_mb
         self.batch_size = sum(stream.batch for stream in streams.values()) // (world_size * accumulation)
-        self._pass = sum(len(stream.items) for stream in streams.values())
+        self.samples_per_epoch = sum(len(stream.items) for stream in streams.values())
         self._digests = {name: _digest(stream.items) for name, stream in streams.items()}
         self._delivered = 0
         self._read = 0
@@ -341,7 +341,7 @@ class LabelledLoader:
                     "skipped %s: %s %s (%d such on rank %d so far)",
                     bad.name, bad.reason, bad.detail, count, self._rank,
                 )  # fmt: skip
-        if self._read >= min(_MIN_READ, self._pass):
+        if self._read >= min(_MIN_READ, self.samples_per_epoch):
             self.check_bad_share()
 
     def check_bad_share(self) -> None:

@@ -46,6 +46,8 @@ class Loader(Protocol):
 
     skipped: dict[str, int]
     """Bad samples so far on this rank, by reason."""
+    samples_per_epoch: int
+    """Samples of one pass over the data, of all ranks together; 0: not known."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current state on."""
@@ -348,6 +350,7 @@ class ShardLoader:
         self._cfg, self._shard_lists, self._pipeline, self._spec = cfg, shard_lists, pipeline, image_spec
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._topology, self._salt = topology, salt
+        self.samples_per_epoch = cfg.samples_per_epoch
         self._delivered = 0
         self._states: list[dict[str, Any] | None] = [None] * max(cfg.workers, 1)
         self._read = 0

@@ -76,6 +76,7 @@ class SyntheticLoader:
         self._batch_size, self._spec = micro_batch_size, image_spec
         self._pipeline = Pipeline(cfg, image_spec, tokenizer, teacher_views)
         self._delivered = 0
+        self.samples_per_epoch = cfg.synthetic_samples
         self._order: tuple[int, list[int]] = (-1, [])
         self.skipped: dict[str, int] = {}
 

@@ -63,13 +63,10 @@ def main(
     config_class: type[C],
     build: Callable[[C], Job],
     argv: list[str] | None = None,
-    *,
-    resolve: Callable[[C], C] | None = None,
 ) -> None:
     """Entry point of every train script: `CONFIG.yaml [MORE.yaml ...] [field=value ...] [--help] [--dry-run]`.
 
-    `resolve` fills in what follows from the data, such as the steps of an epoch; the run is that of its result, a dry
-    run shows the config before it. Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a
+    Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a
     SIGTERM whose state is saved.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -86,7 +83,6 @@ def main(
             lookup.check_names(asdict(cfg))
             print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
             return
-        cfg = cfg if resolve is None else resolve(cfg)
         with _run_folder(cfg):
             _run(cfg, build, generated)
         engine.stop_ranks()
@@ -121,7 +117,8 @@ def _exit_with(mistake: str) -> NoReturn:
     sys.exit(2)
 
 
-def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
+def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
+    cfg: RunConfig = given
     run_dir = Path(cfg.run_dir)
     if (run_dir / "done.json").is_file():
         print(f"run {run_dir} is complete; export: {run_dir / 'export'} (delete the folder to run it again)")
@@ -133,9 +130,10 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
     engine.start_ranks()
     _seed(cfg.seed)
     start_console(run_dir)
-    job = build(cfg)
+    job = build(given)
+    cfg = job.cfg
     if distributed.is_main():
-        _write_origin(run_dir, cfg, generated)
+        _write_origin(run_dir, given, generated)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
     student_parameters = sum(p.numel() for p in job.task.student.parameters())
     log.info(
@@ -161,7 +159,9 @@ def _run(cfg: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
         metrics.close()
 
 
-def _finish(cfg: C, job: Job, around: engine.Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
+def _finish(
+    cfg: RunConfig, job: Job, around: engine.Engine, metrics: Metrics, run_dir: Path, step: int
+) -> None:
     """Final evaluation of student and teachers, export, and its check in a fresh process."""
     student = job.task.predictor()
     results = {"student": trainer.evaluate(cfg, job.evaluators, student, around, metrics, step)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmkd.train.timing import Stopwatch
 
 if TYPE_CHECKING:
-    from vlmkd.config import OptimConfig
+    from vlmkd.config import OptimConfig, RunConfig
     from vlmkd.evaluation.base import Result
 
 Batch = dict[str, Any]
@@ -72,6 +72,12 @@ class Task:
         from vlmkd.train.optim import decay_groups
 
         return decay_groups(self.student, optim)
+
+    def lr_factor(self, step: int, cfg: RunConfig) -> float:
+        """Learning rate at optimiser step `step` as a share of the peak."""
+        from vlmkd.train.optim import lr_factor
+
+        return lr_factor(step, cfg.steps, cfg.optim)
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """Parameters that the engine clamps to [low, high] after each optimiser step, master weights included."""

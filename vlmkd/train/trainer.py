@@ -26,7 +26,6 @@ from vlmkd.files import write_json
 from vlmkd.train import checkpoint
 from vlmkd.train.engine import Engine, batch_triple
 from vlmkd.train.metrics import Metrics, duration
-from vlmkd.train.optim import lr_factor
 from vlmkd.train.task import Batch, StepOutput, Task
 from vlmkd.train.timing import peak_tflops
 
@@ -44,6 +43,8 @@ _RECENT_LINES = 5
 class Job:
     """What a project's `build(cfg)` returns."""
 
+    cfg: RunConfig
+    """The run's config, its durations in steps (see `vlmkd.train.durations`)."""
     task: Task
     loader: Loader
     evaluators: list[Evaluator]
@@ -79,7 +80,7 @@ def fit(
     last_save = time.monotonic()
     with _sigterm() as terminated, worker_deaths():
         for step in range(start, cfg.steps):
-            lr = engine.set_lr(lr_factor(step, cfg.steps, cfg.optim))
+            lr = engine.set_lr(job.task.lr_factor(step, cfg))
             torch.manual_seed(stream_seed(cfg.seed, distributed.rank(), step, "step"))
             with window.data_wait():
                 parts = [next(batches) for _ in range(accumulation)]
@@ -161,7 +162,7 @@ def save_state(
     cfg: RunConfig, job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False
 ) -> None:
     """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: the task ended the run here."""
-    shared = {"step": step, "ended": ended, "task": job.task.state()}
+    shared = {"step": step, "steps": cfg.steps, "ended": ended, "task": job.task.state()}
     per_rank = {"loader": job.loader.state_dict()}
     checkpoint.save(state_dir, step, engine, shared=shared, per_rank=per_rank, keep=cfg.checkpoint.keep)
     log.info("saved %s", state_dir / f"step_{step:06d}")
@@ -173,6 +174,11 @@ def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
     if folder is None:
         return 0, False
     shared, own = checkpoint.load(folder, engine)
+    if shared["steps"] != job.cfg.steps:
+        raise UserError(
+            f"the run of {folder} was {shared['steps']} steps long and is now {job.cfg.steps}: its data have changed; give "
+            "it the same data, or choose another run_dir"
+        )
     job.task.load_state(shared["task"])
     job.loader.load_state_dict(own["loader"])
     log.info("resumed from %s", folder)

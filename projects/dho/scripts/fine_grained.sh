@@ -8,16 +8,15 @@
 # Tip-Adapter-F. Methods without labels are one run a set, as long as 16 shots'.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-classes() { # of SET
+steps_without_labels() { # of SET: 200 epochs of 16 shots a class in batches of 64
     case "$1" in
-        caltech101 | fgvc_aircraft) echo 100 ;;
-        food101 | ucf101) echo 101 ;;
-        dtd) echo 47 ;;
-        eurosat) echo 10 ;;
-        oxford_flowers) echo 102 ;;
-        oxford_pets) echo 37 ;;
-        stanford_cars) echo 196 ;;
-        sun397) echo 397 ;;
+        caltech101 | fgvc_aircraft) echo 5000 ;;
+        food101 | oxford_flowers | ucf101) echo 5200 ;;
+        dtd) echo 2400 ;;
+        eurosat) echo 600 ;;
+        oxford_pets) echo 2000 ;;
+        stanford_cars) echo 9800 ;;
+        sun397) echo 20000 ;;
         *) fail "SETS names $1, which is none of the ten sets" ;;
     esac
 }
@@ -26,20 +25,19 @@ classes() { # of SET
 # 64 unlabelled ones, AdamW at 1e-3, a tenth of the steps as warm-up and a linear fall; alpha and beta are
 # searched once an epoch on the validation images.
 run() { # SHOTS NAME [field=value ...]
-    local epoch=$((($1 * $(classes "$set") + 63) / 64)) # labelled batches
     bash scripts/launch.sh projects/dho/train_student.py "$configs/fine_grained.yaml" \
         "$configs/teachers/clip_rn50.yaml" "$configs/students/${STUDENT:-resnet18}.yaml" "$configs/sets/$set.yaml" \
-        run_dir="$runs/dho_$set/$2_s1" data.root="$ROOT" split.shots="$1" steps=$((200 * epoch)) \
-        optim.warmup_steps=$((20 * epoch)) evaluation.every_steps="$epoch" loss.method="$method" "${@:3}"
+        run_dir="$runs/dho_$set/$2_s1" data.root="$ROOT" split.shots="$1" \
+        loss.method="$method" "${@:3}"
 }
 
 for set in ${SETS:-caltech101 dtd eurosat fgvc_aircraft food101 oxford_flowers oxford_pets stanford_cars sun397 ucf101}; do
-    classes "$set" > /dev/null
+    steps="$(steps_without_labels "$set")"
     for method in ${METHODS:-dho ce_kd pcgrad}; do
         # Without labels: the whole batch is unlabelled, and there is one run whatever SHOTS is.
         case "$method" in
             kd | kd_feature)
-                run 16 "${method}_none" split.shots=0 split.percent=0 "$@"
+                run 16 "${method}_none" split.shots=0 split.percent=0 steps="$steps" evaluation.every_steps=0.5% "$@"
                 continue
                 ;;
         esac

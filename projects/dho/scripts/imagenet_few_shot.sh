@@ -14,11 +14,10 @@
 # unlabelled ones, AdamW at 1e-3 with a cosine to zero; alpha and beta are searched once an epoch on held-out
 # training images.
 run() { # SHOTS NAME [field=value ...]
-    local epoch=$(((1281167 - 1000 * $1 + 255) / 256)) # unlabelled batches
     bash scripts/launch.sh projects/dho/train_student.py "$configs/imagenet_few_shot.yaml" \
         "$configs/teachers/clip_rn50.yaml" "$configs/students/$model.yaml" ${FIXED:+"$configs/add/fixed_mixture.yaml"} \
         run_dir="$runs/dho_imagenet_$model${FIXED:+_fixed}/$2_s1" data.root="$ROOT" split.shots="$1" \
-        steps=$((20 * epoch)) evaluation.every_steps="$epoch" ${weights[@]+"${weights[@]}"} loss.method="$method" "${@:3}"
+        ${weights[@]+"${weights[@]}"} loss.method="$method" "${@:3}"
 }
 
 for model in resnet18_scratch resnet50_dino; do

@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in
     first) runs="${RUNS:-runs/promptkd_emoji}" seeds="${SEEDS:-1}" length=() ;;
-    full) runs="${RUNS:-runs/promptkd_emoji_full}" seeds="${SEEDS:-1 2 3}" length=(shots=0 epochs=4) ;;
+    full) runs="${RUNS:-runs/promptkd_emoji_full}" seeds="${SEEDS:-1 2 3}" length=(shots=0 steps=4ep) ;;
     *) echo "nano.sh: LENGTH is $LENGTH; use full, or leave it out" >&2; exit 2 ;;
 esac
 extra=("$@")
@@ -35,9 +35,9 @@ bash scripts/launch.sh projects/promptkd/build_bank.py data.set=emoji out="$runs
     teacher.prompts="$runs/teacher/export"
 stored=(class_vectors="$runs/class_vectors.safetensors")
 for seed in $seeds; do
-    student "student_s$seed" seed="$seed" evaluate_every_epochs=1 "${stored[@]}" ${length[@]+"${length[@]}"}
+    student "student_s$seed" seed="$seed" evaluation.every_steps=1ep "${stored[@]}" ${length[@]+"${length[@]}"}
 done
-short=(epochs=1 shots=8 log.every_steps=2)
+short=(steps=1ep shots=8 log.every_steps=2)
 student stored_class_vectors "${stored[@]}" "${short[@]}"
 student text_every_step text_every_step=true "${short[@]}"
 

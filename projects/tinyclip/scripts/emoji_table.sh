@@ -39,7 +39,7 @@ stage() { # NAME INIT START TARGET STEPS FREEZE
     bash scripts/launch.sh projects/tinyclip/train_mask.py "$configs/base.yaml" "$configs/mask.yaml" \
         run_dir="$runs/$1_mask" seed="$seed" steps=$(($5 / 3)) student.model="$2" masks.start_sparsity="$3" \
         masks.target_sparsity="$4" masks.lr="$rate" masks.multiplier_lr="$rate" \
-        masks.sparsity_warmup_steps=$(($5 / 6)) masks.freeze_pruned="$6" "${cached[@]}" evaluation.retrieval=[] "${extra[@]}"
+        masks.freeze_pruned="$6" "${cached[@]}" evaluation.retrieval=[] "${extra[@]}"
     distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
 }
 

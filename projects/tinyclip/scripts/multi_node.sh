@@ -8,7 +8,7 @@
 # says what DATA and IMAGENET are. RUNS must be a folder that all machines see, because a stage starts from
 # the one before. The global batch stays 8,192 (256 a GPU on 4 x 8). The reference's docs use 1,024 a GPU on
 # 32 GPUs:
-#   batch_size=32768 steps=73242                     (manual recipes; 6 epochs of 400M)
+#   batch_size=32768                                 (manual recipes; six epochs in either case)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 

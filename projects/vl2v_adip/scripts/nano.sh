@@ -11,11 +11,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 case "${LENGTH:-first}" in
-    first) runs=runs/vl2v_nano seeds=0 stages="erm align distill" steps=60 looks=5 ;;
-    full) runs=runs/vl2v_full seeds="0 1 2" stages="erm kd_cos align distill" steps=200 looks=10 ;;
+    first) runs=runs/vl2v_nano seeds=0 stages="erm align distill" steps=60 every=20% ;;
+    full) runs=runs/vl2v_full seeds="0 1 2" stages="erm kd_cos align distill" steps=200 every=10% ;;
     *) echo "nano.sh: LENGTH=$LENGTH; it is first or full" >&2; exit 2 ;;
 esac
-export RUNS="${RUNS:-$runs}" steps="${STEPS:-$steps}" looks
+export RUNS="${RUNS:-$runs}" steps="${STEPS:-$steps}" every
 
 OMP_NUM_THREADS=2 bash scripts/launch.sh data_tools/embed_labelled.py --set emoji-domains --model zoo:tinyclip-emoji-teacher --views 2 \
     --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 --grayscale 0.1 --threads 2 --out "$RUNS/teacher_outputs"
@@ -23,10 +23,9 @@ OMP_NUM_THREADS=2 bash scripts/launch.sh data_tools/embed_labelled.py --set emoj
 # Two runs of one thread each at a time: every line of theirs begins with its stage, held-out domain and seed.
 export OMP_NUM_THREADS=1 stage
 fold() { # "DOMAIN SEED" [key=value ...]
-    local domain seed looks="$looks" given=(steps="$steps" select_from_step=$((steps / 3)))
+    local domain seed given=(steps="$steps")
     read -r domain seed <<< "$1"
-    case "$stage" in align | lp) looks=2 ;; esac
-    given+=(evaluation.every_steps=$(((steps + looks - 1) / looks)))
+    case "$stage" in align | lp) ;; *) given+=(evaluation.every_steps="$every") ;; esac
     case "$stage" in erm | miro | lp | lp_ft) ;; *) given+=(data.teacher_outputs="$RUNS/teacher_outputs") ;; esac
     bash projects/vl2v_adip/scripts/run.sh "$stage" emoji_lite0 emoji "$domain" fold.trial_seed="$seed" \
         "${given[@]}" "${@:2}" 2>&1 | sed -u "s/^/[$stage $domain $seed] /"

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from projects.promptkd.config import BankConfig, StudentConfig, TeacherConfig, with_steps
+from projects.promptkd.config import BankConfig, StudentConfig, TeacherConfig
 from projects.promptkd.gaussian import GaussianAverage
+from projects.promptkd.objective import epoch_cosine
 from projects.promptkd.protocols import held_out, student_protocol, teacher_protocol
 from vlmkd import config
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.errors import UserError
-from vlmkd.train.optim import lr_factor
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "projects" / "promptkd" / "configs"
@@ -26,6 +26,9 @@ RATES = [
     1e-5, .005, .00496922, .00487764, .00472752, .00452254, .00426777, .00396946, .00363498, .00327254, .00289109,
     .0025, .00210891, .00172746, .00136502, .00103054, .00073223, .00047746, .00027248, .00012236,
 ]  # fmt: skip
+
+
+LOOKS: dict[str, Any] = {"evaluation.every_steps": "1ep"}
 
 
 def load(stage: str, *names: str, **fields: Any) -> Any:
@@ -48,7 +51,7 @@ def test_rows_of_the_published_table(
     name: str, batch: int, lr: float, epochs: int, depth: int, gpa: tuple[int, int], classes: str
 ) -> None:
     cfg = load("teacher", name)
-    assert (cfg.batch_size, cfg.optim.lr, cfg.epochs, cfg.classes) == (batch, lr, epochs, classes)
+    assert (cfg.batch_size, cfg.optim.lr, cfg.steps, cfg.classes) == (batch, lr, f"{epochs}ep", classes)
     assert (cfg.prompts.image_depth, cfg.prompts.text_depth) == (depth, depth)
     assert (cfg.average.mean, cfg.average.std) == gpa
     assert (cfg.optim.momentum, cfg.optim.weight_decay, cfg.optim.decay_all) == (0.9, 5e-4, True)
@@ -57,29 +60,23 @@ def test_rows_of_the_published_table(
 def test_students_of_the_published_table() -> None:
     for name, depth in (("base2novel", 9), ("cross_dataset", 3), ("domain_generalization", 3)):
         cfg = load("student", name)
-        assert (cfg.batch_size, cfg.optim.lr, cfg.epochs, cfg.prompts.depth) == (8, 0.005, 20, depth)
+        assert (cfg.batch_size, cfg.optim.lr, cfg.steps, cfg.prompts.depth) == (8, 0.005, "20ep", depth)
         assert (cfg.loss.weight, cfg.loss.temperature, cfg.loss.reduction) == (1000.0, 1.0, "element")
     assert load("student", "base2novel", "sets/weight_200").loss.weight == 200.0
     assert load("student", "base2novel", "add/batch_256").optim.lr == 0.16
     late = load("teacher", "promptsrc_few_shot_b16", "sets/few_shot_late")
-    assert (late.average.mean, late.average.std, late.epochs) == (45.0, 5.0, 50)
+    assert (late.average.mean, late.average.std, late.steps) == (45.0, 5.0, "50ep")
 
 
 def test_the_learning_rate_and_the_average_are_the_published_ones() -> None:
-    cfg = with_steps(load("student", "base2novel"), 8 * 11 + 5)  # 11 whole batches an epoch
-    assert (cfg.steps, cfg.optim.steps_per_epoch) == (220, 11)
-    rates = [cfg.optim.lr * lr_factor(step, cfg.steps, cfg.optim) for step in range(0, 220, 11)]
-    assert rates == pytest.approx(RATES, abs=5e-9)
-    assert cfg.optim.lr * lr_factor(10, cfg.steps, cfg.optim) == pytest.approx(1e-5)
+    optim = load("student", "base2novel").optim
+    assert [optim.lr * epoch_cosine(epoch, 20, optim) for epoch in range(20)] == pytest.approx(
+        RATES, abs=5e-9
+    )
     average = GaussianAverage(20, 15.0, 1.0).coefficients
     assert average[10:19] == pytest.approx(
         [.00013, .00443, .05399, .24197, .39894, .24197, .05399, .00443, .00013], abs=5e-6
     )  # fmt: skip
-    assert with_steps(cfg, 93) == cfg
-    selected = with_steps(load("student", "base2novel", select="upstream"), 93)
-    assert selected.evaluation.every_steps == 11
-    with pytest.raises(UserError, match="batch_size is 8, more than the 7 training images"):
-        with_steps(cfg, 7)
 
 
 def labelled(train: int = 20, val: int = 3, test: int = 4) -> LabelledSet:
@@ -97,7 +94,7 @@ def labelled(train: int = 20, val: int = 3, test: int = 4) -> LabelledSet:
 
 
 def test_a_teacher_sees_base_labels_and_a_student_sees_none() -> None:
-    cfg = load("teacher", "teacher_base2novel", select="val")
+    cfg = load("teacher", "teacher_base2novel", select="val", **LOOKS)
     protocol = teacher_protocol(cfg, labelled())
     assert protocol.train_classes == [0, 1, 2] and len(protocol.train) == 3 * 16
     assert {item.label for item in protocol.train} == {0, 1, 2}
@@ -113,7 +110,7 @@ def test_a_teacher_sees_base_labels_and_a_student_sees_none() -> None:
     across = student_protocol(load("student", "cross_dataset"), labelled())
     assert across.test.groups == {} and across.selection_metric == "top1"
     with pytest.raises(UserError, match="five has no validation images"):
-        student_protocol(load("student", "base2novel", select="val"), labelled(val=0))
+        student_protocol(load("student", "base2novel", select="val", **LOOKS), labelled(val=0))
 
 
 def test_domain_generalization_holds_images_out_unless_told_not_to(caplog: pytest.LogCaptureFixture) -> None:
@@ -133,13 +130,17 @@ def test_domain_generalization_holds_images_out_unless_told_not_to(caplog: pytes
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 7}, "steps follows from epochs"),
+        ({"select": "upstream"}, "select is upstream, but evaluation.every_steps is 0"),
+        ({"optim.warmup_steps": 5}, "optim.warmup_steps is 5, but epoch_cosine"),
         ({"deepspeed.precision": "bf16"}, "set autocast=bf16"),
         ({"deepspeed.zero_stage": 3}, "deepspeed.zero_stage is 3"),
         ({"text_every_step": "true", "class_vectors": "a"}, "text_every_step computes"),
         ({"loss.weight": 0}, "loss.weight is 0"),
         ({"teacher.prompts": "", "teacher.clip.model": ""}, "teacher is empty"),
-        ({"protocol": "domain_generalization", "select": "val"}, "select is val"),
+        (
+            {"protocol": "domain_generalization", "select": "val", "evaluation.every_steps": "1ep"},
+            "select is val",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -121,7 +121,7 @@ def run(root: Path, zygote: Zygote) -> Run:
 def place(root: Path, run: Run) -> Path:
     """The same folder with a trained teacher."""
     fields = {
-        "epochs": 3,
+        "steps": "3ep",
         "batch_size": 3,
         "shots": 2,
         "clip": {"model": f"local-dir:{root / 'large'}"},
@@ -143,7 +143,7 @@ def place(root: Path, run: Run) -> Path:
 def student_fields(root: Path, **fields: Any) -> dict[str, Any]:
     """A student run of two epochs."""
     return {
-        "epochs": 2,
+        "steps": "2ep",
         "batch_size": 5,
         "student": {"model": f"local-dir:{root / 'small'}"},
         "prompts": {"depth": 2, "length": 2},
@@ -233,7 +233,7 @@ def test_cached_and_recomputed_class_vectors_give_the_same_student(
 
 
 def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Run, tmp_path: Path) -> None:
-    fields = student_fields(place, select="upstream", seed=7)
+    fields = student_fields(place, select="upstream", seed=7, evaluation={"every_steps": "1ep"})
     export = run("selected_s7", "student", fields)
     evaluations = [line for line in lines(export.parent, "eval") if line["model"] == "student"]
     assert len(evaluations) == 2
@@ -336,7 +336,7 @@ def test_without_a_label_the_student_is_compared_with_its_teacher(place: Path, r
     (place / "names.txt").write_text("\n".join(NAMES))
     fields = student_fields(
         place,
-        epochs=1,
+        steps="1ep",
         protocol="cross_dataset",
         teacher={"clip": {"model": f"local-dir:{place / 'large'}"}},
         data={"set": f"folder:{folder}", "class_names": str(place / "names.txt")},

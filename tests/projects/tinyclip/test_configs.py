@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 
 from projects.tinyclip.config import DistillConfig, MaskConfig
 from vlmkd import config
+from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 
 ROOT = Path(__file__).parents[3]
@@ -45,9 +46,10 @@ def command_of(path: Path) -> list[str]:
 
 @cache
 def loaded(*words: str) -> Any:
-    """The config of a command `projects/tinyclip/train_X.py YAML ... field=value ...`."""
+    """The config of a command `projects/tinyclip/train_X.py YAML ... field=value ...`, its lengths in steps."""
     module = words[0].removesuffix(".py").replace("/", ".")
-    return config.load(CLASSES[module], [word if "=" in word else str(ROOT / word) for word in words[1:]])
+    cfg = config.load(CLASSES[module], [word if "=" in word else str(ROOT / word) for word in words[1:]])
+    return in_steps(cfg, cfg.data.samples_per_epoch // cfg.batch_size)
 
 
 def published(name: str) -> Any:

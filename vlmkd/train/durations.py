@@ -1,0 +1,68 @@
+"""Lengths of a run and its parts, in whatever unit their paper gives them, as optimiser steps.
+
+`5000` steps, `20ep` epochs, `1e6ex` examples, `10%` of the run's steps, `max(500, 12ep)` and `min(100, 20%)`. Fields
+that take them have the types `Duration` and `Length`; `in_steps` replaces them all once the data are known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, TypeVar
+
+from vlmkd.config import DURATION, RunConfig, is_duration
+from vlmkd.errors import UserError
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def in_steps(cfg: C, steps_per_epoch: int) -> C:
+    """`cfg` with every duration as optimiser steps; `steps_per_epoch` is 0 where nobody knows.
+
+    An epoch has a whole number of steps; examples that fill no batch are dropped; a share is rounded. What is longer
+    than nothing has a step at least.
+
+    Raises:
+        UserError: epochs of data whose size is not known, a run that is a share of itself, or numbers that do not fit.
+    """
+    units = {"ex": 1 / cfg.batch_size, "ep": float(steps_per_epoch)}
+    whole = _steps_of(cfg.steps, "steps", units)
+    return typing.cast(C, _resolved(dataclasses.replace(cfg, steps=whole), "", units | {"%": whole / 100}))
+
+
+def _resolved(cfg: Any, prefix: str, units: dict[str, float]) -> Any:
+    """A config or part of one with its durations replaced."""
+    changed: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, name)
+        if dataclasses.is_dataclass(value):
+            changed[name] = _resolved(value, f"{prefix}{name}.", units)
+        elif is_duration(hint):
+            changed[name] = _steps_of(value, prefix + name, units)
+    return dataclasses.replace(cfg, **changed)
+
+
+def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
+    """Steps of one duration; `units` are the steps of an example, an epoch and a hundredth of the run."""
+    if isinstance(value, int):
+        return value
+    found = DURATION.fullmatch(value)
+    assert found is not None, "the type of the field was checked"
+    if found["bound"]:
+        parts = [
+            _steps_of(int(text) if text.isdecimal() else text, path, units)
+            for text in (found["a"], found["b"])
+        ]
+        return max(parts) if found["bound"] == "max" else min(parts)
+    number, unit = float(found["number"]), found["unit"]
+    if unit == "%" and unit not in units:
+        raise UserError(
+            f"config field {path} is {value}, a share of itself; give steps, epochs (ep) or examples (ex)"
+        )
+    if unit == "ep" and not units[unit]:
+        raise UserError(
+            f"config field {path} is {value}, but how many whole batches these data are is not known, or none; give steps "
+            "or examples (1e6ex), a smaller batch_size, or for shards data.samples_per_epoch"
+        )
+    steps = number * units[unit]
+    return max(int(number > 0), int(steps + 1e-6) if unit == "ex" else round(steps))
