@@ -10,7 +10,7 @@
 
 percentages="${PERCENT:-1 10}"
 for percent in $percentages; do
-    case "$percent" in # 32 passes over the unlabelled images in batches of 256
+    case "$percent" in
         1 | 10) ;;
         *) fail "PERCENT has $percent; the published lists are 1 and 10" ;;
     esac
