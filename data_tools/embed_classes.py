@@ -1,14 +1,9 @@
-r"""Write the class vectors of a labelled set: what a teacher's text side says about its classes, prompt by prompt.
+"""Write the class vectors of a labelled set: what a teacher's text side says about its classes, prompt by prompt.
 
     python data_tools/embed_classes.py --set emoji --model zoo:tinyclip-emoji-teacher --out vectors.safetensors
-    python data_tools/embed_classes.py --set office_home --root data --templates 'a photo of a {}' \
-        --black-box https://HOST/embed --token-env TOKEN --teacher-id vendor-v3 --dim 512 --ledger ledger.sqlite \
-        --max-queries 15653 --out vectors.safetensors
 
 Runs name the file in `teacher.class_vectors` (DHO, VL2V-ADiP) or `class_vectors` (PromptKD; a prompted teacher's are written by
-its build_bank.py). A black box is asked for each prompt of each class through the same ledger as for images
-(data_tools/embed_labelled.py), once and for all: a further call, another set that shares classes, or an interrupted call
-pays for new prompts only. The budget is that of the teacher in the ledger, for images and texts together.
+its build_bank.py). A teacher that is paid per query is asked by projects/vl2v_adip/ask.py.
 """
 
 from __future__ import annotations
@@ -23,18 +18,15 @@ import torch
 
 from vlmkd import teacher_options
 from vlmkd.class_names import read_templates
-from vlmkd.data.ledger import Prices, text_query
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import check_writable
-from vlmkd.models.class_vectors import class_prompts, encode_classes
-from vlmkd.predictors import TextEncoder
+from vlmkd.models.class_vectors import encode_classes
 
 
 def main(argv: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    parser, box_only = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
     if Path(args.out).suffix != ".safetensors":
@@ -44,14 +36,7 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(args.threads)
     dataset = load_set(args.set, args.root)
     templates = chosen_templates(args.templates, dataset.templates)
-    encoder: TextEncoder
-    paid = ""
-    if args.black_box:
-        box = teacher_options.ledger(args, Prices(text=args.price or 0.0))
-        asked = box.require_budget(text_query(text) for text in class_prompts(dataset.class_names, templates))
-        encoder, digest, paid = box, box.digest, f", {asked} texts asked"
-    else:
-        encoder, digest = teacher_options.encoder(args, box_only)
+    encoder, digest = teacher_options.encoder(args)
     vectors = encode_classes(
         encoder, dataset.class_names, templates, args.normalise, teacher_digest=digest,
         batch_size=args.batch_size,
@@ -59,7 +44,7 @@ def main(argv: list[str]) -> int:
     vectors.save(Path(args.out))
     print(
         f"{args.out}: {len(vectors.class_names)} classes, {len(templates)} prompts each, by {vectors.teacher}, "
-        f"digest {vectors.digest[:12]}{paid}"
+        f"digest {vectors.digest[:12]}"
     )
     return 0
 
@@ -71,7 +56,7 @@ def chosen_templates(given: list[str], own: list[str]) -> list[str]:
     return given or own
 
 
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,9 +67,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("--templates", nargs="+", default=[], metavar="T",
         help="prompts with {} for the class, or one of: openai (80), simple (7), a text file; default: the set's own")  # fmt: skip
     add("--normalise", choices=["each_and_mean", "each", "mean", "none"], default="each_and_mean",
-        help="which vectors are made unit vectors: each prompt's, the mean (a black box gives unit vectors only)")  # fmt: skip
-    add("--batch-size", type=int, default=64, help="prompts per forward pass, or per call")
-    return parser, teacher_options.add_options(parser)
+        help="which vectors are made unit vectors: each prompt's, the mean")  # fmt: skip
+    add("--batch-size", type=int, default=64, help="prompts per forward pass")
+    teacher_options.add_options(parser)
+    return parser
 
 
 if __name__ == "__main__":

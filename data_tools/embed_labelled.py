@@ -1,13 +1,10 @@
-r"""Store a teacher's image embeddings of a labelled set, so that training needs no teacher.
+"""Store a teacher's image embeddings of a labelled set, so that training needs no teacher.
 
     python data_tools/embed_labelled.py --set emoji --model zoo:NAME --views 4 --out outputs
-    python data_tools/embed_labelled.py --set office_home --root data --clean --out outputs \
-        --black-box https://HOST/embed --token-env TOKEN --teacher-id vendor-v3 --dim 512 --ledger ledger.sqlite --max-queries 15588
 
 Name the folder in `data.teacher_outputs`, with the same crop options in `data`. `--clean` embeds the whole picture once
 instead of drawn views (`data.teacher_view=clean`). An interrupted call continues where it stopped; images that are there
-already are not embedded again. A black-box teacher (vlmkd/models/black_box.py has the protocol; `local` lets --model play
-one) is asked through a ledger: `python data_tools/ledger.py report LEDGER` shows what was paid.
+already are not embedded again. A teacher that is paid per query is asked by projects/vl2v_adip/ask.py.
 """
 
 from __future__ import annotations
@@ -24,19 +21,16 @@ from vlmkd import teacher_options
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
-from vlmkd.data.ledger import Prices, embed_queried
 from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_text
-from vlmkd.image_spec import ImageSpec
 
 
 def main(argv: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    parser, box_only = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.views < 1 or args.batch_size < 1:
         raise UserError("--views and --batch-size must be at least 1")
     if args.clean and args.views != 1:
@@ -48,7 +42,13 @@ def main(argv: list[str]) -> int:
         tuple(args.crop_scale), tuple(args.crop_ratio), args.flip, args.color_jitter, args.hue, args.grayscale
     )  # fmt: skip
     items = chosen_items(args.set, args.root, args.splits, args.keys)
-    skipped = _queried(args, items, views) if args.black_box else _embedded(args, items, views, box_only)
+    encoder, digest = teacher_options.encoder(args)
+    skipped = embed_items(
+        encoder, items, args.out, name=args.set, source=encoder.name, digest=digest,
+        views=views, view_count=args.views, seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16,
+        batch_size=args.batch_size, max_pixels=args.max_pixels, workers=args.workers, device=args.device,
+        progress=lambda line: print(line, flush=True),
+    )  # fmt: skip
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
     return 0
@@ -70,34 +70,7 @@ def chosen_items(name: str, root: str, splits: list[str], keys: str) -> list[Ite
     return [item for item in items if item.key in wanted]
 
 
-def _embedded(
-    args: argparse.Namespace, items: list[Item], views: ViewConfig, box_only: list[str]
-) -> dict[str, int]:
-    encoder, digest = teacher_options.encoder(args, box_only)
-    return embed_items(
-        encoder, items, args.out, name=args.set, source=encoder.name, digest=digest,
-        views=views, view_count=args.views, seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16,
-        batch_size=args.batch_size, max_pixels=args.max_pixels, workers=args.workers, device=args.device,
-        progress=_print,
-    )  # fmt: skip
-
-
-def _queried(args: argparse.Namespace, items: list[Item], views: ViewConfig) -> dict[str, int]:
-    ledger = teacher_options.ledger(args, Prices(image=args.price or 0.0), mask=args.mask)
-    # Only size, interpolation and fill of the views that are sent are read.
-    spec = ImageSpec(size=(args.size, args.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return embed_queried(
-        ledger, items, args.out, name=args.set, image_spec=spec, views=views, view_count=args.views,
-        seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16, max_pixels=args.max_pixels,
-        workers=args.workers, progress=_print,
-    )  # fmt: skip
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
-
-
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+def _parser() -> argparse.ArgumentParser:
     data = LabelledDataConfig()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,13 +92,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add("--max-pixels", type=at_least(1), default=data.max_pixels, help="as data.max_pixels")
     add("--seed", type=at_least(0), default=0, help="seed of the views")
     add("--fp32", action="store_true", help="store float32 instead of float16")
-    add("--batch-size", type=int, default=64, help="views per forward pass, or inputs per call")
+    add("--batch-size", type=int, default=64, help="views per forward pass")
     add("--workers", type=at_least(0), default=0, help="processes that read and decode")
-    add("--size", type=at_least(1), default=224, help="black box: side of the views that are sent, in pixels")
-    mask = add(
-        "--mask", action="store_true", help="black box: leave out images that get no vector; default: stop"
-    )
-    return parser, [*teacher_options.add_options(parser), mask.dest]
+    teacher_options.add_options(parser)
+    return parser
 
 
 if __name__ == "__main__":

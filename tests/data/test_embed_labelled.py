@@ -1,4 +1,4 @@
-"""data_tools/embed_labelled.py and data_tools/ledger.py, called the way a user does."""
+"""data_tools/embed_labelled.py, called the way a user does."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vlmkd import teacher_options
 from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds
-from vlmkd.data.transforms import ViewConfig, eval_transform_of_bytes
+from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
@@ -141,38 +140,8 @@ def test_chosen_splits_and_keys(main, tmp_path):
         main("--model", "tiny", "--splits", "val")
 
 
-def test_a_local_model_plays_a_black_box_and_the_report_adds_up(main, clip, tmp_path, capsys):
-    box = [
-        "--black-box",
-        "local",
-        "--model",
-        "tiny",
-        "--clean",
-        "--fp32",
-        "--ledger",
-        str(tmp_path / "ledger"),
-    ]
-    box += ["--teacher-id", "vendor", "--dim", "6", "--unit-norm", "--price", "0.5", "--batch-size", "4"]
-    with pytest.raises(UserError, match="6 queries to vendor are needed, 5 are left of the budget of 5"):
-        main(*box, "--max-queries", "5")
-    assert main(*box, "--max-queries", "10") == 0
-    stored = StoredEmbeds(tmp_path / "out", "clean")
-    transform = eval_transform_of_bytes(clip.image_spec)
-    for item in load_set(f"folder:{tmp_path / 'set'}").splits["train"]:
-        expected = F.normalize(clip.module.encode_image(transform(item.image.read())[None]), dim=-1)
-        torch.testing.assert_close(stored.get(item.key).image_embeds, expected.detach(), rtol=0, atol=1e-6)
-    capsys.readouterr()
-    assert tool("ledger").main(["report", str(tmp_path / "ledger")]) == 0
-    told = capsys.readouterr().out
-    assert "vendor\n  paid       6 queries, cost 3\n  answered   6\n" in told
-    assert "remaining  4 queries, cost no limit" in told
-
-
 def test_mistakes_are_named(main):
     for arguments, told in (
-        ([], "--model is missing"),
-        (["--model", "tiny", "--max-queries", "3"], "--max-queries goes with --black-box only"),
-        (["--black-box", "local", "--model", "tiny"], "--black-box needs --ledger"),
         (["--model", "tiny", "--clean", "--views", "2"], "--clean has one view"),
         (["--model", "tiny", "--views", "0"], "--views and --batch-size must be at least 1"),
     ):
@@ -180,14 +149,8 @@ def test_mistakes_are_named(main):
             main(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("embed_labelled", ["--set", "emojis", "--model", "x", "--out", "out"]),
-        ("ledger", ["report", "nowhere"]),
-    ],
-)
-def test_as_a_command_a_mistake_is_one_line_and_exit_code_2(name, arguments, tmp_path):
+def test_as_a_command_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    name, arguments = "embed_labelled", ["--set", "emojis", "--model", "x", "--out", "out"]
     run = subprocess.run(
         [sys.executable, ROOT / "data_tools" / f"{name}.py", *arguments],
         cwd=tmp_path,

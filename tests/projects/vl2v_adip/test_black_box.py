@@ -13,14 +13,13 @@ import threading
 import time
 
 import pytest
-import torch
 
+from projects.vl2v_adip import black_box
+from projects.vl2v_adip.black_box import AnswerLost, HttpTeacher, NotServed, Service
 from vlmkd.errors import UserError
-from vlmkd.models import black_box
-from vlmkd.models.black_box import AnswerLost, HttpTeacher, LocalTeacher, NotServed
 
 
-class Service(http.server.ThreadingHTTPServer):
+class Server(http.server.ThreadingHTTPServer):
     """Answers [length of the input, its first byte]; `script` holds (status, headers, body) to give first."""
 
     def __init__(self):
@@ -64,7 +63,7 @@ def service(monkeypatch):
     monkeypatch.setattr(black_box, "_PAUSE", 0.01)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    running = Service()
+    running = Server()
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield running
@@ -73,22 +72,26 @@ def service(monkeypatch):
     thread.join()
 
 
+def box(url, **options):
+    return HttpTeacher(Service(url=url, **options))
+
+
 def test_images_and_texts_travel_whole_and_in_order(service, monkeypatch):
     monkeypatch.setenv("BOX_TOKEN", "secret")
-    teacher = HttpTeacher(service.url, token_env="BOX_TOKEN")
-    assert teacher.embed_images([b"\xff\x00\x01", b"\x07"]) == [[3, 255], [1, 7]]
-    assert teacher.embed_texts(["dog", "été"]) == [[3, 100], [5, 195]]
+    teacher = box(service.url, token_env="BOX_TOKEN")
+    assert teacher.embed("image", [b"\xff\x00\x01", b"\x07"]) == [[3, 255], [1, 7]]
+    assert teacher.embed("text", ["dog", "été"]) == [[3, 100], [5, 195]]
     assert service.tokens == ["Bearer secret"] * 2
-    assert HttpTeacher(service.url).embed_texts(["a"]) == [[1, 97]] and service.tokens[-1] is None
+    assert box(service.url).embed("text", ["a"]) == [[1, 97]] and service.tokens[-1] is None
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_service_is_asked_again_and_then_given_up(service, status):
     service.script = [(status, {"Retry-After": "0"}, "busy")] * 2
-    assert HttpTeacher(service.url, retries=2).embed_texts(["a"]) == [[1, 97]]
+    assert box(service.url, retries=2).embed("text", ["a"]) == [[1, 97]]
     service.script = [(status, {}, "busy")] * 2
     with pytest.raises(NotServed, match=f"answered {status}") as failure:
-        HttpTeacher(service.url, retries=1).embed_texts(["a"])
+        box(service.url, retries=1).embed("text", ["a"])
     assert not failure.value.refused and len(service.calls) == 3 + 2
 
 
@@ -108,7 +111,7 @@ def test_a_busy_service_is_asked_again_and_then_given_up(service, status):
 def test_what_an_answer_is_taken_for(service, answer, kind):
     service.script = [answer]
     with pytest.raises(kind) as failure:
-        HttpTeacher(service.url, retries=3).embed_texts(["a"])
+        box(service.url, retries=3).embed("text", ["a"])
     assert len(service.calls) == 1  # none of these is repeated
     assert kind is not NotServed or failure.value.refused
 
@@ -116,27 +119,27 @@ def test_what_an_answer_is_taken_for(service, answer, kind):
 def test_late_and_cut_answers_are_lost_and_no_connection_is_not_served(service):
     service.hang_up = True
     with pytest.raises(AnswerLost):
-        HttpTeacher(service.url).embed_texts(["a"])
+        box(service.url).embed("text", ["a"])
     service.hang_up, service.delay = False, 1.0
-    with pytest.raises(AnswerLost, match="timed out"):
-        HttpTeacher(service.url, timeout=0.2).embed_texts(["a"])
+    with pytest.raises(AnswerLost, match="ReadTimeout"):
+        box(service.url, timeout=0.2).embed("text", ["a"])
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     with pytest.raises(NotServed, match="cannot be reached") as failure:
-        HttpTeacher(f"http://127.0.0.1:{port}/", retries=1).embed_texts(["a"])
+        box(f"http://127.0.0.1:{port}/", retries=1).embed("text", ["a"])
     assert not failure.value.refused
 
 
 def test_addresses_and_tokens_that_cannot_work_are_refused(monkeypatch):
     with pytest.raises(UserError, match="is not a http"):
-        HttpTeacher("file:///etc/passwd")
+        box("file:///etc/passwd")
     monkeypatch.delenv("BOX_TOKEN", raising=False)
     with pytest.raises(UserError, match="environment variable BOX_TOKEN is empty or"):
-        HttpTeacher("https://host/embed", token_env="BOX_TOKEN")
+        box("https://host/embed", token_env="BOX_TOKEN")
     monkeypatch.setenv("BOX_TOKEN", "secret")
     with pytest.raises(UserError, match="is not encrypted and would reveal the token"):
-        HttpTeacher("http://host/embed", token_env="BOX_TOKEN")
+        box("http://host/embed", token_env="BOX_TOKEN")
 
 
 SECRET = "sk-SECRET"
@@ -148,7 +151,7 @@ SECRET = "sk-SECRET"
 def test_a_token_that_no_header_can_carry_is_refused_unseen(service, monkeypatch, token):
     monkeypatch.setenv("BOX_TOKEN", token)
     with pytest.raises(UserError, match="environment variable BOX_TOKEN .* spaces, line ends") as failure:
-        HttpTeacher(service.url, token_env="BOX_TOKEN")
+        box(service.url, token_env="BOX_TOKEN")
     assert "SECR" not in str(failure.value)
 
 
@@ -159,7 +162,7 @@ def test_no_message_repeats_token_or_key(service, monkeypatch, status):
     with pytest.raises(
         (UserError, NotServed, AnswerLost), match=f"{service.url} answered {status}"
     ) as failure:
-        HttpTeacher(f"{service.url}?key={SECRET}", token_env="BOX_TOKEN", retries=0).embed_texts(["a"])
+        box(f"{service.url}?key={SECRET}", token_env="BOX_TOKEN", retries=0).embed("text", ["a"])
     assert SECRET not in str(failure.value) and "\n" not in str(failure.value)
     assert service.paths == [f"/embed?key={SECRET}"]  # the service does get its key
 
@@ -168,8 +171,7 @@ def test_no_message_repeats_token_or_key(service, monkeypatch, status):
     ("address", "message"),
     [
         (f"https://user:{SECRET}@host/embed", "has a user name or password"),
-        (f"https://host/a b?key={SECRET}", "percent-encoded"),
-        ("https://host/\u00e9", "percent-encoded"),
+        (f"https://host/\x00?key={SECRET}", "no valid"),
         (f"https://host:99999999/?key={SECRET}", "no valid"),
         (f"https://host:port/?key={SECRET}", "no valid"),
         (f"https://[bad/?key={SECRET}", "no valid"),
@@ -179,17 +181,17 @@ def test_no_message_repeats_token_or_key(service, monkeypatch, status):
 )
 def test_addresses_that_nothing_can_be_sent_to_are_refused_at_once(address, message):
     with pytest.raises(UserError, match=message) as failure:
-        HttpTeacher(address)
+        box(address)
     assert SECRET not in str(failure.value) and str(failure.value).isprintable()
 
 
 def test_a_failed_handshake_is_not_served(service):
     """The server speaks no TLS: what is sent before the request does not count."""
     with pytest.raises(NotServed, match="cannot be reached") as failure:
-        HttpTeacher(service.url.replace("http:", "https:"), retries=1, timeout=5).embed_texts(["a"])
+        box(service.url.replace("http:", "https:"), retries=1, timeout=5).embed("text", ["a"])
     assert not failure.value.refused and not service.calls
     with pytest.raises(NotServed, match="cannot be reached"):
-        HttpTeacher("http://no-such-host.invalid/", retries=0).embed_texts(["a"])
+        box("http://no-such-host.invalid/", retries=0).embed("text", ["a"])
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate")
@@ -202,23 +204,32 @@ def test_a_certificate_that_is_not_valid_ends_the_work_before_anything_is_sent(s
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     service.socket = context.wrap_socket(service.socket, server_side=True, do_handshake_on_connect=False)
-    with pytest.raises(UserError, match="certificate that is not valid .self-signed"):
-        HttpTeacher(service.url.replace("http:", "https:"), timeout=5).embed_texts(["a"])
+    with pytest.raises(UserError, match="certificate that is not valid .*self-signed"):
+        box(service.url.replace("http:", "https:"), timeout=5).embed("text", ["a"])
     assert not service.calls
 
 
 def test_loopback_is_never_asked_through_a_proxy(service, monkeypatch):
-    proxy = Service()
+    proxy = Server()
     monkeypatch.setenv("http_proxy", proxy.url)
     monkeypatch.setenv("BOX_TOKEN", SECRET)
     try:
-        assert HttpTeacher(service.url, token_env="BOX_TOKEN").embed_texts(["a"]) == [[1, 97]]
+        assert box(service.url, token_env="BOX_TOKEN").embed("text", ["a"]) == [[1, 97]]
     finally:
         proxy.server_close()
     assert service.tokens == [f"Bearer {SECRET}"]
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:port")
-    with pytest.raises(NotServed, match="cannot be reached"):
-        HttpTeacher("https://host.invalid/", retries=0).embed_texts(["a"])
+    with pytest.raises(UserError, match="https_proxy is no valid address"):
+        box("https://host.invalid/")
+
+
+def test_a_tunnel_that_does_not_open_is_not_served(service, monkeypatch):
+    """The proxy saw a CONNECT, but neither the token nor the query."""
+    monkeypatch.setenv("https_proxy", service.url)
+    monkeypatch.setenv("BOX_TOKEN", SECRET)
+    with pytest.raises(NotServed, match="https://host.invalid/ cannot be reached"):
+        box("https://host.invalid/", token_env="BOX_TOKEN", retries=0).embed("text", ["a"])
+    assert not service.tokens
 
 
 @pytest.mark.parametrize(
@@ -233,17 +244,4 @@ def test_loopback_is_never_asked_through_a_proxy(service, monkeypatch):
 def test_answers_of_any_size_and_depth_are_one_lost_call(service, body):
     service.script = [(200, {}, body)]
     with pytest.raises(AnswerLost, match="longer than 1048576 bytes|no vectors .(RecursionError|ValueError)"):
-        HttpTeacher(service.url).embed_texts(["a"])
-
-
-def test_a_local_model_plays_a_black_box():
-    class Encoder:
-        def encode_image(self, images):
-            return images.mean(dim=(2, 3))
-
-        def encode_text(self, texts):
-            return torch.tensor([[float(len(text))] for text in texts])
-
-    teacher = LocalTeacher(Encoder(), lambda data: torch.full((3, 2, 2), float(data[0])))
-    assert teacher.embed_images([b"\x05", b"\x09"]) == [[5.0] * 3, [9.0] * 3]
-    assert teacher.embed_texts(["abc"]) == [[3.0]]
+        box(service.url).embed("text", ["a"])

@@ -1,0 +1,182 @@
+"""Ask a paid teacher for class vectors and image embeddings through a ledger, which charges each text and image once.
+
+    python -m projects.vl2v_adip.ask classes vendor.yaml data.set=office_home data.root=/data out=classes.safetensors
+    python -m projects.vl2v_adip.ask images vendor.yaml data.set=office_home data.root=/data out=outputs
+    python -m projects.vl2v_adip.ask report ledger.sqlite
+
+`vendor.yaml` may hold what stays the same, as `url`, `teacher_id`, `dim` and `ledger`; `--help` shows every
+field. Training names the files in `teacher.class_vectors` and `data.teacher_outputs`. The address speaks the
+protocol of black_box.py. An interrupted command continues when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from projects.vl2v_adip.black_box import HttpTeacher, Service
+from projects.vl2v_adip.ledger import Ledger, Query, Terms, report, sha256, text_query
+from vlmkd import config
+from vlmkd.config import Count, LabelledDataConfig, Positive, Seed, require
+from vlmkd.data.labelled import Item
+from vlmkd.data.labelled_loader import labelled_views
+from vlmkd.data.samples import BadSample
+from vlmkd.data.stored_outputs import CLEAN, Prepared, missing_items, prepare, write_parts
+from vlmkd.data.teacher_cache import CacheInfo
+from vlmkd.datasets.labelled_sets import configured_set, items_of
+from vlmkd.errors import run_tool
+from vlmkd.files import check_writable
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.class_vectors import class_prompts, encode_classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskConfig(Terms, Service):
+    """What is asked, of whom, and what it may cost."""
+
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    """The labelled set; with `views`, how they are drawn."""
+    splits: list[str] = field(default_factory=list)
+    """Splits whose images are asked; empty: `train`, or `all` of a set without."""
+    templates: list[str] = field(default_factory=list)
+    """Prompts with `{}` for the class name; empty: the data set's own."""
+    out: str = ""
+    """Folder of the image embeddings, or file of the class vectors (.safetensors)."""
+    views: Count = 0
+    """Drawn views an image, each of which is paid; 0: the whole picture once, for data.teacher_view=clean."""
+    size: Positive = 224
+    """Side in pixels of the views that are sent; whole pictures are sent as they are."""
+    seed: Seed = 0
+    """Seed of the views."""
+
+    def __post_init__(self) -> None:
+        for name in ("url", "teacher_id", "dim", "ledger", "out"):
+            require(bool(getattr(self, name)), name, "is missing; give it in a file or as field=value")
+
+
+def ask_classes(cfg: AskConfig) -> str:
+    """Write the class vectors of the set; returns what was done."""
+    require(Path(cfg.out).suffix == ".safetensors", "out", f"is {cfg.out}; it must end in .safetensors")
+    check_writable(cfg.out, "config field out:")
+    dataset = configured_set(cfg.data)
+    templates = cfg.templates or dataset.templates
+    ledger = Ledger(cfg, HttpTeacher(cfg))
+    asked = ledger.require_budget(map(text_query, class_prompts(dataset.class_names, templates)))
+    vectors = encode_classes(
+        ledger, dataset.class_names, templates, teacher_digest=ledger.digest, batch_size=cfg.batch_size
+    )
+    vectors.save(Path(cfg.out))
+    return (
+        f"{cfg.out}: {len(vectors.class_names)} classes, {len(templates)} prompts each, {asked} texts asked"
+    )
+
+
+def ask_images(cfg: AskConfig) -> str:
+    """Store the embeddings of the set's images; returns what was left out."""
+    dataset = configured_set(cfg.data)
+    names = cfg.splits or ["train" if "train" in dataset.splits else "all"]
+    items = list({item.key: item for name in names for item in items_of(dataset, name)}.values())
+    skipped = embed_queried(Ledger(cfg, HttpTeacher(cfg)), items, cfg)
+    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+    return f"{cfg.out} is complete" + (f"; left out: {told}" if told else "")
+
+
+def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Counter[str]:
+    """As the core's `embed_items`, with a paid teacher: the same files, so that training asks nothing.
+
+    Every image is decoded before the first query, and all queries together are compared with the budget. A view that
+    got no usable vector is stored as zeros. Returns the images left out, and `masked_view`, by reason.
+
+    Raises:
+        UserError: the budget is smaller than what is needed, or as `Ledger.ask` and `embed_items` do.
+    """
+    # Only size, interpolation and fill of the views that are sent are read.
+    spec = ImageSpec(size=(cfg.size, cfg.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    info = CacheInfo(
+        source=ledger.name, digest=ledger.digest, logit_scale=ledger.logit_scale, dim=ledger.dim,
+        crops=cfg.views or 1, seed=cfg.seed, image_spec=spec,
+        views=labelled_views(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
+    )  # fmt: skip
+    workers, max_pixels = cfg.data.workers, cfg.data.max_pixels
+    todo = missing_items(items, Path(cfg.out))
+    ready = (one for one in prepare(todo, info, max_pixels, workers) if not isinstance(one, BadSample))
+    ledger.require_budget(query for one in ready for query in image_queries(one, info))
+    masked = 0
+
+    def embed(batch: list[Prepared]) -> Tensor:
+        nonlocal masked
+        vectors = ledger.ask([query for one in batch for query in image_queries(one, info)])
+        masked += vectors.count(None)
+        rows = [torch.zeros(ledger.dim) if vector is None else vector for vector in vectors]
+        return F.normalize(torch.stack(rows), dim=-1)
+
+    skipped = write_parts(
+        embed, items, cfg.out, info, cfg.batch_size, part_size=2000, max_pixels=max_pixels, workers=workers,
+        progress=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    return skipped + Counter(masked_view=masked)
+
+
+def image_queries(prepared: Prepared, info: CacheInfo) -> list[Query]:
+    """The queries of an image: its file as it is where `info` asks for clean views, else a PNG of each view."""
+    content = sha256(prepared.image)
+    alike = [sha256(pixels.contiguous().numpy().tobytes()) for pixels in prepared.pixels]
+    if info.views == CLEAN:
+        return [Query("image", prepared.image, content, alike[0])]
+    spec = info.image_spec
+    made = f"png {spec.size[0]}x{spec.size[1]} {spec.interpolation} on {spec.fill}"
+    return [
+        Query("image", _png(pixels), json.dumps([content, made, astuple(view)]), same)
+        for view, pixels, same in zip(prepared.views, prepared.pixels, alike, strict=True)
+    ]
+
+
+def _png(pixels: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def told(figures: dict[str, float | str | None]) -> str:
+    """One teacher's figures in a line."""
+    numbers = {
+        name: "no limit" if value is None else f"{value:g}"
+        for name, value in figures.items()
+        if name != "teacher"
+    }
+    return f"{figures['teacher']}: " + ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in numbers.items()
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n\nfields:\n{config.help_text(AskConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=["classes", "images", "report"])
+    parser.add_argument(
+        "arguments", nargs="+", help="CONFIG.yaml and field=value, or the ledger to report on"
+    )
+    args = parser.parse_args(argv)
+    if args.action == "report":
+        print("\n".join(told(figures) for path in args.arguments for figures in report(path)))
+        return 0
+    ask = ask_classes if args.action == "classes" else ask_images
+    print(ask(config.load(AskConfig, args.arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)

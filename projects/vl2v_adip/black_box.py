@@ -1,0 +1,210 @@
+"""A paid teacher: any embedding service over HTTP.
+
+The protocol is one call, POST to the address as it is given, JSON both ways:
+
+    {"kind": "image", "inputs": ["<base64 of an image file>", ...]}    or    {"kind": "text", "inputs": ["a dog", ...]}
+    200 {"vectors": [[0.1, -0.3, ...], ...]}    one list of numbers per input, in the same order
+
+with `Authorization: Bearer <token>` where a token is given. Only status 200 is a served call. 400, 413, 415 and 422
+mean that this content is not accepted, 429, 500 and 503 (with `Retry-After` in seconds, if any) that the call may be
+repeated.
+
+No text of ours holds the token, what stands before `@` or behind `?` in the address, or words of the server, which
+may repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import ipaddress
+import json
+import os
+import urllib.parse
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+import tenacity
+
+from vlmkd.config import AboveZero, Count
+from vlmkd.errors import UserError
+from vlmkd.files import one_line
+
+Kind = Literal["image", "text"]
+
+_REFUSED = (400, 413, 415, 422)
+_BUSY = (429, 500, 503)
+_PAUSE = 1.0  # seconds before the first repetition; doubled for each further one
+_LONGEST_PAUSE = 60.0
+_LARGEST_ANSWER = 1 << 20  # bytes for one input: some 50,000 numbers
+
+
+class NotServed(Exception):
+    """The teacher did not serve the call and charges nothing for it.
+
+    `refused`: it will not serve this content, so that asking again is of no use; else it was busy or out of reach, for
+    `pause` seconds (0: it did not say).
+    """
+
+    def __init__(self, detail: str, *, refused: bool = False, pause: float = 0.0) -> None:
+        super().__init__(detail)
+        self.refused, self.pause = refused, pause
+
+
+class AnswerLost(Exception):
+    """The call was sent and no usable answer came back: the teacher may have charged for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Where the teacher is asked, and how patiently."""
+
+    url: str = ""
+    """Address of the call."""
+    token_env: str = ""
+    """Environment variable that holds the token; empty: none is sent."""
+    timeout: AboveZero = 60.0
+    """Seconds for connecting, and for each wait for data."""
+    retries: Count = 2
+    """Repetitions of a call that was not served (busy, out of reach), with growing pauses."""
+
+
+class HttpTeacher:
+    """A service that speaks the module's protocol; each image and each text is one query that may cost money.
+
+    Raises:
+        UserError: an address that cannot work, an empty variable, a token that no header can carry, or one that would
+            travel unencrypted.
+    """
+
+    def __init__(self, cfg: Service) -> None:
+        self._url, self._shown = _checked_address(cfg.url)
+        local = _is_loopback(self._url.host)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if cfg.token_env:
+            headers["Authorization"] = f"Bearer {_token(cfg.token_env)}"
+            if self._url.scheme == "http" and not local:
+                raise UserError(
+                    f"black-box address {self._shown} is not encrypted and would reveal the token; use https://"
+                )
+        try:
+            # A proxy has no business between two programs of this machine, and would get the token in clear. A
+            # redirection would hand it to another address. A kept connection may be closed under a call, which would
+            # then count as sent.
+            self._client = httpx.Client(
+                headers=headers, timeout=cfg.timeout, trust_env=not local, follow_redirects=False,
+                limits=httpx.Limits(max_keepalive_connections=0),
+            )  # fmt: skip
+        except (httpx.InvalidURL, ValueError, ImportError):
+            raise UserError("http_proxy or https_proxy is no valid address of a proxy; unset it") from None
+        self._tries = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda told: isinstance(told, NotServed) and not told.refused),
+            stop=tenacity.stop_after_attempt(cfg.retries + 1), wait=_pause, reraise=True,
+        )  # fmt: skip
+
+    def embed(self, kind: Kind, inputs: list[Any]) -> list[list[float]]:
+        """A vector for each encoded image (bytes) or text, in order.
+
+        Raises:
+            NotServed, AnswerLost: no answer.
+            UserError: no call of this kind can succeed (wrong address, no permission).
+        """
+        sent = [base64.b64encode(part).decode("ascii") for part in inputs] if kind == "image" else inputs
+        body = json.dumps({"kind": kind, "inputs": sent}).encode()
+        answer: bytes = self._tries(self._post, body, _LARGEST_ANSWER * len(inputs))
+        return _vectors(answer, len(inputs))
+
+    def _post(self, body: bytes, largest: int) -> bytes:
+        sent = False
+
+        def trace(event: str, info: dict[str, Any]) -> None:
+            nonlocal sent
+            if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
+                sent = True  # not what opens a tunnel through a proxy
+
+        answer = bytearray()
+        try:
+            with self._client.stream("POST", self._url, content=body, extensions={"trace": trace}) as reply:
+                if reply.status_code != 200:
+                    raise self._failure(reply)
+                for block in reply.iter_bytes():
+                    answer += block
+                    if len(answer) > largest:
+                        raise AnswerLost(f"the answer is longer than {largest} bytes")
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            told = one_line(error) if isinstance(error, httpx.ConnectError) else type(error).__name__
+            if sent:  # the service may have served the call
+                raise AnswerLost(f"{self._shown}: {told}") from None
+            if "CERTIFICATE_VERIFY_FAILED" in told:
+                raise UserError(
+                    f"black box {self._shown} shows a certificate that is not valid ({told}); check the address, or name "
+                    "its authority in SSL_CERT_FILE"
+                ) from None
+            raise NotServed(f"{self._shown} cannot be reached ({told})") from None
+        return bytes(answer)
+
+    def _failure(self, reply: httpx.Response) -> Exception:
+        code = reply.status_code
+        told = f"{self._shown} answered {code} {http.client.responses.get(code, '')}".rstrip()
+        if code in _REFUSED:
+            return NotServed(told, refused=True)
+        if code in _BUSY:
+            pause = reply.headers.get("Retry-After", "")
+            return NotServed(told, pause=float(pause) if pause.isdecimal() else 0.0)
+        if code in (502, 504):  # a gateway's word: the service behind it may have served the call
+            return AnswerLost(told)
+        return UserError(f"black box {told}; check the address and the token")
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next try: as many as the service asked for, or one, two, four ..."""
+    assert state.outcome is not None
+    asked: float = state.outcome.exception().pause  # type: ignore[union-attr]
+    return min(asked or _PAUSE * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE)
+
+
+def _token(variable: str) -> str:
+    token = os.environ.get(variable, "")
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise UserError(
+            f"environment variable {variable} is empty or has spaces, line ends or other characters that no header can "
+            "carry; it must hold the black box's token alone"
+        )
+    return token
+
+
+def _checked_address(url: str) -> tuple[httpx.URL, str]:
+    """The address, and what of it may be shown."""
+    try:
+        address = httpx.URL(url)
+        address.host.encode("idna")
+        port = urllib.parse.urlsplit(url).port  # refuses more than httpx does
+    except (httpx.InvalidURL, ValueError):
+        raise UserError("black-box address is no valid http:// or https:// address") from None
+    shown = f"{address.scheme}://{address.host}{f':{port}' if port else ''}{address.raw_path.decode('ascii').partition('?')[0]}"
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UserError(f"black-box address {shown!r} is not a http:// or https:// address")
+    if address.userinfo:
+        raise UserError(
+            f"black-box address {shown} has a user name or password, which are not sent; use token_env"
+        )
+    return address, shown
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def _vectors(answer: bytes, expected: int) -> list[list[float]]:
+    try:
+        vectors = json.loads(answer)["vectors"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AnswerLost(f"the answer has no vectors ({type(error).__name__})") from None
+    if not isinstance(vectors, list) or len(vectors) != expected:
+        number = len(vectors) if isinstance(vectors, list) else "no list of"
+        raise AnswerLost(f"the answer has {number} vectors for {expected} inputs")
+    return vectors

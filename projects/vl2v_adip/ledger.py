@@ -1,0 +1,362 @@
+"""The query ledger: what a paid teacher was asked, what it answered and what it cost, in one sqlite file.
+
+Every query has a key, sha256 over (teacher, kind, content, view), and a row. A row is reserved against the budget
+before the call and ends in one of four ways:
+
+    answered   a valid vector; charged; never asked again, whoever asks
+    rejected   an answer that cannot be right; charged; never asked again
+    lost       sent, and no answer came (time-out, killed process); counted as charged, asked again only on demand
+    failed     not served; not charged; asked again by the next call
+
+So a key is charged at most once, by any number of processes on this file, by restarts, and for copies of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import socket
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from projects.vl2v_adip.black_box import AnswerLost, HttpTeacher, Kind, NotServed
+from vlmkd.config import AboveZero, Amount, Count, Positive
+from vlmkd.errors import UserError
+from vlmkd.files import new_folder
+
+_VERSION = 2
+_LEASE = 900.0  # seconds after which a reservation of a process that cannot be asked for its health is lost
+_POLL = 0.1  # seconds between looks at a query that another process is asking
+_UNIT_SLACK = 1e-2  # of a norm that is declared to be 1
+_HINTS = {
+    "failed": "start again when the teacher can be reached",
+    "lost": "ask again by resend_lost=true, which may be charged twice",
+    "rejected": "report the answer to the teacher's owner",
+}
+_TABLES = """
+CREATE TABLE IF NOT EXISTS queries (
+    key TEXT PRIMARY KEY, teacher TEXT NOT NULL, kind TEXT NOT NULL, alike TEXT NOT NULL, status TEXT NOT NULL,
+    owner TEXT NOT NULL, until REAL NOT NULL, price REAL NOT NULL, charged INTEGER NOT NULL DEFAULT 0,
+    reused INTEGER NOT NULL DEFAULT 0, vector BLOB, vector_digest TEXT, reason TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX IF NOT EXISTS by_vector ON queries (teacher, kind, vector_digest);
+CREATE TABLE IF NOT EXISTS budgets (teacher TEXT PRIMARY KEY, max_queries INTEGER, max_cost REAL);
+CREATE VIEW IF NOT EXISTS figures AS
+SELECT *, max_queries - paid - under_way AS queries_left, max_cost - cost - reserved AS cost_left FROM (
+    SELECT teacher, max_queries, max_cost, TOTAL(charged) AS paid, TOTAL(charged * price) AS cost,
+        TOTAL(reused) AS reused, TOTAL(status = 'answered') AS answered, TOTAL(status = 'failed') AS failed,
+        TOTAL(status = 'rejected') AS rejected, TOTAL(status = 'lost') AS lost,
+        TOTAL(status = 'reserved') AS under_way, TOTAL((status = 'reserved') * price) AS reserved
+    FROM budgets LEFT JOIN queries USING (teacher) GROUP BY teacher);
+"""
+
+
+@dataclass(frozen=True)
+class Query:
+    """One thing to ask."""
+
+    kind: Kind
+    payload: bytes | str
+    """What is sent: an encoded image, or a text."""
+    content: str
+    """What it stands for: a digest of the user's file or text, and the view of it."""
+    alike: str
+    """What queries have in common that may rightly get the same vector: the pixels, or the text in lower case."""
+
+
+def text_query(text: str) -> Query:
+    """The query of a text."""
+    return Query("text", text, sha256(text.encode()), " ".join(text.casefold().split()))
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal sha256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Which teacher it is, and what it may cost."""
+
+    ledger: str = ""
+    """The ledger: an sqlite file on a disk of this machine; made when absent."""
+    teacher_id: str = ""
+    """Name and version of the teacher; another one is another teacher, which has to be paid again."""
+    dim: Count = 0
+    """Width of its vectors."""
+    unit_norm: bool = False
+    """It declares unit vectors."""
+    logit_scale: AboveZero = 100.0
+    """Factor of its cosines in the softmax; 100 is that of OpenAI's models."""
+    max_queries: Count | None = None
+    """Budget in queries, images and texts together; null: no limit."""
+    max_cost: Amount | None = None
+    """Budget in money; null: no limit."""
+    price: Amount = 0.0
+    """Cost of one of the queries that are asked now."""
+    batch_size: Positive = 32
+    """Inputs of one call."""
+    mask: bool = False
+    """Leave out images that get no vector, instead of stopping."""
+    resend_lost: bool = False
+    """Ask again where an answer was lost; the teacher may then have charged twice, and both count."""
+
+
+class Ledger:
+    """One teacher's part of a ledger file; also the text side of a DualEncoder, for class vectors.
+
+    Raises:
+        UserError: the file is no ledger, or one of another version.
+    """
+
+    def __init__(self, terms: Terms, teacher: HttpTeacher) -> None:
+        self.path, self.name = Path(terms.ledger), terms.teacher_id
+        self.dim, self.logit_scale = terms.dim, terms.logit_scale
+        self._terms, self._teacher = terms, teacher
+        self._base = _open(self.path)
+        budget = (self.name, terms.max_queries, terms.max_cost)
+        self._base.execute("INSERT OR REPLACE INTO budgets VALUES (?, ?, ?)", budget)
+
+    @property
+    def digest(self) -> str:
+        """What stands for the digest of the teacher's weights, which nobody here has."""
+        return sha256(f"black box {self.name}".encode())
+
+    def require_budget(self, queries: Iterable[Query]) -> int:
+        """How many of these would have to be asked; called with all that a run needs, before its first query.
+
+        Raises:
+            UserError: they are more, or cost more, than what is left.
+        """
+        new = {key for query in queries if self._to_ask(self._row(key := self._key(query)))}
+        self._check_left(len(new), "nothing was asked; raise the budget or ask for less")
+        return len(new)
+
+    def ask(self, queries: Sequence[Query]) -> list[Tensor | None]:
+        """The teacher's vector [dim] for each query, in fp32 as it came, from the file or by asking.
+
+        None where it gave none that can be used, with `mask`.
+
+        Raises:
+            UserError: the budget is used up, or a query got no vector without `mask`; what was paid is kept.
+        """
+        keys = [self._key(query) for query in queries]
+        waiting = dict(zip(keys, queries, strict=True))
+        found: dict[str, Tensor | None] = {}
+        asked: set[str] = set()
+        while waiting:
+            mine = self._reserve(waiting, asked, found)
+            waiting = {key: query for key, query in waiting.items() if key not in found}
+            asked |= mine.keys()
+            if mine:
+                self._call(mine)
+            elif waiting:
+                time.sleep(_POLL)  # another process is asking
+        reused = [
+            (count - (key in asked), key) for key, count in Counter(keys).items() if found[key] is not None
+        ]
+        self._change("UPDATE queries SET reused = reused + ? WHERE key = ?", reused)
+        return [found[key] for key in keys]
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """N texts -> unit vectors [N, dim]; without one of them there is no classifier, so a failure always stops.
+
+        Raises:
+            UserError: as `ask`, or a text has no vector.
+        """
+        vectors = self.ask([text_query(text) for text in texts])
+        for text, vector in zip(texts, vectors, strict=True):
+            if vector is None:
+                raise UserError(
+                    f"{self.name} gave no vector for the text {text!r}; see the report of {self.path}"
+                )
+        return F.normalize(torch.stack([vector for vector in vectors if vector is not None]), dim=-1)
+
+    def _key(self, query: Query) -> str:
+        return sha256(json.dumps([self.name, query.kind, query.content]).encode())
+
+    # ------------------------------------------------------------------------------------------------- one call
+
+    def _reserve(
+        self, wanted: dict[str, Query], asked: set[str], found: dict[str, Tensor | None]
+    ) -> dict[str, Query]:
+        """Put into `found` what is settled; reserve the next call's queries, of one kind."""
+        mine: dict[str, Query] = {}
+        with self._base as base:
+            base.execute("BEGIN IMMEDIATE")
+            base.execute(  # whether the teacher served them, nobody knows
+                "UPDATE queries SET status = 'lost', charged = charged + 1, reason = 'the process ended during the call' "
+                "WHERE status = 'reserved' AND (until < ? OR is_dead(owner))",
+                (time.time(),),
+            )
+            for key, query in wanted.items():
+                row = self._row(key)
+                if row is not None and row["status"] == "answered":
+                    found[key] = torch.frombuffer(bytearray(row["vector"]), dtype=torch.float32)
+                elif key not in asked and self._to_ask(row):
+                    if len(mine) < self._terms.batch_size and all(
+                        query.kind == one.kind for one in mine.values()
+                    ):
+                        mine[key] = query
+                elif row is not None and row["status"] != "reserved":
+                    found[key] = None
+                    if not self._terms.mask:
+                        raise UserError(
+                            f"{self.name} gave no vector for a query ({row['status']}: {row['reason']}); what was paid "
+                            f"is kept in {self.path}; {_HINTS[row['status']]}, or leave it out by mask=true"
+                        )
+            self._check_left(
+                len(mine), f"what was paid is kept in {self.path}; raise the budget and start again"
+            )
+            owner = f"{socket.gethostname()}:{os.getpid()}"
+            base.executemany(
+                "INSERT INTO queries (key, teacher, kind, alike, status, owner, until, price) "
+                "VALUES (?, ?, ?, ?, 'reserved', ?, ?, ?) ON CONFLICT (key) DO UPDATE "
+                "SET status = 'reserved', owner = excluded.owner, until = excluded.until, price = excluded.price",
+                [
+                    (key, self.name, query.kind, query.alike, owner, time.time() + _LEASE, self._terms.price)
+                    for key, query in mine.items()
+                ],
+            )
+        return mine
+
+    def _to_ask(self, row: sqlite3.Row | None) -> bool:
+        if row is None or row["status"] == "failed":
+            return True
+        return row["status"] == "lost" and self._terms.resend_lost
+
+    def _call(self, mine: dict[str, Query]) -> None:
+        """Ask for reserved queries of one kind and write down what came."""
+        kind = next(iter(mine.values())).kind
+        try:
+            vectors = self._teacher.embed(kind, [query.payload for query in mine.values()])
+        except NotServed as failure:
+            if failure.refused and len(mine) > 1:  # one of the inputs is to blame
+                for key, query in mine.items():
+                    self._call({key: query})
+                return
+            self._settle(mine, "failed", str(failure))
+        except AnswerLost as failure:
+            self._settle(mine, "lost", str(failure))
+        except UserError as error:
+            self._settle(mine, "failed", str(error))
+            raise
+        except BaseException:
+            self._settle(mine, "lost", "the call was broken off")
+            raise
+        else:
+            for (key, query), values in zip(mine.items(), vectors, strict=True):
+                self._write_answer(key, query, values)
+
+    def _write_answer(self, key: str, query: Query, values: list[float]) -> None:
+        vector, reason = self._checked(values)
+        data = b"" if vector is None else vector.numpy().tobytes()
+        with self._base as base:
+            base.execute("BEGIN IMMEDIATE")
+            same = "teacher = ? AND kind = ? AND vector_digest = ? AND alike != ? AND status = 'answered'"
+            facts = (self.name, query.kind, sha256(data), query.alike)
+            if not reason and base.execute(f"SELECT 1 FROM queries WHERE {same}", facts).fetchone():
+                reason = f"it is the vector of another {query.kind}"
+            base.execute(
+                "UPDATE queries SET status = ?, reason = ?, vector = ?, vector_digest = ?, charged = charged + 1 "
+                "WHERE key = ?",
+                ("rejected" if reason else "answered", reason, None if reason else data, sha256(data), key),
+            )
+
+    def _checked(self, values: list[float]) -> tuple[Tensor | None, str]:
+        """The vector in fp32, and what is wrong with it, if anything."""
+        try:
+            vector = torch.tensor(values, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            return None, "it is no list of numbers"
+        if vector.shape != (self.dim,):
+            return None, f"its shape is {list(vector.shape)}, not [{self.dim}]"
+        if not vector.isfinite().all():
+            return None, "it is not finite"
+        norm = float(vector.double().norm())
+        if norm == 0:
+            return None, "it is zero"
+        if self._terms.unit_norm and abs(norm - 1) > _UNIT_SLACK:
+            return None, f"its length is {norm:.4f}, but unit vectors are declared"
+        return vector, ""
+
+    def _settle(self, keys: Iterable[str], status: Literal["failed", "lost"], reason: str) -> None:
+        self._change(
+            "UPDATE queries SET status = ?, reason = ?, charged = charged + ? WHERE key = ?",
+            [(status, reason, int(status == "lost"), key) for key in keys],
+        )
+
+    def _change(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        with self._base as base:
+            base.execute("BEGIN IMMEDIATE")
+            base.executemany(statement, rows)
+
+    def _check_left(self, number: int, hint: str) -> None:
+        """Refuse `number` more queries than the budget, less what was charged and is under way, has left."""
+        row = self._base.execute("SELECT * FROM figures WHERE teacher = ?", (self.name,)).fetchone()
+        queries, cost = (
+            math.inf if row[name] is None else row[name] for name in ("queries_left", "cost_left")
+        )
+        if number > queries or number * self._terms.price > cost + 1e-9:
+            raise UserError(
+                f"{number} more queries to {self.name} are needed, which cost {number * self._terms.price:g}; {queries:g} "
+                f"queries and a cost of {cost:g} are left of the budget; {hint}"
+            )
+
+    def _row(self, key: str) -> sqlite3.Row | None:
+        return self._base.execute("SELECT * FROM queries WHERE key = ?", (key,)).fetchone()
+
+
+def report(path: str | Path) -> list[dict[str, Any]]:
+    """The figures of every teacher in a ledger file, by the columns of its view; None: no limit.
+
+    Raises:
+        UserError: no such file, or no ledger.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"ledger {path} does not exist")
+    with closing(_open(Path(path))) as base:
+        return [dict(row) for row in base.execute("SELECT * FROM figures ORDER BY teacher")]
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the owner was a process of this machine that has ended."""
+    host, _, process = owner.rpartition(":")
+    return host == socket.gethostname() and not psutil.pid_exists(int(process))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    new_folder(path.parent, "ledger")
+    try:
+        base = sqlite3.connect(path, timeout=60, isolation_level=None)
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"ledger {path} cannot be opened ({error}); name a file that can be written"
+        ) from None
+    base.row_factory = sqlite3.Row
+    base.create_function("is_dead", 1, _is_dead)
+    try:
+        base.execute("PRAGMA synchronous = EXTRA")  # a reservation must outlive a power cut after the call
+        version = base.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _VERSION):
+            raise UserError(
+                f"ledger {path} has version {version}, this code reads {_VERSION}; name another file"
+            )
+        base.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
+    except sqlite3.DatabaseError as error:
+        base.close()
+        raise UserError(f"{path} is no query ledger ({error}); name another file") from None
+    return base
