@@ -7,7 +7,6 @@ H, W: pixels of a decoded image; h, w: pixels of a model's input.
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from collections.abc import Callable
@@ -204,17 +203,6 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
     and palette images are resized in RGB.
     """
     return _EvalTransform(spec)
-
-
-def eval_transform_of_bytes(spec: ImageSpec) -> Callable[[bytes], Tensor]:
-    """Encoded image -> float32 [3,h,w], by `eval_transform`."""
-    transform = eval_transform(spec)
-
-    def read(image: bytes) -> Tensor:
-        with Image.open(io.BytesIO(image)) as opened:
-            return transform(opened)
-
-    return read
 
 
 class _EvalTransform:
