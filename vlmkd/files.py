@@ -26,18 +26,11 @@ def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMI
     Raises:
         UserError: no such file, a folder, unreadable, larger than `limit` bytes, or not UTF-8.
     """
-    end = f"; {hint}" if hint else ""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist{end}") from None
-    except IsADirectoryError:
-        raise UserError(f"{what} {path} is a folder; name a file{end}") from None
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror}){end}") from None
-    except ValueError:  # a null character in the path
-        raise UserError(f"{what} {str(path)!r} is no path{end}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(error, path, what, hint) from None
     if len(data) > limit:
         raise UserError(f"{what} {path} has more than {limit >> 20} MiB; is it the right file?")
     try:
@@ -46,6 +39,18 @@ def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMI
         raise UserError(
             f"{what} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or name the right file"
         ) from None
+
+
+def unreadable(error: OSError | ValueError, path: str | Path, what: str, hint: str = "") -> UserError:
+    """The line for a file whose opening or reading raised `error`."""
+    end = f"; {hint}" if hint else ""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{what} {path} does not exist{end}")
+    if isinstance(error, IsADirectoryError) or os.path.isdir(path):
+        return UserError(f"{what} {path} is a folder; name a file{end}")
+    if isinstance(error, OSError):
+        return UserError(f"{what} {path} cannot be read ({error.strerror or one_line(error)}){end}")
+    return UserError(f"{what} {str(path)!r} is no path{end}")  # a null character in it
 
 
 def read_json(path: str | Path, what: str, hint: str = "") -> Any:

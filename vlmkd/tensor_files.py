@@ -25,26 +25,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
+from vlmkd.files import unreadable
 
 _ZIP = b"PK\x03\x04"
 _DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    NameError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    pickle.PickleError,
-    struct.error,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
+    *(
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        BufferError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        NameError,
+    ),
+    *(RuntimeError, SyntaxError, TypeError, ValueError, pickle.PickleError, struct.error, tarfile.TarError),
+    *(zipfile.BadZipFile, zlib.error),
 )
 """What damage can raise: a pickle is a program for a small machine, and a damaged one does anything to its stack."""
 _TYPES = {
@@ -75,15 +71,15 @@ def read_torch(
     described = f"{what} {path}"
     allowed = list(plain)
     try:
-        if is_zip(path, what=what):
-            if sum(member.file_size for member in zip_members(path, what=what)) > path.stat().st_size:
-                raise UserError(  # a small file could fill the memory
-                    f"{described} is a compressed archive, which torch.save never writes; {_SAVE_AGAIN}"
-                )
-            if inert:
-                with torch.serialization.safe_globals(allowed):
-                    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                allowed += [(_Inert, name) for name in unknown]
+        members = zip_members(path, what=what)
+        if sum(member.file_size for member in members or []) > path.stat().st_size:
+            raise UserError(  # a small file could fill the memory
+                f"{described} is a compressed archive, which torch.save never writes; {_SAVE_AGAIN}"
+            )
+        if inert and members is not None:
+            with torch.serialization.safe_globals(allowed):
+                unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            allowed += [(_Inert, name) for name in unknown]
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # torch's hints to its own developers
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -92,7 +88,7 @@ def read_torch(
     except _DAMAGE as error:
         raise UserError(f"{described} {_what_is_wrong(error)}") from None
     except OSError as error:
-        raise _unreadable(error, path, what) from None
+        raise unreadable(error, path, what, "check the file") from None
     _check(content, path.stat().st_size, described)
     return content
 
@@ -110,24 +106,17 @@ def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[st
     return state
 
 
-def is_zip(path: Path, *, what: str = "weights file") -> bool:
-    """Whether `path` begins like a zip archive, which is how torch tells its two formats apart.
+def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipInfo] | None:
+    """The members of a file that begins like a zip archive, which is how torch tells its two formats apart; else None.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is a damaged archive.
     """
     with reading(path, what), path.open("rb") as file:
-        return file.read(len(_ZIP)) == _ZIP
-
-
-def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipInfo]:
-    """The members of a zip archive.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    with reading(path, what), zipfile.ZipFile(path) as archive:
-        return archive.infolist()
+        if file.read(len(_ZIP)) != _ZIP:
+            return None
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
 
 
 @contextmanager
@@ -144,7 +133,7 @@ def reading(path: Path, what: str = "weights file") -> Iterator[None]:
     except (SafetensorError, *_DAMAGE) as error:
         raise UserError(f"{what} {path} is damaged ({_short(error)}); fetch it again") from None
     except OSError as error:
-        raise _unreadable(error, path, what) from None
+        raise unreadable(error, path, what, "check the file") from None
 
 
 class _Inert:
@@ -174,14 +163,6 @@ def _short(error: BaseException) -> str:
     lines = "".join(c if c.isprintable() or c == "\n" else " " for c in str(error)).strip().splitlines()
     told = re.sub(r"^\[enforce fail at .*?\] \. ", "", lines[0]) if lines else type(error).__name__
     return told.split(". ")[0][:200]
-
-
-def _unreadable(error: OSError, path: Path, what: str) -> UserError:
-    if path.is_dir():
-        return UserError(f"{what} {path} is a folder; name a file")
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{what} {path} does not exist")
-    return UserError(f"{what} {path} cannot be read ({error.strerror or _short(error)}); check the file")
 
 
 def _check(content: Any, size: int, described: str) -> None:

@@ -15,7 +15,6 @@ Reads nothing but plain data, tensors and the path and argument objects that suc
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pathlib
 from collections import OrderedDict
@@ -46,6 +45,7 @@ from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, Evaluator
 from vlmkd.export.classifier import export_classifier, load_classifier
+from vlmkd.files import write_json, write_text
 from vlmkd.models.backbones import Backbone, load_backbone_weights
 from vlmkd.tensor_files import read_torch
 from vlmkd.train.trainer import results_json
@@ -192,7 +192,7 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
         student.state_dict(),
         provenance={"converted_from": path.name, "vl2v_adip": facts},
     )
-    _write(export / FACTS, json.dumps(facts, indent=1))
+    write_json(export / FACTS, facts)
     print(
         f"wrote {export}: {cfg.method}, held-out domain {domain}, trial seed {cfg.fold.trial_seed}",
         flush=True,
@@ -203,15 +203,8 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
     context = Context(device=device, batch_size=cfg.evaluation.batch_size)
     evaluators: list[Evaluator] = [*validation_of(fold), *target_of(cfg, fold)]
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
-    (run_dir / "eval").mkdir(exist_ok=True)
-    _write(run_dir / "eval" / "results.json", results_json({BEST: results}))
-    _write(run_dir / "done.json", json.dumps({"step": 0, "export": "export"}))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(run_dir / "eval" / "results.json", results_json({BEST: results}))
+    write_json(run_dir / "done.json", {"step": 0, "export": "export"})
 
 
 def main(argv: list[str]) -> int:

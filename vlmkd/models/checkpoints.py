@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlmkd.errors import UserError
 from vlmkd.models.convert import from_hf_state, is_hf_state, mlp_ratio
 from vlmkd.models.pruned_clip import PrunedCLIP, config_from_state_dict
-from vlmkd.tensor_files import is_zip, read_torch, zip_members
+from vlmkd.tensor_files import read_torch, zip_members
 
 Config = dict[str, Any]
 State = dict[str, Tensor]
@@ -88,9 +88,7 @@ def is_torchscript(path: Path) -> bool:
     Raises:
         UserError: it cannot be read, or is a damaged archive.
     """
-    if not is_zip(path):
-        return False
-    names = [member.filename for member in zip_members(path)]
+    names = [member.filename for member in zip_members(path) or []]
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
 
