@@ -44,7 +44,7 @@ def batch_of(job: Any, rows: int, device: torch.device, stored: bool) -> dict[st
     tokens = job.task.source.tokenizer([f"a photo of the thing number {row}" for row in range(rows)])
     batch: dict[str, Any] = {"images": images, "tokens": tokens}
     if stored:
-        width = job.task.teachers[0].model.config["embed_dim"]
+        width = job.task.teachers[0].clip.config["embed_dim"]
         for name in ("image", "text"):
             batch[f"teacher_{name}_embeds"] = F.normalize(
                 torch.randn(rows, width, generator=generator), dim=-1

@@ -57,7 +57,8 @@ from vlmkd.datasets.emoji.draw import concept_picture
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.export.clip import export_clip
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.train import engine
 from vlmkd.train.metrics import Metrics
 from vlmkd.train.trainer import Job, fit

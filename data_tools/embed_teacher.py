@@ -24,7 +24,8 @@ from vlmkd.data.shards import expand
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 
 
 def main(argv: list[str]) -> int:

@@ -24,7 +24,8 @@ from vlmkd.evaluation import command
 from vlmkd.evaluation.agreement import Agreement
 from vlmkd.evaluation.base import Context, Evaluator
 from vlmkd.evaluation.classify import Classification
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 
 
 def main(argv: list[str]) -> int:

@@ -9,7 +9,8 @@ import torch
 
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, at_least
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.predictors import DualEncoder
 from vlmkd.zoo import sha256_of
 

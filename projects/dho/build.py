@@ -23,8 +23,9 @@ from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.class_vectors import encode_classes
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
 from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job

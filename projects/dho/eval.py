@@ -29,8 +29,8 @@ from vlmkd.evaluation.classify import Classification
 from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable, write_json
 from vlmkd.models.classifier import ClassifierPredictor
-from vlmkd.models.clip import evaluating
 from vlmkd.models.heads import DualLogits
+from vlmkd.models.towers import evaluating
 from vlmkd.zoo import weights_file
 
 _SMALLEST = 1e-30  # below any probability that fp32 softmax tells from 0

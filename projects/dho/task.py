@@ -32,9 +32,8 @@ from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import Backbone
 from vlmkd.models.classifier import ClassifierConfig
-from vlmkd.models.clip import compute_dtype, evaluating
 from vlmkd.models.heads import DualLogits, TextClassifier, mix_heads
-from vlmkd.models.teacher import ClipTeacher
+from vlmkd.models.towers import ClipTeacher, compute_dtype, evaluating
 from vlmkd.train.averaging import trainable
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch

@@ -16,8 +16,9 @@ from vlmkd.class_names import read_templates, require_same_classes
 from vlmkd.data.stored_outputs import StoredEmbeds
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.clip import ClipModel, load_clip
 from vlmkd.models.heads import TextClassifier
+from vlmkd.models.towers import ClipPredictor
 
 
 @dataclass

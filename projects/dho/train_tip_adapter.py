@@ -32,7 +32,8 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embeddings
 from vlmkd.files import new_file, new_folder, read_text, write_text
-from vlmkd.models.clip import ClipModel, ClipPredictor, compute_dtype, load_clip
+from vlmkd.models.clip import ClipModel, load_clip
+from vlmkd.models.towers import ClipPredictor, compute_dtype
 from vlmkd.tensor_files import read_torch
 from vlmkd.train.lookup import check_names
 

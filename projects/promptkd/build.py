@@ -35,7 +35,8 @@ from vlmkd.evaluation.images import embeddings
 from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.clip import ClipModel, load_clip
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job

@@ -19,9 +19,10 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import prompted_config
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import ClassifierConfig
-from vlmkd.models.clip import ClipModel, evaluating
+from vlmkd.models.clip import ClipModel
 from vlmkd.models.heads import Projector, TextClassifier
 from vlmkd.models.prompted import PromptedImageTower
+from vlmkd.models.towers import evaluating
 
 PROJECTOR_LAYERS = 2
 """Linear, BatchNorm, ReLU, Linear (paper Table 6: 2 are better than 1 and 3)."""

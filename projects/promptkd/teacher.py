@@ -17,8 +17,8 @@ from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
-from vlmkd.models.teacher import convert_images
+from vlmkd.models.clip import ClipModel, load_clip
+from vlmkd.models.towers import ClipPredictor, convert_images
 from vlmkd.train.task import frozen
 from vlmkd.zoo import weights_file
 

@@ -21,9 +21,9 @@ from vlmkd.datasets.evaluation_sets import retrieval_set, zero_shot_set
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
-from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, load_weights
+from vlmkd.models.clip import ClipModel, load_clip, load_weights
 from vlmkd.models.pruned_clip import PrunedCLIP
-from vlmkd.models.teacher import ClipTeacher
+from vlmkd.models.towers import CLIPEncoder, ClipTeacher
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
@@ -100,7 +100,7 @@ def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipM
         ClipTeacher(load_clip(teacher.model, teacher.pretrained), source.image_spec)
         for teacher in cfg.teachers
     ]
-    digests = [teacher.model.digest for teacher in teachers] or None
+    digests = [teacher.clip.digest for teacher in teachers] or None
     if cfg.cached:  # the models have served their purpose once they are known to be those of the caches
         teachers = []
     dims, scales = _teacher_facts(cfg, teachers)
@@ -117,7 +117,7 @@ def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[li
     if cfg.cached:
         infos = [TeacherCache(folder).info for folder in cfg.data.sources[0].teacher_caches]
         return [info.dim for info in infos], [info.logit_scale for info in infos]
-    models = [teacher.model for teacher in teachers]
+    models = [teacher.clip for teacher in teachers]
     scales = [float(model.module.logit_scale.detach().double().exp()) for model in models]  # type: ignore[operator, union-attr]
     return [int(model.config["embed_dim"]) for model in models], scales
 
@@ -128,7 +128,7 @@ def _loader(
     world_size = distributed.world_size()
     micro, _ = batch_triple(cfg, world_size)
     views = [
-        (teacher.model.image_spec, None if _same_tokens(teacher.model, source) else teacher.model.tokenizer)
+        (teacher.clip.image_spec, None if _same_tokens(teacher.clip, source) else teacher.clip.tokenizer)
         for teacher in teachers
     ]
     return build_loader(

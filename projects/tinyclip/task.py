@@ -21,9 +21,9 @@ from vlmkd.config import OptimConfig
 from vlmkd.export.clip import export_clip, verify_export
 from vlmkd.files import write_text
 from vlmkd.losses.affinity import PairEmbeds
-from vlmkd.models.clip import ClipModel, ClipPredictor
+from vlmkd.models.clip import ClipModel
 from vlmkd.models.pruned_clip import PrunedCLIP
-from vlmkd.models.teacher import ClipTeacher
+from vlmkd.models.towers import ClipPredictor, ClipTeacher
 from vlmkd.train.averaging import moving_average, update_average
 from vlmkd.train.optim import decay_groups
 from vlmkd.train.task import Batch, StepOutput, Task, combine
@@ -182,15 +182,11 @@ class TinyCLIPTask(Task):
 
     def teacher_predictors(self) -> dict[str, ClipPredictor]:
         """The loaded teachers by name."""
-        return {
-            f"teacher {teacher.model.source}": ClipPredictor.of(teacher.model) for teacher in self.teachers
-        }
+        return {f"teacher {teacher.clip.source}": ClipPredictor.of(teacher.clip) for teacher in self.teachers}
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the student's encoder and the teachers; a student under masks is not counted, its size is still open."""
-        counts = {
-            f"teacher {t.model.source}": sum(p.numel() for p in t.module.parameters()) for t in self.teachers
-        }
+        counts = {f"teacher {t.clip.source}": sum(p.numel() for p in t.parameters()) for t in self.teachers}
         if not isinstance(self.core.encoder, MaskedCLIP):
             counts["student"] = sum(getattr(p, "ds_numel", p.numel()) for p in self.core.encoder.parameters())
         return counts

@@ -32,9 +32,9 @@ from vlmkd.models.backbones import Backbone, freeze_batch_norm, load_backbone, w
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.classifier import ClassifierConfig
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip
+from vlmkd.models.clip import ClipModel, load_clip
 from vlmkd.models.heads import LinearHead, Projector, TextClassifier
-from vlmkd.models.teacher import ClipTeacher
+from vlmkd.models.towers import ClipPredictor, ClipTeacher
 from vlmkd.tensor_files import read_safetensors
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple

@@ -23,7 +23,8 @@ from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.files import write_json
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import Classifier, ClassifierConfig
-from vlmkd.models.clip import ClipModel, ClipPredictor, evaluating
+from vlmkd.models.clip import ClipModel
+from vlmkd.models.towers import ClipPredictor, evaluating
 from vlmkd.train.averaging import BestWeights, trainable
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
@@ -202,7 +203,7 @@ class Vl2vTask(Task):
     def _judged(self) -> ClipModel | None:
         """The teacher as a model to be evaluated; only called after training."""
         if self.teachers:
-            teacher: Any = self.teachers[0].model
+            teacher: Any = self.teachers[0].clip
             return teacher
         if self._load_judged is None:
             return None

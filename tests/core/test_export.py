@@ -18,7 +18,8 @@ from vlmkd.export import clip as export
 from vlmkd.export.clip import export_clip, probe_of, reloaded_outputs, verify_export
 from vlmkd.export.folder import Probe, compare, replacing
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.clip import CLIPEncoder, ClipModel, load_clip, weights_digest
+from vlmkd.models.clip import ClipModel, load_clip, weights_digest
+from vlmkd.models.towers import CLIPEncoder
 
 ROOT = Path(__file__).parents[2]
 VISION: dict[str, Any] = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}

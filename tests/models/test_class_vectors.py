@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 
 NAMES = ["hot dog", "school_bus", "goose", "daisy", "tench"]
 TEMPLATES = ["a photo of a {}.", "art of the {c}", "{} texture."]

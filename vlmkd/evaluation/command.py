@@ -22,7 +22,8 @@ from vlmkd.evaluation.efficiency import ParameterCount, count_macs, count_parame
 from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable, write_json
 from vlmkd.models.classifier import ClassifierPredictor
-from vlmkd.models.clip import ClipModel, ClipPredictor, load_clip, weights_digest
+from vlmkd.models.clip import ClipModel, load_clip, weights_digest
+from vlmkd.models.towers import ClipPredictor
 
 CLASSIFIER = "classifier"
 """Scheme of the names of exported classifiers."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import Backbone, build_backbone
-from vlmkd.models.clip import compute_dtype, evaluating
 from vlmkd.models.heads import DualHead, DualLogits, Projector, build_head, mix_heads
+from vlmkd.models.towers import compute_dtype, evaluating
 
 DEFAULT_MIX = (0.5, 0.5)
 """Alpha and beta of a dual head where nobody chose them (DHO's low-shot runs)."""

@@ -11,15 +11,12 @@ import dataclasses
 import difflib
 import hashlib
 import http.client
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkd import zoo
@@ -28,7 +25,6 @@ from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
-from vlmkd.models.text_tower import encode_text, needed
 from vlmkd.tensor_files import reading
 
 Config = dict[str, Any]
@@ -84,19 +80,6 @@ class ClipModel:
         module = build_clip(self.config)
         load_weights(module, weights, self.source)
         return dataclasses.replace(self, module=module.eval(), digest=weights_digest(module.state_dict()))
-
-
-class ClipOutput(NamedTuple):
-    """What an encoder gives; an embedding is None when its input was not given."""
-
-    image_embeds: Tensor | None
-    """Unit vectors [B, D], fp32."""
-    text_embeds: Tensor | None
-    """Unit vectors [B, D], fp32."""
-    logit_scale: Tensor
-    """Scalar, fp32, not its logarithm."""
-    logit_bias: Tensor | None
-    """Scalar, fp32; None unless the model is SigLIP-like."""
 
 
 def load_clip(
@@ -487,172 +470,3 @@ def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> t
         f"model {source}: its tokenizer {name} is neither in the Hugging Face cache nor downloadable "
         f"({reason}); go online once, or set HF_ENDPOINT to a mirror"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- student
-
-
-class ClipTowers(nn.Module):
-    """Any CLIP with this module's forward, otherwise left as it is."""
-
-    fixed_scale: float | None = None
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
-        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
-        return encode(self.model, images, tokens, self.fixed_scale)
-
-
-class CLIPEncoder(ClipTowers):
-    """A trainable CLIP: one forward call does all gradient work.
-
-    `scale_mode` fixed holds the logit scale at `scale` (its own, without one): it is no trained parameter, and exact
-    in any precision. `learned` trains it, from `scale` where that is given; its log is kept in [0, ln 100] by the
-    task's bounds or by `clamp_logit_scale`. The model's scale and bias become vectors of one element.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        scale_mode: Literal["fixed", "learned"] = "learned",
-        scale: float | None = None,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        super().__init__(model)
-        for name in ("logit_scale", "logit_bias"):
-            scalar = getattr(model, name)
-            if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast these
-                setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
-        if scale is not None:
-            low, high = (1.0, MAX_LOGIT_SCALE) if scale_mode == "learned" else (0.0, math.inf)
-            if not low <= scale <= high or scale == 0.0:
-                limits = f"from {low:g} to {high:g}" if scale_mode == "learned" else "above 0"
-                raise UserError(f"logit_scale.value is {scale}; with mode {scale_mode} it must be {limits}")
-            self.logit_scale.data.fill_(math.log(scale))
-        self.logit_scale.requires_grad_(scale_mode == "learned")
-        if scale_mode == "fixed":
-            own = float(self.logit_scale.detach().double().exp())
-            self.fixed_scale = own if scale is None else scale
-        if activation_checkpointing:
-            _checkpoint_activations(model)
-
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the scale [1], as open_clip names it."""
-        parameter: Any = self.model.logit_scale
-        return parameter
-
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Clamp a learned log scale to [0, ln 100]."""
-        if self.fixed_scale is None:
-            self.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
-
-
-def encode(
-    model: nn.Module, images: Tensor | None, tokens: Tensor | None, fixed_scale: float | None
-) -> ClipOutput:
-    """Run the towers of an open_clip-like `model`; unit vectors and scale in fp32, `fixed_scale` in place of its own."""
-    towers: Any = model
-    image_embeds = text_embeds = None
-    if images is not None:
-        image_embeds = F.normalize(
-            towers.encode_image(images.to(compute_dtype(towers.visual))).float(), dim=-1
-        )
-    if tokens is not None:
-        text_embeds = F.normalize(encode_text(model, tokens).float(), dim=-1)
-    scale = towers.logit_scale.float().exp().reshape(())
-    if fixed_scale is not None:
-        scale = torch.full_like(scale.detach(), fixed_scale)
-    bias = None if towers.logit_bias is None else towers.logit_bias.float().reshape(())
-    return ClipOutput(image_embeds, text_embeds, scale, bias)
-
-
-def compute_dtype(module: nn.Module) -> torch.dtype:
-    """Type of the module's first parameter: what its inputs must have."""
-    return next(module.parameters()).dtype
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    from open_clip.modified_resnet import ModifiedResNet
-
-    towers: Any = model
-    if isinstance(towers.visual, ModifiedResNet):
-        warnings.warn(
-            "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it",
-            stacklevel=3,
-        )
-    towers.set_grad_checkpointing(True)
-
-
-# -------------------------------------------------------------------------------------------------------- predictor
-
-
-class ClipPredictor:
-    """The DualEncoder that evaluators call, around any module with ClipTowers' forward (an engine's wrapper too)."""
-
-    def __init__(
-        self,
-        name: str,
-        encoder: nn.Module,
-        image_spec: ImageSpec,
-        tokenizer: Callable[[list[str]], Tensor],
-    ) -> None:
-        self.name = name
-        self.image_spec = image_spec
-        self._encoder = encoder
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def of(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
-        """The predictor of a loaded model, called `name` or as the user named it."""
-        return cls(name or clip.source, ClipTowers(clip.module), clip.image_spec, clip.tokenizer)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] in `image_spec`'s statistics -> unit vectors [B, D], fp32."""
-        return self._run(images.to(self._device()), None).image_embeds
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """N texts -> unit vectors [N, D], fp32."""
-        return self._run(None, self._tokenizer(texts)).text_embeds
-
-    @torch.no_grad()
-    def text_features(self, texts: list[str]) -> Tensor:
-        """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
-        model: Any = self._encoder.model
-        with evaluating(self._encoder):
-            return encode_text(model, self._cut(self._tokenizer(texts))).float()
-
-    @property
-    def logit_scale(self) -> float:
-        """The factor of the cosines in the model's logits."""
-        return float(self._run(None, None).logit_scale)
-
-    def _device(self) -> torch.device:
-        return next(self._encoder.parameters()).device
-
-    def _cut(self, tokens: Tensor) -> Tensor:
-        """Tokens on the device, without padding that does not count; the length is found before they are moved."""
-        model = getattr(self._encoder, "model", self._encoder)
-        return needed(model, tokens).to(self._device())
-
-    @torch.no_grad()
-    def _run(self, images: Tensor | None, tokens: Tensor | None) -> Any:
-        with evaluating(self._encoder):
-            return self._encoder(images, None if tokens is None else self._cut(tokens))
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards each part in its own former mode: a frozen tower in a new wrapper stays in eval mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

@@ -27,7 +27,8 @@ from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier
 from vlmkd.models.class_vectors import encode_classes
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.page.report import columns_of, read_run, rows_of
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,8 @@ from vlmkd import config
 from vlmkd.config import DataConfig
 from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.errors import UserError
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.train import engine
 from vlmkd.train.run import main
 

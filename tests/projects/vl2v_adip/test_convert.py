@@ -29,7 +29,8 @@ from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier
 from vlmkd.models.backbones import load_backbone, with_spec
 from vlmkd.models.class_vectors import encode_classes
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 
 CLASSES = ["cat", "dog", "red fox"]
 

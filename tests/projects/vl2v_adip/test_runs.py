@@ -26,7 +26,8 @@ from vlmkd.data.stored_outputs import CLEAN, embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes
-from vlmkd.models.clip import ClipPredictor, load_clip
+from vlmkd.models.clip import load_clip
+from vlmkd.models.towers import ClipPredictor
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]

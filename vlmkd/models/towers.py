@@ -1,0 +1,236 @@
+"""A CLIP's towers in one call: as they are, trained, frozen as a teacher, and as the predictor that evaluators call.
+
+Letters: B batch, N texts, T tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.clip import ClipModel
+from vlmkd.models.text_tower import encode_text, needed
+
+MAX_LOGIT_SCALE = 100.0
+"""Learned scales are clamped to [1, 100], as OpenAI's CLIP did."""
+
+
+class ClipOutput(NamedTuple):
+    """What an encoder gives; an embedding is None when its input was not given."""
+
+    image_embeds: Tensor | None
+    """Unit vectors [B, D], fp32."""
+    text_embeds: Tensor | None
+    """Unit vectors [B, D], fp32."""
+    logit_scale: Tensor
+    """Scalar, fp32, not its logarithm."""
+    logit_bias: Tensor | None
+    """Scalar, fp32; None unless the model is SigLIP-like."""
+
+
+class ClipTowers(nn.Module):
+    """Any CLIP with this module's forward, otherwise left as it is."""
+
+    fixed_scale: float | None = None
+    """What stands for the model's own scale."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
+        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
+        model: Any = self.model
+        image_embeds = text_embeds = None
+        if images is not None:
+            image_embeds = F.normalize(
+                model.encode_image(images.to(compute_dtype(model.visual))).float(), dim=-1
+            )
+        if tokens is not None:
+            text_embeds = F.normalize(encode_text(model, tokens).float(), dim=-1)
+        scale = model.logit_scale.float().exp().reshape(())
+        if self.fixed_scale is not None:
+            scale = torch.full_like(scale.detach(), self.fixed_scale)
+        bias = None if model.logit_bias is None else model.logit_bias.float().reshape(())
+        return ClipOutput(image_embeds, text_embeds, scale, bias)
+
+
+class CLIPEncoder(ClipTowers):
+    """A trainable CLIP: one forward call does all gradient work.
+
+    `scale_mode` fixed holds the logit scale at `scale` (its own, without one): it is no trained parameter, and exact
+    in any precision. `learned` trains it, from `scale` where that is given; its log is kept in [0, ln 100] by the
+    task's bounds. The model's scale and bias become vectors of one element.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scale_mode: Literal["fixed", "learned"] = "learned",
+        scale: float | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(model)
+        for name in ("logit_scale", "logit_bias"):
+            scalar = getattr(model, name)
+            if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast these
+                setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
+        if scale is not None:
+            low, high = (1.0, MAX_LOGIT_SCALE) if scale_mode == "learned" else (0.0, math.inf)
+            if not low <= scale <= high or scale == 0.0:
+                limits = f"from {low:g} to {high:g}" if scale_mode == "learned" else "above 0"
+                raise UserError(f"logit_scale.value is {scale}; with mode {scale_mode} it must be {limits}")
+            self.logit_scale.data.fill_(math.log(scale))
+        self.logit_scale.requires_grad_(scale_mode == "learned")
+        if scale_mode == "fixed":
+            own = float(self.logit_scale.detach().double().exp())
+            self.fixed_scale = own if scale is None else scale
+        if activation_checkpointing:
+            towers: Any = model
+            if type(towers.visual).__name__ == "ModifiedResNet":
+                told = "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it"
+                warnings.warn(told, stacklevel=2)
+            towers.set_grad_checkpointing(True)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """The logarithm of the scale [1], as open_clip names it."""
+        parameter: Any = self.model.logit_scale
+        return parameter
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """Type of the module's first parameter: what its inputs must have."""
+    return next(module.parameters()).dtype
+
+
+# ---------------------------------------------------------------------------------------------------------- teacher
+
+
+class ClipTeacher(ClipTowers):
+    """A frozen CLIP that accepts images in `student_spec`'s statistics.
+
+    Runs without gradients, and stays in eval mode whatever `train` says. Not in inference mode, because losses keep its
+    outputs for their backward pass.
+    """
+
+    def __init__(self, clip: ClipModel, student_spec: ImageSpec) -> None:
+        super().__init__(clip.module.eval().requires_grad_(False))
+        self.clip, self.student_spec = clip, student_spec
+
+    def train(self, mode: bool = True) -> ClipTeacher:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self, images: Tensor | None = None, tokens: Tensor | None = None, own_statistics: bool = False
+    ) -> ClipOutput:
+        """images [B, 3, h, w] in the student's statistics, tokens [B, T] of the teacher's tokenizer -> ClipOutput.
+
+        `own_statistics` says that the images are a view of the teacher's own: its size, its statistics. Either input
+        may be left out. Everything goes through this call, because ZeRO 3 gathers a sharded teacher's weights in it.
+        """
+        if images is not None and not own_statistics:
+            images = convert_images(images, self.student_spec, self.clip.image_spec)
+        return super().forward(images, tokens)
+
+
+def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
+    """images [B, 3, h, w] from `source`'s statistics and size to `target`'s; returned as they are when both agree.
+
+    Another size is made by bicubic or bilinear interpolation with antialiasing, as `target` says. The change of
+    statistics is exact; an enlarged view is not what the teacher would see of the original, so the loader makes a view
+    of its own where sizes differ, and this is the fallback.
+    """
+    if source.mean != target.mean or source.std != target.std:
+        # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
+        statistics = (source.mean, source.std, target.mean, target.std)
+        mean, std, new_mean, new_std = torch.tensor(
+            statistics, dtype=torch.float32, device=images.device
+        ).view(4, 3, 1, 1)
+        images = torch.addcmul((mean - new_mean) / new_std, images.float(), std / new_std)
+    if tuple(images.shape[-2:]) != target.size:
+        images = F.interpolate(
+            images.float(), size=target.size, mode=target.interpolation, antialias=True, align_corners=False
+        )
+    return images
+
+
+# -------------------------------------------------------------------------------------------------------- predictor
+
+
+class ClipPredictor:
+    """The DualEncoder that evaluators call, around any module with ClipTowers' forward (an engine's wrapper too)."""
+
+    def __init__(
+        self,
+        name: str,
+        encoder: nn.Module,
+        image_spec: ImageSpec,
+        tokenizer: Callable[[list[str]], Tensor],
+    ) -> None:
+        self.name = name
+        self.image_spec = image_spec
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def of(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
+        """The predictor of a loaded model, called `name` or as the user named it."""
+        return cls(name or clip.source, ClipTowers(clip.module), clip.image_spec, clip.tokenizer)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w] in `image_spec`'s statistics -> unit vectors [B, D], fp32."""
+        return self._run(images.to(self._device()), None).image_embeds
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """N texts -> unit vectors [N, D], fp32."""
+        return self._run(None, self._tokenizer(texts)).text_embeds
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
+        model: Any = self._encoder.model
+        with evaluating(self._encoder):
+            return encode_text(model, self._cut(self._tokenizer(texts))).float()
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosines in the model's logits."""
+        return float(self._run(None, None).logit_scale)
+
+    def _device(self) -> torch.device:
+        return next(self._encoder.parameters()).device
+
+    def _cut(self, tokens: Tensor) -> Tensor:
+        """Tokens on the device, without padding that does not count; the length is found before they are moved."""
+        model = getattr(self._encoder, "model", self._encoder)
+        return needed(model, tokens).to(self._device())
+
+    @torch.no_grad()
+    def _run(self, images: Tensor | None, tokens: Tensor | None) -> Any:
+        with evaluating(self._encoder):
+            return self._encoder(images, None if tokens is None else self._cut(tokens))
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, afterwards each part in its own former mode: a frozen tower in a new wrapper stays in eval mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
