@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The nano tables of the README: DHO against CE, KD and CE+KD on the emoji set, by number of labels; two CPU cores.
+# The nano tables of the README: DHO against CE, KD and CE+KD on the emoji set, by number of labels; two CPU
+# cores.
 #
 #   bash projects/dho/scripts/nano.sh                         (a first look: ten minutes, one seed)
 #   LENGTH=full bash projects/dho/scripts/nano.sh             (the table: three seeds, long enough to level off)
 #
-# RUNS (default: runs/dho_nano, or runs/dho_full), SEEDS, SHOTS, PERCENT, STEPS, METHODS (pcgrad, kd_feature and ce_kd_feature may
-# be added) and TEACHER may be set; further field=value arguments go to every run. TEACHER is `nano`, the zoo's small CLIP, or
-# `strong`, the pretrained EfficientNet-Lite0 and MiniLM that it was made from. It looks at each picture once, without
-# augmentation, for all runs together. Finished runs are kept. DRY_RUN=1 prints the commands.
+# RUNS (default: runs/dho_nano, or runs/dho_full), SEEDS, SHOTS, PERCENT, STEPS, METHODS (pcgrad, kd_feature
+# and ce_kd_feature may be added) and TEACHER may be set; further field=value arguments go to every run.
+# TEACHER is `nano`, the zoo's small CLIP, or `strong`, the pretrained EfficientNet-Lite0 and MiniLM that it
+# was made from. It looks at each picture once, without augmentation, for all runs together. Finished runs are
+# kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 fail() { echo "nano.sh: $1" >&2; exit 2; }
@@ -20,6 +22,7 @@ runs="${RUNS:-$runs}" steps="${STEPS:-$steps}" teacher="${TEACHER:-$teacher}"
 base=projects/dho/configs/emoji/base.yaml
 export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
+# The teacher: the zoo's small CLIP as it is, or the strong pair, whose heads are trained first.
 case "$teacher" in
     nano) model=zoo:tinyclip-emoji-teacher ;;
     strong)
@@ -28,15 +31,19 @@ case "$teacher" in
         ;;
     *) fail "TEACHER=$teacher; it is nano or strong" ;;
 esac
+
+# What it says of every training picture that some run may see, of the test pictures, and of the classes.
 bash scripts/launch.sh projects/dho/pool_keys.py "$base" --out "$runs/keys.txt"
 embed() { # OUT [option ...]
-    bash scripts/launch.sh data_tools/embed_labelled.py --set emoji --model "$model" --clean --threads 2 --out "$runs/$1" "${@:2}"
+    bash scripts/launch.sh data_tools/embed_labelled.py --set emoji --model "$model" --clean --threads 2 \
+        --out "$runs/$1" "${@:2}"
 }
 embed teacher --keys "$runs/keys.txt"
 embed teacher_test --splits test
 bash scripts/launch.sh data_tools/embed_classes.py --set emoji --model "$model" --out "$runs/classes.safetensors"
 
-# Two runs of one thread each at a time: every line of theirs begins with the run's name.
+# One run: EfficientNet-Lite0 with a few labels, 48 images a step, half of them labelled. No run loads the
+# teacher; CE asks none and takes the labelled half alone, and KD sees no label.
 export OMP_NUM_THREADS=1 base runs steps
 train() { # "METHOD LABELS SEED" [field=value ...]; LABELS: 4shot, 10pct or none
     local method labels seed name given=()
@@ -48,7 +55,10 @@ train() { # "METHOD LABELS SEED" [field=value ...]; LABELS: 4shot, 10pct or none
     esac
     case "$method" in
         ce) given+=(teacher.model= batch_size=24) ;;
-        *) given+=(teacher.model= teacher.class_vectors="$runs/classes.safetensors" data.teacher_outputs="$runs/teacher" data.teacher_view=clean) ;;
+        *)
+            given+=(teacher.model= teacher.class_vectors="$runs/classes.safetensors"
+                data.teacher_outputs="$runs/teacher" data.teacher_view=clean)
+            ;;
     esac
     case "$method" in ce_kd | dho) given+=(grad_cosine_every=8) ;; esac
     name="${method}_${labels}_s$seed"
@@ -56,6 +66,9 @@ train() { # "METHOD LABELS SEED" [field=value ...]; LABELS: 4shot, 10pct or none
         loss.method="$method" "${given[@]}" "${@:2}" 2>&1 | sed -u "s/^/[$name] /"
 }
 export -f train
+
+# Every method with every number of labels and seed, two runs of one thread each at a time; every line of
+# theirs begins with the run's name.
 given_labels=()
 for shots in ${SHOTS-$shots}; do given_labels+=("${shots}shot"); done
 for part in ${PERCENT-$percent}; do given_labels+=("${part}pct"); done

@@ -30,8 +30,9 @@ NPROC=1 bash scripts/launch.sh projects/promptkd/build_bank.py out="$place/$set_
 # weight 1000.
 run="$place/$set_name/student_h${hold_out}"
 bash scripts/launch.sh projects/promptkd/train_student.py "$configs/base/student.yaml" \
-    "$configs/domain_generalization.yaml" run_dir="${run}_s$seed" data.set="$set_name" data.root="$data" seed="$seed" \
-    teacher.prompts="$teacher" class_vectors="$place/$set_name/class_vectors.safetensors" hold_out="$hold_out" "$@"
+    "$configs/domain_generalization.yaml" run_dir="${run}_s$seed" data.set="$set_name" data.root="$data" \
+    seed="$seed" hold_out="$hold_out" teacher.prompts="$teacher" \
+    class_vectors="$place/$set_name/class_vectors.safetensors" "$@"
 
 # Its accuracy on the held-out share, or on all images.
 NPROC=1 bash scripts/launch.sh projects/promptkd/eval.py --setting dg --hold-out "$hold_out" --ckpt "${run}_s{seed}" \

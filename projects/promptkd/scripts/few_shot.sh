@@ -17,5 +17,6 @@ case "$set_name" in
     stanford_cars | oxford_flowers | fgvc_aircraft | dtd | eurosat) late=("$configs/sets/few_shot_late.yaml") ;;
 esac
 bash scripts/launch.sh projects/promptkd/train_teacher.py "$configs/base/teacher.yaml" \
-    "$configs/promptsrc_few_shot_b16.yaml" ${late[@]+"${late[@]}"} run_dir="$runs/few_shot/$set_name/shots${shots}_s$seed" \
-    data.set="$set_name" data.root="$data" seed="$seed" shots="$shots" "$@"
+    "$configs/promptsrc_few_shot_b16.yaml" ${late[@]+"${late[@]}"} \
+    run_dir="$runs/few_shot/$set_name/shots${shots}_s$seed" data.set="$set_name" data.root="$data" \
+    seed="$seed" shots="$shots" "$@"

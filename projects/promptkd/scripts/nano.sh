@@ -30,17 +30,24 @@ student() { # NAME [field=value ...]
         run_dir="$runs/$1" teacher.prompts="$runs/teacher/export" "${@:2}" ${extra[@]+"${extra[@]}"}
 }
 
-bash scripts/launch.sh projects/promptkd/train_teacher.py "$configs/base.yaml" "$configs/teacher.yaml" run_dir="$runs/teacher"
+# The teacher's prompts, from 16 labels of each base class, and its vectors of all classes.
+bash scripts/launch.sh projects/promptkd/train_teacher.py "$configs/base.yaml" "$configs/teacher.yaml" \
+    run_dir="$runs/teacher"
 bash scripts/launch.sh projects/promptkd/build_bank.py data.set=emoji out="$runs/class_vectors.safetensors" \
     teacher.prompts="$runs/teacher/export"
+
+# The students, without labels.
 stored=(class_vectors="$runs/class_vectors.safetensors")
 for seed in $seeds; do
     student "student_s$seed" seed="$seed" evaluation.every_steps=1ep "${stored[@]}" ${length[@]+"${length[@]}"}
 done
+
+# What storing the class vectors saves: the same short run with them, and with the text tower at every step.
 short=(steps=1ep shots=8 log.every_steps=2)
 student stored_class_vectors "${stored[@]}" "${short[@]}"
 student text_every_step text_every_step=true "${short[@]}"
 
+# Base, novel and harmonic mean of all four.
 measure zero_shot_student clip:zoo:tinyclip-emoji-student
 measure zero_shot_teacher clip:zoo:tinyclip-emoji-teacher
 measure prompted_teacher "$runs/teacher"

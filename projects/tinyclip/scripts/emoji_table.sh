@@ -23,6 +23,7 @@ bash scripts/launch.sh data_tools/embed_teacher.py --model zoo:tinyclip-emoji-te
     --crop-scale 0.6 1.0 --out "$runs/teacher_cache" --threads 2
 cached=("data.sources.0.teacher_caches=[$runs/teacher_cache]")
 
+# One student, of 29 % of the teacher's parameters.
 distill() { # NAME CONFIG [field=value ...]
     local name="$1" config="$2"
     shift 2
@@ -40,13 +41,17 @@ stage() { # NAME INIT START TARGET STEPS FREEZE
         run_dir="$runs/$1_mask" seed="$seed" steps=$(($5 / 3)) student.model="$2" masks.start_sparsity="$3" \
         masks.target_sparsity="$4" masks.lr="$rate" masks.multiplier_lr="$rate" \
         masks.freeze_pruned="$6" "${cached[@]}" evaluation.retrieval=[] "${extra[@]}"
-    distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" steps=$(($5 - $5 / 3))
+    distill "$1" distill_pruned "${cached[@]}" student.model="local-dir:$runs/$1_mask/export" \
+        steps=$(($5 - $5 / 3))
 }
 
+# The rows of the table: from scratch and inherited, with hard labels and with affinities; learned masks in
+# one stage and in three.
 seed_runs() {
     distill "scratch_contrastive_s$seed" scratch
     distill "scratch_affinity_s$seed" distill "${cached[@]}" inherit.image_from.model= inherit.text_from.model=
-    distill "inherited_contrastive_s$seed" distill "teachers=[]" loss.affinity=0 loss.contrastive=1 logit_scale.mode=learned
+    distill "inherited_contrastive_s$seed" distill "teachers=[]" loss.affinity=0 loss.contrastive=1 \
+        logit_scale.mode=learned
     distill "inherited_affinity_s$seed" distill "${cached[@]}"
     stage "automatic_s$seed" zoo:tinyclip-emoji-teacher 0 0.75 "$steps" false
     stage "multi75_s$seed" zoo:tinyclip-emoji-teacher 0 0.25 $((steps / 3)) false

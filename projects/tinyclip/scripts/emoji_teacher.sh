@@ -11,7 +11,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
 
 # The strong teacher: pretrained EfficientNet-Lite0 and MiniLM with trained heads; its embeddings of two crops
 # an image.
-bash scripts/launch.sh data_tools/train_emoji_oracle.py --out "$runs/emoji_oracle" --crops 3 --crop-scale 0.6 1.0 --threads 2
+bash scripts/launch.sh data_tools/train_emoji_oracle.py --out "$runs/emoji_oracle" --crops 3 --crop-scale 0.6 1.0 \
+    --threads 2
 
 # The ViT CLIP that is distilled from it, through the same code as every other run.
 bash scripts/launch.sh projects/tinyclip/train_distill.py \
@@ -20,4 +21,5 @@ bash scripts/launch.sh projects/tinyclip/train_distill.py \
 
 # The zoo keeps it in half precision.
 bash scripts/launch.sh scripts/export.py "local-dir:$runs/emoji_teacher/export" "$runs/tinyclip-emoji-teacher" --half
-[ -n "${DRY_RUN:-}" ] || echo "wrote $runs/tinyclip-emoji-teacher; copy it to zoo/ and put its sha256 into projects/tinyclip/zoo.yaml"
+[ -n "${DRY_RUN:-}" ] || echo \
+    "wrote $runs/tinyclip-emoji-teacher; copy it to zoo/ and put its sha256 into projects/tinyclip/zoo.yaml"

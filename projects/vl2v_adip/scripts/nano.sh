@@ -17,10 +17,13 @@ case "${LENGTH:-first}" in
 esac
 export RUNS="${RUNS:-$runs}" steps="${STEPS:-$steps}" every
 
-OMP_NUM_THREADS=2 bash scripts/launch.sh data_tools/embed_labelled.py --set emoji-domains --model zoo:tinyclip-emoji-teacher --views 2 \
-    --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 --grayscale 0.1 --threads 2 --out "$RUNS/teacher_outputs"
+# The teacher's embeddings of two augmented views of each picture, which all runs replay.
+OMP_NUM_THREADS=2 bash scripts/launch.sh data_tools/embed_labelled.py --set emoji-domains \
+    --model zoo:tinyclip-emoji-teacher --views 2 --crop-scale 0.7 1.0 --flip 0.5 --color-jitter 0.3 --hue 0.3 \
+    --grayscale 0.1 --threads 2 --out "$RUNS/teacher_outputs"
 
-# Two runs of one thread each at a time: every line of theirs begins with its stage, held-out domain and seed.
+# One run: EfficientNet-Lite0 at 48 pixels, trained on three drawing styles and tested on the fourth. Its
+# lines begin with stage, held-out domain and seed.
 export OMP_NUM_THREADS=1 stage
 fold() { # "DOMAIN SEED" [key=value ...]
     local domain seed given=(steps="$steps")
@@ -31,6 +34,9 @@ fold() { # "DOMAIN SEED" [key=value ...]
         "${given[@]}" "${@:2}" 2>&1 | sed -u "s/^/[$stage $domain $seed] /"
 }
 export -f fold
+
+# Stage by stage, since Distill starts from Align: every held-out domain and seed, two runs of one thread each
+# at a time.
 for stage in ${STAGES:-$stages}; do
     for seed in ${SEEDS:-$seeds}; do
         printf "%s $seed\n" noto openmoji pixel twemoji
