@@ -20,7 +20,10 @@ _ELEMENTS = 1 << 25  # probabilities held at once by the search
 
 @dataclass(frozen=True)
 class Mixture:
-    """How the two heads' answers are mixed: p = alpha softmax(ce) + (1 - alpha) softmax(kd / beta)."""
+    """How the two heads' answers are mixed: p = alpha softmax(ce) + (1 - alpha) softmax(kd / beta).
+
+    docs/papers/dho.md, eq. 13.
+    """
 
     alpha: float
     beta: float
@@ -36,7 +39,7 @@ def mix(ce_logits: Tensor, kd_logits: Tensor, alpha: float | Tensor, beta: float
 def entropy_alpha(ce_logits: Tensor, kd_logits: Tensor, beta: float = 1.0) -> Tensor:
     """alpha [N, 1] for each image from how sure the heads are: e^-H(ce) / (e^-H(ce) + e^-H(kd)), H in nats.
 
-    The paper tried it and found no gain over a fixed alpha.
+    The paper tried it and found no gain over a fixed alpha (docs/papers/dho.md, eq. 14).
     """
     sureness = torch.stack([-_entropy(_softmax(ce_logits)), -_entropy(_softmax(kd_logits, beta))])
     return sureness.softmax(0)[0].unsqueeze(1)

@@ -1,5 +1,7 @@
 """Dual-head distillation: cross entropy of the labelled rows, divergence from the teacher on all rows, and their sum.
 
+Equations: docs/papers/dho.md, eq. 2-7.
+
 Letters: b labelled rows, B all rows (labelled first), C classes, D width of the teacher's embeddings.
 """
 

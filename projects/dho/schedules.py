@@ -6,7 +6,7 @@ from vlmkd.train.optim import half_cosine
 
 
 def linear(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak: step / W, then (steps - step) / (steps - W); the first step has rate 0 (docs/papers/dho.md, 16)."""
+    """Share of the peak: step / W, then (steps - step) / (steps - W); step 0 has rate 0 (docs/papers/dho.md, eq. 16)."""
     return step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 

@@ -1,7 +1,7 @@
 """Tip-Adapter-F: a zero-shot CLIP with a fine-tuned cache of few-shot images, DHO's few-shot teacher.
 
-q = scale f W^T + alpha exp(-beta (1 - f K^T)) V (Zhang et al., ECCV 2022). Everything works on image embeddings, which
-are computed once: neither tower of the CLIP is trained.
+q = scale f W^T + alpha exp(-beta (1 - f K^T)) V (Zhang et al., ECCV 2022; docs/papers/dho.md,
+eq. 11). Everything works on image embeddings, which are computed once: neither tower of the CLIP is trained.
 
 Letters: N cached images, C classes, D embedding width, B rows, V views.
 """

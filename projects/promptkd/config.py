@@ -135,7 +135,7 @@ class PromptKDOptimConfig(OptimConfig):
 
 
 def published_optim() -> PromptKDOptimConfig:
-    """SGD of every run of both stages (docs/papers/promptkd.md, Recipe)."""
+    """SGD of every run of both stages (docs/papers/promptkd.md#recipe)."""
     return PromptKDOptimConfig(
         name="sgd",
         lr=0.005,

@@ -2,7 +2,7 @@
 
 L0 regularisation as in CoFiPruning, with TinyCLIP's constants: every unit has a log alpha; in training its mask is a
 random number in [0, 1] that is exactly 0 or 1 most of the time, in evaluation a soft number with the least kept units
-at 0. A Lagrangian pulls the expected sparsity to a target; its multipliers ascend.
+at 0. A Lagrangian pulls the expected sparsity to a target; its multipliers ascend. docs/papers/tinyclip.md, eq. 15-21.
 
 Letters: D width of the tower, L layers, H heads a layer, F FFN channels a layer.
 """
@@ -45,7 +45,7 @@ class Multipliers(NamedTuple):
 
 
 def keep_probability(log_alpha: Tensor) -> Tensor:
-    """q: the probability that a unit's mask is not zero (Louizos et al. 2018, eq. 12, with this method's constants)."""
+    """q: the probability that a unit's mask is not zero (docs/papers/tinyclip.md, eq. 16)."""
     edge = -GAMMA / (ZETA - GAMMA)
     shift = TEMPERATURE * math.log(edge / (1 - edge))
     return 1 - torch.sigmoid(shift - log_alpha).clamp(EPSILON, 1 - EPSILON)
@@ -136,7 +136,7 @@ class TowerMasks(nn.Module):
         return Mask(*values)
 
     def expected_size(self) -> Tensor:
-        """N, the expected number of block parameters (float64 scalar); embeddings, LayerNorms and projections are out."""
+        """N, the expected number of block parameters (float64 scalar; docs/papers/tinyclip.md, eq. 18)."""
         hidden, heads, channels = (
             (keep_probability(alpha) * present).sum(dtype=torch.float64)
             for alpha, present in self._families()
@@ -144,7 +144,7 @@ class TowerMasks(nn.Module):
         return self._head_size() / self.width * hidden * heads + 2 * hidden * channels
 
     def full_size(self) -> int:
-        """P, the number of block parameters without masks."""
+        """P, the number of block parameters without masks (docs/papers/tinyclip.md, eq. 19)."""
         d, f = self.width, self.channels
         return self.layers * (self.num_heads * self._head_size() + 2 * d * f + d + f)
 
@@ -190,7 +190,7 @@ def sparsity_target(step: int, start: float, target: float, warmup_steps: int) -
 
 
 def lagrangian(sparsity: Tensor, target: float, multipliers: Multipliers, sides: Sides = "one") -> Tensor:
-    """linear * deviation + quadratic * deviation^2, a scalar in the multipliers' precision.
+    """linear * deviation + quadratic * deviation^2, in the multipliers' precision (docs/papers/tinyclip.md, eq. 20).
 
     `one` (reference code): deviation = max(target - sparsity, 0), so a model below its size is left alone.
     `two` (paper, CoFiPruning): deviation = sparsity - target, linear term signed.

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/papers").glob("*.md"))
 CITED = re.compile(r"docs/papers/(\w+)\.md(?:#([\w-]+)|,\s+eq\. ([\d, and-]*\d))?")
 """`docs/papers/dho.md`, `docs/papers/dho.md, eq. 3 and 5-7`, `docs/papers/dho.md#checkpoints`."""
+OTHERWISE = re.compile(r"docs/papers/\w+\.md, (?:\d+|[A-Z]\w*)")
+"""What looks like a citation and is none of these: `docs/papers/dho.md, 3`, `docs/papers/dho.md, Recipe`."""
 
 
 def equations(page: Path) -> list[int]:
@@ -36,8 +38,9 @@ def numbers(text: str) -> list[int]:
 
 def wrong_citations(text: str) -> list[str]:
     """The citations of `text` that lead nowhere. Lines are joined first, comment marks and indents left out."""
-    wrong = []
-    for cited in CITED.finditer(re.sub(r"\n\s*(?:#+ )?", " ", text)):
+    text = re.sub(r"\n\s*(?:#+ )?", " ", text)
+    wrong = OTHERWISE.findall(text)
+    for cited in CITED.finditer(text):
         name, section, given = cited.groups()
         page = ROOT / f"docs/papers/{name}.md"
         known = page in PAGES
@@ -83,9 +86,10 @@ def test_what_leads_nowhere_is_found() -> None:
     text = (
         "docs/papers/dho.md, eq. 3 and 5-7; docs/papers/dho.md#checkpoints;\n    docs/papers/dho.md, eq. 99;\n"
         "docs/papers/dho.md, eq. 3-99 and docs/papers/none.md and docs/papers/dho.md#none, docs/papers/dho.md,\n"
-        "# eq. 98"
+        "# eq. 98; docs/papers/dho.md, 5"
     )
     assert wrong_citations(text) == [
+        "docs/papers/dho.md, 5",
         "docs/papers/dho.md, eq. 99", "docs/papers/dho.md, eq. 3-99", "docs/papers/none.md",
         "docs/papers/dho.md#none", "docs/papers/dho.md, eq. 98",
     ]  # fmt: skip
