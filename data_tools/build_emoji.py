@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 
-from vlmkd.datasets.emoji.embedded import emoji_folder
+from vlmkd.datasets.emoji.cache import emoji_folder
 from vlmkd.errors import UserError
 
 

@@ -1,7 +1,8 @@
-"""The emoji data set: splits that do not leak, true captions, same bytes, and errors that name the mend."""
+"""The emoji data set: splits that do not leak, true captions, the same bytes for ever, and errors that name the mend."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
@@ -13,11 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmkd.datasets.emoji import build as embedded_build
-from vlmkd.datasets.emoji import catalog as embedded_catalog
-from vlmkd.datasets.emoji import embedded
+from vlmkd.datasets.emoji import build, cache, catalog
 from vlmkd.datasets.emoji.build import VERSION
-from vlmkd.datasets.emoji.catalog import Concept, concepts, kin_of, training_styles, unit_hash
+from vlmkd.datasets.emoji.catalog import (
+    Concept,
+    caption,
+    class_names,
+    concepts,
+    kin_of,
+    training_styles,
+    unit_hash,
+)
 from vlmkd.datasets.emoji.draw import PIXELS, compose, concept_picture
 from vlmkd.errors import UserError
 
@@ -32,11 +39,8 @@ def by_name(name: str) -> Concept:
 def test_counts_and_classes() -> None:
     assert len(concepts()) == 1889
     assert len({concept.code for concept in concepts()}) == 1889
-    names = embedded.class_names()
+    names = class_names()
     assert len(names) == len(set(names)) == 100
-    base, novel = embedded.base_and_novel()
-    assert base == list(range(50)) and novel == list(range(50, 100))
-    assert embedded.domains() == ("twemoji", "openmoji", "noto", "pixel")
     assert names[by_name("grapes").class_index] == "fruit"
 
 
@@ -59,12 +63,21 @@ def test_hash_is_fixed_for_ever() -> None:
     assert unit_hash("split", "1F34E") == pytest.approx(0.9442522668558022, abs=1e-15)
 
 
+def test_samples_and_captions_are_fixed_for_ever() -> None:
+    digest = hashlib.sha256()
+    for split in build.SPLITS:
+        for plan in build.plans(split):
+            text = "" if plan.concept is None else caption(plan.concept, plan.style, plan.key, plan.tone)
+            digest.update(f"{split} {plan.key} {plan.tone} {text}\n".encode())
+    assert digest.hexdigest()[:16] == "d169d9e4c68e8b2d"
+
+
 def test_no_test_drawing_is_trained_on() -> None:
-    trained = {(p.concept.code, p.style) for p in embedded_build.plans("train") if p.concept is not None}
+    trained = {(p.concept.code, p.style) for p in build.plans("train") if p.concept is not None}
     for split in ("dev", "unseen_drawing", "unseen_concept"):
-        tested = {(p.concept.code, p.style) for p in embedded_build.plans(split) if p.concept is not None}
+        tested = {(p.concept.code, p.style) for p in build.plans(split) if p.concept is not None}
         assert tested and not tested & trained
-    pool = {(concept.code, style) for concept, style in embedded_build._training_drawings()}
+    pool = {(concept.code, style) for concept, style in build._training_drawings()}
     assert pool <= trained
     for code, style in trained:
         if style == "pixel":
@@ -82,13 +95,13 @@ def test_no_test_picture_equals_a_training_picture() -> None:
     same = [
         (plan.concept.name, plan.style)
         for split in ("dev", "unseen_drawing", "unseen_concept")
-        for plan in embedded_build.plans(split)
+        for plan in build.plans(split)
         if plan.concept is not None and concept_picture(plan.concept, plan.style).tobytes() in trained
     ]
     assert same == []
 
 
-@pytest.mark.parametrize("style", embedded_catalog.STYLES)
+@pytest.mark.parametrize("style", catalog.STYLES)
 def test_every_style_draws_something(style: str) -> None:
     picture = concept_picture(by_name("grapes"), style)
     assert picture.size == (PIXELS, PIXELS) and picture.mode == "RGB"
@@ -124,17 +137,17 @@ def test_scene_boxes_do_not_overlap_and_hold_the_drawing() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cut of every split, small shards, and an empty cache."""
-    whole = embedded_build.plans
-    cut = {split: whole(split)[:24] for split in embedded_build.SPLITS}
-    monkeypatch.setattr(embedded_build, "plans", lambda split: cut[split])
-    monkeypatch.setattr(embedded_build, "SHARD_SAMPLES", dict.fromkeys(embedded_build.SPLITS, 10))
+    whole = build.plans
+    cut = {split: whole(split)[:24] for split in build.SPLITS}
+    monkeypatch.setattr(build, "plans", lambda split: cut[split])
+    monkeypatch.setattr(build, "SHARD_SAMPLES", 10)
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
     return tmp_path
 
 
 def build_in_process(folder: Path) -> None:
     folder.mkdir(parents=True)
-    list(embedded_build.write_part(folder, 0, 1))
+    list(build.write_part(folder, 0, 1))
 
 
 def test_shards_have_the_same_bytes_and_true_captions(small: Path) -> None:
@@ -171,14 +184,14 @@ def test_missing_package_is_named_with_its_pip_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
-    monkeypatch.setitem(embedded_catalog.PACKAGES, "no-such-emoji-set", "no_such_emoji_set")
+    monkeypatch.setitem(catalog.PACKAGES, "no-such-emoji-set", "no_such_emoji_set")
     with pytest.raises(UserError, match="pip install no-such-emoji-set"):
-        embedded.resolve("emoji:train")
+        cache.resolve("emoji:train")
 
 
 def test_unknown_name() -> None:
     with pytest.raises(UserError, match="emoji:unseen_drawing"):
-        embedded.resolve("emoji:test")
+        cache.resolve("emoji:test")
 
 
 def test_resolve_uses_the_cache_and_reports_a_lost_shard(
@@ -196,9 +209,9 @@ def test_resolve_uses_the_cache_and_reports_a_lost_shard(
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
-    monkeypatch.setattr(embedded, "build", fake_build)
+    monkeypatch.setattr(cache, "build", fake_build)
     expected = [str(tmp_path / f"emoji-v{VERSION}" / "train" / "a.tar")]
-    assert embedded.resolve("emoji:train") == expected == embedded.resolve("emoji:train")
+    assert cache.resolve("emoji:train") == expected == cache.resolve("emoji:train")
     assert len(builds) == 1 and not list(tmp_path.glob("*.tmp-*"))
     with pytest.raises(UserError, match="delete"):
-        embedded.resolve("emoji:dev")
+        cache.resolve("emoji:dev")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmkd.datasets.emoji import build as embedded_build
-from vlmkd.datasets.emoji import embedded, emoji_sets
-from vlmkd.datasets.emoji.catalog import STYLES, concepts
+from vlmkd.datasets.emoji import build as emoji_build
+from vlmkd.datasets.emoji import cache as emoji_cache
+from vlmkd.datasets.emoji import sets as emoji_sets
+from vlmkd.datasets.emoji.catalog import STYLES, class_names, concepts
 from vlmkd.datasets.emoji.draw import concept_picture
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
@@ -28,21 +29,21 @@ def pixels(data: bytes) -> np.ndarray:
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, and 24 samples of every split in shards of ten."""
-    whole = embedded_build.plans
-    cut = {split: whole(split)[:24] for split in embedded_build.SPLITS}
-    monkeypatch.setattr(embedded_build, "plans", lambda split: cut[split])
-    monkeypatch.setattr(embedded_build, "SHARD_SAMPLES", dict.fromkeys(embedded_build.SPLITS, 10))
+    whole = emoji_build.plans
+    cut = {split: whole(split)[:24] for split in emoji_build.SPLITS}
+    monkeypatch.setattr(emoji_build, "plans", lambda split: cut[split])
+    monkeypatch.setattr(emoji_build, "SHARD_SAMPLES", 10)
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
 
     def build(folder: Path) -> None:
-        list(embedded_build.write_part(folder, 0, 1))
+        list(emoji_build.write_part(folder, 0, 1))
         shards = [
-            {"path": embedded_build.shard_path(split, start), "split": split}
-            for split, start, _ in embedded_build.shard_list()
+            {"path": emoji_build.shard_path(split, start), "split": split}
+            for split, start, _ in emoji_build.shard_list()
         ]
         (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
 
-    monkeypatch.setattr(embedded, "build", build)
+    monkeypatch.setattr(emoji_cache, "build", build)
     return tmp_path
 
 
@@ -56,7 +57,7 @@ def test_emoji_has_100_classes_and_pictures_inside_the_shards(cache: Path) -> No
     assert list(found.splits) == ["train", "val", "test", "test_unseen_concept"]
     assert found.domains == []
     for split, stored in emoji_sets.EMOJI_SPLITS.items():
-        plans = embedded_build.plans(stored)
+        plans = emoji_build.plans(stored)
         kept = [number for number, plan in enumerate(plans) if plan.kind != "scene" or plan.objects == 1]
         assert [item.key for item in found.splits[split]] == [f"{stored}/{number:06d}" for number in kept]
         for item, number in zip(found.splits[split], kept, strict=True):
@@ -78,7 +79,7 @@ def test_the_index_is_kept_and_made_anew_for_another_build(
         emoji_sets, "_labelled_members", lambda shard, n: indexed.append(shard) or real(shard, n)
     )
     assert load_set("emoji") == first and not indexed
-    manifest = embedded.emoji_folder() / "manifest.json"
+    manifest = emoji_cache.emoji_folder() / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert load_set("emoji") == first and len(indexed) == 12
 
@@ -109,4 +110,4 @@ def test_emoji_domains_are_one_picture_of_every_concept_in_every_style(
 def test_class_folders_keep_100_classes_apart() -> None:
     folders = {emoji_sets.class_folder(concept) for concept in concepts()}
     assert len(folders) == 100 and not any("/" in name or " " in name for name in folders)
-    assert sorted(name.replace("_", " ") for name in folders) == sorted(embedded.class_names())
+    assert sorted(name.replace("_", " ") for name in folders) == sorted(class_names())

@@ -99,10 +99,10 @@ def test_attributions_cover_the_data() -> None:
 
 
 def test_attributions_name_every_photograph() -> None:
-    from vlmkd.datasets.emoji import draw as embedded_draw
+    from vlmkd.datasets.emoji.catalog import TABLES
 
     text = (ROOT / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
-    for name in embedded_draw._PHOTOGRAPHS:
+    for name in TABLES["photographs"]:
         assert f"`{Path(name).stem}`" in text, f"ATTRIBUTIONS.md does not name the photograph {name}"
 
 

@@ -135,8 +135,8 @@ def emoji_tokenizer() -> Path:
 
     It lies in a folder of its own beside the data set in the cache and is made when absent.
     """
+    from vlmkd.datasets.emoji.cache import emoji_folder, resolve
     from vlmkd.datasets.emoji.catalog import TEST_TEMPLATES, class_names
-    from vlmkd.datasets.emoji.embedded import emoji_folder, resolve
 
     data = emoji_folder()
     folder = data.parent / f"{data.name}-tokenizer"

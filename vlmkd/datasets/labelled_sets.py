@@ -26,7 +26,7 @@ from vlmkd.config import LabelledDataConfig
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
-from vlmkd.datasets.emoji import emoji_sets
+from vlmkd.datasets.emoji import sets as emoji_sets
 from vlmkd.datasets.folders import class_folder_names, images_of_classes, is_image, root_folder
 from vlmkd.errors import UserError
 

@@ -621,9 +621,9 @@ def _attribution_section(runs: Sequence[Run], galleries: Sequence[dict[str, Any]
     for run in runs:
         config = run.folder / "config.yaml"
         if config.is_file() and "emoji:" in config.read_text(encoding="utf-8"):
-            from vlmkd.datasets.emoji.build import LICENCES  # here: other reports need none of its packages
+            from vlmkd.datasets.emoji.catalog import TABLES  # here: other reports need none of its packages
 
-            lines += LICENCES.values()
+            lines += TABLES["licences"].values()
     if not lines:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in dict.fromkeys(lines))

