@@ -157,12 +157,13 @@ class Ledger:
         waiting = dict(zip(keys, queries, strict=True))
         found: dict[str, Tensor | None] = {}
         asked: set[str] = set()
+        alone: set[str] = set()  # of calls that were refused as a whole: one of the inputs is to blame
         while waiting:
-            mine = self._reserve(waiting, asked, found)
+            mine = self._reserve(waiting, asked, alone, found)
             waiting = {key: query for key, query in waiting.items() if key not in found}
-            asked |= mine.keys()
             if mine:
-                self._call(mine)
+                refused = self._call(mine) and len(mine) > 1
+                (alone if refused else asked).update(mine)
             elif waiting:
                 time.sleep(_POLL)  # another process is asking
         reused = [
@@ -191,7 +192,7 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------- one call
 
     def _reserve(
-        self, wanted: dict[str, Query], asked: set[str], found: dict[str, Tensor | None]
+        self, wanted: dict[str, Query], asked: set[str], alone: set[str], found: dict[str, Tensor | None]
     ) -> dict[str, Query]:
         """Put into `found` what is settled; reserve the next call's queries, of one kind."""
         mine: dict[str, Query] = {}
@@ -207,9 +208,9 @@ class Ledger:
                 if row is not None and row["status"] == "answered":
                     found[key] = torch.frombuffer(bytearray(row["vector"]), dtype=torch.float32)
                 elif key not in asked and self._to_ask(row):
-                    if len(mine) < self._terms.batch_size and all(
-                        query.kind == one.kind for one in mine.values()
-                    ):
+                    first = next(iter(mine), key)
+                    joins = query.kind == wanted[first].kind and not {first, key} & alone
+                    if key == first or (joins and len(mine) < self._terms.batch_size):
                         mine[key] = query
                 elif row is not None and row["status"] != "reserved":
                     found[key] = None
@@ -238,17 +239,14 @@ class Ledger:
             return True
         return row["status"] == "lost" and self._terms.resend_lost
 
-    def _call(self, mine: dict[str, Query]) -> None:
-        """Ask for reserved queries of one kind and write down what came."""
+    def _call(self, mine: dict[str, Query]) -> bool:
+        """Ask for reserved queries of one kind and write down what came; True: they were refused."""
         kind = next(iter(mine.values())).kind
         try:
             vectors = self._teacher.embed(kind, [query.payload for query in mine.values()])
         except NotServed as failure:
-            if failure.refused and len(mine) > 1:  # one of the inputs is to blame
-                for key, query in mine.items():
-                    self._call({key: query})
-                return
             self._settle(mine, "failed", str(failure))
+            return failure.refused
         except AnswerLost as failure:
             self._settle(mine, "lost", str(failure))
         except UserError as error:
@@ -258,23 +256,24 @@ class Ledger:
             self._settle(mine, "lost", "the call was broken off")
             raise
         else:
-            for (key, query), values in zip(mine.items(), vectors, strict=True):
-                self._write_answer(key, query, values)
+            with self._base as base:
+                base.execute("BEGIN IMMEDIATE")
+                for (key, query), values in zip(mine.items(), vectors, strict=True):
+                    self._write_answer(key, query, values)
+        return False
 
     def _write_answer(self, key: str, query: Query, values: list[float]) -> None:
         vector, reason = self._checked(values)
         data = b"" if vector is None else vector.numpy().tobytes()
-        with self._base as base:
-            base.execute("BEGIN IMMEDIATE")
-            same = "teacher = ? AND kind = ? AND vector_digest = ? AND alike != ? AND status = 'answered'"
-            facts = (self.name, query.kind, sha256(data), query.alike)
-            if not reason and base.execute(f"SELECT 1 FROM queries WHERE {same}", facts).fetchone():
-                reason = f"it is the vector of another {query.kind}"
-            base.execute(
-                "UPDATE queries SET status = ?, reason = ?, vector = ?, vector_digest = ?, charged = charged + 1 "
-                "WHERE key = ?",
-                ("rejected" if reason else "answered", reason, None if reason else data, sha256(data), key),
-            )
+        same = "teacher = ? AND kind = ? AND vector_digest = ? AND alike != ? AND status = 'answered'"
+        facts = (self.name, query.kind, sha256(data), query.alike)
+        if not reason and self._base.execute(f"SELECT 1 FROM queries WHERE {same}", facts).fetchone():
+            reason = f"it is the vector of another {query.kind}"
+        self._base.execute(
+            "UPDATE queries SET status = ?, reason = ?, vector = ?, vector_digest = ?, charged = charged + 1 "
+            "WHERE key = ?",
+            ("rejected" if reason else "answered", reason, None if reason else data, sha256(data), key),
+        )
 
     def _checked(self, values: list[float]) -> tuple[Tensor | None, str]:
         """The vector in fp32, and what is wrong with it, if anything."""
