@@ -52,6 +52,40 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name}: link to {target}"
 
 
+def test_files_that_text_and_code_name_exist() -> None:
+    """Paths in sentences, comments and docstrings, from the root or from a folder above; file names in documents; and
+    dotted names of modules, classes and functions in documents."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [Path(line) for line in listed.splitlines()]
+    names = {path.name for path in files}
+    missing = []
+    for path in files:
+        if path.suffix not in (".py", ".md", ".sh", ".sbatch", ".yaml", ".toml") or path.parts[0] == "tests":
+            continue
+        text = (ROOT / path).read_text(encoding="utf-8").replace("docs/EVAL.md", "")  # PromptSRC's
+        found = re.findall(
+            rf"(?<![\w/.}}*{{-])(?:{'|'.join(OURS)})[\w./-]+\.(?:py|sh|md|yaml|json|txt)\b", text
+        )
+        for name in (name for name in found if "PAPER" not in name):
+            if not any((ROOT / folder / name).exists() for folder in path.parents):
+                missing.append(f"{path}: {name}")
+        if path.suffix == ".md":
+            bare = re.findall(r"`([\w-]+\.(?:py|sh|sbatch))`", text)
+            missing += [f"{path}: {name}" for name in bare if name not in names]
+            dotted = re.findall(r"\b(?:vlmkd|projects)(?:\.[a-zA-Z_]\w*)+", text)
+            missing += [f"{path}: {name}" for name in dotted if not _defined(name.split("."))]
+    assert not missing, "\n".join(missing)
+
+
+def _defined(parts: list[str]) -> bool:
+    """Whether `vlmkd.module.name` is a module, or a name that stands in one."""
+    for end in range(len(parts), 1, -1):
+        module = ROOT.joinpath(*parts[:end]).with_suffix(".py")
+        if module.exists():
+            return end == len(parts) or re.search(rf"\b{parts[end]}\b", module.read_text("utf-8")) is not None
+    return ROOT.joinpath(*parts).is_dir()
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shell_scripts_parse_and_name_files_that_exist(path: Path) -> None:
     parsed = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
