@@ -10,6 +10,7 @@ of every training image (several crops) and caption beside them, as a teacher ca
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -19,8 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
@@ -30,7 +32,7 @@ from vlmkd.data.teacher_cache import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.datasets.emoji.cache import resolve
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle, train_heads
+from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle
 from vlmkd.train.metrics import duration
 from vlmkd.zoo import sha256_of
 
@@ -70,6 +72,59 @@ def features(oracle: EmojiOracle, shards: list[str]) -> tuple[Tensor, Tensor, Te
         images.append(_run(oracle, pixels))
     print(f"features of {len(captions)} captions", flush=True)
     return torch.cat(images), oracle.language(list(captions)), torch.tensor(ids)
+
+
+def train_heads(
+    image_features: Tensor,
+    text_features: Tensor,
+    text_ids: Tensor,
+    *,
+    steps: int = 800,
+    batch: int = 1024,
+    lr: float = 1e-3,
+    weight_decay: float = 0.2,
+    dropout: float = 0.2,
+    seed: int = 0,
+) -> Heads:
+    """Train heads with the symmetric contrastive loss; equal captions in a batch share the positive mass.
+
+    `image_features` [M, 1280] and `text_ids` int64 [M] (row of each sample's caption in `text_features` [N, 384]).
+    Dropout acts on the input features. The result is a pure function of the arguments on one thread.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads = Heads()
+    for module in heads.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+            nn.init.zeros_(module.bias)
+    heads.image_mean.copy_(image_features.mean(0))
+    heads.image_std.copy_(image_features.std(0) + 1e-3)
+    decayed = [p for p in heads.parameters() if p.ndim > 1]
+    others = [p for p in heads.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        rows = torch.randint(len(text_ids), (batch,), generator=generator)
+        ids = text_ids[rows]
+        images = _drop(image_features[rows] - heads.image_mean, dropout, generator) + heads.image_mean
+        image, text = heads.embed_image(images), heads.embed_text(text_features[ids])
+        same = (ids[:, None] == ids[None, :]).float()
+        target = same / same.sum(1, keepdim=True)
+        logits = heads.logit_scale.exp() * image @ text.T
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            heads.logit_scale.clamp_(max=math.log(100))
+    return heads.eval().requires_grad_(False)
+
+
+def _drop(features: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    kept = torch.rand(features.shape, generator=generator) >= rate
+    return features * kept / (1 - rate)
 
 
 def _run(oracle: EmojiOracle, pixels: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from vlmkd.models.emoji_oracle import (
     TEXT_FEATURES,
     load_image_backbone,
     load_oracle,
-    train_heads,
 )
+
+TOOL = Path(__file__).parents[2] / "data_tools" / "train_emoji_oracle.py"
 
 
 def paired(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +31,7 @@ def paired(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_heads_match_unseen_pairs_and_reproduce() -> None:
     images, texts = paired(400, 0)
     train = {"steps": 60, "batch": 128, "dropout": 0.0}
+    train_heads = runpy.run_path(str(TOOL))["train_heads"]
     heads = train_heads(images, texts, torch.arange(400), **train)
     again = train_heads(images, texts, torch.arange(400), **train)
     assert all(torch.equal(a, b) for a, b in zip(heads.parameters(), again.parameters(), strict=True))

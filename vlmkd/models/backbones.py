@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
+from vlmkd.files import one_line
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences, read_tensors
 from vlmkd.models.clip import build_clip, load_clip
@@ -196,11 +197,11 @@ def _create_timm(name: str, download: bool, image_size: int | None) -> nn.Module
             module: nn.Module = timm.create_model(name, pretrained=download, num_classes=0, **size)
     except RuntimeError as error:  # timm's for an unknown tag, and for an architecture without weights
         raise UserError(
-            f"timm:{name}: {_first_line(error)} (published weights: {_timm_tags(name)}); "
+            f"timm:{name}: {one_line(error)} (published weights: {_timm_tags(name)}); "
             "pin one of them, give a weights file, or use pretrained=false"
         ) from None
     except _DOWNLOAD_ERRORS as error:
-        raise UserError(_unreachable(f"timm:{name}", trouble or _first_line(error))) from None
+        raise UserError(_unreachable(f"timm:{name}", trouble or one_line(error))) from None
     return module
 
 
@@ -254,7 +255,7 @@ def _create_torchvision(name: str, tag: str | None) -> nn.Module:
     try:
         module: Any = models.get_model(name, weights=tag)
     except _DOWNLOAD_ERRORS as error:
-        raise UserError(_unreachable(f"torchvision:{name}", _first_line(error))) from None
+        raise UserError(_unreachable(f"torchvision:{name}", one_line(error))) from None
     if isinstance(module, models.ResNet):
         module.fc = nn.Identity()
     elif isinstance(module, models.MobileNetV2):
@@ -356,10 +357,6 @@ def _unreachable(what: str, reason: str) -> str:
         f"cannot get the weights of {what}: not in the local cache, nor from the net ({reason}); go online "
         "once (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, give a weights file, or use pretrained=false"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------------------------- training

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlmkd import zoo
 from vlmkd.errors import UserError
-from vlmkd.files import read_object
+from vlmkd.files import one_line, read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import identify, is_torchscript, load_weights, read_state_dict
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD, from_hf_config, from_hf_processor
@@ -40,17 +40,10 @@ _FOLDER_WEIGHTS = (
     "pytorch_model.bin",
 )
 """Weights of a model folder, first match wins (open_clip's own order)."""
-_CONFIG_FIELDS = (
-    "embed_dim",
-    "vision_cfg",
-    "text_cfg",
-    "quick_gelu",
-    "init_logit_scale",
-    "init_logit_bias",
-    "nonscalar_logit_scale",
-    "custom_text",
-    "multimodal_cfg",
-)
+_CONFIG_FIELDS = [
+    *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"),
+    *("nonscalar_logit_scale", "custom_text", "multimodal_cfg"),
+]
 
 
 @dataclass
@@ -103,8 +96,7 @@ def load_clip(
             raise UserError(f"model {model} brings its own weights; leave pretrained ({pretrained}) empty")
         if scheme == "zoo":
             return _load_zoo(rest)
-        loader = _load_open_clip_folder if scheme == "local-dir" else _load_hf_folder
-        return loader(_folder(rest, scheme), model)
+        return _load_folder(_folder(rest, scheme), model)
     config, folder = _named_config(model)
     folder = tokenizer_folder or folder
     if not pretrained:
@@ -125,10 +117,7 @@ def load_clip(
     elif "quick_gelu" in preprocess:
         config["quick_gelu"] = preprocess["quick_gelu"]
     module = build_clip(config)
-    if tag or weights.suffix in (
-        ".npz",
-        ".npy",
-    ):  # open_clip's own files, and big_vision's, whose layout it knows
+    if tag or weights.suffix in (".npz", ".npy"):  # open_clip's own files, and big_vision's, which it knows
         import open_clip
 
         with reading(weights):
@@ -175,7 +164,7 @@ def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
         try:
             return CustomTextCLIP(**config)
         except OSError as error:  # the text tower's config is not in the local cache
-            name, reason = config["text_cfg"]["hf_model_name"], trouble or _first_line(error)
+            name, reason = config["text_cfg"]["hf_model_name"], trouble or one_line(error)
     raise UserError(
         f"text tower {name}: its config is not in the Hugging Face cache and cannot be downloaded "
         f"({reason}); go online once, or set HF_ENDPOINT to a mirror"
@@ -190,7 +179,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if field not in config:
             raise UserError(f"model config: field {field} is missing")
     known = {
-        "": list(_CONFIG_FIELDS),
+        "": _CONFIG_FIELDS,
         "vision_cfg": [item.name for item in dataclasses.fields(CLIPVisionCfg)],
         "text_cfg": [item.name for item in dataclasses.fields(CLIPTextCfg)],
     }
@@ -247,7 +236,7 @@ def _download(tag: Config, source: str) -> Path:
         try:
             return Path(open_clip.download_pretrained(tag))
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = (tag.get("hf_hub") and trouble) or _first_line(error)
+            reason = (tag.get("hf_hub") and trouble) or one_line(error)
     raise UserError(
         f"cannot get the weights {source}: not in the local cache, nor from {place} ({reason}); "
         "go online (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, or give a weights file as pretrained; "
@@ -255,25 +244,31 @@ def _download(tag: Config, source: str) -> Path:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _described(folder: Path) -> tuple[Config, Config]:
+    """open_clip's model config and preprocess config of a model folder, open_clip's or transformers'."""
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
+        return content.get("model_cfg", content), content.get("preprocess_cfg", {})
+    config = from_hf_config(read_object(folder / "config.json", "model config"), str(folder / "config.json"))
+    if config["text_cfg"]["vocab_size"] != open_clip_vocabulary():  # else open_clip's tokenizer reads it
+        config["text_cfg"]["hf_tokenizer_name"] = "."
+    processor: Config = {}
+    if (folder / "preprocessor_config.json").is_file():
+        processor = read_object(folder / "preprocessor_config.json", "processor config")
+    elif (folder / "processor_config.json").is_file():
+        processor = read_object(folder / "processor_config.json", "processor config")
+        processor = processor.get("image_processor", {})
+    return config, from_hf_processor(processor)
 
 
 def _beside(weights: Path) -> Config:
     """Pixel statistics and activation from the config that lies beside a weights file; empty without one."""
-    folder = weights.parent
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
-        return {
-            **content.get("preprocess_cfg", {}),
-            "quick_gelu": content.get("model_cfg", {}).get("quick_gelu", False),
-        }
-    if (folder / "config.json").is_file():
-        content = read_object(folder / "config.json", "model config")
-        if content.get("model_type") == "clip":
-            config = from_hf_config(content, str(folder / "config.json"))
-            return {**_hf_preprocess(folder), "quick_gelu": config["quick_gelu"]}
-    return {}
+    folder, hf = weights.parent, weights.parent / "config.json"
+    is_clip = hf.is_file() and read_object(hf, "model config").get("model_type") == "clip"
+    if not (folder / OPEN_CLIP_CONFIG).is_file() and not is_clip:
+        return {}
+    config, preprocess = _described(folder)
+    return {**preprocess, "quick_gelu": config.get("quick_gelu", False)}
 
 
 def _folder(path: str, scheme: str) -> Path:
@@ -302,37 +297,11 @@ def folder_weights(folder: Path) -> Path:
     raise UserError(f"model folder {folder} has no weights; looked for {', '.join(_FOLDER_WEIGHTS)}")
 
 
-def _load_open_clip_folder(folder: Path, source: str) -> ClipModel:
-    content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
-    config = content.get("model_cfg", content)
-    module = build_clip(config)
-    weights = folder_weights(folder)
+def _load_folder(folder: Path, source: str) -> ClipModel:
+    config, preprocess = _described(folder)
+    module, weights = build_clip(config), folder_weights(folder)
     load_weights(module, read_state_dict(weights), str(weights))
-    return _clip_model(module, config, content.get("preprocess_cfg", {}), source, folder)
-
-
-def _load_hf_folder(folder: Path, source: str) -> ClipModel:
-    config = from_hf_config(read_object(folder / "config.json", "model config"), str(folder / "config.json"))
-    module = build_clip(config)
-    weights = folder_weights(folder)
-    load_weights(module, read_state_dict(weights), str(weights))
-    if config["text_cfg"]["vocab_size"] != open_clip_vocabulary():
-        config["text_cfg"]["hf_tokenizer_name"] = (
-            "."  # CLIP's own vocabulary is read by open_clip's tokenizer
-        )
-    return _clip_model(module, config, _hf_preprocess(folder), source, folder)
-
-
-def _hf_preprocess(folder: Path) -> Config:
-    """open_clip's preprocess config of a transformers folder, OpenAI's when it has no processor file."""
-    processor: Config = {}
-    if (folder / "preprocessor_config.json").is_file():
-        processor = read_object(folder / "preprocessor_config.json", "processor config")
-    elif (folder / "processor_config.json").is_file():
-        processor = read_object(folder / "processor_config.json", "processor config").get(
-            "image_processor", {}
-        )
-    return from_hf_processor(processor)
+    return _clip_model(module, config, preprocess, source, folder)
 
 
 def _load_zoo(name: str) -> ClipModel:
@@ -342,12 +311,7 @@ def _load_zoo(name: str) -> ClipModel:
         raise UserError(f"{source} is no CLIP; MODEL_ZOO.md says at its table where it is used")
     path = zoo.fetch(name)
     if path.is_dir():
-        is_open_clip = (path / OPEN_CLIP_CONFIG).is_file()
-        return (
-            _load_open_clip_folder(path, source)
-            if is_open_clip
-            else _load_hf_folder(_folder(str(path), "hf"), source)
-        )
+        return _load_folder(path, source)
     state = read_state_dict(path)
     config = copy.deepcopy(item.architecture) or identify(state)
     module = build_clip(config)
@@ -381,18 +345,15 @@ def image_spec(module: nn.Module, config: Mapping[str, Any], preprocess: Mapping
     Absent fields have open_clip's defaults (OpenAI's statistics, bicubic, shortest side).
     """
     size = getattr(module.visual, "image_size", None) or config["vision_cfg"].get("image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    mean, std = preprocess.get("mean") or OPENAI_MEAN, preprocess.get("std") or OPENAI_STD
     fill = preprocess.get("fill_color") or preprocess.get("fill") or 0
-    red, green, blue = (fill, fill, fill) if isinstance(fill, int) else fill
-    return ImageSpec(
-        size=(height, width),
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        interpolation=preprocess.get("interpolation") or "bicubic",
-        resize_mode=preprocess.get("resize_mode") or "shortest",
-        fill=(red, green, blue),
-    )
+    fields: Any = {
+        "size": (size, size) if isinstance(size, int) else tuple(size),
+        "mean": tuple(preprocess.get("mean") or OPENAI_MEAN),
+        "std": tuple(preprocess.get("std") or OPENAI_STD),
+        "fill": (fill, fill, fill) if isinstance(fill, int) else tuple(fill),
+    }
+    kept = {name: preprocess[name] for name in ("interpolation", "resize_mode") if preprocess.get(name)}
+    return ImageSpec(**fields, **kept)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -457,15 +418,11 @@ def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> t
     local = next((place for place in places if (place / "tokenizer.json").is_file()), None)
     with contextlib.nullcontext("") if local else zoo.hub_or_cache() as trouble:
         try:
-            encode = HFTokenizer(
-                str(local or name),
-                context_length=length,
-                tokenizer_mode=text.get("tokenizer_mode"),
-                **options,
-            )
+            options["tokenizer_mode"] = text.get("tokenizer_mode")
+            encode = HFTokenizer(str(local or name), context_length=length, **options)
             return Tokenizer(encode, vocabulary, source), local
         except OSError as error:
-            reason = trouble or _first_line(error)
+            reason = trouble or one_line(error)
     raise UserError(
         f"model {source}: its tokenizer {name} is neither in the Hugging Face cache nor downloadable "
         f"({reason}); go online once, or set HF_ENDPOINT to a mirror"

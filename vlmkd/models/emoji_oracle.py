@@ -107,59 +107,6 @@ class Heads(nn.Module):
         return F.normalize(self.text(features * TEXT_FEATURES**0.5), dim=-1)
 
 
-def train_heads(
-    image_features: Tensor,
-    text_features: Tensor,
-    text_ids: Tensor,
-    *,
-    steps: int = 800,
-    batch: int = 1024,
-    lr: float = 1e-3,
-    weight_decay: float = 0.2,
-    dropout: float = 0.2,
-    seed: int = 0,
-) -> Heads:
-    """Train heads with the symmetric contrastive loss; equal captions in a batch share the positive mass.
-
-    `image_features` [M, 1280] and `text_ids` int64 [M] (row of each sample's caption in `text_features` [N, 384]).
-    Dropout acts on the input features. The result is a pure function of the arguments on one thread.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    heads = Heads()
-    for module in heads.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, generator=generator)
-            nn.init.zeros_(module.bias)
-    heads.image_mean.copy_(image_features.mean(0))
-    heads.image_std.copy_(image_features.std(0) + 1e-3)
-    decayed = [p for p in heads.parameters() if p.ndim > 1]
-    others = [p for p in heads.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        rows = torch.randint(len(text_ids), (batch,), generator=generator)
-        ids = text_ids[rows]
-        images = _drop(image_features[rows] - heads.image_mean, dropout, generator) + heads.image_mean
-        image, text = heads.embed_image(images), heads.embed_text(text_features[ids])
-        same = (ids[:, None] == ids[None, :]).float()
-        target = same / same.sum(1, keepdim=True)
-        logits = heads.logit_scale.exp() * image @ text.T
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            heads.logit_scale.clamp_(max=math.log(100))
-    return heads.eval().requires_grad_(False)
-
-
-def _drop(features: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    kept = torch.rand(features.shape, generator=generator) >= rate
-    return features * kept / (1 - rate)
-
-
 class EmojiOracle(nn.Module):
     """Frozen dual encoder with the interface of the evaluators: encode_image, encode_text, image_spec, logit_scale."""
 
