@@ -103,7 +103,7 @@ def test_digest_depends_on_all_that_makes_the_vectors() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     vectors, path = make(), tmp_path / "new" / "v.safetensors"
     vectors.save(path)
-    again = ClassVectors.load(path, expect_class_names=["a", "b", "ü c"], expect_digest=vectors.digest)
+    again = ClassVectors.load(path, expect_class_names=["a", "b", "ü c"])
     assert torch.equal(again.vectors, vectors.vectors)
     facts = [dataclasses.replace(one, vectors=torch.zeros(3, 4)) for one in (again, vectors)]
     assert str(facts[0]) == str(facts[1])
@@ -112,12 +112,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         ClassVectors.load(path, expect_class_names=["a", "d", "ü c"])
     with pytest.raises(UserError, match="has 3 classes, but 1 are asked for"):
         ClassVectors.load(path, expect_class_names=["a"])
-    with pytest.raises(UserError, match="other prompts, teacher"):
-        ClassVectors.load(path, expect_digest="0" * 64)
     with pytest.raises(UserError, match="do not exist"):
         ClassVectors.load(tmp_path / "none")
-    chosen = vectors.of_classes([2, 0])
-    assert chosen.class_names == ["ü c", "a"] and torch.equal(chosen.vectors, vectors.vectors[[2, 0]])
 
 
 def test_an_edited_file_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
 from vlmkd.datasets.emoji import sets as emoji_sets
-from vlmkd.datasets.folders import class_folder_names, images_of_classes, is_image, root_folder
+from vlmkd.datasets.folders import class_folder_names, class_items, images_of_classes, is_image, root_folder
 from vlmkd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,8 @@ FOLDER = "folder:"
 """Before the path of a user's own class folders."""
 DOMAINS = "domains:"
 """Before the path of a user's own `<domain>/<class>` folders."""
-VAL_SHARE = 0.1
-TEST_SHARE = 0.2
-"""Shares of a folder's images that are held out where it has no val or test folder."""
+HELD_OUT = {"test": 0.2, "val": 0.1}
+"""Shares of a folder's images that are held out where it has no test or val folder."""
 SPLITS = ("train", "val", "test")
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
 """Folders of images without a class, beside the class folders."""
@@ -77,9 +76,10 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
     """The labelled set of this name, its files checked.
 
     `root` is the folder that holds the data sets, each in its own folder, or the data set's own folder. Embedded sets
-    (`emoji`, `emoji-domains`) and paths take none. For a user's own folders `class_names` is a file for `with_class_names`,
-    and `templates` are the prompts in the place of `a photo of a {}`. Few-shot sets have the splits `train`, `val` and `test`, ImageNet `train` and `test`, its variants `test`,
-    domain sets `all`; `folder:` sets may have `unlabelled` too.
+    (`emoji`, `emoji-domains`) and paths take none. For a user's own folders `class_names` is a file for
+    `with_class_names`, and `templates` are the prompts in the place of `a photo of a {}`. Few-shot sets have the splits
+    `train`, `val` and `test`, ImageNet `train` and `test`, its variants `test`, domain sets `all`; `folder:` sets may
+    have `unlabelled` too.
 
     Raises:
         UserError: an unknown name, or files that are missing or belong to another data set.
@@ -127,9 +127,7 @@ def items_of(labelled: LabelledSet, split: str) -> list[Item]:
     return labelled.splits[split]
 
 
-def load_folder(
-    path: str, class_names: str = "", *, val_share: float = VAL_SHARE, test_share: float = TEST_SHARE
-) -> LabelledSet:
+def load_folder(path: str, class_names: str = "") -> LabelledSet:
     """A user's own images: `PATH/<class>/*`, or `PATH/train/<class>/*` with `val` and `test` beside it.
 
     What is missing of val and test is held out of the other images by a hash of each image's path inside PATH, so that new
@@ -143,17 +141,14 @@ def load_folder(
     Raises:
         UserError: no such folder, no classes, an empty class, or class names that do not fit.
     """
-    if not (0 <= val_share and 0 <= test_share and val_share + test_share < 1):
-        raise UserError(
-            f"held-out shares are {val_share} and {test_share}; they are from 0 on and below 1 together"
-        )
     root = root_folder(path, f"{FOLDER}{path}", "name a folder with one folder per class")
     given = [split for split in SPLITS if (root / split).is_dir()]
     base = root / given[0] if given else root
-    unlabelled = _unlabelled(root)
+    folders = [name for name in UNLABELLED_FOLDERS if (root / name).is_dir()]
+    unlabelled = class_items(root, folders, [UNLABELLED] * len(folders))
     classes = [name for name in class_folder_names(base) if given or name not in UNLABELLED_FOLDERS]
     if not classes and unlabelled and class_names:
-        return _without_labels(root.name, unlabelled, class_names, test_share)
+        return _without_labels(root.name, unlabelled, class_names)
     if len(classes) < 2:
         raise UserError(
             f"{base} holds {len(classes)} class folders; sort the images into one folder per class, at least two"
@@ -162,9 +157,7 @@ def load_folder(
         log.warning("%s: %d images lie in no class folder and are left out", base, loose)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     if given[:1] in ([], ["train"]):  # val or test alone is a set to be tested on
-        shares = {
-            split: share for split, share in (("test", test_share), ("val", val_share)) if split not in given
-        }
+        shares = {split: share for split, share in HELD_OUT.items() if split not in given}
         prefix = "train/" if given else ""
         for label, paths in enumerate(images_of_classes(base, classes)):
             for name, split in _hashed(paths, shares).items():
@@ -195,8 +188,8 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
         old = place.get(class_key(folder))
         if old is None:
             near = difflib.get_close_matches(class_key(folder), place, n=1, cutoff=0.5)
-            mend = f"; did you mean {near[0]!r}?" if near else "; write NAME or FOLDER<tab>NAME a line"
-            raise UserError(f"class names {path}: {labelled.name} has no class folder {folder!r}{mend}")
+            hint = f"; did you mean {near[0]!r}?" if near else "; write NAME or FOLDER<tab>NAME a line"
+            raise UserError(f"class names {path}: {labelled.name} has no class folder {folder!r}{hint}")
         if old in numbers:
             raise UserError(f"class names {path}: {folder!r} comes twice; write one line a class")
         numbers[old] = len(names)
@@ -215,26 +208,12 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
     return replace(labelled, class_names=names, splits=splits)
 
 
-def _unlabelled(root: Path) -> list[Item]:
-    """Images whose class nobody has said."""
-    folders = [name for name in UNLABELLED_FOLDERS if (root / name).is_dir()]
-    return [
-        Item(path, ImageRef(str(root / path)), UNLABELLED)
-        for images in images_of_classes(root, folders)
-        for path in images
-    ]
-
-
-def _without_labels(name: str, items: list[Item], class_names: str, test_share: float) -> LabelledSet:
+def _without_labels(name: str, items: list[Item], class_names: str) -> LabelledSet:
     """A set of unlabelled images and of names of classes."""
-    test = {
-        path
-        for path, split in _hashed([item.key for item in items], {"test": test_share}).items()
-        if split == "test"
-    }
+    of_path = _hashed([item.key for item in items], {"test": HELD_OUT["test"]})
     splits = {
-        "unlabelled": [item for item in items if item.key not in test],
-        "test": [item for item in items if item.key in test],
+        "unlabelled": [item for item in items if of_path[item.key] != "test"],
+        "test": [item for item in items if of_path[item.key] == "test"],
     }
     names = [prompt_name(line) for _, line in read_folder_names(class_names)]
     return LabelledSet(name, names, ["a photo of a {}."], splits)
@@ -244,11 +223,8 @@ def _given_split(root: Path, split: str, classes: Sequence[str], first: Path) ->
     found = class_folder_names(root / split)
     if extra := sorted(set(found) - set(classes)):
         raise UserError(f"class {extra[0]} of {root / split} is not in {first}; add or remove it")
-    return [
-        Item(f"{split}/{path}", ImageRef(str(root / split / path)), classes.index(name))
-        for name, images in zip(found, images_of_classes(root / split, found), strict=True)
-        for path in images
-    ]
+    labels = [classes.index(name) for name in found]
+    return class_items(root / split, found, labels, prefix=f"{split}/")
 
 
 def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:

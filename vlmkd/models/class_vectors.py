@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -71,64 +71,39 @@ class ClassVectors:
         """The teacher's logits of unit vectors [B, D]: [B, C], fp32."""
         return self.logit_scale * image_embeds.float() @ self.vectors.to(image_embeds.device).T
 
-    def of_classes(self, classes: Sequence[int]) -> ClassVectors:
-        """The vectors of some classes, in their order."""
-        rows = list(classes)
-        return replace(
-            self, vectors=self.vectors[rows], class_names=[self.class_names[index] for index in rows]
-        )
-
     def save(self, path: Path) -> None:
         """Write a safetensors file with the facts as its metadata; it appears complete or not at all."""
         from safetensors.torch import save_file
 
-        facts = {
-            "class_names": self.class_names,
-            "templates": self.templates,
-            "teacher": self.teacher,
-            "teacher_digest": self.teacher_digest,
-            "logit_scale": self.logit_scale,
-            "normalise": self.normalise,
-            "digest": self.digest,
-        }
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "vectors"}
+        facts["digest"] = self.digest
         with new_file(path, "class vectors") as partial:
             save_file({"vectors": self.vectors.contiguous()}, partial, {"class_vectors": json.dumps(facts)})
 
     @classmethod
-    def load(
-        cls, path: Path, *, expect_class_names: Sequence[str] | None = None, expect_digest: str | None = None
-    ) -> ClassVectors:
+    def load(cls, path: Path, *, expect_class_names: Sequence[str] | None = None) -> ClassVectors:
         """Read a file of `save`.
 
         Raises:
-            UserError: no such file, of other classes than expected, or with another digest than expected.
+            UserError: no such file, one that was edited, or of other classes than expected.
         """
-        facts, vectors = _read(path)
-        stored = facts.pop("digest")
-        found = cls(vectors=vectors, **facts)
-        if stored != found.digest:
+        from safetensors import safe_open
+
+        if not path.is_file():
+            raise UserError(f"class vectors {path} do not exist; make them first")
+        tensors = read_safetensors(path)
+        with safe_open(path, "pt") as stream:
+            written = (stream.metadata() or {}).get("class_vectors")
+        if written is None or "vectors" not in tensors:
+            raise UserError(f"{path} holds no class vectors; name a file that ClassVectors.save wrote")
+        facts = json.loads(written)
+        digest = facts.pop("digest")
+        found = cls(vectors=tensors["vectors"], **facts)
+        if digest != found.digest:
             raise UserError(f"class vectors {path} were edited: their digest does not fit; make them again")
         if expect_class_names is not None:
-            require_same_classes(found.class_names, list(expect_class_names), f"class vectors {path}")
-        if expect_digest is not None and found.digest != expect_digest:
-            raise UserError(
-                f"class vectors {path} have digest {found.digest[:12]} instead of {expect_digest[:12]}: other prompts, "
-                f"teacher ({found.teacher}) or normalisation ({found.normalise}); make them again"
-            )
+            require_same_classes(found.class_names, expect_class_names, f"class vectors {path}")
         return found
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise UserError(f"class vectors {path} do not exist; make them first")
-    tensors = read_safetensors(path)
-    with safe_open(path, "pt") as stream:
-        facts = (stream.metadata() or {}).get("class_vectors")
-    if facts is None or "vectors" not in tensors:
-        raise UserError(f"{path} holds no class vectors; name a file that ClassVectors.save wrote")
-    return json.loads(facts), tensors["vectors"]
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
