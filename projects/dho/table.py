@@ -54,7 +54,8 @@ def read_runs(folder: Path, dataset: str) -> tuple[Cells, dict[str, Cells]]:
 
 
 def _top1(run: Path, dataset: str) -> float:
-    student = read_object(run / "eval" / "results.json", "results")["student"]
+    exported = read_object(run / "eval" / "models.json", "models")["exported"]
+    student = read_object(run / "eval" / "results.json", "results")[exported]
     tests = [item for item in student if item["name"] == "classification"]
     found = [item for item in tests if dataset in ("", item["dataset"])]
     if not found:

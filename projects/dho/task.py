@@ -1,4 +1,4 @@
-"""One step of DHO: student on labelled and unlabelled images, frozen teacher, losses; and which weights are kept.
+"""One step of DHO: student on labelled and unlabelled images, frozen teacher, losses; and which weights count.
 
 Letters: B images of a batch (labelled first), C classes, D width of the teacher's embeddings.
 """
@@ -34,7 +34,7 @@ from vlmkd.models.backbones import Backbone
 from vlmkd.models.classifier import ClassifierConfig
 from vlmkd.models.heads import DualLogits, TextClassifier, mix_heads
 from vlmkd.models.towers import ClipTeacher, compute_dtype, evaluating
-from vlmkd.train.averaging import trainable
+from vlmkd.train.selection import Best
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 
@@ -61,10 +61,10 @@ class DhoTask(Task):
             self.teachers.append(ClipTeacher(teacher.clip, backbone.image_spec))
         self.watch = Stopwatch()
         self.mixture = Mixture(cfg.mixing.alpha, cfg.mixing.beta)
-        self.best_step, self.best_accuracy = 0, -1.0
-        self._best: Student | None = None
+        self._validated = (0, 0.0)  # step and accuracy
         if cfg.selection == "best":
-            self._best = copy.deepcopy(student).float().eval().requires_grad_(False)
+            self.best = Best("best", _accuracy, tie="earlier")
+            self.selections = [self.best]
         self._probe: Student | None = None
         if cfg.grad_cosine_every or cfg.loss.method == "pcgrad":
             self._probe = copy.deepcopy(student).float()
@@ -160,55 +160,34 @@ class DhoTask(Task):
 
     # ---------------------------------------------------------------------------------------- which weights are kept
 
-    def masters(self) -> list[nn.Parameter]:
-        """What is kept of the best evaluation."""
-        return [] if self._best is None else [p for p in self.core.parameters() if p.requires_grad]
-
-    def after_evaluation(self, results: list[Result], step: int) -> bool:
-        """Take the mixture of the validation images, and with selection=best the weights when they are the best so far."""
+    def after_evaluation(self, results: list[Result], step: int) -> None:
+        """The mixture of the validation images belongs to the weights that were evaluated last."""
         for result in results:
-            if result.name != HEADS:
-                continue
-            accuracy = result.metrics["top1"]
-            if self._best is not None and accuracy <= self.best_accuracy:
-                return False
-            self.best_step, self.best_accuracy = step, accuracy
-            if result.chosen:
-                self.mixture = Mixture(result.chosen["alpha"], result.chosen["beta"], accuracy)
-            if self._best is not None:
-                self._best.load_state_dict(self.core.state_dict() | trainable(self.core))
-        return False
+            if result.name == HEADS:
+                accuracy = result.metrics["top1"]
+                self._validated = (step, accuracy)
+                if result.chosen:
+                    self.mixture = Mixture(result.chosen["alpha"], result.chosen["beta"], accuracy)
 
     def state(self) -> dict[str, Any]:
-        """The kept weights, the mixture and the last measured cosines."""
+        """The mixture and the last measured cosines."""
         return {
-            "best": None if self._best is None else self._best.state_dict(),
-            "best_step": self.best_step,
-            "best_accuracy": self.best_accuracy,
+            "validated": list(self._validated),
             "mixture": [self.mixture.alpha, self.mixture.beta, self.mixture.accuracy],
             "cosines": dict(self._cosines),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` returned."""
-        if self._best is not None:
-            self._best.load_state_dict(state["best"])
-        self.best_step, self.best_accuracy = state["best_step"], state["best_accuracy"]
+        self._validated = tuple(state["validated"])
         self.mixture = Mixture(*state["mixture"])
         self._cosines = dict(state["cosines"])
 
     # ------------------------------------------------------------------------------------------------ after training
 
     def predictor(self) -> DhoPredictor:
-        """The student: its two heads are those of the present weights, its answers those of the kept ones."""
+        """The student with the weights that it holds and the mixture that was found last."""
         return DhoPredictor(self)
-
-    def kept(self) -> Student:
-        """The student that answers: the best so far, or the present one."""
-        if self._best is None or not self.best_step:
-            return self.core
-        best: Student = self._best.to(next(self.core.parameters()).device)
-        return best
 
     def teacher_predictors(self) -> dict[str, Any]:
         """The teacher as a classifier of its own pixels, where it is loaded."""
@@ -239,10 +218,8 @@ class DhoTask(Task):
         """Without a projector that only served the loss beside the head."""
         return not name.startswith("projector.") or isinstance(self.core.head, TextClassifier)
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the kept student as a classifier folder."""
-        if self._best is not None and self.best_step:
-            weights = {name: value.cpu() for name, value in self._best.state_dict().items()}
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> nn.Module:
+        """Write the student as a classifier folder."""
         weights = {name: value for name, value in weights.items() if self._is_exported(name)}
         classifies = isinstance(self.core.head, TextClassifier)
         config = ClassifierConfig.of(
@@ -252,22 +229,26 @@ class DhoTask(Task):
             class_names=self.class_names,
             mix=(self.mixture.alpha, self.mixture.beta) if self.cfg.two_heads else None,
         )
-        facts = {
-            "method": self.cfg.loss.method,
-            "selected_step": self.best_step,
-            "validation_top1": max(self.best_accuracy, 0.0),
-        }
+        step, accuracy = (self.best.step, self.best.score) if self.selections else self._validated
+        facts = {"method": self.cfg.loss.method, "selected_step": step, "validation_top1": accuracy}
         export_classifier(folder, config, weights, provenance={"dho": facts})
-        self._checked = config.build()
-        self._checked.load_state_dict(weights)
+        model = config.build()
+        model.load_state_dict(weights)
+        return model
 
-    def check_export(self, folder: Path) -> None:
+    def check_exports(self, written: dict[Path, Any]) -> None:
         """Compare the reloaded export with the weights that were written, in a fresh process."""
-        verify_classifiers({folder: self._checked})
+        verify_classifiers(written)
+
+
+def _accuracy(results: list[Result]) -> float:
+    """Right answers on the validation images."""
+    (score,) = [result.metrics["top1"] for result in results if result.name == HEADS]
+    return score
 
 
 class DhoPredictor:
-    """An ImageClassifier and, for the search, a HeadPredictor; it follows the task's mixture and kept weights."""
+    """An ImageClassifier and, for the search, a HeadPredictor; it follows the task's weights and mixture."""
 
     name = "student"
 
@@ -277,12 +258,12 @@ class DhoPredictor:
         self.class_names = task.class_names
 
     def heads(self, images: Tensor) -> DualLogits:
-        """Logits of both heads with the present weights."""
+        """Logits of both heads."""
         return self._logits(self._task.core, images)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of the kept weights, those of two heads mixed."""
-        logits = self._logits(self._task.kept(), images)
+        """Logits [B, C], those of two heads mixed."""
+        logits = self.heads(images)
         if not self._task.cfg.two_heads:
             return logits.ce
         return mix_heads(logits, self._task.mixture.alpha, self._task.mixture.beta)

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkd.config import require
-from vlmkd.train.averaging import Weights
+from vlmkd.train.selection import Selection, Weights, trainable
 
 
-class GaussianAverage:
+class GaussianAverage(Selection):
     """PromptSRC's average of the weights after each epoch (GPA; docs/papers/promptkd.md, eq. 10).
 
     g_e is proportional to exp(-((e - mean) / std)^2 / 2) and sums to 1 over e = 1 .. N. One float32 copy.
     """
 
-    def __init__(self, epochs: int, mean: float, std: float) -> None:
+    def __init__(self, epochs: int, mean: float, std: float, steps_per_epoch: int = 1) -> None:
         require(epochs >= 1, "epochs", f"is {epochs}; it must be at least 1")
         require(std > 0, "std", f"of the Gaussian average is {std}; it must be above 0")
         bells = [math.exp(-0.5 * ((epoch - mean) / std) ** 2) for epoch in range(1, epochs + 1)]
@@ -27,6 +27,7 @@ class GaussianAverage:
             sum(bells) > 0, "mean", f"of the Gaussian average is {mean}, too far from epochs 1 to {epochs}"
         )
         self.coefficients = [bell / sum(bells) for bell in bells]
+        self._steps_per_epoch = steps_per_epoch
         self._sum: Weights = {}
         self._epoch = 0
 
@@ -45,10 +46,14 @@ class GaussianAverage:
             self._sum[name] = self._sum[name].to(part.device) + part if name in self._sum else part
         self._epoch += 1
 
-    def average(self) -> Weights:
-        """The average over all N epochs."""
-        assert self.complete, f"{self._epoch} of {len(self.coefficients)} epochs were added"
-        return self._sum
+    def after_update(self, student: nn.Module, step: int) -> None:
+        """At the end of an epoch."""
+        if (step + 1) % self._steps_per_epoch == 0:
+            self.add(trainable(student))
+
+    def weights(self) -> Weights:
+        """The average once all N epochs were added."""
+        return self._sum if self.complete else {}
 
     def state(self) -> dict[str, Any]:
         """Plain data for `load_state`."""

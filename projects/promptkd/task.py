@@ -5,12 +5,11 @@ Letters: B images, C classes, D width of the teacher's embeddings.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,46 +40,15 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel
 from vlmkd.predictors import ImageClassifier
-from vlmkd.train.averaging import BestWeights, Weights, trainable
+from vlmkd.train.selection import Best, using
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 
 _PROBES = 2  # images by which an export is checked
 
 
-@contextlib.contextmanager
-def using(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """`module` with these parameters and buffers inside, its own afterwards."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    before = {name: own[name].data for name in weights}
-    try:
-        for name, value in weights.items():
-            own[name].data = value.to(before[name].device, before[name].dtype)
-        yield
-    finally:
-        for name, value in before.items():
-            own[name].data = value
-
-
-class Swapped:
-    """An ImageClassifier that classifies with other weights than its module trains on."""
-
-    def __init__(self, classifier: ImageClassifier, module: nn.Module, weights: Weights) -> None:
-        self.name, self.image_spec, self.class_names = (
-            classifier.name,
-            classifier.image_spec,
-            classifier.class_names,
-        )
-        self._classifier, self._module, self._weights = classifier, module, weights
-
-    def classify(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] -> logits [B,C]."""
-        with using(self._module, self._weights):
-            return self._classifier.classify(images)
-
-
 class PromptTask(Task):
-    """What both runs share: whose weights are evaluated and exported."""
+    """What both runs share."""
 
     cfg: PromptKDConfig
     core: nn.Module
@@ -92,8 +60,12 @@ class PromptTask(Task):
         self.student = core
         self.teachers = []
         self.watch = Stopwatch()
-        self._average: GaussianAverage | None = None
-        self._best = BestWeights("earlier")
+        if cfg.select != "last":
+            judged = protocol.test if cfg.select == "upstream" else protocol.validation
+            assert judged is not None
+            metric = protocol.selection_metric if cfg.select == "upstream" else "top1"
+            score = functools.partial(_score, dataset=judged.dataset, metric=metric)
+            self.selections = [Best("selected", score, tie="earlier")]
 
     def lr_factor(self, step: int, cfg: RunConfig) -> float:
         """By epochs, where the config asks for that."""
@@ -105,58 +77,9 @@ class PromptTask(Task):
         """The trained model with the weights that it holds now."""
         raise AssertionError(f"{type(self).__name__} does not define _classifier()")
 
-    def _candidate(self) -> Weights:
-        """The weights that count now: the average once it is complete, else those of the last step."""
-        if self._average is not None and self._average.complete:
-            return self._average.average()
-        return trainable(self.core, buffers=True)
-
-    def after_update(self, step: int) -> None:
-        """Feed the average at the end of each epoch."""
-        if self._average is not None and (step + 1) % self.epoch == 0:
-            self._average.add(trainable(self.core))
-
-    def after_evaluation(self, results: list[Result], step: int) -> bool:
-        """Offer the weights for selection; never ends the run."""
-        if self.cfg.select != "last":
-            judged = self.protocol.test if self.cfg.select == "upstream" else self.protocol.validation
-            assert judged is not None
-            metric = self.protocol.selection_metric if self.cfg.select == "upstream" else "top1"
-            (score,) = [result.metrics[metric] for result in results if result.dataset == judged.dataset]
-            self._best.offer(self._candidate(), score, step)
-        return False
-
     def predictor(self) -> ImageClassifier:
-        """The model with the weights that count now."""
-        return self._with(self._candidate(), "student")
-
-    def final_predictors(self) -> dict[str, ImageClassifier]:
-        """The selected epoch, which is what is exported, beside the last one."""
-        if self.cfg.select == "last":
-            return {}
-        return {"selected": self._with(self._best.weights, "selected")}
-
-    def _with(self, weights: Weights, name: str) -> ImageClassifier:
-        with using(self.core, weights):
-            return Swapped(self._classifier(name), self.core, weights)
-
-    def _chosen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The complete weights that are exported."""
-        chosen = self._candidate() if self.cfg.select == "last" else self._best.weights
-        return weights | {
-            name: value.detach().float().cpu() for name, value in chosen.items() if name in weights
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Average and best weights."""
-        average = {} if self._average is None else {"average": self._average.state()}
-        return average | {"best": self._best.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        if self._average is not None:
-            self._average.load_state(state["average"])
-        self._best.load_state(state["best"])
+        """The model with the weights that it holds now."""
+        return self._classifier("student")
 
 
 # ---------------------------------------------------------------------------------------------------------- teacher
@@ -209,7 +132,7 @@ class TeacherTask(PromptTask):
         super().__init__(cfg, net, protocol, epoch)
         self.clip, self.dataset, self.template = clip, dataset, template
         if cfg.average.std:
-            self._average = GaussianAverage(cfg.steps // epoch, cfg.average.mean, cfg.average.std)
+            self.average = GaussianAverage(cfg.steps // epoch, cfg.average.mean, cfg.average.std, epoch)
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch of labelled images."""
@@ -239,10 +162,9 @@ class TeacherTask(PromptTask):
         """Of the whole prompted CLIP."""
         return {"student": sum(parameter.numel() for parameter in self.core.parameters())}
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Write the prompts and the name of the CLIP under them."""
-        chosen = self._chosen(weights)
-        self._exported = {name: chosen[f"prompted.{name}.prompts"] for name in self.core.prompted.prompts()}
+        prompts = {name: weights[f"prompted.{name}.prompts"] for name in self.core.prompted.prompts()}
         base = clip_digest(self.clip)
         facts = TeacherFacts(
             clip=self.cfg.clip,
@@ -250,21 +172,22 @@ class TeacherTask(PromptTask):
             shape=self.core.prompted.shape,
             template=self.template,
             class_names=[self.dataset.class_names[index] for index in self.protocol.train_classes],
-            digest=teacher_digest(base, self._exported),
+            digest=teacher_digest(base, prompts),
         )
-        write_teacher(folder, self._exported, facts)
+        write_teacher(folder, prompts, facts)
+        return {f"prompted.{name}.prompts": value for name, value in prompts.items()}
 
-    def check_export(self, folder: Path) -> None:
+    def check_exports(self, written: dict[Path, dict[str, Tensor]]) -> None:
         """Compare the export, read in a fresh process, with the chosen prompts in this one."""
         images = _probe_images(self.clip.image_spec)
-        weights = {f"prompted.{name}.prompts": value for name, value in self._exported.items()}
-        with using(self.core, weights):
-            encoder = PromptedEncoder(self.core.prompted, self.clip, "teacher")
-            expected = {
-                "image_embeds": encoder.encode_image(images),
-                "text_embeds": encoder.encode_text([probe_text(self.template)]),
-            }
-        verify(folder, images, expected)
+        for folder, prompts in written.items():
+            with using(self.core, prompts):
+                encoder = PromptedEncoder(self.core.prompted, self.clip, "teacher")
+                expected = {
+                    "image_embeds": encoder.encode_image(images),
+                    "text_embeds": encoder.encode_text([probe_text(self.template)]),
+                }
+            verify(folder, images, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- student
@@ -348,21 +271,21 @@ class StudentTask(PromptTask):
             counts[self._teacher_name] = sum(parameter.numel() for parameter in self._teacher.parameters())
         return counts
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> nn.Module:
         """Write the whole student with its class vectors as a classifier folder."""
-        self._exported = self._chosen(weights)
-        config, state = as_classifier(self.core, self._exported, self.clip, self.vectors)
+        config, state = as_classifier(self.core, weights, self.clip, self.vectors)
         facts = {
             "teacher": self.vectors.teacher,
             "teacher_digest": self.vectors.teacher_digest,
             "class_vectors_digest": self.vectors.digest,
         }
         export_classifier(folder, config, state, provenance={"promptkd": facts})
+        with using(self.core, weights):
+            return _Logits(self.core, self.vectors)
 
-    def check_export(self, folder: Path) -> None:
+    def check_exports(self, written: dict[Path, nn.Module]) -> None:
         """Compare the export, read in a fresh process, with the chosen weights in this one."""
-        with using(self.core, self._exported):
-            verify_classifiers({folder: _Logits(self.core, self.vectors)})
+        verify_classifiers(written)
 
 
 class _Logits(nn.Module):
@@ -395,3 +318,8 @@ class _TeacherClassifier:
 
 def _probe_images(spec: ImageSpec) -> Tensor:
     return torch.randn(_PROBES, 3, *spec.size, generator=torch.Generator().manual_seed(20240403))
+
+
+def _score(results: list[Result], *, dataset: str, metric: str) -> float:
+    (score,) = [result.metrics[metric] for result in results if result.dataset == dataset]
+    return score

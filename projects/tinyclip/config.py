@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from vlmkd.config import AboveZero, Amount, BelowOne, Count, Duration, Range, StreamRunConfig, require
-from vlmkd.train.averaging import check_average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,11 @@ class DistillConfig(TinyCLIPConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_average(self.ema_decay, self.deepspeed.zero_stage)
+        require(
+            self.ema_decay == 0.0 or self.deepspeed.zero_stage < 3,
+            "ema_decay",
+            "needs whole weights on each rank; use deepspeed.zero_stage 1 or 2, or ema_decay=0",
+        )
         units = bool(self.inherit.image_units or self.inherit.text_units)
         require(
             units == (self.inherit.width == "list"),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from projects.tinyclip.config import DistillConfig, LossConfig, MaskConfig, TinyCLIPConfig
 from projects.tinyclip.fuse import fuse
@@ -22,10 +21,9 @@ from vlmkd.export.clip import export_clip, verify_export
 from vlmkd.files import write_text
 from vlmkd.losses.affinity import PairEmbeds
 from vlmkd.models.clip import ClipModel
-from vlmkd.models.pruned_clip import PrunedCLIP
 from vlmkd.models.towers import ClipPredictor, ClipTeacher
-from vlmkd.train.averaging import moving_average, update_average
 from vlmkd.train.optim import decay_groups
+from vlmkd.train.selection import MovingAverage
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 from vlmkd.train.trainer import stream_seed
@@ -191,21 +189,17 @@ class TinyCLIPTask(Task):
             counts["student"] = sum(getattr(p, "ds_numel", p.numel()) for p in self.core.encoder.parameters())
         return counts
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the student as an open_clip folder (a ragged one as PrunedCLIP)."""
-        export_clip(folder, self._exported(weights))
-
-    def check_export(self, folder: Path) -> None:
-        """Compare the reloaded export with the weights that were written, in a fresh process."""
-        verify_export(folder, self._checked)
-
-    def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
-        """A ClipModel with the student's complete weights."""
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> ClipModel:
+        """Write the student as an open_clip folder."""
         state = self._encoder_weights(weights)
-        self._checked = self.source.with_weights(
-            {name.removeprefix("model."): value for name, value in state.items()}
-        )
-        return self._checked
+        model = self.source.with_weights({key.removeprefix("model."): value for key, value in state.items()})
+        export_clip(folder, model)
+        return model
+
+    def check_exports(self, written: dict[Path, ClipModel]) -> None:
+        """Compare the reloaded export with the weights that were written, in a fresh process."""
+        for folder, model in written.items():
+            verify_export(folder, model)
 
 
 def _own(batch: Batch, name: str, index: int) -> Tensor | None:
@@ -220,39 +214,7 @@ class DistillTask(TinyCLIPTask):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._average: AveragedModel | None = None
-        if self.cfg.ema_decay:
-            self._average = moving_average(self.core, self.cfg.ema_decay)
-
-    def masters(self) -> list[nn.Parameter]:
-        """What is averaged."""
-        return [] if self._average is None else list(self.core.parameters())
-
-    def after_update(self, step: int) -> None:
-        """Feed the moving average."""
-        if self._average is not None:
-            self._average.to(next(self.core.parameters()).device)
-            update_average(self._average, self.core)
-
-    def state(self) -> dict[str, Any]:
-        """The moving average."""
-        return {} if self._average is None else {"average": self._average.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take the moving average back."""
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
-
-    def predictor(self) -> ClipPredictor:
-        """The averaged student when there is an average."""
-        encoder = self.core.encoder if self._average is None else self._average.module.encoder
-        return ClipPredictor("student", encoder, self.source.image_spec, self.source.tokenizer)
-
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the (averaged) student."""
-        if self._average is not None:
-            weights = {name: value.cpu() for name, value in self._average.module.state_dict().items()}
-        super().export(folder, weights)
+        self.average = MovingAverage(self.cfg.ema_decay) if self.cfg.ema_decay else None
 
 
 class MaskTask(TinyCLIPTask):
@@ -309,27 +271,22 @@ class MaskTask(TinyCLIPTask):
         """Log alphas and multipliers: evaluation and export decide alike which units stay."""
         return [*self.masked.image_masks.parameters(), *self.masked.text_masks.parameters()]
 
-    def _exported(self, weights: dict[str, Tensor]) -> ClipModel:
-        """The dense student of the deterministic masks; what was kept goes to the log."""
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> ClipModel:
+        """Write the dense student of the deterministic masks (PrunedCLIP), and the table of what each layer kept."""
         fused = fuse(
             self._encoder_weights(weights),
             self.masked.config,
             round_to=self.cfg.masks.round_to,  # type: ignore[arg-type]
             legacy_projection_scale=self.cfg.masks.legacy_projection_scale,
         )
-        self.fused_report = fused.report()
-        module: PrunedCLIP = fused.model()
-        self._checked = ClipModel(
-            module=module,
+        model = ClipModel(
+            module=fused.model(),
             config=fused.config,
             image_spec=self.source.image_spec,
             tokenizer=self.source.tokenizer,
             source="fused",
             digest="",
         )
-        return self._checked
-
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the fused student and the table of what each layer kept."""
-        super().export(folder, weights)
-        write_text(folder / "kept.md", self.fused_report + "\n")
+        export_clip(folder, model)
+        write_text(folder / "kept.md", fused.report() + "\n")
+        return model

@@ -25,7 +25,7 @@ from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.towers import ClipPredictor, evaluating
-from vlmkd.train.averaging import BestWeights, trainable
+from vlmkd.train.selection import Best, Selection
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 
@@ -57,8 +57,12 @@ class Vl2vTask(Task):
         self.student: nn.Module = student
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher]
         self.watch = Stopwatch()
-        self.best = BestWeights("later")
+        names = set(validation)
+        self.best = Best(
+            BEST, lambda results: _mean(results, names, "top1"), tie="later", after_step=cfg.select_from_step
+        )
         self.valley: LossValley | None = None
+        self.selections: list[Selection] = [self.best]
         if cfg.swad.enabled:
             swad = cfg.swad
             self.valley = LossValley(
@@ -67,12 +71,13 @@ class Vl2vTask(Task):
                 tolerance_ratio=swad.tolerance_ratio,
                 semantics=swad.semantics,
                 segment_reset=swad.segment_reset,
+                loss=lambda results: _mean(results, names, "loss"),
+                buffers=not cfg.student.freeze_bn,
             )
-        self._validation = validation
+            self.best.folder = BEST_EXPORT
+            self.selections.append(self.valley)
         self._vectors = vectors
         self._load_judged = load_judged
-        self._buffers = not cfg.student.freeze_bn
-        self._evaluated = 0
 
     # ------------------------------------------------------------------------------------------------------ one step
 
@@ -137,67 +142,11 @@ class Vl2vTask(Task):
             groups = [*(group for group in kept if group["params"]), variances]
         return groups
 
-    def masters(self) -> list[nn.Parameter]:
-        """What is averaged and kept."""
-        return [parameter for parameter in self.core.parameters() if parameter.requires_grad]
-
-    def after_update(self, step: int) -> None:
-        """Feed the open segment of the loss valley."""
-        if self.valley is not None:
-            self.valley.add_step(self._weights())
-
-    def after_evaluation(self, results: list[Result], step: int) -> bool:
-        """Source validation picks the best weights by accuracy and moves the valley by loss; True when it is dead."""
-        if step == self._evaluated:  # the closing evaluation of a run that the valley ended
-            return False
-        self._evaluated = step
-        own = [result for result in results if result.dataset in self._validation]
-        assert len(own) == len(self._validation), "every source domain is evaluated"
-        accuracy = sum(result.metrics["top1"] for result in own) / len(own)
-        loss = sum(result.metrics["loss"] for result in own) / len(own)
-        if step - 1 >= self.cfg.select_from_step:
-            self.best.offer(self._weights(), accuracy, step - 1)
-        if self.valley is None:
-            return False
-        self.valley.close_segment(loss, step - 1)
-        return self.valley.dead
-
-    def _weights(self) -> dict[str, Tensor]:
-        return trainable(self.core, buffers=self._buffers)
-
-    def state(self) -> dict[str, Any]:
-        """Best weights and loss valley."""
-        valley = None if self.valley is None else self.valley.state()
-        return {"best": self.best.state(), "valley": valley, "evaluated": self._evaluated}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
-        self.best.load_state(state["best"])
-        self._evaluated = state["evaluated"]
-        if self.valley is not None:
-            self.valley.load_state(state["valley"])
-
-    def _chosen(self) -> dict[str, dict[str, Tensor]]:
-        """The selections by name, the one that goes to `export` last; none is the present weights alone."""
-        chosen = {}
-        if self.best.weights:
-            chosen[BEST] = self.best.weights
-        if self.valley is not None:
-            chosen[SWAD] = self.valley.average()
-        return chosen
-
     # ------------------------------------------------------------------------------------------------ after training
 
     def predictor(self) -> StudentPredictor:
-        """The student as it is now."""
+        """The student with the weights that it holds."""
         return StudentPredictor("student", self.core, self.exported)
-
-    def final_predictors(self) -> dict[str, Any]:
-        """The student with the best weights, and with SWAD's."""
-        return {
-            name: StudentPredictor(name, self.core, self.exported, weights)
-            for name, weights in self._chosen().items()
-        }
 
     @cached_property
     def _judged(self) -> ClipModel | None:
@@ -230,61 +179,40 @@ class Vl2vTask(Task):
             counts[name] = sum(parameter.numel() for parameter in self._judged.module.parameters())
         return counts
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """SWAD's weights into `folder` and the best ones beside it; without SWAD the best ones into `folder`."""
-        chosen = list(self._chosen().items()) or [("last step", {})]
-        self._written: dict[Path, dict[str, Tensor]] = {}
-        for target, (name, own) in zip(
-            (folder, folder.with_name(BEST_EXPORT)), reversed(chosen), strict=False
-        ):
-            state = {
-                key: _shaped(own.get(key, value), value)
-                for key, value in weights.items()
-                if not key.startswith(VARIANCES)
-            }
-            selection = {
-                "selection": name,
-                "source_validation_top1": self.best.score,
-                "best_step": self.best.step,
-            }
-            if self.valley is not None:
-                selection |= {"converge_step": self.valley.converge_step, "dead_step": self.valley.dead_step}
-            export_classifier(
-                target, self.exported, state, provenance={"vl2v_adip": {**self.facts, **selection}}
-            )
-            write_json(target / FACTS, self.facts)
-            self._written[target] = state
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Classifier:
+        """Write the student and the facts of its run as a classifier folder."""
+        state = {key: value for key, value in weights.items() if not key.startswith(VARIANCES)}
+        selection: dict[str, Any] = {"selection": name if self.best.weights() else "last step"}
+        selection |= {"source_validation_top1": self.best.score, "best_step": self.best.step - 1}
+        if self.valley is not None:
+            selection |= {"converge_step": self.valley.converge_step, "dead_step": self.valley.dead_step}
+        export_classifier(folder, self.exported, state, provenance={"vl2v_adip": {**self.facts, **selection}})
+        write_json(folder / FACTS, self.facts)
+        model = self.exported.build()
+        model.load_state_dict(state)
+        return model
 
-    def check_export(self, folder: Path) -> None:
+    def check_exports(self, written: dict[Path, Classifier]) -> None:
         """Reload what was written in a fresh process."""
-        modules: dict[Path, Classifier] = {}
-        for target, state in self._written.items():
-            modules[target] = self.exported.build()
-            modules[target].load_state_dict(state)
-        verify_classifiers(modules)
+        verify_classifiers(written)
 
 
-def _shaped(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on the CPU in the shape of `like`; the engine makes vectors of scalars."""
-    return value.detach().cpu().to(like.dtype).reshape(like.shape)
+def _mean(results: list[Result], names: set[str], metric: str) -> float:
+    """Mean over the source domains."""
+    own = [result.metrics[metric] for result in results if result.dataset in names]
+    assert len(own) == len(names), "every source domain is evaluated"
+    return sum(own) / len(own)
 
 
 class StudentPredictor:
-    """The student as an ImageClassifier, with its own weights or with others in the place of the trained ones."""
+    """The student as an ImageClassifier."""
 
-    def __init__(
-        self, name: str, core: Student, config: ClassifierConfig, weights: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, name: str, core: Student, config: ClassifierConfig) -> None:
         self.name, self.image_spec, self.class_names = name, config.image_spec, config.class_names
-        self._core, self._weights = core, weights
+        self._core = core
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w] in `image_spec`'s statistics -> logits [B, C], fp32."""
-        first = next(self._core.parameters())
         with evaluating(self._core):
-            if self._weights is None:
-                return self._core(images.to(first.device)).logits.float()
-            weights = {name: value.to(first.device, first.dtype) for name, value in self._weights.items()}
-            output = torch.func.functional_call(self._core, weights, (images.to(first.device),))
-        return output.logits.float()
+            return self._core(images.to(next(self._core.parameters()).device)).logits.float()

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from vlmkd.config import require
-from vlmkd.train.averaging import RunningMean, Weights, kept_copy
+from vlmkd.evaluation.base import Result
+from vlmkd.train.selection import Selection, Weights, kept_copy, trainable
+
+
+class RunningMean:
+    """Arithmetic mean of the weights that it was given, on their device: one float32 copy."""
+
+    def __init__(self) -> None:
+        self.mean: Weights = {}
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, weights: Mapping[str, Tensor], count: int = 1) -> None:
+        """Take in `weights`, themselves a mean over `count`; the first ones are copied."""
+        self.count += count
+        for name, value in weights.items():
+            current = value.detach().float()
+            if name in self.mean:
+                # A restored mean comes from the CPU.
+                self.mean[name] = self.mean[name].to(current.device).lerp_(current, count / self.count)
+            else:
+                self.mean[name] = current.clone()
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for `load_state`."""
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.mean, self.count = dict(state["mean"]), int(state["count"])
+
 
 Semantics = Literal["reference", "clean"]
 Reset = Literal["every_eval", "vl2v_default"]
@@ -27,7 +58,7 @@ class _Segment:
     """Step (from 0) that was evaluated."""
 
 
-class LossValley:
+class LossValley(Selection):
     """SWAD: the mean of the weights between convergence and overfitting, both read off a validation loss.
 
     A segment is the mean of the weights after every step since the evaluation before. Training has converged at the
@@ -45,6 +76,8 @@ class LossValley:
     on the weights' device, everything else on the CPU; `state` holds all of it.
     """
 
+    name = "SWAD"
+
     def __init__(
         self,
         *,
@@ -53,6 +86,8 @@ class LossValley:
         tolerance_ratio: float = 0.3,
         semantics: Semantics = "reference",
         segment_reset: Reset = "every_eval",
+        loss: Callable[[list[Result]], float] = lambda results: results[0].metrics["loss"],
+        buffers: bool = False,
     ) -> None:
         """`segment_reset`: `every_eval` as described; `vl2v_default` lets a segment go on until an evaluation at a step
         that is a multiple of 1000 above 2500, as all but one of the released VL2V-ADiP scripts do."""
@@ -63,6 +98,7 @@ class LossValley:
         )
         self.n_converge, self.n_tolerance, self.tolerance_ratio = n_converge, n_tolerance, tolerance_ratio
         self.semantics, self.segment_reset = semantics, segment_reset
+        self._loss, self._buffers = loss, buffers
         self.converge_step: int | None = None
         self.threshold: float | None = None
         self.dead_step: int | None = None
@@ -77,6 +113,15 @@ class LossValley:
     def dead(self) -> bool:
         """Whether the valley has ended; training may end too."""
         return self.dead_step is not None
+
+    def after_update(self, student: nn.Module, step: int) -> None:
+        """Feed the open segment."""
+        self.add_step(trainable(student, buffers=self._buffers))
+
+    def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
+        """Close the segment; a dead valley ends the run."""
+        self.close_segment(self._loss(results), step - 1)
+        return self.dead
 
     def add_step(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights after an optimiser step."""
@@ -158,14 +203,13 @@ class LossValley:
             self.dead_step = segment.end
             self._open, self._pending = RunningMean(), RunningMean()
 
-    def average(self) -> Weights:
+    def weights(self) -> Weights:
         """The averaged weights as if training ended now; without convergence those of the newest segment.
 
         Does not change the state, so that evaluations may go on.
         """
         if self.converge_step is None:
-            assert self._recent, "no evaluation yet"
-            return self._recent[-1].mean
+            return self._recent[-1].mean if self._recent else {}
         if self.semantics == "clean" or self.dead:
             return self._final.mean
         assert self.threshold is not None

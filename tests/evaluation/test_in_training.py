@@ -51,7 +51,7 @@ def test_images_of_two_evaluators_are_embedded_once_with_equal_results(
     evaluators: list[Any], encoder: Encoder, workers: int
 ) -> None:
     cfg = RunConfig(run_dir="unused", evaluation=EvaluationConfig(batch_size=7, workers=workers))
-    engine: Any = SimpleNamespace(device=Context.device, whole_weights=contextlib.nullcontext)
+    engine: Any = SimpleNamespace(device=Context.device, module=None, whole_weights=contextlib.nullcontext)
     metrics: Any = SimpleNamespace(write=lambda *_: None)
     alone = Context(batch_size=7, progress=False, max_unreadable_share=0.1)
     expected = [result for evaluator in evaluators for result in evaluator.run(encoder, alone)]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from torch import nn
 
 from vlmkd.config import OptimConfig, ParamGroupConfig
 from vlmkd.errors import UserError
-from vlmkd.train.averaging import check_average, moving_average
 from vlmkd.train.optim import decay_groups, lr_factor
 
 
@@ -65,41 +63,3 @@ def test_everything_is_decayed_when_asked_for() -> None:
     (group,) = decay_groups(module, OptimConfig(weight_decay=0.1, decay_all=True))
     assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters()}
     assert group["weight_decay"] == 0.1
-
-
-def test_moving_average_is_the_textbook_sum_even_from_bf16_weights() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    average = moving_average(model, 0.9)
-    expected = None
-    model.to(torch.bfloat16)
-    for value in (1.0, 2.0, 4.0):
-        with torch.no_grad():
-            model.weight.fill_(value)
-        average.update_parameters(model)
-        expected = value if expected is None else 0.9 * expected + 0.1 * value
-    assert average.module.weight.dtype == torch.float32
-    assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moving_average_is_that_of_each_tensor_by_itself_to_the_bit(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-    average = moving_average(model, 0.99)
-    model.to(dtype)
-    expected: list[torch.Tensor] = []
-    for _ in range(4):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        now = [parameter.detach().float().clone() for parameter in model.parameters()]
-        expected = (
-            [torch.lerp(a, b, 1.0 - 0.99) for a, b in zip(expected, now, strict=True)] if expected else now
-        )
-        average.update_parameters(model)
-    assert all(torch.equal(a, b) for a, b in zip(average.module.parameters(), expected, strict=True))
-
-
-def test_averaging_partitioned_weights_is_refused() -> None:
-    check_average(0.99, 2)
-    with pytest.raises(UserError, match="ema_decay needs whole weights"):
-        check_average(0.99, 3)

@@ -49,7 +49,9 @@ class Engine:
     def grad_norm(self) -> float:
         return 1.0
 
-    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+    module = torch.nn.Linear(1, 1)
+
+    def whole_weights(self, modules: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
 
@@ -113,7 +115,7 @@ def fit(
         def predictor(self) -> None:
             return None
 
-    job: Any = SimpleNamespace(task=Slow(), loader=Loader(), evaluators=[Evaluator(clock)])
+    job: Any = SimpleNamespace(cfg=cfg, task=Slow(), loader=Loader(), evaluators=[Evaluator(clock)])
     engine: Any = Engine()
     metrics: Any = lines
     trainer.fit(cfg, job, engine, metrics, tmp_path / "state", start=0, accumulation=1)

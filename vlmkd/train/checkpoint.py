@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _SHARED = "shared.pt"
+_FORMAT = 2
+"""Raised when what is in a checkpoint changes."""
 _NAME = re.compile(r"step_(\d{6,})$")
 
 
@@ -52,7 +54,7 @@ def save(
     files = {name: digest for part in distributed.gather_objects(own) for name, digest in part.items()}
     with _together(final, partial):
         if distributed.is_main():
-            facts = {"step": step, **_shape(engine), "files": files}
+            facts = {"format": _FORMAT, "step": step, **_shape(engine), "files": files}
             _write_synced(partial / _MANIFEST, json.dumps(facts | {"sha256": _digest_of(facts)}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -134,6 +136,11 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
             data, or does not fit this run's model.
     """
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    if manifest.get("format") != _FORMAT:
+        raise UserError(
+            f"checkpoint {folder} was written by another version of vlmkd; end the run with that one, or choose another "
+            "run_dir"
+        )
     for name, now in _shape(engine).items():
         if manifest.get(name) != now:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vlmkd.train.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TAG = "deepspeed"
-_KEPT = -1  # no module has this number
+_UNTIL_THE_END = -1  # as user of a parameter; no module has this number
 
 
 def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
@@ -245,20 +245,19 @@ class Engine:
             parameter.master = safe_get_full_fp32_param(parameter)
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Inside, every rank sees complete parameters, so that any method of student and teachers can be called.
+    def whole_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside, every rank sees the complete parameters of `modules`, so that any of their methods can be called.
 
         A collective; the body may do different work on each rank, also under ZeRO 3.
         """
         import deepspeed
 
-        modules = [self.module, *self.task.teachers]
         parameters: list[Any] = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
             # Forward hooks free a weight after use, and gathering it again would wait for the other ranks: a user
             # that never finishes keeps it until the end.
             for parameter in parameters:
-                parameter.ds_active_sub_modules.add(_KEPT)
+                parameter.ds_active_sub_modules.add(_UNTIL_THE_END)
             try:
                 yield
             finally:

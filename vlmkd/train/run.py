@@ -28,14 +28,16 @@ from PIL import Image
 import vlmkd
 from vlmkd import config, distributed
 from vlmkd.allocator import keep_freed_memory
-from vlmkd.config import CheckpointConfig, LogConfig, RunConfig
+from vlmkd.config import CheckpointConfig, LogConfig, RunConfig, require
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, OfItems
+from vlmkd.evaluation.base import Context, OfItems, Result
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.files import parse_yaml, read_yaml
 from vlmkd.page.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
-from vlmkd.train import engine, lookup, trainer
+from vlmkd.train import lookup, trainer
+from vlmkd.train.engine import Engine, batch_triple, check_machine, deepspeed_json, start_ranks, stop_ranks
 from vlmkd.train.metrics import Metrics, start_console
+from vlmkd.train.selection import Weights, completed, using
 from vlmkd.train.teacher_check import look_at_teachers
 from vlmkd.train.trainer import Job, Stopped
 
@@ -77,15 +79,15 @@ def main(
     try:
         cfg = config.load(config_class, [arg for arg in argv if arg != "--dry-run"])
         world_size = int(distributed.environment()["WORLD_SIZE"])
-        engine.check_machine(cfg)
-        generated = engine.deepspeed_json(cfg, world_size)
+        check_machine(cfg)
+        generated = deepspeed_json(cfg, world_size)
         if dry_run:
             lookup.check_names(asdict(cfg))
             print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
             return
         with _run_folder(cfg):
             _run(cfg, build, generated)
-        engine.stop_ranks()
+        stop_ranks()
     except UserError as error:
         _exit_with(str(error))
     except OSError as error:
@@ -101,10 +103,10 @@ def main(
         sys.exit(2)  # another rank has said it, and left; what broke here was the connection to it
     except Stopped as stopped:
         print(stopped, flush=True)
-        engine.stop_ranks()
+        stop_ranks()
         sys.exit(128 + 15)
     finally:
-        engine.stop_ranks(together=False)
+        stop_ranks(together=False)
 
 
 def _exit_with(mistake: str) -> NoReturn:
@@ -127,7 +129,7 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
         torch.set_num_threads(cfg.threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    engine.start_ranks()
+    start_ranks()
     _seed(cfg.seed)
     start_console(run_dir)
     job = build(given)
@@ -139,66 +141,98 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     log.info(
         "student: %.2f M parameters, %d teacher(s) loaded", student_parameters / 1e6, len(job.task.teachers)
     )
-    around = engine.Engine(job.task, cfg)
+    engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
+    require(
+        not job.task.kept() or engine.zero_stage < 3,
+        "deepspeed.zero_stage",
+        "is 3, but averages and selections need whole weights on each rank; use 1 or 2",
+    )
     for teacher in job.task.teachers:
-        around.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
+        engine.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
     state_dir = run_dir / "state"
-    start, ended = trainer.resume(job, around, state_dir)
+    start, ended = trainer.resume(job, engine, state_dir)
     metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)
-    _, accumulation = engine.batch_triple(cfg, distributed.world_size())
+    _, accumulation = batch_triple(cfg, distributed.world_size())
     if not start and cfg.evaluation.teacher:
-        context = Context(around.device, cfg.evaluation.batch_size, progress=False)
-        with around.whole_weights():
+        context = Context(engine.device, cfg.evaluation.batch_size, progress=False)
+        with engine.whole_weights(job.task.teachers):
             look_at_teachers(job.task, job.evaluators, job.loader, context)
     try:
         step = start
         if not ended:
-            step = trainer.fit(cfg, job, around, metrics, state_dir, start=start, accumulation=accumulation)
-        _finish(cfg, job, around, metrics, run_dir, step)
+            step = trainer.fit(cfg, job, engine, metrics, state_dir, start=start, accumulation=accumulation)
+        _finish(job, engine, metrics, run_dir, step)
     finally:
         metrics.close()
 
 
-def _finish(
-    cfg: RunConfig, job: Job, around: engine.Engine, metrics: Metrics, run_dir: Path, step: int
-) -> None:
+def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
     """Final evaluation of student and teachers, export, and its check in a fresh process."""
-    student = job.task.predictor()
-    results = {"student": trainer.evaluate(cfg, job.evaluators, student, around, metrics, step)}
-    job.task.after_evaluation(results["student"], step)
-    results["student"] += trainer.evaluate(cfg, job.final_evaluators, student, around, metrics, step)
-    selections = job.task.final_predictors()
-    others = dict(selections)
-    if cfg.evaluation.teacher:
-        others |= job.task.teacher_predictors()
-    exported = [STUDENT, *selections][-1]
-    for name, predictor in others.items():
-        results[name] = trainer.evaluate(
-            cfg, [*job.evaluators, *job.final_evaluators], predictor, around, metrics, step, model=name
-        )
-    with around.whole_weights():
+    task = job.task
+    chosen = {STUDENT: trainer.present_weights(task)}
+    results = _final_results(job, engine, metrics, step, chosen)
+    exported = list(chosen)[-1]
+    with engine.whole_weights([engine.module, *task.teachers]), using(engine.module, chosen[exported]):
         if distributed.is_main():
             (run_dir / "eval").mkdir(exist_ok=True)
             models = {
                 "exported": exported,
-                "selections": list(selections),
-                "parameters": job.task.parameter_counts(),
+                "selections": list(chosen)[1:],
+                "parameters": task.parameter_counts(),
             }
             _write(run_dir / "eval" / MODELS, json.dumps(models, indent=1))
-            _write_gallery(run_dir / "eval" / "gallery.json", job, around.device)
-    weights = around.student_weights()
+            _write_gallery(run_dir / "eval" / "gallery.json", job, engine.device)
+    weights = engine.student_weights()
     if weights is not None:
         _write(run_dir / "eval" / "results.json", trainer.results_json(results))
         judged = [one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, OfItems)]
         items = {one.dataset: one.items for one in judged}
         write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
-        job.task.export(run_dir / "export", weights)
-        job.task.check_export(run_dir / "export")
+        folders = {"export": exported}
+        folders |= {kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen}
+        task.check_exports(
+            {
+                run_dir / folder: task.export(run_dir / folder, completed(weights, chosen[name]), name)
+                for folder, name in folders.items()
+                if folder == "export" or name != exported
+            }
+        )
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
         _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
         _draw_page(run_dir)
     distributed.barrier()
+
+
+def _final_results(
+    job: Job, engine: Engine, metrics: Metrics, step: int, chosen: dict[str, Weights]
+) -> dict[str, list[Result]]:
+    """Results by model: the student, each of its selections, whose weights are added to `chosen`, and the teachers.
+
+    The final evaluators look at the selections, or at the student where there are none.
+    """
+    cfg, task = job.cfg, job.task
+    # Where an evaluation ended the run, the selections have seen these weights.
+    found, _ = trainer.evaluate_student(job, engine, metrics, step, judge=step == cfg.steps)
+    results = {STUDENT: found}
+    chosen |= {kept.name: kept.weights() for kept in task.selections if kept.weights()}
+    for name, weights in chosen.items():
+        with using(engine.module, weights):
+            if name != STUDENT:
+                results[name] = trainer.evaluate(
+                    cfg, job.evaluators, task.predictor(), engine, metrics, step, name
+                )
+                task.after_evaluation(results[name], step)
+            if name != STUDENT or len(chosen) == 1:
+                results[name] += trainer.evaluate(
+                    cfg, job.final_evaluators, task.predictor(), engine, metrics, step, name
+                )
+    everything = [*job.evaluators, *job.final_evaluators]
+    for name, predictor in task.teacher_predictors().items() if cfg.evaluation.teacher else ():
+        results[name] = trainer.evaluate(
+            cfg, everything, predictor, engine, metrics, step, name, task.teachers
+        )
+    return results
 
 
 def _draw_page(run_dir: Path) -> None:

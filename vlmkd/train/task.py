@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from vlmkd.train.timing import Stopwatch
 if TYPE_CHECKING:
     from vlmkd.config import OptimConfig, RunConfig
     from vlmkd.evaluation.base import Result
+    from vlmkd.train.selection import Selection
 
 Batch = dict[str, Any]
 """One micro-batch: `keys`, the names of its samples, and whatever the loader and the task agree on, nested as they like."""
@@ -42,13 +44,21 @@ class Task:
     """Holds every trainable parameter; called once per step."""
     teachers: list[nn.Module]
     """Frozen, in eval mode, outside the student, never checkpointed; empty when cached or none."""
+    average: Selection | None = None
+    """Weights that take the place of the present ones in evaluations and the export, as soon as it has any."""
+    selections: Sequence[Selection] = ()
+    """Other weights, evaluated once when training has ended; the last that has any is exported."""
     without_teacher: str = ""
     """The override that trains on the labels alone, where the method has one: advice for users of a bad teacher."""
     watch: Stopwatch
     """Times the parts of a step: `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
 
     def step(self, batch: Batch, step: int) -> StepOutput:
-        """Forward pass and losses of one micro-batch at optimiser step `step`."""
+        """Forward pass and losses of one micro-batch at optimiser step `step`.
+
+        Every trained parameter takes part in every micro-batch, because ZeRO waits for its gradient on all ranks: what a
+        micro-batch has no input for gets a blank one, times zero.
+        """
         raise AssertionError(f"{type(self).__name__} does not define step()")
 
     def weight(self, batch: Batch) -> float:
@@ -83,16 +93,16 @@ class Task:
         """Parameters that the engine clamps to [low, high] after each optimiser step, master weights included."""
         return []
 
+    def kept(self) -> list[Selection]:
+        """The average, if any, and the selections."""
+        return [*([] if self.average is None else [self.average]), *self.selections]
+
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that `master_value` reads in fp32 whatever the training precision, after each optimiser step."""
-        return []
+        """Parameters that `master_value` reads in fp32 whatever the training precision: by default all that are kept."""
+        return [p for p in self.student.parameters() if p.requires_grad] if self.kept() else []
 
-    def after_update(self, step: int) -> None:
-        """Called after each optimiser step and its clamps (averages)."""
-
-    def after_evaluation(self, results: list[Result], step: int) -> bool:
-        """Called after each evaluation of the student, the closing one too; True ends the run."""
-        return False
+    def after_evaluation(self, results: list[Result], step: int) -> None:
+        """Called after each evaluation of the student by `Job.evaluators`, with whatever weights."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers beside the parameters that a resumed run needs."""
@@ -102,15 +112,8 @@ class Task:
         """Take back what `state` returned."""
 
     def predictor(self) -> Any:
-        """What evaluators receive (see vlmkd.evaluation.base)."""
+        """What evaluators receive (see vlmkd.predictors): the student with the weights that it holds at the call."""
         raise AssertionError(f"{type(self).__name__} does not define predictor()")
-
-    def final_predictors(self) -> dict[str, Any]:
-        """Other weights of the student by name (averages, the best so far), evaluated once when training has ended.
-
-        The last of them is what is exported.
-        """
-        return {}
 
     def teacher_predictors(self) -> dict[str, Any]:
         """Predictors of the loaded teachers by name, evaluated once beside the student."""
@@ -124,13 +127,16 @@ class Task:
         """Parameters of the exported student (`student`) and of the loaded teachers, under their predictors' names."""
         return {}
 
-    def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the student into `folder` from its complete `weights` (rank 0 only)."""
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Any:
+        """Write the student into `folder` from the complete `weights` of the selection `name` (rank 0 only).
+
+        Returns what `check_exports` compares with the folder.
+        """
         raise AssertionError(f"{type(self).__name__} does not define export()")
 
-    def check_export(self, folder: Path) -> None:
-        """Reload `folder` with an outside library in a fresh process and compare its outputs with what was exported."""
-        raise AssertionError(f"{type(self).__name__} does not define check_export()")
+    def check_exports(self, written: dict[Path, Any]) -> None:
+        """Reload the folders with an outside library in a fresh process and compare outputs with what `export` returned."""
+        raise AssertionError(f"{type(self).__name__} does not define check_exports()")
 
 
 def master_value(parameter: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ import math
 import signal
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlmkd import distributed, memory
 from vlmkd.config import RunConfig
@@ -26,6 +27,7 @@ from vlmkd.files import write_json
 from vlmkd.train import checkpoint
 from vlmkd.train.engine import Engine, batch_triple
 from vlmkd.train.metrics import Metrics, duration
+from vlmkd.train.selection import Weights, using
 from vlmkd.train.task import Batch, StepOutput, Task
 from vlmkd.train.timing import peak_tflops
 
@@ -68,8 +70,8 @@ def fit(
 ) -> int:
     """Train from optimiser step `start` to `cfg.steps`; returns the step reached.
 
-    One step: fetch all micro-batches, `task.step` and backward for each, finite check, update, `after_update`; then log,
-    evaluate and save when due.
+    One step: fetch all micro-batches, `task.step` and backward for each, finite check, update, the kept weights; then
+    log, evaluate and save when due.
 
     Raises:
         UserError: a non-finite loss (before it touches the weights), bad data, a full disk.
@@ -98,7 +100,8 @@ def fit(
             ):
                 raise _non_finite(state_dir.parent, step, outputs, factors, parts)
             engine.update()
-            job.task.after_update(step)
+            for selection in job.task.kept():
+                selection.after_update(engine.module, step)
             window.add(outputs, factors, parts, lr)
             done = step + 1
             if step == start:
@@ -107,9 +110,9 @@ def fit(
                 window.write(metrics, done)
             if _evaluation_due(cfg, done):
                 with window.evaluation():
-                    results = evaluate(cfg, job.evaluators, job.task.predictor(), engine, metrics, done)
-                if job.task.after_evaluation(results, done):
-                    log.info("step %d: the task ends the run", done)
+                    _, ends = evaluate_student(job, engine, metrics, done)
+                if ends:
+                    log.info("step %d: the evaluation ends the run", done)
                     save_state(cfg, job, engine, state_dir, done, ended=True)
                     job.loader.check_bad_share()
                     return done
@@ -126,23 +129,46 @@ def fit(
     return cfg.steps
 
 
+def evaluate_student(
+    job: Job, engine: Engine, metrics: Metrics, step: int, *, judge: bool = True
+) -> tuple[list[Result], bool]:
+    """Results of the student by `job.evaluators`, with its average where there is one, and whether they end the run.
+
+    `judge`: the selections take part.
+    """
+    with using(engine.module, present_weights(job.task)):
+        results = evaluate(job.cfg, job.evaluators, job.task.predictor(), engine, metrics, step)
+        ends = [
+            judge and selection.after_evaluation(engine.module, results, step)
+            for selection in job.task.kept()
+        ]
+    job.task.after_evaluation(results, step)
+    return results, any(ends)
+
+
+def present_weights(task: Task) -> Weights:
+    """The weights that are the student's as long as no selection is asked for: the average's, or (empty) its own."""
+    return {} if task.average is None else task.average.weights()
+
+
 def evaluate(
     cfg: RunConfig,
-    evaluators: list[Evaluator],
+    evaluators: Sequence[Evaluator],
     predictor: Any,
     engine: Engine,
     metrics: Metrics,
     step: int,
     model: str = "student",
+    modules: Sequence[nn.Module] | None = None,
 ) -> list[Result]:
-    """Run every evaluator on `predictor`; logs and returns the results."""
+    """Run every evaluator on `predictor`; logs and returns the results. It holds `modules`: by default the student's."""
     if not evaluators:
         return []
     context = Context(
         engine.device, cfg.evaluation.batch_size, cfg.evaluation.workers, progress=False, embedded={}
     )
     results: list[Result] = []
-    with engine.whole_weights(), torch.no_grad():
+    with engine.whole_weights([engine.module] if modules is None else modules), torch.no_grad():
         for evaluator in evaluators:
             results.extend(evaluator.run(predictor, context))
     values = {
@@ -161,15 +187,16 @@ def evaluate(
 def save_state(
     cfg: RunConfig, job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False
 ) -> None:
-    """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: the task ended the run here."""
-    shared = {"step": step, "steps": cfg.steps, "ended": ended, "task": job.task.state()}
+    """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: an evaluation ended the run here."""
+    kept = [selection.state() for selection in job.task.kept()]
+    shared = {"step": step, "steps": cfg.steps, "ended": ended, "task": job.task.state(), "kept": kept}
     per_rank = {"loader": job.loader.state_dict()}
     checkpoint.save(state_dir, step, engine, shared=shared, per_rank=per_rank, keep=cfg.checkpoint.keep)
     log.info("saved %s", state_dir / f"step_{step:06d}")
 
 
 def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
-    """Restore the newest whole checkpoint, if any; returns the step to go on from, and whether the task ended there."""
+    """Restore the newest whole checkpoint, if any; returns the step to go on from, and whether the run ended there."""
     folder = checkpoint.latest(state_dir)
     if folder is None:
         return 0, False
@@ -180,6 +207,8 @@ def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
             "it the same data, or choose another run_dir"
         )
     job.task.load_state(shared["task"])
+    for selection, state in zip(job.task.kept(), shared["kept"], strict=True):
+        selection.load_state(state)
     job.loader.load_state_dict(own["loader"])
     log.info("resumed from %s", folder)
     return int(shared["step"]), bool(shared.get("ended"))

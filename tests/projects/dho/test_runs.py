@@ -92,7 +92,7 @@ def test_a_dual_head_run_reports_both_heads_and_exports_their_mixture(whole: Pat
     (chosen,) = run.chosen.values()
     assert (chosen["alpha"], chosen["beta"]) == load_classifier(whole / "export").mix
     assert f"alpha {chosen['alpha']:g}, beta {chosen['beta']:g}." in (whole / "report.html").read_text()
-    assert 0 <= found["student classification"]["top1"] <= 1
+    assert 0 <= found["best classification"]["top1"] <= 1
     assert "teacher " in " ".join(found)
     classifier = load_classifier(whole / "export")
     assert classifier.class_names == sorted(CLASSES)
@@ -136,7 +136,7 @@ def test_the_evaluation_command_agrees_with_the_run(
     assert done.returncode == 0, done.stderr
     answers = {result["answer"]: result for result in json.loads(out.read_text())}
     assert answers.keys() == {"mixed", "ce", "kd"}
-    tested = results(whole)["student classification"]
+    tested = results(whole)["best classification"]
     assert answers["mixed"]["metrics"]["top1"] == pytest.approx(tested["top1"])
     assert (answers["mixed"]["alpha"], answers["mixed"]["beta"]) == load_classifier(whole / "export").mix
 
@@ -267,7 +267,8 @@ def test_table_has_one_row_per_method(tmp_path: Path, capsys: pytest.CaptureFixt
         (run / "eval").mkdir(parents=True)
         (run / "done.json").write_text("{}")
         test = {"name": "classification", "dataset": "emoji", "metrics": {"top1": score}}
-        (run / "eval" / "results.json").write_text(json.dumps({"student": [test]}))
+        (run / "eval" / "results.json").write_text(json.dumps({"student": [], "best": [test]}))
+        (run / "eval" / "models.json").write_text(json.dumps({"exported": "best"}))
         line = {} if cosine is None else {"gradient_cosine/backbone": cosine}
         (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert table.main([str(tmp_path)]) == 0

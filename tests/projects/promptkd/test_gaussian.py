@@ -30,9 +30,9 @@ def test_gaussian_average_equals_the_sum_in_double_precision_and_resumes_bit_for
         whole.add({"w": weights})
         broken.add({"w": weights})
         broken = restored(lambda: GaussianAverage(20, 6, 10), broken.state())
-    assert whole.complete and whole.average()["w"].dtype == torch.float32
-    torch.testing.assert_close(whole.average()["w"].double(), expected, rtol=0, atol=1e-6)
-    assert torch.equal(whole.average()["w"], broken.average()["w"])
+    assert whole.complete and whole.weights()["w"].dtype == torch.float32
+    torch.testing.assert_close(whole.weights()["w"].double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(whole.weights()["w"], broken.weights()["w"])
 
 
 def test_gaussian_average_refuses_what_has_no_mean() -> None:

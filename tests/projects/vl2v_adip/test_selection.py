@@ -39,13 +39,15 @@ def run(made: Vl2vTask, evaluations: list[tuple[float, float, float]]) -> int | 
             with torch.no_grad():
                 made.core.backbone.weight.fill_(float(step))
             step += 1
-            made.after_update(step)
+            for selection in made.selections:
+                selection.after_update(made.core, step - 1)
         own = [("art_out", art, loss - 0.25), ("photo_out", photo, loss + 0.25)]
         results = [Result("x", name, {"top1": top1, "loss": value}, 5) for name, top1, value in own]
         watched = Result(
             "x", "sketch_in", {"top1": 1.0, "loss": 0.0}, 5
         )  # the held-out domain decides nothing
-        if made.after_evaluation([watched, *results], step):
+        ends = [one.after_evaluation(made.core, [watched, *results], step) for one in made.selections]
+        if any(ends):
             return step - 1
     return None
 
@@ -65,8 +67,8 @@ def test_the_best_mean_of_the_source_domains_from_a_step_on(first: int, kept: in
         (0.3, 0.2),
     ]  # 20 and 30, 40 and 50 tie
     assert run(made, [(*pair, 1.0) for pair in accuracies]) is None
-    assert made.best.step == kept
-    assert [value.item() for value in made.best.weights.values()] == [kept]
+    assert made.best.step - 1 == kept
+    assert [value.item() for value in made.best.weights().values()] == [kept]
 
 
 def test_the_valley_follows_the_mean_loss_and_ends_the_run() -> None:
@@ -76,4 +78,4 @@ def test_the_valley_follows_the_mean_loss_and_ends_the_run() -> None:
     assert made.valley is not None
     assert (made.valley.converge_step, made.valley.threshold) == (0, pytest.approx(1.5))
     # segments: step 0 alone, then 1 to 10 and 11 to 20; each weighs 1, and converging counts nothing with one of each
-    assert made.valley.average()["backbone.weight"].item() == pytest.approx((5.5 + 15.5) / 2)
+    assert made.valley.weights()["backbone.weight"].item() == pytest.approx((5.5 + 15.5) / 2)

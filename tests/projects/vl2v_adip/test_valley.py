@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from projects.vl2v_adip.valley import LossValley
+from projects.vl2v_adip.valley import LossValley, RunningMean
 from tests.train.conftest import restored
 from vlmkd.errors import UserError
 
@@ -43,7 +43,7 @@ def coefficients(
         if (step + 1) % segment == 0:
             valley.close_segment(losses[step // segment], step)
             valley = between(valley)
-    return valley.average()["w"].tolist(), valley
+    return valley.weights()["w"].tolist(), valley
 
 
 @pytest.mark.parametrize(("losses", "converge", "threshold", "dead", "golden"), GOLDEN)
@@ -117,7 +117,7 @@ def test_segments_weigh_the_same_in_reference_and_by_their_steps_in_clean() -> N
             valley.add_step({"w": torch.eye(10)[step]})
             if step % 3 == 0:
                 valley.close_segment([1.0, 1.05, 1.1, 1.2][step // 3], step)
-        return valley.average()["w"].numpy()
+        return valley.weights()["w"].numpy()
 
     # Segments 1 and 2 at convergence, 0 at the evaluation after it, 1 to 3 at the end.
     by_segment = np.array([1, 2, 2, 1]) / 6 / np.array([1, 3, 3, 3])
@@ -177,7 +177,7 @@ def test_a_valley_goes_on_bit_for_bit_after_every_evaluation_and_inside_a_segmen
                 valley.close_segment(losses[step // 3], step)
             if interrupted:
                 valley = restored(lambda: LossValley(semantics=semantics), valley.state())
-        return torch.cat(list(valley.average().values()))
+        return torch.cat(list(valley.weights().values()))
 
     assert torch.equal(run(False), run(True))
 
@@ -186,10 +186,17 @@ def test_asking_for_the_average_changes_nothing() -> None:
     asked: list[torch.Tensor] = []
 
     def look(valley: LossValley) -> LossValley:
-        asked.append(valley.average()["w"].clone())
+        asked.append(valley.weights()["w"].clone())
         return valley
 
     for losses, *_, golden in GOLDEN:
         found, _ = coefficients(LossValley(), losses, between=look)
         assert found == pytest.approx(np.array(golden) / sum(golden), abs=1e-6)
         assert found == asked[-1].tolist()
+
+
+def test_a_tensor_that_never_moves_keeps_its_exact_value() -> None:
+    mean = RunningMean()
+    for _ in range(1000):
+        mean.add({"w": torch.tensor([0.1, 1e-8])})
+    assert torch.equal(mean.mean["w"], torch.tensor([0.1, 1e-8]))

@@ -1,0 +1,174 @@
+"""Which weights of the student count: the present ones, an average of them, or those of the best evaluation.
+
+A task names an `average`, which takes the place of the present weights whenever the student is evaluated, and
+`selections`, each of which is evaluated once when training has ended; the last of them is exported. The loop feeds them,
+saves and restores them. All of them need whole weights on each rank, so ZeRO stage 3 is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd.evaluation.base import Result
+from vlmkd.train.task import master_value
+
+Weights = dict[str, Tensor]
+"""Parameters and buffers of the student by name; those that are not named are the present ones."""
+
+
+class Selection:
+    """A rule that keeps weights. `state` is plain data, after whose `load_state` everything goes on bit for bit."""
+
+    name = ""
+    """How results call the student with these weights."""
+    folder = ""
+    """Folder of the run that they are exported to too, where they are not the last of the task's selections."""
+
+    def after_update(self, student: nn.Module, step: int) -> None:
+        """Called after optimiser step `step` (from 0)."""
+
+    def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
+        """Called after an evaluation at `step` (steps done), inside it: `student` has its weights; True ends the run."""
+        return False
+
+    def weights(self) -> Weights:
+        """What was kept; empty as long as there is nothing."""
+        raise AssertionError(f"{type(self).__name__} does not define weights()")
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for `load_state`."""
+        raise AssertionError(f"{type(self).__name__} does not define state()")
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        raise AssertionError(f"{type(self).__name__} does not define load_state()")
+
+
+class MovingAverage(Selection):
+    """Exponential moving average in fp32: average = decay * average + (1 - decay) * weight, from the first step's weights."""
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._average: Weights = {}
+
+    @torch.no_grad()
+    def after_update(self, student: nn.Module, step: int) -> None:
+        """Take in the trained weights."""
+        current = {name: value.float() for name, value in trainable(student).items()}
+        if not self._average:
+            self._average = {name: value.clone() for name, value in current.items()}
+            return
+        # A restored average comes from the CPU.
+        self._average = {name: value.to(current[name].device) for name, value in self._average.items()}
+        torch._foreach_lerp_(
+            list(self._average.values()), [current[name] for name in self._average], 1.0 - self._decay
+        )
+
+    def weights(self) -> Weights:
+        """The average."""
+        return self._average
+
+    def state(self) -> dict[str, Any]:
+        """The average."""
+        return dict(self._average)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        self._average = dict(state)
+
+
+class Best(Selection):
+    """The weights and buffers of the evaluation with the highest score, on the CPU in float32."""
+
+    def __init__(
+        self,
+        name: str,
+        score: Callable[[list[Result]], float],
+        *,
+        tie: Literal["earlier", "later"],
+        after_step: int = 0,
+    ) -> None:
+        """`tie`: which of two equal scores counts (PromptKD and DHO the earlier, VL2V-ADiP the later).
+
+        Evaluations with no more than `after_step` steps done are no candidates.
+        """
+        self.name, self._rule, self._earlier, self._after = name, score, tie == "earlier", after_step
+        self._weights: Weights = {}
+        self.score = -math.inf
+        self.step = 0
+        """Steps done at the best evaluation."""
+
+    def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
+        """Keep the weights when none was better, nor as good and kept by the rule for ties."""
+        if step <= self._after:
+            return False
+        score = self._rule(results)
+        if score > self.score or (score == self.score and not self._earlier):
+            kept = set(student.state_dict())
+            buffers = {name: value for name, value in student.named_buffers() if name in kept}
+            self._weights = {name: kept_copy(value) for name, value in (trainable(student) | buffers).items()}
+            self.score, self.step = score, step
+        return False
+
+    def weights(self) -> Weights:
+        """Those of the best evaluation so far."""
+        return self._weights
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for `load_state`."""
+        return {"weights": self._weights, "score": self.score, "step": self.step}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._weights = dict(state["weights"])
+        self.score, self.step = float(state["score"]), int(state["step"])
+
+
+def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
+    """The trained parameters of `module` by name, detached; with `buffers` also its floating-point buffers.
+
+    In half precision these are the fp32 master weights of the parameters that `Task.masters` lists.
+    """
+    weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
+    if buffers:
+        weights |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+    return weights
+
+
+def kept_copy(value: Tensor) -> Tensor:
+    """A copy on the CPU, numbers with a fraction in float32."""
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return value.detach().to(device="cpu", dtype=dtype, copy=True)
+
+
+@contextmanager
+def using(student: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """`student` with these weights in the types of its own inside, its own afterwards."""
+    own: dict[str, Any] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    before = {name: (own[name].data, getattr(own[name], "master", None)) for name in weights}
+    try:
+        for name, value in weights.items():
+            data, master = before[name]
+            own[name].data = value.to(data.device, data.dtype).reshape(data.shape)
+            if master is not None:
+                own[name].master = value.to(master.device, master.dtype).reshape(master.shape)
+        yield
+    finally:
+        for name, (data, master) in before.items():
+            own[name].data = data
+            if master is not None:
+                own[name].master = master
+
+
+def completed(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
+    """Complete `weights` with those of `own` in their places, types and shapes (the engine makes vectors of scalars)."""
+    return {
+        name: own[name].detach().cpu().to(value.dtype).reshape(value.shape) if name in own else value
+        for name, value in weights.items()
+    }
