@@ -51,7 +51,7 @@ def pruned(folder: Path) -> ClipModel:
 
 
 def small_vocabulary(folder: Path) -> ClipModel:
-    from vlmkd.data.text_bpe import text_config, train_tokenizer, write_tokenizer
+    from tests.small_tokenizer import text_config, train_tokenizer, write_tokenizer
 
     write_tokenizer(train_tokenizer(["a red cat", "a red dog", "red red"] * 3, 269), folder, 12)
     return make(folder, text_cfg=TEXT | text_config(269, 12))

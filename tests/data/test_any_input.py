@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmkd import class_names
-from vlmkd.data import shards, tar_index, teacher_cache
+from vlmkd.data import shards, teacher_cache
 from vlmkd.datasets import evaluation_sets as datasets
 from vlmkd.datasets import few_shot_sets, imagenet_sets, splits
+from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.page.report import read_run
@@ -182,7 +183,7 @@ def test_any_tar_is_read_counted_as_broken_or_one_line(
     for raw in shards.read_shard(str(path)):
         assert raw.reason in ("", "broken_tar", "duplicate_key")
     try:
-        for sample in tar_index.index_tar(str(path)):
+        for sample in index_tar(str(path)):
             for extension in sample.members:
                 sample.text(extension)
     except UserError as error:

@@ -195,7 +195,7 @@ def test_openais_zoo_entries_are_those_of_open_clip() -> None:
 
 
 def test_tokenizer_json_beside_the_config(tmp_path: Path) -> None:
-    from vlmkd.data.text_bpe import text_config, train_tokenizer, write_tokenizer
+    from tests.small_tokenizer import text_config, train_tokenizer, write_tokenizer
 
     config = tiny()
     config["text_cfg"] |= text_config(269, 8)

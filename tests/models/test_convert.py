@@ -149,7 +149,7 @@ def test_a_transformers_folder_loads(activation: str, eos: int, vocabulary: int,
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 1]})
     )
-    from vlmkd.data.text_bpe import train_tokenizer, write_tokenizer
+    from tests.small_tokenizer import train_tokenizer, write_tokenizer
 
     write_tokenizer(train_tokenizer(["a red cat", "a red dog", "red red"] * 3, 269), tmp_path, 8)
     loaded = load_clip(f"hf:{tmp_path}")

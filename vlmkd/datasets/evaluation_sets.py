@@ -17,7 +17,6 @@ from vlmkd.class_names import read_class_names, read_lines, read_templates
 from vlmkd.data import shards as shard_lists
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
-from vlmkd.data.tar_index import index_tar
 from vlmkd.datasets.folders import class_folder_names, is_image
 from vlmkd.datasets.imagenet_sets import (
     IMAGENET_SOURCE,
@@ -25,6 +24,7 @@ from vlmkd.datasets.imagenet_sets import (
     class_names_file,
     warn_of_missing_classes,
 )
+from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.files import read_json
 

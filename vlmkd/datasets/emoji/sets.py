@@ -18,11 +18,11 @@ from typing import Any
 
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
-from vlmkd.data.tar_index import index_tar
 from vlmkd.datasets.domain_sets import ALL, read_domains
 from vlmkd.datasets.emoji import cache
 from vlmkd.datasets.emoji.catalog import STYLES, TEST_TEMPLATES, Concept, class_names, concepts
 from vlmkd.datasets.emoji.draw import concept_picture, drawing
+from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.files import read_object, write_text
 
