@@ -35,7 +35,7 @@ from vlmkd.models.classifier import ClassifierConfig
 from vlmkd.models.heads import DualLogits, TextClassifier, mix_heads
 from vlmkd.models.towers import ClipTeacher, compute_dtype, evaluating
 from vlmkd.train.selection import Best
-from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.task import Batch, StepOutput, Task, combine, teacher_image_embeds
 from vlmkd.train.timing import Stopwatch
 
 
@@ -77,14 +77,17 @@ class DhoTask(Task):
         """One micro-batch: frozen teacher, student, losses."""
         labelled = int((batch["stream_ids"] == 0).sum()) if self.cfg.uses_labels else 0
         with self.watch.span("teacher"):
-            embeds = self._teacher_embeds(batch)
+            embeds = valid = None
+            if self.teacher is not None:
+                embeds, valid = teacher_image_embeds(batch, self.teachers[0] if self.teachers else None)
+                valid = None if valid is None or valid.all() else valid
         output: StudentOutput = self.student(batch["images"].to(compute_dtype(self.core.backbone)), labelled)
         with self.watch.span("loss"):
-            terms = self._terms(batch, output, embeds, labelled)
+            terms = self._terms(batch, output, embeds, valid, labelled)
             metrics: dict[str, Tensor] = {}
             due = self.cfg.grad_cosine_every and step % self.cfg.grad_cosine_every == 0
             if due or self.cfg.loss.method == "pcgrad":
-                found = self._agreements(batch, embeds, labelled)
+                found = self._agreements(batch, embeds, valid, labelled)
                 if due:
                     self._cosines = {
                         f"gradient_cosine/{name}": float(part.cosine) for name, part in found.items()
@@ -101,8 +104,14 @@ class DhoTask(Task):
         return combined
 
     def _terms(
-        self, batch: Batch, output: StudentOutput, embeds: Tensor | None, labelled: int
+        self,
+        batch: Batch,
+        output: StudentOutput,
+        embeds: Tensor | None,
+        valid: Tensor | None,
+        labelled: int,
     ) -> dict[str, Tensor]:
+        """`valid`: the rows [B] of which the teacher (a black box) said something, where it is not all."""
         terms: dict[str, Tensor] = {}
         if "ce" in self._weights:
             terms["ce"] = cross_entropy(output.ce_logits[:labelled], batch["labels"][:labelled])
@@ -110,9 +119,8 @@ class DhoTask(Task):
             return terms
         assert self.teacher is not None
         rows: Any = slice(None)
-        if "teacher_valid" in batch and not batch["teacher_valid"][0].all():
-            rows = batch["teacher_valid"][0]  # without the images of which a black box said nothing
-            labelled = int(rows[:labelled].sum())
+        if valid is not None:
+            rows, labelled = valid, int(valid[:labelled].sum())
         if "kd" in self._weights:
             teacher_logits = self.teacher.logits.to(embeds.device)(embeds[rows])
             terms["kd"] = distillation(
@@ -123,18 +131,9 @@ class DhoTask(Task):
             terms["feature"] = feature_distillation(output.embeds[rows], embeds[rows], labelled)
         return terms
 
-    @torch.no_grad()
-    def _teacher_embeds(self, batch: Batch) -> Tensor | None:
-        """Unit vectors [B, D] of the teacher, stored or computed; None without a teacher."""
-        if self.teacher is None:
-            return None
-        if "teacher_image_embeds" in batch:
-            return batch["teacher_image_embeds"][0]
-        own = batch["teacher_images"][0]
-        output = self.teachers[0](batch["images"] if own is None else own, own_statistics=own is not None)
-        return output.image_embeds
-
-    def _agreements(self, batch: Batch, embeds: Tensor | None, labelled: int) -> dict[str, Agreement]:
+    def _agreements(
+        self, batch: Batch, embeds: Tensor | None, valid: Tensor | None, labelled: int
+    ) -> dict[str, Agreement]:
         """Of the cross entropy's gradient with the teacher's, weighted as in the loss, on this rank's images.
 
         On a copy of the student, because DeepSpeed takes every backward pass through its own modules for the step's.
@@ -143,7 +142,7 @@ class DhoTask(Task):
         probe = self._probe.to(batch["images"].device)
         probe.load_state_dict(self.core.state_dict())
         probe.train(self.core.training)
-        terms = self._terms(batch, probe(batch["images"], labelled), embeds, labelled)
+        terms = self._terms(batch, probe(batch["images"], labelled), embeds, valid, labelled)
         weighted = [terms[name].float() * weight for name, weight in self._weights.items()]
         return agreements(weighted[0], weighted[1], dict(probe.parameter_groups()))
 

@@ -41,7 +41,7 @@ from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel
 from vlmkd.predictors import ImageClassifier
 from vlmkd.train.selection import Best, using
-from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.task import Batch, StepOutput, Task, combine, teacher_image_embeds
 from vlmkd.train.timing import Stopwatch
 
 _PROBES = 2  # images by which an export is checked
@@ -224,13 +224,13 @@ class StudentTask(PromptTask):
         """One micro-batch of images; labels are not read."""
         with self.watch.span("teacher"), torch.no_grad():
             rows = self._class_rows(batch["images"].device)
-            teacher_logits = cosine_logits(self._teacher_embeds(batch), rows, self.vectors.logit_scale)
+            teacher_embeds, answered = teacher_image_embeds(batch, self._teacher)
+            teacher_logits = cosine_logits(teacher_embeds, rows, self.vectors.logit_scale)
         embeds = self.student(batch["images"])
         with self.watch.span("loss"):
             logits = cosine_logits(embeds, rows, self.core.scale)
             loss = self.cfg.loss
-            mask = batch["teacher_valid"][0] if "teacher_valid" in batch else None
-            terms = {"kl": promptkd_loss(logits, teacher_logits, loss.temperature, loss.reduction, mask)}
+            terms = {"kl": promptkd_loss(logits, teacher_logits, loss.temperature, loss.reduction, answered)}
             output = combine(terms, {"kl": loss.weight})
         agree = logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
         output.metrics["agreement"] = agree.float().mean().detach()
@@ -242,14 +242,6 @@ class StudentTask(PromptTask):
         if self._rows.device != device:
             self._rows = self._rows.to(device)
         return self._rows
-
-    def _teacher_embeds(self, batch: Batch) -> Tensor:
-        """Unit vectors [B,D] of the very views that the student sees, stored or computed."""
-        if "teacher_image_embeds" in batch:
-            return batch["teacher_image_embeds"][0]
-        assert self._teacher is not None
-        own = batch["teacher_images"][0]
-        return self._teacher(batch["images"] if own is None else own, own_statistics=own is not None)
 
     def _classifier(self, name: str) -> ImageClassifier:
         return StudentClassifier(name, self.core, self.vectors, self.clip.image_spec)

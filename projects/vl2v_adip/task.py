@@ -26,7 +26,7 @@ from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.towers import ClipPredictor, evaluating
 from vlmkd.train.selection import Best, Selection
-from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.task import Batch, StepOutput, Task, combine, teacher_image_embeds
 from vlmkd.train.timing import Stopwatch
 
 BEST, SWAD = "best by source validation", "SWAD"
@@ -121,13 +121,8 @@ class Vl2vTask(Task):
         )
         if not needs_images(self.cfg.method, self.cfg.loss.image_weight):
             return targets
-        if "teacher_image_embeds" in batch:
-            targets.image_embeds = batch["teacher_image_embeds"][0]
-            targets.valid = batch["teacher_valid"][0]
-        else:
-            own = batch["teacher_images"][0]
-            images = batch["images"] if own is None else own
-            targets.image_embeds = self.teachers[0](images, own_statistics=own is not None).image_embeds
+        teacher = self.teachers[0] if self.teachers else None
+        targets.image_embeds, targets.valid = teacher_image_embeds(batch, teacher)
         return targets
 
     # --------------------------------------------------------------------------------------------- selecting weights

@@ -55,7 +55,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
     code, said = train(zygote, run_dir, f"micro_batch_size={micro}", *more, ranks=ranks)
     assert code == 0, said
     found = torch.load(run_dir / "export" / "weights.pt", weights_only=True)
-    tolerance = 1e-4 if more else 1e-6  # ZeRO 3 rounds a bf16 product before it adds the bias
+    tolerance = 5e-4 if more else 1e-6  # ZeRO 3 rounds a bf16 product before it adds the bias
     for name, value in expected.items():
         torch.testing.assert_close(found[name].float(), value.float(), rtol=0, atol=tolerance)
     lines: list[dict[str, Any]] = [

@@ -61,15 +61,10 @@ _GALLERY_IMAGES = 24
 _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
 
 
-def main(
-    config_class: type[C],
-    build: Callable[[C], Job],
-    argv: list[str] | None = None,
-) -> None:
+def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | None = None) -> None:
     """Entry point of every train script: `CONFIG.yaml [MORE.yaml ...] [field=value ...] [--help] [--dry-run]`.
 
-    Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a
-    SIGTERM whose state is saved.
+    Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a SIGTERM whose state is saved.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -120,17 +115,17 @@ def _exit_with(mistake: str) -> NoReturn:
 
 
 def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
-    cfg: RunConfig = given
-    run_dir = Path(cfg.run_dir)
+    """The run of a config as it was given; the job's own has its durations in steps."""
+    run_dir = Path(given.run_dir)
     if (run_dir / "done.json").is_file():
         print(f"run {run_dir} is complete; export: {run_dir / 'export'} (delete the folder to run it again)")
         return
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    if given.threads:
+        torch.set_num_threads(given.threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
     start_ranks()
-    _seed(cfg.seed)
+    _seed(given.seed)
     start_console(run_dir)
     job = build(given)
     cfg = job.cfg

@@ -139,6 +139,21 @@ class Task:
         raise AssertionError(f"{type(self).__name__} does not define check_exports()")
 
 
+@torch.no_grad()
+def teacher_image_embeds(batch: Batch, teacher: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """Unit vectors [B, D] of a labelled batch's images by its teacher, and which rows [B] it has answered (None: all).
+
+    Stored ones come with the batch. Else `teacher` looks at its own view where the batch has one, which is in its own
+    statistics, or at the student's pixels; it returns them, or a `ClipOutput`.
+    """
+    if "teacher_image_embeds" in batch:
+        return batch["teacher_image_embeds"][0], batch["teacher_valid"][0]
+    assert teacher is not None
+    own = batch["teacher_images"][0]
+    found = teacher(batch["images"] if own is None else own, own_statistics=own is not None)
+    return found if isinstance(found, Tensor) else found.image_embeds, None
+
+
 def master_value(parameter: Tensor) -> Tensor:
     """`parameter` in fp32 (float64 stays): its master weight where the engine gave it one, with gradients to it.
 
