@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
 from vlmkd.errors import UserError, run_tool
-from vlmkd.files import read_yaml, write_text
+from vlmkd.files import read_object, read_yaml, write_text
 from vlmkd.page.report import (
     STUDENT,
     Run,
@@ -65,9 +65,9 @@ def steps_before(run: Path) -> int:
     if not export:
         return 0
     stage = run.resolve().parent / export[1]
-    if not (stage / "config.yaml").is_file():
+    if not (stage / "done.json").is_file():
         raise UserError(f"{run} starts from the run {stage}, which is gone: its steps can not be counted")
-    return int(_config(stage)["steps"]) + steps_before(stage)
+    return int(read_object(stage / "done.json", "a finished run's")["step"]) + steps_before(stage)
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def write_run(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     if done:
-        (folder / "done.json").write_text("{}", encoding="utf-8")
+        (folder / "done.json").write_text(json.dumps({"step": steps}), encoding="utf-8")
 
 
 def table(folder: Path, *options: str) -> tuple[int, list[list[str]], str]:
