@@ -2,7 +2,7 @@
 # PromptKD from end to end on the embedded emoji set, base and novel classes, on two CPU cores.
 #
 #   bash projects/promptkd/scripts/nano.sh [field=value ...]              (a first look: one seed, some ten minutes)
-#   LENGTH=full bash projects/promptkd/scripts/nano.sh                    (the table of the README: some forty minutes)
+#   LENGTH=full bash projects/promptkd/scripts/nano.sh                    (the table of the README: some 25 minutes)
 #
 # Zero-shot student and teacher, the teacher with prompts from 16 shots of the base classes, the student
 # distilled without labels; and one short run with the text tower at every step beside the same one with
