@@ -160,11 +160,11 @@ def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
         return CoCa(**config)
     if not foreign_text:
         return (CustomTextCLIP if custom else CLIP)(**config)
-    with zoo.hub_or_cache() as trouble:
-        try:
+    try:
+        with zoo.hub_or_cache() as trouble:
             return CustomTextCLIP(**config)
-        except OSError as error:  # the text tower's config is not in the local cache
-            name, reason = config["text_cfg"]["hf_model_name"], trouble or one_line(error)
+    except OSError as error:  # the text tower's config is not in the local cache
+        name, reason = config["text_cfg"]["hf_model_name"], trouble or one_line(error)
     raise UserError(
         f"text tower {name}: its config is not in the Hugging Face cache and cannot be downloaded "
         f"({reason}); go online once, or set HF_ENDPOINT to a mirror"
@@ -232,11 +232,11 @@ def _download(tag: Config, source: str) -> Path:
     import open_clip
 
     place = f"hub repository {tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url", "")
-    with zoo.hub_or_cache() as trouble:
-        try:
+    try:
+        with zoo.hub_or_cache() as trouble:
             return Path(open_clip.download_pretrained(tag))
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = (tag.get("hf_hub") and trouble) or one_line(error)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = (tag.get("hf_hub") and trouble) or one_line(error)
     raise UserError(
         f"cannot get the weights {source}: not in the local cache, nor from {place} ({reason}); "
         "go online (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror, or give a weights file as pretrained; "
@@ -416,13 +416,13 @@ def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> t
         return Tokenizer(SimpleTokenizer(context_length=length, **options), vocabulary, source), None
     places = [folder / name, folder] if folder else []
     local = next((place for place in places if (place / "tokenizer.json").is_file()), None)
-    with contextlib.nullcontext("") if local else zoo.hub_or_cache() as trouble:
-        try:
+    try:
+        with contextlib.nullcontext("") if local else zoo.hub_or_cache() as trouble:
             options["tokenizer_mode"] = text.get("tokenizer_mode")
             encode = HFTokenizer(str(local or name), context_length=length, **options)
             return Tokenizer(encode, vocabulary, source), local
-        except OSError as error:
-            reason = trouble or one_line(error)
+    except OSError as error:
+        reason = trouble or one_line(error)
     raise UserError(
         f"model {source}: its tokenizer {name} is neither in the Hugging Face cache nor downloadable "
         f"({reason}); go online once, or set HF_ENDPOINT to a mirror"
