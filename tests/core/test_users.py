@@ -1,0 +1,144 @@
+"""The core is what at least two use: names that fewer use are listed here, each module's with the reason.
+
+Users are the four projects and, counted as one, the tools (data_tools, scripts, benchmarks). A name that another module
+of the core mentions, or that nothing but its own module does, is not looked at here: there it is a part of something.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+USERS = ("dho", "promptkd", "tinyclip", "vl2v_adip")
+
+ALONE: dict[str, tuple[str, set[str]]] = {
+    "config": (
+        "the house's way of reading options; the runs on streams are for the projects on chats and pairs that come",
+        {"SourceConfig", "StreamRunConfig", "has_field", "help_text"},
+    ),
+    "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
+    "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),
+    "data/stored_outputs": (
+        "the writer of stored outputs for a teacher that is no module; VL2V-ADiP's paid one is the first",
+        {"Prepared", "missing_items", "write_parts"},
+    ),
+    "data/teacher_cache": ("what data_tools/embed_teacher.py calls", {"embed_shards"}),
+    "datasets/emoji/build": ("what data_tools/build_emoji.py calls", {"plans"}),
+    "datasets/emoji/sets": ("a fact of the data set", {"TRAINING_TEMPLATE"}),
+    "datasets/few_shot_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
+    "datasets/labelled_sets": ("forms of a data set's name, which the tools look for", {"DOMAINS", "FOLDER"}),
+    "datasets/splits": (
+        "splits are protocols of benchmarks, which any paper may be compared on",
+        {
+            *(
+                "DomainSplit",
+                "ListKind",
+                "coop_few_shot",
+                "pick_listed",
+                "read_list",
+                "rest_of",
+                "split_domains",
+            ),
+            *("tip_adapter_few_shot", "write_list"),
+        },
+    ),
+    "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
+    "evaluation/command": ("what the evaluation commands in scripts share", {"model_name", "per_set"}),
+    "export/classifier": ("what scripts/export.py calls", {"missing_for_onnx", "to_onnx"}),
+    "losses/contrastive": (
+        "losses are offered to every project",
+        {"interactive_contrastive_loss", "sigmoid_loss"},
+    ),
+    "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
+    "memory": ("what benchmarks measure with", {"kept_for_backward"}),
+    "models/backbones": (
+        "what is done to a backbone that `load_backbone` gave, beside it",
+        {"freeze_batch_norm", "load_backbone_weights", "prompted_config", "with_spec"},
+    ),
+    "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
+    "models/emoji_oracle": ("what data_tools/train_emoji_oracle.py calls", {"EmojiOracle", "Heads"}),
+    "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),
+    "models/prompted": (
+        "parts of the prompted image tower, which backbones load",
+        {"INIT_STD", "check_depth"},
+    ),
+    "models/pruned_clip": (
+        "parts of the pruned CLIP, which `load_clip` loads for everybody",
+        {"PrunedAttention", "PrunedImageTower", "PrunedMLP", "own_names"},
+    ),
+    "models/text_tower": (
+        "parts of encoding texts, which `load_clip` uses",
+        {"encode_causal", "read_at", "up_to"},
+    ),
+    "models/towers": ("adapters of every CLIP, beside those of two users", {"CLIPEncoder", "convert_images"}),
+    "page/report": (
+        "what scripts/report.py and scripts/seeds_table.py print",
+        {*("Run", "columns_of", "format_score", "main_set", "markdown_table", "metric_name", "rows_of")},
+    ),
+    "teacher_options": ("what the data tools share", {"add_options"}),
+    "train/engine": ("a list of choices, for the tools", {"PRECISIONS"}),
+    "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
+    "train/teacher_check": ("a limit that a tool keeps too", {"FEWEST_IMAGES"}),
+    "train/trainer": ("parts of the loop", {"stream_seed", "to_device"}),
+    "zoo": (
+        "what scripts/check_zoo.py writes the page from",
+        {"Entry", "PIN_AT_FIRST_DOWNLOAD", "REPOSITORY"},
+    ),
+}
+"""Module -> why the names stay, and the names."""
+
+
+def mentioned(path: Path) -> set[str]:
+    """Every name that a file uses or imports, however it reaches it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def defined(path: Path) -> set[str]:
+    """The public functions, classes and constants of a module."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def names_with_few_users() -> dict[str, set[str]]:
+    """Module below vlmkd/ -> its names that one user alone mentions, or nobody."""
+    used = [set().union(*map(mentioned, (ROOT / "projects" / name).rglob("*.py"))) for name in USERS]
+    tools = [path for name in ("data_tools", "scripts", "benchmarks") for path in (ROOT / name).rglob("*.py")]
+    used.append(set().union(*map(mentioned, tools)))
+    core = {path: mentioned(path) for path in (ROOT / "vlmkd").rglob("*.py")}
+    found = {}
+    for path, own in core.items():
+        others = set().union(*(names for other, names in core.items() if other != path))
+        few = set()
+        for name in defined(path) - others:
+            users = sum(name in names for names in used)
+            if users == 1 or (users == 0 and name not in own):
+                few.add(name)
+        if few:
+            found[path.relative_to(ROOT / "vlmkd").with_suffix("").as_posix()] = few
+    return found
+
+
+def test_each_name_of_the_core_has_two_users_or_a_reason() -> None:
+    """Move the name to the project that uses it, delete it, or say here why the core keeps it."""
+    unlisted = {
+        module: sorted(names - ALONE.get(module, ("", set()))[1])
+        for module, names in names_with_few_users().items()
+    }
+    assert not {module: names for module, names in unlisted.items() if names}
+    assert all(reason for reason, _ in ALONE.values())
+    assert not [module for module in ALONE if not (ROOT / "vlmkd" / f"{module}.py").is_file()]
