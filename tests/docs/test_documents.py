@@ -47,9 +47,18 @@ def test_commands_name_files_that_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if not re.match(r"[a-z]+:", target):
-            assert (path.parent / target).exists(), f"{path.name}: link to {target}"
+    for target, section in re.findall(r"\]\(([^)#\s]*)(?:#([\w-]+))?[^)]*\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        page = path.parent / target if target else path
+        assert page.exists(), f"{path.name}: link to {target}"
+        assert not section or section in sections(page), f"{path.name}: link to {target}#{section}"
+
+
+def sections(page: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_files_that_text_and_code_name_exist() -> None:
@@ -107,7 +116,10 @@ def test_the_tree_of_the_readme_has_every_folder() -> None:
     above: list[str] = []
     named = set()
     for line in tree.splitlines():
-        indent, name = re.match(r"( *)(\S+/) ", line).groups()  # type: ignore[union-attr]
+        entry = re.match(r"( *)(\S+/) ", line)
+        if entry is None:  # a sentence goes on
+            continue
+        indent, name = entry.groups()
         above = [*above[: len(indent) // 2], name]
         named.add("".join(above).rstrip("/"))
     for folder in named:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.test_documents import sections
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/papers").glob("*.md"))
 CITED = re.compile(r"docs/papers/(\w+)\.md(?:#([\w-]+)|,\s+eq\. ([\d, and-]*\d))?")
@@ -20,12 +22,6 @@ def equations(page: Path) -> list[int]:
     """Numbers of the equations, in the order of the page: `(3)` at the start of a line of a text block."""
     blocks = re.findall(r"^```text\n(.*?)^```", page.read_text("utf-8"), flags=re.M | re.S)
     return [int(number) for number in re.findall(r"^\((\d+)\) ", "".join(blocks), flags=re.M)]
-
-
-def sections(page: Path) -> set[str]:
-    """Anchors of the headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.M)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def numbers(text: str) -> list[int]:
