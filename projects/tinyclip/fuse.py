@@ -7,12 +7,14 @@ shared embedding are only sliced.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from projects.tinyclip.axes import Axis, cut_units, tensor_axes
 from projects.tinyclip.masked import MaskedCLIP
 from projects.tinyclip.masks import FAMILIES, INITIAL_LOG_ALPHA, Mask, Sides, TowerMasks
 from vlmkd.errors import UserError
@@ -20,6 +22,12 @@ from vlmkd.evaluation.efficiency import count_macs
 from vlmkd.models.pruned_clip import Config, PrunedCLIP, State
 
 Multiple = Literal[1, 8, 16, 64]
+
+_ENTER_THE_STREAM = (
+    *("conv1.weight", "class_embedding", "positional_embedding", "token_embedding.weight"),
+    *("out_proj.weight", "out_proj.bias", "c_proj.weight", "c_proj.bias"),
+)
+_PROJECTIONS = ("visual.proj", "text_projection")
 
 
 @dataclass
@@ -113,85 +121,48 @@ def fuse_masks(
     state = {
         name: weights[name].reshape(()).clone() for name in ("logit_scale", "logit_bias") if name in weights
     }
-    for prefix, field, name, mask in (
-        ("visual.", "vision_cfg", "image", image),
-        ("text.", "text_cfg", "text", text),
-    ):
-        tower = config[field]
-        kept = mask.hidden.nonzero().flatten()
-        if not len(kept):
+    for prefix, field, mask in (("visual.", "vision_cfg", image), ("text.", "text_cfg", text)):
+        if not mask.hidden.any():
+            name = field.replace("_cfg", "").replace("vision", "image")
             raise UserError(
                 f"masks: no hidden channel of the {name} tower is left; lower the target sparsity"
             )
-        state.update(_fuse_ends(weights, prefix, kept, mask.hidden[kept], legacy_projection_scale))
-        for layer in range(len(tower["heads"])):
-            block = f"{prefix}transformer.resblocks.{layer}."
-            attention = _fuse_attention(
-                weights, block, kept, mask.hidden[kept], mask.heads[layer], tower["head_width"]
-            )
-            if legacy_projection_scale and not mask.heads[layer].any():
-                attention = {name: torch.zeros_like(value) for name, value in attention.items()}
-            state.update(attention)
-            state.update(_fuse_mlp(weights, block, kept, mask.hidden[kept], mask.intermediate[layer]))
+        tower = config[field]
+        own = {name: value for name, value in weights.items() if name.startswith(prefix)}
+        state |= _fuse_tower(own, tower["head_width"], mask, legacy_projection_scale)
         pruned[field] = {
             **tower,
-            "width": len(kept),
+            "width": int(mask.hidden.count_nonzero()),
             "heads": mask.heads.count_nonzero(dim=-1).tolist(),
             "mlp": mask.intermediate.count_nonzero(dim=-1).tolist(),
         }
     return Fused(pruned, state, config)
 
 
-def _fuse_ends(weights: State, prefix: str, kept: Tensor, scale: Tensor, legacy: bool) -> State:
-    """Embeddings (scaled), LayerNorms and projection (sliced) of one tower."""
+def _fuse_tower(weights: State, head_width: int, mask: Mask, legacy: bool) -> State:
+    """One tower's weights at the units that its mask keeps, scaled where their outputs enter the stream."""
+    values = {"hidden": mask.hidden}
+    for layer in range(len(mask.heads)):
+        values[f"{layer}.heads"], values[f"{layer}.mlp"] = mask.heads[layer], mask.intermediate[layer]
+    units = {group: factors.nonzero().flatten() for group, factors in values.items()}
     state: State = {}
-    if prefix == "visual.":
-        state["visual.conv1.weight"] = weights["visual.conv1.weight"][kept] * scale.view(-1, 1, 1, 1)
-        state["visual.class_embedding"] = weights["visual.class_embedding"][kept] * scale
-        norms, projection = ("visual.ln_pre", "visual.ln_post"), "visual.proj"
-    else:
-        state["text.token_embedding.weight"] = weights["text.token_embedding.weight"][:, kept] * scale
-        norms, projection = ("text.ln_final",), "text.text_projection"
-    state[f"{prefix}positional_embedding"] = weights[f"{prefix}positional_embedding"][:, kept] * scale
-    for norm in norms:
-        state.update(_slice_norm(weights, norm, kept))
-    state[projection] = weights[projection][kept] * (scale.view(-1, 1) if legacy else 1)
+    for name, value in weights.items():
+        axes = [
+            axis._replace(group=re.sub(r".*resblocks\.", "", axis.group))
+            for axis in tensor_axes(name.removeprefix("text."), head_width, resnet=False) or ()
+        ]
+        axes = [axis if axis.group in units else Axis("fixed") for axis in axes]
+        value = cut_units(value, tuple(axes), units)
+        if name.endswith((*_ENTER_THE_STREAM, *(_PROJECTIONS if legacy else ()))):
+            for dim, axis in reversed([*enumerate(axes)]):
+                if axis.group in units:
+                    factors = values[axis.group][units[axis.group]].repeat_interleave(axis.unit)
+                    value = value * factors.view(-1, *[1] * (value.ndim - 1 - dim))
+        part = re.fullmatch(r".*resblocks\.(\d+)\.(?:(ln_1|attn)|ln_2|mlp)\..+", name)
+        empty = part is not None and not len(units[f"{part[1]}.{'heads' if part[2] else 'mlp'}"])
+        if value.numel() and not (empty and ".ln_" in name):  # of an empty part the output bias stays
+            state[name] = torch.zeros_like(value) if empty and legacy and ".attn." in name else value
     return state
-
-
-def _slice_norm(weights: State, norm: str, kept: Tensor) -> State:
-    return {f"{norm}.{leaf}": weights[f"{norm}.{leaf}"][kept] for leaf in ("weight", "bias")}
-
-
-def _fuse_attention(
-    weights: State, block: str, kept: Tensor, scale: Tensor, heads: Tensor, head_width: int
-) -> State:
-    """One attention; without heads only the output bias stays."""
-    state = {f"{block}attn.out_proj.bias": weights[f"{block}attn.out_proj.bias"][kept] * scale}
-    alive = heads.nonzero().flatten()
-    if not len(alive):
-        return state
-    in_weight = weights[f"{block}attn.in_proj_weight"].unflatten(0, (3, len(heads), head_width))
-    in_bias = weights[f"{block}attn.in_proj_bias"].unflatten(0, (3, len(heads), head_width))
-    out_weight = weights[f"{block}attn.out_proj.weight"].unflatten(1, (len(heads), head_width))
-    scaled = out_weight[kept][:, alive] * heads[alive].view(1, -1, 1) * scale.view(-1, 1, 1)
-    state[f"{block}attn.in_proj_weight"] = in_weight[:, alive][..., kept].flatten(0, 2)
-    state[f"{block}attn.in_proj_bias"] = in_bias[:, alive].flatten()
-    state[f"{block}attn.out_proj.weight"] = scaled.flatten(1)
-    return {**state, **_slice_norm(weights, f"{block}ln_1", kept)}
-
-
-def _fuse_mlp(weights: State, block: str, kept: Tensor, scale: Tensor, channels: Tensor) -> State:
-    """One feed-forward layer; without channels only the output bias stays."""
-    state = {f"{block}mlp.c_proj.bias": weights[f"{block}mlp.c_proj.bias"][kept] * scale}
-    alive = channels.nonzero().flatten()
-    if not len(alive):
-        return state
-    state[f"{block}mlp.c_fc.weight"] = weights[f"{block}mlp.c_fc.weight"][alive][:, kept]
-    state[f"{block}mlp.c_fc.bias"] = weights[f"{block}mlp.c_fc.bias"][alive]
-    out_weight = weights[f"{block}mlp.c_proj.weight"][kept][:, alive]
-    state[f"{block}mlp.c_proj.weight"] = out_weight * channels[alive] * scale.view(-1, 1)
-    return {**state, **_slice_norm(weights, f"{block}ln_2", kept)}
 
 
 def reenter(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -85,7 +86,7 @@ class MaskedAttention(PrunedAttention):
     def forward(self, x: Tensor, causal: bool, heads: Tensor) -> Tensor:  # type: ignore[override]
         """x [B, T, D], heads [H] -> [B, T, D]."""
         scaled = self.attend(x, causal) * heads.to(x.dtype).view(-1, 1, 1)
-        return self.out_proj(scaled.transpose(1, 2).flatten(2))
+        return self.out_proj(rearrange(scaled, "b h t d -> b t (h d)"))
 
 
 class MaskedMLP(PrunedMLP):
@@ -253,16 +254,6 @@ class MaskedCLIP(nn.Module):
         return lagrangian(sparsities[0], target, image, self.sides) + lagrangian(
             sparsities[1], target, text, self.sides
         )
-
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """images [B, 3, h, w] -> [B, E] under the deterministic mask."""
-        features = self.visual(images, self.image_masks(None)[0])
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """tokens [B, T] -> [B, E] under the deterministic mask."""
-        features = self.text(tokens, self.text_masks(None)[0])
-        return F.normalize(features, dim=-1) if normalize else features
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks of both towers in the backward pass, under the same masks."""

@@ -48,7 +48,7 @@ def masked_clip(spread: float = 2.5, quick_gelu: bool = False) -> MaskedCLIP:
 def embeds(model: Any) -> list[Tensor]:
     images, tokens = inputs()
     with torch.no_grad():
-        return [model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)]
+        return list(model(images, tokens)[:2])
 
 
 def distance(first: Any, second: Any) -> float:
