@@ -1,4 +1,4 @@
-"""The published checkpoints of PromptKD and PromptSRC: read without running their code, and written for it.
+"""The published checkpoints of PromptKD and PromptSRC: read without running their code.
 
 Such a file is a torch.save'd dictionary with `state_dict`, `epoch`, `optimizer`, `scheduler` and `val_result`, whose
 `scheduler` embeds live Python objects. Only tensors and plain containers are made from it here; every other class that
@@ -25,7 +25,6 @@ from projects.promptkd.student import PromptedStudent
 from vlmkd.errors import UserError
 from vlmkd.files import read_text
 from vlmkd.models.clip import ClipModel
-from vlmkd.models.prompted import PromptedImageTower
 from vlmkd.tensor_files import read_torch
 
 State = dict[str, Tensor]
@@ -126,16 +125,14 @@ def kind_of(state: Mapping[str, Tensor], origin: str) -> Literal["teacher", "stu
 # ------------------------------------------------------------------------------------------------- into our modules
 
 
-def load_teacher(
-    state: State, clip: ClipModel, origin: str, *, expect: PromptShape | None = None
-) -> tuple[PromptedCLIP, ClipModel]:
+def load_teacher(state: State, clip: ClipModel, origin: str) -> tuple[PromptedCLIP, ClipModel]:
     """The prompted CLIP of a teacher's state dict, and the CLIP it stands on.
 
     Backbone weights are the file's, which drifted a little from the published CLIP's; the token table, which the file
     lacks, is that of `clip`. Depth and number of prompts are read from the file.
 
     Raises:
-        UserError: missing prompts, other prompts than `expect`, names that nothing here knows, another architecture.
+        UserError: missing prompts, names that nothing here knows, another architecture.
     """
     image, text = _split(state, "image_encoder."), _split(state, "text_encoder.")
     rest = [
@@ -155,10 +152,6 @@ def load_teacher(
         text_depth=len(text_prompts),
         text_length=text_prompts.shape[1],
     )
-    if expect is not None and expect != shape:
-        raise UserError(
-            f"{origin} holds {shape}, but the config asks for {expect}; set prompts to what it holds"
-        )
     backbone = {f"visual.{name}": value for name, value in image.items()}
     backbone |= text | {"logit_scale": _required(state, "logit_scale", origin)}
     own: dict[str, Tensor] = clip.module.state_dict()
@@ -250,78 +243,3 @@ def _take_prompts(tower: State, first: Tensor | None, where: str) -> Tensor | No
                 f"{where} is {list(first.shape)}, but block {block} has prompts {list(deeper[block].shape)}"
             )
     return torch.stack([first, *(deeper[block] for block in sorted(deeper))])
-
-
-# ----------------------------------------------------------------------------------------------------- writing them
-
-
-def teacher_state(prompted: PromptedCLIP, tokens: Tensor) -> State:
-    """The state dict of a teacher in the reference's names and types; `tokens` [C,T] are its training prompts.
-
-    The frozen copy `ZS_image_encoder` is written as the unprompted tower, as the reference has it.
-    """
-    text = prompted.text
-    if text.start != 1:
-        raise UserError(
-            "the reference puts its prompts behind a start token, which this model's tokenizer lacks"
-        )
-    with torch.no_grad():
-        embedded = text.token_embedding(tokens).half()
-    state = {
-        "prompt_learner.ctx": text.prompts[0].detach().half(),
-        "prompt_learner.token_prefix": embedded[:, :1],
-        "prompt_learner.token_suffix": embedded[:, 1 + text.length :],
-    }
-    tower = _half(prompted.image.tower.state_dict())
-    state |= {f"prompt_learner.ZS_image_encoder.{name}": value for name, value in tower.items()}
-    state |= _image_state(prompted.image)
-    own = {
-        name: value
-        for name, value in text.state_dict().items()
-        if name not in ("prompts", "token_embedding.weight")
-    }
-    state |= {f"text_encoder.{name}": value for name, value in _half(own).items()}
-    for block in range(1, text.depth):
-        state[f"text_encoder.transformer.resblocks.{block}.VPT_shallow"] = (
-            text.prompts[block].detach().float()
-        )
-    return state | {"logit_scale": prompted.logit_scale.reshape(()).clone()}
-
-
-def student_state(student: PromptedStudent) -> State:
-    """The state dict of a student in the reference's names and types; linear layers become 1 x 1 convolutions."""
-    state = _image_state(student.image)
-    for name, value in student.projector.state_dict().items():
-        value = value[:, :, None, None] if value.ndim == 2 else value
-        state[_PROJECTOR + name.removeprefix("layers.")] = value.detach().clone()
-    return state | {"logit_scale": student.logit_scale.reshape(()).clone()}
-
-
-def write_checkpoint(path: Path, state: State, epoch: int) -> None:
-    """A file with the entries that the reference's loader asks for, without optimiser and scheduler.
-
-    The reference loads it under a torch whose `torch.load` takes whole dictionaries of tensors.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"state_dict": state, "epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}
-    torch.save(content, path)
-
-
-def _image_state(image: PromptedImageTower) -> State:
-    state = {f"image_encoder.{name}": value for name, value in _half(image.tower.state_dict()).items()}
-    if image.prompts is not None:
-        state["image_encoder.VPT"] = image.prompts[0].detach().float()
-        for block in range(1, image.depth):
-            state[f"image_encoder.transformer.resblocks.{block}.VPT_shallow"] = (
-                image.prompts[block].detach().float()
-            )
-    return state
-
-
-def _half(state: Mapping[str, Tensor]) -> State:
-    """Weights as the reference stores them: norms and position tables fp32, convolutions and matrices fp16."""
-    exact = ("ln_", "positional_embedding", "class_embedding")
-    return {
-        name: (value if any(part in name for part in exact) else value.half()).detach().clone()
-        for name, value in state.items()
-    }

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.promptkd.precision import exact
 from vlmkd.losses.logits import kl_divergence
+from vlmkd.losses.precision import wide
 from vlmkd.train.optim import half_cosine
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def cosine_logits(image_embeds: Tensor, class_vectors: Tensor, scale: Tensor | float) -> Tensor:
     """scale times the products of unit vectors [B,D] and [C,D]: logits [B,C]."""
     with torch.autocast(image_embeds.device.type, enabled=False):
-        return scale * exact(image_embeds) @ exact(class_vectors).T
+        return scale * wide(image_embeds) @ wide(class_vectors).T
 
 
 def promptsrc_terms(
@@ -52,8 +52,8 @@ def promptsrc_terms(
     frozen_logits = cosine_logits(frozen_image_embeds, frozen_class_vectors, scale)
     return {
         "ce": F.cross_entropy(logits, labels),
-        "text": F.l1_loss(exact(class_vectors), exact(frozen_class_vectors)),
-        "image": F.l1_loss(exact(image_embeds), exact(frozen_image_embeds)),
+        "text": F.l1_loss(wide(class_vectors), wide(frozen_class_vectors)),
+        "image": F.l1_loss(wide(image_embeds), wide(frozen_image_embeds)),
         "logit": kl_divergence(logits, frozen_logits, reduction="element"),
     }
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from vlmkd.losses.precision import wide
 
 
 @contextlib.contextmanager
@@ -31,44 +32,18 @@ def encode(tower: nn.Module, inputs: Tensor, dtype: torch.dtype | None) -> Tenso
     """
     with autocast(inputs.device, dtype):
         if dtype is not torch.float16 or not torch.is_grad_enabled():
-            return exact(tower(inputs))
-        factor: list[Tensor] = []
-        trained = {
-            name: _Divided.apply(parameter, factor)
-            for name, parameter in tower.named_parameters()
-            if parameter.requires_grad
-        }
-        return _Multiplied.apply(exact(functional_call(tower, trained, (inputs,))), factor)
+            return wide(tower(inputs))
+        trained = {name: x.view_as(x) for name, x in tower.named_parameters() if x.requires_grad}
+        output = wide(functional_call(tower, trained, (inputs,)))
+        factor = torch.ones((), device=output.device)
 
+        def enlarge(gradient: Tensor) -> Tensor:
+            largest = gradient.abs().amax().clamp(min=torch.finfo(gradient.dtype).tiny)
+            factor.copy_(torch.exp2(-torch.log2(largest).floor()))
+            return gradient * factor
 
-class _Multiplied(torch.autograd.Function):
-    """The same values; their gradient is multiplied by a power of two, which is put into `factor`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: list[Tensor]) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        largest = gradient.abs().amax().clamp(min=torch.finfo(gradient.dtype).tiny)
-        ctx.factor[:] = [torch.exp2(-torch.log2(largest).floor())]
-        return gradient * ctx.factor[0], None
-
-
-class _Divided(torch.autograd.Function):
-    """The same values; their gradient is divided by `factor`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: list[Tensor]) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.factor[0], None
-
-
-def exact(x: Tensor) -> Tensor:
-    """fp32, whatever the towers computed in; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
+        if output.requires_grad:
+            output.register_hook(enlarge)
+        for parameter in trained.values():
+            parameter.register_hook(lambda gradient: gradient / factor)
+        return output

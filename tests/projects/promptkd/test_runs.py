@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from projects.promptkd import build_bank, legacy
+from projects.promptkd import build_bank
 from projects.promptkd import eval as evaluation
 from projects.promptkd.build import (
     class_vectors,
@@ -29,6 +29,7 @@ from projects.promptkd.exports import read_teacher
 from projects.promptkd.prompts import class_tokens
 from projects.promptkd.student import PromptedStudent, StudentClassifier
 from projects.promptkd.teacher import load_teacher
+from tests.projects.promptkd import released
 from tests.projects.zygote import Zygote
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier
@@ -294,9 +295,9 @@ def test_published_files_are_evaluated_like_the_exports_that_they_hold(
     )
     prompted, clip, facts = read_teacher(teacher_export)
     tokens = class_tokens(clip.tokenizer, facts.class_names, facts.template)
-    legacy.write_checkpoint(place / "teacher.pth.tar", legacy.teacher_state(prompted, tokens), 3)
+    released.write_checkpoint(place / "teacher.pth.tar", released.teacher_state(prompted, tokens), 3)
     trained = PromptedStudent(load_clip(small), 24, depth=2, length=2, seed=3)
-    legacy.write_checkpoint(place / "student.pth.tar", legacy.student_state(trained), 2)
+    released.write_checkpoint(place / "student.pth.tar", released.student_state(trained), 2)
 
     cross = ["--setting", "cross", *common(place), "--ckpt"]
     teacher = [str(place / "teacher.pth.tar"), "--clip", large]
