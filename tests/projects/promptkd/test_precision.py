@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from projects.promptkd.build import resolve_student, resolve_teacher
+from projects.promptkd.build import student_job, teacher_job
 from projects.promptkd.precision import autocast, encode
 from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens
 from projects.promptkd.student import PromptedStudent
@@ -74,9 +74,9 @@ def test_without_the_factor_small_gradients_would_vanish() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is allowed with a GPU")
 @pytest.mark.parametrize(
-    ("stage", "resolve", "name"),
-    [("teacher", resolve_teacher, "teacher_base2novel"), ("student", resolve_student, "base2novel")],
+    ("stage", "job", "name"),
+    [("teacher", teacher_job, "teacher_base2novel"), ("student", student_job, "base2novel")],
 )
-def test_fp16_is_refused_without_a_gpu(stage: str, resolve, name: str) -> None:
+def test_fp16_is_refused_without_a_gpu(stage: str, job, name: str) -> None:
     with pytest.raises(UserError, match="autocast is fp16, which needs a GPU; use bf16 or none"):
-        resolve(load(stage, name, autocast="fp16"))
+        job(load(stage, name, autocast="fp16"))
