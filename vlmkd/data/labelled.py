@@ -1,7 +1,7 @@
 """Labelled image sets: the one interface of few-shot sets, ImageNet and its variants, domain sets and `emoji`.
 
 A set is a finite list of images with labels. What differs between data sets is how the list is read from disk
-(`few_shot_sets`, `imagenet_sets`, `domain_sets`, `emoji_sets`); splits, shots, domains and class subsets are plain
+(`few_shot_sets`, `imagenet_sets`, `domain_sets`, `emoji`); splits, shots, domains and class subsets are plain
 operations on lists.
 """
 

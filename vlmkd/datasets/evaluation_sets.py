@@ -274,7 +274,7 @@ def _labelled_shards(tars: list[str]) -> list[Item]:
             raise UserError(
                 f"{sample.shard}: {sample.key}.cls is {content[:20]!r}, not a class index; write the shard again"
             )
-        items.append(Item(sample.key, sample.image(), int(content)))
+        items.append(Item(f"{Path(sample.shard).stem}/{sample.key}", sample.image(), int(content)))
     return items
 
 
