@@ -67,15 +67,25 @@ def _check_machine(cfg: PromptKDConfig) -> None:
     )
 
 
+def _steps_per_epoch(cfg: PromptKDConfig, images: int) -> int:
+    """Whole batches of an epoch; what is left over is carried into the next."""
+    require(
+        images >= cfg.batch_size,
+        "batch_size",
+        f"is {cfg.batch_size}, more than the {images} training images; make it smaller",
+    )
+    return images // cfg.batch_size
+
+
 def teacher_job(cfg: TeacherConfig) -> Job:
     """Stage 1: prompts of both towers."""
     _check_machine(cfg)
     dataset = set_of(cfg.data)
     protocol = teacher_protocol(cfg, dataset)
-    epoch = len(protocol.train) // cfg.batch_size
+    epoch = _steps_per_epoch(cfg, len(protocol.train))
     cfg = in_steps(cfg, epoch)
     require(
-        not cfg.average.std or (epoch > 0 and cfg.steps % epoch == 0),
+        not cfg.average.std or cfg.steps % epoch == 0,
         "steps",
         f"is {cfg.steps}; the average is over whole epochs, here of {epoch} steps: give e.g. steps=20ep",
     )
@@ -124,7 +134,7 @@ def student_job(cfg: StudentConfig) -> Job:
     """Stage 2: visual prompts and projector, by KL to the teacher."""
     _check_machine(cfg)
     dataset = set_of(cfg.data)
-    epoch = len(student_images(cfg, dataset)) // cfg.batch_size
+    epoch = _steps_per_epoch(cfg, len(student_images(cfg, dataset)))
     cfg = in_steps(cfg, epoch)
     stored = bool(cfg.data.teacher_outputs)
     teacher = None

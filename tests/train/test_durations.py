@@ -54,5 +54,7 @@ def test_another_form_is_refused_by_name(bad: str) -> None:
 def test_what_cannot_be_counted_is_told() -> None:
     with pytest.raises(UserError, match="config field steps is 10%, a share of itself"):
         in_steps(load("steps=10%"), 11)
+    with pytest.raises(UserError, match="config field steps is 0ep, which is no step"):
+        in_steps(load("steps=0ep"), 11)
     with pytest.raises(UserError, match=r"config field steps is 20ep, but .* data.samples_per_epoch"):
         in_steps(load("steps=20ep"), 0)

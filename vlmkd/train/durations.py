@@ -10,7 +10,7 @@ import dataclasses
 import typing
 from typing import Any, TypeVar
 
-from vlmkd.config import DURATION, RunConfig, is_duration
+from vlmkd.config import DURATION, RunConfig, is_duration, require
 from vlmkd.errors import UserError
 
 C = TypeVar("C", bound=RunConfig)
@@ -27,6 +27,7 @@ def in_steps(cfg: C, steps_per_epoch: int) -> C:
     """
     units = {"ex": 1 / cfg.batch_size, "ep": float(steps_per_epoch)}
     whole = _steps_of(cfg.steps, "steps", units)
+    require(whole > 0, "steps", f"is {cfg.steps}, which is no step")
     return typing.cast(C, _resolved(dataclasses.replace(cfg, steps=whole), "", units | {"%": whole / 100}))
 
 

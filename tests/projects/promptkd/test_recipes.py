@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from projects.promptkd.build import _steps_per_epoch
 from projects.promptkd.config import BankConfig, StudentConfig, TeacherConfig
 from projects.promptkd.gaussian import GaussianAverage
 from projects.promptkd.objective import epoch_cosine
@@ -77,6 +78,13 @@ def test_the_learning_rate_and_the_average_are_the_published_ones() -> None:
     assert average[10:19] == pytest.approx(
         [.00013, .00443, .05399, .24197, .39894, .24197, .05399, .00443, .00013], abs=5e-6
     )  # fmt: skip
+
+
+def test_a_batch_is_no_larger_than_an_epoch() -> None:
+    cfg = load("student", "base2novel")
+    assert _steps_per_epoch(cfg, 93) == 11
+    with pytest.raises(UserError, match="batch_size is 8, more than the 7 training images"):
+        _steps_per_epoch(cfg, 7)
 
 
 def labelled(train: int = 20, val: int = 3, test: int = 4) -> LabelledSet:
