@@ -1,1 +1,1 @@
-"""Models: load any CLIP (clip.py), its frozen form (teacher.py), weights files (checkpoints.py), other formats (convert.py)."""
+"""Models: load any CLIP (clip.py), run it (towers.py), weights files (checkpoints.py), transformers' layout (convert.py)."""
