@@ -51,7 +51,7 @@ from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.stored_outputs import embed_items
+from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.emoji.catalog import STYLES, concepts
 from vlmkd.datasets.emoji.draw import concept_picture
 from vlmkd.datasets.labelled_sets import load_set

@@ -21,7 +21,7 @@ from vlmkd import teacher_options
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
-from vlmkd.data.stored_outputs import CLEAN, embed_items
+from vlmkd.data.teacher_outputs import CLEAN, embed_items
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, at_least, run_tool

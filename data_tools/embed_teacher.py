@@ -21,7 +21,7 @@ import torch
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.shards import expand
-from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.models.clip import load_clip

@@ -28,7 +28,7 @@ from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
 from vlmkd.data.shards import read_shard
-from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.datasets.emoji.cache import resolve
 from vlmkd.errors import UserError, at_least, run_tool

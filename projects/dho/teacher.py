@@ -13,7 +13,7 @@ from torch import nn
 from projects.dho import tip_adapter
 from projects.dho.config import TeacherConfig
 from vlmkd.class_names import read_templates, require_same_classes
-from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, load_clip
@@ -46,7 +46,7 @@ def load_teacher(
     Raises:
         UserError: class vectors or an adapter of other classes, or of another model than the stored outputs.
     """
-    stored = StoredEmbeds(outputs).info if outputs else None
+    stored = TeacherOutputs(outputs).info if outputs else None
     clip = load_clip(cfg.model, cfg.pretrained) if cfg.model else None
     if clip is not None and stored is not None and clip.digest != stored.digest:
         raise UserError(

@@ -25,8 +25,7 @@ from vlmkd import config, distributed
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import labelled_views
 from vlmkd.data.samples import BadSample
-from vlmkd.data.stored_outputs import prepare
-from vlmkd.data.teacher_cache import CacheInfo
+from vlmkd.data.teacher_outputs import OutputsInfo, prepare
 from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context
@@ -141,7 +140,7 @@ def embed_views(
     device: torch.device,
 ) -> Tensor:
     """Un-normalised features [V, N, D] of `count` views of every item, fp32 on the CPU."""
-    info = CacheInfo(
+    info = OutputsInfo(
         source=clip.source, digest=clip.digest, logit_scale=100.0, dim=int(clip.config["embed_dim"]), crops=count,
         seed=seed, image_spec=clip.image_spec, views=views, set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip

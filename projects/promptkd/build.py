@@ -27,7 +27,7 @@ from vlmkd.class_names import prompt_name, read_templates
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator
@@ -193,7 +193,7 @@ def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | N
         content = read_object(Path(cfg.teacher.prompts) / TEACHER_JSON, "teacher export")
         digests[cfg.teacher.prompts] = content["digest"]
     if cfg.data.teacher_outputs:
-        digests[cfg.data.teacher_outputs] = StoredEmbeds(
+        digests[cfg.data.teacher_outputs] = TeacherOutputs(
             cfg.data.teacher_outputs, cfg.data.teacher_view
         ).info.digest
     for source, digest in digests.items():

@@ -20,7 +20,7 @@ from projects.promptkd.teacher import load_teacher
 from vlmkd import config
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.stored_outputs import embed_items
+from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.errors import UserError, run_tool
 

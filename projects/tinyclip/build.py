@@ -16,7 +16,7 @@ from projects.tinyclip.task import DistillTask, MaskTask, Student
 from vlmkd import distributed
 from vlmkd.config import require
 from vlmkd.data.loader import Loader, build_loader
-from vlmkd.data.teacher_cache import TeacherCache
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.evaluation_sets import retrieval_set, zero_shot_set
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
@@ -115,7 +115,7 @@ def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipM
 def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[list[int], list[float]]:
     """Embedding width and own logit scale of every teacher, from its cache when there is one."""
     if cfg.cached:
-        infos = [TeacherCache(folder).info for folder in cfg.data.sources[0].teacher_caches]
+        infos = [TeacherOutputs(folder).info for folder in cfg.data.sources[0].teacher_caches]
         return [info.dim for info in infos], [info.logit_scale for info in infos]
     models = [teacher.clip for teacher in teachers]
     scales = [float(model.module.logit_scale.detach().double().exp()) for model in models]  # type: ignore[operator, union-attr]

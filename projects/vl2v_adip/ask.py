@@ -31,8 +31,14 @@ from vlmkd.config import Count, LabelledDataConfig, Positive, Seed, require
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import labelled_views
 from vlmkd.data.samples import BadSample
-from vlmkd.data.stored_outputs import CLEAN, Prepared, missing_items, prepare, write_parts
-from vlmkd.data.teacher_cache import CacheInfo
+from vlmkd.data.teacher_outputs import (
+    CLEAN,
+    OutputsInfo,
+    Prepared,
+    missing_items,
+    prepare,
+    write_parts,
+)
 from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import run_tool
 from vlmkd.files import check_writable
@@ -102,7 +108,7 @@ def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Coun
     """
     # Only size, interpolation and fill of the views that are sent are read.
     spec = ImageSpec(size=(cfg.size, cfg.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    info = CacheInfo(
+    info = OutputsInfo(
         source=ledger.name, digest=ledger.digest, logit_scale=ledger.logit_scale, dim=ledger.dim,
         crops=cfg.views or 1, seed=cfg.seed, image_spec=spec,
         views=labelled_views(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
@@ -113,12 +119,13 @@ def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Coun
     ledger.require_budget(query for one in ready for query in image_queries(one, info))
     masked = 0
 
-    def embed(batch: list[Prepared]) -> Tensor:
+    def embed(batch: list[Prepared]) -> dict[str, Tensor]:
         nonlocal masked
         vectors = ledger.ask([query for one in batch for query in image_queries(one, info)])
         masked += vectors.count(None)
         rows = [torch.zeros(ledger.dim) if vector is None else vector for vector in vectors]
-        return F.normalize(torch.stack(rows), dim=-1)
+        vectors_of_views = F.normalize(torch.stack(rows), dim=-1)
+        return {"image_embeds": vectors_of_views.view(len(batch), info.crops, -1)}
 
     skipped = write_parts(
         embed, items, cfg.out, info, cfg.batch_size, part_size=2000, max_pixels=max_pixels, workers=workers,
@@ -127,7 +134,7 @@ def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Coun
     return skipped + Counter(masked_view=masked)
 
 
-def image_queries(prepared: Prepared, info: CacheInfo) -> list[Query]:
+def image_queries(prepared: Prepared, info: OutputsInfo) -> list[Query]:
     """The queries of an image: its file as it is where `info` asks for clean views, else a PNG of each view."""
     content = sha256(prepared.image)
     alike = [sha256(pixels.contiguous().numpy().tobytes()) for pixels in prepared.pixels]

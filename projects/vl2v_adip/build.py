@@ -22,7 +22,7 @@ from vlmkd import distributed
 from vlmkd.config import require
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
-from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Evaluator
@@ -116,7 +116,7 @@ def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
         vectors = encode_classes(
             ClipPredictor.of(clip), dataset.class_names, templates, teacher_digest=clip.digest
         )
-    stored = StoredEmbeds(cfg.data.teacher_outputs, cfg.data.teacher_view).info if cfg.stored else None
+    stored = TeacherOutputs(cfg.data.teacher_outputs, cfg.data.teacher_view).info if cfg.stored else None
     of_images = stored or clip
     if of_images is not None and vectors.teacher_digest != of_images.digest:
         raise UserError(

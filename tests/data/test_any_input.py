@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmkd import class_names
-from vlmkd.data import shards, teacher_cache
+from vlmkd.data import shards, teacher_outputs
 from vlmkd.datasets import evaluation_sets as datasets
 from vlmkd.datasets import few_shot_sets, imagenet_sets, splits
 from vlmkd.datasets.tar_index import index_tar
@@ -81,7 +81,7 @@ def named(suffix: str, read: Callable[[Path], Any], contents: st.SearchStrategy[
 
 
 def _folder_of_cache(path: Path) -> Any:
-    return teacher_cache.read_info(path.parent)
+    return teacher_outputs.read_info(path.parent)
 
 
 def _metrics(path: Path) -> Any:

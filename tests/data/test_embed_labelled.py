@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlmkd import teacher_options
-from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds
+from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
@@ -92,10 +92,10 @@ def test_a_model_embeds_the_training_split_with_the_given_views(main, tmp_path, 
     assert main("--model", "tiny", *options, "--flip", "0.25", "--seed", "4") == 0
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == f"{tmp_path / 'out'} is complete" and "6/6 images" in told[0]
-    stored = StoredEmbeds(tmp_path / "out")
+    stored = TeacherOutputs(tmp_path / "out")
     train = load_set(f"folder:{tmp_path / 'set'}").splits["train"]
     stored.check(
-        train, ViewConfig((0.5, 0.9), (0.75, 4 / 3), 0.25, 0.3, 0.1, 0.2), (0, 0, 0), digest="f" * 64
+        ViewConfig((0.5, 0.9), (0.75, 4 / 3), 0.25, 0.3, 0.1, 0.2), (0, 0, 0), items=train, digest="f" * 64
     )
     assert len(stored) == 6 and stored.view_count == 2 and stored.info.seed == 4
     assert stored.info.source == "tiny@tag" and stored.info.dtype == "float16"
@@ -121,7 +121,7 @@ def test_the_emoji_sets_strong_teacher_is_named_by_its_heads(main, tmp_path, mon
     asked = []
     monkeypatch.setattr(emoji_oracle, "load_oracle", lambda file: asked.append(file) or Oracle())
     assert main("--model", f"emoji-oracle:{heads}", "--clean") == 0
-    info = StoredEmbeds(tmp_path / "out", "clean").info
+    info = TeacherOutputs(tmp_path / "out", "clean").info
     assert asked == [heads] and (info.source, info.dim, info.logit_scale) == ("oracle", 4, 20.0)
     assert info.digest == hashlib.sha256(b"heads").hexdigest()
 
@@ -131,7 +131,7 @@ def test_chosen_splits_and_keys(main, tmp_path):
     main(
         "--model", "tiny", "--splits", "train", "test", "--keys", str(tmp_path / "keys"), "--clean", "--fp32"
     )
-    stored = StoredEmbeds(tmp_path / "out", "clean")
+    stored = TeacherOutputs(tmp_path / "out", "clean")
     assert len(stored) == 2 and "train/cat/1.jpg" in stored and "test/dog/0.jpg" in stored
     assert stored.info.views == CLEAN and stored.info.dtype == "float32"
     with pytest.raises(UserError, match="1 keys are not in .* first test/dog/0.jpg"):
@@ -165,4 +165,4 @@ def test_the_folder_says_what_it_was_made_of(main, tmp_path):
     main("--model", "tiny", "--views", "2")
     info = json.loads((tmp_path / "out" / "cache.json").read_text())
     assert info["info"]["set_name"] == f"folder:{tmp_path / 'set'}" and info["info"]["crops"] == 2
-    assert [part["samples"] for part in info["shards"].values()] == [6]
+    assert [part["samples"] for part in info["parts"].values()] == [6]

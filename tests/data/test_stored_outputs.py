@@ -15,8 +15,7 @@ from vlmkd.data.decode import decode
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import LabelledLoader, Stream
-from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds, embed_items
-from vlmkd.data.teacher_cache import TeacherCache
+from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
 from vlmkd.data.transforms import ViewConfig, normalise, render
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
@@ -61,7 +60,7 @@ def embed(items, folder, teacher=None, **options):
 def test_what_is_stored_is_the_teachers_answer_to_the_seeded_views(items, tmp_path, dtype):
     lines = []
     assert not embed(items, tmp_path / "out", dtype=dtype, progress=lines.append)
-    stored = StoredEmbeds(tmp_path / "out")
+    stored = TeacherOutputs(tmp_path / "out")
     assert len(stored) == 7 and "class/3" in stored and stored.get("class/9") is None
     teacher = StubTeacher()
     for item in items:
@@ -80,9 +79,6 @@ def test_what_is_stored_is_the_teachers_answer_to_the_seeded_views(items, tmp_pa
         "cache.json", "set-00000.safetensors", "set-00001.safetensors", "set-00002.safetensors"
     ]  # fmt: skip
     assert len(lines) == 3 and lines[0].startswith("set: 3/7 images") and "ETA" in lines[0]
-    # The teacher cache's own reader takes the files too.
-    entry = TeacherCache(tmp_path / "out").get("set-00001", "class/3")
-    assert torch.equal(entry.image_embeds, stored.get("class/3").image_embeds) and len(entry.text_embed) == 0
 
 
 def test_loader_processes_and_batches_do_not_change_the_files(items, tmp_path):
@@ -101,7 +97,7 @@ def batches(stored, items, spec, number, **options):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_shows_the_stored_view_beside_its_embedding(items, tmp_path, spec, workers):
     embed(items, tmp_path / "out")
-    stored = StoredEmbeds(tmp_path / "out")
+    stored = TeacherOutputs(tmp_path / "out")
     by_key = {item.key: item for item in items}
     for number, batch in enumerate(batches(stored, items, spec, 4, workers=workers)):
         assert batch["teacher_valid"][0].all()
@@ -120,7 +116,7 @@ def test_the_loader_shows_the_stored_view_beside_its_embedding(items, tmp_path, 
 
 def test_clean_outputs_are_targets_of_fresh_views(items, tmp_path, spec):
     embed(items, tmp_path / "out", views=CLEAN, view_count=1)
-    stored = StoredEmbeds(tmp_path / "out", "clean")
+    stored = TeacherOutputs(tmp_path / "out", "clean")
     first, second = batches(stored, items, spec, 2)
     one, two = ({key: row for row, key in enumerate(batch["keys"])} for batch in (first, second))
     for item in items:
@@ -132,13 +128,13 @@ def test_clean_outputs_are_targets_of_fresh_views(items, tmp_path, spec):
         assert torch.equal(second["images"][b], normalise([pixels], spec)[0])
     embed(items, tmp_path / "drawn")
     with pytest.raises(UserError, match="data.teacher_view=clean, but .* holds 3 drawn view"):
-        StoredEmbeds(tmp_path / "drawn", "clean")
+        TeacherOutputs(tmp_path / "drawn", "clean")
 
 
 def test_an_interrupted_call_goes_on_and_a_longer_list_adds(items, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         embed(items[:6], tmp_path / "out", StubTeacher(fail_at=1 + 4 * 3))
-    assert len(StoredEmbeds(tmp_path / "out")) == 3
+    assert len(TeacherOutputs(tmp_path / "out")) == 3
     teacher = StubTeacher()
     embed(items[:6], tmp_path / "out", teacher)
     assert teacher.images == 1 + 3 * 3  # one probe for the width
@@ -146,7 +142,7 @@ def test_an_interrupted_call_goes_on_and_a_longer_list_adds(items, tmp_path):
     embed(items, tmp_path / "out", teacher)
     assert teacher.images == 1 + 3
     embed(items, tmp_path / "whole")
-    resumed, whole = StoredEmbeds(tmp_path / "out"), StoredEmbeds(tmp_path / "whole")
+    resumed, whole = TeacherOutputs(tmp_path / "out"), TeacherOutputs(tmp_path / "whole")
     for item in items:
         assert torch.equal(resumed.get(item.key).image_embeds, whole.get(item.key).image_embeds)
     assert not list((tmp_path / "out").glob("*.partial"))
@@ -170,21 +166,19 @@ def test_a_folder_of_other_settings_is_not_mixed_up(items, tmp_path):
 
 def test_runs_that_the_outputs_do_not_fit_are_refused(items, tmp_path, spec):
     embed(items[:6], tmp_path / "out")
-    stored = StoredEmbeds(tmp_path / "out")
-    stored.check(items[:6], VIEWS, spec.fill, digest="d" * 64)
+    stored = TeacherOutputs(tmp_path / "out")
+    stored.check(VIEWS, spec.fill, items=items[:6], digest="d" * 64)
     with pytest.raises(UserError, match=r"1 of 7 images are not in it .first: class/6"):
-        stored.check(items, VIEWS, spec.fill)
-    stored.check(items, VIEWS, spec.fill, max_missing_share=0.2)
+        stored.check(VIEWS, spec.fill, items=items)
+    stored.check(VIEWS, spec.fill, items=items, max_missing_share=0.2)
     with pytest.raises(UserError, match="teacher has digest eeee"):
-        stored.check(items[:6], VIEWS, spec.fill, digest="e" * 64)
+        stored.check(VIEWS, spec.fill, items=items[:6], digest="e" * 64)
     with pytest.raises(UserError, match=r"data.flip is 0.0 but the views were drawn with 0.5"):
-        stored.check(items[:6], ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.0, 0.3, 0.2, 0.4), spec.fill)
+        stored.check(ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.0, 0.3, 0.2, 0.4), spec.fill, items=items[:6])
     with pytest.raises(UserError, match="lays transparent images on"):
-        stored.check(items[:6], VIEWS, (1, 2, 3))
-    with pytest.raises(
-        UserError, match="has no cache.json; write one with `python data_tools/embed_labelled.py"
-    ):
-        StoredEmbeds(tmp_path / "nowhere")
+        stored.check(VIEWS, (1, 2, 3), items=items[:6])
+    with pytest.raises(UserError, match="have no cache.json; write one with data_tools/embed_teacher.py"):
+        TeacherOutputs(tmp_path / "nowhere")
     source = batches(stored, items, spec, 2, max_bad_share=0.5)
     assert source[0]["skipped"] == {"missing_teacher_embedding": 1}
 
@@ -193,14 +187,14 @@ def test_runs_that_the_outputs_do_not_fit_are_refused(items, tmp_path, spec):
 def test_another_image_under_a_key_is_noticed_when_it_is_read(items, tmp_path, spec, encoded_image, workers):
     embed(items, tmp_path / "out")
     (tmp_path / "2.jpg").write_bytes(encoded_image(99))
-    with pytest.raises(UserError, match="written for another image than class/2 is now"):
-        batches(StoredEmbeds(tmp_path / "out"), items, spec, 1, workers=workers)
+    with pytest.raises(UserError, match="written for another image or caption than class/2 has now"):
+        batches(TeacherOutputs(tmp_path / "out"), items, spec, 1, workers=workers)
 
 
 def test_bad_images_are_left_out_and_a_missing_file_stops(items, tmp_path):
     (tmp_path / "2.jpg").write_bytes(b"no image")
     assert embed(items, tmp_path / "out") == {"undecodable_image": 1}
-    assert len(StoredEmbeds(tmp_path / "out")) == 6
+    assert len(TeacherOutputs(tmp_path / "out")) == 6
     (tmp_path / "4.jpg").unlink()
     for workers in (0, 1):
         with pytest.raises(UserError, match="4.jpg of class/4 cannot be read"):
@@ -209,7 +203,7 @@ def test_bad_images_are_left_out_and_a_missing_file_stops(items, tmp_path):
 
 def test_outputs_reach_another_process_by_their_folder(items, tmp_path):
     embed(items, tmp_path / "out")
-    data = pickle.dumps(StoredEmbeds(tmp_path / "out"))
+    data = pickle.dumps(TeacherOutputs(tmp_path / "out"))
     assert len(data) < 500
     assert len(pickle.loads(data)) == 7
 
@@ -220,5 +214,5 @@ def test_a_cache_without_the_newer_fields_is_read(items, tmp_path):
     data = json.loads(path.read_text())
     del data["info"]["views"]["hue"], data["info"]["views"]["grayscale"], data["info"]["dtype"]
     path.write_text(json.dumps(data))
-    info = StoredEmbeds(tmp_path / "out").info
+    info = TeacherOutputs(tmp_path / "out").info
     assert info.views == ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.5, 0.3) and info.dtype == "float16"

@@ -17,7 +17,7 @@ from vlmkd.config import DataConfig, SourceConfig
 from vlmkd.data.decode import decode
 from vlmkd.data.loader import build_loader
 from vlmkd.data.shards import read_shard
-from vlmkd.data.teacher_cache import TeacherCache, embed_shards
+from vlmkd.data.teacher_outputs import TeacherOutputs, embed_shards
 from vlmkd.data.transforms import View, ViewConfig, normalise, render
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
@@ -109,7 +109,7 @@ def test_files_hold_what_the_teacher_says_of_the_stored_views(make_shards, tmp_p
     info = json.loads((tmp_path / "cache" / "cache.json").read_text())
     assert info["info"]["logit_scale"] == 42.0 and info["info"]["digest"] == "d" * 64
     second = b"".join(hashlib.sha256(b"".join(files[f"001/000{number}"])).digest() for number in range(4))
-    assert info["shards"]["001"] == {"samples": 4, "digest": hashlib.sha256(second).hexdigest()}
+    assert info["parts"]["001"] == {"samples": 4, "digest": hashlib.sha256(second).hexdigest()}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -151,7 +151,7 @@ def test_large_photos_are_decoded_small_but_replayed_exactly(
     shard = str(write_tar(tmp_path / "p.tar", [("a.jpg", encoded_image(1, (900, 700))), ("a.txt", b"a")]))
     teacher = StubTeacher(spec)
     embed([shard], tmp_path / "cache", teacher, crops=4)
-    entry = TeacherCache(tmp_path / "cache").get("p", "a")
+    entry = TeacherOutputs(tmp_path / "cache").get("a", "p")
     assert all(edge % 2 == 0 for view in entry.views for edge in view.box)
     for batch in itertools.islice(build([shard], [tmp_path / "cache"], spec, tokenizer), 2):
         expected = teacher.encode_image(batch["images"])
@@ -240,17 +240,17 @@ def test_what_does_not_fit_the_run_is_named(make_shards, tmp_path, spec, tokeniz
             build(use, [tmp_path / "cache"], student, tokenizer, digests=digests, views=views)
 
     build(shards, [tmp_path / "cache"], spec, tokenizer, digests=["d" * 64])
-    refused("weights eeeeeeeeeeee..., the cache is of stub with dddddddddddd", digests=["e" * 64])
+    refused("digest eeeeeeeeeeee..., the outputs are of stub with dddddddddddd", digests=["e" * 64])
     refused(
-        r"data.crop_scale is \[0.4, 0.6\] but the cache was written with \[0.3, 0.6\]",
+        r"data.crop_scale is \[0.4, 0.6\] but the views were drawn with \[0.3, 0.6\]",
         views={**VIEWS, "crop_scale": [0.4, 0.6]},
     )
     refused(
-        "data.flip is 0.0 but the cache was written with 0.5.*; data.color_jitter is 0.1",
+        "data.flip is 0.0 but the views were drawn with 0.5.*; data.color_jitter is 0.1",
         views={**VIEWS, "flip": 0.0, "color_jitter": 0.1},
     )
     white = ImageSpec(size=(16, 16), mean=(0, 0, 0), std=(1, 1, 1), fill=(255, 255, 255))
-    refused(r"lays transparent images on \(255, 255, 255\), the cached teacher on \(0, 0, 0\)", student=white)
+    refused(r"lays transparent images on \(255, 255, 255\), the teacher on \(0, 0, 0\)", student=white)
     more = make_shards([3, 3, 3])
     refused("1 of 3 shards are not in it .first: .*002.tar", use=more)
     refused("name \\[1\\] caches for 2 teachers", digests=["d" * 64, "d" * 64])
@@ -258,12 +258,12 @@ def test_what_does_not_fit_the_run_is_named(make_shards, tmp_path, spec, tokeniz
 
 def test_damaged_caches_are_refused(make_shards, tmp_path, spec, tokenizer):
     shards = make_shards([6])
-    with pytest.raises(UserError, match="has no cache.json; write one with"):
+    with pytest.raises(UserError, match="have no cache.json; write one with"):
         build(shards, [tmp_path / "nothing"], spec, tokenizer)
     embed(shards, tmp_path / "cache")
     info = (tmp_path / "cache" / "cache.json").read_text()
-    (tmp_path / "cache" / "cache.json").write_text(info.replace('"version": 1', '"version": 99'))
-    with pytest.raises(UserError, match="has version 99, this code reads 1"):
+    (tmp_path / "cache" / "cache.json").write_text(info.replace('"version": 2', '"version": 99'))
+    with pytest.raises(UserError, match="have version 99, this code reads 2"):
         build(shards, [tmp_path / "cache"], spec, tokenizer)
     (tmp_path / "cache" / "cache.json").write_text(info[:50])
     with pytest.raises(UserError, match="cache.json is not valid JSON"):
@@ -271,7 +271,7 @@ def test_damaged_caches_are_refused(make_shards, tmp_path, spec, tokenizer):
     (tmp_path / "cache" / "cache.json").write_text(info)
     file = tmp_path / "cache" / "000.safetensors"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match="000.safetensors cannot be read .*delete it and embed again"):
+    with pytest.raises(UserError, match="000.safetensors cannot be read .*delete the file and embed again"):
         next(iter(build(shards, [tmp_path / "cache"], spec, tokenizer)))
 
 
@@ -294,25 +294,25 @@ def test_every_source_needs_its_caches(make_shards, tmp_path, spec, tokenizer):
 def test_a_folder_of_another_cache_is_not_mixed_up(make_shards, tmp_path):
     shards = make_shards([3])
     embed(shards, tmp_path / "cache")
-    with pytest.raises(UserError, match="holds a cache made with crops 3 .now 2.; name another folder"):
+    with pytest.raises(UserError, match="holds outputs made with crops 3 .now 2.; name another folder"):
         embed(shards, tmp_path / "cache", crops=2)
     with pytest.raises(UserError, match="digest dd.* .now ee.*; name another folder"):
         embed(shards, tmp_path / "cache", digest="e" * 64)
     (tmp_path / "cache" / "cache.json").unlink()
     with pytest.raises(UserError, match="has safetensors files but no cache.json"):
         embed(shards, tmp_path / "cache")
-    with pytest.raises(UserError, match="names 000.tar 2 times; a cache needs distinct file names"):
+    with pytest.raises(UserError, match="names 000.tar 2 times; a folder needs distinct file names"):
         embed(shards * 2, tmp_path / "other")
 
 
 def test_views_survive_storage_exactly(make_shards, tmp_path):
     shards = make_shards([4])
     embed(shards, tmp_path / "cache")
-    cache = TeacherCache(tmp_path / "cache")
+    cache = TeacherOutputs(tmp_path / "cache")
     config = ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.5, 0.3)
     for number in range(4):
-        entry = cache.get("000", f"000{number}")
+        entry = cache.get(f"000{number}", "000")
         assert entry.views == [config.draw(40, 30, random.Random(f"5/000/000{number}/{k}")) for k in range(3)]
         assert all(isinstance(view, View) for view in entry.views)
-    assert cache.get("000", "9999") is None
+    assert cache.get("9999", "000") is None
     assert cache.info.image_spec == TEACHER_SPEC and cache.info.views == config and cache.info.dim == 8

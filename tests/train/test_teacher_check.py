@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import LabelledLoader, Stream
-from vlmkd.data.stored_outputs import CLEAN, StoredEmbeds, embed_items
+from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.classify import Classification
 from vlmkd.image_spec import ImageSpec
@@ -89,7 +89,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     return found
 
 
-def loader(items: list[Item], stored: StoredEmbeds | None = None) -> LabelledLoader:
+def loader(items: list[Item], stored: TeacherOutputs | None = None) -> LabelledLoader:
     return LabelledLoader(
         {"all": Stream(items, 3)}, views=CLEAN, seed=0, rank=0, world_size=1, image_spec=SPEC, workers=0,
         teacher_embeds=stored,
@@ -124,7 +124,7 @@ def test_a_stored_teacher_is_looked_up(
     for name, given, count in (("all", items, 9), ("train", train, 21)):
         facts: dict[str, Any] = {"name": "colours", "source": "eye", "digest": "0" * 64, "views": CLEAN}
         embed_items(Eye(wrong=True), given, tmp_path / name, view_count=1, **facts)
-        stored = StoredEmbeds(tmp_path / name, "clean")
+        stored = TeacherOutputs(tmp_path / name, "clean")
         lines = look(caplog, Method(None), evaluators, loader(train, stored))
         assert lines[0].startswith(f"teacher eye (stored): 0 of {count} images right")
         assert len(lines) == 1 + (count >= 20)

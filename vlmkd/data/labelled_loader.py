@@ -33,7 +33,7 @@ from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item
 from vlmkd.data.pipeline import serves, stack_units
 from vlmkd.data.samples import BadSample, checked_size, views_of
-from vlmkd.data.stored_outputs import StoredEmbeds, read_item, view_rng
+from vlmkd.data.teacher_outputs import TeacherOutputs, read_item, view_rng
 from vlmkd.data.transforms import View, ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
@@ -67,7 +67,7 @@ class _Settings:
     seed: int
     spec: ImageSpec
     teacher_specs: tuple[ImageSpec, ...]
-    stored: StoredEmbeds | None
+    stored: TeacherOutputs | None
     max_pixels: int
 
 
@@ -267,7 +267,7 @@ class LabelledLoader:
         accumulation: int = 1,
         image_spec: ImageSpec,
         teacher_specs: Sequence[ImageSpec] = (),
-        teacher_embeds: StoredEmbeds | None = None,
+        teacher_embeds: TeacherOutputs | None = None,
         workers: int = 2,
         max_pixels: int = 89_478_485,
         max_bad_share: float = 0.05,
@@ -355,7 +355,7 @@ class LabelledLoader:
             )
 
     @property
-    def stored(self) -> StoredEmbeds | None:
+    def stored(self) -> TeacherOutputs | None:
         """The stored teacher outputs that the batches bring."""
         return self._settings.stored
 
@@ -445,11 +445,11 @@ def build_labelled_loader(
         teacher_digest: digest of the teacher that the config names, which stored outputs must be of; None: unchecked.
     """
     views = labelled_views(cfg)
-    stored = StoredEmbeds(cfg.teacher_outputs, cfg.teacher_view) if cfg.teacher_outputs else None
+    stored = TeacherOutputs(cfg.teacher_outputs, cfg.teacher_view) if cfg.teacher_outputs else None
     if stored is not None:
         items = [item for stream in streams.values() for item in stream.items]
         stored.check(
-            items, views, image_spec.fill, digest=teacher_digest, max_missing_share=cfg.max_bad_share
+            views, image_spec.fill, items=items, digest=teacher_digest, max_missing_share=cfg.max_bad_share
         )
     if cfg.interpolation != "model":
         image_spec, *teacher_specs = (

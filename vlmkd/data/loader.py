@@ -27,7 +27,7 @@ from vlmkd.data import shards as sharding
 from vlmkd.data.batch import check_batch
 from vlmkd.data.pipeline import Pipeline, Sample, TeacherView, Tokenizer
 from vlmkd.data.samples import BadSample, members, view_config
-from vlmkd.data.teacher_cache import TeacherCache
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 
@@ -155,7 +155,7 @@ def _shard_lists(cfg: DataConfig, world_size: int) -> list[list[str]]:
 
 def _open_caches(
     cfg: DataConfig, shard_lists: list[list[str]], spec: ImageSpec, digests: Sequence[str] | None
-) -> list[list[TeacherCache]]:
+) -> list[list[TeacherOutputs]]:
     numbers = {len(source.teacher_caches) for source in cfg.sources}
     if numbers == {0}:
         return []
@@ -168,9 +168,10 @@ def _open_caches(
     views = view_config(cfg)
     caches = []
     for source, urls in zip(cfg.sources, shard_lists, strict=True):
-        caches.append([TeacherCache(folder) for folder in source.teacher_caches])
+        caches.append([TeacherOutputs(folder) for folder in source.teacher_caches])
         for number, cache in enumerate(caches[-1]):
-            cache.check(views, spec.fill, urls, digests[number] if digests is not None else None)
+            digest = digests[number] if digests is not None else None
+            cache.check(views, spec.fill, shards=urls, digest=digest)
     return caches
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from vlmkd.config import DataConfig
 from vlmkd.data.batch import ImageText
 from vlmkd.data.decode import BadImageError
-from vlmkd.data.samples import BadSample, Encoded, checked_size, sample_digest, unpack, view_config, views_of
+from vlmkd.data.samples import BadSample, Encoded, checked_size, unpack, view_config, views_of
 from vlmkd.data.shards import RawSample
-from vlmkd.data.teacher_cache import CachedSample, TeacherCache
+from vlmkd.data.teacher_outputs import Stored, TeacherOutputs
 from vlmkd.data.transforms import View, normalise
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
@@ -50,7 +50,7 @@ class Pipeline:
         image_spec: ImageSpec,
         tokenizer: Tokenizer,
         teacher_views: Sequence[TeacherView] = (),
-        caches: Sequence[Sequence[TeacherCache]] = (),
+        caches: Sequence[Sequence[TeacherOutputs]] = (),
     ) -> None:
         self._cfg, self._spec, self._tokenizer = cfg, image_spec, tokenizer
         self._teachers = list(teacher_views)
@@ -68,11 +68,12 @@ class Pipeline:
         if isinstance(encoded, BadSample):
             return encoded
         caches = self._caches[source] if self._caches else ()
-        stored = [cache.get(raw.shard, raw.key) for cache in caches]
-        for cache, entry in zip(caches, stored, strict=True):
+        stored = []
+        for cache in caches:
+            entry = cache.get_checked(raw.key, encoded.image, encoded.text, raw.shard)
             if entry is None:
                 return BadSample("missing_teacher_embedding", raw.name, f"is not in {cache.folder}")
-            _check_digest(cache, entry, encoded)
+            stored.append(entry)
         try:
             size = checked_size(encoded.image, self._cfg.max_pixels)
             if stored:
@@ -89,18 +90,17 @@ class Pipeline:
 
     @staticmethod
     def _replay(
-        encoded: Encoded, stored: Sequence[CachedSample | None], rng: random.Random
+        encoded: Encoded, stored: Sequence[Stored], rng: random.Random
     ) -> tuple[View, list[tuple[Tensor, Tensor]]]:
         """One of the stored views and what each teacher said about it."""
-        entries = [entry for entry in stored if entry is not None]
-        pick = rng.randrange(len(entries[0].views))
-        view = entries[0].views[pick]
-        if any(entry.views[pick] != view for entry in entries):
+        pick = rng.randrange(len(stored[0].views))
+        view = stored[0].views[pick]
+        if any(entry.views[pick] != view for entry in stored):
             raise UserError(
                 f"data.sources: the teacher caches hold different crops of {encoded.name}; write them with the same "
                 f"--seed, --crops and crop options"
             )
-        return view, [(entry.image_embeds[pick], entry.text_embed) for entry in entries]
+        return view, [(entry.image_embeds[pick], entry.text_embeds) for entry in stored]
 
     def collate(self, samples: list[Sample]) -> ImageText:
         """One batch; `positions` and `skipped` are the loader's to fill."""
@@ -137,14 +137,6 @@ class Pipeline:
 def serves(student: ImageSpec, teacher: ImageSpec) -> bool:
     """Whether the student's view only needs other statistics to be the teacher's."""
     return student.size == teacher.size and student.interpolation == teacher.interpolation
-
-
-def _check_digest(cache: TeacherCache, entry: CachedSample, encoded: Encoded) -> None:
-    if entry.digest != sample_digest(encoded.image, encoded.text):
-        raise UserError(
-            f"{cache.folder} was written for another image or caption than {encoded.name} has now; run "
-            f"data_tools/embed_teacher.py into a new folder"
-        )
 
 
 def stack_units(vectors: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from tests.projects.zygote import Zygote
 from vlmkd.config import LabelledDataConfig
 from vlmkd.config import load as load_config
 from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.stored_outputs import embed_items
+from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier

@@ -16,7 +16,7 @@ from tests.evaluation.conftest import numbered_png
 from tests.projects.tinyclip.tiny_runs import Runs, model_config
 from vlmkd import config
 from vlmkd.config import DataConfig
-from vlmkd.data.teacher_cache import embed_shards
+from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.errors import UserError
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor

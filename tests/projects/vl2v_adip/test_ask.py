@@ -16,7 +16,7 @@ from projects.vl2v_adip import ask
 from projects.vl2v_adip.black_box import NotServed
 from vlmkd.data.decode import decode
 from vlmkd.data.labelled_loader import LabelledLoader, Stream
-from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.data.transforms import ViewConfig, render
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
@@ -109,7 +109,7 @@ def test_every_class_and_template_is_asked_once(command, teacher, tmp_path, caps
     assert told.startswith("v3: ") and "paid 6, cost 1.5, reused 6, answered 6, failed 0" in told
     assert "queries left 0, cost left no limit" in told
     command("images", "max_queries=20")  # one teacher: its vectors and embeddings fit together
-    assert StoredEmbeds(tmp_path / "out", "clean").info.digest == found.teacher_digest
+    assert TeacherOutputs(tmp_path / "out", "clean").info.digest == found.teacher_digest
 
 
 def test_an_interrupted_call_goes_on_and_writes_no_half_file(command, teacher, tmp_path):
@@ -125,7 +125,7 @@ def test_an_interrupted_call_goes_on_and_writes_no_half_file(command, teacher, t
 def test_a_set_is_asked_once_and_trained_on_without_a_teacher(command, items, teacher, tmp_path):
     assert command("images", "max_queries=5") == 0
     assert len(teacher.paid) == 5 and set(teacher.paid) == {item.image.read() for item in items}
-    stored = StoredEmbeds(tmp_path / "out", "clean")
+    stored = TeacherOutputs(tmp_path / "out", "clean")
     assert (stored.info.source, stored.info.logit_scale) == ("v3", 100)
     stored.check(items, ViewConfig(), (9, 9, 9), digest=stored.info.digest)
     for item in items:
@@ -159,7 +159,7 @@ def test_drawn_views_are_sent_as_pictures_and_masked_ones_are_marked(
     assert command("images", *fields) == 0
     assert capsys.readouterr().out.endswith("out is complete; left out: masked_view 1\n")
     assert all(Image.open(io.BytesIO(part)).size == (16, 16) for part in teacher.paid)
-    stored, masked = StoredEmbeds(tmp_path / "out"), 0
+    stored, masked = TeacherOutputs(tmp_path / "out"), 0
     spec = stored.info.image_spec
     for item in items:
         entry = stored.get(item.key)

@@ -22,7 +22,7 @@ from projects.vl2v_adip.table import markdown, scores_in
 from projects.vl2v_adip.task import BEST, BEST_EXPORT, SWAD
 from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
 from tests.projects.zygote import Zygote
-from vlmkd.data.stored_outputs import CLEAN, embed_items
+from vlmkd.data.teacher_outputs import CLEAN, embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes

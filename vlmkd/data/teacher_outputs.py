@@ -1,0 +1,675 @@
+"""Teacher outputs stored beside the data: written once, then training needs no teacher.
+
+A folder belongs to one teacher and one labelled set or list of shards. `cache.json` says what was computed how. The
+samples lie in parts (one a shard, or some thousand items of a set): safetensors files with N samples, K views an image:
+
+    keys uint8 (UTF-8, one line a key)   digests uint8 [N,32] (sha256 of image bytes + caption)
+    boxes int32 [N,K,4] (left, top, width, height)   flips uint8 [N,K]   jitter float32 [N,K,3]
+    with hue or grayscale also: hues float32 [N,K]   greys uint8 [N,K]
+    and the columns, rows of which are what the teacher said: image_embeds [N,K,D], text_embeds [N,D]
+
+Of a labelled set only image embeddings are stored: logits follow from them and the class vectors, and stay valid when the
+class list, the temperature or the prompt changes. Views are drawn from (seed of the folder, name of the sample, number of
+the view), so one folder serves every subset, split and run seed.
+
+The idea of storing several augmentations with their parameters is MobileCLIP's dataset reinforcement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlmkd import files
+from vlmkd.config import DataConfig
+from vlmkd.data.decode import BadImageError
+from vlmkd.data.labelled import Item
+from vlmkd.data.samples import BadSample, checked_size, members, sample_digest, unpack, view_config, views_of
+from vlmkd.data.shards import read_shard, shard_name
+from vlmkd.data.transforms import View, ViewConfig, normalise
+from vlmkd.errors import UserError
+from vlmkd.files import new_folder, read_object
+from vlmkd.image_spec import ImageSpec
+from vlmkd.predictors import DualEncoder, ImageEncoder
+
+VERSION = 2
+CLEAN = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+"""The one view that nothing random is in: resized and centre-cropped."""
+
+_OPEN_SHARDS = 4  # a shuffle block rarely spans more shards than this
+_TOOLS = "data_tools/embed_teacher.py (shards) or data_tools/embed_labelled.py (a labelled set)"
+_VIEWS = ("boxes", "flips", "jitter", "hues", "greys")
+_OWN = ("keys", "digests", *_VIEWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsInfo:
+    """What `cache.json` says about a folder."""
+
+    source: str
+    """The teacher as its user named it."""
+    digest: str
+    """sha256 over the teacher's weights."""
+    logit_scale: float
+    """The teacher's own similarity scale (exp'd)."""
+    dim: int
+    """Embedding width D."""
+    crops: int
+    """Views per image, K."""
+    seed: int
+    """Seed of the views."""
+    image_spec: ImageSpec
+    """The teacher's input."""
+    views: ViewConfig
+    """Distribution that the views were drawn from."""
+    set_name: str = ""
+    """Labelled set that the images are of; empty for shards."""
+    dtype: str = "float16"
+    """Type of the columns."""
+    version: int = VERSION
+    """Layout of the files; changed whenever old files would be misread."""
+
+
+@dataclass(slots=True)
+class Stored:
+    """What is stored of one sample."""
+
+    digest: bytes
+    views: list[View]
+    columns: dict[str, Tensor]
+    """Rows of the named columns."""
+
+    @property
+    def image_embeds(self) -> Tensor:
+        """[K,D]; a zero row is a view that a black box gave no usable answer to."""
+        return self.columns["image_embeds"]
+
+    @property
+    def text_embeds(self) -> Tensor:
+        """[D]."""
+        return self.columns["text_embeds"]
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+class TeacherOutputs:
+    """Reader of one folder: parts of shards are opened as they are asked for, those of a labelled set at once."""
+
+    def __init__(self, folder: str | Path, teacher_view: Literal["same", "clean"] = "same") -> None:
+        """Read `cache.json`; columns are mapped, not read.
+
+        Args:
+            teacher_view: `same`: the student is shown the stored views; `clean`: it is shown views of its own, and
+                the stored vector of the whole picture is the target of each.
+
+        Raises:
+            UserError: no such folder, a damaged one, one of another version, or `clean` with one of drawn views.
+        """
+        self.folder, self.teacher_view = Path(folder), teacher_view
+        self.info = read_info(self.folder)
+        if teacher_view == "clean" and (self.info.views != CLEAN or self.info.crops != 1):
+            raise UserError(
+                f"config field data.teacher_view=clean, but {folder} holds {self.info.crops} drawn view(s) an image; "
+                f"write another folder with data_tools/embed_labelled.py --clean, or set data.teacher_view=same"
+            )
+        self._parts: dict[str, _Part] = {}
+        self._part_of: dict[str, str] = {}
+        if self.info.set_name:
+            self._parts = {path.stem: _Part(path) for path in _part_paths(self.folder)}
+            self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the files for itself.
+        return TeacherOutputs, (self.folder, self.teacher_view)
+
+    def __len__(self) -> int:
+        """Images of a labelled set whose outputs are stored."""
+        return len(self._part_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._part_of
+
+    @property
+    def replays(self) -> bool:
+        """Whether the student sees the stored views."""
+        return self.teacher_view == "same"
+
+    @property
+    def view_count(self) -> int:
+        """Stored views per image, K."""
+        return self.info.crops
+
+    def check(
+        self,
+        views: ViewConfig,
+        fill: tuple[int, int, int],
+        *,
+        shards: Sequence[str] = (),
+        items: Iterable[Item] = (),
+        digest: str | None = None,
+        max_missing_share: float = 0.0,
+    ) -> None:
+        """Refuse a folder that does not fit the run; the message names what differs.
+
+        Args:
+            views: the run's view distribution; only compared when the stored views are replayed.
+            fill: the colour under transparent pixels that the run's student uses.
+            shards: the run's shards; each needs a finished part.
+            items: the run's labelled images; those without stored outputs may be `max_missing_share` of them.
+            digest: sha256 of the teacher that the run's config names; None when it names none.
+        """
+        differences = []
+        keys = [item.key for item in items]
+        if bool(self.info.set_name) != bool(keys):
+            differences.append(f"it is of {self.info.set_name or 'shards'}")
+        if self.replays:
+            differences += [
+                f"data.{name} is {_plain(getattr(views, name))} but the views were drawn with {_plain(value)}"
+                for name, value in vars(self.info.views).items()
+                if getattr(views, name) != value
+            ]
+            if fill != self.info.image_spec.fill:
+                differences.append(
+                    f"the student lays transparent images on {fill}, the teacher on {self.info.image_spec.fill}"
+                )
+        if digest is not None and digest != self.info.digest:
+            differences.append(
+                f"the run's teacher has digest {digest[:12]}..., the outputs are of {self.info.source} "
+                f"with {self.info.digest[:12]}..."
+            )
+        missing = [url for url in shards if not part_path(self.folder, shard_name(url)).is_file()]
+        if missing:
+            differences.append(f"{len(missing)} of {len(shards)} shards are not in it (first: {missing[0]})")
+        absent = [key for key in keys if key not in self]
+        if len(absent) > max_missing_share * len(keys):
+            differences.append(f"{len(absent)} of {len(keys)} images are not in it (first: {absent[0]})")
+        if differences:
+            raise UserError(
+                f"teacher outputs {self.folder} do not fit this run: {'; '.join(differences)}; change the config, or run "
+                f"{_TOOLS}, which adds what is missing to a folder of the same settings"
+            )
+
+    def get(self, key: str, shard: str = "") -> Stored | None:
+        """What is stored of a sample, or None; `shard` is the short name of the shard that holds it."""
+        name = shard or self._part_of.get(key, "")
+        if not name:
+            return None
+        if name not in self._parts:
+            if len(self._parts) >= _OPEN_SHARDS:
+                del self._parts[next(iter(self._parts))]
+            self._parts[name] = _Part(part_path(self.folder, name))
+        return self._parts[name].get(key)
+
+    def get_checked(self, key: str, image: bytes, text: str = "", shard: str = "") -> Stored | None:
+        """As `get`, for the encoded image and the caption that the key stands for now.
+
+        Raises:
+            UserError: the outputs were written for others under this key.
+        """
+        entry = self.get(key, shard)
+        if entry is not None and entry.digest != sample_digest(image, text):
+            name = f"{shard}/{key}" if shard else key
+            raise UserError(
+                f"{self.folder} was written for another image or caption than {name} has now; run {_TOOLS} into a new "
+                f"folder"
+            )
+        return entry
+
+
+class _Part:
+    """One file, memory-mapped: its tensors take no memory until rows of them are read."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            names = list(file.keys())
+            self.rows = {key: row for row, key in enumerate(_unpack_keys(file.get_tensor("keys")))}
+            self._digests = file.get_tensor("digests")
+            self._views = {name: file.get_tensor(name) for name in _VIEWS if name in names}
+            self._columns = {name: file.get_tensor(name) for name in names if name not in _OWN}
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"teacher outputs {path} cannot be read ({error}); delete the file and embed again"
+            ) from None
+
+    def get(self, key: str) -> Stored | None:
+        row = self.rows.get(key)
+        if row is None:
+            return None
+        views = {name: values[row].tolist() for name, values in self._views.items()}
+        count = len(views["flips"])
+        hues, greys = views.get("hues", [0.0] * count), views.get("greys", [0] * count)
+        given = zip(views["boxes"], views["flips"], views["jitter"], hues, greys, strict=True)
+        return Stored(
+            bytes(self._digests[row].tolist()),
+            [
+                View(tuple(box), bool(flip), tuple(jitter), hue, bool(grey))
+                for box, flip, jitter, hue, grey in given
+            ],
+            {name: values[row] for name, values in self._columns.items()},
+        )
+
+
+def read_info(folder: Path) -> OutputsInfo:
+    """What cache.json says.
+
+    Raises:
+        UserError: no or an unreadable cache.json, or one of another version.
+    """
+    path, mend = folder / "cache.json", f"write one with {_TOOLS}"
+    if not path.is_file():
+        raise UserError(f"teacher outputs {folder} have no cache.json; {mend}")
+    data = read_object(path, "teacher outputs", mend)
+    try:
+        info = data["info"]
+        if info["version"] != VERSION:
+            raise UserError(
+                f"teacher outputs {folder} have version {info['version']}, this code reads {VERSION}; {mend}"
+            )
+        parts: list[dict[str, Any]] = [
+            {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+            for part in (info["image_spec"], info["views"])
+        ]
+        return OutputsInfo(**{**info, "image_spec": ImageSpec(**parts[0]), "views": ViewConfig(**parts[1])})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from None
+
+
+def part_path(folder: Path, name: str) -> Path:
+    """The file of a part."""
+    return folder / f"{name}.safetensors"
+
+
+def _part_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _unpack_keys(packed: Tensor) -> list[str]:
+    text = bytes(packed.numpy()).decode("utf-8")
+    return [] if text == "\n" else text.split("\n")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, the way a config shows them."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A sample ready to be embedded."""
+
+    key: str
+    image: bytes
+    """The file as it is."""
+    views: list[View]
+    pixels: list[Tensor]
+    """uint8 [h,w,3] of each view, at the teacher's input size."""
+    text: str = ""
+
+
+Embed = Callable[[list[Prepared]], dict[str, Tensor]]
+"""What a teacher says about some samples: columns, a row a sample."""
+Progress = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    """Tell nobody."""
+
+
+def embed_shards(
+    encoder: DualEncoder,
+    shards: list[str],
+    out: str | Path,
+    *,
+    source: str,
+    digest: str,
+    data: DataConfig,
+    crops: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Progress = _silent,
+) -> Counter[str]:
+    """Embed `crops` views of every image, and every caption, of `shards` into the folder `out`.
+
+    Shards whose part is there already are skipped, so the same call continues an interrupted one. Bad samples are
+    left out and counted by reason in the result; `data` gives crop options, member names and max_pixels.
+
+    Raises:
+        UserError: `out` holds outputs made otherwise, two shards have the same name, or a shard is broken.
+    """
+    folder, names = Path(out), [shard_name(url) for url in shards]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"--shards names {twice[0]}.tar {names.count(twice[0])} times; a folder needs distinct file names"
+        )
+    info = OutputsInfo(
+        source=source, digest=digest, logit_scale=float(encoder.logit_scale),
+        dim=encoder.encode_text(["a"]).shape[-1], crops=crops, seed=seed, image_spec=encoder.image_spec,
+        views=view_config(data),
+    )  # fmt: skip
+    images = _image_embeds(encoder, info, batch_size, device)
+
+    @torch.inference_mode()
+    def embed(batch: list[Prepared]) -> dict[str, Tensor]:
+        return images(batch) | {"text_embeds": encoder.encode_text([one.text for one in batch]).cpu()}
+
+    start_folder(folder, info)
+    todo = [
+        (name, f"shard {number}/{len(shards)} {name}", _of_shard(url, info, data))
+        for number, (name, url) in enumerate(zip(names, shards, strict=True), 1)
+        if not part_path(folder, name).is_file()
+    ]
+    return _write(embed, todo, folder, info, max(batch_size // crops, 1), progress)
+
+
+def embed_items(
+    encoder: ImageEncoder,
+    items: Sequence[Item],
+    folder: str | Path,
+    *,
+    name: str,
+    source: str,
+    digest: str,
+    views: ViewConfig,
+    view_count: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+    batch_size: int = 64,
+    part_size: int = 2000,
+    max_pixels: int = 89_478_485,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = _silent,
+) -> Counter[str]:
+    """Embed `view_count` views of every item of a labelled set into `folder`, by `write_parts`.
+
+    Args:
+        name: the data set, which a folder has one of.
+        source: the teacher as its user named it.
+        digest: sha256 over the teacher's weights.
+        views: distribution of the views; CLEAN with `view_count` 1 stores the whole picture.
+        dtype: float16, or float32 to store the vectors as they are.
+    """
+    width = encoder.encode_image(torch.zeros(1, 3, *encoder.image_spec.size, device=device)).shape[-1]
+    info = OutputsInfo(
+        source=source, digest=digest, logit_scale=float(encoder.logit_scale), dim=int(width), crops=view_count,
+        seed=seed, image_spec=encoder.image_spec, views=views, set_name=name, dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return write_parts(
+        _image_embeds(encoder, info, batch_size, device), items, folder, info, max(batch_size // view_count, 1),
+        part_size=part_size, max_pixels=max_pixels, workers=workers, progress=progress,
+    )  # fmt: skip
+
+
+def write_parts(
+    embed: Embed,
+    items: Sequence[Item],
+    folder: str | Path,
+    info: OutputsInfo,
+    per_call: int,
+    *,
+    part_size: int,
+    max_pixels: int,
+    workers: int,
+    progress: Progress,
+) -> Counter[str]:
+    """Fill `folder` with what `embed` says of at most `per_call` items at a time, a file per `part_size` items.
+
+    Items that the folder holds already are not embedded again, so the same call continues an interrupted one and
+    another list adds to it. Images that cannot be used are left out and counted by reason in the result.
+
+    Args:
+        workers: processes that read and decode.
+
+    Raises:
+        UserError: `folder` holds outputs of other settings, two items have one key, or an image file is missing.
+    """
+    twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
+    if twice:
+        raise UserError(f"{info.set_name}: {len(twice)} keys name two images (first: {twice[0]})")
+    folder = Path(folder)
+    start_folder(folder, info)
+    todo = missing_items(items, folder)
+    stem = re.sub(r"[^\w.-]+", "_", info.set_name)
+    first = max((int(path.stem.rpartition("-")[2]) for path in _part_paths(folder)), default=-1) + 1
+    parts = []
+    for number, start in enumerate(range(0, len(todo), part_size), first):
+        chunk = todo[start : start + part_size]
+        told = f"{info.set_name}: {start + len(chunk)}/{len(todo)} images"
+        parts.append((f"{stem}-{number:05d}", told, prepare(chunk, info, max_pixels, workers)))
+    return _write(embed, parts, folder, info, per_call, progress)
+
+
+def missing_items(items: Sequence[Item], folder: Path) -> list[Item]:
+    """The items that no part of `folder` holds."""
+    done = {key for path in _part_paths(folder) for key in _Part(path).rows}
+    return [item for item in items if item.key not in done]
+
+
+def start_folder(folder: Path, info: OutputsInfo) -> None:
+    """Write cache.json, or check that the one there says the same."""
+    new_folder(folder, "--out")
+    if not (folder / "cache.json").exists():
+        if any(folder.glob("*.safetensors")):
+            raise UserError(f"--out {folder} has safetensors files but no cache.json; name an empty folder")
+        _write_info(folder, info)
+        return
+    old, new = dataclasses.asdict(read_info(folder)), dataclasses.asdict(info)
+    differing = [
+        f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
+    ]
+    if differing:
+        raise UserError(f"--out {folder} holds outputs made with {'; '.join(differing)}; name another folder")
+
+
+def _write_info(folder: Path, info: OutputsInfo) -> None:
+    """Write cache.json for the parts that are in the folder."""
+    parts = {}
+    for path in _part_paths(folder):
+        with safe_open(path, framework="pt") as file:
+            parts[path.stem] = json.loads(file.metadata()["part"])
+    files.write_json(folder / "cache.json", {"info": dataclasses.asdict(info), "parts": parts}, "--out")
+
+
+def _write(
+    embed: Embed,
+    parts: Sequence[tuple[str, str, Iterable[Prepared | BadSample]]],
+    folder: Path,
+    info: OutputsInfo,
+    per_call: int,
+    progress: Progress,
+) -> Counter[str]:
+    """Write each part (name, what to tell, samples) whole or not at all; returns what was left out, by reason."""
+    skipped: Counter[str] = Counter()
+    started, done = time.monotonic(), 0
+    for number, (name, told, samples) in enumerate(parts, 1):
+        kept: list[Prepared] = []
+        waiting: list[Prepared] = []
+        answers: list[dict[str, Tensor]] = []
+        for sample in samples:
+            if isinstance(sample, BadSample):
+                skipped[sample.reason] += 1
+                continue
+            waiting.append(sample)
+            if len(waiting) == per_call:
+                answers.append(embed(waiting))
+                kept += _without_pixels(waiting)
+                waiting.clear()
+        if waiting:
+            answers.append(embed(waiting))
+            kept += _without_pixels(waiting)
+        if kept or not info.set_name:
+            _save(part_path(folder, name), kept, answers, info)
+        done += len(kept)
+        elapsed = max(time.monotonic() - started, 1e-3)
+        eta = elapsed / number * (len(parts) - number)
+        progress(
+            f"{told}: {len(kept)} samples, {done / elapsed:.1f} samples/s, {sum(skipped.values())} skipped, "
+            f"ETA {eta / 60:.1f} min"
+        )
+    _write_info(folder, info)
+    return skipped
+
+
+def _without_pixels(samples: list[Prepared]) -> list[Prepared]:
+    """What is kept of samples until their part is written."""
+    return [dataclasses.replace(one, image=sample_digest(one.image, one.text), pixels=[]) for one in samples]
+
+
+def _save(path: Path, kept: list[Prepared], answers: list[dict[str, Tensor]], info: OutputsInfo) -> None:
+    """One file; `image` of what was kept is its digest already."""
+    number, crops = len(kept), info.crops
+    views, digests = [view for one in kept for view in one.views], [one.image for one in kept]
+    names = answers[0] if answers else {}
+    keys = "\n".join(one.key for one in kept).encode("utf-8") or b"\n"
+
+    def of_views(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.tensor([getattr(view, name) for view in views], dtype=dtype).view(number, crops, *shape)
+
+    tensors = {
+        name: torch.cat([answer[name] for answer in answers]).to(getattr(torch, info.dtype)) for name in names
+    } | {
+        "boxes": of_views("box", torch.int32, 4),
+        "flips": of_views("flip", torch.uint8),
+        "jitter": of_views("jitter", torch.float32, 3),
+        "digests": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).view(number, 32),
+        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8),
+    }
+    if info.views.hue or info.views.grayscale:
+        tensors |= {"hues": of_views("hue", torch.float32), "greys": of_views("grey", torch.uint8)}
+    # One metadata entry: safetensors writes several in no fixed order, and the same outputs should be the same bytes.
+    summary = {"samples": number, "digest": hashlib.sha256(b"".join(digests)).hexdigest()}
+    with files.new_file(path, "--out") as partial:
+        try:
+            save_file(tensors, partial, metadata={"part": json.dumps(summary)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
+def _image_embeds(
+    encoder: ImageEncoder, info: OutputsInfo, batch_size: int, device: torch.device | str
+) -> Embed:
+    """The column `image_embeds` [n,K,D], at most `batch_size` views a forward pass."""
+
+    @torch.inference_mode()
+    def embed(batch: list[Prepared]) -> dict[str, Tensor]:
+        pixels = [view for one in batch for view in one.pixels]
+        rows = [
+            encoder.encode_image(
+                normalise(pixels[start : start + batch_size], info.image_spec).to(device)
+            ).cpu()
+            for start in range(0, len(pixels), batch_size)
+        ]
+        return {"image_embeds": torch.cat(rows).view(len(batch), info.crops, -1)}
+
+    return embed
+
+
+# ------------------------------------------------------------------------------------------- samples to be embedded
+
+
+def _of_shard(url: str, info: OutputsInfo, data: DataConfig) -> Iterator[Prepared | BadSample]:
+    """The samples of a shard, the bad ones with their reason.
+
+    Raises:
+        UserError: the shard is broken.
+    """
+    for raw in read_shard(url, members(data), shard_cache=data.shard_cache):
+        sample = unpack(raw, data.image_keys, data.text_key)
+        if isinstance(sample, BadSample):
+            if sample.reason == "broken_tar":
+                raise UserError(
+                    f"shard {sample.detail} is broken; fetch it again, or leave it out of --shards"
+                )
+            yield sample
+        else:
+            yield _views(raw.key, raw.name, sample.image, info, data.max_pixels, sample.text)
+
+
+def prepare(
+    items: Sequence[Item], info: OutputsInfo, max_pixels: int, workers: int = 0
+) -> Iterator[Prepared | BadSample]:
+    """The views that `info` asks for of each item, in order, or why it has none.
+
+    Raises:
+        UserError: an image file is missing.
+    """
+    dataset = _Items(items, info, max_pixels)
+    for prepared in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged):
+        if isinstance(prepared, UserError):
+            raise prepared
+        yield prepared
+
+
+class _Items(Dataset[Any]):
+    """Reads, decodes and renders item by item."""
+
+    def __init__(self, items: Sequence[Item], info: OutputsInfo, max_pixels: int) -> None:
+        self._items, self._info, self._max_pixels = items, info, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Prepared | BadSample | UserError:
+        key = self._items[index].key
+        try:
+            return _views(key, key, read_item(self._items[index]), self._info, self._max_pixels)
+        except UserError as error:
+            return error  # raised by the process that asked
+
+
+def _views(
+    key: str, name: str, image: bytes, info: OutputsInfo, max_pixels: int, text: str = ""
+) -> Prepared | BadSample:
+    """The views of an image, drawn from its `name`."""
+    try:
+        size = checked_size(image, max_pixels)
+        views = [info.views.draw(*size, view_rng(info.seed, name, number)) for number in range(info.crops)]
+        pixels = views_of(image, size, views, [info.image_spec])
+    except BadImageError as error:
+        return BadSample(error.reason, name, str(error))
+    return Prepared(key, image, views, [per_spec[0] for per_spec in pixels], text)
+
+
+def view_rng(seed: int | str, key: str, number: int) -> random.Random:
+    """The generator from which view `number` of the image `key` is drawn."""
+    return random.Random(f"{seed}/{key}/{number}")
+
+
+def read_item(item: Item) -> bytes:
+    """The encoded image.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    try:
+        return item.image.read()
+    except OSError as error:
+        raise UserError(
+            f"image {item.image} of {item.key} cannot be read ({error.strerror}); mend the data set's folder"
+        ) from None
+
+
+def _unchanged(value: Any) -> Any:
+    return value
