@@ -44,7 +44,7 @@ from vlmkd.evaluation.command import model_name
 from vlmkd.export.classifier import ONNX, TIMM_WEIGHTS, WEIGHTS, missing_for_onnx, to_onnx
 from vlmkd.files import write_json
 from vlmkd.models.backbones import load_backbone
-from vlmkd.page.report import build_report, format_score, main_set, read_run, rows_of
+from vlmkd.page.report import build_report, main_set, read_run, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("promptkd", "dho", "vl2v_adip")
@@ -507,11 +507,11 @@ def _finish(args: argparse.Namespace, run_dir: Path) -> None:
         print(f"{export / ONNX}: compared with onnxruntime")
     report = build_report([run_dir], args.out / "report.html", title=f"{args.images.name}: {args.method}")
     run = read_run(run_dir)
-    key = f"{main_set([run])}/top1"
+    key = (main_set([run]), "top1")
     for row in rows_of([run]):
         if key in row.scores and row.exported:
             print(
-                f"{key.rpartition('/')[0]} top-1 {format_score(key, row.scores[key])} %: {row.label}{' (teacher)' if row.teacher else ''}"
+                f"{key[0]} top-1 {row.scores[key].shown()} %: {row.label}{' (teacher)' if row.teacher else ''}"
             )
     print(f"report: {report}")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Zero-shot classification of any CLIP, or of an exported classifier: top-1, top-5 and mean per-class accuracy.
 
-  python scripts/eval_zero_shot.py --model zoo:NAME ViT-B-32/openai --data /data/imagenet --json out.json
+  python scripts/eval_zero_shot.py --model zoo:NAME ViT-B-32/openai --data /data/imagenet --results out.jsonl
   python scripts/eval_zero_shot.py --model runs/my_run --data emoji:unseen_drawing emoji:unseen_concept
   python scripts/eval_zero_shot.py --model classifier:runs/my_dho/export --data emoji:unseen_drawing
 

@@ -12,8 +12,8 @@ on the split that is reported. The CE head and the KD head are reported too.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +27,11 @@ from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.classify import Classification
 from vlmkd.export.classifier import load_classifier
-from vlmkd.files import check_writable, write_json
+from vlmkd.files import check_writable
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.heads import DualLogits
 from vlmkd.models.towers import evaluating
+from vlmkd.results import Number, numbers_of, write_results
 from vlmkd.zoo import weights_file
 
 _SMALLEST = 1e-30  # below any probability that fp32 softmax tells from 0
@@ -85,19 +86,19 @@ def main(argv: list[str]) -> int:
     add("--alpha", type=float, help="weight of the CE head")
     add("--beta", type=float, help="temperature of the KD head")
     add("--batch-size", type=int, default=64)
-    add("--json", type=Path, help="also write the results here")
+    add("--results", type=Path, metavar="FILE", help="write a line a number to FILE, and details beside it")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1")
-    if args.json:
-        check_writable(args.json, "--json")
-    results = evaluate(args)
-    if args.json:
-        write_json(args.json, results, "--json")
+    if args.results:
+        check_writable(args.results, "--results")
+    numbers, details = evaluate(args)
+    if args.results:
+        write_results(args.results, numbers, details, "--results")
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> list[dict[str, object]]:
+def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
     """Results of the mixture and of each head on every set."""
     if args.search and args.search == args.split:
         raise UserError(f"--search {args.search} is the split that is reported; choose another, e.g. val")
@@ -128,7 +129,8 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, object]]:
         print(
             f"alpha {found.alpha:g}  beta {found.beta:g}  {sets[0].name} {args.search} {found.accuracy:.4f}"
         )
-    written: list[dict[str, object]] = []
+    numbers: list[Number] = []
+    details: dict[str, Any] = {}
     for dataset in sets:
         evaluator = Shifted(Classification.of(dataset, args.split))
         for answer in ("mixed", "ce", "kd"):
@@ -136,8 +138,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, object]]:
             (result,) = evaluator.run(asked, context)
             print(_line(result, answer))
             mixture = {"alpha": predictor.alpha, "beta": predictor.beta} if answer == "mixed" else {}
-            written.append({"answer": answer, **mixture, **asdict(result)})
-    return written
+            tags = {"answer": answer, **mixture}
+            numbers += numbers_of([result], run=args.model, model=args.model, tags=tags)
+            details.setdefault(dataset.name, {})[answer] = result.details
+    return numbers, details
 
 
 def _line(result: Result, answer: str) -> str:

@@ -6,7 +6,7 @@ Letters: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vlmkd.evaluation.images import ImageOutputs
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.heads import DualLogits
 from vlmkd.predictors import ImageClassifier
+from vlmkd.results import share
 
 NAME = "heads"
 
@@ -44,6 +45,11 @@ class HeadSearch:
     """
 
     name = NAME
+    meanings: ClassVar = {
+        "top1": share("top-1", main=True),
+        "ce_top1": share("CE head, top-1"),
+        "kd_top1": share("KD head, top-1"),
+    }
 
     def __init__(
         self, dataset: str, items: Sequence[Item], *, two_heads: bool, fixed: Mixture | None = None
@@ -67,7 +73,7 @@ class HeadSearch:
             }
             chosen = {"alpha": mixture.alpha, "beta": mixture.beta}
         details = {"unreadable": unreadable} if unreadable else {}
-        return [Result(self.name, self.dataset, metrics, len(labels), details, chosen)]
+        return [Result(self.name, self.dataset, metrics, len(labels), details, chosen, self.meanings)]
 
 
 def head_logits(

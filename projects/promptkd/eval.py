@@ -1,7 +1,7 @@
 r"""Evaluate teachers, students and plain CLIPs by the paper's protocols, over seeds and data sets.
 
     bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data dtd --root DATA \
-        --ckpt 'runs/promptkd/base2novel/{data}/student_s{seed}/export' --seeds 1 2 3 --json dtd.json
+        --ckpt 'runs/promptkd/base2novel/{data}/student_s{seed}/export' --seeds 1 2 3 --results dtd.jsonl
 
 A checkpoint is a run's export folder, a published checkpoint or its `zoo:NAME` (`--clip` names the CLIP of its size; a student also needs
 its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a zero-shot CLIP with the data set's own
@@ -36,10 +36,11 @@ from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
 from vlmkd.export.classifier import CONFIG, load_classifier
-from vlmkd.files import check_writable, write_json
+from vlmkd.files import check_writable
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import load_clip
 from vlmkd.predictors import ImageClassifier
+from vlmkd.results import Number, numbers_of, write_results
 from vlmkd.zoo import weights_file
 
 SETTINGS: dict[str, Setting] = {
@@ -131,15 +132,16 @@ def _zero_shot(
     return ZeroShotClassifier(teacher.encoder(), teacher.class_vectors(dataset))
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(numbers: Sequence[Number]) -> dict[str, Any]:
     """Means over the seeds of each data set and of the data sets' average, and standard deviations over the seeds.
 
     The harmonic mean is that of the means. The average's deviation is that of the seeds' averages; a deviation is there
     where several seeds are.
     """
-    names = list(dict.fromkeys(run["data"] for run in runs))
-    seeds = list(dict.fromkeys(run["seed"] for run in runs))
-    metrics = {(run["data"], run["seed"]): run["metrics"] for run in runs}
+    metrics: dict[tuple[Any, Any], dict[str, float]] = {}
+    for one in numbers:
+        metrics.setdefault((one.tags["data"], one.tags["seed"]), {})[one.metric] = one.value
+    names, seeds = (list(dict.fromkeys(part)) for part in zip(*metrics, strict=True))
     sets = {name: _mean([metrics[name, seed] for seed in seeds]) for name in names}
     spread = {name: _spread([metrics[name, seed] for seed in seeds]) for name in names}
     by_seed = [_mean([metrics[name, seed] for name in names]) for seed in seeds]
@@ -183,13 +185,14 @@ def table(result: dict[str, Any], setting: str) -> str:
     return "\n".join(lines)
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Every data set and seed, and their summary."""
+def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
+    """The numbers of every data set and seed, and their details by checkpoint."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     context = Context(
         device=device, batch_size=args.batch_size, workers=args.workers, progress=not args.quiet
     )
-    runs = []
+    numbers: list[Number] = []
+    details: dict[str, Any] = {}
     for name in args.data:
         dataset = data_set(name, args.root)
         for seed in args.seeds:
@@ -201,10 +204,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             model = classifier(ckpt, dataset, _clip(args.clip), source, bank, device, SETTINGS[args.setting])
             measured = evaluator(args.setting, dataset, args.split, args.hold_out, seed)
             (result,) = measured.run(model, context)
-            runs.append(
-                {"data": name, "seed": seed, "ckpt": ckpt, "metrics": result.metrics, "images": result.count}
-            )
-    return {"setting": args.setting, "runs": runs, "summary": summary(runs)}
+            tags = {"setting": args.setting, "data": name, "seed": seed}
+            numbers += numbers_of([result], run=ckpt, model=ckpt, tags=tags)
+            details.setdefault(ckpt, {})[name] = result.details
+    return numbers, details
 
 
 def _clip(name: str) -> ClipConfig:
@@ -231,7 +234,7 @@ def main(argv: list[str]) -> int:
     add("--teacher", default="", help="teacher of a published student: export folder or checkpoint")
     add("--teacher-clip", default="", metavar="MODEL@TAG", help="the CLIP under --teacher")
     add("--bank", default="", help="class vectors for a published student, instead of --teacher")
-    add("--json", default="", metavar="FILE", help="write all numbers to FILE")
+    add("--results", default="", metavar="FILE", help="write a line a number to FILE, and details beside it")
     add("--batch-size", type=int, default=100)
     add("--workers", type=at_least(0), default=0)
     add("--threads", type=at_least(0), default=0)
@@ -241,14 +244,14 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    if args.json:
-        check_writable(args.json, "--json")
+    if args.results:
+        check_writable(args.results, "--results")
     if len(args.seeds) > 1 and "{seed}" not in args.ckpt:
         raise UserError("--seeds names several seeds, but --ckpt has no {seed}")
-    result = evaluate(args)
-    print(table(result["summary"], args.setting))
-    if args.json:
-        write_json(args.json, result, "--json")
+    numbers, details = evaluate(args)
+    print(table(summary(numbers), args.setting))
+    if args.results:
+        write_results(Path(args.results), numbers, details, "--results")
     return 0
 
 

@@ -37,7 +37,7 @@ from projects.vl2v_adip.build import (
     validation_of,
 )
 from projects.vl2v_adip.config import LINEAR_HEAD, Vl2vConfig
-from projects.vl2v_adip.folds import FACTS, choose, facts_of
+from projects.vl2v_adip.folds import FACTS, choose, facts_of, tags_of
 from projects.vl2v_adip.task import BEST
 from vlmkd import distributed
 from vlmkd.config import load, require
@@ -45,10 +45,10 @@ from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context, Evaluator
 from vlmkd.export.classifier import export_classifier, load_classifier
-from vlmkd.files import write_json, write_text
+from vlmkd.files import write_json
 from vlmkd.models.backbones import Backbone, load_backbone_weights
+from vlmkd.results import FILE, details_of, numbers_of, write_results
 from vlmkd.tensor_files import read_torch
-from vlmkd.train.trainer import results_json
 
 BACKBONE, PROJECTOR, CLASSIFIERS = "featurizer.network.", "proj_lyr.", ("clip_cls.", "classifier.")
 _METHODS = {"DFC_STAGE1": "align", "DFC_STAGE2": "distill", "DFC_CLIP_INIT": "vl2v_sd"}
@@ -203,7 +203,8 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
     context = Context(device=device, batch_size=cfg.evaluation.batch_size)
     evaluators: list[Evaluator] = [*validation_of(fold), *target_of(cfg, fold)]
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
-    write_text(run_dir / "eval" / "results.json", results_json({BEST: results}))
+    numbers = numbers_of(results, run=run_dir.resolve().name, model=BEST, tags=tags_of(facts))
+    write_results(run_dir / FILE, numbers, details_of({BEST: results}))
     write_json(run_dir / "done.json", {"step": 0, "export": "export"})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,17 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import ImageOutputs
 from vlmkd.predictors import ImageClassifier
+from vlmkd.results import Meaning, share
 
 
 class DomainAccuracy:
     """`top1` and the mean cross entropy `loss` of a domain's part, e.g. `sketch_out`; over all ranks."""
 
     name = "domain"
+    meanings: ClassVar = {
+        "top1": share("top-1", main=True),
+        "loss": Meaning("cross entropy", "nats", higher_is_better=False),
+    }
 
     def __init__(self, dataset: str, items: Sequence[Item]) -> None:
         if not items:
@@ -35,7 +40,8 @@ class DomainAccuracy:
         # Summed in double precision: SWAD reacts to differences of 1e-3.
         top1, loss = judged.double().mean(0).tolist()
         details = {"unreadable": unreadable} if unreadable else {}
-        return [Result(self.name, self.dataset, {"top1": top1, "loss": loss}, len(judged), details)]
+        metrics = {"top1": top1, "loss": loss}
+        return [Result(self.name, self.dataset, metrics, len(judged), details, meanings=self.meanings)]
 
     def _judge(self, indices: Tensor, logits: Tensor) -> Tensor:
         """Whether an image is right, and its cross entropy: [B,2]."""

@@ -23,6 +23,11 @@ FACTS = "fold.json"
 """File in an export that says which fold, student and teacher it is of."""
 
 
+def tags_of(facts: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """What tables pivot a fold's results by."""
+    return {name: facts[name] for name in ("set", "student", "method", "test_domain", "trial_seed")}
+
+
 @dataclass(frozen=True)
 class Fold:
     """The images of one held-out domain's run."""

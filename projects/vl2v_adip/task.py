@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from projects.vl2v_adip.config import Vl2vConfig
-from projects.vl2v_adip.folds import FACTS
+from projects.vl2v_adip.folds import FACTS, tags_of
 from projects.vl2v_adip.miro import VARIANCES, MiroStudent, regulariser
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student, StudentOutput
@@ -165,6 +165,10 @@ class Vl2vTask(Task):
     def teacher_logits(self, embeds: Tensor) -> Tensor | None:
         """By the class vectors."""
         return None if self._vectors is None else self._vectors.logits(embeds)
+
+    def tags(self) -> dict[str, str | int | float]:
+        """The fold's facts."""
+        return tags_of(self.facts)
 
     def parameter_counts(self) -> dict[str, int]:
         """Of the exported student (backbone, projector and head) and of an evaluated teacher."""

@@ -27,6 +27,7 @@ from vlmkd.export.folder import compare
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.classifier import Classifier, ClassifierConfig
 from vlmkd.models.heads import DualHead, LinearHead, Projector, TextClassifier
+from vlmkd.results import read_results
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["red", "green", "dark blue", "white"]
@@ -213,8 +214,8 @@ def test_eval_zero_shot_takes_a_folder(tmp_path: Path, capsys: Any, monkeypatch:
         "--quiet",
         "--device",
         "cpu",
-        "--json",
-        str(tmp_path / "r.json"),
+        "--results",
+        str(tmp_path / "r.jsonl"),
     ]
     monkeypatch.setattr(sys, "argv", ["eval_zero_shot.py"])
     assert script["main"](["--model", f"classifier:{tmp_path / 'run/export'}", *options]) == 2
@@ -224,8 +225,7 @@ def test_eval_zero_shot_takes_a_folder(tmp_path: Path, capsys: Any, monkeypatch:
     export_classifier(tmp_path / "run/export", ordered, module.state_dict())
     assert script["main"](["--model", str(tmp_path / "run"), "--cost", *options]) == 0
     table = capsys.readouterr().out
-    (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
-    (result,) = model["results"]
+    found = {one.metric: one for one in read_results(tmp_path / "r.jsonl")}
     predictor, hits = load_classifier(tmp_path / "run/export"), 0
     for label, name in enumerate(sorted(colours)):
         for path in sorted((tmp_path / "data/val" / name).iterdir()):
@@ -233,6 +233,6 @@ def test_eval_zero_shot_takes_a_folder(tmp_path: Path, capsys: Any, monkeypatch:
 
             image = eval_transform(predictor.image_spec)(Image.open(path))[None]
             hits += int(predictor.classify(image).argmax()) == label
-    assert result["metrics"]["top1"] == hits / 12 and result["count"] == 12
-    assert model["parameters"]["total"] == sum(p.numel() for p in module.parameters())
-    assert model["cost"]["GMACs"] > 0 and "top-1" in table
+    assert found["top1"].value == hits / 12 and found["top1"].count == 12
+    assert found["parameters"].value * 1e6 == pytest.approx(sum(p.numel() for p in module.parameters()))
+    assert found["multiply-adds"].value > 0 and "top-1" in table

@@ -305,10 +305,7 @@ def check_results(run_dir: Path, report: Path, dataset: str, class_names: list[s
     assert load_classifier(run_dir / "export").class_names == class_names
     assert (run_dir / "export" / "model.onnx").is_file() != bool(missing_for_onnx())
     models = json.loads((run_dir / "eval" / "models.json").read_text())
-    results = json.loads((run_dir / "eval" / "results.json").read_text())[models["exported"]]
-    (details,) = [
-        one["details"] for one in results if one["dataset"] == dataset and "confusion" in one["details"]
-    ]
+    details = json.loads((run_dir / "eval" / "details.json").read_text())[models["exported"]][dataset]
     assert details["classes"] == class_names
     wrong = sum(number for label, predicted, number in details["confusion"] if label != predicted)
     page = report.read_text()

@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,23 @@ from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
 from vlmkd.image_spec import ImageSpec
-from vlmkd.page import charts, report
+from vlmkd.page import plots, report
+from vlmkd.page.gallery import write_gallery, write_mistakes
+from vlmkd.results import FILE, Meaning, Number, details_of, numbers_of, parameters, share, write_results
 
 ROOT = Path(__file__).parents[2]
 TEACHER = "teacher <ViT & text>"
 SHOWN = "<ViT & text>"
 """Its name in tables, which say that it is a teacher."""
-TEACHER_SCORES = {"unseen/top1": 0.3661, "unseen/top5": 0.646, "unseen/image_to_text_r1": 0.254}
+TEACHER_SCORES = {"top1": 0.3661, "top5": 0.646, "image_to_text_r1": 0.254}
+SIZES = {TEACHER: 4_600_000, "student": 1_150_000}
+MEANINGS = {
+    "top1": share("top-1", main=True),
+    "top5": share("top-5"),
+    "image_to_text_r1": share("image→text R@1", main=True),
+    "photo_top1": share("photo top-1"),
+    "harmonic_mean": share("harmonic mean"),
+}
 
 
 class Colours:
@@ -47,7 +56,12 @@ class Colours:
         return torch.eye(3)[[["red", "green", "blue"].index(text) for text in texts]]
 
 
-def write_run(folder: Path, scores: dict[str, float], *, steps: int = 40) -> Path:
+def scored(model: str, step: int, scores: dict[str, float], dataset: str = "unseen") -> list[Number]:
+    result = Result("classification", dataset, scores, 9, meanings=MEANINGS)
+    return numbers_of([result], run="run", model=model, step=step)
+
+
+def write_run(folder: Path, scores: dict[str, float], *, dataset: str = "unseen", steps: int = 40) -> Path:
     """A run folder as `vlmkd.train.run` writes it; its last evaluation has `scores`."""
     (folder / "eval").mkdir(parents=True)
     lines: list[dict[str, Any]] = []
@@ -60,9 +74,11 @@ def write_run(folder: Path, scores: dict[str, float], *, steps: int = 40) -> Pat
         }
         lines.append({"step": step, "time": 1000.0 + 6 * step, "kind": "train", **facts})
     half = {key: value / 2 for key, value in scores.items()}
-    lines.append({"step": steps // 2, "time": 1.0, "kind": "eval", "model": "student", **half})
-    lines.append({"step": steps, "time": 2.0, "kind": "eval", "model": "student", **scores})
-    lines.append({"step": steps, "time": 2.0, "kind": "eval", "model": TEACHER, **TEACHER_SCORES})
+    lines.append({"step": steps, "time": 2.0, "kind": "eval", "model": "student", "unseen/top1": 0.9})
+    numbers = scored("student", steps // 2, half, dataset) + scored("student", steps, scores, dataset)
+    numbers += scored(TEACHER, steps, TEACHER_SCORES)
+    numbers += [parameters(count, run="run", model=model) for model, count in SIZES.items()]
+    write_results(folder / FILE, numbers)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "command.txt").write_text("launch <config> run_dir=here\n")
     (folder / "env.json").write_text(json.dumps({"packages": {"torch": "2.99"}, "cpus": 2}))
@@ -73,18 +89,12 @@ def write_run(folder: Path, scores: dict[str, float], *, steps: int = 40) -> Pat
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     """Two runs with the same teacher and one gallery each."""
-    first = write_run(
-        tmp_path / "inherited", {"unseen/top1": 0.21875, "unseen/top5": 0.5, "unseen/image_to_text_r1": 0.2}
-    )
-    second = write_run(
-        tmp_path / "scratch", {"unseen/top1": 0.125, "unseen/top5": 0.75, "unseen/image_to_text_r1": 0.1}
-    )
+    first = write_run(tmp_path / "inherited", {"top1": 0.21875, "top5": 0.5, "image_to_text_r1": 0.2})
+    second = write_run(tmp_path / "scratch", {"top1": 0.125, "top5": 0.75, "image_to_text_r1": 0.1})
     images = [Image.new("RGB", (40, 20), colour) for colour in ("red", "lime", "blue")]
     for folder, swapped in ((first, False), (second, True)):
         models = {TEACHER: Colours("t"), "student": Colours("s", swapped)}
-        sizes = {TEACHER: 4_600_000, "student": 1_150_000}
-        path = folder / "eval/gallery.json"
-        report.write_gallery(path, models, images, ["red", "green", "blue"], parameters=sizes, top=2)
+        write_gallery(folder / "eval/gallery.json", models, images, ["red", "green", "blue"], top=2)
     return [first, second]
 
 
@@ -143,7 +153,7 @@ def test_the_page_loads_nothing(runs: list[Path], tmp_path: Path) -> None:
     page = Page(text)
     assert page.loads, "the pictures should be found"
     assert all(load.startswith(("data:image/png;base64,", "#")) for load in page.loads)
-    assert not re.search(r"url\(|@import", text)
+    assert not re.search(r"url\((?!#)|@import", text)
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
 
 
@@ -163,16 +173,38 @@ def test_emoji_runs_credit_the_artists(runs: list[Path], tmp_path: Path) -> None
         assert words in text
 
 
-def test_curves_pass_through_the_logged_values(runs: list[Path], tmp_path: Path) -> None:
-    text = report.build_report(runs, tmp_path / "page.html", title="Nano").read_text()
-    for words in (
-        "inherited, step 10: 0.5",
-        "scratch, step 40: 0.125",
-        "inherited, step 20: 10.94",
-        "scratch, step 40: 12.5",
-    ):
-        assert f"<title>{words}</title>" in text
-    assert "scratch: 1.15 million parameters, 12.5" in text
+def test_curves_pass_through_the_logged_values(runs: list[Path]) -> None:
+    found = [report.read_run(folder) for folder in runs]
+    rows = report.rows_of(found)
+    columns = report.columns_of(rows)
+    curves = dict(report.curve_plots(found, rows, columns))
+    assert list(curves) == ["Training loss", "unseen: top-1, %", "unseen: image→text R@1, %"]
+    drawn = {line.get_label(): line for line in curves["Training loss"].axes[0].lines}
+    assert (
+        list(drawn["inherited"].get_xdata()) == [10, 20, 30, 40] and drawn["scratch"].get_ydata()[-1] == 0.125
+    )
+    drawn = {line.get_label(): line for line in curves["unseen: top-1, %"].axes[0].lines}
+    assert list(drawn["inherited"].get_ydata()) == [10.9375, 21.875]
+    assert list(drawn[SHOWN].get_ydata()) == pytest.approx([36.61, 36.61])  # a level
+    points = dict(report.size_plots(rows, columns))["unseen: top-1, %"].axes[0].lines
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in points] == [
+        (4.6, pytest.approx(36.61)),
+        (1.15, 21.875),
+        (1.15, 12.5),
+    ]
+
+
+def test_plots_follow_the_theme_and_are_the_same_for_the_same_numbers() -> None:
+    series = [plots.Series(name="a <b>", points=[(1.0, 2.0), (2.0, math.nan), (3.0, 1.0)], color=1)]
+    series.append(plots.Series(name="t", points=[(0.0, 1.5)], color=plots.NEUTRAL, level=True))
+    first, second = (plots.svg(plots.line_plot(series, y_label="loss"), "x & y") for _ in range(2))
+    assert (
+        first == second
+        and first.startswith('<svg class="chart" viewBox="')
+        and 'aria-label="x &amp; y"' in first
+    )
+    assert "var(--series-1)" in first and "var(--ink-2)" in first and plots._MARK not in first
+    assert "http" not in first.replace("http://www.w3.org/", "")
 
 
 def test_affinity_is_the_softmax_of_scaled_cosines(runs: list[Path]) -> None:
@@ -202,12 +234,12 @@ def test_right_and_wrong_pictures_are_marked(runs: list[Path], tmp_path: Path) -
 def test_targets_may_hold_several_pictures(tmp_path: Path) -> None:
     images = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue", "maroon")]
     path = tmp_path / "gallery.json"
-    report.write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0, 2], [1]], top=3)
+    write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0, 2], [1]], top=3)
     gallery = json.loads(path.read_text())
     assert set(gallery["models"]["m"]["retrieved"][0][:2]) == {0, 2}
     assert gallery["targets"] == [[0, 2], [1]]
     with pytest.raises(ValueError, match="targets"):
-        report.write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0], [3]])
+        write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0], [3]])
 
 
 def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
@@ -218,44 +250,49 @@ def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "name", "shown"),
+    ("value", "meaning", "name", "shown"),
     [
-        ("emoji:unseen/drawing/top1", 0.12345, "top-1", "12.3"),
-        ("a/mean_per_class", 0.5, "mean per class", "50.0"),
-        ("a/text_to_image_r10", 1.0, "text→image R@10", "100.0"),
-        ("a/agreement_top1", 0.25, "agreement top-1", "25.0"),
-        ("a/kl", 0.123456, "kl", "0.1235"),
-        ("a/affinity_correlation", 0.5, "affinity correlation", "0.5"),
-        ("a/unreadable", 3.0, "unreadable", "3"),
-        ("a/top1", None, "top-1", "-"),
+        (0.12345, share("top-1"), "top-1", "12.3"),
+        (0.123456, Meaning("KL", "nats", higher_is_better=False), "KL", "0.1235"),
+        (0.5, Meaning(), "made up", "0.5"),
+        (3.0, Meaning(unit="count"), "made up", "3"),
+        (21.5, Meaning("speed", "tokens/s"), "speed (tokens/s)", "21.5"),
     ],
 )
-def test_shares_are_per_cent_and_other_numbers_are_not(
-    key: str, value: float | None, name: str, shown: str
+def test_a_metric_brings_its_meaning_to_table_and_page(
+    value: float, meaning: Meaning, name: str, shown: str, tmp_path: Path
 ) -> None:
-    assert (report.metric_name(key), report.format_score(key, value)) == (name, shown)
+    folder = write_run(tmp_path / "run", {"top1": 0.1})
+    result = Result("own", "chat", {"made_up": value}, 9, meanings={"made_up": meaning})
+    write_results(folder / FILE, numbers_of([result], run="run", model="student", step=40))
+    assert (
+        report.markdown_table([folder])
+        == f"| model | parameters | chat {name} |\n|---|---:|---:|\n| run | - | {shown} |\n"
+    )
+    text = report.build_report([folder], tmp_path / "page.html", title="Own").read_text()
+    best = ' class="top"' if meaning.higher_is_better is not None else ""
+    assert f'<th scope="col">{name}</th>' in text and f'<td{best} title="{value}">{shown}</td>' in text
 
 
-def test_results_file_wins_and_counts_parameters(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", {"unseen/top1": 0.1})
-    results = {"student": [{"name": "zero_shot", "dataset": "unseen", "metrics": {"top1": 0.12}, "count": 9}]}
-    (folder / "eval/results.json").write_text(json.dumps(results))
-    (folder / "export").mkdir()
-    from safetensors.torch import save_file
+def test_the_best_is_the_least_where_less_is_better(runs: list[Path], tmp_path: Path) -> None:
+    for folder, value in zip(runs, (1.0, 2.0), strict=True):
+        loss = {"loss": Meaning("loss", "nats", higher_is_better=False, main=True)}
+        result = Result("own", "chat", {"loss": value}, 9, meanings=loss)
+        write_results(folder / FILE, numbers_of([result], run="run", model="student", step=40))
+    text = report.build_report(runs, tmp_path / "page.html", title="Own").read_text()
+    assert 'class="top" title="1.0"' in text and "<b>inherited</b> has 1 nats loss on chat." in text
 
-    tensors = {
-        "a": torch.zeros(3, 5, dtype=torch.float16),
-        "b": torch.zeros(7),
-        "ids": torch.zeros(100, dtype=torch.int64),
-    }
-    save_file(tensors, str(folder / "export/open_clip_model.safetensors"))
-    run = report.read_run(folder)
-    assert run.final["student"] == {"unseen/top1": 0.12}
-    assert run.parameters["student"] == 22
+
+def test_runs_of_earlier_versions_are_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", {"top1": 0.1})
+    (folder / FILE).unlink()
+    (folder / "eval/results.json").write_text("{}")
+    with pytest.raises(UserError, match="run was written by an earlier version"):
+        report.read_run(folder)
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", {"unseen/top1": 0.1})
+    folder = write_run(tmp_path / "run", {"top1": 0.1})
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 50, "ti')
     assert [line["step"] for line in report.read_run(folder).train] == [10, 20, 30, 40]
@@ -294,26 +331,6 @@ def test_the_script_writes_both_files_and_refuses_a_wrong_folder(runs: list[Path
     assert "nowhere has no metrics.jsonl" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (3.0, 97.0, [0.0, 20.0, 40.0, 60.0, 80.0, 100.0]),
-        (5.0, 5.0, [5.0, 6.0]),
-    ],
-)
-def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float]) -> None:
-    assert charts.ticks(low, high) == pytest.approx(expected)
-
-
-def test_thinning_keeps_the_mean_and_drops_what_is_not_finite() -> None:
-    points = [(float(index), float(index % 7)) for index in range(1600)] + [(1600.0, math.nan)]
-    thinned = charts.thin(points, 160)
-    assert len(thinned) == 160
-    assert sum(y for _, y in thinned) / 160 == pytest.approx(sum(index % 7 for index in range(1600)) / 1600)
-    assert [x for x, _ in thinned] == sorted(x for x, _ in thinned)
-
-
 def classified(folder: Path, classes: int) -> Path:
     """A run with a classification of `classes` classes: every class confused once with the next, class 1 twice."""
     confusion = [[c, c, 3] for c in range(classes)] + [[c, (c + 1) % classes, 1] for c in range(classes)]
@@ -328,11 +345,11 @@ def classified(folder: Path, classes: int) -> Path:
     }
     metrics = {"top1": 0.75, "photo_top1": 0.5, "harmonic_mean": 0.625}
     result = Result("classification", "pets", metrics, sum(seen), details)
-    write_run(folder, {"pets/top1": 0.75})
-    (folder / "eval/results.json").write_text(json.dumps({"student": [asdict(result)]}))
+    write_run(folder, metrics, dataset="pets")
+    (folder / "eval/details.json").write_text(json.dumps(details_of({"student": [result]})))
     Image.new("RGB", (200, 100), "red").save(folder / "picture.png")
     item = Item("a/1.png", ImageRef(str(folder / "picture.png")), 1)
-    report.write_mistakes(folder / "eval/mistakes.json", [result], {"pets": [item], "other": []})
+    write_mistakes(folder / "eval/mistakes.json", [result], {"pets": [item], "other": []})
     return folder
 
 
@@ -343,7 +360,7 @@ def test_confusion_matrix_and_worst_mistakes(tmp_path: Path) -> None:
         "class &lt;1&gt; × class &lt;3&gt;: 0.200" in text
         and "class &lt;0&gt; × class &lt;0&gt;: 0.750" in text
     )
-    assert text.count("<title>class &lt;") == 25
+    assert text.count('title="class &lt;') == 30  # squares and their rows' names
     assert "class &lt;1&gt; → <b>class &lt;3&gt;</b>, 98\u00a0%" in text
     page = Page(text)
     assert [load for load in page.loads if not load.startswith("#")]
@@ -354,23 +371,20 @@ def test_confusion_matrix_and_worst_mistakes(tmp_path: Path) -> None:
 
 def test_the_exported_weights_are_the_ones_that_are_shown(tmp_path: Path) -> None:
     folder = classified(tmp_path / "run", 5)
-    (last,) = json.loads((folder / "eval/results.json").read_text())["student"]
-    details = {**last["details"], "classes": [f"kept {c}" for c in range(5)]}
-    kept = {**last, "metrics": {"top1": 0.875}, "details": details}
-    (folder / "eval/results.json").write_text(json.dumps({"student": [last], "SWAD": [kept]}))
-    models = {
-        "exported": "SWAD",
-        "selections": ["SWAD"],
-        "parameters": {"student": 7_000_000, TEACHER: 14_000_000},
-    }
-    (folder / "eval/models.json").write_text(json.dumps(models))
+    details = json.loads((folder / "eval/details.json").read_text())
+    kept = details["student"]["pets"] | {"classes": [f"kept {c}" for c in range(5)]}
+    (folder / "eval/details.json").write_text(json.dumps(details | {"SWAD": {"pets": kept}}))
+    numbers = scored("student", 40, {"top1": 0.75}, "pets") + scored("SWAD", 40, {"top1": 0.875}, "pets")
+    numbers += scored(TEACHER, 40, TEACHER_SCORES) + [parameters(7_000_000, run="run", model="student")]
+    write_results(folder / FILE, numbers)
+    (folder / "eval/models.json").write_text(json.dumps({"exported": "SWAD", "selections": ["SWAD"]}))
     assert report.main_set([report.read_run(folder)]) == "pets"
     rows = report.rows_of([report.read_run(folder)])
     assert [(row.label, row.teacher, row.exported) for row in rows] == [
         (SHOWN, True, True), ("run", False, True), ("run, last step", False, False)
     ]  # fmt: skip
-    assert [row.scores["pets/top1"] for row in rows[1:]] == [0.875, 0.75]
-    assert rows[1].parameters == 7_000_000
+    assert [row.scores["pets", "top1"].value for row in rows[1:]] == [0.875, 0.75]
+    assert rows[1].parameters == 7
     text = report.build_report([folder], tmp_path / "page.html", title="C").read_text()
     assert "kept 0" in text and "<b>run</b> has 87.5\u00a0% top-1 on pets" in text
 

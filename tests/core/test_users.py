@@ -73,8 +73,12 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "models/towers": ("adapters of every CLIP, beside those of two users", {"CLIPEncoder", "convert_images"}),
     "page/report": (
-        "what scripts/report.py and scripts/seeds_table.py print",
-        {*("Run", "columns_of", "format_score", "main_set", "markdown_table", "metric_name", "rows_of")},
+        "what scripts/report.py and scripts/distill_folder.py call",
+        {*("Row", "main_set", "markdown_table", "read_run", "rows_of")},
+    ),
+    "page/table": (
+        "what scripts/table.py calls for every project's specification",
+        {"plain_spec", "read_spec", "sources_in", "write_tables"},
     ),
     "teacher_options": ("what the data tools share", {"add_options"}),
     "train/engine": ("a list of choices, for the tools", {"PRECISIONS"}),

@@ -1,4 +1,4 @@
-"""The evaluation scripts: model names, table, JSON, exit codes."""
+"""The evaluation scripts: model names, table, results file, exit codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
-from vlmkd.evaluation.command import Row, model_name, per_set, table
+from vlmkd.evaluation.command import Evaluated, model_name, per_set, table
 from vlmkd.models.clip import build_clip
+from vlmkd.results import UNREADABLE, Meaning, Number, read_results, share
 
 from .conftest import encoded, write_tar
 
@@ -91,23 +92,25 @@ def test_options_per_set() -> None:
 
 
 def test_table() -> None:
+    meanings = {"top1": share("top-1"), "top5": share("top-5"), "unreadable": UNREADABLE}
     results = [
-        Result("zero_shot", "birds", {"top1": 0.5, "top5": 0.75}, 8),
-        Result("agreement", "birds", {"kl": 0.1}, 8),
+        Result("zero_shot", "birds", {"top1": 0.5, "top5": 0.75}, 8, meanings=meanings),
+        Result("agreement", "birds", {"kl": 0.1}, 8, meanings={"kl": Meaning("KL", "nats")}),
     ]
-    more = [Result("zero_shot", "a_set_with_a_long_name", {"top1": 1.0, "unreadable": 2.0}, 3)]
+    more = [
+        Result("zero_shot", "a_set_with_a_long_name", {"top1": 1.0, "unreadable": 2.0}, 3, meanings=meanings)
+    ]
     parameters = {"total": 1_234_567}
-    text = table(
-        [
-            Row("one", "", parameters, {"GMACs": 1.5}, results + more),
-            Row("two", "", parameters, {"GMACs": 2}, more),
-        ]
-    )
+    models = [
+        Evaluated("one", "", parameters, {"multiply-adds": (1.5, "G")}, results + more),
+        Evaluated("two", "", parameters, {"multiply-adds": (2, "G")}, more),
+    ]
+    text = table([number for model in models for number in model.numbers()])
     assert text.splitlines() == [
-        "                                 birds          a_set_with_a_long_name",
-        "model  params (M)  GMACs  top-1  top-5      kl   top-1      unreadable",
-        "one          1.23    1.5  50.00  75.00  0.1000  100.00               2",
-        "two          1.23      2      –      –       –  100.00               2",
+        "                                                 birds          a_set_with_a_long_name",
+        "model  parameters (M)  multiply-adds (G)  top-1  top-5      KL   top-1      unreadable",
+        "one              1.23                1.5  50.00  75.00  0.1000  100.00               2",
+        "two              1.23                  2      –      –       –  100.00               2",
     ]
 
 
@@ -130,7 +133,7 @@ def test_zero_shot_script(
             f"{run_folder / 'config.json'}@{weights}",
             f"ViT-B-32@{tmp_path / 'none.pt'}",
         ),
-        *("--data", str(class_folders), "--templates", "simple", "--json", str(tmp_path / "out.json")),
+        *("--data", str(class_folders), "--templates", "simple", "--results", str(tmp_path / "out.jsonl")),
         *("--teacher", str(run_folder), "--cost", "--name", "tiny"),
     )
     shown = capsys.readouterr()
@@ -138,14 +141,23 @@ def test_zero_shot_script(
     assert shown.err.splitlines()[-1].startswith(
         f"{Path(sys.argv[0]).name}: pretrained {tmp_path / 'none.pt'}: neither a file"
     )
-    first, second = json.loads((tmp_path / "out.json").read_text())["models"]
-    assert first["results"] == second["results"] and first["digest"] == second["digest"] != ""
-    metrics = {name: value for one in first["results"] for name, value in one["metrics"].items()}
+    found: dict[str, dict[str, Number]] = {}
+    for one in read_results(tmp_path / "out.jsonl"):
+        found.setdefault(one.model, {})[one.metric] = one
+    first, second = ({name: one.value for name, one in model.items()} for model in found.values())
+    costs = {"multiply-adds", "image", "text"}
+    assert {k: v for k, v in first.items() if k not in costs} == {
+        k: v for k, v in second.items() if k not in costs
+    }
+    assert len({str(one.tags["digest"]) for model in found.values() for one in model.values()} - {""}) == 1
+    metrics = first
     assert metrics["agreement_top1"] == 1 and 0 <= metrics["top1"] <= metrics["top5"] <= 1
-    assert first["parameters"]["total"] == sum(
-        parameter.numel() for parameter in build_clip(CONFIG).parameters()
+    assert 1e6 * first["parameters"] == pytest.approx(
+        sum(part.numel() for part in build_clip(CONFIG).parameters())
     )
-    assert set(first["cost"]) == {"GMACs", "image ms", "text ms"}
+    assert costs < first.keys()
+    details = json.loads((tmp_path / "out.details.json").read_text())["models"][str(run_folder)]["tiny"]
+    assert {"per_class", "confusion", "mistakes"} <= details.keys()
     assert len(shown.out.splitlines()) == 4 and f"{100 * metrics['top1']:.2f}" in shown.out
 
 
@@ -158,7 +170,7 @@ def test_retrieval_script(run_folder: Path, tmp_path: Path, capsys: pytest.Captu
     write_tar(tmp_path / "0.tar", members)
     assert _script("eval_retrieval.py", "--model", str(run_folder), "--data", str(tmp_path), "--quiet") == 0
     shown = capsys.readouterr()
-    assert shown.err == "" and "I2T R@1  I2T R@5  I2T R@10  T2I R@1  T2I R@5  T2I R@10" in shown.out
+    assert shown.err == "" and "image→text R@1  image→text R@5  image→text R@10  text→image R@1" in shown.out
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

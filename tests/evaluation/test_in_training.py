@@ -52,7 +52,7 @@ def test_images_of_two_evaluators_are_embedded_once_with_equal_results(
 ) -> None:
     cfg = RunConfig(run_dir="unused", evaluation=EvaluationConfig(batch_size=7, workers=workers))
     engine: Any = SimpleNamespace(device=Context.device, module=None, whole_weights=contextlib.nullcontext)
-    metrics: Any = SimpleNamespace(write=lambda *_: None)
+    metrics: Any = SimpleNamespace(write_results=lambda *_: None)
     alone = Context(batch_size=7, progress=False, max_unreadable_share=0.1)
     expected = [result for evaluator in evaluators for result in evaluator.run(encoder, alone)]
     assert expected[0].metrics["unreadable"] == expected[1].metrics["unreadable"] == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import class_vectors, embeddings
 from vlmkd.predictors import DualEncoder
+from vlmkd.results import Meaning, share
 
 
 class Agreement:
@@ -21,6 +22,11 @@ class Agreement:
     """
 
     name = "agreement"
+    meanings: ClassVar = {
+        "agreement_top1": share("agreement top-1"),
+        "kl": Meaning("KL", "nats", higher_is_better=False),
+        "affinity_correlation": Meaning(higher_is_better=True),
+    }
 
     def __init__(self, teacher: DualEncoder, dataset: LabelledSet) -> None:
         require_protocol(self.name, teacher, DualEncoder)
@@ -38,7 +44,7 @@ class Agreement:
         student, unreadable = self._affinity(predictor, context)
         metrics = agreement(self._teacher_affinity, student, self.teacher.logit_scale, predictor.logit_scale)
         details = {"teacher": self.teacher.name, "unreadable": unreadable}
-        return [Result(self.name, self.dataset.name, metrics, len(student), details)]
+        return [Result(self.name, self.dataset.name, metrics, len(student), details, meanings=self.meanings)]
 
     def _affinity(self, predictor: DualEncoder, context: Context) -> tuple[Tensor, list[str]]:
         """Image-text cosines [N,C] of all ranks."""

@@ -15,6 +15,7 @@ import torch
 from vlmkd import distributed
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
+from vlmkd.results import Meaning
 
 T = TypeVar("T")
 
@@ -51,6 +52,8 @@ class Result:
     """Whatever is too long for a table (per-class counts, unreadable files); plain data."""
     chosen: dict[str, float] = field(default_factory=dict)
     """Numbers that were fitted on these images and score nothing, such as the weight of a mixture."""
+    meanings: dict[str, Meaning] = field(default_factory=dict)
+    """What each metric is; one without a meaning is shown as a bare number that nobody wins."""
 
 
 class Evaluator(Protocol):

@@ -19,6 +19,7 @@ from vlmkd.evaluation.images import ImageOutputs, class_vectors, embeddings
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.predictors import DualEncoder, ImageClassifier
+from vlmkd.results import UNREADABLE, share
 
 TOP_K = 5
 WORST = 24
@@ -192,7 +193,9 @@ class Classification:
         if unreadable:
             metrics["unreadable"] = float(len(unreadable))
             details["unreadable"] = unreadable
-        return Result(self.name, self.dataset, metrics, len(items), details)
+        meanings = {name: share(_label(name)) for name in metrics}
+        meanings |= {"top1": share("top-1", main=True), "unreadable": UNREADABLE}
+        return Result(self.name, self.dataset, metrics, len(items), details, meanings=meanings)
 
     def _base_and_novel(self, per_group: dict[str, list[int]]) -> dict[str, float]:
         for name in self.groups:
@@ -205,6 +208,12 @@ class Classification:
 def harmonic_mean(base: float, novel: float) -> float:
     """2bn / (b + n); 0 when both are 0."""
     return 2 * base * novel / (base + novel) if base + novel else 0.0
+
+
+def _label(metric: str) -> str:
+    """`photo_top1` as `photo top-1`."""
+    before, _, k = metric.rpartition("top")
+    return (f"{before}top-{k}" if k.isdigit() else metric).replace("_", " ")
 
 
 def _share(hits: Tensor) -> float:

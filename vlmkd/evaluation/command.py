@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: naming models on a command line, running evaluators, table and JSON."""
+"""What the evaluation scripts share: naming models on a command line, running evaluators, table and results file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator, Result
 from vlmkd.evaluation.efficiency import ParameterCount, count_macs, count_parameters, latency_ms, macs_of
 from vlmkd.export.classifier import load_classifier
-from vlmkd.files import check_writable, write_json
+from vlmkd.files import check_writable
 from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 from vlmkd.models.towers import ClipPredictor
+from vlmkd.results import Number, Tags, details_of, numbers_of, parameters, title, write_results
 
 CLASSIFIER = "classifier"
 """Scheme of the names of exported classifiers."""
@@ -50,7 +51,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--name", nargs="+", default=[], help="names of the sets in the table (default: from --data)"
     )
-    result.add_argument("--json", default="", metavar="FILE", help="write all results, with details, to FILE")
+    result.add_argument(
+        "--results", default="", metavar="FILE", help="write a line a number to FILE, and details beside it"
+    )
     result.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default 64)")
     result.add_argument("--workers", type=int, default=0, help="processes that decode images (default 0)")
     result.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
@@ -123,42 +126,56 @@ def _model_folder(path: Path) -> str:
 
 
 _GAP = 2  # spaces between columns
+_DIGITS = {"share": 2, "": 4, "nats": 4}
 
 
 @dataclass
-class Row:
+class Evaluated:
     """One evaluated model."""
 
-    model: str
+    name: str
     digest: str
     parameters: dict[str, int]
-    cost: dict[str, float]
+    """By part, and `total`."""
+    cost: dict[str, tuple[float, str]]
+    """Value and unit by name."""
     results: list[Result]
+
+    def numbers(self) -> list[Number]:
+        """The model's lines of results.jsonl: size and cost, then what was measured."""
+        tags: Tags = {"digest": self.digest}
+        costs = [
+            Number(run=self.name, model=self.name, tags=tags, metric=name, value=value, label=name, unit=unit,
+                   higher_is_better=False)
+            for name, (value, unit) in self.cost.items()
+        ]  # fmt: skip
+        size = parameters(self.parameters["total"], run=self.name, model=self.name, tags=tags)
+        return [size, *costs, *numbers_of(self.results, run=self.name, model=self.name, tags=tags)]
 
 
 def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Evaluator]]) -> int:
-    """Evaluate every model of `args`, print the table, write the JSON; returns the exit code.
+    """Evaluate every model of `args`, print the table, write the results; returns the exit code.
 
     All names and data are checked before the first model is loaded. A model that fails ends the evaluation; those
-    before it are in the table and the JSON.
+    before it are in the table and the file.
     """
-    rows: list[Row] = []
+    found: list[Evaluated] = []
     try:
         context = _start(args)
         models = [model_name(name) for name in args.model]
         evaluators = make_evaluators(context)
         for name, (model, pretrained) in zip(args.model, models, strict=True):
-            rows.append(_evaluate(name, model, pretrained, evaluators, context, cost=args.cost))
-            if args.json and distributed.is_main():
-                _write_json(Path(args.json), rows)
+            found.append(_evaluate(name, model, pretrained, evaluators, context, cost=args.cost))
+            if args.results and distributed.is_main():
+                _write(Path(args.results), found)
     except UserError as error:
-        _print_table(rows)
+        _print_table(found)
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    _print_table(rows)
+    _print_table(found)
     return 0
 
 
@@ -167,8 +184,8 @@ def _start(args: argparse.Namespace) -> Context:
     for option in ("batch_size", "workers", "threads"):
         if getattr(args, option) < (option == "batch_size"):
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is too small")
-    if args.json:
-        check_writable(args.json, "--json")
+    if args.results:
+        check_writable(args.results, "--results")
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -182,7 +199,7 @@ def _start(args: argparse.Namespace) -> Context:
 
 def _evaluate(
     name: str, model: str, pretrained: str, evaluators: Sequence[Evaluator], context: Context, *, cost: bool
-) -> Row:
+) -> Evaluated:
     predictor: Any
     if model.startswith(f"{CLASSIFIER}:"):
         predictor = load_classifier(Path(model.partition(":")[2]).expanduser(), name)
@@ -196,57 +213,43 @@ def _evaluate(
         predictor, digest, counted = ClipPredictor.of(clip, name), clip.digest, count_parameters(module)
         costs = _cost(clip, context.device) if cost else {}
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
-    return Row(name, digest, {**asdict(counted), "total": counted.total}, costs, results)
+    return Evaluated(name, digest, {**asdict(counted), "total": counted.total}, costs, results)
 
 
-def _classifier_cost(predictor: ClassifierPredictor, device: torch.device) -> dict[str, float]:
+def _classifier_cost(predictor: ClassifierPredictor, device: torch.device) -> dict[str, tuple[float, str]]:
     images = torch.zeros(1, 3, *predictor.image_spec.size, device=device)
     return {
-        "GMACs": macs_of(predictor.module, predictor.classify, images) / 1e9,
-        "image ms": latency_ms(predictor.classify, images),
+        "multiply-adds": (macs_of(predictor.module, predictor.classify, images) / 1e9, "G"),
+        "image": (latency_ms(predictor.classify, images), "ms"),
     }
 
 
-def _cost(clip: ClipModel, device: torch.device) -> dict[str, float]:
+def _cost(clip: ClipModel, device: torch.device) -> dict[str, tuple[float, str]]:
     module: Any = clip.module
     images = torch.zeros(1, 3, *clip.image_spec.size, device=device)
     tokens = clip.tokenizer(["a photo"]).to(device)
     vision, text = count_macs(module, images, tokens)
     return {
-        "GMACs": (vision + text) / 1e9,
-        "image ms": latency_ms(module.encode_image, images),
-        "text ms": latency_ms(module.encode_text, tokens),
+        "multiply-adds": ((vision + text) / 1e9, "G"),
+        "image": (latency_ms(module.encode_image, images), "ms"),
+        "text": (latency_ms(module.encode_text, tokens), "ms"),
     }
 
 
-def table(rows: list[Row]) -> str:
+def table(numbers: Sequence[Number]) -> str:
     """Plain-text table: one line per model, data sets above their metrics; shares in per cent, parameters in millions."""
-    costs = list(dict.fromkeys(name for row in rows for name in row.cost))
-    sets: dict[str, list[str]] = {}
-    for result in (result for row in rows for result in row.results):
-        known = sets.setdefault(result.dataset, [])
-        known += [metric for metric in result.metrics if metric not in known]
-    lines = [
-        ["model", "params (M)", *costs, *(_short(metric) for metrics in sets.values() for metric in metrics)]
-    ]
-    for row in rows:
-        values = {
-            (one.dataset, metric): value for one in row.results for metric, value in one.metrics.items()
-        }
-        cells = [
-            row.model,
-            f"{row.parameters['total'] / 1e6:.2f}",
-            *(f"{row.cost[name]:.3g}" if name in row.cost else "–" for name in costs),
-        ]
-        lines.append(
-            cells + [_shown(metric, values.get((name, metric))) for name in sets for metric in sets[name]]
-        )
+    models = list(dict.fromkeys(one.model for one in numbers))
+    datasets = list(dict.fromkeys(one.dataset for one in numbers))
+    first = {one.key: one for one in reversed(numbers)}
+    columns = sorted(dict.fromkeys(one.key for one in numbers), key=lambda key: datasets.index(key[0]))
+    values = {(one.model, one.key): one.shown(_DIGITS.get(one.unit)) for one in numbers}
+    lines = [["model", *(title(first[key]) for key in columns)]]
+    lines += [[model, *(values.get((model, key), "–") for key in columns)] for model in models]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    start = 2 + len(costs)
-    above = " " * (sum(widths[:start]) + _GAP * start)
-    for name, metrics in sets.items():
-        end = start + len(metrics)
-        span = sum(widths[start:end]) + _GAP * (len(metrics) - 1)
+    above, start = " " * (widths[0] + _GAP), 1
+    for name in sorted(datasets, key=datasets.index):
+        end = start + sum(dataset == name for dataset, _ in columns)
+        span = sum(widths[start:end]) + _GAP * (end - start - 1)
         widths[end - 1] += max(len(name) - span, 0)
         above += name.center(max(span, len(name))) + " " * _GAP
         start = end
@@ -259,32 +262,16 @@ def _line(cells: list[str], widths: list[int]) -> str:
     return (" " * _GAP).join([cells[0].ljust(widths[0]), *aligned[1:]])
 
 
-def _short(metric: str) -> str:
-    """Metric names as column titles."""
-    for long, short in (
-        ("image_to_text_r", "I2T R@"),
-        ("text_to_image_r", "T2I R@"),
-        ("agreement_top", "same top-"),
-        ("top", "top-"),
-    ):
-        if metric.startswith(long):
-            return short + metric.removeprefix(long)
-    return metric.replace("_", " ")
+def _print_table(found: list[Evaluated]) -> None:
+    if found and distributed.is_main():
+        print(table([number for one in found for number in one.numbers()]))
 
 
-def _shown(metric: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    if metric == "unreadable":
-        return f"{value:.0f}"
-    return f"{value:.4f}" if metric in ("kl", "affinity_correlation") else f"{100 * value:.2f}"
-
-
-def _print_table(rows: list[Row]) -> None:
-    if rows and distributed.is_main():
-        print(table(rows))
-
-
-def _write_json(path: Path, rows: list[Row]) -> None:
-    content = {"command": sys.argv, "torch": torch.__version__, "models": [asdict(row) for row in rows]}
-    write_json(path, content, "--json")
+def _write(path: Path, found: list[Evaluated]) -> None:
+    details = {
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "parameters": {one.name: one.parameters for one in found},
+        "models": details_of({one.name: one.results for one in found}),
+    }
+    write_results(path, [number for one in found for number in one.numbers()], details, "--results")

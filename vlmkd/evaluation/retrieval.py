@@ -20,6 +20,7 @@ from vlmkd.datasets.evaluation_sets import CaptionedImages
 from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import embed_texts, embeddings
 from vlmkd.predictors import DualEncoder
+from vlmkd.results import UNREADABLE, Meaning, share
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ELEMENTS = 1 << 24
@@ -58,17 +59,22 @@ class Retrieval:
             "text_to_image": (texts, images, [images_of_text[text] for text in range(len(kept))]),
         }
         metrics: dict[str, float] = {}
+        meanings: dict[str, Meaning] = {"unreadable": UNREADABLE}
         details: dict[str, Any] = {"texts": len(kept)}
         for name, (queries, candidates, positives) in directions.items():
             places = all_places(queries, candidates, positives)
             ks = [k for k in RECALL_AT if k == 1 or k < len(candidates)]
             metrics |= {f"{name}_r{k}": sum(place < k for place in places) / len(places) for k in ks}
+            arrow = name.replace("_to_", "→")
+            meanings |= {
+                f"{name}_r{k}": share(f"{arrow} R@{k}", main=k == 1 and arrow == "image→text") for k in ks
+            }
             details[f"{name}_mean_rank"] = 1 + fmean(places)
             details[f"{name}_median_rank"] = 1 + median(places)
         if unreadable:
             metrics["unreadable"] = float(len(unreadable))
             details["unreadable"] = unreadable
-        return [Result(self.name, data.name, metrics, len(ids), details)]
+        return [Result(self.name, data.name, metrics, len(ids), details, meanings=meanings)]
 
 
 def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:

@@ -15,7 +15,9 @@ from typing import Any
 from vlmkd import distributed
 from vlmkd.config import LogConfig
 from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Result
 from vlmkd.files import write_text
+from vlmkd.results import FILE, Tags, lines, numbers_of, parameters
 
 log = logging.getLogger("vlmkd")
 
@@ -46,22 +48,31 @@ class _RunLog(logging.FileHandler):
 
 
 class Metrics:
-    """The numbers of a run: one line each in metrics.jsonl, and the same to every tracker asked for.
+    """The numbers of a run: a line a log step in metrics.jsonl, the same to every tracker asked for, and results.jsonl.
 
     Lines of steps at or after `resume_step` belong to work that was lost with a killed process; they are dropped.
     """
 
     def __init__(
-        self, run_dir: Path, cfg: LogConfig, config: dict[str, Any], *, resume_step: int = 0
+        self,
+        run_dir: Path,
+        cfg: LogConfig,
+        config: dict[str, Any],
+        *,
+        resume_step: int = 0,
+        tags: Tags | None = None,
     ) -> None:
-        self._path = run_dir / "metrics.jsonl"
+        """`tags` go with every result of the run."""
+        self._path, self._results, self._tags = run_dir / "metrics.jsonl", run_dir / FILE, tags or {}
+        self._run = run_dir.resolve().name
         self._trackers: list[Any] = []
         self._active = distributed.is_main()
         if not self._active:
             return
-        if self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) < resume_step]
-            write_text(self._path, "".join(line + "\n" for line in kept))
+        for path in (self._path, self._results):
+            if path.is_file():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) < resume_step]
+                write_text(path, "".join(line + "\n" for line in kept))
         if cfg.tensorboard:
             self._trackers.append(_TensorBoard(run_dir))
         for name, project in (("wandb", cfg.wandb), ("trackio", cfg.trackio)):
@@ -80,6 +91,26 @@ class Metrics:
         scalars = {f"{kind}/{k}": float(v) for k, v in plain.items() if isinstance(v, (int, float))}
         for tracker in self._trackers:
             tracker.log(scalars, step)
+
+    def write_results(self, results: list[Result], model: str, step: int) -> None:
+        """Append an evaluation of `model` to results.jsonl, and write it as `write` does."""
+        if not self._active:
+            return
+        numbers = numbers_of(results, run=self._run, model=model, tags=self._tags, step=step)
+        with self._results.open("a", encoding="utf-8") as file:
+            file.write(lines(numbers))
+        self.write(
+            "eval", step, {"model": model} | {f"{one.dataset}/{one.metric}": one.value for one in numbers}
+        )
+
+    def write_sizes(self, counts: Mapping[str, int]) -> None:
+        """Append the number of parameters of each model to results.jsonl."""
+        if self._active:
+            sizes = [
+                parameters(n, run=self._run, model=model, tags=self._tags) for model, n in counts.items()
+            ]
+            with self._results.open("a", encoding="utf-8") as file:
+                file.write(lines(sizes))
 
     def close(self) -> None:
         """Flush the trackers."""

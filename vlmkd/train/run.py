@@ -33,7 +33,9 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, OfItems, Result
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.files import parse_yaml, read_yaml
-from vlmkd.page.report import MISTAKES, MODELS, STUDENT, build_report, write_gallery, write_mistakes
+from vlmkd.page.gallery import GALLERY, MISTAKES, write_gallery, write_mistakes
+from vlmkd.page.report import DETAILS, MODELS, build_report
+from vlmkd.results import STUDENT, details_of
 from vlmkd.train import lookup, trainer
 from vlmkd.train.engine import Engine, batch_triple, check_machine, deepspeed_json, start_ranks, stop_ranks
 from vlmkd.train.metrics import Metrics, start_console
@@ -146,7 +148,9 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
         engine.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
     state_dir = run_dir / "state"
     start, ended = trainer.resume(job, engine, state_dir)
-    metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1)
+    metrics = Metrics(
+        run_dir, cfg.log, asdict(cfg), resume_step=start + 1, tags={"seed": cfg.seed} | job.task.tags()
+    )
     _, accumulation = batch_triple(cfg, distributed.world_size())
     if not start and cfg.evaluation.teacher:
         context = Context(engine.device, cfg.evaluation.batch_size, progress=False)
@@ -170,16 +174,13 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
     with engine.whole_weights([engine.module, *task.teachers]), using(engine.module, chosen[exported]):
         if distributed.is_main():
             (run_dir / "eval").mkdir(exist_ok=True)
-            models = {
-                "exported": exported,
-                "selections": list(chosen)[1:],
-                "parameters": task.parameter_counts(),
-            }
+            metrics.write_sizes(task.parameter_counts())
+            models = {"exported": exported, "selections": list(chosen)[1:]}
             _write(run_dir / "eval" / MODELS, json.dumps(models, indent=1))
-            _write_gallery(run_dir / "eval" / "gallery.json", job, engine.device)
+            _write(run_dir / "eval" / DETAILS, json.dumps(details_of(results)))
+            _write_gallery(run_dir / "eval" / GALLERY, job, engine.device)
     weights = engine.student_weights()
     if weights is not None:
-        _write(run_dir / "eval" / "results.json", trainer.results_json(results))
         judged = [one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, OfItems)]
         items = {one.dataset: one.items for one in judged}
         write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
@@ -256,7 +257,7 @@ def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
     ]
     texts = [dataset.texts[text] for text in rows][:_GALLERY_IMAGES]
     predictors = {**job.task.teacher_predictors(), "student": job.task.predictor()}
-    write_gallery(path, predictors, images, texts, parameters=job.task.parameter_counts(), device=device)
+    write_gallery(path, predictors, images, texts, device=device)
 
 
 @contextmanager

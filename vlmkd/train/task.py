@@ -123,6 +123,10 @@ class Task:
         """Class logits [N, C] of the teacher's image embeddings [N, D]; None where it has no classes."""
         return None
 
+    def tags(self) -> dict[str, str | int | float]:
+        """What tables may pivot this run's results by beside its seed and its name, e.g. method and held-out domain."""
+        return {}
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the exported student (`student`) and of the loaded teachers, under their predictors' names."""
         return {}

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +171,7 @@ def evaluate(
     with engine.whole_weights([engine.module] if modules is None else modules), torch.no_grad():
         for evaluator in evaluators:
             results.extend(evaluator.run(predictor, context))
-    values = {
-        f"{result.dataset}/{name}": value for result in results for name, value in result.metrics.items()
-    }
-    chosen = {result.dataset: result.chosen for result in results if result.chosen}
-    metrics.write("eval", step, {"model": model, **values, **({"chosen": chosen} if chosen else {})})
+    metrics.write_results(results, model, step)
     for result in results:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         if result.chosen:
@@ -410,10 +406,3 @@ def _sigterm() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def results_json(results: dict[str, list[Result]]) -> str:
-    """Results by model name as JSON."""
-    return json.dumps(
-        {model: [asdict(result) for result in items] for model, items in results.items()}, indent=1
-    )

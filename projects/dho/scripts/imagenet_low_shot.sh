@@ -40,7 +40,7 @@ for percent in $percentages; do
             if [ -n "${SHIFT:-}" ] && [ "$method" = dho ]; then
                 NPROC=1 HOSTFILE="" bash scripts/launch.sh projects/dho/eval.py --model "$runs/$name/export" \
                     --root "$ROOT" --set imagenetv2 imagenet-sketch imagenet-r imagenet-a --alpha 0.5 --beta 1 \
-                    --json "$runs/$name/shift.json"
+                    --results "$runs/$name/shift.jsonl"
             fi
         done
     done

@@ -36,4 +36,4 @@ bash scripts/launch.sh projects/promptkd/train_student.py "$configs/base/student
 
 # Its accuracy on base and on novel classes, each among their own, and the harmonic mean.
 NPROC=1 bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --ckpt "$place/student_s{seed}" \
-    --seeds "$seed" --data "$set_name" --root "$data" --json "$place/student_s$seed.json"
+    --seeds "$seed" --data "$set_name" --root "$data" --results "$place/student_s$seed.jsonl"

@@ -32,4 +32,4 @@ bash scripts/launch.sh projects/promptkd/train_student.py "$configs/base/student
 
 # Its accuracy on the target's test images.
 NPROC=1 bash scripts/launch.sh projects/promptkd/eval.py --setting cross --ckpt "$place/{data}/student_s{seed}" \
-    --seeds "$seed" --data "$set_name" --root "$data" --json "$place/$set_name/student_s$seed.json"
+    --seeds "$seed" --data "$set_name" --root "$data" --results "$place/$set_name/student_s$seed.jsonl"

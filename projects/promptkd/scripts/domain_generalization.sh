@@ -36,4 +36,4 @@ bash scripts/launch.sh projects/promptkd/train_student.py "$configs/base/student
 
 # Its accuracy on the held-out share, or on all images.
 NPROC=1 bash scripts/launch.sh projects/promptkd/eval.py --setting dg --hold-out "$hold_out" --ckpt "${run}_s{seed}" \
-    --seeds "$seed" --data "$set_name" --root "$data" --json "${run}_s$seed.json"
+    --seeds "$seed" --data "$set_name" --root "$data" --results "${run}_s$seed.jsonl"

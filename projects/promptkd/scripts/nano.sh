@@ -23,7 +23,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=passive
 
 measure() { # NAME CHECKPOINT [SEED ...]
     bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data emoji --quiet --ckpt "$2" \
-        --json "$runs/$1.json" ${3:+--seeds "${@:3}"}
+        --results "$runs/$1.jsonl" ${3:+--seeds "${@:3}"}
 }
 student() { # NAME [field=value ...]
     bash scripts/launch.sh projects/promptkd/train_student.py "$configs/base.yaml" "$configs/student.yaml" \
@@ -53,5 +53,8 @@ measure zero_shot_teacher clip:zoo:tinyclip-emoji-teacher
 measure prompted_teacher "$runs/teacher"
 # shellcheck disable=SC2086
 measure distilled_student "$runs/student_s{seed}" $seeds
-bash scripts/launch.sh projects/promptkd/table.py "$runs" --markdown "$runs/table.md"
-[ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"
+bash scripts/launch.sh scripts/table.py "$runs" --spec projects/promptkd/table.yaml --markdown "$runs/table.md"
+[ -z "${DRY_RUN:-}" ] || exit 0
+if cmp -s "$runs"/{text_every_step,stored_class_vectors}/export/model.safetensors; then end="the same"; else end=different; fi
+printf '\nBoth kinds of class vectors end in %s weights (to the bit).\n' "$end" >> "$runs/table.md"
+cat "$runs/table.md"

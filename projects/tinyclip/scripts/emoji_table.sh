@@ -73,5 +73,5 @@ for seed in "${all[@]}"; do
 done
 for one in ${started[@]+"${started[@]}"}; do wait "$one"; done
 
-bash scripts/launch.sh scripts/seeds_table.py "$runs" --baseline scratch_contrastive --markdown "$runs/table.md"
+bash scripts/launch.sh scripts/table.py "$runs" --spec projects/tinyclip/table.yaml --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

@@ -43,5 +43,5 @@ for stage in ${STAGES:-$stages}; do
     done | xargs -P 2 -I FOLD bash -euo pipefail -c 'fold "$@"' fold FOLD "$@"
 done
 
-bash scripts/launch.sh projects/vl2v_adip/table.py "$RUNS" --markdown "$RUNS/table.md" --json "$RUNS/table.json"
+bash scripts/launch.sh scripts/table.py "$RUNS" --spec projects/vl2v_adip/table.yaml --markdown "$RUNS/table.md" --json "$RUNS/table.json"
 [ -n "${DRY_RUN:-}" ] || cat "$RUNS/table.md"

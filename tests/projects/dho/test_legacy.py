@@ -22,6 +22,7 @@ from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import load_backbone
 from vlmkd.models.classifier import ClassifierConfig
+from vlmkd.results import read_results
 
 CLASSES = 7
 
@@ -241,11 +242,11 @@ def test_the_zoos_name_is_taken_where_a_file_is(
             Image.new("RGB", (40, 36), (30 * number, 90, 200 - 20 * number)).save(folder / "0.png")
     written = []
     for name in ("zoo:DHO-ViT-B-16-1percent", str(tmp_path / "zoo" / "DHO-ViT-B-16-1percent.pt")):
-        out = tmp_path / "results.json"
-        arguments = ["--model", name, "--set", f"folder:{tmp_path / 'set'}", "--json", str(out)]
+        out = tmp_path / "results.jsonl"
+        arguments = ["--model", name, "--set", f"folder:{tmp_path / 'set'}", "--results", str(out)]
         assert evaluation.main(arguments) == 0, capsys.readouterr().err
-        written.append(json.loads(out.read_text()))
-    assert written[0] == written[1] and written[0][0]["count"] == CLASSES
+        written.append([(one.key, one.value, one.count) for one in read_results(out)])
+    assert written[0] == written[1] and written[0][0][2] == CLASSES
     with pytest.raises(UserError, match="did you mean DHO-ViT-B-16-1"):
         evaluation.main(["--model", "zoo:DHO-ViT-B-16", "--set", f"folder:{tmp_path / 'set'}"])
 

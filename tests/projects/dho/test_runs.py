@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from projects.dho import eval as evaluation
-from projects.dho import table
 from projects.dho.config import DhoConfig, SplitConfig, TeacherConfig, TipAdapterConfig
 from projects.dho.teacher import load_teacher
 from projects.dho.train_tip_adapter import train
@@ -29,7 +28,8 @@ from vlmkd.export.classifier import load_classifier
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
-from vlmkd.page.report import columns_of, read_run, rows_of
+from vlmkd.page.report import columns_of, fitted_of, read_run, rows_of
+from vlmkd.results import FILE, latest, read_results
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
@@ -52,8 +52,11 @@ def lines(run_dir: Path) -> list[dict]:
 
 def results(run_dir: Path) -> dict[str, dict]:
     """Metrics of the final evaluation by model and evaluator."""
-    stored = json.loads((run_dir / "eval" / "results.json").read_text())
-    return {f"{model} {item['name']}": item["metrics"] for model, items in stored.items() for item in items}
+    found: dict[str, dict] = {}
+    for one in latest(read_results(run_dir / FILE)):
+        if one.dataset and not one.fitted:
+            found.setdefault(f"{one.model} {one.evaluator}", {})[one.metric] = one.value
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +91,11 @@ def test_a_dual_head_run_reports_both_heads_and_exports_their_mixture(whole: Pat
     assert set(heads) == {"ce_top1", "kd_top1", "top1"}
     assert heads["top1"] >= max(heads["ce_top1"], heads["kd_top1"])
     run = read_run(whole)
-    assert not any(key.endswith(("alpha", "beta")) for key in columns_of(rows_of([run])))
-    (chosen,) = run.chosen.values()
-    assert (chosen["alpha"], chosen["beta"]) == load_classifier(whole / "export").mix
-    assert f"alpha {chosen['alpha']:g}, beta {chosen['beta']:g}." in (whole / "report.html").read_text()
+    assert not {"alpha", "beta"} & {one.metric for one in columns_of(rows_of([run]))}
+    (chosen,) = fitted_of(run).values()
+    alpha, beta = (one.value for one in chosen)
+    assert (alpha, beta) == load_classifier(whole / "export").mix
+    assert f"alpha {alpha:g}, beta {beta:g}." in (whole / "report.html").read_text()
     assert 0 <= found["best classification"]["top1"] <= 1
     assert "teacher " in " ".join(found)
     classifier = load_classifier(whole / "export")
@@ -127,18 +131,20 @@ def test_micro_batches_make_the_same_steps(runs: Runs) -> None:
 def test_the_evaluation_command_agrees_with_the_run(
     runs: Runs, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = runs.folder / "eval.json"
+    out = runs.folder / "eval.jsonl"
     command = [sys.executable, "-m", "projects.dho.eval", "--model", whole / "export", "--set", runs.data]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--json", out], env=environment, cwd=runs.folder, capture_output=True, text=True
+        [*command, "--results", out], env=environment, cwd=runs.folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    answers = {result["answer"]: result for result in json.loads(out.read_text())}
+    answers = {one.tags["answer"]: one for one in read_results(out) if one.metric == "top1"}
     assert answers.keys() == {"mixed", "ce", "kd"}
     tested = results(whole)["best classification"]
-    assert answers["mixed"]["metrics"]["top1"] == pytest.approx(tested["top1"])
-    assert (answers["mixed"]["alpha"], answers["mixed"]["beta"]) == load_classifier(whole / "export").mix
+    assert answers["mixed"].value == pytest.approx(tested["top1"])
+    assert (answers["mixed"].tags["alpha"], answers["mixed"].tags["beta"]) == load_classifier(
+        whole / "export"
+    ).mix
 
     # The search on the run's own validation images finds what the run found for the weights that it kept.
     arguments = ["--model", str(whole / "export"), "--set", runs.data]
@@ -255,25 +261,3 @@ def test_a_few_shot_teacher_is_trained_and_teaches_a_student(runs: Runs) -> None
     assert teacher["top1"] == pytest.approx(facts["test_top1"])
     with pytest.raises(UserError, match="class 0"):
         load_teacher(TeacherConfig(**adapted), ["a", "b", "c"], ["{}"], outputs="")
-
-
-def test_table_has_one_row_per_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, score, cosine in (
-        ("dho_4shot_s0", 0.5, 0.2),
-        ("dho_4shot_s1", 0.7, 0.4),
-        ("ce_16shot_s0", 0.25, None),
-    ):
-        run = tmp_path / name
-        (run / "eval").mkdir(parents=True)
-        (run / "done.json").write_text("{}")
-        test = {"name": "classification", "dataset": "emoji", "metrics": {"top1": score}}
-        (run / "eval" / "results.json").write_text(json.dumps({"student": [], "best": [test]}))
-        (run / "eval" / "models.json").write_text(json.dumps({"exported": "best"}))
-        line = {} if cosine is None else {"gradient_cosine/backbone": cosine}
-        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert table.main([str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "| dho | 60.0 ± 14.1 | not run |" in shown and "| ce | not run | 25.0 |" in shown
-    assert "| dho | 0.30 ± 0.14 |" in shown
-    with pytest.raises(UserError, match="has no finished run named METHOD_LABELS_sSEED"):
-        table.main([str(tmp_path / "nothing")])

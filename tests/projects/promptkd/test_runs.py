@@ -32,10 +32,12 @@ from projects.promptkd.teacher import load_teacher
 from tests.projects.promptkd import released
 from tests.projects.zygote import Zygote
 from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Result
 from vlmkd.export.classifier import load_classifier
 from vlmkd.export.clip import export_clip
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import build_clip, load_clip
+from vlmkd.results import FILE, Number, last_of, numbers_of, read_results
 
 pytestmark = pytest.mark.slow
 
@@ -170,8 +172,12 @@ def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 def results(run_dir: Path) -> dict[str, dict[str, float]]:
     """Metrics of the final evaluation by model, on the test images."""
-    content = json.loads((run_dir / "eval" / "results.json").read_text())
-    return {model: found[-1]["metrics"] for model, found in content.items()}
+    content = last_of(read_results(run_dir / FILE))
+    sets = {model: [dataset for dataset, _ in found if dataset][-1:] for model, found in content.items()}
+    return {
+        model: {metric: one.value for (dataset, metric), one in found.items() if [dataset] == sets[model]}
+        for model, found in content.items()
+    }
 
 
 def test_the_teacher_trains_on_shots_of_the_base_classes(place: Path) -> None:
@@ -255,7 +261,7 @@ def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Ru
 
     # The README's first command, over seeds; the second one's run is a link to the first's.
     (place / "selected_s8").symlink_to(place / "selected_s7")
-    out = tmp_path / "result.json"
+    out = tmp_path / "result.jsonl"
     launch = [
         "bash",
         str(ROOT / "scripts" / "launch.sh"),
@@ -263,7 +269,7 @@ def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Ru
         "--setting",
         "base2novel",
     ]
-    seeds = ["--seeds", "7", "8", "--ckpt", str(place / "selected_s{seed}"), "--json", str(out)]
+    seeds = ["--seeds", "7", "8", "--ckpt", str(place / "selected_s{seed}"), "--results", str(out)]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*launch, *common(place), *seeds],
@@ -272,9 +278,10 @@ def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Ru
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    content = json.loads(out.read_text())
-    assert [one["seed"] for one in content["runs"]] == [7, 8]
-    assert content["runs"][0]["metrics"] == pytest.approx(measured["selected"])
+    content = read_results(out)
+    assert sorted({one.tags["seed"] for one in content}) == [7, 8]
+    first = {one.metric: one.value for one in content if one.tags["seed"] == 7}
+    assert first == pytest.approx(measured["selected"])
     columns = (measured["selected"][name] for name in ("base_top1", "novel_top1", "harmonic_mean"))
     assert f"| average | {' | '.join(f'{100 * value:.2f} ± 0.00' for value in columns)} |" in done.stdout
 
@@ -344,24 +351,23 @@ def test_without_a_label_the_student_is_compared_with_its_teacher(place: Path, r
     )
     export = run("unlabelled", "student", fields)
     assert load_classifier(export).class_names == NAMES
-    content = json.loads((export.parent / "eval" / "results.json").read_text())
-    ((student,), (teacher,)) = content.values()
-    assert student["dataset"] == "loose, teacher's answers" and "confusion" in student["details"]
-    assert teacher["metrics"]["top1"] == 1.0 and student["count"] == teacher["count"] > 0
+    content = last_of(read_results(export.parent / FILE))
+    key = ("loose, teacher's answers", "top1")
+    student, teacher = (numbers[key] for numbers in content.values() if key in numbers)
+    assert "confusion" in json.loads((export.parent / "eval" / "details.json").read_text())["student"][key[0]]
+    assert teacher.value == 1.0 and student.count == teacher.count > 0
     data = json.loads((export.parent / "data.json").read_text())["streams"]["train"]
-    assert (data["items"] + student["count"], data["labelled"]) == (30, 0)
+    assert (data["items"] + student.count, data["labelled"]) == (30, 0)
 
 
 def test_means_are_over_seeds_with_their_spread_and_the_harmonic_mean_is_that_of_the_means() -> None:
-    def run(data: str, seed: int, base: float, novel: float) -> dict[str, Any]:
-        own = 2 * base * novel / (base + novel)
-        return {
-            "data": data,
-            "seed": seed,
-            "metrics": {"base_top1": base, "novel_top1": novel, "harmonic_mean": own},
-        }
+    def run(data: str, seed: int, base: float, novel: float) -> list[Number]:
+        metrics = {"base_top1": base, "novel_top1": novel, "harmonic_mean": 2 * base * novel / (base + novel)}
+        tags = {"data": data, "seed": seed}
+        return numbers_of([Result("classification", data, metrics, 1)], run="", model="", tags=tags)
 
-    runs = [run("a", 1, 0.9, 0.5), run("b", 1, 0.5, 0.2), run("a", 2, 0.7, 0.7), run("b", 2, 0.3, 0.2)]
+    by_run = [run("a", 1, 0.9, 0.5), run("b", 1, 0.5, 0.2), run("a", 2, 0.7, 0.7), run("b", 2, 0.3, 0.2)]
+    runs = [one for found in by_run for one in found]
     result = evaluation.summary(runs)
     assert result["data"]["a"]["harmonic_mean"] == pytest.approx(2 * 0.8 * 0.6 / 1.4)
     assert result["average"]["base_top1"] == pytest.approx(0.6)
@@ -374,7 +380,7 @@ def test_means_are_over_seeds_with_their_spread_and_the_harmonic_mean_is_that_of
     lines = evaluation.table(result, "base2novel").splitlines()
     assert lines[2].startswith("| a | 80.00 ± 14.14 | 60.00 ± 14.14 | 68.57 ± 4.04 |")
     assert lines[-1].startswith("| average | 60.00 ± 14.14 | 40.00 ± 7.07 |")
-    single = evaluation.table(evaluation.summary(runs[:2]), "base2novel")
+    single = evaluation.table(evaluation.summary(runs[:6]), "base2novel")
     assert "| a | 90.00 | 50.00 | 64.29 |" in single and "±" not in single
     # The published table's own average row.
     assert evaluation.harmonic_mean(86.96, 80.73) == pytest.approx(83.73, abs=0.005)

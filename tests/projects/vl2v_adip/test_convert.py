@@ -22,7 +22,6 @@ from projects.vl2v_adip.build import job
 from projects.vl2v_adip.config import DistillConfig
 from projects.vl2v_adip.convert_vl2v import convert, main, read_checkpoint, student_weights
 from projects.vl2v_adip.folds import FACTS
-from projects.vl2v_adip.table import markdown, scores_in
 from tests.projects.vl2v_adip import tiny
 from vlmkd import config as configs
 from vlmkd.errors import UserError
@@ -31,7 +30,9 @@ from vlmkd.models.backbones import load_backbone, with_spec
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
+from vlmkd.page.table import Pivot, read_spec, scores_of, sources_in
 
+SPEC = Path(__file__).parents[3] / "projects/vl2v_adip/table.yaml"
 CLASSES = ["cat", "dog", "red fox"]
 
 
@@ -169,9 +170,10 @@ def test_a_converted_align_starts_distill_and_enters_the_table(folder: Path, vec
     for name, value in student_weights(state, backbone).items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=0, atol=1e-5)
 
-    (score,) = scores_in(folder / "runs")
-    assert (score.method, score.selection, score.test_domain, score.trial_seed) == ("align", "iid", "oil", 2)
-    assert "| align | iid |" in markdown([score])
+    (table,) = read_spec(SPEC).tables
+    (score,) = scores_of(table, sources_in(folder / "runs"))
+    assert (score.row, score.column, score.over) == (("align", "iid"), "oil", "2")
+    assert "| align | iid |" in Pivot(table, [score]).markdown()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from projects.vl2v_adip.config import FROZEN_BACKBONE, WITHOUT_TEACHER, DistillConfig
 from projects.vl2v_adip.folds import FACTS
-from projects.vl2v_adip.table import markdown, scores_in
 from projects.vl2v_adip.task import BEST, BEST_EXPORT, SWAD
 from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
 from tests.projects.zygote import Zygote
@@ -28,7 +27,10 @@ from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
+from vlmkd.page.table import Pivot, read_spec, scores_of, sources_in
+from vlmkd.results import FILE, last_of, read_results
 
+SPEC = Path(__file__).parents[3] / "projects/vl2v_adip/table.yaml"
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
@@ -95,30 +97,31 @@ def test_align_then_distill_then_the_table(run, folder: Path) -> None:
         torch.equal(weights(align)[name], weights(distill)[name]) for name in statistics
     )
 
-    results = json.loads((distill / "eval" / "results.json").read_text())
-    names = {model: {item["dataset"] for item in items} for model, items in results.items()}
-    assert {"student", BEST, SWAD} < set(results)
+    results = last_of(read_results(distill / FILE))
+    names = {model: {dataset for dataset, _ in found if dataset} for model, found in results.items()}
+    assert {"student", BEST, SWAD} < set(names)
     assert names.pop("student") == {"ink_out", "photo_out"}  # the held-out domain judges what was selected
     assert all(found == {"ink_out", "photo_out", "oil_in", "oil_out"} for found in names.values())
     models = json.loads((distill / "eval" / "models.json").read_text())
     assert (models["exported"], models["selections"]) == (SWAD, [BEST, SWAD])
-    (target,) = [item for item in results[SWAD] if item["dataset"] == "oil_in"]
-    assert sum(number for *_, number in target["details"]["confusion"]) == target["count"] == 17  # 80 % of 21
+    target = json.loads((distill / "eval" / "details.json").read_text())[SWAD]["oil_in"]
+    count = results[SWAD]["oil_in", "top1"].count
+    assert sum(number for *_, number in target["confusion"]) == count == 17  # 80 % of 21
     shown = json.loads((distill / "eval" / "mistakes.json").read_text())["oil_in"]
-    assert [mistake["key"] for mistake in shown] == [
-        mistake["key"] for mistake in target["details"]["mistakes"]
-    ]
+    assert [mistake["key"] for mistake in shown] == [mistake["key"] for mistake in target["mistakes"]]
     lines = [json.loads(line) for line in (distill / "metrics.jsonl").read_text().splitlines()]
     during = [line for line in lines if line["kind"] == "eval" and line["model"] == "student"]
     assert [line["step"] for line in during[:4]] == [1, 3, 5, 7]
     assert not any("oil_in/top1" in line for line in during)
 
-    scores = scores_in(folder / "runs")
-    by_row = {(score.method, score.selection): score.top1 for score in scores}
-    top1 = {item["dataset"]: item["metrics"]["top1"] for item in results[SWAD]}
-    assert by_row["distill", "SWAD"] == pytest.approx(100 * top1["oil_in"])
-    assert by_row["distill", "SWAD (inD)"] == pytest.approx(50 * (top1["ink_out"] + top1["photo_out"]))
-    assert "| distill | SWAD | " in markdown(scores)
+    (pivot,) = [
+        Pivot(table, scores_of(table, sources_in(folder / "runs"))) for table in read_spec(SPEC).tables
+    ]
+    by_row = {row: cell["0"] for (row, _), cell in pivot.cells.items()}
+    top1 = {dataset: one.value for (dataset, metric), one in results[SWAD].items() if metric == "top1"}
+    assert by_row["distill", "SWAD"] == pytest.approx(top1["oil_in"])
+    assert by_row["distill", "SWAD (inD)"] == pytest.approx((top1["ink_out"] + top1["photo_out"]) / 2)
+    assert "| distill | SWAD | " in pivot.markdown()
     facts = json.loads((distill / "export" / FACTS).read_text())
     assert (facts["method"], facts["test_domain"], facts["trial_seed"]) == ("distill", "oil", 0)
 
@@ -222,12 +225,15 @@ def test_the_teachers_own_tower_is_tuned_without_a_projector(run, folder: Path) 
 
 def test_open_set_reports_seen_unseen_and_their_harmonic_mean(run) -> None:
     run_dir = run("one_stage", "steps=3", "fold.seen_classes=2", "swad.enabled=false", name="open")
-    results = json.loads((run_dir / "eval" / "results.json").read_text())
-    (found,) = [item for item in results[BEST] if item["dataset"] == "oil_in"]
-    assert {"base_top1", "novel_top1", "harmonic_mean"} <= found["metrics"].keys()
+    found = {
+        one.metric: one
+        for one in last_of(read_results(run_dir / FILE))[BEST].values()
+        if one.dataset == "oil_in"
+    }
+    assert {"base_top1", "novel_top1", "harmonic_mean"} <= found.keys()
     # The argmax is over all classes, so that seen and unseen together are the top-1.
-    groups = found["details"]["per_group"]
-    assert sum(right for right, _ in groups.values()) / found["count"] == found["metrics"]["top1"]
+    groups = json.loads((run_dir / "eval" / "details.json").read_text())[BEST]["oil_in"]["per_group"]
+    assert sum(right for right, _ in groups.values()) / found["top1"].count == found["top1"].value
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +251,11 @@ def stored(folder: Path) -> list[str]:
 
 
 def teacher_results(run_dir: Path) -> dict[str, object]:
-    results = json.loads((run_dir / "eval" / "results.json").read_text())
-    return {model: found for model, found in results.items() if model.startswith("teacher")}
+    found = last_of(read_results(run_dir / FILE)).items()
+    values = {
+        model: {key: one.value for key, one in numbers.items() if one.dataset} for model, numbers in found
+    }
+    return {model: numbers for model, numbers in values.items() if model.startswith("teacher") and numbers}
 
 
 def test_a_teacher_without_weights_needs_stored_outputs_and_class_vectors(

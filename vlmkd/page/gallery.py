@@ -1,0 +1,140 @@
+"""Pictures of the page, written while models and images are at hand: the affinity gallery and the worst mistakes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmkd.errors import UserError
+from vlmkd.files import read_object, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from vlmkd.data.labelled import Item
+    from vlmkd.evaluation.base import Result
+    from vlmkd.predictors import DualEncoder
+
+GALLERY, MISTAKES = "gallery.json", "mistakes.json"
+_SIDE = 96  # pixels
+
+
+def write_gallery(
+    path: Path,
+    predictors: dict[str, DualEncoder],
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    *,
+    targets: Sequence[Sequence[int]] | None = None,
+    top: int = 5,
+    device: torch.device | None = None,
+) -> None:
+    """Write how each model relates `texts` to `images`: affinities, and the images it retrieves for a text.
+
+    The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
+
+    Args:
+        predictors: models by name, teachers first.
+        images: M pictures; stored as PNG of at most 96 pixels.
+        texts: N texts.
+        targets: for each text the indexes of its right images; None: text i belongs to image i.
+        top: images retrieved for a text.
+        device: where the models are; None: the CPU.
+
+    Raises:
+        ValueError: N texts without as many targets, or an index outside the images.
+    """
+    import torch  # here, because pages are made without it
+
+    from vlmkd.data.transforms import eval_transform
+
+    right = [[i] for i in range(len(texts))] if targets is None else [list(line) for line in targets]
+    if len(right) != len(texts) or any(not 0 <= index < len(images) for line in right for index in line):
+        raise ValueError(f"{len(texts)} texts and {len(images)} images do not fit targets {right}")
+    models: dict[str, dict[str, Any]] = {}
+    for name, predictor in predictors.items():
+        transform = eval_transform(predictor.image_spec)
+        with torch.no_grad():
+            batch = torch.stack([transform(image) for image in images]).to(device)
+            image_embeds = predictor.encode_image(batch).float()
+            text_embeds = predictor.encode_text(list(texts)).float()
+        similarity = text_embeds @ image_embeds.T
+        affinity = torch.softmax(float(predictor.logit_scale) * similarity, dim=1)
+        models[name] = {
+            "affinity": [[round(value, 5) for value in line] for line in affinity.tolist()],
+            "retrieved": similarity.argsort(dim=1, descending=True, stable=True)[:, :top].tolist(),
+        }
+    pictures = [_data_uri(image) for image in images]
+    content = {"texts": list(texts), "images": pictures, "targets": right, "models": models}
+    write_text(path, json.dumps(content))
+
+
+def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Sequence[Item]]) -> None:
+    """Write the worst mistakes of classification results with their pictures (PNG of at most 96 pixels).
+
+    `items` has the images of data sets; results of others, and results without mistakes, are left out.
+    """
+    from PIL import Image  # here, because pages are made without it
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if "mistakes" not in result.details or result.dataset not in items:
+            continue
+        images = {item.key: item.image for item in items[result.dataset]}
+        names = result.details["classes"]
+        found[result.dataset] = [
+            {
+                **mistake,
+                "label": names[mistake["label"]],
+                "predicted": names[mistake["predicted"]],
+                "image": _data_uri(Image.open(io.BytesIO(images[mistake["key"]].read()))),
+            }
+            for mistake in result.details["mistakes"]
+        ]
+    if found:
+        write_text(path, json.dumps(found))
+
+
+def read_gallery(path: Path) -> dict[str, Any]:
+    """What `write_gallery` wrote.
+
+    Raises:
+        UserError: something else, or pictures that a page would load from outside.
+    """
+    gallery = read_object(path, "gallery")
+    missing = {"texts", "images", "targets", "models"} - gallery.keys()
+    if missing:
+        raise UserError(
+            f"{path} is not a gallery: {', '.join(sorted(missing))} is missing; write it with write_gallery"
+        )
+    _refuse_foreign_images(path, gallery["images"])
+    return gallery
+
+
+def read_mistakes(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """What `write_mistakes` wrote; errors as `read_gallery`."""
+    mistakes = read_object(path, "mistakes")
+    _refuse_foreign_images(path, [one["image"] for found in mistakes.values() for one in found])
+    return mistakes
+
+
+def _refuse_foreign_images(path: Path, uris: Iterable[str]) -> None:
+    foreign = [uri[:40] for uri in uris if not uri.startswith("data:image/")]
+    if foreign:
+        raise UserError(
+            f"{path}: image {foreign[0]!r} is not a data:image/ URI; the page would load it from outside"
+        )
+
+
+def _data_uri(image: Image.Image) -> str:
+    """`image` as an inline PNG that fits the square of _SIDE."""
+    small = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P") else "RGB")
+    small.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

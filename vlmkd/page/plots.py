@@ -1,0 +1,133 @@
+"""The page's plots, by matplotlib, as inline SVG: lines over steps, points over parameters.
+
+Colours are drawn as marks that `svg` turns into the page's CSS variables, so that a plot follows the light or dark
+theme. matplotlib is imported where something is drawn: it would cost every run's start half a second.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NUM_COLORS = 6
+NEUTRAL = -1
+"""Colour number of teachers."""
+_MARK = "#a1b2c"
+"""Followed by a digit: a series colour; by one of these letters: a colour of the page."""
+_LINE, _INK, _SOFT = (_MARK + letter for letter in "bcd")
+_VARIABLES = {"b": "line", "c": "ink", "d": "ink-2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line, or one named point, of a plot."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """(x, y) pairs in the order of x."""
+    color: int = 0
+    """Number of a series colour, or NEUTRAL."""
+    level: bool = False
+    """Draw the last y as a dashed line across the plot (a teacher's score)."""
+
+
+def color_of(number: int) -> str:
+    """The CSS colour of series `number`."""
+    return "var(--ink-2)" if number < 0 else f"var(--series-{number % NUM_COLORS})"
+
+
+def line_plot(series: Sequence[Series], *, y_label: str) -> Figure:
+    """Lines over the steps; a few points are marked, teachers are dashed levels with their names."""
+    figure, axes = _axes("step", y_label)
+    for item in series:
+        points = [(x, y) for x, y in item.points if math.isfinite(x) and math.isfinite(y)]
+        if not points:
+            continue
+        color = _mark(item.color)
+        if item.level:
+            axes.axhline(points[-1][1], color=color, linestyle=(0, (2, 3)), label=item.name)
+            axes.text(
+                1, points[-1][1], _cut(item.name, 30), transform=axes.get_yaxis_transform(), ha="right", va="bottom",
+                color=_INK,
+            )  # fmt: skip
+            continue
+        style = "--" if item.color >= NUM_COLORS else "-"
+        xs, ys = zip(*points, strict=True)
+        axes.plot(
+            xs, ys, style, color=color, marker="o" if len(xs) <= 30 else "", markersize=3.5, label=item.name
+        )
+    axes.set_xlim(left=0)
+    return figure
+
+
+def scatter_plot(series: Sequence[Series], *, x_label: str, y_label: str) -> Figure:
+    """One named point a series over a logarithmic x axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    figure, axes = _axes(x_label, y_label)
+    axes.set_xscale("log")
+    xs = [item.points[-1][0] for item in series]
+    for item in series:
+        x, y = item.points[-1]
+        axes.plot([x], [y], "o", color=_mark(item.color), markersize=8, label=item.name)
+        right = x > math.sqrt(min(xs) * max(xs))
+        axes.annotate(
+            _cut(item.name, 26), (x, y), (-8 if right else 8, 0), textcoords="offset points", va="center",
+            ha="right" if right else "left", color=_INK,
+        )  # fmt: skip
+    axes.set_xlim(min(xs) / 1.6, max(xs) * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(y=0.15)
+    return figure
+
+
+def svg(figure: Figure, label: str) -> str:
+    """`figure` as an SVG element in the page's colours, with `label` for screen readers; the same for equal figures."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    text = re.sub(
+        _MARK + "([0-9bcd])", lambda found: f"var(--{_VARIABLES.get(found[1], 'series-' + found[1])})", text
+    )
+    head = f'<svg class="chart" \\1 role="img" aria-label="{escape(label)}">'
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, text, count=1).strip()
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
+    axes.set_xlabel(x_label, color=_SOFT)
+    axes.set_ylabel(y_label, color=_SOFT)
+    axes.grid(color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_SOFT)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_SOFT)
+    return figure, axes
+
+
+def _mark(color: int) -> str:
+    return _SOFT if color < 0 else f"{_MARK}{color % NUM_COLORS}"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

@@ -1,0 +1,236 @@
+"""Results are data: one line a number in `results.jsonl`, from runs and from every evaluation command alike.
+
+A line holds the run, its tags, model, evaluator, data set, metric, value, unit, whether higher is better, the count of
+what was evaluated, and the step. What is too long for a line (per class, confusion, mistakes) lies beside it as JSON.
+Tables (`scripts/table.py`) and the page read these lines and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmkd.errors import UserError
+from vlmkd.files import read_text, write_json, write_text
+
+if TYPE_CHECKING:
+    from vlmkd.evaluation.base import Result
+
+FILE = "results.jsonl"
+STUDENT, TEACHER = "student", "teacher "
+"""The trained model's name in a run, and how the names of its teachers begin."""
+PARAMETERS = "parameters"
+"""Metric of no data set: the size of a model, in millions."""
+Tags = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a metric is: told where it is computed, and taken along to every table and plot."""
+
+    label: str = ""
+    """How tables call it; empty: its name, with spaces."""
+    unit: str = ""
+    """`share` (0 to 1, shown in per cent), `count`, `nats`, `ms`, `M`, ...; empty: a bare number."""
+    higher_is_better: bool | None = None
+    """None: nothing is won by more or less of it."""
+    main: bool = False
+    """Charts and the page's first sentence show it."""
+
+
+def share(label: str = "", *, main: bool = False) -> Meaning:
+    """The meaning of a share of right answers."""
+    return Meaning(label, "share", higher_is_better=True, main=main)
+
+
+UNREADABLE = Meaning(unit="count", higher_is_better=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """One number of one model: a line of results.jsonl."""
+
+    run: str
+    """Name of the run folder, or of what an evaluation command evaluated."""
+    model: str
+    """`student`, other weights of it by name, `teacher NAME`; or the model that a command was given."""
+    metric: str
+    value: float
+    tags: Tags = field(default_factory=dict)
+    """What tables pivot by: seed, method, held-out domain, ..."""
+    evaluator: str = ""
+    dataset: str = ""
+    """Empty for what needs no data, such as the number of parameters."""
+    label: str = ""
+    unit: str = ""
+    higher_is_better: bool | None = None
+    main: bool = False
+    fitted: bool = False
+    """It was fitted on the data set and scores nothing, such as the weight of a mixture."""
+    count: int = 0
+    """Images, texts, ... that were evaluated."""
+    step: int = 0
+    """Optimiser steps before the evaluation."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Data set and metric."""
+        return self.dataset, self.metric
+
+    def shown(self, digits: int | None = None) -> str:
+        """The value as tables show it: shares in per cent (one decimal), counts whole, others with four digits."""
+        return show(self.value, self.unit, digits)
+
+
+def numbers_of(
+    results: Iterable[Result], *, run: str, model: str, tags: Mapping[str, Any] | None = None, step: int = 0
+) -> list[Number]:
+    """The lines of evaluations of one model: metrics, then what was fitted. A value that is not finite is left out."""
+    found = []
+    for result in results:
+        parts = [(False, name, value) for name, value in result.metrics.items()]
+        parts += [(True, name, value) for name, value in result.chosen.items()]
+        for fitted, name, value in parts:
+            meaning = result.meanings.get(name, Meaning())
+            number = Number(
+                run=run, model=model, tags=dict(tags or {}), evaluator=result.name, dataset=result.dataset, metric=name,
+                value=float(value), label=meaning.label or name.replace("_", " "), unit=meaning.unit,
+                higher_is_better=meaning.higher_is_better, main=meaning.main, fitted=fitted, count=result.count, step=step,
+            )  # fmt: skip
+            found += [number] * math.isfinite(number.value)
+    return found
+
+
+def parameters(count: int, *, run: str, model: str, tags: Mapping[str, Any] | None = None) -> Number:
+    """The line that tells a model's size."""
+    return Number(
+        run=run, model=model, tags=dict(tags or {}), metric=PARAMETERS, value=count / 1e6, label=PARAMETERS, unit="M",
+        higher_is_better=False,
+    )  # fmt: skip
+
+
+def details_of(results: Mapping[str, Iterable[Result]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Model -> data set -> what is too long for a line."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, own in results.items():
+        for result in own:
+            found.setdefault(model, {}).setdefault(result.dataset, {}).update(result.details)
+    return found
+
+
+def lines(numbers: Iterable[Number]) -> str:
+    """The text of results.jsonl."""
+    return "".join(json.dumps(asdict(number), ensure_ascii=False) + "\n" for number in numbers)
+
+
+def write_results(
+    path: Path, numbers: Iterable[Number], details: Any = None, what: str = "results file"
+) -> None:
+    """Write results as a whole, and `details` beside them (`NAME.details.json`)."""
+    write_text(path, lines(numbers), what)
+    if details is not None:
+        write_json(path.with_suffix(".details.json"), details, what)
+
+
+def read_results(path: Path) -> list[Number]:
+    """The lines of a results file; one that a kill has torn off at the end is left out.
+
+    Raises:
+        UserError: no such file, or lines of something else; of an earlier version's run the line says so.
+    """
+    if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
+        raise UserError(
+            f"{path.parent} was written by an earlier version; read it with that one, or run it again"
+        )
+    found, text = [], read_text(path, "results file").splitlines()
+    for number, line in enumerate(text, start=1):
+        try:
+            found.append(_number(json.loads(line)))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            torn = number == len(text) and isinstance(error, json.JSONDecodeError)
+            if not torn:
+                raise UserError(
+                    f"{path} line {number} is no result of this version; write the file again, or remove the line"
+                ) from None
+    return found
+
+
+def _number(content: dict[str, Any]) -> Number:
+    number = Number(**content)
+    for name in ("run", "model", "metric", "evaluator", "dataset", "label", "unit"):
+        if not isinstance(getattr(number, name), str):
+            raise TypeError(name)
+    for name in ("value", "step", "count"):
+        if not isinstance(getattr(number, name), (int, float)):
+            raise TypeError(name)
+    if not math.isfinite(number.value) or not isinstance(number.tags, dict):
+        raise ValueError(number.metric)
+    if not all(isinstance(value, (str, int, float)) for value in number.tags.values()):
+        raise TypeError("tags")
+    return number
+
+
+def latest(numbers: Iterable[Number]) -> list[Number]:
+    """The numbers of each model's last step, and those that need no data; of one written twice the second."""
+    numbers = list(numbers)
+    last: dict[str, int] = {}
+    for one in numbers:
+        last[one.model] = max(one.step, last.get(one.model, 0))
+    found = {
+        (one.model, one.key, *sorted(one.tags.items())): one
+        for one in numbers
+        if one.step == last[one.model] or not one.dataset
+    }
+    return list(found.values())
+
+
+def last_of(numbers: Iterable[Number]) -> dict[str, dict[tuple[str, str], Number]]:
+    """Model -> (data set, metric) -> its latest number."""
+    found: dict[str, dict[tuple[str, str], Number]] = {}
+    for one in latest(numbers):
+        found.setdefault(one.model, {})[one.key] = one
+    return found
+
+
+def show(value: float, unit: str, digits: int | None = None) -> str:
+    """A value in its unit: shares in per cent, with one decimal unless `digits` says otherwise."""
+    if unit == "share":
+        return f"{100 * value:.{1 if digits is None else digits}f}"
+    if digits is not None:
+        return f"{value:.{digits}f}"
+    if unit == "count":
+        return f"{value:.0f}"
+    return f"{value:.2f}" if unit == "M" else short(value)
+
+
+def title(number: Number) -> str:
+    """A column's title: the metric's label, with its unit where the numbers do not show it."""
+    return (
+        number.label if number.unit in ("", "share", "count", "nats") else f"{number.label} ({number.unit})"
+    )
+
+
+def short(value: float) -> str:
+    """A value of no known unit, in a few digits."""
+    if abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4g}"
+
+
+def mean_and_spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
+    """`mean ± standard deviation` of one value a seed, each as `shown` writes it; a single value alone."""
+    mean = shown(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {shown(statistics.stdev(values))}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are text and whose others are numbers."""
+    ruler = "|" + "---|" * left + "---:|" * (len(head) - left)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    written = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([written[0], ruler, *written[1:]]) + "\n"
