@@ -17,12 +17,13 @@ import io
 import os
 import random
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from webdataset import TarWriter
 
 from vlmkd.data.shards import expand, read_shard
 from vlmkd.errors import UserError, at_least, run_tool
@@ -152,15 +153,17 @@ def write_shards(
     partial = [out / f".{name}.partial" for name in names]
     counts = [0] * num_shards
     try:
-        tars = [tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) for path in partial]
+        streams = [path.open("wb") for path in partial]
+        # Without times, owners and the order of members, so that the same samples are the same bytes.
+        tars = [
+            TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False) for stream in streams
+        ]
         for index, members in enumerate(samples):
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{index:09d}.{extension}")
-                info.size = len(data)
-                tars[index % num_shards].addfile(info, io.BytesIO(data))
+            tars[index % num_shards].write({"__key__": f"{index:09d}", **members})
             counts[index % num_shards] += 1
-        for tar in tars:
+        for tar, stream in zip(tars, streams, strict=True):
             tar.close()
+            stream.close()
         if min(counts) == 0:
             raise UserError(f"{sum(counts)} samples do not fill {num_shards} shards; lower --num-shards")
         _write_manifest(out, names, partial, counts, left_out)

@@ -20,7 +20,6 @@ import logging
 import os
 import random
 import re
-import subprocess
 import tarfile
 import time
 import urllib.error
@@ -33,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+from webdataset.gopen import gopen
+
 from vlmkd import distributed
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
@@ -44,6 +45,8 @@ READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, http.client.HTTP
 
 _MOST_SHARDS = 1_000_000  # of one entry; LAION-5B has 231,000
 _NUMBERS = re.compile(r"\{(-?\d{1,30})\.\.(-?\d{1,30})")
+_BY_COMMAND = ("pipe:", "gs://", "hf://", "ais://")
+"""What webdataset opens by a command: the shell's, or gsutil, curl and ais, which must be installed."""
 _RETRIES = 5
 _RETRY_PAUSE = 0.5  # seconds before the first retry, doubled for each next one: 15 s in all
 _PERMANENT = (400, 401, 403, 404, 405, 410, 416)  # HTTP codes that a retry does not change
@@ -114,7 +117,7 @@ def _brace_range(entry: str, where: str) -> list[str]:
 
 def is_remote(name: str) -> bool:
     """True for shards that are not local files."""
-    return name.startswith(("http://", "https://", "pipe:"))
+    return name.startswith(("http://", "https://", *_BY_COMMAND))
 
 
 def shard_name(url: str) -> str:
@@ -151,10 +154,11 @@ def check_count(num_shards: int, world_size: int, workers: int, where: str) -> N
 @contextmanager
 def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
     """The bytes of a shard as a file; a `shard_cache` folder keeps http(s) shards after their first download."""
-    if url.startswith("pipe:"):
-        with _open_pipe(url[len("pipe:") :]) as stream:
+    if url.startswith(_BY_COMMAND):
+        with _open_by_command(url) as stream:
             yield stream
     elif is_remote(url) and not shard_cache:
+        # Not webdataset's opener: its curl cannot go on in the middle of a file when a connection breaks.
         with HttpStream(url) as http_stream:
             yield cast(BinaryIO, http_stream)
     else:
@@ -163,16 +167,17 @@ def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _open_pipe(command: str) -> Iterator[BinaryIO]:
-    """Output of a shell command; a failing command is an OSError once its output was read to the end."""
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+def _open_by_command(url: str) -> Iterator[BinaryIO]:
+    """Output of a command; a failing one is an OSError once its output was read to the end, not before."""
+    pipe = gopen(url, "rb")  # closes its stream when it goes
+    process = pipe.proc
     stream = cast(BinaryIO, process.stdout)
     try:
         yield stream
         while stream.read(_CHUNK):  # a tar is padded behind its end mark; closing early would fail the writer
             pass
         if process.wait() != 0:
-            raise OSError(f"`{command}` ended with exit code {process.returncode}")
+            raise OSError(f"`{url.removeprefix('pipe:')}` ended with exit code {process.returncode}")
     finally:
         if process.poll() is None:
             process.kill()
