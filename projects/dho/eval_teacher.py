@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vlmkd.data.stored_outputs import StoredEmbeds
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Result
@@ -26,7 +26,7 @@ def zero_shot(outputs: Path, classes: Path) -> Result:
     Raises:
         UserError: files that are missing, or of two teachers.
     """
-    stored, vectors = StoredEmbeds(outputs), ClassVectors.load(classes)
+    stored, vectors = TeacherOutputs(outputs), ClassVectors.load(classes)
     if stored.info.digest != vectors.teacher_digest:
         raise UserError(f"{outputs} and {classes} are of two teachers; make both with one model")
     found = [(item.label, stored.get(item.key)) for item in items_of(load_set(stored.info.set_name), "test")]
