@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "torch._inductor.compile_fx",  # by DeepSpeed's optimisers, when an engine is made
     "torchvision", "open_clip", "timm", "deepspeed", "vlmkd.train.run", "projects.dho.build", "projects.promptkd.build",
-    "projects.vl2v_adip.build",
+    "projects.vl2v_adip.build", "jinja2", "matplotlib.figure", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 _LIMIT_S = 300.0
 
