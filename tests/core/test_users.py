@@ -19,11 +19,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
     "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),
-    "data/stored_outputs": (
-        "the writer of stored outputs for a teacher that is no module; VL2V-ADiP's paid one is the first",
-        {"Prepared", "missing_items", "write_parts"},
+    "data/teacher_outputs": (
+        "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
+        {"Prepared", "embed_shards", "missing_items", "write_parts"},
     ),
-    "data/teacher_cache": ("what data_tools/embed_teacher.py calls", {"embed_shards"}),
     "datasets/emoji/build": ("what data_tools/build_emoji.py calls", {"plans"}),
     "datasets/emoji/sets": ("a fact of the data set", {"TRAINING_TEMPLATE"}),
     "datasets/few_shot_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
