@@ -32,8 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from webdataset.gopen import gopen
-
 from vlmkd import distributed
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
@@ -169,6 +167,8 @@ def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
 @contextmanager
 def _open_by_command(url: str) -> Iterator[BinaryIO]:
     """Output of a command; a failing one is an OSError once its output was read to the end, not before."""
+    from webdataset.gopen import gopen
+
     pipe = gopen(url, "rb")  # closes its stream when it goes
     process = pipe.proc
     stream = cast(BinaryIO, process.stdout)

@@ -203,9 +203,9 @@ def test_stored_embeddings_are_compared_with_the_teacher_by_its_weights(runs: Ru
     teacher = f"teachers.0.pretrained={good}"
     job = distill_job(_distill(runs, *data, teacher))
     assert job.task.teachers == [] and job.loader.describe()
-    with pytest.raises(UserError, match=f"{cache} does not fit this run: the run's teacher has weights"):
+    with pytest.raises(UserError, match=f"{cache} do not fit this run: the run's teacher has digest"):
         distill_job(_distill(runs, *data, f"teachers.0.pretrained={other}"))
     two = [data[0], data[1][:-1] + f", {{shards: [{shard}], teacher_caches: [{other_cache}]}}]"]
-    with pytest.raises(UserError, match=f"{other_cache} does not fit this run"):
+    with pytest.raises(UserError, match=f"{other_cache} do not fit this run"):
         distill_job(_distill(runs, *two, teacher))
     assert distill_job(_distill(runs, *data, "teachers=[]")).task.teachers == []

@@ -127,7 +127,7 @@ def test_a_set_is_asked_once_and_trained_on_without_a_teacher(command, items, te
     assert len(teacher.paid) == 5 and set(teacher.paid) == {item.image.read() for item in items}
     stored = TeacherOutputs(tmp_path / "out", "clean")
     assert (stored.info.source, stored.info.logit_scale) == ("v3", 100)
-    stored.check(items, ViewConfig(), (9, 9, 9), digest=stored.info.digest)
+    stored.check(ViewConfig(), (9, 9, 9), items=items, digest=stored.info.digest)
     for item in items:
         expected = F.normalize(torch.tensor([vector(item.image.read())]), dim=1)
         torch.testing.assert_close(stored.get(item.key).image_embeds, expected, rtol=0, atol=1e-6)
