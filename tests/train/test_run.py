@@ -46,7 +46,12 @@ def started(tmp_path: Path) -> Path:
     ],
 )
 def test_what_changes_no_weight_may_change(started: Path, field: str) -> None:
-    with run._run_folder(_config(started, field)):
+    """The folder is taken, and nobody else may have it meanwhile."""
+    with (
+        run._run_folder(_config(started, field)),
+        pytest.raises(UserError, match="is in use by another process"),
+        run._run_folder(_config(started)),
+    ):
         pass
 
 
