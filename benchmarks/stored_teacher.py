@@ -39,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from data_tools.emoji.catalog import STYLES, concepts
+from data_tools.emoji.draw import concept_picture
 from projects.dho.build import student_job as dho_job
 from projects.dho.config import DhoConfig
 from projects.promptkd.build import student_job, teacher_job
@@ -52,8 +54,6 @@ from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
 from vlmkd.data.labelled_loader import labelled_views
 from vlmkd.data.teacher_outputs import embed_items
-from vlmkd.datasets.emoji.catalog import STYLES, concepts
-from vlmkd.datasets.emoji.draw import concept_picture
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.export.clip import export_clip

@@ -25,7 +25,7 @@ from projects.tinyclip.build import distill_job
 from projects.tinyclip.config import DistillConfig
 from vlmkd import config, distributed
 from vlmkd.data.teacher_outputs import embed_shards
-from vlmkd.datasets.emoji.cache import resolve
+from vlmkd.datasets.emoji import resolve
 from vlmkd.models.clip import build_clip, load_clip
 from vlmkd.models.towers import ClipPredictor
 from vlmkd.train import engine

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
+from pathlib import Path
 
-from vlmkd.datasets.emoji.cache import emoji_folder
-from vlmkd.errors import UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vlmkd.datasets.emoji import emoji_folder
+from vlmkd.errors import UserError, run_tool
+from vlmkd.files import read_object
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     """Build when absent; with --check, compare every shard's sha256 with the manifest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare the shards with the manifest")
-    options = parser.parse_args()
-    try:
-        folder = emoji_folder()
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if options.check:
-            for shard in manifest["shards"]:
-                path = folder / shard["path"]
-                if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-                    raise UserError(f"{path} differs from the manifest; delete {folder} and build again")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    options = parser.parse_args(argv)
+    folder = emoji_folder()
+    manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
+    for shard in manifest["shards"] if options.check else []:
+        path = folder / shard["path"]
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+            raise UserError(f"{path} differs from the manifest; delete {folder} and build again")
     print(folder)
     for split, count in manifest["samples"].items():
         print(f"  emoji:{split:<15} {count:>6,} samples")
     for part, licence in manifest["licences"].items():
         print(f"  {part}: {licence}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

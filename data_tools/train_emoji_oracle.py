@@ -30,7 +30,7 @@ from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
 from vlmkd.data.shards import read_shard
 from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
-from vlmkd.datasets.emoji.cache import resolve
+from vlmkd.datasets.emoji import resolve
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle
 from vlmkd.train.metrics import duration

@@ -23,8 +23,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
         {"Prepared", "embed_shards", "missing_items", "write_parts"},
     ),
-    "datasets/emoji/build": ("what data_tools/build_emoji.py calls", {"plans"}),
-    "datasets/emoji/sets": ("a fact of the data set", {"TRAINING_TEMPLATE"}),
+    "datasets/emoji": (
+        "what data_tools/emoji draws and data_tools/build_emoji.py asks for",
+        {"PACKAGES", "emoji_folder", "require_packages"},
+    ),
     "datasets/few_shot_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
     "datasets/labelled_sets": ("forms of a data set's name, which the tools look for", {"DOMAINS", "FOLDER"}),
     "datasets/splits": (
@@ -44,6 +46,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "evaluation/command": ("what the evaluation commands in scripts share", {"model_name", "per_set"}),
+    "export/clip": ("type of an option that tools pass as text", {"Layout"}),
     "export/classifier": ("what scripts/export.py calls", {"missing_for_onnx", "to_onnx"}),
     "losses/contrastive": (
         "losses are offered to every project",
@@ -56,7 +59,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"freeze_batch_norm", "load_backbone_weights", "prompted_config", "with_spec"},
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
-    "models/emoji_oracle": ("what data_tools/train_emoji_oracle.py calls", {"EmojiOracle", "Heads"}),
+    "models/emoji_oracle": (
+        "what data_tools/train_emoji_oracle.py calls",
+        {"EmojiOracle", "Heads", "PIXELS"},
+    ),
     "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),
     "models/prompted": (
         "parts of the prompted image tower, which backbones load",

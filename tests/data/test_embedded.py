@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmkd.datasets.emoji import build, cache, catalog
-from vlmkd.datasets.emoji.build import VERSION
-from vlmkd.datasets.emoji.catalog import (
+from data_tools.emoji import build, catalog
+from data_tools.emoji.catalog import (
     Concept,
     caption,
     class_names,
@@ -25,7 +24,9 @@ from vlmkd.datasets.emoji.catalog import (
     training_styles,
     unit_hash,
 )
-from vlmkd.datasets.emoji.draw import PIXELS, compose, concept_picture
+from data_tools.emoji.draw import PIXELS, compose, concept_picture
+from vlmkd.datasets import emoji
+from vlmkd.datasets.emoji import VERSION
 from vlmkd.errors import UserError
 
 pytest.importorskip("resvg_py")
@@ -77,7 +78,7 @@ def test_no_test_drawing_is_trained_on() -> None:
     for split in ("dev", "unseen_drawing", "unseen_concept"):
         tested = {(p.concept.code, p.style) for p in build.plans(split) if p.concept is not None}
         assert tested and not tested & trained
-    pool = {(concept.code, style) for concept, style in build._training_drawings()}
+    pool = {(concept.code, style) for concept, style in build.training_drawings()}
     assert pool <= trained
     for code, style in trained:
         if style == "pixel":
@@ -147,7 +148,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def build_in_process(folder: Path) -> None:
     folder.mkdir(parents=True)
-    list(build.write_part(folder, 0, 1))
+    for shard in build.shard_list():
+        build.write_shard(folder, *shard)
 
 
 def test_shards_have_the_same_bytes_and_true_captions(small: Path) -> None:
@@ -184,14 +186,14 @@ def test_missing_package_is_named_with_its_pip_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
-    monkeypatch.setitem(catalog.PACKAGES, "no-such-emoji-set", "no_such_emoji_set")
+    monkeypatch.setitem(emoji.PACKAGES, "no-such-emoji-set", "no_such_emoji_set")
     with pytest.raises(UserError, match="pip install no-such-emoji-set"):
-        cache.resolve("emoji:train")
+        emoji.resolve("emoji:train")
 
 
 def test_unknown_name() -> None:
     with pytest.raises(UserError, match="emoji:unseen_drawing"):
-        cache.resolve("emoji:test")
+        emoji.resolve("emoji:test")
 
 
 def test_resolve_uses_the_cache_and_reports_a_lost_shard(
@@ -200,7 +202,7 @@ def test_resolve_uses_the_cache_and_reports_a_lost_shard(
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
     builds = []
 
-    def fake_build(folder: Path) -> None:
+    def fake_build(name: str, folder: Path) -> None:
         builds.append(folder)
         (folder / "train").mkdir()
         (folder / "train" / "a.tar").write_bytes(b"")
@@ -209,9 +211,23 @@ def test_resolve_uses_the_cache_and_reports_a_lost_shard(
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
-    monkeypatch.setattr(cache, "build", fake_build)
+    monkeypatch.setattr(emoji, "_build", fake_build)
     expected = [str(tmp_path / f"emoji-v{VERSION}" / "train" / "a.tar")]
-    assert cache.resolve("emoji:train") == expected == cache.resolve("emoji:train")
+    assert emoji.resolve("emoji:train") == expected == emoji.resolve("emoji:train")
     assert len(builds) == 1 and not list(tmp_path.glob("*.tmp-*"))
     with pytest.raises(UserError, match="delete"):
-        cache.resolve("emoji:dev")
+        emoji.resolve("emoji:dev")
+
+
+def test_a_set_is_drawn_by_a_process_of_the_clone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="building the nothing data set failed .exit code 2."):
+        emoji._build("nothing", tmp_path)
+    assert "invalid choice: 'nothing'" in capfd.readouterr().err
+    monkeypatch.setattr(emoji, "_TOOL", tmp_path / "build.py")
+    with pytest.raises(UserError, match="build.py, which is not there; run from a clone"):
+        emoji._build("emoji", tmp_path)
+    emoji._TOOL.write_text("import sys; open(sys.argv[2] + '/' + sys.argv[1], 'w')")
+    emoji._build("emoji", tmp_path)
+    assert (tmp_path / "emoji").is_file()

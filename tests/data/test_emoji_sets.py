@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlmkd.datasets.emoji import build as emoji_build
-from vlmkd.datasets.emoji import cache as emoji_cache
-from vlmkd.datasets.emoji import sets as emoji_sets
-from vlmkd.datasets.emoji.catalog import STYLES, class_names, concepts
-from vlmkd.datasets.emoji.draw import concept_picture
+from data_tools.emoji import build as emoji_build
+from data_tools.emoji.catalog import STYLES, class_names, concepts
+from data_tools.emoji.draw import concept_picture
+from vlmkd.datasets import emoji
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 
@@ -35,15 +33,15 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(emoji_build, "SHARD_SAMPLES", 10)
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
 
-    def build(folder: Path) -> None:
-        list(emoji_build.write_part(folder, 0, 1))
-        shards = [
-            {"path": emoji_build.shard_path(split, start), "split": split}
-            for split, start, _ in emoji_build.shard_list()
-        ]
-        (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
+    def build(name: str, folder: Path) -> None:
+        if name == "emoji-domains":
+            emoji_build.build_domains(folder)
+            return
+        for shard in emoji_build.shard_list():
+            emoji_build.write_shard(folder, *shard)
+        emoji_build.finish(folder)
 
-    monkeypatch.setattr(emoji_cache, "build", build)
+    monkeypatch.setattr(emoji, "_build", build)
     return tmp_path
 
 
@@ -56,7 +54,7 @@ def test_emoji_has_100_classes_and_pictures_inside_the_shards(cache: Path) -> No
     )
     assert list(found.splits) == ["train", "val", "test", "test_unseen_concept"]
     assert found.domains == []
-    for split, stored in emoji_sets.EMOJI_SPLITS.items():
+    for split, stored in emoji.SPLITS.items():
         plans = emoji_build.plans(stored)
         kept = [number for number, plan in enumerate(plans) if plan.kind != "scene" or plan.objects == 1]
         assert [item.key for item in found.splits[split]] == [f"{stored}/{number:06d}" for number in kept]
@@ -74,12 +72,10 @@ def test_the_index_is_kept_and_made_anew_for_another_build(
 ) -> None:
     first = load_set("emoji")
     indexed = []
-    real = emoji_sets._labelled_members
-    monkeypatch.setattr(
-        emoji_sets, "_labelled_members", lambda shard, n: indexed.append(shard) or real(shard, n)
-    )
+    real = emoji.index_tar
+    monkeypatch.setattr(emoji, "index_tar", lambda shard: indexed.append(shard) or real(shard))
     assert load_set("emoji") == first and not indexed
-    manifest = emoji_cache.emoji_folder() / "manifest.json"
+    manifest = emoji.emoji_folder() / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert load_set("emoji") == first and len(indexed) == 12
 
@@ -88,7 +84,7 @@ def test_emoji_domains_are_one_picture_of_every_concept_in_every_style(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = concepts()[::90]
-    monkeypatch.setattr(emoji_sets, "concepts", lambda: some)
+    monkeypatch.setattr(emoji_build, "concepts", lambda: some)
     found = load_set("emoji-domains")
     assert found.domains == sorted(STYLES)
     assert len(found.splits["all"]) == 4 * len(some)
@@ -108,6 +104,6 @@ def test_emoji_domains_are_one_picture_of_every_concept_in_every_style(
 
 
 def test_class_folders_keep_100_classes_apart() -> None:
-    folders = {emoji_sets.class_folder(concept) for concept in concepts()}
+    folders = {emoji_build.class_folder(concept) for concept in concepts()}
     assert len(folders) == 100 and not any("/" in name or " " in name for name in folders)
     assert sorted(name.replace("_", " ") for name in folders) == sorted(class_names())

@@ -44,9 +44,9 @@ def test_expand_keeps_order_of_braces_globs_and_remote_names(make_shards, tmp_pa
 
 
 def test_expand_asks_the_embedded_data_for_its_shards(monkeypatch):
-    embedded = types.ModuleType("vlmkd.datasets.emoji.cache")
+    embedded = types.ModuleType("vlmkd.datasets.emoji")
     embedded.resolve = lambda name: [f"/cache/{name[6:]}-0.tar", f"/cache/{name[6:]}-1.tar"]
-    monkeypatch.setitem(sys.modules, "vlmkd.datasets.emoji.cache", embedded)
+    monkeypatch.setitem(sys.modules, "vlmkd.datasets.emoji", embedded)
     assert expand(["emoji:train"], "s") == ["/cache/train-0.tar", "/cache/train-1.tar"]
 
 

@@ -145,7 +145,7 @@ def test_attributions_cover_the_data() -> None:
 
 
 def test_attributions_name_every_photograph() -> None:
-    from vlmkd.datasets.emoji.catalog import TABLES
+    from data_tools.emoji.catalog import TABLES
 
     text = (ROOT / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
     for name in TABLES["photographs"]:

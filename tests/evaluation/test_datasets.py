@@ -248,7 +248,7 @@ def test_emoji_captions_name_concepts(tmp_path: Path, monkeypatch: pytest.Monkey
             for kind, data in [("png", b""), ("txt", text)]
         },
     )
-    monkeypatch.setattr("vlmkd.datasets.emoji.cache.resolve", lambda name: [str(path)])
+    monkeypatch.setattr("vlmkd.datasets.emoji.resolve", lambda name: [str(path)])
     data = retrieval_set("emoji:unseen_concept")
     assert (
         data.name == "unseen_concept"

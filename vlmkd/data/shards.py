@@ -73,7 +73,7 @@ def expand(shards: list[str], where: str) -> list[str]:
 
 def _expand_one(entry: str, where: str) -> list[str]:
     if entry.startswith("emoji:"):
-        from vlmkd.datasets.emoji.cache import resolve
+        from vlmkd.datasets.emoji import resolve
 
         return list(resolve(entry))
     found = []

@@ -25,8 +25,7 @@ from vlmkd.class_names import (
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
-from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
-from vlmkd.datasets.emoji import sets as emoji_sets
+from vlmkd.datasets import domain_sets, emoji, few_shot_sets, imagenet_sets
 from vlmkd.datasets.folders import class_folder_names, class_items, images_of_classes, is_image, root_folder
 from vlmkd.errors import UserError
 
@@ -49,7 +48,7 @@ _LOADERS = {
     **{key: partial(imagenet_sets.load_variant, key) for key in imagenet_sets.VARIANTS},
     **{key: partial(domain_sets.load, key) for key in domain_sets.SETS},
 }
-_EMBEDDED = {"emoji": emoji_sets.load_emoji, "emoji-domains": emoji_sets.load_emoji_domains}
+_EMBEDDED = {"emoji": emoji.load_emoji, "emoji-domains": emoji.load_emoji_domains}
 
 
 def known_sets() -> list[str]:

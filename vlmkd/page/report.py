@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmkd.datasets.emoji import LICENCES
 from vlmkd.errors import UserError
 from vlmkd.files import read_object, read_text, write_text
 from vlmkd.page import plots
@@ -392,9 +393,7 @@ def _attributions(runs: Sequence[Run], galleries: Sequence[dict[str, Any]]) -> l
     for run in runs:
         config = run.folder / "config.yaml"
         if config.is_file() and "emoji:" in config.read_text(encoding="utf-8"):
-            from vlmkd.datasets.emoji.catalog import TABLES  # here: other reports need none of its packages
-
-            found += TABLES["licences"].values()
+            found += LICENCES.values()
     return list(dict.fromkeys(found))
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlmkd import zoo
-from vlmkd.datasets import labelled_sets
-from vlmkd.datasets.emoji import cache
+from vlmkd.datasets import emoji, labelled_sets
 from vlmkd.errors import UserError
 
 
@@ -28,7 +27,7 @@ def check_names(config: Mapping[str, Any]) -> None:
             elif str(value).startswith("zoo:"):
                 zoo.entry(value)
             elif str(value).startswith("emoji:"):
-                cache.require_known(value)
+                emoji.split_of(value)
         except UserError as error:
             raise UserError(f"config field {field}: {error}") from None
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from data_tools.emoji.catalog import class_names
 from projects.promptkd.build import class_vectors, vectors_now
 from projects.promptkd.config import ClipConfig, StudentConfig, TeacherSource
 from projects.promptkd.prompts import PromptedCLIP, PromptShape
 from projects.promptkd.teacher import Teacher
 from vlmkd.config import EvaluationConfig
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.datasets.emoji.catalog import class_names
 from vlmkd.models.clip import load_clip
 
 

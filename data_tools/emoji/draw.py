@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 
-from vlmkd.datasets.emoji.catalog import TABLES, Concept, drawing_files, package_folder
+from data_tools.emoji.catalog import TABLES, Concept, drawing_files, package_folder
 from vlmkd.errors import UserError
 
 PIXELS = 72

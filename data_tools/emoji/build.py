@@ -1,42 +1,47 @@
-"""Writes the `emoji` data set: which samples there are, their shards, and the manifest.
+"""Write the embedded data: the shards of `emoji`, or the pictures of `emoji-domains`, into an empty folder.
 
-`python -m vlmkd.datasets.emoji.build FOLDER PART PARTS` writes every PARTS-th shard; `build` starts one such process
-per core and then writes the manifest. Shards hold the same bytes on every build with the same packages.
+    python data_tools/emoji/build.py emoji FOLDER
+
+vlmkd starts this when a set is not in its cache; `build_emoji.py` asks for that. Shards hold the same bytes on every build
+with the same packages.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import hashlib
 import io
 import json
 import os
 import random
-import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from vlmkd.datasets.emoji.catalog import (
+from data_tools.emoji.catalog import (
     DRAWN_STYLES,
-    TABLES,
+    STYLES,
     TEST_TEMPLATES,
     Concept,
     caption,
     class_names,
     concepts,
-    require_packages,
     training_styles,
     unit_hash,
 )
-from vlmkd.datasets.emoji.draw import (
+from data_tools.emoji.draw import (
     NOTO_WEIGHTS,
     TEST_NOTO_WEIGHT,
     compose,
@@ -44,9 +49,11 @@ from vlmkd.datasets.emoji.draw import (
     drawing,
     on_white,
 )
+from vlmkd.datasets import emoji
+from vlmkd.datasets.emoji import DOMAINS_VERSION, LICENCES, VERSION, require_packages
+from vlmkd.errors import run_tool
 
-VERSION = 2
-SPLITS = ("train", "dev", "unseen_drawing", "unseen_concept")
+SPLITS = tuple(emoji.SPLITS.values())
 SCENES = {1: 16_000, 2: 5_000, 3: 1_500}
 """Composed scenes by their number of emoji."""
 SHARD_SAMPLES = 2000
@@ -90,6 +97,7 @@ def _train_plans() -> list[Plan]:
     return sorted(plans, key=lambda plan: unit_hash("order", plan.key))
 
 
+@functools.cache
 def plans(split: str) -> list[Plan]:
     """All samples of a split in their stored order."""
     if split == "train":
@@ -106,7 +114,8 @@ def plans(split: str) -> list[Plan]:
     return found
 
 
-def _training_drawings() -> list[tuple[Concept, str]]:
+@functools.cache
+def training_drawings() -> list[tuple[Concept, str]]:
     """What scenes may show: training concepts in drawn training styles."""
     train = [concept for concept in concepts() if concept.split == "train"]
     return [(concept, style) for concept in train for style in training_styles(concept) if style != "pixel"]
@@ -116,7 +125,8 @@ def _article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _scene(plan: Plan, pool: list[tuple[Concept, str]]) -> tuple[Image.Image, str, dict[str, Any]]:
+def _scene(plan: Plan) -> tuple[Image.Image, str, dict[str, Any]]:
+    pool = training_drawings()
     rng = random.Random(f"emoji-v1/{plan.key}")
     first = pool[(plan.scene * 7919 + plan.objects) % len(pool)]
     items, seen = [first], {first[0].kin}
@@ -165,10 +175,10 @@ def _facts(plan: Plan, shown: list[tuple[Concept, str]]) -> dict[str, Any]:
     }
 
 
-def _members(plan: Plan, split: str, pool: list[tuple[Concept, str]]) -> dict[str, bytes]:
+def _members(plan: Plan, split: str) -> dict[str, bytes]:
     """The files of a sample by their extension."""
     scene = plan.kind == "scene"
-    picture, text, facts = _scene(plan, pool) if scene else _single(plan, split)
+    picture, text, facts = _scene(plan) if scene else _single(plan, split)
     buffer = io.BytesIO()
     if scene:
         picture.save(buffer, "JPEG", quality=82)
@@ -198,35 +208,31 @@ def shard_path(split: str, start: int) -> str:
     return f"{split}/emoji-{split.replace('_', '-')}-{start // SHARD_SAMPLES:05d}.tar"
 
 
-def write_part(folder: Path, part: int, parts: int) -> Iterator[int]:
-    """Write every `parts`-th shard from `part` on; yields the number of samples written since it last did."""
-    pool = _training_drawings()
-    every = {split: plans(split) for split in SPLITS}
-    done = 0
-    for split, start, stop in shard_list()[part::parts]:
-        path = folder / shard_path(split, start)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in range(start, stop):
-                for extension, data in _members(every[split][index], split, pool).items():
-                    info = tarfile.TarInfo(f"{index:06d}.{extension}")
-                    info.size, info.mode, info.mtime = len(data), 0o644, 0
-                    tar.addfile(info, io.BytesIO(data))
-                done += 1
-                if done == 200:
-                    yield done
-                    done = 0
-    yield done
+def write_shard(folder: Path, split: str, start: int, stop: int) -> int:
+    """Write one shard; returns its number of samples."""
+    path = folder / shard_path(split, start)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, plan in enumerate(plans(split)[start:stop], start):
+            for extension, data in _members(plan, split).items():
+                info = tarfile.TarInfo(f"{index:06d}.{extension}")
+                info.size, info.mode, info.mtime = len(data), 0o644, 0
+                tar.addfile(info, io.BytesIO(data))
+    return stop - start
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def finish(folder: Path) -> None:
+    """Write class names and prompts beside the test shards, and the manifest."""
+    for split in SPLITS[1:]:
+        (folder / split / "classnames.txt").write_text("\n".join(class_names()) + "\n", encoding="utf-8")
+        (folder / split / "templates.txt").write_text("\n".join(TEST_TEMPLATES) + "\n", encoding="utf-8")
     shards = []
     for split, start, stop in shard_list():
         path = shard_path(split, start)
         digest = hashlib.sha256((folder / path).read_bytes()).hexdigest()
         shards.append({"path": path, "split": split, "samples": stop - start, "sha256": digest})
     kinds = Counter(f"{plan.kind}-{plan.objects}" if plan.objects else plan.kind for plan in plans("train"))
-    return {
+    manifest = {
         "name": "emoji",
         "version": VERSION,
         "concepts": {**Counter(concept.split for concept in concepts()), "all": len(concepts())},
@@ -235,51 +241,72 @@ def _manifest(folder: Path) -> dict[str, Any]:
         "classes": len(class_names()),
         "shards": shards,
         "packages": {**require_packages(), "pillow": PIL.__version__},
-        "licences": TABLES["licences"],
+        "licences": LICENCES,
     }
+    _write_manifest(folder, manifest)
 
 
-def build(folder: Path, processes: int = 0) -> None:
-    """Write the whole data set into an empty folder with `processes` processes (0: one per core, four at most)."""
-    require_packages()
-    processes = processes or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
-    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    reading, writing = os.pipe()  # the workers' counts; a line is written at once
-    workers = []
-    try:
-        for part in range(processes):
-            command = [sys.executable, "-m", __name__, str(folder), str(part), str(processes)]
-            workers.append(subprocess.Popen(command, stdout=writing, env=environment))
-        os.close(writing)
-        total = sum(stop - start for _, start, stop in shard_list())
-        interval = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
-        bar = tqdm(total=total, desc="building the emoji data set", unit=" samples", mininterval=interval)
-        with os.fdopen(reading) as counts, bar:
-            for count in counts:
-                bar.update(int(count))
-        for worker in workers:
-            worker.wait()
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-    failed = [worker.returncode for worker in workers if worker.returncode != 0]
-    if failed:
-        raise RuntimeError(f"building the emoji data set failed (exit codes {failed}); the message is above")
-    for split in SPLITS[1:]:
-        (folder / split / "classnames.txt").write_text("\n".join(class_names()) + "\n", encoding="utf-8")
-        (folder / split / "templates.txt").write_text("\n".join(TEST_TEMPLATES) + "\n", encoding="utf-8")
-    text = json.dumps(_manifest(folder), indent=1) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _main() -> None:
-    folder, part, parts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    for done in write_part(folder, part, parts):
-        print(done, flush=True)
+def _progress(total: int, what: str, unit: str) -> tqdm:
+    # Log files get fewer lines than a terminal.
+    interval = 1.0 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=f"building the {what} data set", unit=f" {unit}", mininterval=interval)
+
+
+def build(folder: Path) -> None:
+    """Write all of `emoji` into an empty folder, with a process per core, four at most."""
+    processes = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    total = sum(stop - start for _, start, stop in shard_list())
+    with (
+        ProcessPoolExecutor(processes, get_context("spawn")) as pool,
+        _progress(total, "emoji", "samples") as bar,
+    ):
+        shards = [pool.submit(write_shard, folder, *shard) for shard in shard_list()]
+        for shard in as_completed(shards):
+            bar.update(shard.result())
+    finish(folder)
+
+
+def build_domains(folder: Path) -> None:
+    """Write `emoji-domains` into an empty folder: `<style>/<class>/<code>.png`."""
+    with _progress(len(STYLES) * len(concepts()), "emoji-domains", "pictures") as bar:
+        for style in STYLES:
+            for concept in concepts():
+                path = folder / style / class_folder(concept) / f"{concept.code}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                concept_picture(concept, style).save(path, "PNG")
+                bar.update()
+    facts = {
+        "name": "emoji-domains",
+        "version": DOMAINS_VERSION,
+        "styles": STYLES,
+        "concepts": len(concepts()),
+    }
+    _write_manifest(folder, facts)
+
+
+def class_folder(concept: Concept) -> str:
+    """The class name as a folder name."""
+    return concept.class_name.replace(" ", "_")
+
+
+BUILDERS = {"emoji": build, "emoji-domains": build_domains}
+
+
+def main(argv: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("set", choices=BUILDERS)
+    parser.add_argument("folder", type=Path, help="where the set goes")
+    options = parser.parse_args(argv)
+    BUILDERS[options.set](options.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    _main()
+    run_tool(main)

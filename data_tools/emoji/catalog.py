@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmkd.errors import UserError
+from vlmkd.datasets.emoji import PACKAGES, require_packages
 from vlmkd.files import read_yaml
 
 DRAWN_STYLES = ("twemoji", "openmoji", "noto")
@@ -25,8 +24,6 @@ STYLES = (*DRAWN_STYLES, "pixel")
 """All domains; `pixel` is twemoji reduced to 16x16 pixels and 16 colours, so it shares twemoji's split."""
 
 TABLES: dict[str, Any] = read_yaml(Path(__file__).with_name("catalog.yaml"), "emoji tables")
-PACKAGES: dict[str, str] = TABLES["packages"]
-"""Distributions that carry the drawings, and their import names."""
 TEST_TEMPLATES = tuple(TABLES["test_templates"])
 """Prompts of the zero-shot tests."""
 UNSEEN_CONCEPT_SHARE, DEV_SHARE = 0.20, 0.05
@@ -75,23 +72,13 @@ def unit_hash(purpose: str, key: str) -> float:
 def package_folder(distribution: str) -> Path:
     """Folder of an installed data package, found without importing it.
 
-    Raises UserError with the pip command when it is not installed.
+    Raises:
+        UserError: with the pip command when it is not installed.
     """
     require_packages()
     spec = importlib.util.find_spec(PACKAGES[distribution])
     assert spec is not None and spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
-
-
-def require_packages() -> dict[str, str]:
-    """Check that every data package is installed and return their versions."""
-    missing = [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"the emoji data set is drawn from Python packages that are not installed: {', '.join(missing)}; "
-            f"run: pip install {' '.join(missing)}"
-        )
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def strip_variation(code: str) -> str:

@@ -1,0 +1,215 @@
+"""The embedded data: image-text shards, a set of 100 classes and one of four domains, in the user's cache.
+
+`data_tools/emoji` draws them from installed packages, once, in a process of its own.
+
+`emoji:train` and the other splits are shards. `emoji` are their pictures of one emoji: classes are the Unicode
+subcategories, long-tailed (15 to hundreds of training images). Two classes, `family or couple` and `keycap`, have no
+training image: all their drawings are of one kin and lie in held-out splits. `splits.base_and_novel` therefore halves the
+98 others, at the same place as the order of all 100 names. `emoji-domains` has every concept in every style; `pixel` is
+made from `twemoji`: hold out one, and the other says much about it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlmkd.class_names import read_class_names, read_lines
+from vlmkd.data.images import ImageRef
+from vlmkd.data.labelled import Item, LabelledSet
+from vlmkd.datasets.domain_sets import ALL, read_domains
+from vlmkd.datasets.tar_index import index_tar
+from vlmkd.errors import UserError
+from vlmkd.files import new_folder, read_object, read_yaml, write_text
+
+log = logging.getLogger(__name__)
+
+VERSION, DOMAINS_VERSION, _INDEX_VERSION = 2, 1, 1
+SPLITS = {
+    "train": "train",
+    "val": "dev",
+    "test": "unseen_drawing",
+    "test_unseen_concept": "unseen_concept",
+}
+"""Split of the labelled set -> split of the shards."""
+_FACTS: dict[str, dict[str, str]] = read_yaml(Path(__file__).with_name("emoji.yaml"), "emoji facts")
+LICENCES = _FACTS["licences"]
+"""Terms of what the data are made of, by part."""
+PACKAGES = _FACTS["packages"]
+"""Distributions that carry the drawings, and their import names."""
+_TRAINING_TEMPLATE = "an emoji of {c}"
+_TOOL = Path(__file__).parents[2] / "data_tools" / "emoji" / "build.py"
+
+
+def split_of(name: str) -> str:
+    """The split that `emoji:train` and the like name; nothing is built.
+
+    Raises:
+        UserError: another name.
+    """
+    split = name.removeprefix("emoji:")
+    if not name.startswith("emoji:") or split not in SPLITS.values():
+        allowed = ", ".join(f"emoji:{known}" for known in SPLITS.values())
+        raise UserError(f"unknown embedded data set {name!r}; it is one of {allowed}")
+    return split
+
+
+def resolve(name: str) -> list[str]:
+    """Paths of the shards of `emoji:train`, `emoji:dev`, `emoji:unseen_drawing` or `emoji:unseen_concept`.
+
+    Raises:
+        UserError: another name, a missing package, or a cached file that has gone.
+    """
+    split = split_of(name)
+    folder = emoji_folder()
+    manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
+    paths = [folder / shard["path"] for shard in manifest["shards"] if shard["split"] == split]
+    if gone := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{gone[0]} is missing from the cached emoji data set; delete {folder} and run again")
+    return [str(path) for path in paths]
+
+
+def load_emoji() -> LabelledSet:
+    """`emoji` with `train` (drawings, skin variants, one-emoji scenes), `val`, `test` and `test_unseen_concept`.
+
+    Images lie in the cached shards; keys are `<shard split>/<key in the tar>`.
+
+    Raises:
+        UserError: a package that carries the drawings is missing, or a cached shard has gone.
+    """
+    folder = emoji_folder()
+    entries = _index(folder)
+    splits = {}
+    for split, stored in SPLITS.items():
+        shards = resolve(f"emoji:{stored}")
+        splits[split] = [
+            Item(f"{stored}/{name.partition('.')[0]}", ImageRef(shards[shard], offset, size, name), label)
+            for shard, name, offset, size, label in entries[stored]
+        ]
+    tests = folder / SPLITS["test"]
+    names = read_class_names(str(tests / "classnames.txt"))
+    # The first template is the training prompt; the order of the others matters to nobody.
+    others = [
+        line for line in read_lines(str(tests / "templates.txt"), "prompts") if line != _TRAINING_TEMPLATE
+    ]
+    return LabelledSet("emoji", names, [_TRAINING_TEMPLATE, *others], splits)
+
+
+def load_emoji_domains() -> LabelledSet:
+    """`emoji-domains`: domains noto, openmoji, pixel and twemoji, each with all 1,889 concepts in 100 classes.
+
+    Class indices follow the folders' names (the class names), not the order of `emoji`.
+
+    Raises:
+        UserError: a package that carries the drawings is missing.
+    """
+    folder = _built("emoji-domains", DOMAINS_VERSION)
+    found = read_domains(folder, name="emoji-domains")
+    manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
+    expected = manifest["concepts"] * len(manifest["styles"])
+    if len(found.splits[ALL]) != expected:
+        raise UserError(
+            f"{folder} has {len(found.splits[ALL])} of {expected} pictures; delete the folder and run again"
+        )
+    return replace(found, templates=[_TRAINING_TEMPLATE])
+
+
+def cache_root() -> Path:
+    """Folder for everything that is built or fetched once: $VLMKD_CACHE, else ~/.cache/vlmkd."""
+    return Path(os.environ.get("VLMKD_CACHE") or "~/.cache/vlmkd").expanduser()
+
+
+def emoji_folder() -> Path:
+    """The folder of the shards; built when absent, by one process while others wait.
+
+    Raises:
+        UserError: a package that carries the drawings is missing.
+    """
+    return _built("emoji", VERSION)
+
+
+def require_packages() -> dict[str, str]:
+    """The versions of the packages that carry the drawings.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"the emoji data set is drawn from Python packages that are not installed: {', '.join(missing)}; "
+            f"run: pip install {' '.join(missing)}"
+        )
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _built(name: str, version: int) -> Path:
+    """The set's folder in the cache; it takes its name only when it is whole, its manifest written last."""
+    folder = cache_root() / f"{name}-v{version}"
+    if (folder / "manifest.json").is_file():
+        return folder
+    require_packages()
+    new_folder(folder.parent, "the cache (set VLMKD_CACHE)")
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "manifest.json").is_file():
+            return folder
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        try:
+            _build(name, temporary)
+            temporary.chmod(0o755)
+            # A folder without a manifest was not made by this code's rename: someone deleted files in it.
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _build(name: str, folder: Path) -> None:
+    """Let the tool write a set into an empty folder; its progress and errors go to standard error."""
+    if not _TOOL.is_file():
+        raise UserError(
+            f"data set {name} is drawn by {_TOOL}, which is not there; run from a clone of the repository"
+        )
+    done = subprocess.run([sys.executable, str(_TOOL), name, str(folder)], check=False)
+    if done.returncode:
+        raise UserError(
+            f"building the {name} data set failed (exit code {done.returncode}); see the line above"
+        )
+
+
+def _index(folder: Path) -> dict[str, list[list[Any]]]:
+    """[shard number, member, offset, size, class] of every picture with one class, by shard split.
+
+    Kept beside the data set's folder: reading the headers of 30,000 samples takes seconds.
+    """
+    manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    path = folder.parent / f"{folder.name}-classes-v{_INDEX_VERSION}.json"
+    if path.is_file():
+        stored = read_object(path, "index of the emoji classes", "delete it")
+        if stored.get("manifest") == manifest and "splits" in stored:
+            return stored["splits"]
+    log.info("indexing the classes of %s (once)", folder)
+    splits: dict[str, list[list[Any]]] = {split: [] for split in SPLITS.values()}
+    for split, entries in splits.items():
+        for number, shard in enumerate(resolve(f"emoji:{split}")):
+            for sample in index_tar(shard):
+                label = json.loads(sample.text("json"))["class"]
+                if label >= 0:  # scenes of several emoji have no one class
+                    image = sample.image()
+                    entries.append([number, image.key, image.offset, image.size, label])
+    write_text(path, json.dumps({"manifest": manifest, "splits": splits}), "index of the emoji classes")
+    return splits
