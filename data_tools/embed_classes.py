@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from vlmkd import teacher_options
+from data_tools import teacher_options
 from vlmkd.class_names import read_templates
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError, run_tool

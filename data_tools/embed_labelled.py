@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from vlmkd import teacher_options
+from data_tools import teacher_options
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item

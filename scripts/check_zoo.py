@@ -47,16 +47,15 @@ def markdown() -> str:
 
 
 def _cells(item: zoo.Entry) -> list[str]:
-    decimals = 0 if item.params.approximate else 2
-    sign = "≈" if item.params.approximate else ""
+    decimals, sign = (0, "≈") if item.params.get("approximate") else (2, "")
     params = [
         "–" if value is None else f"{sign}{value:.{decimals}f}" if value else "not counted"
-        for value in (item.params.vision, item.params.text, item.params.total)
+        for value in (item.params.get(tower, 0.0) for tower in ("vision", "text", "total"))
     ]
     paper = item.paper
     if item.paper_imagenet_top1 is not None:
         paper = f"IN-1K zero-shot {item.paper_imagenet_top1:.1f}"
-    ours = "<br>".join(f"{one.dataset} {one.metric} {one.value:g} (`{one.command}`)" for one in item.ours)
+    ours = "<br>".join("{dataset} {metric} {value:g} (`{command}`)".format(**one) for one in item.ours)
     return [
         item.name,
         " / ".join(params),

@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
 import torch
+from torch import Tensor, nn
 
 from projects.dho.config import DhoConfig
 from projects.promptkd.config import StudentConfig, TeacherConfig
@@ -411,7 +412,7 @@ def _micro_batch_of(name: str, cfg: Any, domains: int) -> int:
     here, machines = (max(1, int(count)) if count.isdecimal() else 1 for count in counts)
     backbone = load_backbone(cfg.student.backbone, False, image_size=cfg.student.image_size or None)
     images = torch.zeros(2, 3, *backbone.image_spec.size)
-    image = math.ceil(KEPT * memory.kept_for_backward(backbone.module.train(), images) / len(images))
+    image = math.ceil(KEPT * kept_for_backward(backbone.module.train(), images) / len(images))
     free = _free_memory() // (1 if torch.cuda.is_available() else here)
     micro = micro_batch(cfg.batch_size, shares, here * machines, image, free // 3)
     print(
@@ -420,6 +421,23 @@ def _micro_batch_of(name: str, cfg: Any, domains: int) -> int:
         flush=True,
     )
     return micro if micro * here * machines < cfg.batch_size else 0
+
+
+def kept_for_backward(module: nn.Module, images: Tensor) -> int:
+    """What autograd keeps between `module(images)` and its backward pass, parameters and the images left out."""
+    ours = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), images)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(images)
+    del output  # alive until here, so that no storage took another's place
+    return sum(kept.values())
 
 
 def micro_batch(batch: int, shares: list[int], ranks: int, image: int, room: int) -> int:

@@ -1,4 +1,7 @@
-"""Text files that a user gave, read, and files of our own, written: what fails is a UserError of one line."""
+"""Text files that a user gave, read, and files of our own, written: what fails is a UserError of one line.
+
+`what` names the file's option or field in that line, `hint` ends it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,7 @@ _DEPTH = 64  # of nested YAML lists and mappings
 
 
 def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMIT) -> str:
-    """The UTF-8 text of a file, without a byte-order mark; `what` names its option or field, `hint` ends the line.
-
-    Raises:
-        UserError: no such file, a folder, unreadable, larger than `limit` bytes, or not UTF-8.
-    """
+    """The UTF-8 text of a file of at most `limit` bytes, without a byte-order mark."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -43,27 +42,29 @@ def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMI
 
 def unreadable(error: OSError | ValueError, path: str | Path, what: str, hint: str = "") -> UserError:
     """The line for a file whose opening or reading raised `error`."""
-    end = f"; {hint}" if hint else ""
+    told = f"{what} {path}"
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{what} {path} does not exist{end}")
-    if isinstance(error, IsADirectoryError) or os.path.isdir(path):
-        return UserError(f"{what} {path} is a folder; name a file{end}")
-    if isinstance(error, OSError):
-        return UserError(f"{what} {path} cannot be read ({error.strerror or one_line(error)}){end}")
-    return UserError(f"{what} {str(path)!r} is no path{end}")  # a null character in it
+        told += " does not exist"
+    elif isinstance(error, IsADirectoryError) or os.path.isdir(path):
+        told += " is a folder; name a file"
+    elif isinstance(error, OSError):
+        told += f" cannot be read ({error.strerror or one_line(error)})"
+    else:  # a null character in it
+        told += " is no path"
+    return UserError(_with(told, hint))
 
 
 def read_json(path: str | Path, what: str, hint: str = "") -> Any:
-    """The content of a JSON file; arguments and errors as `read_text`, and for what is no JSON."""
-    text, end = read_text(path, what, hint), f"; {hint}" if hint else ""
+    """The content of a JSON file."""
+    text = read_text(path, what, hint)
     try:
         content = json.loads(text)
         if "\\u" in text:  # half of a surrogate pair would fail only where the string is written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise UserError(f"{what} {path} is not usable: its JSON is nested too deeply{end}") from None
+        raise UserError(_with(f"{what} {path} is not usable: its JSON is nested too deeply", hint)) from None
     except ValueError as error:
-        raise UserError(f"{what} {path} is not valid JSON: {one_line(error)}{end}") from None
+        raise UserError(_with(f"{what} {path} is not valid JSON: {one_line(error)}", hint)) from None
     return content
 
 
@@ -71,13 +72,13 @@ def read_object(path: str | Path, what: str, hint: str = "") -> dict[str, Any]:
     """As `read_json`, for a file that must hold a JSON object."""
     content = read_json(path, what, hint)
     if not isinstance(content, dict):
-        end = f"; {hint}" if hint else ""
-        raise UserError(f"{what} {path} must hold a JSON object; it holds a {type(content).__name__}{end}")
+        told = f"{what} {path} must hold a JSON object; it holds a {type(content).__name__}"
+        raise UserError(_with(told, hint))
     return content
 
 
 def read_yaml(path: str | Path, what: str, hint: str = "") -> Any:
-    """The content of a YAML file as plain data; arguments and errors as `read_text` and `parse_yaml`."""
+    """The content of a YAML file, see `parse_yaml`."""
     return parse_yaml(read_text(path, what, hint, limit=_YAML_LIMIT), f"{what} {path}")
 
 
@@ -85,9 +86,6 @@ def parse_yaml(text: str, what: str) -> Any:
     """`text` as plain data: null, booleans, numbers, strings, lists and mappings.
 
     Aliases (`*name`) are refused, because a few lines of them unfold to gigabytes; so is deep nesting.
-
-    Raises:
-        UserError: no YAML, or YAML of other things; names `what`.
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)
@@ -111,42 +109,38 @@ def new_file(path: str | Path, what: str = "file") -> Iterator[Path]:
     """A temporary path beside `path` for the body to write, which then takes its place; gone when the body fails.
 
     The body only writes, because an OSError in it is taken for one of writing.
-
-    Raises:
-        UserError: the folder cannot be made or written, the disk is full, or `path` is a folder; names `what`.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        _touch(path, partial)
+    with _partial(Path(path), what) as partial:
         yield partial
         os.replace(partial, path)
+
+
+def check_writable(path: str | Path, what: str) -> None:
+    """Refuse a file that `new_file` could not write, before the work whose result it is to hold."""
+    with _partial(Path(path), what):
+        pass
+
+
+@contextmanager
+def _partial(path: Path, what: str) -> Iterator[Path]:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        yield partial
     except OSError as error:
         raise UserError(
             f"{what} {path} cannot be written ({error.strerror or error}); free space or name another"
         ) from None
     finally:
-        _remove(partial)
-
-
-def check_writable(path: str | Path, what: str) -> None:
-    """Refuse a file that `new_file` could not write, before the work whose result it is to hold."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        _touch(path, partial)
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be written ({error.strerror}); name another") from None
-    finally:
-        _remove(partial)
+        with suppress(OSError):  # what kept it from being written has been told
+            partial.unlink(missing_ok=True)
 
 
 def new_folder(path: str | Path, what: str) -> Path:
-    """`path` as a folder that can be written, made when it is not there.
-
-    Raises:
-        UserError: it cannot be made or written, or is a file; names `what`.
-    """
+    """`path` as a folder that can be written, made when it is not there."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -169,29 +163,16 @@ def write_json(path: str | Path, content: Any, what: str = "file") -> None:
     write_text(path, json.dumps(content, indent=1) + "\n", what)
 
 
-def _touch(path: Path, partial: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(21, "it is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch()
-
-
-def _remove(partial: Path) -> None:
-    try:
-        partial.unlink(missing_ok=True)
-    except OSError:
-        pass  # what kept it from being written has been told
+def _with(told: str, hint: str) -> str:
+    return f"{told}; {hint}" if hint else told
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain data only; `1e-4` is a number (YAML 1.2) and a date is a string."""
+    """Plain data only; `1e-4` is a number (YAML 1.2) and a date is a string. No aliases, no key that comes twice."""
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._depth = 0
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As SafeLoader's, without aliases and to a depth."""
         event = self.peek_event()
         mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
@@ -204,24 +185,21 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, without keys that come twice."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(names)) < len(names):
-            twice = Counter(names).most_common(1)[0][0]
-            mark: Any = node.start_mark
-            raise yaml.MarkedYAMLError(None, None, f"{twice!r} comes twice", mark)
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.items():
+            if times > 1:
+                mark: Any = node.start_mark
+                raise yaml.MarkedYAMLError(None, None, f"{name!r} comes twice", mark)
         return super().construct_mapping(node, deep)
 
 
-_PREFIX = "tag:yaml.org,2002:"
-_PlainLoader.yaml_constructors = {
-    _PREFIX + name: yaml.SafeLoader.yaml_constructors[_PREFIX + name]
-    for name in ("null", "bool", "int", "float", "str", "seq", "map")
-} | {None: yaml.SafeLoader.yaml_constructors[None]}
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = (None, *(_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")))
+_PlainLoader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _PLAIN}
 _PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag not in (_PREFIX + "timestamp", _PREFIX + "value")]
+    first: [(tag, pattern) for tag, pattern in found if tag not in (_TAG + "timestamp", _TAG + "value")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _PlainLoader.add_implicit_resolver(
-    _PREFIX + "float", re.compile(r"[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    _TAG + "float", re.compile(r"[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -1,7 +1,4 @@
-"""How much memory there is for this process, how much it has taken, and what a forward pass keeps for the backward pass.
-
-Everything in bytes.
-"""
+"""How many bytes of memory there are for this process, and how many it has taken."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor, nn
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -39,23 +35,6 @@ def peak() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def kept_for_backward(module: nn.Module, images: Tensor) -> int:
-    """What autograd keeps between `module(images)` and its backward pass, parameters and the images left out."""
-    ours = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), images)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = module(images)
-    del output  # alive until here, so that no storage took another's place
-    return sum(kept.values())
 
 
 def _group_limits() -> Iterator[tuple[int, int]]:

@@ -28,26 +28,17 @@ from vlmkd.errors import UserError
 from vlmkd.files import unreadable
 
 _ZIP = b"PK\x03\x04"
+# What damage can raise: a pickle is a program for a small machine, and a damaged one does anything to its stack.
 _DAMAGE = (
-    *(
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        BufferError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        NameError,
-    ),
-    *(RuntimeError, SyntaxError, TypeError, ValueError, pickle.PickleError, struct.error, tarfile.TarError),
-    *(zipfile.BadZipFile, zlib.error),
-)
-"""What damage can raise: a pickle is a program for a small machine, and a damaged one does anything to its stack."""
+    ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, NameError,
+    RuntimeError, SyntaxError, TypeError, ValueError, pickle.PickleError, struct.error, tarfile.TarError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+# Element types of weights; rarer ones lack the conversions that readers need.
 _TYPES = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-}
-"""Element types of weights; rarer ones lack the conversions that readers need."""
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+}  # fmt: skip
 _SAVE_AGAIN = "get the weights as safetensors, or save its tensors alone from a program you trust"
 
 
@@ -94,11 +85,7 @@ def read_torch(
 
 
 def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which errors call `what`.
-
-    Raises:
-        UserError: no such file, unreadable or damaged.
-    """
+    """The tensors of a safetensors file; errors as `read_torch`."""
     path = Path(path)
     with reading(path, what):
         state: dict[str, Tensor] = load_file(path)
@@ -107,11 +94,7 @@ def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[st
 
 
 def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipInfo] | None:
-    """The members of a file that begins like a zip archive, which is how torch tells its two formats apart; else None.
-
-    Raises:
-        UserError: it cannot be read, or is a damaged archive.
-    """
+    """The members of a file that begins like a zip archive, which is how torch tells its two formats apart; else None."""
     with reading(path, what), path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:
             return None
@@ -121,11 +104,7 @@ def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipIn
 
 @contextmanager
 def reading(path: Path, what: str = "weights file") -> Iterator[None]:
-    """Whatever a library's reader of an untrusted file raises within is one line.
-
-    Raises:
-        UserError: the file is unreadable or damaged.
-    """
+    """Whatever a library's reader of an untrusted file raises within is a UserError."""
     try:
         yield
     except UserError:
@@ -147,7 +126,6 @@ class _Inert:
 
 
 def _what_is_wrong(error: BaseException) -> str:
-    """What torch's reader stumbled over, and the mend, in our words."""
     told = str(error)
     if code := re.search(r"GLOBAL ([\w.]+)", told):
         return f"names {code[1]}, which is code and no data; it is not read: {_SAVE_AGAIN}"
@@ -171,7 +149,8 @@ def _check(content: Any, size: int, described: str) -> None:
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            _check_tensor(value, size, described)
+            if wrong := _what_is_odd(value, size):
+                raise UserError(f"{described} {wrong}")
         elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, Mapping):
@@ -182,14 +161,13 @@ def _check(content: Any, size: int, described: str) -> None:
             waiting.extend(value)
 
 
-def _check_tensor(tensor: Tensor, size: int, described: str) -> None:
+def _what_is_odd(tensor: Tensor, size: int) -> str:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise UserError(f"{described} holds a tensor that is not dense; {_SAVE_AGAIN}")
+        return f"holds a tensor that is not dense; {_SAVE_AGAIN}"
     if tensor.device.type != "cpu":
-        raise UserError(f"{described} holds a tensor without values; {_SAVE_AGAIN}")
+        return f"holds a tensor without values; {_SAVE_AGAIN}"
     if tensor.dtype not in _TYPES:
-        raise UserError(f"{described} holds {tensor.dtype} elements; {_SAVE_AGAIN}, as float32")
+        return f"holds {tensor.dtype} elements; {_SAVE_AGAIN}, as float32"
     if tensor.numel() * tensor.element_size() > size:
-        raise UserError(
-            f"{described} is damaged (it claims a tensor {list(tensor.shape)}, and has {size} bytes); fetch it again"
-        )
+        return f"is damaged (it claims a tensor {list(tensor.shape)}, and has {size} bytes); fetch it again"
+    return ""

@@ -28,82 +28,39 @@ if TYPE_CHECKING:
     import httpx
 
 PIN_AT_FIRST_DOWNLOAD = "pinned at first download"
-"""`sha256` of an entry whose file we have not seen; the user's cache pins what the first download brings."""
 REPOSITORY = Path(__file__).resolve().parents[1]
-FOUNDATION = "foundation"
-"""`project` of the models in `vlmkd/zoo.yaml`."""
 HUB = "https://huggingface.co"
 TIMEOUT_S = 30.0
-ATTEMPTS = 4
-"""Tries of one download call; each continues where the last one broke off."""
-BACKOFF_S = 0.5
-"""Wait before the second try; doubled each time."""
-PROBE_S = 5.0
-"""Longest wait for a connection that only tells whether there is a network."""
-HUB_FILES = ["*.json", "*.safetensors", "merges.txt"]
-"""Files at the top of a hub repository that a CLIP needs; pickles stay away."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Millions of parameters; `text` leaves out the token table, 0.0 means not counted yet."""
-
-    vision: float = 0.0
-    text: float | None = 0.0
-    """None: there is no text tower."""
-    total: float = 0.0
-    approximate: bool = False
-    """True when the figures come from the model's name or a publication and not from a count."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """A number that we measured, with the command that measures it again."""
-
-    dataset: str
-    metric: str
-    value: float
-    command: str
+ATTEMPTS = 4  # each continues where the last one broke off
+BACKOFF_S = 0.5  # before the second try; doubled each time
+PROBE_S = 5.0  # longest wait for a connection that only tells whether there is a network
+_PINS = "list of pinned digests"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One model of the zoo."""
+    """One model of the zoo; the comment at the top of `zoo.yaml` says what its fields mean."""
 
     name: str
     project: str
-    """Whose list it is on: a folder of `projects/`, or FOUNDATION."""
     kind: Literal["release", "hub", "local", "manual"]
-    """`release`: one file by URL; `hub`: a Hugging Face repository; `local`: a file or folder of this repository;
-    `manual`: one file that is published without an address of its own, which the user puts into the cache."""
     source: str
-    """URL, repository id, path inside this repository, or (`manual`) the file's path in what is behind `link`."""
     format: str = "clip"
-    """Who reads it: `clip` load_clip, `backbone` load_backbone as `weights`, else the project of this name."""
     revision: str = ""
-    """Commit of a hub repository; empty: the commit of the first download is pinned in the user's cache."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """open_clip model config of a bare weights file; empty when the source has its own or shapes tell it."""
     preprocess: dict[str, Any] = field(default_factory=dict)
-    """open_clip preprocess config of a bare weights file; empty: OpenAI's."""
-    params: Params = field(default_factory=Params)
+    params: dict[str, Any] = field(default_factory=dict)
     data: str = ""
     paper_imagenet_top1: float | None = None
-    """ImageNet-1K zero-shot top-1 (%) as the authors publish it; not measured by us."""
     paper: str = ""
-    """Other published accuracy (%), with what it is of; not measured by us."""
     macs_g: float | None = None
-    """Billions of multiply-adds of one image and one text."""
     size_mb: float | None = None
-    """Megabytes (10^6) of the weights file; None: not seen."""
     licence: str
     link: str
     teacher: str = ""
     init: str = ""
-    """What the weights started from."""
     sha256: str = PIN_AT_FIRST_DOWNLOAD
-    """Of the weights file."""
-    ours: list[Measurement] = field(default_factory=list)
+    ours: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
 
 
@@ -111,7 +68,7 @@ class Entry:
 def lists() -> dict[str, dict[str, Any]]:
     """The content of each list by project (title, introduction, models), the models that recipes start from last."""
     files = {path.parent.name: path for path in sorted(REPOSITORY.glob("projects/*/zoo.yaml"))}
-    files[FOUNDATION] = Path(__file__).with_name("zoo.yaml")
+    files["foundation"] = Path(__file__).with_name("zoo.yaml")
     return {project: yaml.safe_load(path.read_text(encoding="utf-8")) for project, path in files.items()}
 
 
@@ -122,9 +79,7 @@ def entries() -> dict[str, Entry]:
     for project, content in lists().items():
         for row in content["models"]:
             assert row["name"] not in found, f"the zoo names {row['name']} twice"
-            params = Params(**row.get("params", {}))
-            ours = [Measurement(**item) for item in row.get("ours", [])]
-            found[row["name"]] = Entry(**row | {"project": project, "params": params, "ours": ours})
+            found[row["name"]] = Entry(**row, project=project)
     return found
 
 
@@ -138,12 +93,8 @@ def entry(name: str) -> Entry:
     if name in entries():
         return entries()[name]
     lowered = {known.lower(): known for known in entries()}
-    near = difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(lowered[item] for item in near)}?"
-        if near
-        else "see scripts/download.py --list"
-    )
+    near = [lowered[item] for item in difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "see scripts/download.py --list"
     raise UserError(f"zoo has no model {name}; {hint}")
 
 
@@ -153,26 +104,34 @@ def cache_folder() -> Path:
     return Path(root).expanduser() / "zoo"
 
 
-def weights_name(folder: Path) -> str:
-    """Name of the weights file inside an exported or downloaded model folder."""
-    for name in ("open_clip_model.safetensors", "model.safetensors"):
-        if (folder / name).is_file():
-            return name
-    raise UserError(
-        f"{folder} holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
-    )
-
-
 def weights_file(name: str) -> Path:
     """The file that the name of a checkpoint means: of `zoo:NAME` the verified local copy, else the path itself.
 
     Raises:
         UserError: as `fetch`.
     """
-    if not name.startswith("zoo:"):
-        return Path(name).expanduser()
-    path = fetch(name)
-    return path / weights_name(path) if path.is_dir() else path
+    return _weights(fetch(name)) if name.startswith("zoo:") else Path(name).expanduser()
+
+
+def _weights(path: Path) -> Path:
+    """`path`, or the weights file in this model folder."""
+    if not path.is_dir():
+        return path
+    for name in ("open_clip_model.safetensors", "model.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"{path} holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of the file at `path`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fetch(name: str, *, offline: bool | None = None) -> Path:
@@ -189,7 +148,16 @@ def fetch(name: str, *, offline: bool | None = None) -> Path:
     """
     item = entry(name)
     if item.kind == "local":
-        return _local(item)
+        path = REPOSITORY / item.source
+        if not path.exists():
+            raise UserError(
+                f"zoo:{item.name} is {item.source} of the repository, and {path} is missing; use a full clone"
+            )
+        if (digest := sha256_of(_weights(path))) != item.sha256:
+            raise UserError(
+                f"{path} has sha256 {digest}, zoo.yaml says {item.sha256}; restore it with git checkout"
+            )
+        return path
     from filelock import FileLock  # several ranks may ask for the same file at the same time
 
     folder = cache_folder()
@@ -198,11 +166,9 @@ def fetch(name: str, *, offline: bool | None = None) -> Path:
         with FileLock(folder / f"{item.name}.lock"):
             return _cached(item, folder, _is_offline() if offline is None else offline)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise UserError(
-                f"cannot write {folder}: {error.strerror}; free space or set VLMKD_CACHE"
-            ) from None
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        raise UserError(f"cannot write {folder}: {error.strerror}; free space or set VLMKD_CACHE") from None
 
 
 def _cached(item: Entry, folder: Path, offline: bool) -> Path:
@@ -215,33 +181,23 @@ def _cached(item: Entry, folder: Path, offline: bool) -> Path:
         raise UserError(
             f"zoo:{item.name} has no address of its own: get {item.source} from {item.link} and put it at {target}"
         )
-    what = item.source if item.kind == "release" else f"the files of {item.link}"
-    by_hand = f"put {what} at {target} by hand"
     if item.kind == "hub":
-        return _from_hub(item, offline, by_hand)
+        return _from_hub(item, offline, f"put the files of {item.link} at {target} by hand")
+    by_hand = f"put {item.source} at {target} by hand"
     if offline:
         raise UserError(
             f"zoo:{item.name} is not at {target} and offline mode is on; turn it off, or {by_hand}"
         )
+    url = item.source
+    if mirror := os.environ.get("VLMKD_MIRROR", ""):
+        url = f"{mirror.rstrip('/')}/{target.name}"
+    elif url.startswith(f"{HUB}/"):
+        url = _hub_host() + url.removeprefix(HUB)
     part = folder / f"{target.name}.part"
-    _download(_release_url(item, target.name), part, by_hand)
+    _download(url, part, by_hand)
     _verify(item, part, target.name)
     os.replace(part, target)
     return target
-
-
-def _local(item: Entry) -> Path:
-    path = REPOSITORY / item.source
-    if not path.exists():
-        raise UserError(
-            f"zoo:{item.name} is {item.source} of the repository, and {path} is missing; use a full clone"
-        )
-    digest = sha256_of(path / weights_name(path) if path.is_dir() else path)
-    if digest != item.sha256:
-        raise UserError(
-            f"{path} has sha256 {digest}, zoo.yaml says {item.sha256}; restore it with git checkout"
-        )
-    return path
 
 
 def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None:
@@ -249,58 +205,32 @@ def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None
 
     A file that differs is set aside as a rejected `name`; without a name it stays.
     """
-    digest = sha256_of(path / weights_name(path) if path.is_dir() else path)
+    digest, pins_file = sha256_of(_weights(path)), cache_folder() / "pins.json"
     pins = _read_pins()
     pin = pins.get(item.name, {})
     stated = item.sha256 != PIN_AT_FIRST_DOWNLOAD
-    expected = item.sha256 if stated else pin.get("sha256", "")
-    if expected and digest != expected:
+    expected = item.sha256 if stated else pin.get("sha256", digest)
+    if digest != expected:
         aside = path.with_name(f"{name}.rejected-{digest[:8]}") if name else path
         if not aside.exists():
             os.replace(path, aside)
         origin = "of zoo.yaml" if stated else "pinned at the first download"
         raise UserError(
             f"zoo:{item.name} has sha256 {digest}, not the {expected} {origin}; kept as {aside}: delete it and fetch again, "
-            f"from another mirror if it happens twice, or delete its line in {_pins_file()} if you trust the new file"
+            f"from another mirror if it happens twice, or delete its line in {pins_file} if you trust the new file"
         )
-    new = pin | ({} if expected else {"sha256": digest}) | ({"revision": revision} if revision else {})
+    new = pin | ({} if stated else {"sha256": digest}) | ({"revision": revision} if revision else {})
     if new != pin:
-        write_json(_pins_file(), pins | {item.name: new}, "list of pinned digests")
-        sys.stderr.write(f"zoo:{item.name}: first download, sha256 {digest} pinned in {_pins_file()}\n")
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of the file at `path`."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _pins_file() -> Path:
-    return cache_folder() / "pins.json"
+        write_json(pins_file, pins | {item.name: new}, _PINS)
+        sys.stderr.write(f"zoo:{item.name}: first download, sha256 {digest} pinned in {pins_file}\n")
 
 
 def _read_pins() -> dict[str, dict[str, str]]:
-    what, hint = "list of pinned digests", "delete that file and call again"
-    pins = read_object(_pins_file(), what, hint) if _pins_file().exists() else {}
-    for name, pin in pins.items():
-        if not isinstance(pin, dict):
-            raise UserError(f"{what} {_pins_file()} has no pin at {name}; {hint}")
+    path, hint = cache_folder() / "pins.json", "delete that file and call again"
+    pins = read_object(path, _PINS, hint) if path.exists() else {}
+    if wrong := [name for name, pin in pins.items() if not isinstance(pin, dict)]:
+        raise UserError(f"{_PINS} {path} has no pin at {wrong[0]}; {hint}")
     return pins
-
-
-# ---------------------------------------------------------------------------------------------- one file by URL
-
-
-def _release_url(item: Entry, cached_name: str) -> str:
-    """Where the file of a release entry is asked for, VLMKD_MIRROR and HF_ENDPOINT respected."""
-    if mirror := os.environ.get("VLMKD_MIRROR", ""):
-        return f"{mirror.rstrip('/')}/{cached_name}"
-    if item.source.startswith(f"{HUB}/"):
-        return f"{_hub_host()}/{item.source.removeprefix(f'{HUB}/')}"
-    return item.source
 
 
 def _download(url: str, part: Path, by_hand: str) -> None:
@@ -316,9 +246,11 @@ def _download(url: str, part: Path, by_hand: str) -> None:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, httpx.HTTPStatusError):
             return error.response.status_code >= 500 or error.response.status_code in (408, 416, 429)
-        if isinstance(error, (httpx.ConnectError, httpx.UnsupportedProtocol)):
-            return state.attempt_number > 1  # waiting helps what was under way, and nobody without a network
-        return isinstance(error, httpx.TransportError)
+        # A first connection that fails is no matter of waiting.
+        hopeless = (
+            isinstance(error, (httpx.ConnectError, httpx.UnsupportedProtocol)) and state.attempt_number == 1
+        )
+        return isinstance(error, httpx.TransportError) and not hopeless
 
     tries = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS), wait=tenacity.wait_exponential(BACKOFF_S),
@@ -351,13 +283,13 @@ def _transfer(client: httpx.Client, url: str, part: Path) -> None:
     have = part.stat().st_size if part.exists() and note.exists() else 0
     asked = {"Range": f"bytes={have}-", "If-Range": note.read_text(encoding="utf-8")} if have else {}
     with client.stream("GET", url, headers=asked) as reply:
-        range_told = reply.headers.get("Content-Range", "")
         if reply.status_code == 416:  # there is nothing behind what we have
             part.unlink()
         reply.raise_for_status()
-        if reply.status_code == 206 and not range_told.startswith(f"bytes {have}-"):
-            raise httpx.RemoteProtocolError(f"the server continued at {range_told} instead of byte {have}")
         have = have if reply.status_code == 206 else 0
+        told = reply.headers.get("Content-Range", "")
+        if have and not told.startswith(f"bytes {have}-"):
+            raise httpx.RemoteProtocolError(f"the server continued at {told} instead of byte {have}")
         note.unlink(missing_ok=True)
         etag = reply.headers.get("ETag", "")
         if etag and not etag.startswith("W/"):  # a weak one does not tell that bytes are the same
@@ -365,26 +297,16 @@ def _transfer(client: httpx.Client, url: str, part: Path) -> None:
         length = reply.headers.get("Content-Length", "")
         total = have + int(length) if length.isdecimal() else None
         with (
-            open(part, "ab" if have else "wb") as stream,
-            tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, mininterval=1.0
-            ) as bar,
+            open(part, "ab" if have else "wb") as file,
+            tqdm.wrapattr(file, "write", total, initial=have, desc=part.stem, mininterval=1.0) as stream,
         ):
             for block in reply.iter_raw():
                 stream.write(block)
-                bar.update(len(block))
     note.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------- hub repositories
-
-
 def _from_hub(item: Entry, offline: bool, by_hand: str) -> Path:
-    """The folder of a hub repository at its pinned commit in huggingface_hub's cache, completed by download.
-
-    Raises:
-        UserError: it cannot be had, or is not the pinned one.
-    """
+    """The folder of a hub repository at its pinned commit in huggingface_hub's cache, completed by download."""
     from huggingface_hub import snapshot_download
 
     revision = item.revision or _read_pins().get(item.name, {}).get("revision", "")
@@ -393,7 +315,7 @@ def _from_hub(item: Entry, offline: bool, by_hand: str) -> Path:
         with nullcontext("offline mode is on") if offline else hub_or_cache() as trouble:
             folder = snapshot_download(
                 item.source, revision=revision or None, endpoint=_hub_host(), local_files_only=offline,
-                allow_patterns=HUB_FILES, ignore_patterns=["*/*"],
+                allow_patterns=["*.json", "*.safetensors", "merges.txt"], ignore_patterns=["*/*"],
             )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(
@@ -428,7 +350,7 @@ def hub_or_cache() -> Iterator[str]:
     constants.HF_HUB_OFFLINE = before or bool(trouble)
     try:
         yield trouble
-    except _hub_errors() as error:
+    except _hub_error() as error:
         if isinstance(error, OSError):
             raise
         raise ConnectionError(one_line(error)) from None
@@ -436,12 +358,11 @@ def hub_or_cache() -> Iterator[str]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def _hub_error() -> type[Exception]:
     """The base error of huggingface_hub's HTTP library, which is httpx or httpx2 by the version."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    bases = HfHubHTTPError.__mro__
-    return tuple(base for base in bases if issubclass(base, Exception) and base.__name__ == "HTTPError")
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 @functools.cache
@@ -449,9 +370,8 @@ def _trouble_with(address: str) -> str:
     """Why nobody answers at `address`, or at the proxy before it; empty: somebody does."""
     from huggingface_hub.utils import get_session
 
-    errors: tuple[type[Exception], ...] = (*_hub_errors(), OSError, ValueError)
     try:
         get_session().head(address, timeout=PROBE_S)
-    except errors as error:
+    except (_hub_error(), OSError, ValueError) as error:
         return f"{address} cannot be reached: {one_line(error)}"
     return ""

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from tests.projects.vl2v_adip.tiny import CLASSES, domain_tree, export_teacher
 from vlmkd.errors import UserError
@@ -366,3 +368,11 @@ def test_vl2v_from_end_to_end(tmp_path: Path) -> None:
     check_results(out / "distill", out / "report.html", "oil_in", ["cat", "dog", "red fox"])
     assert "oil_in top-1" in output and "timm.create_model" in output
     assert json.loads((out / "distill/eval/models.json").read_text())["exported"] == "SWAD"
+
+
+def test_kept_for_backward_by_hand() -> None:
+    """Linear keeps its input, ReLU its output, the second Linear that same output; fp32."""
+    images = torch.randn(3, 10)
+    net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5), nn.Sigmoid())
+    assert SCRIPT["kept_for_backward"](net, images) == 4 * 3 * (20 + 5)
+    assert SCRIPT["kept_for_backward"](net.requires_grad_(False), images) == 0

@@ -1,4 +1,4 @@
-"""Memory that there is, and memory that a forward pass keeps."""
+"""Memory that there is, and memory that this process has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from torch import nn
 
 from vlmkd import memory
 
@@ -57,14 +56,6 @@ def test_a_container_sees_its_own_group_at_the_root(machine: Path) -> None:
         memory__stat="inactive_file 0\ntotal_inactive_file 500",
     )
     assert memory.available() == 6000 - 1500
-
-
-def test_kept_for_backward_by_hand() -> None:
-    """Linear keeps its input, ReLU its output, the second Linear that same output; fp32."""
-    images = torch.randn(3, 10)
-    net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5), nn.Sigmoid())
-    assert memory.kept_for_backward(net, images) == 4 * 3 * (20 + 5)
-    assert memory.kept_for_backward(net.requires_grad_(False), images) == 0
 
 
 def test_held_and_peak_are_of_this_process() -> None:

@@ -53,15 +53,14 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"interactive_contrastive_loss", "sigmoid_loss"},
     ),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
-    "memory": ("what benchmarks measure with", {"kept_for_backward"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
         {"freeze_batch_norm", "load_backbone_weights", "prompted_config", "with_spec"},
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
     "models/emoji_oracle": (
-        "what data_tools/train_emoji_oracle.py calls",
-        {"EmojiOracle", "Heads", "PIXELS"},
+        "what the data tools call",
+        {"EmojiOracle", "Heads", "PIXELS", "load_oracle"},
     ),
     "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),
     "models/prompted": (
@@ -85,7 +84,6 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "what scripts/table.py calls for every project's specification",
         {"plain_spec", "read_spec", "sources_in", "write_tables"},
     ),
-    "teacher_options": ("what the data tools share", {"add_options"}),
     "train/engine": ("a list of choices, for the tools", {"PRECISIONS"}),
     "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
     "train/teacher_check": ("a limit that a tool keeps too", {"FEWEST_IMAGES"}),

@@ -459,7 +459,7 @@ def test_entries_are_complete_and_honest() -> None:
         assert item.licence and item.link
         assert item.sha256 == zoo.PIN_AT_FIRST_DOWNLOAD or re.fullmatch("[0-9a-f]{64}", item.sha256)
         assert item.revision == "" or re.fullmatch("[0-9a-f]{40}", item.revision)
-        assert all(one.command for one in item.ours)
+        assert all(one["command"] for one in item.ours)
         assert item.kind != "local" or re.fullmatch("[0-9a-f]{64}", item.sha256)
         assert not item.paper or item.paper_imagenet_top1 is None  # the page has one place for both
     counts = Counter((item.project, item.kind) for item in items)
@@ -504,7 +504,7 @@ def test_stated_parameters_are_those_of_the_stated_architecture(name: str) -> No
     total = sum(p.numel() for p in model.parameters())
     text = total - vision - model.token_embedding.weight.numel() - 1  # the scale belongs to neither tower
     measured = [round(count / 1e6, 2) for count in (vision, text, total)]
-    assert measured == [item.params.vision, item.params.text, item.params.total]
+    assert measured == [item.params[tower] for tower in ("vision", "text", "total")]
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_stated_parameters_of_prompted_models(prefix: str, clip: str, blocks: in
     items = [item for item in zoo.entries().values() if item.name.startswith(prefix)]
     for item in items:
         if item.name == prefix or item.name != "PromptSRC-ViT-B-16-ImageNet-xd":
-            assert measured == [item.params.vision, item.params.text, item.params.total], item.name
+            assert measured == [item.params[tower] for tower in ("vision", "text", "total")], item.name
 
 
 def test_model_zoo_page_is_up_to_date() -> None:

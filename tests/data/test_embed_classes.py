@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlmkd import teacher_options
+from data_tools import teacher_options
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import ClipModel

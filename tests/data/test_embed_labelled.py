@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlmkd import teacher_options
+from data_tools import teacher_options
 from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import load_set
