@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
@@ -30,22 +29,16 @@ from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
 
-log = logging.getLogger("vlmkd.dho")
-
 
 def student_job(cfg: DhoConfig) -> Job:
     """The run of a student."""
     images = choose(cfg.data, cfg.split)
     cfg = in_steps(cfg, _epoch(cfg, images))
     dataset = images.dataset
+    names, templates = dataset.class_names, dataset.templates
     teacher = None
     if cfg.loss.method != "ce":
-        teacher = load_teacher(
-            cfg.teacher,
-            dataset.class_names,
-            dataset.templates,
-            outputs=cfg.data.teacher_outputs,
-        )
+        teacher = load_teacher(cfg.teacher, names, templates, outputs=cfg.data.teacher_outputs)
     backbone = load_backbone(
         cfg.student.backbone,
         cfg.student.pretrained,
@@ -56,7 +49,7 @@ def student_job(cfg: DhoConfig) -> Job:
     with torch.random.fork_rng(devices=[]):  # new heads depend on the run's seed alone
         torch.manual_seed(cfg.seed)
         student = build_student(cfg, backbone, teacher, dataset)
-    task = DhoTask(cfg, student, backbone, teacher, dataset.class_names)
+    task = DhoTask(cfg, student, backbone, teacher, names)
     loader = _loader(cfg, images, backbone, teacher)
     return Job(cfg, task, loader, _validation(cfg, images), _tests(cfg, images))
 
@@ -64,11 +57,9 @@ def student_job(cfg: DhoConfig) -> Job:
 def _epoch(cfg: DhoConfig, images: Images) -> int:
     """Steps of an epoch; 0 where the method has no such images."""
     unlabelled = cfg.batch_size - cfg.labelled_images
-    passed, batch = (
-        (images.labelled, cfg.labelled_images)
-        if cfg.epoch == "labelled" or not unlabelled
-        else (images.unlabelled, unlabelled)
-    )
+    passed, batch = images.unlabelled, unlabelled
+    if cfg.epoch == "labelled" or not unlabelled:
+        passed, batch = images.labelled, cfg.labelled_images
     return math.ceil(len(passed) / batch) if batch else 0
 
 
@@ -98,13 +89,14 @@ def build_student(
 def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> None:
     """Heads become class vectors of the text tower that belongs to the backbone."""
     name = cfg.student.backbone.removeprefix("clip:")
-    whole = name.partition(":")[0] in ("zoo", "local-dir", "hf") and ":" in name
+    whole = name.startswith(("zoo:", "local-dir:", "hf:"))
     model, _, pretrained = (name, "", "") if whole else name.partition("@")
     clip = load_clip(model, pretrained)
+    prompts = prompts_of(cfg.teacher, dataset.templates)
     vectors = encode_classes(
         ClipPredictor.of(clip),
         dataset.class_names,
-        prompts_of(cfg.teacher, dataset.templates),
+        prompts,
         cfg.student.text_init,
         teacher_digest=clip.digest,
     ).vectors
@@ -125,7 +117,7 @@ def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher
         streams["labelled"] = Stream(images.labelled, cfg.labelled_images)
     if cfg.loss.method != "ce":
         streams["unlabelled"] = Stream(images.unlabelled, cfg.batch_size - cfg.labelled_images)
-    live = teacher is not None and teacher.clip is not None
+    clip = None if teacher is None else teacher.clip
     return build_labelled_loader(
         cfg.data,
         streams,
@@ -134,8 +126,8 @@ def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher
         world_size=world_size,
         accumulation=accumulation,
         image_spec=backbone.image_spec,
-        teacher_specs=[teacher.clip.image_spec] if live else [],  # type: ignore[union-attr]
-        teacher_digest=teacher.digest or None if teacher is not None else None,
+        teacher_specs=[] if clip is None else [clip.image_spec],
+        teacher_digest=None if teacher is None else teacher.digest,
     )
 
 
@@ -143,16 +135,14 @@ def _validation(cfg: DhoConfig, images: Images) -> list[Evaluator]:
     """The search on validation images, at every evaluation."""
     if not images.validation:
         return []
-    fixed = None
-    if cfg.mixing.mode == "fixed":
-        fixed = Mixture(cfg.mixing.alpha, cfg.mixing.beta)
+    fixed = Mixture(cfg.mixing.alpha, cfg.mixing.beta) if cfg.mixing.mode == "fixed" else None
     name = f"{images.dataset.name} validation"
     return [HeadSearch(name, images.validation, two_heads=cfg.two_heads, fixed=fixed)]
 
 
 def _tests(cfg: DhoConfig, images: Images) -> list[Evaluator]:
     """Test sets, looked at once, when training has ended."""
-    sets = [(load_set(extra.set, extra.root), extra.split) for extra in cfg.test_sets]
+    more = [(load_set(extra.set, extra.root), extra.split) for extra in cfg.test_sets]
     return [
-        Shifted(Classification.of(dataset, split)) for dataset, split in [(images.dataset, "test"), *sets]
+        Shifted(Classification.of(dataset, split)) for dataset, split in [(images.dataset, "test"), *more]
     ]

@@ -20,25 +20,6 @@ from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.results import numbers_of, share, write_results
 
 
-def zero_shot(outputs: Path, classes: Path) -> Result:
-    """The share of the test images whose stored embedding is nearest to its own class's vector.
-
-    Raises:
-        UserError: files that are missing, or of two teachers.
-    """
-    stored, vectors = TeacherOutputs(outputs), ClassVectors.load(classes)
-    if stored.info.digest != vectors.teacher_digest:
-        raise UserError(f"{outputs} and {classes} are of two teachers; make both with one model")
-    found = [(item.label, stored.get(item.key)) for item in items_of(load_set(stored.info.set_name), "test")]
-    kept = [(label, entry.image_embeds[0]) for label, entry in found if entry is not None]
-    answers = vectors.logits(torch.stack([embeds for _, embeds in kept])).argmax(dim=-1)
-    right = (answers == torch.tensor([label for label, _ in kept])).float().mean()
-    meanings = {"top1": share("top-1", main=True)}
-    return Result(
-        "classification", stored.info.set_name, {"top1": float(right)}, len(kept), meanings=meanings
-    )
-
-
 def main(argv: list[str]) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -48,12 +29,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("classes", type=Path)
     parser.add_argument("--results", type=Path, metavar="FILE", help="write the number to FILE")
     args = parser.parse_args(argv)
-    result = zero_shot(args.outputs, args.classes)
-    print(f"{result.dataset}: top-1 {100 * result.metrics['top1']:.1f} % of {result.count} images")
+    stored, vectors = TeacherOutputs(args.outputs), ClassVectors.load(args.classes)
+    if stored.info.digest != vectors.teacher_digest:
+        raise UserError(f"{args.outputs} and {args.classes} are of two teachers; make both with one model")
+    name = stored.info.set_name
+    found = [(item.label, stored.get(item.key)) for item in items_of(load_set(name), "test")]
+    labels, embeds = zip(*((label, one.image_embeds[0]) for label, one in found if one), strict=True)
+    right = vectors.logits(torch.stack(embeds)).argmax(dim=-1) == torch.tensor(labels)
+    top1, meanings = float(right.float().mean()), {"top1": share("top-1", main=True)}
+    print(f"{name}: top-1 {100 * top1:.1f} % of {len(labels)} images")
     if args.results:
-        write_results(
-            args.results, numbers_of([result], run=str(args.outputs), model="teacher"), what="--results"
-        )
+        result = Result("classification", name, {"top1": top1}, len(labels), meanings=meanings)
+        numbers = numbers_of([result], run=str(args.outputs), model="teacher")
+        write_results(args.results, numbers, what="--results")
     return 0
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from projects.dho.student import Student
 
-@dataclass(frozen=True)
-class Agreement:
-    """Two gradients on one group of parameters; scalars in float32."""
+
+class Agreement(NamedTuple):
+    """Two gradients on one group of parameters; scalars, float32 (float64 stays)."""
 
     dot: Tensor
     first_square: Tensor
@@ -24,17 +26,13 @@ class Agreement:
         length = (self.first_square * self.second_square).sqrt()
         return torch.where(length > 0, self.dot / length.clamp_min(torch.finfo(length.dtype).tiny), 0.0)
 
-    def __add__(self, other: Agreement) -> Agreement:
+    def __add__(self, other: Agreement) -> Agreement:  # type: ignore[override]
         """Of two groups together."""
-        return Agreement(
-            self.dot + other.dot,
-            self.first_square + other.first_square,
-            self.second_square + other.second_square,
-        )
+        return Agreement(*(one + more for one, more in zip(self, other, strict=True)))
 
 
 def agreements(
-    first: Tensor, second: Tensor, groups: dict[str, Sequence[nn.Parameter]]
+    first: Tensor, second: Tensor, groups: Mapping[str, Sequence[nn.Parameter]]
 ) -> dict[str, Agreement]:
     """How the gradients of two scalar losses relate on each named group of parameters.
 
@@ -43,27 +41,31 @@ def agreements(
     """
     parameters = [parameter for group in groups.values() for parameter in group]
     gradients = [
-        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         for loss in (first, second)
     ]
-    found, start = {}, 0
+    pairs = zip(*gradients, strict=True)
+    found = {}
     for name, group in groups.items():
-        own = slice(start, start + len(group))
-        found[name] = _agreement(gradients[0][own], gradients[1][own], first)
-        start = own.stop
+        sums = [first.new_zeros(3)]
+        for _ in group:
+            one, other = (gradient.to(first.dtype) for gradient in next(pairs))
+            sums.append(torch.stack([(one * other).sum(), one.square().sum(), other.square().sum()]))
+        found[name] = Agreement(*torch.stack(sums).sum(0))
     return found
 
 
-def _agreement(first: Sequence[Tensor | None], second: Sequence[Tensor | None], like: Tensor) -> Agreement:
-    zero = torch.zeros(
-        (), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device
-    )
-    dot, first_square, second_square = zero.clone(), zero.clone(), zero.clone()
-    for one, other in zip(first, second, strict=True):
-        if one is not None:
-            first_square += one.to(zero.dtype).square().sum()
-        if other is not None:
-            second_square += other.to(zero.dtype).square().sum()
-        if one is not None and other is not None:
-            dot += (one.to(zero.dtype) * other.to(zero.dtype)).sum()
-    return Agreement(dot, first_square, second_square)
+class Probe:
+    """Compares gradients on a copy of the student, because DeepSpeed takes every backward pass through its own modules for the step's."""
+
+    def __init__(self, student: Student) -> None:
+        self._copy = copy.deepcopy(student).float()
+
+    def __call__(
+        self, student: Student, losses: Callable[[Student], Sequence[Tensor]]
+    ) -> dict[str, Agreement]:
+        """Of the two losses that `losses` gives for a student with the weights of `student`, on this rank's images."""
+        self._copy.to(next(student.parameters()).device).load_state_dict(student.state_dict())
+        self._copy.train(student.training)
+        first, second = (loss.float() for loss in losses(self._copy))
+        return agreements(first, second, self._copy.parameter_groups())

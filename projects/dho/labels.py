@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from projects.dho.config import SplitConfig
-from vlmkd.config import LabelledDataConfig, require
+from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item, LabelledSet, by_class
-from vlmkd.datasets.labelled_sets import configured_set
+from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.datasets.splits import percent_list, pick_listed, read_list, rest_of, tip_adapter_few_shot
 from vlmkd.errors import UserError
 
@@ -35,30 +35,32 @@ def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
         UserError: a split that the set does not have, or no image left for a role.
     """
     dataset = configured_set(data)
-    train = pool(_split(dataset, "train"), split.pool_per_class)
+    train = pool(items_of(dataset, "train"), split.pool_per_class)
     labelled = _labelled(train, split, dataset.class_names) if split.given else []
-    held: list[Item] = []
-    if split.validation == "train":
-        held = _held_out(train, labelled, split)
+    held = _held_out(train, labelled, split) if split.validation == "train" else []
     unlabelled = rest_of(train, held if split.unlabelled_includes_labelled else [*labelled, *held])
     unlabelled += dataset.splits.get("unlabelled", [])
     if not unlabelled:
         raise UserError(
-            f"{dataset.name}: no training image is left without a label; ask for fewer labels (split.shots, split.percent), or set "
-            "split.unlabelled_includes_labelled=true"
+            f"{dataset.name}: no training image is left without a label; ask for fewer labels (split.shots, "
+            "split.percent), or set split.unlabelled_includes_labelled=true"
         )
-    validation = _split(dataset, "val") if split.validation == "val" else held
+    validation = dataset.splits.get("val", []) if split.validation == "val" else held
     if split.validation != "none" and not validation:
-        raise UserError(
-            f"{dataset.name}: no class has two images beside its labelled ones to hold one out for validation; "
-            "set split.validation=val, or none with mixing.mode=fixed and selection=last"
+        lacking, other = (
+            ("it has no split val", "train")
+            if split.validation == "val"
+            else ("no class has two images beside its labelled ones to hold one out for validation", "val")
         )
+        raise UserError(
+            f"{dataset.name}: {lacking}; set split.validation={other}, or none with mixing.mode=fixed and selection=last"
+        )
+    test = items_of(dataset, "test")
     log.info(
         "%s: %d labelled, %d unlabelled, %d validation, %d test images, %d classes",
-        dataset.name, len(labelled), len(unlabelled), len(validation), len(dataset.splits.get("test", [])),
-        len(dataset.class_names),
+        dataset.name, len(labelled), len(unlabelled), len(validation), len(test), len(dataset.class_names),
     )  # fmt: skip
-    return Images(dataset, labelled, unlabelled, validation, _split(dataset, "test"))
+    return Images(dataset, labelled, unlabelled, validation, test)
 
 
 def pool(train: list[Item], per_class: int) -> list[Item]:
@@ -70,13 +72,6 @@ def pool(train: list[Item], per_class: int) -> list[Item]:
         chosen = random.Random(f"pool/{label}").sample(group, min(per_class, len(group)))
         kept.update(item.key for item in chosen)
     return [item for item in train if item.key in kept]
-
-
-def _split(dataset: LabelledSet, name: str) -> list[Item]:
-    items = dataset.splits.get(name, [])
-    mend = "; set split.validation=train to hold images out of the training split" if name == "val" else ""
-    require(bool(items), "data.set", f"is {dataset.name}, which has no images in its split {name}{mend}")
-    return items
 
 
 def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> list[Item]:

@@ -1,7 +1,6 @@
 """Files of the released DHO code: student checkpoints, and a reader that takes their NumPy scalars for numbers.
 
-A checkpoint is `{model_state_dict, epoch, acc, alpha, beta}` or the bare weights, with or without DDP's `module.`. The
-backbone is CLIP's image tower, or the children of a torchvision network in a row without its classifier.
+Layouts: docs/papers/dho.md#checkpoints.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ from torch import Tensor
 
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
+from vlmkd.models.backbones import Backbone, build_backbone, load_backbone, load_backbone_weights
 from vlmkd.models.checkpoints import differences
-from vlmkd.models.classifier import ClassifierConfig, ClassifierPredictor
+from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD
+from vlmkd.models.heads import DualHead
 from vlmkd.tensor_files import read_torch
 
-_RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""Position in the released Sequential -> torchvision's name; the others have no weights."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-"""A text tower that costs nothing."""
 _HEADS = ("ce_head.weight", "ce_head.bias", "kd_head.weight", "kd_head.bias")
 
 
@@ -51,7 +48,7 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
     }
 
 
-def number_of(content: Mapping[str, Any], name: str, path: str | Path, default: float = math.nan) -> float:
+def number_of(content: Mapping[str, Any], name: str, path: Path, default: float = math.nan) -> float:
     """The number under `name`; raises UserError when it is missing and has no default, or is no finite number."""
     value = content.get(name, default)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -60,86 +57,60 @@ def number_of(content: Mapping[str, Any], name: str, path: str | Path, default: 
 
 
 @dataclass(frozen=True)
-class LegacyCheckpoint:
-    """A released student, sorted into its parts."""
+class Checkpoint:
+    """A released student, sorted into its parts; fp32."""
 
     family: str
     """`clip` (image tower), `resnet18`, `resnet50` or `mobilenet_v2`."""
     backbone: dict[str, Tensor]
-    """open_clip's image-tower names, or torchvision's without the classifier; fp32."""
-    ce_weight: Tensor
-    """[C, d]."""
-    ce_bias: Tensor
-    kd_weight: Tensor
-    kd_bias: Tensor
-    alpha: float = 0.5
-    beta: float = 0.5
+    """Under open_clip's image-tower names, or as torchvision's children in a row (`0.weight`)."""
+    heads: dict[str, Tensor]
+    """The state of a DualHead."""
+    alpha: float
+    beta: float
 
     @property
     def vision_config(self) -> dict[str, Any]:
-        """open_clip's vision_cfg of a `clip` backbone, read from its shapes; activation QuickGELU, heads of width 64."""
-        state = self.backbone
-        missing = [
-            name
-            for name, axes in (("conv1.weight", 4), ("positional_embedding", 2), ("class_embedding", 1))
-            if name not in state or state[name].ndim != axes
-        ]
-        if missing:
-            raise UserError(f"weights: backbone.{missing[0]} is missing or of another shape than a ViT's")
-        patch, positions = state["conv1.weight"].shape[-1], len(state["positional_embedding"])
-        grid = round((positions - 1) ** 0.5)
-        if grid * grid != positions - 1:
-            raise UserError(f"weights: {positions} positions are no square grid and a class token")
-        numbers = {m[1] for name in state if (m := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
+        """open_clip's vision_cfg of a `clip` backbone, read from its shapes; heads have width 64."""
+        for name, axes in (("conv1.weight", 4), ("positional_embedding", 2), ("class_embedding", 1)):
+            if name not in self.backbone or self.backbone[name].ndim != axes:
+                raise UserError(f"weights: backbone.{name} is missing or of another shape than a ViT's")
+        patch, positions = self.backbone["conv1.weight"].shape[-1], len(self.backbone["positional_embedding"])
+        blocks = {m[1] for name in self.backbone if (m := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
         return {
-            "image_size": grid * patch,
+            "image_size": math.isqrt(max(positions - 1, 0)) * patch,
             "patch_size": patch,
-            "width": state["class_embedding"].shape[0],
-            "layers": len(numbers),
+            "width": self.backbone["class_embedding"].shape[0],
+            "layers": len(blocks),
         }
 
 
-def read_checkpoint(path: str | Path) -> LegacyCheckpoint:
-    """A released student checkpoint, wrapped or bare.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A released student checkpoint, bare or under `model_state_dict`, with or without DDP's `module.`.
 
     Raises:
         UserError: not such a file.
     """
-    content = read_plain_pickle(Path(path))
-    wrapped = isinstance(content.get("model_state_dict"), Mapping)
-    state = {
-        str(name): value for name, value in (content["model_state_dict"] if wrapped else content).items()
-    }
-    state = {
-        name.removeprefix("module."): value.float() if value.is_floating_point() else value
+    content = read_plain_pickle(path)
+    wrapped = content.get("model_state_dict")
+    # Bare weights have no mixture; a tensor of that name is none.
+    numbers, state = (content, wrapped) if isinstance(wrapped, Mapping) else ({}, content)
+    named = {
+        str(name).removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
-    missing = [name for name in _HEADS if name not in state]
-    if missing:
+    if missing := [name for name in _HEADS if name not in named]:
         raise UserError(
             f"weights file {path} is no DHO student: it has no {missing[0]}; expected backbone.*, ce_head and kd_head"
         )
-    plain = {
-        name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")
-    }
-    unknown = sorted(state.keys() - set(_HEADS) - {f"backbone.{name}" for name in plain})
-    if unknown:
-        raise UserError(f"weights file {path}: unexpected tensor {unknown[0]}")
-    family = _family(plain, path)
-    return LegacyCheckpoint(
-        family,
-        _torchvision_names(plain, family, path),
-        state["ce_head.weight"],
-        state["ce_head.bias"],
-        state["kd_head.weight"],
-        state["kd_head.bias"],
-        alpha=number_of(content, "alpha", path, 0.5) if wrapped else 0.5,
-        beta=number_of(content, "beta", path, 0.5) if wrapped else 0.5,
-    )
+    heads = {name: named.pop(name) for name in _HEADS}
+    backbone = {name.removeprefix("backbone."): value for name, value in named.items()}
+    alpha, beta = (number_of(numbers, name, path, 0.5) for name in ("alpha", "beta"))
+    return Checkpoint(_family(backbone, path), backbone, heads, alpha, beta)
 
 
-def _family(backbone: Mapping[str, Tensor], path: str | Path) -> str:
+def _family(backbone: Mapping[str, Tensor], path: Path) -> str:
     if "class_embedding" in backbone:
         return "clip"
     if "0.18.0.weight" in backbone:
@@ -151,20 +122,6 @@ def _family(backbone: Mapping[str, Tensor], path: str | Path) -> str:
     )
 
 
-def _torchvision_names(backbone: Mapping[str, Tensor], family: str, path: str | Path) -> dict[str, Tensor]:
-    if family == "clip":
-        return dict(backbone)
-    if family == "mobilenet_v2":
-        return {f"features.{name.removeprefix('0.')}": value for name, value in backbone.items()}
-    named = {}
-    for name, value in backbone.items():
-        child, _, rest = name.partition(".")
-        if child not in _RESNET_CHILDREN:
-            raise UserError(f"weights file {path}: backbone.{name} is no tensor of a {family}")
-        named[f"{_RESNET_CHILDREN[child]}.{rest}"] = value
-    return named
-
-
 def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
     """A released student as an ImageClassifier in eval mode on the CPU; sizes come from the shapes in the file.
 
@@ -174,9 +131,10 @@ def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
         UserError: another number of classes, or weights of another architecture.
     """
     read = read_checkpoint(path)
-    if read.ce_weight.ndim != 2:
-        raise UserError(f"weights file {path}: ce_head.weight has {read.ce_weight.ndim} axes, not 2")
-    classes, width = read.ce_weight.shape
+    weight = read.heads["ce_head.weight"]
+    if weight.ndim != 2:
+        raise UserError(f"weights file {path}: ce_head.weight has {weight.ndim} axes, not 2")
+    classes, width = weight.shape
     if classes != len(class_names):
         raise UserError(
             f"{path} has {classes} classes, the data set {len(class_names)}; name its own data set"
@@ -184,27 +142,16 @@ def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
     if read.family == "clip":
         vision = read.vision_config
         model = {"embed_dim": width, "vision_cfg": vision, "quick_gelu": True, "text_cfg": dict(_NO_TEXT)}
-        backbone_config: dict[str, Any] = {"kind": "clip", "model": model}
-        kd, size = "scaled_linear", vision["image_size"]
-        spec = ImageSpec(size=(size, size), mean=OPENAI_MEAN, std=OPENAI_STD)
+        config = {"kind": "clip", "model": model}
+        spec = ImageSpec(size=(vision["image_size"],) * 2, mean=OPENAI_MEAN, std=OPENAI_STD)
+        backbone = Backbone(build_backbone(config), width, spec, "", config)
     else:
-        backbone_config = {"kind": "torchvision", "name": read.family}
-        kd = "linear"
-        spec = ImageSpec(size=(224, 224), mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bilinear")
-    config = ClassifierConfig(
-        backbone=backbone_config,
-        head={"kind": "dual", "width": width, "classes": classes, "kd": kd},
-        class_names=class_names,
-        image_spec=spec,
-        source=str(path),
-        mix=(read.alpha, read.beta),
-    )
-    module = config.build()
-    state = {f"backbone.{name}": value for name, value in read.backbone.items()}
-    heads = (read.ce_weight, read.ce_bias, read.kd_weight, read.kd_bias)
-    state |= {f"head.{name}": value for name, value in zip(_HEADS, heads, strict=True)}
-    problems = differences(module.state_dict(), state)
-    if problems:
+        backbone = load_backbone(f"torchvision:{read.family}", pretrained=False)
+    load_backbone_weights(backbone, read.backbone, str(path))
+    backbone.source = str(path)
+    head = DualHead(width, classes, kd="scaled_linear" if read.family == "clip" else "linear")
+    if problems := differences(head.state_dict(), read.heads):
         raise UserError(f"weights {path} are of another architecture: {problems}")
-    module.load_state_dict(state)
-    return ClassifierPredictor.of(str(path), module.eval(), config)
+    head.load_state_dict(read.heads)
+    described = ClassifierConfig.of(backbone, head, class_names=class_names, mix=(read.alpha, read.beta))
+    return ClassifierPredictor.of(str(path), Classifier(backbone.module, head).eval(), described)

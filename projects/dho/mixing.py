@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmkd.losses.precision import wide
+
 ALPHAS = tuple(step / 20 for step in range(21))
 """0, 0.05, ..., 1: the weight of the cross-entropy head."""
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
@@ -28,42 +30,37 @@ class Mixture:
     alpha: float
     beta: float
     accuracy: float = 0.0
-    """Share of right answers on the images of the search; 0 when nothing was searched."""
+    """Share of right answers on the validation images; 0 when nothing was validated."""
 
 
 def mix(ce_logits: Tensor, kd_logits: Tensor, alpha: float | Tensor, beta: float) -> Tensor:
     """Mixed probabilities [N, C] of logits [N, C]; alpha is a number or [N, 1]."""
-    return alpha * _softmax(ce_logits) + (1 - alpha) * _softmax(kd_logits, beta)
+    return alpha * wide(ce_logits).softmax(-1) + (1 - alpha) * (wide(kd_logits) / beta).softmax(-1)
 
 
-def entropy_alpha(ce_logits: Tensor, kd_logits: Tensor, beta: float = 1.0) -> Tensor:
+def entropy_alpha(ce_logits: Tensor, kd_logits: Tensor) -> Tensor:
     """alpha [N, 1] for each image from how sure the heads are: e^-H(ce) / (e^-H(ce) + e^-H(kd)), H in nats.
 
     The paper tried it and found no gain over a fixed alpha (docs/papers/dho.md, eq. 14).
     """
-    sureness = torch.stack([-_entropy(_softmax(ce_logits)), -_entropy(_softmax(kd_logits, beta))])
+    probabilities = torch.stack([wide(ce_logits), wide(kd_logits)]).softmax(-1)
+    sureness = torch.special.xlogy(probabilities, probabilities).sum(-1)  # 0 log 0 is 0
     return sureness.softmax(0)[0].unsqueeze(1)
 
 
 @torch.no_grad()
-def search(
-    ce_logits: Tensor,
-    kd_logits: Tensor,
-    labels: Tensor,
-    alphas: Sequence[float] = ALPHAS,
-    betas: Sequence[float] = BETAS,
-) -> Mixture:
+def search(ce_logits: Tensor, kd_logits: Tensor, labels: Tensor) -> Mixture:
     """The mixture with the most right answers on logits [N, C] with labels [N].
 
-    As a loop over betas, inside it over alphas, that keeps strictly better accuracies: of equal ones the first stays,
+    As a loop over BETAS, inside it over ALPHAS, that keeps strictly better accuracies: of equal ones the first stays,
     and without any right answer the start, alpha 0 and beta 1. All pairs are tried in one pass over the images.
     """
-    right = right_counts(ce_logits, kd_logits, labels, alphas, betas).flatten()
+    right = right_counts(ce_logits, kd_logits, labels, ALPHAS, BETAS).flatten()
     best = int(right.max())
     if best == 0:
         return Mixture(0.0, 1.0)
-    first = int((right == best).nonzero()[0])
-    return Mixture(alphas[first % len(alphas)], betas[first // len(alphas)], best / len(labels))
+    beta, alpha = divmod(int((right == best).nonzero()[0]), len(ALPHAS))
+    return Mixture(ALPHAS[alpha], BETAS[beta], best / len(labels))
 
 
 @torch.no_grad()
@@ -71,21 +68,10 @@ def right_counts(
     ce_logits: Tensor, kd_logits: Tensor, labels: Tensor, alphas: Sequence[float], betas: Sequence[float]
 ) -> Tensor:
     """Right answers of every mixture, int64 [T, A] on the CPU."""
-    right = torch.zeros(len(betas), len(alphas), dtype=torch.int64, device=ce_logits.device)
+    right = torch.zeros(len(betas), len(alphas), dtype=torch.int64)
     rows = max(1, _ELEMENTS // (len(alphas) * ce_logits.shape[1]))
     for ce, kd, target in zip(ce_logits.split(rows), kd_logits.split(rows), labels.split(rows), strict=True):
-        first = _softmax(ce)
-        weight = torch.tensor(alphas, dtype=first.dtype, device=first.device).view(-1, 1, 1)
+        weights = wide(ce).new_tensor(alphas).view(-1, 1, 1)
         for index, beta in enumerate(betas):
-            mixed = weight * first + (1 - weight) * _softmax(kd, beta)
-            right[index] += (mixed.argmax(-1) == target).sum(1)
-    return right.cpu()
-
-
-def _softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    return ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).softmax(-1)
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    """Entropy in nats [N]; 0 log 0 is 0."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+            right[index] += (mix(ce, kd, weights, beta).argmax(-1) == target).sum(1).cpu()
+    return right

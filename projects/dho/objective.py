@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmkd.losses.features import l2_loss
 from vlmkd.losses.logits import kl_divergence
+from vlmkd.losses.precision import wide
 
 Method = Literal["dho", "ce", "kd", "ce_kd", "pcgrad", "kd_feature", "ce_kd_feature"]
 Balance = Literal["convex", "sum"]
@@ -30,16 +31,16 @@ USES_FEATURES = ("kd_feature", "ce_kd_feature")
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """L_CE: cross entropy of logits [b, C] with labels int64 [b], mean over rows."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    return F.cross_entropy(wide(logits), labels)
 
 
 def distillation(
     student_logits: Tensor, teacher_logits: Tensor, labelled: int, temperature: float = 2.0
 ) -> Tensor:
-    """L_KD: temperature^2 KL(teacher || student) of the labelled rows plus that of the others; [B, C] both.
+    """L_KD: temperature^2 KL(teacher || student) of the first `labelled` rows plus that of the others; [B, C] both.
 
     Each part is a mean over its own rows, so that the labelled part counts as much as the unlabelled one whatever
-    their sizes. `labelled` is the number of leading labelled rows; a part without rows is left out.
+    their sizes. A part without rows is left out.
     """
     return _per_part(
         lambda rows: kl_divergence(student_logits[rows], teacher_logits[rows], temperature),
@@ -66,11 +67,8 @@ def term_weights(method: Method, ce_share: float, balance: Balance) -> dict[str,
     `convex` is ce_share L_CE + (1 - ce_share) L_KD (paper, and the few-shot scripts with one half); `sum` is L_CE + L_KD
     (the low-shot script). A method with one term gives it weight 1.
     """
-    names = [
-        name
-        for name, methods in (("ce", USES_LABELS), ("kd", USES_LOGITS), ("feature", USES_FEATURES))
-        if method in methods
-    ]
+    terms = {"ce": USES_LABELS, "kd": USES_LOGITS, "feature": USES_FEATURES}
+    names = [name for name, methods in terms.items() if method in methods]
     if len(names) == 1 or balance == "sum":
         return dict.fromkeys(names, 1.0)
     return {name: ce_share if name == "ce" else 1.0 - ce_share for name in names}

@@ -1,41 +1,62 @@
-"""What a trained student is judged by while it trains: both heads and their mixture on the validation images.
+"""What a student is judged by: both heads and their mixture on the validation images, and test sets of fewer classes.
 
 Letters: N images, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from projects.dho.mixing import Mixture, mix, search
+from projects.dho.teacher import Teacher
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, Result, require_protocol
+from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.images import ImageOutputs
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.heads import DualLogits
-from vlmkd.predictors import ImageClassifier
 from vlmkd.results import share
 
 NAME = "heads"
 
 
-@runtime_checkable
-class HeadPredictor(Protocol):
-    """A classifier whose two heads can be asked apart."""
+class HeadClassifier:
+    """An ImageClassifier whose two heads can be asked apart."""
 
-    name: str
-    image_spec: ImageSpec
-    class_names: list[str]
+    def __init__(
+        self,
+        name: str,
+        image_spec: ImageSpec,
+        class_names: list[str],
+        heads: Callable[[Tensor], DualLogits],
+        answer: Callable[[DualLogits], Tensor],
+    ) -> None:
+        """`heads`: images [B, 3, h, w] -> logits [B, C] of both; `answer` makes one of the two."""
+        self.name, self.image_spec, self.class_names = name, image_spec, class_names
+        self.heads, self.answer = heads, answer
 
-    def heads(self, images: Tensor) -> DualLogits:
-        """[B,3,H,W] in the statistics of `image_spec` -> logits [B,C] of both heads, float32."""
-        ...
+    def classify(self, images: Tensor) -> Tensor:
+        """The answer, [B, C]."""
+        return self.answer(self.heads(images))
+
+
+def teacher_classifier(teacher: Teacher, tower: nn.Module, class_names: list[str]) -> HeadClassifier:
+    """A loaded teacher, whose one answer stands for both heads, so that it can be put beside the student."""
+    assert teacher.clip is not None
+
+    @torch.no_grad()
+    def heads(images: Tensor) -> DualLogits:
+        embeds = tower(images, own_statistics=True).image_embeds
+        logits = teacher.logits.to(embeds.device)(embeds)
+        return DualLogits(logits, logits)
+
+    name, spec = f"teacher {teacher.source}", teacher.clip.image_spec
+    return HeadClassifier(name, spec, class_names, heads, lambda logits: logits.ce)
 
 
 class HeadSearch:
@@ -56,28 +77,23 @@ class HeadSearch:
     ) -> None:
         self.dataset, self.items, self.two_heads, self.fixed = dataset, list(items), two_heads, fixed
 
-    def run(self, predictor: Any, context: Context) -> list[Result]:
+    def run(self, predictor: HeadClassifier, context: Context) -> list[Result]:
         """Evaluate on all ranks together."""
-        require_protocol(self.name, predictor, HeadPredictor)
         logits, labels, unreadable = head_logits(predictor, self.items, self.dataset, context)
-        chosen: dict[str, float] = {}
-        if not self.two_heads:
-            metrics = {"top1": _accuracy(logits.ce, labels)}
-        else:
+        answers, chosen = {"top1": logits.ce}, {}
+        if self.two_heads:
             mixture = self.fixed or search(*logits, labels)
-            mixed = mix(*logits, mixture.alpha, mixture.beta)
-            metrics = {
-                "top1": _accuracy(mixed, labels),
-                "ce_top1": _accuracy(logits.ce, labels),
-                "kd_top1": _accuracy(logits.kd, labels),
-            }
             chosen = {"alpha": mixture.alpha, "beta": mixture.beta}
+            answers = {"top1": mix(*logits, **chosen), "ce_top1": logits.ce, "kd_top1": logits.kd}
+        metrics = {
+            name: float((scores.argmax(1) == labels).double().mean()) for name, scores in answers.items()
+        }
         details = {"unreadable": unreadable} if unreadable else {}
         return [Result(self.name, self.dataset, metrics, len(labels), details, chosen, self.meanings)]
 
 
 def head_logits(
-    predictor: HeadPredictor, items: Sequence[Item], title: str, context: Context
+    predictor: HeadClassifier, items: Sequence[Item], title: str, context: Context
 ) -> tuple[DualLogits, Tensor, list[str]]:
     """Logits [N,C] of both heads, labels [N] of the readable items, and the unreadable ones; the same on every rank."""
 
@@ -86,8 +102,7 @@ def head_logits(
 
     stream = ImageOutputs(side_by_side, predictor.image_spec, [item.image for item in items], title, context)
     ids, rows, unreadable = stream.gathered()
-    ce, kd = rows.chunk(2, dim=1)
-    return DualLogits(ce, kd), torch.tensor([item.label for item in items])[ids], unreadable
+    return DualLogits(*rows.chunk(2, dim=1)), torch.tensor([item.label for item in items])[ids], unreadable
 
 
 class Shifted:
@@ -101,44 +116,28 @@ class Shifted:
         self.inner, self.name = inner, inner.name
         self.dataset, self.items = inner.dataset, inner.items
 
-    def run(self, predictor: Any, context: Context) -> list[Result]:
+    def run(self, predictor: HeadClassifier, context: Context) -> list[Result]:
         """Classify the images of all ranks.
 
         Raises:
             UserError: a class that the student does not have.
         """
-        require_protocol(self.name, predictor, ImageClassifier)
-        if list(predictor.class_names) != self.inner.class_names:
-            predictor = _OfClasses(predictor, self.inner.class_names, self.inner.dataset)
+        if predictor.class_names != self.inner.class_names:
+            predictor = self._among_its_classes(predictor)
         return self.inner.run(predictor, context)
 
-
-class _OfClasses:
-    """An ImageClassifier restricted to the classes of these names."""
-
-    def __init__(self, inner: ImageClassifier, class_names: list[str], dataset: str) -> None:
-        self.name, self.image_spec, self.class_names, self._inner = (
-            inner.name,
-            inner.image_spec,
-            class_names,
-            inner,
-        )
-        places: dict[str, list[int]] = {}
-        for index, name in enumerate(inner.class_names):
-            places.setdefault(name, []).append(index)
-        missing = [name for name in class_names if name not in places]
-        if missing:
+    def _among_its_classes(self, predictor: HeadClassifier) -> HeadClassifier:
+        names, wanted = predictor.class_names, self.inner.class_names
+        if missing := [name for name in wanted if name not in names]:
             raise UserError(
-                f"test set {dataset}: {len(missing)} of its classes are not the student's (first: {missing[0]}); "
+                f"test set {self.dataset}: {len(missing)} of its classes are not the student's (first: {missing[0]}); "
                 "name a set with the same classes or some of them"
             )
-        self._first = [places[name][0] for name in class_names]
-        self._last = [places[name][-1] for name in class_names]
+        first = [names.index(name) for name in wanted]
+        last = [len(names) - 1 - names[::-1].index(name) for name in wanted]
 
-    def classify(self, images: Tensor) -> Tensor:
-        logits = self._inner.classify(images)
-        return torch.maximum(logits[:, self._first], logits[:, self._last])
+        def answer(logits: DualLogits) -> Tensor:
+            scores = predictor.answer(logits)
+            return torch.maximum(scores[:, first], scores[:, last])
 
-
-def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return float((scores.argmax(1) == labels).double().mean())
+        return HeadClassifier(predictor.name, predictor.image_spec, wanted, predictor.heads, answer)

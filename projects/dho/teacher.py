@@ -32,7 +32,7 @@ class Teacher:
     dim: int
     """D."""
     digest: str
-    """Of the weights behind the embeddings; empty when unknown (an adapter's file does not say)."""
+    """Of the weights behind the embeddings."""
     clip: ClipModel | None
     """The loaded model; None when its outputs are stored."""
     source: str
@@ -53,24 +53,23 @@ def load_teacher(
             f"teacher {clip.source} has other weights than those whose outputs lie in {outputs} ({stored.source}); "
             "name the same model, or store its outputs"
         )
-    digest = stored.digest if stored is not None else clip.digest if clip is not None else ""
-    source = stored.source if stored is not None else clip.source if clip is not None else ""
+    origin = stored or clip
+    assert origin is not None, "the config names a model or stored outputs"
     vectors = None
     if cfg.adapter:
-        adapter = load_adapter(cfg.adapter, class_names, digest)
-        logits: nn.Module = adapter
-        dim = int(adapter.keys.shape[1])
+        logits: nn.Module = load_adapter(cfg.adapter, class_names, origin.digest)
     else:
         vectors = class_vectors(cfg, clip, class_names, templates)
-        if vectors.teacher_digest != digest:
+        if vectors.teacher_digest != origin.digest:
             raise UserError(
-                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, the image embeddings of {source}: other "
-                "weights; make both with one model"
+                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, the image embeddings of {origin.source}: "
+                "other weights; make both with one model"
             )
-        logits, dim = TextClassifier(vectors.vectors, vectors.logit_scale), vectors.vectors.shape[1]
+        logits = TextClassifier(vectors.vectors, vectors.logit_scale)
+    dim = int((logits.keys if vectors is None else vectors.vectors).shape[1])  # type: ignore[union-attr]
     if stored is not None and stored.dim != dim:
         raise UserError(f"the teacher's classes have width {dim}, its stored image embeddings {stored.dim}")
-    return Teacher(logits, vectors, dim, digest, None if stored is not None else clip, source)
+    return Teacher(logits, vectors, dim, origin.digest, None if stored is not None else clip, origin.source)
 
 
 def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
@@ -79,23 +78,15 @@ def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
 
 
 def class_vectors(
-    cfg: TeacherConfig,
-    clip: ClipModel | None,
-    class_names: list[str],
-    templates: list[str],
+    cfg: TeacherConfig, clip: ClipModel | None, class_names: list[str], templates: list[str]
 ) -> ClassVectors:
     """Class vectors of `cfg`, read or made, with the scale that the config asks for."""
     if cfg.class_vectors:
         vectors = ClassVectors.load(Path(cfg.class_vectors), expect_class_names=class_names)
     else:
         assert clip is not None
-        vectors = encode_classes(
-            ClipPredictor.of(clip),
-            class_names,
-            prompts_of(cfg, templates),
-            cfg.normalise,
-            teacher_digest=clip.digest,
-        )
+        prompts, encoder = prompts_of(cfg, templates), ClipPredictor.of(clip)
+        vectors = encode_classes(encoder, class_names, prompts, cfg.normalise, teacher_digest=clip.digest)
     return replace(vectors, logit_scale=cfg.scale) if cfg.scale else vectors
 
 
@@ -105,12 +96,11 @@ def load_adapter(path: str, class_names: list[str], digest: str) -> tip_adapter.
     Raises:
         UserError: another number of classes; other names, or another model than `digest`, in the facts beside the file.
     """
-    adapter = tip_adapter.load(path)
+    adapter = tip_adapter.load(Path(path))
     classes = adapter.values.shape[1]
     if classes != len(class_names):
         raise UserError(f"Tip-Adapter {path} has {classes} classes, the data set {len(class_names)}")
-    facts = tip_adapter.read_facts(Path(path))
-    if facts:
+    if facts := tip_adapter.read_facts(Path(path)):
         require_same_classes(facts["class_names"], class_names, f"Tip-Adapter {path}")
         if facts["teacher_digest"] != digest:
             raise UserError(

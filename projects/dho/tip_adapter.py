@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from projects.dho.legacy import number_of, read_plain_pickle
 from vlmkd.errors import UserError
 from vlmkd.files import new_file, read_object, write_json
 
-SEARCH_BETAS, SEARCH_ALPHAS = 200, 20
-"""Steps of the search of (beta, alpha)."""
+SCALE = 100.0
+"""Factor of the cosines, for which the file has no place."""
 _ELEMENTS = 1 << 25  # logits held at once by the search
-_FIELDS = ("adapter_weight", "cache_keys", "cache_values", "clip_weights", "best_alpha", "best_beta")
+_MATRICES = ("adapter_weight", "cache_keys", "cache_values", "clip_weights")
+_FIELDS = (*_MATRICES, "best_alpha", "best_beta")
 
 
 class TipAdapter(nn.Module):
@@ -34,21 +36,15 @@ class TipAdapter(nn.Module):
     class_vectors: Tensor
 
     def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        class_vectors: Tensor,
-        *,
-        alpha: float,
-        beta: float = 1.0,
-        scale: float = 100.0,
+        self, keys: Tensor, values: Tensor, class_vectors: Tensor, *, alpha: float, beta: float = 1.0
     ) -> None:
-        """keys [N, D], values [N, C] (one-hot), class_vectors [C, D]."""
+        """keys [N, D], values [N, C] (one-hot labels), class_vectors [C, D]; copied as fp32."""
         super().__init__()
-        self.keys = nn.Parameter(_own(keys))
-        self.register_buffer("values", _own(values))
-        self.register_buffer("class_vectors", _own(class_vectors))
-        self.alpha, self.beta, self.scale = alpha, beta, scale
+        own = [tensor.detach().float().clone().contiguous() for tensor in (keys, values, class_vectors)]
+        self.keys = nn.Parameter(own[0])
+        self.register_buffer("values", own[1])
+        self.register_buffer("class_vectors", own[2])
+        self.alpha, self.beta, self.scale = alpha, beta, SCALE
 
     def forward(self, embeds: Tensor) -> Tensor:
         """Unit vectors [B, D] -> logits [B, C]."""
@@ -63,19 +59,9 @@ class TipAdapter(nn.Module):
         return (-beta * (1 - embeds @ self.keys.T)).exp() @ self.values
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy in fp32, in rows."""
-    return tensor.detach().float().clone(memory_format=torch.contiguous_format)
-
-
 def cache_keys(features: Tensor) -> Tensor:
     """Unit keys [N, D]: the mean of features [V, N, D] over the views, then normalised."""
     return F.normalize(features.float().mean(0), dim=-1)
-
-
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Cache values float32 [N, C] of labels [N]."""
-    return F.one_hot(labels, classes).float()
 
 
 def fit(
@@ -104,41 +90,40 @@ def fit(
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([adapter.keys], lr=lr, eps=eps, weight_decay=weight_decay)
-    steps = epochs * math.ceil(len(labels) / batch_size)
-    step, best = 0, (0, -1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, epochs * math.ceil(len(labels) / batch_size)
+    )
+    best = (0, -1.0)
     kept = adapter.keys.detach().clone()
     for epoch in range(epochs):
         embeds = views[epoch % len(views)].float()
         for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
-            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = F.cross_entropy(adapter(embeds[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step += 1
+            schedule.step()
         score = accuracy(adapter, *validation)
         progress(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f}  validation {score:.4f}")
         if score > best[1]:
             best, kept = (epoch + 1, score), adapter.keys.detach().clone()
-    with torch.no_grad():
-        adapter.keys.copy_(kept)
+    adapter.keys.data = kept
     return best
 
 
 @torch.no_grad()
 def accuracy(adapter: TipAdapter, embeds: Tensor, labels: Tensor) -> float:
     """Share of right answers on unit embeddings [M, D]."""
-    right = sum(
-        int((adapter(part).argmax(1) == target).sum())
-        for part, target in zip(embeds.float().split(1024), labels.split(1024), strict=True)
+    answers = torch.cat([adapter(part).argmax(1) for part in embeds.float().split(1024)])
+    return int((answers == labels).sum()) / len(labels)
+
+
+def search_grid(beta_end: float, alpha_end: float) -> tuple[list[float], list[float]]:
+    """The values of beta and alpha that are tried: from 0.1 in 200 and 20 equal steps, up to but without the end."""
+    betas, alphas = (
+        np.linspace(0.1, end, steps, endpoint=False).tolist()
+        for end, steps in ((beta_end, 200), (alpha_end, 20))
     )
-    return right / len(labels)
-
-
-def search_grid(beta_range: float, alpha_range: float) -> tuple[list[float], list[float]]:
-    """The values of beta and alpha that are tried: from 0.1 in 200 and 20 equal steps, up to but without the range."""
-    betas = [0.1 + i * (beta_range - 0.1) / SEARCH_BETAS for i in range(SEARCH_BETAS)]
-    alphas = [0.1 + j * (alpha_range - 0.1) / SEARCH_ALPHAS for j in range(SEARCH_ALPHAS)]
     return betas, alphas
 
 
@@ -155,8 +140,8 @@ def search(
         for index, beta in enumerate(betas):
             logits = zero_shot + weights * adapter.cache_logits(part, beta)
             right[index] += (logits.argmax(-1) == target).sum(1).cpu()
-    first = int((right.flatten() == right.max()).nonzero()[0])
-    return betas[first // len(alphas)], alphas[first % len(alphas)], int(right.max()) / len(labels)
+    beta, alpha = divmod(int((right.flatten() == right.max()).nonzero()[0]), len(alphas))
+    return betas[beta], alphas[alpha], int(right.max()) / len(labels)
 
 
 # --------------------------------------------------------------------------------------------------- published files
@@ -166,12 +151,7 @@ def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None
     """Write the file that the released code reads: keys, one-hot values, class vectors, alpha and beta.
 
     `facts` (class names, teacher, accuracies; plain data) go into a JSON file of the same name beside it.
-
-    Raises:
-        UserError: a scale other than 100, which that file has no place for.
     """
-    if adapter.scale != 100.0:
-        raise UserError(f"teacher scale {adapter.scale}: a Tip-Adapter file means 100; set teacher.scale=100")
     keys = adapter.keys.detach().cpu()
     content = {
         "adapter_weight": keys.clone(),
@@ -193,33 +173,22 @@ def read_facts(path: Path) -> dict[str, Any]:
     return read_object(file, "Tip-Adapter facts") if file.is_file() else {}
 
 
-def load(path: str | Path) -> TipAdapter:
+def load(path: Path) -> TipAdapter:
     """The teacher in a file of the released layout; keys are the fine-tuned ones (`adapter_weight`).
 
     Raises:
         UserError: no such file, code inside, a field that is missing, or shapes that do not fit each other.
     """
-    content = read_plain_pickle(Path(path))
-    missing = [name for name in _FIELDS if name not in content]
-    if missing:
+    content = read_plain_pickle(path)
+    if missing := [name for name in _FIELDS if name not in content]:
         raise UserError(f"Tip-Adapter file {path} has no {', '.join(missing)}; it needs {', '.join(_FIELDS)}")
-    odd = [
-        name
-        for name in _FIELDS[:4]
-        if not isinstance(content[name], Tensor)
-        or content[name].ndim != 2
-        or not content[name].dtype.is_floating_point
-    ]
-    if odd:
-        raise UserError(f"Tip-Adapter file {path}: {odd[0]} is no matrix of numbers")
+    for name in _MATRICES:
+        value = content[name]
+        if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
+            raise UserError(f"Tip-Adapter file {path}: {name} is no matrix of numbers")
     keys, values, vectors = content["adapter_weight"], content["cache_values"], content["clip_weights"].T
     if len(keys) != len(values) or keys.shape[1] != vectors.shape[1] or values.shape[1] != len(vectors):
-        shapes = ", ".join(f"{name} {list(content[name].shape)}" for name in _FIELDS[:4])
+        shapes = ", ".join(f"{name} {list(content[name].shape)}" for name in _MATRICES)
         raise UserError(f"Tip-Adapter file {path}: shapes do not fit: {shapes}")
-    return TipAdapter(
-        keys,
-        values,
-        vectors,
-        alpha=number_of(content, "best_alpha", path),
-        beta=number_of(content, "best_beta", path),
-    )
+    alpha, beta = (number_of(content, name, path) for name in ("best_alpha", "best_beta"))
+    return TipAdapter(keys, values, vectors, alpha=alpha, beta=beta)

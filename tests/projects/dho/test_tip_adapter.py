@@ -23,7 +23,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def adapter(alpha: float = 1.5, beta: float = 2.5) -> TipAdapter:
     """Eight cached images of four classes."""
-    values = tip_adapter.one_hot(torch.arange(N) % C, C)
+    values = F.one_hot(torch.arange(N) % C, C)
     return TipAdapter(unit(N, D), values, unit(C, D, seed=1), alpha=alpha, beta=beta)
 
 
@@ -88,12 +88,12 @@ def test_fitting_learns_keys_and_keeps_the_best_epoch_on_validation_images() -> 
         centres.repeat(5, 1) + 0.3 * torch.randn(20, D, generator=torch.Generator().manual_seed(2)), dim=-1
     )
     truth = torch.arange(C).repeat(5)
-    tip = TipAdapter(unit(N, D, seed=8), tip_adapter.one_hot(labels, C), torch.zeros(C, D), alpha=3.0)
+    tip = TipAdapter(unit(N, D, seed=8), F.one_hot(labels, C), torch.zeros(C, D), alpha=3.0)
     before = tip_adapter.accuracy(tip, validation, truth)
     epoch, score = tip_adapter.fit(tip, views, labels, (validation, truth), epochs=40, lr=0.05, batch_size=3)
     assert score > before + 0.3 and score == tip_adapter.accuracy(tip, validation, truth)
     assert 1 <= epoch <= 40
-    again = TipAdapter(unit(N, D, seed=8), tip_adapter.one_hot(labels, C), torch.zeros(C, D), alpha=3.0)
+    again = TipAdapter(unit(N, D, seed=8), F.one_hot(labels, C), torch.zeros(C, D), alpha=3.0)
     assert tip_adapter.fit(again, views, labels, (validation, truth), epochs=40, lr=0.05, batch_size=3) == (
         epoch,
         score,
