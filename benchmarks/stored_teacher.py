@@ -52,7 +52,7 @@ from vlmkd import config, distributed
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
-from vlmkd.data.labelled_loader import labelled_views
+from vlmkd.data.samples import view_config
 from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
@@ -127,7 +127,7 @@ def store(
     """One view of each item through the teacher, as embed_labelled.py stores them; says what it took."""
     begin = time.perf_counter()
     embed_items(
-        encoder, items, folder, name=data.set, source=encoder.name, digest=digest, views=labelled_views(data),
+        encoder, items, folder, name=data.set, source=encoder.name, digest=digest, views=view_config(data),
         view_count=1, dtype=getattr(torch, dtype), device=distributed.device(),
     )  # fmt: skip
     return f"{len(items)} images in {time.perf_counter() - begin:.1f} s"

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.config import DataConfig
 from vlmkd.data.decode import BadImageError, decode
-from vlmkd.data.samples import BadSample, checked_size, members, unpack
-from vlmkd.data.shards import RawSample, expand, read_shard
+from vlmkd.data.samples import BadSample, RawSample, checked_size, members, unpack
+from vlmkd.data.shards import expand, read_shard
 from vlmkd.errors import at_least, run_tool
 
 

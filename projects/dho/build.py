@@ -16,7 +16,8 @@ from projects.dho.task import DhoTask
 from projects.dho.teacher import Teacher, load_teacher, prompts_of
 from vlmkd import distributed
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
+from vlmkd.data.loader import Loader, build_labelled_loader
+from vlmkd.data.sources import Stream
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
@@ -109,7 +110,7 @@ def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> N
             head.bias.zero_()
 
 
-def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher | None) -> LabelledLoader:
+def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher | None) -> Loader:
     world_size = distributed.world_size()
     _, accumulation = batch_triple(cfg, world_size)
     streams: dict[str, Stream] = {}

@@ -22,8 +22,7 @@ from projects.dho.labels import choose
 from projects.dho.teacher import class_vectors
 from vlmkd import config, distributed
 from vlmkd.data.labelled import Item
-from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.samples import BadSample
+from vlmkd.data.samples import BadSample, view_config
 from vlmkd.data.teacher_outputs import OutputsInfo, prepare
 from vlmkd.data.transforms import normalise
 from vlmkd.errors import UserError, run_tool
@@ -106,7 +105,7 @@ def embed_views(
     """Un-normalised features [V, N, D] of `count` views of every item, fp32 on the CPU."""
     info = OutputsInfo(
         source=clip.source, digest=clip.digest, logit_scale=100.0, dim=int(clip.config["embed_dim"]), crops=count,
-        seed=seed, image_spec=clip.image_spec, views=labelled_views(cfg.data), set_name=cfg.data.set, dtype="float32",
+        seed=seed, image_spec=clip.image_spec, views=view_config(cfg.data), set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
     rows: list[Tensor] = []
     pixels: list[Tensor] = []

@@ -26,7 +26,8 @@ from vlmkd import distributed
 from vlmkd.class_names import prompt_name, read_templates
 from vlmkd.config import LabelledDataConfig, require
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
-from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
+from vlmkd.data.loader import Loader, build_labelled_loader
+from vlmkd.data.sources import Stream
 from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError
@@ -251,7 +252,7 @@ def _loader(
     spec: ImageSpec,
     teacher_spec: ImageSpec | None = None,
     teacher_digest: str | None = None,
-) -> LabelledLoader:
+) -> Loader:
     world_size = distributed.world_size()
     _, accumulation = batch_triple(cfg, world_size)
     return build_labelled_loader(

@@ -19,7 +19,7 @@ from projects.promptkd.config import BankConfig
 from projects.promptkd.teacher import load_teacher
 from vlmkd import config
 from vlmkd.allocator import keep_freed_memory
-from vlmkd.data.labelled_loader import labelled_views
+from vlmkd.data.samples import view_config
 from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.errors import UserError, run_tool
@@ -50,7 +50,7 @@ def build_bank(cfg: BankConfig) -> None:
         name=cfg.data.set,
         source=teacher.source,
         digest=teacher.digest,
-        views=labelled_views(cfg.data),
+        views=view_config(cfg.data),
         view_count=cfg.image_views,
         seed=cfg.seed,
         batch_size=cfg.batch_size,

@@ -29,8 +29,7 @@ from projects.vl2v_adip.ledger import Ledger, Query, Terms, report, sha256, text
 from vlmkd import config
 from vlmkd.config import Count, LabelledDataConfig, Positive, Seed, require
 from vlmkd.data.labelled import Item
-from vlmkd.data.labelled_loader import labelled_views
-from vlmkd.data.samples import BadSample
+from vlmkd.data.samples import BadSample, view_config
 from vlmkd.data.teacher_outputs import (
     CLEAN,
     OutputsInfo,
@@ -111,7 +110,7 @@ def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Coun
     info = OutputsInfo(
         source=ledger.name, digest=ledger.digest, logit_scale=ledger.logit_scale, dim=ledger.dim,
         crops=cfg.views or 1, seed=cfg.seed, image_spec=spec,
-        views=labelled_views(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
+        views=view_config(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
     workers, max_pixels = cfg.data.workers, cfg.data.max_pixels
     todo = missing_items(items, Path(cfg.out))

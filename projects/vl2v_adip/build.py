@@ -21,7 +21,8 @@ from projects.vl2v_adip.task import Vl2vTask
 from vlmkd import distributed
 from vlmkd.config import require
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.data.labelled_loader import LabelledLoader, Stream, build_labelled_loader
+from vlmkd.data.loader import Loader, build_labelled_loader
+from vlmkd.data.sources import Stream
 from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError
@@ -231,7 +232,7 @@ def fill(student: Student, weights: dict[str, Tensor], origin: str) -> None:
     student.load_state_dict(weights)
 
 
-def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | None) -> LabelledLoader:
+def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | None) -> Loader:
     sources = fold.sources
     require(
         cfg.batch_size % len(sources) == 0,

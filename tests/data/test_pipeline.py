@@ -12,10 +12,8 @@ import torch
 from PIL import Image
 
 from vlmkd.config import DataConfig
-from vlmkd.data.batch import check_batch
-from vlmkd.data.pipeline import Pipeline, Sample
-from vlmkd.data.samples import REASONS, BadSample, unpack, view_config
-from vlmkd.data.shards import RawSample
+from vlmkd.data.pipelines import ImageTextPipeline, Sample
+from vlmkd.data.samples import REASONS, BadSample, RawSample, unpack, view_config
 from vlmkd.data.transforms import ViewConfig, normalise, render
 from vlmkd.image_spec import ImageSpec
 
@@ -32,12 +30,26 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"x"))
 
 
-def process(pipeline: Pipeline, members: dict[str, bytes], seed: int = 0, **fields) -> Sample | BadSample:
-    return pipeline.process(RawSample("shard", "key", members, **fields), 0, random.Random(seed))
+def make(cfg: DataConfig, spec: ImageSpec, tokenizer, teachers=()) -> ImageTextPipeline:
+    """The pipeline of a config; `teachers` as input and tokenizer."""
+    return ImageTextPipeline(
+        spec, view_config(cfg), tokenizer, image_keys=cfg.image_keys, text_key=cfg.text_key, max_pixels=cfg.max_pixels,
+        teacher_specs=[spec for spec, _ in teachers], teacher_tokenizers=[own for _, own in teachers],
+    )  # fmt: skip
+
+
+def process(
+    pipeline: ImageTextPipeline, members: dict[str, bytes], seed: int = 0, **fields
+) -> Sample | BadSample:
+    return pipeline.process(RawSample("shard", "key", members, seed=f"{seed}", **fields))
+
+
+def collate(pipeline: ImageTextPipeline, samples: list[Sample]) -> dict:
+    return pipeline.collate(samples) | {"positions": {"worker": 0, "raw": len(samples)}}
 
 
 def test_each_defect_has_its_reason(spec, tokenizer, encoded_image):
-    pipeline = Pipeline(CFG, spec, tokenizer)
+    pipeline = make(CFG, spec, tokenizer)
     good = encoded_image(1)
     cases = [
         ({"txt": b"a"}, "missing_image"),
@@ -67,7 +79,7 @@ def test_oversized_images_are_never_decoded(spec, tokenizer, monkeypatch):
     from vlmkd.data import samples
 
     monkeypatch.setattr(samples, "decode", lambda *a, **k: pytest.fail("decoded"))
-    bad = process(Pipeline(CFG, spec, tokenizer), {"png": huge_png(10_000, 8_000), "txt": b"a"})
+    bad = process(make(CFG, spec, tokenizer), {"png": huge_png(10_000, 8_000), "txt": b"a"})
     assert bad == BadSample("oversized_image", "shard/key", "10000x8000 is more than data.max_pixels=1200")
 
 
@@ -85,16 +97,16 @@ def test_teacher_sees_the_same_view_in_its_own_size_and_statistics(spec, tokeniz
     def teacher_tokenizer(texts: list[str]) -> torch.Tensor:
         return torch.full((len(texts), 3), 7)
 
-    pipeline = Pipeline(
+    pipeline = make(
         cfg, spec, tokenizer, [(teacher, teacher_tokenizer), (None, None), (same_view, tokenizer)]
     )
     pixels = torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, "PNG")
     samples = [process(pipeline, {"png": file.getvalue(), "txt": b"abc"}, seed) for seed in range(6)]
-    batch = pipeline.collate(samples)
-    check_batch(batch, spec, 6)
-    views = [view_config(cfg).draw(70, 50, random.Random(seed)) for seed in range(6)]
+    batch = collate(pipeline, samples)
+    pipeline.check(batch, 6)
+    views = [view_config(cfg).draw(70, 50, random.Random(f"{seed}")) for seed in range(6)]
     assert len({view.box for view in views}) == 6 and {view.flip for view in views} == {True, False}
     student = normalise([render(pixels, view, spec) for view in views], spec)
     torch.testing.assert_close(batch["images"], student, rtol=0, atol=0)
@@ -110,9 +122,9 @@ def test_teacher_sees_the_same_view_in_its_own_size_and_statistics(spec, tokeniz
 
 
 def test_no_teacher_keys_without_teachers(spec, tokenizer, encoded_image):
-    pipeline = Pipeline(CFG, spec, tokenizer)
+    pipeline = make(CFG, spec, tokenizer)
     batch = pipeline.collate([process(pipeline, {"jpg": encoded_image(1), "txt": b"a"})])
-    assert set(batch) == {"images", "tokens", "texts", "keys", "positions", "skipped"}
+    assert set(batch) == {"images", "tokens", "texts", "keys"}
     assert batch["keys"] == ["shard/key"]
 
 
@@ -121,15 +133,15 @@ def test_transparency_lies_on_the_students_fill(tokenizer):
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(file, "PNG")
     white = ImageSpec(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1), fill=(255, 255, 255))
     teacher = ImageSpec(size=(10, 10), mean=(0, 0, 0), std=(1, 1, 1), fill=(0, 0, 0))
-    pipeline = Pipeline(CFG, white, tokenizer, [(teacher, None)])
+    pipeline = make(CFG, white, tokenizer, [(teacher, None)])
     batch = pipeline.collate([process(pipeline, {"png": file.getvalue(), "txt": b"a"})])
     assert batch["images"].min() == 1 and batch["teacher_images"][0].min() == 1
 
 
 def test_check_batch_names_what_is_wrong(spec, tokenizer, encoded_image):
-    pipeline = Pipeline(CFG, spec, tokenizer)
-    batch = pipeline.collate([process(pipeline, {"jpg": encoded_image(1), "txt": b"a"})])
-    check_batch(batch, spec, 1)
+    pipeline = make(CFG, spec, tokenizer)
+    batch = collate(pipeline, [process(pipeline, {"jpg": encoded_image(1), "txt": b"a"})])
+    pipeline.check(batch, 1)
     for change, message in [
         ({"images": batch["images"].half()}, "images"),
         ({"images": batch["images"] * float("nan")}, "not finite"),
@@ -139,9 +151,9 @@ def test_check_batch_names_what_is_wrong(spec, tokenizer, encoded_image):
         ({"imagse": 1}, r"unknown \['imagse'\]"),
     ]:
         with pytest.raises(AssertionError, match=message):
-            check_batch({**batch, **change}, spec, 1)
+            pipeline.check({**batch, **change}, 1)
     with pytest.raises(AssertionError, match="images"):
-        check_batch(batch, spec, 2)
+        pipeline.check(batch, 2)
 
 
 def test_view_config_takes_the_configs_fields():

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vlmkd.config import LabelledDataConfig
 from vlmkd.data.decode import decode
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
-from vlmkd.data.labelled_loader import LabelledLoader, Stream
+from vlmkd.data.loader import build_labelled_loader
+from vlmkd.data.sources import Stream
 from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
 from vlmkd.data.transforms import ViewConfig, normalise, render
 from vlmkd.errors import UserError
@@ -88,10 +90,18 @@ def test_loader_processes_and_batches_do_not_change_the_files(items, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def batches(stored, items, spec, number, **options):
-    settings = {"views": VIEWS, "seed": 1, "rank": 0, "world_size": 1, "workers": 0, **options}
-    source = LabelledLoader({"a": Stream(items, 7)}, image_spec=spec, teacher_embeds=stored, **settings)
-    return list(itertools.islice(iter(source), number))
+def loader(stored, items, spec, **fields):
+    """The loader of a run whose views are VIEWS."""
+    cfg = LabelledDataConfig(
+        crop_scale=list(VIEWS.crop_scale), flip=VIEWS.flip, color_jitter=VIEWS.color_jitter, hue=VIEWS.hue,
+        grayscale=VIEWS.grayscale, teacher_outputs=str(stored.folder), teacher_view=stored.teacher_view,
+        **{"workers": 0, **fields},
+    )  # fmt: skip
+    return build_labelled_loader(cfg, {"a": Stream(items, 7)}, seed=1, rank=0, world_size=1, image_spec=spec)
+
+
+def batches(stored, items, spec, number, **fields):
+    return list(itertools.islice(iter(loader(stored, items, spec, **fields)), number))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -179,8 +189,9 @@ def test_runs_that_the_outputs_do_not_fit_are_refused(items, tmp_path, spec):
         stored.check(VIEWS, (1, 2, 3), items=items[:6])
     with pytest.raises(UserError, match="have no cache.json; write one with data_tools/embed_teacher.py"):
         TeacherOutputs(tmp_path / "nowhere")
-    source = batches(stored, items, spec, 2, max_bad_share=0.5)
-    assert source[0]["skipped"] == {"missing_teacher_embedding": 1}
+    source = loader(stored, items, spec, max_bad_share=0.5)
+    next(iter(source))
+    assert source.skipped == {"missing_teacher_embedding": 1}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

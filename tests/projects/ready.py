@@ -1,12 +1,12 @@
 """A project as the next papers need it: chats of text beside chats with an image, a frozen bf16 tower, two rates, tokens.
 
-Run by test_ready.py, and written as a project is: a config, a loader, a task, an evaluator and what builds them.
+Run by test_ready.py, and written as a project is: a config, a pipeline, a task, an evaluator and what builds them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from vlmkd import distributed
 from vlmkd.config import RunConfig
+from vlmkd.data.loader import Loader
+from vlmkd.data.samples import RawSample
+from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
@@ -37,44 +40,60 @@ class ReadyConfig(RunConfig):
     """Decay of a moving average; 0: off."""
 
 
-def chat(number: int) -> dict[str, Any]:
-    """Chat `number`: 2 to 9 tokens, and every other one with an image."""
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(WORDS, (2 + 3 * number % 8,), generator=generator)
-    image = {"image": {"pixels": torch.randn(3, 2, 2, generator=generator)}} if number % 2 else {}
-    return {"tokens": tokens, **image}
+@dataclass(frozen=True)
+class Chat:
+    """Item `number`: 2 to 9 words, and every other one with an image."""
+
+    number: int
+
+    @property
+    def key(self) -> str:
+        return f"chat {self.number}"
+
+    def members(self) -> dict[str, bytes]:
+        rng = random.Random(self.number)
+        words = bytes(rng.randrange(WORDS) for _ in range(2 + 3 * self.number % 8))
+        return {"words": words} | ({"pixels": rng.randbytes(12)} if self.number % 2 else {})
 
 
-class Chats:
-    """Endless micro-batches of chats: every chat once an epoch, whatever ranks and micro-batches share them."""
+class ChatPipeline:
+    """Chats stay a list: no two need be of one length, and a text has no image."""
 
-    samples_per_epoch = CHATS
+    def process(self, raw: RawSample) -> dict[str, Any]:
+        """The tokens of a chat, and its image where it has one."""
+        image = {}
+        if "pixels" in raw.members:
+            pixels = torch.tensor(list(raw.members["pixels"])).view(3, 2, 2) / 128 - 1
+            image = {"image": {"pixels": pixels}}
+        return {"key": raw.name, "tokens": torch.tensor(list(raw.members["words"])), **image}
 
-    def __init__(self, cfg: ReadyConfig) -> None:
-        self._micro, _ = batch_triple(cfg, distributed.world_size())
-        self._delivered = 0
-        self.skipped: dict[str, int] = {}
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """Nested, as the samples are."""
+        return {"keys": [one["key"] for one in samples], "chats": samples}
 
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            first = (self._delivered * distributed.world_size() + distributed.rank()) * self._micro
-            self._delivered += 1
-            numbers = [number % CHATS for number in range(first, first + self._micro)]
-            yield {
-                "keys": [f"chat {number}" for number in numbers],
-                "chats": [chat(number) for number in numbers],
-            }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"delivered": self._delivered}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._delivered = state["delivered"]
+    def check(self, batch: Batch, size: int) -> None:
+        """As many as were asked for."""
+        assert len(batch["chats"]) == size
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "chats"}
+        """Nothing beside the items."""
+        return {}
 
-    def check_bad_share(self) -> None: ...
+
+def chat(number: int) -> dict[str, Any]:
+    """Chat `number`, ready to be collated."""
+    one = Chat(number)
+    return ChatPipeline().process(RawSample("", one.key, one.members()))
+
+
+def build_chats(cfg: ReadyConfig) -> Loader:
+    """Every chat once an epoch, whatever ranks and micro-batches share them."""
+    _, accumulation = batch_triple(cfg, distributed.world_size())
+    source = ItemSource(
+        {"chats": Stream([Chat(number) for number in range(CHATS)], cfg.batch_size)}, seed=cfg.seed,
+        rank=distributed.rank(), world_size=distributed.world_size(), accumulation=accumulation,
+    )  # fmt: skip
+    return Loader(source, ChatPipeline(), workers=0)
 
 
 class Student(nn.Module):
@@ -158,7 +177,7 @@ class Perplexity:
 
 def build(cfg: ReadyConfig) -> Job:
     """The job of a run."""
-    loader = Chats(cfg)
+    loader = build_chats(cfg)
     cfg = in_steps(cfg, loader.samples_per_epoch // cfg.batch_size)
     return Job(cfg, ReadyTask(cfg), loader, [Perplexity()])
 

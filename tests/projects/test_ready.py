@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ FIELDS = [
 ]  # fmt: skip
 
 
+def chats_of(step: int) -> list[dict[str, Any]]:
+    """The chats of a step of the first epoch."""
+    order = list(range(CHATS))
+    random.Random("0/chats/order/0").shuffle(order)
+    return [chat(number) for number in order[step * BATCH : (step + 1) * BATCH]]
+
+
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
     """The weights after an epoch in plain torch: each step on the mean over all next tokens of its four chats."""
@@ -29,7 +37,7 @@ def expected() -> dict[str, torch.Tensor]:
     student = Student()
     for step in range(STEPS):
         student.zero_grad()
-        loss_of(student, [chat(step * BATCH + row) for row in range(BATCH)]).backward()
+        loss_of(student, chats_of(step)).backward()
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 if parameter.grad is not None:
@@ -64,9 +72,9 @@ def test_a_step_is_the_mean_over_its_tokens_however_it_is_shared(
     steps = [line for line in lines if line["kind"] == "train"]
     assert len(steps) == STEPS == CHATS // BATCH
     torch.manual_seed(0)
-    first = loss_of(Student(), [chat(row) for row in range(BATCH)]).item()
-    assert steps[0]["loss"] == pytest.approx(first, rel=1e-5)
-    tokens = sum(len(chat(row)["tokens"]) - 1 for row in range(BATCH))
+    first = loss_of(Student(), chats_of(0)).item()
+    assert steps[0]["loss"] == pytest.approx(first, rel=1e-4 if more else 1e-5)
+    tokens = sum(len(one["tokens"]) - 1 for one in chats_of(0))
     assert steps[0]["tokens_per_s"] / steps[0]["samples_per_s"] == pytest.approx(tokens / BATCH, rel=0.2)
     looks = [line["held-out chats/perplexity"] for line in lines if line["kind"] == "eval"]
     assert len(looks) == 2 and looks[0] != looks[1]

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
-from vlmkd.data.labelled_loader import LabelledLoader, Stream
+from vlmkd.data.loader import Loader
+from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.classify import Classification
@@ -89,11 +91,9 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     return found
 
 
-def loader(items: list[Item], stored: TeacherOutputs | None = None) -> LabelledLoader:
-    return LabelledLoader(
-        {"all": Stream(items, 3)}, views=CLEAN, seed=0, rank=0, world_size=1, image_spec=SPEC, workers=0,
-        teacher_embeds=stored,
-    )  # fmt: skip
+def loader(items: list[Item], stored: TeacherOutputs | None = None) -> Loader:
+    source = ItemSource({"all": Stream(items, 3)}, seed=0, rank=0, world_size=1)
+    return Loader(source, ImageLabelPipeline(SPEC, CLEAN, stored=[[stored]] if stored else []), workers=0)
 
 
 def look(caplog: pytest.LogCaptureFixture, *arguments: Any) -> list[str]:

@@ -1,9 +1,4 @@
-"""Labelled image sets: the one interface of few-shot sets, ImageNet and its variants, domain sets and `emoji`.
-
-A set is a finite list of images with labels. What differs between data sets is how the list is read from disk
-(`few_shot_sets`, `imagenet_sets`, `domain_sets`, `emoji`); splits, shots, domains and class subsets are plain
-operations on lists.
-"""
+"""Labelled image sets: a finite list of images with labels, whatever it was read from (`vlmkd.datasets`)."""
 
 from __future__ import annotations
 
@@ -11,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from vlmkd.data.images import ImageRef
+from vlmkd.errors import UserError
 
 UNLABELLED = -1
 """Label of an image whose class is not given to the method."""
@@ -31,6 +27,27 @@ class Item:
     def unlabelled(self) -> Item:
         """The same image without its label."""
         return replace(self, label=UNLABELLED)
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            UserError: the file is missing or cannot be read.
+        """
+        try:
+            return self.image.read()
+        except OSError as error:
+            raise self.unreadable(error) from None
+
+    def members(self) -> dict[str, bytes]:
+        """The image as a raw sample has it."""
+        return {"image": self.read()}
+
+    def unreadable(self, error: OSError) -> UserError:
+        """What is said when the file cannot be read."""
+        return UserError(
+            f"image {self.image} of {self.key} cannot be read ({error.strerror}); mend the data set's folder"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""From raw samples to pixels: what makes a sample complete, and its views; shared by loader, teacher cache and tools."""
+"""Raw samples, what makes one complete, and its views; shared by the loader, the teacher store and the tools."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from vlmkd.config import DataConfig
+from vlmkd.config import DataConfig, LabelledDataConfig
 from vlmkd.data.decode import BadImageError, decode, image_size
-from vlmkd.data.shards import RawSample
 from vlmkd.data.transforms import View, ViewConfig, reduction_for, render
 from vlmkd.image_spec import ImageSpec
 
@@ -23,6 +23,35 @@ REASONS = (
     "undecodable_image",
     "missing_teacher_embedding",
 )
+"""Why an image with its caption or label may be dropped; nothing is dropped without a reason."""
+
+
+@dataclass(slots=True)
+class RawSample:
+    """One undecoded sample, or one thing that went wrong in its place."""
+
+    shard: str
+    """Short name of its shard; empty for items that have none."""
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    reason: str = ""
+    """Empty, or why this is no sample: `broken_tar`, `duplicate_key`."""
+    detail: str = ""
+    position: tuple[int, int, int] = (0, 0, 0)
+    """Epoch, ordinal of the shard in the worker's share of it, and index in the shard."""
+    source: int = 0
+    """Index of the source or stream that it was drawn from."""
+    seed: str = ""
+    """Seed of all that is random about its view."""
+    turn: int | None = None
+    """Number of its view, where the source decides on that; None: drawn by `seed`."""
+    item: Any = None
+    """What an indexed source knows of it beside its bytes."""
+
+    @property
+    def name(self) -> str:
+        """`shard/key`, as in a batch's `keys`."""
+        return "/".join(part for part in (self.shard, self.key) if part)
 
 
 @dataclass(frozen=True)
@@ -43,10 +72,11 @@ class Encoded:
     text: str
 
 
-def view_config(cfg: DataConfig) -> ViewConfig:
+def view_config(cfg: DataConfig | LabelledDataConfig) -> ViewConfig:
     """The distribution of training views that `cfg` asks for."""
-    scale, ratio = (cfg.crop_scale[0], cfg.crop_scale[1]), (cfg.crop_ratio[0], cfg.crop_ratio[1])
-    return ViewConfig(scale, ratio, cfg.flip, cfg.color_jitter)
+    (low, high), (narrow, wide) = cfg.crop_scale, cfg.crop_ratio
+    colours = (cfg.hue, cfg.grayscale) if isinstance(cfg, LabelledDataConfig) else ()
+    return ViewConfig((low, high), (narrow, wide), cfg.flip, cfg.color_jitter, *colours)
 
 
 def members(cfg: DataConfig) -> frozenset[str]:
@@ -55,14 +85,17 @@ def members(cfg: DataConfig) -> frozenset[str]:
 
 
 def unpack(raw: RawSample, image_keys: Sequence[str], text_key: str) -> Encoded | BadSample:
-    """Image bytes and caption of a raw sample, or why it has none; a caption of white space only is missing."""
+    """Image bytes and caption of a raw sample, or why it has none; a caption of white space only is missing.
+
+    With an empty `text_key` no caption is asked for.
+    """
     if raw.reason:
         return BadSample(raw.reason, raw.name, raw.detail)
     image = next((raw.members[key] for key in image_keys if key in raw.members), None)
     if image is None:
         return BadSample("missing_image", raw.name, f"has none of {', '.join(image_keys)}")
     text = raw.members.get(text_key, b"").decode("utf-8", errors="replace").strip()
-    if not text:
+    if text_key and not text:
         return BadSample("missing_caption", raw.name, f"has no text in {text_key}")
     return Encoded(raw.name, image, text)
 

@@ -28,11 +28,11 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from vlmkd import distributed
+from vlmkd.data.samples import RawSample
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
 
@@ -299,24 +299,6 @@ def _write(file: BinaryIO, block: bytes, folder: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- samples of a shard
-
-
-@dataclass(slots=True)
-class RawSample:
-    """One undecoded sample, or one thing that went wrong in its place."""
-
-    shard: str
-    key: str
-    members: dict[str, bytes] = field(default_factory=dict)
-    reason: str = ""
-    """Empty, or why this is no sample: `broken_tar`, `duplicate_key`."""
-    detail: str = ""
-    position: tuple[int, int, int] = (0, 0, 0)
-
-    @property
-    def name(self) -> str:
-        """`shard/key`, as in a batch's `keys`."""
-        return f"{self.shard}/{self.key}" if self.key else self.shard
 
 
 class _StrictTarInfo(tarfile.TarInfo):

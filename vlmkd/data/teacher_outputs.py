@@ -634,7 +634,7 @@ class _Items(Dataset[Any]):
     def __getitem__(self, index: int) -> Prepared | BadSample | UserError:
         key = self._items[index].key
         try:
-            return _views(key, key, read_item(self._items[index]), self._info, self._max_pixels)
+            return _views(key, key, self._items[index].read(), self._info, self._max_pixels)
         except UserError as error:
             return error  # raised by the process that asked
 
@@ -655,20 +655,6 @@ def _views(
 def view_rng(seed: int | str, key: str, number: int) -> random.Random:
     """The generator from which view `number` of the image `key` is drawn."""
     return random.Random(f"{seed}/{key}/{number}")
-
-
-def read_item(item: Item) -> bytes:
-    """The encoded image.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
-    try:
-        return item.image.read()
-    except OSError as error:
-        raise UserError(
-            f"image {item.image} of {item.key} cannot be read ({error.strerror}); mend the data set's folder"
-        ) from None
 
 
 def _unchanged(value: Any) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vlmkd import distributed
 from vlmkd.data.labelled import UNLABELLED, Item
-from vlmkd.data.labelled_loader import LabelledLoader
 from vlmkd.data.loader import Loader
+from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.sources import ItemSource
 from vlmkd.evaluation.base import Context, Evaluator, OfItems
 from vlmkd.evaluation.classify import Classification
 from vlmkd.predictors import ImageClassifier
@@ -62,10 +63,11 @@ def hardly_knows(right: int, count: int, classes: int) -> bool:
 
 def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | None:
     """Vectors [N, D] and labels [N] of the validation images in a run's stored outputs, else of training images."""
-    if not isinstance(loader, LabelledLoader) or loader.stored is None:
+    source, pipeline = loader.source, loader.pipeline
+    if not (isinstance(source, ItemSource) and isinstance(pipeline, ImageLabelPipeline) and pipeline.stored):
         return None
-    stored = loader.stored
-    held = [item for item in items if item.key in stored] or loader.labelled()
+    (stored,) = pipeline.stored[0]
+    held = [item for item in items if item.key in stored] or source.labelled()
     entries = [(stored.get(item.key), item.label) for item in _spread(held) if item.key in stored]
     rows = [(entry.image_embeds[0].float(), label) for entry, label in entries if entry is not None]
     rows = [(row, label) for row, label in rows if row.any()]  # a masked answer is stored as zeros

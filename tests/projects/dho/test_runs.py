@@ -20,7 +20,7 @@ from tests.projects.dho.tiny_runs import CLASSES, Runs
 from tests.projects.zygote import Zygote
 from vlmkd.config import LabelledDataConfig
 from vlmkd.config import load as load_config
-from vlmkd.data.labelled_loader import labelled_views
+from vlmkd.data.samples import view_config
 from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
@@ -212,7 +212,7 @@ def test_stored_outputs_train_like_the_teacher_beside_the_student(runs: Runs) ->
     data = LabelledDataConfig(**runs.values()["data"])
     embed_items(
         encoder, dataset.splits["train"], runs.folder / "outputs", name="images", source=clip.source,
-        digest=clip.digest, views=labelled_views(data), view_count=2, dtype=torch.float32,
+        digest=clip.digest, views=view_config(data), view_count=2, dtype=torch.float32,
     )  # fmt: skip
     vectors = encode_classes(encoder, dataset.class_names, dataset.templates, teacher_digest=clip.digest)
     vectors.save(runs.folder / "classes.safetensors")

@@ -15,7 +15,9 @@ from PIL import Image
 from projects.vl2v_adip import ask
 from projects.vl2v_adip.black_box import NotServed
 from vlmkd.data.decode import decode
-from vlmkd.data.labelled_loader import LabelledLoader, Stream
+from vlmkd.data.loader import Loader
+from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.data.transforms import ViewConfig, render
 from vlmkd.datasets.labelled_sets import load_set
@@ -171,10 +173,9 @@ def test_drawn_views_are_sent_as_pictures_and_masked_ones_are_marked(
             expected = F.normalize(torch.tensor([*pixels.mean(dim=(0, 1)).tolist(), 1.0]), dim=0)
             torch.testing.assert_close(embed, expected, rtol=0, atol=1e-5)
     assert masked == 1
-    loader = LabelledLoader(
-        {"a": Stream(items, 6)}, views=ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.5), seed=1, rank=0, world_size=1,
-        image_spec=spec, teacher_embeds=stored, workers=0,
-    )  # fmt: skip
+    source = ItemSource({"a": Stream(items, 6)}, seed=1, rank=0, world_size=1, view_count=stored.view_count)
+    views = ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.5)
+    loader = Loader(source, ImageLabelPipeline(spec, views, stored=[[stored]]), workers=0)
     valid = [bool(one) for batch in itertools.islice(iter(loader), 2) for one in batch["teacher_valid"][0]]
     assert valid.count(False) == 1 and len(valid) == 12
 

@@ -1,0 +1,232 @@
+"""From raw samples to batches: what a sample is, how it is made, collated and checked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkd.data.batch import ImageLabel, ImageText, check_batch
+from vlmkd.data.decode import BadImageError
+from vlmkd.data.samples import BadSample, Encoded, RawSample, checked_size, unpack, views_of
+from vlmkd.data.teacher_outputs import Stored, TeacherOutputs
+from vlmkd.data.transforms import View, ViewConfig, normalise
+from vlmkd.errors import UserError
+from vlmkd.image_spec import ImageSpec
+
+S = TypeVar("S")
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class Pipeline(Protocol[S]):
+    """Holds no state that a resumed run needs; sent to loader processes."""
+
+    def process(self, raw: RawSample) -> S | BadSample:
+        """A sample ready to be collated, or why it is dropped."""
+        ...
+
+    def collate(self, samples: list[S]) -> dict[str, Any]:
+        """One batch, with the `keys` of its samples; the loader adds `positions`."""
+        ...
+
+    def check(self, batch: dict[str, Any], size: int) -> None:
+        """Called with the first batch of a run; an AssertionError is a defect of the pipeline."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it brings into a run beside the source's data, for data.json."""
+        ...
+
+
+@dataclass(slots=True)
+class Sample:
+    """An image that is ready to be collated."""
+
+    raw: RawSample
+    text: str
+    pixels: Tensor
+    """uint8 [h,w,3] at the student's input size."""
+    teacher_pixels: list[Tensor]
+    """uint8 [h',w',3] for each teacher that the student's pixels do not serve."""
+    stored: list[dict[str, Tensor]] = field(default_factory=list)
+    """What each stored teacher said of the view: rows by column."""
+
+
+class _Images:
+    """One view of an image for the student and its teachers, or one that is stored with what they said of it."""
+
+    def __init__(
+        self,
+        image_spec: ImageSpec,
+        views: ViewConfig,
+        *,
+        teacher_specs: Sequence[ImageSpec | None] = (),
+        stored: Sequence[Sequence[TeacherOutputs]] = (),
+        image_keys: Sequence[str] = ("image",),
+        text_key: str = "",
+        max_pixels: int = 89_478_485,
+    ) -> None:
+        """`teacher_specs`: inputs of the teachers that run beside the student; None: the student's.
+
+        `stored`: for each source, the outputs of the teachers that do not run.
+        """
+        self.spec, self._views, self._teachers = image_spec, views, list(teacher_specs)
+        self.stored, self._image_keys, self._text_key = stored, list(image_keys), text_key
+        self._max_pixels = max_pixels
+        self._serves = [spec is None or serves(image_spec, spec) for spec in self._teachers]
+        pairs = zip(self._teachers, self._serves, strict=True)
+        self._own = [spec for spec, served in pairs if spec is not None and not served]
+
+    def process(self, raw: RawSample) -> Sample | BadSample:
+        """The sample's view, or why it was dropped.
+
+        Raises:
+            UserError: teacher outputs that were written for other bytes under this key.
+        """
+        encoded = unpack(raw, self._image_keys, self._text_key)
+        if isinstance(encoded, BadSample):
+            return encoded
+        entries = []
+        for outputs in self.stored[raw.source] if self.stored else ():
+            entry = outputs.get_checked(raw.key, encoded.image, encoded.text, raw.shard)
+            if entry is None:
+                return BadSample("missing_teacher_embedding", raw.name, f"is not in {outputs.folder}")
+            entries.append(entry)
+        rng = random.Random(raw.seed)
+        try:
+            size = checked_size(encoded.image, self._max_pixels)
+            view, pick = None, 0
+            if entries and self.stored[raw.source][0].replays:
+                view, pick = _replayed(encoded, entries, raw.turn, rng)
+            view = view or self._views.draw(*size, rng)
+            pixels, *own = views_of(encoded.image, size, [view], [self.spec, *self._own])[0]
+        except BadImageError as error:
+            return BadSample(error.reason, raw.name, str(error))
+        said = [
+            {name: rows[pick] if name == "image_embeds" else rows for name, rows in entry.columns.items()}
+            for entry in entries
+        ]
+        raw.members = {}  # frees the bytes
+        return Sample(raw, encoded.text, pixels, own, said)
+
+    def _collate(self, samples: list[Sample]) -> dict[str, Any]:
+        """What all image batches have."""
+        batch: dict[str, Any] = {
+            "images": normalise([sample.pixels for sample in samples], self.spec),
+            "keys": [sample.raw.name for sample in samples],
+        }
+        if samples[0].stored:
+            batch["teacher_image_embeds"] = self._said(samples, "image_embeds")
+        if self._teachers:
+            own = iter(
+                normalise([sample.teacher_pixels[number] for sample in samples], spec)
+                for number, spec in enumerate(self._own)
+            )
+            batch["teacher_images"] = [None if served else next(own) for served in self._serves]
+        return batch
+
+    @staticmethod
+    def _said(samples: list[Sample], column: str) -> list[Tensor]:
+        """float32 [B,D] unit vectors for each stored teacher; stored half-precision ones are off by up to 5e-4."""
+        teachers = zip(*(sample.stored for sample in samples), strict=True)
+        return [
+            F.normalize(torch.stack([rows[column] for rows in teacher]).float(), dim=-1)
+            for teacher in teachers
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Pipeline`."""
+        return {}
+
+
+def _replayed(
+    encoded: Encoded, entries: Sequence[Stored], turn: int | None, rng: random.Random
+) -> tuple[View, int]:
+    """One of the stored views, and its number: `turn`, or one drawn from `rng`."""
+    pick = rng.randrange(len(entries[0].views)) if turn is None else turn
+    view = entries[0].views[pick]
+    if any(entry.views[pick] != view for entry in entries):
+        raise UserError(
+            f"data.sources: the teacher caches hold different crops of {encoded.name}; write them with the same "
+            f"--seed, --crops and crop options"
+        )
+    return view, pick
+
+
+class ImageTextPipeline(_Images):
+    """Images with captions. `teacher_tokenizers`: one a teacher, None where the student's tokens serve."""
+
+    def __init__(
+        self,
+        image_spec: ImageSpec,
+        views: ViewConfig,
+        tokenizer: Tokenizer,
+        *,
+        teacher_tokenizers: Sequence[Tokenizer | None] = (),
+        **images: Any,
+    ) -> None:
+        super().__init__(image_spec, views, **images)
+        self._tokenizer, self._teacher_tokenizers = tokenizer, teacher_tokenizers
+
+    def collate(self, samples: list[Sample]) -> dict[str, Any]:
+        """An `ImageText` batch."""
+        texts = [sample.text for sample in samples]
+        batch = self._collate(samples) | {"tokens": self._tokenizer(texts), "texts": texts}
+        if samples[0].stored:
+            batch["teacher_text_embeds"] = self._said(samples, "text_embeds")
+        if self._teachers:
+            batch["teacher_tokens"] = [
+                None if own is None else own(texts) for own in self._teacher_tokenizers
+            ]
+        return batch
+
+    def check(self, batch: dict[str, Any], size: int) -> None:
+        """See `Pipeline`."""
+        check_batch(ImageText, batch, self.spec, size)
+
+
+class ImageLabelPipeline(_Images):
+    """Images of a labelled set."""
+
+    def collate(self, samples: list[Sample]) -> dict[str, Any]:
+        """An `ImageLabel` batch."""
+        batch = self._collate(samples)
+        for name, numbers in (
+            ("labels", [sample.raw.item.label for sample in samples]),
+            ("domains", [sample.raw.item.domain for sample in samples]),
+            ("stream_ids", [sample.raw.source for sample in samples]),
+        ):
+            batch[name] = torch.tensor(numbers, dtype=torch.int64)
+        if samples[0].stored:  # a masked answer is stored as zeros
+            batch["teacher_valid"] = [embeds.any(dim=1) for embeds in batch["teacher_image_embeds"]]
+        return batch
+
+    def check(self, batch: dict[str, Any], size: int) -> None:
+        """See `Pipeline`."""
+        check_batch(ImageLabel, batch, self.spec, size)
+        assert (batch["labels"] >= -1).all(), "batch['labels'] holds a label below UNLABELLED"
+
+    def describe(self) -> dict[str, Any]:
+        """See `Pipeline`."""
+        if not self.stored:
+            return {"teacher_outputs": None}
+        (stored,) = self.stored[0]
+        return {
+            "teacher_outputs": {
+                "folder": str(stored.folder),
+                "teacher": stored.info.source,
+                "digest": stored.info.digest,
+                "view": stored.teacher_view,
+                "views": stored.view_count,
+            }
+        }
+
+
+def serves(student: ImageSpec, teacher: ImageSpec) -> bool:
+    """Whether the student's view only needs other statistics to be the teacher's."""
+    return student.size == teacher.size and student.interpolation == teacher.interpolation
