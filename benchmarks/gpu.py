@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
                     f"| {f'{rate / peak:.0%}' if peak else '-'} | {found['memory']:.0f} |",
                     flush=True,
                 )
-    engine.stop_ranks()
+    distributed.leave()
 
 
 if __name__ == "__main__":

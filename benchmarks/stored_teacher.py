@@ -367,7 +367,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    engine.stop_ranks()
+    distributed.leave()
     return 0 if equal else 1
 
 

@@ -136,7 +136,7 @@ def main() -> None:
     live_time, stored_time, floor_time = medians.values()
     over = 1000 * (stored_time - floor_time)
     print(f"\nratio {live_time / stored_time:.2f}; over the bare loop {over:+.0f} ms a step")
-    engine.stop_ranks()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch.distributed import distributed_c10d
 
 from vlmkd.errors import UserError
 
-_MISTAKE, _HEARD = "vlmkd/mistake", "vlmkd/heard"
-_PATIENCE_S = 5.0
+_MISTAKE, _HEARD, _ARRIVED, _LEFT = "vlmkd/mistake", "vlmkd/heard", "vlmkd/arrived", "vlmkd/left"
+_PATIENCE_S, _LONGEST_S = 5.0, 1800.0
 
 
 def rank() -> int:
@@ -174,6 +174,31 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave(*, together: bool = True) -> None:
+    """Leave the process group; `together`: once all ranks have come here, and rank 0, which may hold the store, last.
+
+    The ranks are counted in the store: who has left a collective of gloo's may close what another still reads.
+
+    Raises:
+        RuntimeError: another rank left over a mistake, or did not come.
+    """
+    if not dist.is_initialized():
+        return
+    store, own, ranks = distributed_c10d._get_default_store(), rank(), world_size()
+    if together and ranks > 1:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        store.add(_ARRIVED, 1)
+        if not _counted(store, _ARRIVED, ranks, _LONGEST_S):
+            raise RuntimeError(f"rank {own} waited for the others in vain")
+    dist.destroy_process_group()
+    if together and ranks > 1:
+        with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
+            store.add(_LEFT, 1)
+            if own == 0:
+                _counted(store, _LEFT, ranks, _PATIENCE_S)
+
+
 def tell_mistake() -> None:
     """Before this rank leaves over a mistake of the user's that it has told: spare the others a traceback about it."""
     if world_size() == 1:
@@ -182,9 +207,8 @@ def tell_mistake() -> None:
     with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
         store.set(_MISTAKE, "")
         dist.destroy_process_group()  # the others' collectives fail now, not when they time out
-        end = time.monotonic() + _PATIENCE_S
-        while own == 0 and store.add(_HEARD, 0) < others and time.monotonic() < end:
-            time.sleep(0.05)  # this process keeps the store
+        if own == 0:
+            _counted(store, _HEARD, others, _PATIENCE_S)  # this process keeps the store
 
 
 def mistake_told() -> bool:
@@ -198,6 +222,17 @@ def mistake_told() -> bool:
     except RuntimeError:  # the store has gone with rank 0
         return False
     return bool(told)
+
+
+def _counted(store: dist.Store, key: str, ranks: int, seconds: float) -> bool:
+    """Wait until so many ranks have counted themselves in; False when the time is over or a mistake was told first."""
+    end = time.monotonic() + seconds
+    while True:
+        time.sleep(0.05)  # at least once: threads that still drop a finished collective get the processor
+        if store.add(key, 0) >= ranks:
+            return True
+        if time.monotonic() > end or (key == _ARRIVED and store.check([_MISTAKE])):
+            return False
 
 
 def total(value: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def main(state_dir: Path, stage: int, precision: str, optimiser: str) -> None:
             "weights": {name: value.tolist() for name, value in straight.items()},
         }
         print("RESULT " + json.dumps(result), flush=True)
-    engine.stop_ranks()
+    distributed.leave()
 
 
 if __name__ == "__main__":

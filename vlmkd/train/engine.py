@@ -366,14 +366,6 @@ def start_ranks() -> None:
     )
 
 
-def stop_ranks(*, together: bool = True) -> None:
-    """Leave the process group; `together`, after waiting for all: who leaves first breaks what another still sends."""
-    if torch.distributed.is_initialized():
-        if together:
-            distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def _check_json(config: dict[str, Any]) -> None:
     """Refuse entries of the user's that DeepSpeed's own reading refuses.
 

@@ -37,7 +37,7 @@ from vlmkd.page.gallery import GALLERY, MISTAKES, write_gallery, write_mistakes
 from vlmkd.page.report import DETAILS, MODELS, build_report
 from vlmkd.results import STUDENT, details_of
 from vlmkd.train import lookup, trainer
-from vlmkd.train.engine import Engine, batch_triple, check_machine, deepspeed_json, start_ranks, stop_ranks
+from vlmkd.train.engine import Engine, batch_triple, check_machine, deepspeed_json, start_ranks
 from vlmkd.train.metrics import Metrics, start_console
 from vlmkd.train.selection import Weights, completed, using
 from vlmkd.train.teacher_check import look_at_teachers
@@ -84,7 +84,7 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
             return
         with _run_folder(cfg):
             _run(cfg, build, generated)
-        stop_ranks()
+        distributed.leave()
     except UserError as error:
         _exit_with(str(error))
     except OSError as error:
@@ -100,10 +100,10 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
         sys.exit(2)  # another rank has said it, and left; what broke here was the connection to it
     except Stopped as stopped:
         print(stopped, flush=True)
-        stop_ranks()
+        distributed.leave()
         sys.exit(128 + 15)
     finally:
-        stop_ranks(together=False)
+        distributed.leave(together=False)
 
 
 def _exit_with(mistake: str) -> NoReturn:

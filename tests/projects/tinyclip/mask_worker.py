@@ -10,7 +10,7 @@ import torch
 from projects.tinyclip.build import mask_job
 from projects.tinyclip.config import MaskConfig
 from projects.tinyclip.masked import MaskedCLIP
-from vlmkd import config
+from vlmkd import config, distributed
 from vlmkd.train import engine
 from vlmkd.train.trainer import to_device
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         rounded.load_state_dict(job.task._encoder_weights(weights))
         assert not all(map(torch.equal, seen, masks_of(rounded))), "rounding would not matter here"
         print("MASKS AGREE", flush=True)
-    engine.stop_ranks()
+    distributed.leave()
 
 
 if __name__ == "__main__":
