@@ -283,7 +283,7 @@ def test_embed_teacher_wraps_a_loaded_clip(make_shards, tmp_path, spec, tokenize
     info = json.loads((tmp_path / "cache" / "cache.json").read_text())["info"]
     assert info["source"] == "tiny@tag" and info["digest"] == "f" * 64 and info["views"]["flip"] == 0.5
     assert info["logit_scale"] == pytest.approx(float(torch.tensor(3.0).exp())) and info["crops"] == 2
-    stored = TeacherOutputs(tmp_path / "cache").get("0002", "001").text_embeds
+    stored = TeacherOutputs(tmp_path / "cache").get("0002", "001").columns["text_embeds"]
     expected = F.normalize(module.encode_text(tokenizer(["picture 1 2"])), dim=-1)[0]
     torch.testing.assert_close(stored.float(), expected.detach(), rtol=0, atol=1e-3)
     with pytest.raises(UserError, match="--crops and --batch-size must be at least 1"):

@@ -97,7 +97,7 @@ def test_a_model_embeds_the_training_split_with_the_given_views(main, tmp_path, 
     stored.check(
         ViewConfig((0.5, 0.9), (0.75, 4 / 3), 0.25, 0.3, 0.1, 0.2), (0, 0, 0), items=train, digest="f" * 64
     )
-    assert len(stored) == 6 and stored.view_count == 2 and stored.info.seed == 4
+    assert len(stored) == 6 and stored.info.crops == 2 and stored.info.seed == 4
     assert stored.info.source == "tiny@tag" and stored.info.dtype == "float16"
     assert stored.info.logit_scale == pytest.approx(float(torch.tensor(3.0).exp()))
 

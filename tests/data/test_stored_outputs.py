@@ -73,7 +73,10 @@ def test_what_is_stored_is_the_teachers_answer_to_the_seeded_views(items, tmp_pa
         pixels = normalise([render(decode(image), view, TEACHER_SPEC) for view in views], TEACHER_SPEC)
         expected = teacher.encode_image(pixels)
         torch.testing.assert_close(
-            entry.image_embeds, expected.to(dtype), rtol=0, atol=1e-3 if dtype == torch.float16 else 1e-6
+            entry.columns["image_embeds"],
+            expected.to(dtype),
+            rtol=0,
+            atol=1e-3 if dtype == torch.float16 else 1e-6,
         )
     assert any(view.grey for item in items for view in stored.get(item.key).views)
     assert any(view.hue for item in items for view in stored.get(item.key).views)
@@ -115,7 +118,7 @@ def test_the_loader_shows_the_stored_view_beside_its_embedding(items, tmp_path, 
             entry = stored.get(key)
             pixels = render(decode(by_key[key].image.read()), entry.views[number % 3], spec)
             assert torch.equal(batch["images"][row], normalise([pixels], spec)[0])
-            expected = F.normalize(entry.image_embeds[number % 3].float(), dim=-1)
+            expected = F.normalize(entry.columns["image_embeds"][number % 3].float(), dim=-1)
             torch.testing.assert_close(batch["teacher_image_embeds"][0][row], expected)
     two = batches(stored, items, spec, 3, view_count=2)
     shown = [dict(zip(batch["keys"], batch["images"], strict=True)) for batch in two]
@@ -154,7 +157,9 @@ def test_an_interrupted_call_goes_on_and_a_longer_list_adds(items, tmp_path):
     embed(items, tmp_path / "whole")
     resumed, whole = TeacherOutputs(tmp_path / "out"), TeacherOutputs(tmp_path / "whole")
     for item in items:
-        assert torch.equal(resumed.get(item.key).image_embeds, whole.get(item.key).image_embeds)
+        assert torch.equal(
+            resumed.get(item.key).columns["image_embeds"], whole.get(item.key).columns["image_embeds"]
+        )
     assert not list((tmp_path / "out").glob("*.partial"))
 
 

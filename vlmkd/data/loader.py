@@ -294,7 +294,7 @@ def build_labelled_loader(
             views, image_spec.fill, items=items, digest=teacher_digest, max_missing_share=cfg.max_bad_share
         )
         if stored.replays:
-            held = stored.view_count
+            held = stored.info.crops
             told = f"is {view_count}, but {stored.folder} holds {held} views an image"
             require(view_count <= held, "data.view_count", told)
             view_count = view_count or held

@@ -222,7 +222,7 @@ class ImageLabelPipeline(_Images):
                 "teacher": stored.info.source,
                 "digest": stored.info.digest,
                 "view": stored.teacher_view,
-                "views": stored.view_count,
+                "views": stored.info.crops,
             }
         }
 

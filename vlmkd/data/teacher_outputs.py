@@ -10,22 +10,21 @@ samples lie in parts (one a shard, or some thousand items of a set): safetensors
 
 Of a labelled set only image embeddings are stored: logits follow from them and the class vectors, and stay valid when the
 class list, the temperature or the prompt changes. Views are drawn from (seed of the folder, name of the sample, number of
-the view), so one folder serves every subset, split and run seed.
-
-The idea of storing several augmentations with their parameters is MobileCLIP's dataset reinforcement.
+the view), so one folder serves every subset, split and run seed. The idea of storing several augmentations with their
+parameters is MobileCLIP's dataset reinforcement.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 import json
 import random
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +42,6 @@ from vlmkd.data.samples import BadSample, checked_size, members, sample_digest, 
 from vlmkd.data.shards import read_shard, shard_name
 from vlmkd.data.transforms import View, ViewConfig, normalise
 from vlmkd.errors import UserError
-from vlmkd.files import new_folder, read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.predictors import DualEncoder, ImageEncoder
 
@@ -53,8 +51,14 @@ CLEAN = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 
 _OPEN_SHARDS = 4  # a shuffle block rarely spans more shards than this
 _TOOLS = "data_tools/embed_teacher.py (shards) or data_tools/embed_labelled.py (a labelled set)"
-_VIEWS = ("boxes", "flips", "jitter", "hues", "greys")
-_OWN = ("keys", "digests", *_VIEWS)
+_VIEWS = {
+    "boxes": ("box", torch.int32, (4,)),
+    "flips": ("flip", torch.uint8, ()),
+    "jitter": ("jitter", torch.float32, (3,)),
+    "hues": ("hue", torch.float32, ()),
+    "greys": ("grey", torch.uint8, ()),
+}
+"""Tensor -> the field of a `View`, type, and shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +96,7 @@ class Stored:
     digest: bytes
     views: list[View]
     columns: dict[str, Tensor]
-    """Rows of the named columns."""
-
-    @property
-    def image_embeds(self) -> Tensor:
-        """[K,D]; a zero row is a view that a black box gave no usable answer to."""
-        return self.columns["image_embeds"]
-
-    @property
-    def text_embeds(self) -> Tensor:
-        """[D]."""
-        return self.columns["text_embeds"]
+    """Rows by name; a zero row of `image_embeds` is a view that a black box gave no usable answer to."""
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -129,14 +123,12 @@ class TeacherOutputs:
                 f"write another folder with data_tools/embed_labelled.py --clean, or set data.teacher_view=same"
             )
         self._parts: dict[str, _Part] = {}
-        self._part_of: dict[str, str] = {}
         if self.info.set_name:
             self._parts = {path.stem: _Part(path) for path in _part_paths(self.folder)}
-            self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
+        self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process maps the files for itself.
-        return TeacherOutputs, (self.folder, self.teacher_view)
+        return TeacherOutputs, (self.folder, self.teacher_view)  # another process maps the files for itself
 
     def __len__(self) -> int:
         """Images of a labelled set whose outputs are stored."""
@@ -149,11 +141,6 @@ class TeacherOutputs:
     def replays(self) -> bool:
         """Whether the student sees the stored views."""
         return self.teacher_view == "same"
-
-    @property
-    def view_count(self) -> int:
-        """Stored views per image, K."""
-        return self.info.crops
 
     def check(
         self,
@@ -174,26 +161,25 @@ class TeacherOutputs:
             items: the run's labelled images; those without stored outputs may be `max_missing_share` of them.
             digest: sha256 of the teacher that the run's config names; None when it names none.
         """
-        differences = []
+        info, differences = self.info, []
         keys = [item.key for item in items]
-        if bool(self.info.set_name) != bool(keys):
-            differences.append(f"it is of {self.info.set_name or 'shards'}")
+        if bool(info.set_name) != bool(keys):
+            differences.append(f"it is of {info.set_name or 'shards'}")
         if self.replays:
             differences += [
                 f"data.{name} is {_plain(getattr(views, name))} but the views were drawn with {_plain(value)}"
-                for name, value in vars(self.info.views).items()
+                for name, value in vars(info.views).items()
                 if getattr(views, name) != value
             ]
-            if fill != self.info.image_spec.fill:
+            if fill != info.image_spec.fill:
                 differences.append(
-                    f"the student lays transparent images on {fill}, the teacher on {self.info.image_spec.fill}"
+                    f"the student lays transparent images on {fill}, the teacher on {info.image_spec.fill}"
                 )
-        if digest is not None and digest != self.info.digest:
+        if digest is not None and digest != info.digest:
             differences.append(
-                f"the run's teacher has digest {digest[:12]}..., the outputs are of {self.info.source} "
-                f"with {self.info.digest[:12]}..."
+                f"the run's teacher has digest {digest[:12]}..., the outputs are of {info.source} with {info.digest[:12]}..."
             )
-        missing = [url for url in shards if not part_path(self.folder, shard_name(url)).is_file()]
+        missing = [url for url in shards if not _part_path(self.folder, shard_name(url)).is_file()]
         if missing:
             differences.append(f"{len(missing)} of {len(shards)} shards are not in it (first: {missing[0]})")
         absent = [key for key in keys if key not in self]
@@ -213,7 +199,7 @@ class TeacherOutputs:
         if name not in self._parts:
             if len(self._parts) >= _OPEN_SHARDS:
                 del self._parts[next(iter(self._parts))]
-            self._parts[name] = _Part(part_path(self.folder, name))
+            self._parts[name] = _Part(_part_path(self.folder, name))
         return self._parts[name].get(key)
 
     def get_checked(self, key: str, image: bytes, text: str = "", shard: str = "") -> Stored | None:
@@ -224,10 +210,9 @@ class TeacherOutputs:
         """
         entry = self.get(key, shard)
         if entry is not None and entry.digest != sample_digest(image, text):
-            name = f"{shard}/{key}" if shard else key
             raise UserError(
-                f"{self.folder} was written for another image or caption than {name} has now; run {_TOOLS} into a new "
-                f"folder"
+                f"{self.folder} was written for another image or caption than {f'{shard}/' if shard else ''}{key} has "
+                f"now; run {_TOOLS} into a new folder"
             )
         return entry
 
@@ -238,32 +223,30 @@ class _Part:
     def __init__(self, path: Path) -> None:
         try:
             file = safe_open(path, framework="pt")
-            names = list(file.keys())
-            self.rows = {key: row for row, key in enumerate(_unpack_keys(file.get_tensor("keys")))}
-            self._digests = file.get_tensor("digests")
-            self._views = {name: file.get_tensor(name) for name in _VIEWS if name in names}
-            self._columns = {name: file.get_tensor(name) for name in names if name not in _OWN}
-        except (OSError, SafetensorError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            text = bytes(tensors.pop("keys").numpy()).decode("utf-8")
+            self._digests = tensors.pop("digests")
+        except (OSError, SafetensorError, KeyError, UnicodeDecodeError) as error:
             raise UserError(
                 f"teacher outputs {path} cannot be read ({error}); delete the file and embed again"
             ) from None
+        self.rows = {key: row for row, key in enumerate([] if text == "\n" else text.split("\n"))}
+        self._views = {name: tensors.pop(name) for name in _VIEWS if name in tensors}
+        self._columns = tensors
 
     def get(self, key: str) -> Stored | None:
         row = self.rows.get(key)
         if row is None:
             return None
-        views = {name: values[row].tolist() for name, values in self._views.items()}
-        count = len(views["flips"])
-        hues, greys = views.get("hues", [0.0] * count), views.get("greys", [0] * count)
-        given = zip(views["boxes"], views["flips"], views["jitter"], hues, greys, strict=True)
-        return Stored(
-            bytes(self._digests[row].tolist()),
-            [
-                View(tuple(box), bool(flip), tuple(jitter), hue, bool(grey))
-                for box, flip, jitter, hue, grey in given
-            ],
-            {name: values[row] for name, values in self._columns.items()},
-        )
+        parts = {name: values[row].tolist() for name, values in self._views.items()}
+        count = len(parts["flips"])
+        parts = {"hues": [0.0] * count, "greys": [0] * count} | parts
+        views = [
+            View(tuple(box), bool(flip), tuple(jitter), hue, bool(grey))
+            for box, flip, jitter, hue, grey in zip(*(parts[name] for name in _VIEWS), strict=True)
+        ]
+        columns = {name: values[row] for name, values in self._columns.items()}
+        return Stored(bytes(self._digests[row].tolist()), views, columns)
 
 
 def read_info(folder: Path) -> OutputsInfo:
@@ -275,34 +258,30 @@ def read_info(folder: Path) -> OutputsInfo:
     path, mend = folder / "cache.json", f"write one with {_TOOLS}"
     if not path.is_file():
         raise UserError(f"teacher outputs {folder} have no cache.json; {mend}")
-    data = read_object(path, "teacher outputs", mend)
+    data = files.read_object(path, "teacher outputs", mend)
     try:
         info = data["info"]
         if info["version"] != VERSION:
             raise UserError(
                 f"teacher outputs {folder} have version {info['version']}, this code reads {VERSION}; {mend}"
             )
-        parts: list[dict[str, Any]] = [
-            {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
-            for part in (info["image_spec"], info["views"])
-        ]
-        return OutputsInfo(**{**info, "image_spec": ImageSpec(**parts[0]), "views": ViewConfig(**parts[1])})
+        spec, views = ImageSpec(**_tupled(info["image_spec"])), ViewConfig(**_tupled(info["views"]))
+        return OutputsInfo(**{**info, "image_spec": spec, "views": views})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from None
 
 
-def part_path(folder: Path, name: str) -> Path:
-    """The file of a part."""
+def _tupled(part: dict[str, Any]) -> dict[str, Any]:
+    """Lists as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+
+
+def _part_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
 def _part_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def _unpack_keys(packed: Tensor) -> list[str]:
-    text = bytes(packed.numpy()).decode("utf-8")
-    return [] if text == "\n" else text.split("\n")
 
 
 def _plain(value: Any) -> Any:
@@ -374,11 +353,11 @@ def embed_shards(
     def embed(batch: list[Prepared]) -> dict[str, Tensor]:
         return images(batch) | {"text_embeds": encoder.encode_text([one.text for one in batch]).cpu()}
 
-    start_folder(folder, info)
+    _start_folder(folder, info)
     todo = [
         (name, f"shard {number}/{len(shards)} {name}", _of_shard(url, info, data))
         for number, (name, url) in enumerate(zip(names, shards, strict=True), 1)
-        if not part_path(folder, name).is_file()
+        if not _part_path(folder, name).is_file()
     ]
     return _write(embed, todo, folder, info, max(batch_size // crops, 1), progress)
 
@@ -402,12 +381,10 @@ def embed_items(
     device: torch.device | str = "cpu",
     progress: Progress = _silent,
 ) -> Counter[str]:
-    """Embed `view_count` views of every item of a labelled set into `folder`, by `write_parts`.
+    """Embed `view_count` views of every item of the labelled set `name` into `folder`, by `write_parts`.
 
     Args:
-        name: the data set, which a folder has one of.
-        source: the teacher as its user named it.
-        digest: sha256 over the teacher's weights.
+        source, digest: the teacher as its user named it, and sha256 over its weights.
         views: distribution of the views; CLEAN with `view_count` 1 stores the whole picture.
         dtype: float16, or float32 to store the vectors as they are.
     """
@@ -437,10 +414,8 @@ def write_parts(
     """Fill `folder` with what `embed` says of at most `per_call` items at a time, a file per `part_size` items.
 
     Items that the folder holds already are not embedded again, so the same call continues an interrupted one and
-    another list adds to it. Images that cannot be used are left out and counted by reason in the result.
-
-    Args:
-        workers: processes that read and decode.
+    another list adds to it. Images that cannot be used are left out and counted by reason in the result. `workers`
+    processes read and decode.
 
     Raises:
         UserError: `folder` holds outputs of other settings, two items have one key, or an image file is missing.
@@ -449,7 +424,7 @@ def write_parts(
     if twice:
         raise UserError(f"{info.set_name}: {len(twice)} keys name two images (first: {twice[0]})")
     folder = Path(folder)
-    start_folder(folder, info)
+    _start_folder(folder, info)
     todo = missing_items(items, folder)
     stem = re.sub(r"[^\w.-]+", "_", info.set_name)
     first = max((int(path.stem.rpartition("-")[2]) for path in _part_paths(folder)), default=-1) + 1
@@ -467,15 +442,15 @@ def missing_items(items: Sequence[Item], folder: Path) -> list[Item]:
     return [item for item in items if item.key not in done]
 
 
-def start_folder(folder: Path, info: OutputsInfo) -> None:
+def _start_folder(folder: Path, info: OutputsInfo) -> None:
     """Write cache.json, or check that the one there says the same."""
-    new_folder(folder, "--out")
+    files.new_folder(folder, "--out")
     if not (folder / "cache.json").exists():
         if any(folder.glob("*.safetensors")):
             raise UserError(f"--out {folder} has safetensors files but no cache.json; name an empty folder")
         _write_info(folder, info)
         return
-    old, new = dataclasses.asdict(read_info(folder)), dataclasses.asdict(info)
+    old, new = asdict(read_info(folder)), asdict(info)
     differing = [
         f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
     ]
@@ -489,7 +464,7 @@ def _write_info(folder: Path, info: OutputsInfo) -> None:
     for path in _part_paths(folder):
         with safe_open(path, framework="pt") as file:
             parts[path.stem] = json.loads(file.metadata()["part"])
-    files.write_json(folder / "cache.json", {"info": dataclasses.asdict(info), "parts": parts}, "--out")
+    files.write_json(folder / "cache.json", {"info": asdict(info), "parts": parts}, "--out")
 
 
 def _write(
@@ -505,61 +480,49 @@ def _write(
     started, done = time.monotonic(), 0
     for number, (name, told, samples) in enumerate(parts, 1):
         kept: list[Prepared] = []
-        waiting: list[Prepared] = []
         answers: list[dict[str, Tensor]] = []
-        for sample in samples:
-            if isinstance(sample, BadSample):
-                skipped[sample.reason] += 1
-                continue
-            waiting.append(sample)
-            if len(waiting) == per_call:
-                answers.append(embed(waiting))
-                kept += _without_pixels(waiting)
-                waiting.clear()
-        if waiting:
-            answers.append(embed(waiting))
-            kept += _without_pixels(waiting)
+        good = _without_bad(samples, skipped)
+        while batch := list(itertools.islice(good, per_call)):
+            answers.append(embed(batch))
+            # What is kept until the part is written: of the file its digest, of the pixels nothing.
+            kept += [replace(one, image=sample_digest(one.image, one.text), pixels=[]) for one in batch]
         if kept or not info.set_name:
-            _save(part_path(folder, name), kept, answers, info)
+            _save(_part_path(folder, name), kept, answers, info)
         done += len(kept)
         elapsed = max(time.monotonic() - started, 1e-3)
-        eta = elapsed / number * (len(parts) - number)
         progress(
             f"{told}: {len(kept)} samples, {done / elapsed:.1f} samples/s, {sum(skipped.values())} skipped, "
-            f"ETA {eta / 60:.1f} min"
+            f"ETA {elapsed / number * (len(parts) - number) / 60:.1f} min"
         )
     _write_info(folder, info)
     return skipped
 
 
-def _without_pixels(samples: list[Prepared]) -> list[Prepared]:
-    """What is kept of samples until their part is written."""
-    return [dataclasses.replace(one, image=sample_digest(one.image, one.text), pixels=[]) for one in samples]
+def _without_bad(samples: Iterable[Prepared | BadSample], skipped: Counter[str]) -> Iterator[Prepared]:
+    """The good ones; the others are counted in `skipped`."""
+    for sample in samples:
+        if isinstance(sample, BadSample):
+            skipped[sample.reason] += 1
+        else:
+            yield sample
 
 
 def _save(path: Path, kept: list[Prepared], answers: list[dict[str, Tensor]], info: OutputsInfo) -> None:
     """One file; `image` of what was kept is its digest already."""
-    number, crops = len(kept), info.crops
     views, digests = [view for one in kept for view in one.views], [one.image for one in kept]
     names = answers[0] if answers else {}
     keys = "\n".join(one.key for one in kept).encode("utf-8") or b"\n"
-
-    def of_views(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.tensor([getattr(view, name) for view in views], dtype=dtype).view(number, crops, *shape)
-
-    tensors = {
-        name: torch.cat([answer[name] for answer in answers]).to(getattr(torch, info.dtype)) for name in names
-    } | {
-        "boxes": of_views("box", torch.int32, 4),
-        "flips": of_views("flip", torch.uint8),
-        "jitter": of_views("jitter", torch.float32, 3),
-        "digests": torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).view(number, 32),
-        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8),
-    }
-    if info.views.hue or info.views.grayscale:
-        tensors |= {"hues": of_views("hue", torch.float32), "greys": of_views("grey", torch.uint8)}
+    dtype = getattr(torch, info.dtype)
+    tensors = {name: torch.cat([answer[name] for answer in answers]).to(dtype) for name in names}
+    for name, (attribute, kind, shape) in _VIEWS.items():
+        if name in ("hues", "greys") and not (info.views.hue or info.views.grayscale):
+            continue
+        values = torch.tensor([getattr(view, attribute) for view in views], dtype=kind)
+        tensors[name] = values.view(len(kept), info.crops, *shape)
+    tensors["digests"] = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).view(-1, 32)
+    tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8)
     # One metadata entry: safetensors writes several in no fixed order, and the same outputs should be the same bytes.
-    summary = {"samples": number, "digest": hashlib.sha256(b"".join(digests)).hexdigest()}
+    summary = {"samples": len(kept), "digest": hashlib.sha256(b"".join(digests)).hexdigest()}
     with files.new_file(path, "--out") as partial:
         try:
             save_file(tensors, partial, metadata={"part": json.dumps(summary)})
@@ -575,12 +538,8 @@ def _image_embeds(
     @torch.inference_mode()
     def embed(batch: list[Prepared]) -> dict[str, Tensor]:
         pixels = [view for one in batch for view in one.pixels]
-        rows = [
-            encoder.encode_image(
-                normalise(pixels[start : start + batch_size], info.image_spec).to(device)
-            ).cpu()
-            for start in range(0, len(pixels), batch_size)
-        ]
+        chunks = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
+        rows = [encoder.encode_image(normalise(chunk, info.image_spec).to(device)).cpu() for chunk in chunks]
         return {"image_embeds": torch.cat(rows).view(len(batch), info.crops, -1)}
 
     return embed
@@ -597,14 +556,12 @@ def _of_shard(url: str, info: OutputsInfo, data: DataConfig) -> Iterator[Prepare
     """
     for raw in read_shard(url, members(data), shard_cache=data.shard_cache):
         sample = unpack(raw, data.image_keys, data.text_key)
-        if isinstance(sample, BadSample):
-            if sample.reason == "broken_tar":
-                raise UserError(
-                    f"shard {sample.detail} is broken; fetch it again, or leave it out of --shards"
-                )
-            yield sample
-        else:
+        if not isinstance(sample, BadSample):
             yield _views(raw.key, raw.name, sample.image, info, data.max_pixels, sample.text)
+        elif sample.reason == "broken_tar":
+            raise UserError(f"shard {sample.detail} is broken; fetch it again, or leave it out of --shards")
+        else:
+            yield sample
 
 
 def prepare(
@@ -632,9 +589,9 @@ class _Items(Dataset[Any]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Prepared | BadSample | UserError:
-        key = self._items[index].key
+        item = self._items[index]
         try:
-            return _views(key, key, self._items[index].read(), self._info, self._max_pixels)
+            return _views(item.key, item.key, item.read(), self._info, self._max_pixels)
         except UserError as error:
             return error  # raised by the process that asked
 
@@ -645,16 +602,12 @@ def _views(
     """The views of an image, drawn from its `name`."""
     try:
         size = checked_size(image, max_pixels)
-        views = [info.views.draw(*size, view_rng(info.seed, name, number)) for number in range(info.crops)]
+        rngs = (random.Random(f"{info.seed}/{name}/{number}") for number in range(info.crops))
+        views = [info.views.draw(*size, rng) for rng in rngs]
         pixels = views_of(image, size, views, [info.image_spec])
     except BadImageError as error:
         return BadSample(error.reason, name, str(error))
     return Prepared(key, image, views, [per_spec[0] for per_spec in pixels], text)
-
-
-def view_rng(seed: int | str, key: str, number: int) -> random.Random:
-    """The generator from which view `number` of the image `key` is drawn."""
-    return random.Random(f"{seed}/{key}/{number}")
 
 
 def _unchanged(value: Any) -> Any:

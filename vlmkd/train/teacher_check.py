@@ -69,7 +69,9 @@ def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | N
     (stored,) = pipeline.stored[0]
     held = [item for item in items if item.key in stored] or source.labelled()
     entries = [(stored.get(item.key), item.label) for item in _spread(held) if item.key in stored]
-    rows = [(entry.image_embeds[0].float(), label) for entry, label in entries if entry is not None]
+    rows = [
+        (entry.columns["image_embeds"][0].float(), label) for entry, label in entries if entry is not None
+    ]
     rows = [(row, label) for row, label in rows if row.any()]  # a masked answer is stored as zeros
     if not rows:
         return None

@@ -132,7 +132,7 @@ def test_a_set_is_asked_once_and_trained_on_without_a_teacher(command, items, te
     stored.check(ViewConfig(), (9, 9, 9), items=items, digest=stored.info.digest)
     for item in items:
         expected = F.normalize(torch.tensor([vector(item.image.read())]), dim=1)
-        torch.testing.assert_close(stored.get(item.key).image_embeds, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(stored.get(item.key).columns["image_embeds"], expected, rtol=0, atol=1e-6)
     command("images", out="again")
     assert len(teacher.paid) == 5
 
@@ -165,7 +165,7 @@ def test_drawn_views_are_sent_as_pictures_and_masked_ones_are_marked(
     spec = stored.info.image_spec
     for item in items:
         entry = stored.get(item.key)
-        for view, embed in zip(entry.views, entry.image_embeds, strict=True):
+        for view, embed in zip(entry.views, entry.columns["image_embeds"], strict=True):
             if not embed.any():
                 masked += 1
                 continue
@@ -173,7 +173,7 @@ def test_drawn_views_are_sent_as_pictures_and_masked_ones_are_marked(
             expected = F.normalize(torch.tensor([*pixels.mean(dim=(0, 1)).tolist(), 1.0]), dim=0)
             torch.testing.assert_close(embed, expected, rtol=0, atol=1e-5)
     assert masked == 1
-    source = ItemSource({"a": Stream(items, 6)}, seed=1, rank=0, world_size=1, view_count=stored.view_count)
+    source = ItemSource({"a": Stream(items, 6)}, seed=1, rank=0, world_size=1, view_count=stored.info.crops)
     views = ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.5)
     loader = Loader(source, ImageLabelPipeline(spec, views, stored=[[stored]]), workers=0)
     valid = [bool(one) for batch in itertools.islice(iter(loader), 2) for one in batch["teacher_valid"][0]]
