@@ -22,10 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlmkd.datasets import few_shot_sets
-from vlmkd.datasets.few_shot_sets import SETS, set_folder
 from vlmkd.datasets.folders import class_folder_names, images_of_classes
 from vlmkd.datasets.labelled_sets import items_of, load_set
+from vlmkd.datasets.published_sets import SETS, missing_files, set_folder
 from vlmkd.datasets.splits import percent_list, write_list
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_object, read_text, write_text
@@ -47,7 +46,7 @@ def class_folders(key: str, folder: Path) -> list[Entry]:
     classes = [name for name in class_folder_names(images) if name not in SETS[key].dropped]
     return [
         (path, label, SETS[key].class_of(path))
-        for label, paths in enumerate(images_of_classes(images, classes))
+        for label, paths in enumerate(images_of_classes(images, classes).values())
         for path in paths
     ]
 
@@ -228,7 +227,7 @@ def make(key: str, root: str, seed: int) -> Path:
     )
     prefix = f"{SETS[key].images}/" if SETS[key].images else ""
     every = [f"{prefix}{entry[0]}" for entries in splits.values() for entry in entries]
-    if missing := few_shot_sets.missing_files(folder, every):
+    if missing := missing_files(folder, every):
         raise UserError(
             f"data set {key}: {len(missing)} of {len(every)} images are missing, first {folder / missing[0]}"
         )

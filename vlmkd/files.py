@@ -23,6 +23,11 @@ _YAML_LIMIT = 1 << 22
 _DEPTH = 64  # of nested YAML lists and mappings
 
 
+def cache_root() -> Path:
+    """Folder for everything that is built or fetched once: $VLMKD_CACHE, else ~/.cache/vlmkd."""
+    return Path(os.environ.get("VLMKD_CACHE") or "~/.cache/vlmkd").expanduser()
+
+
 def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMIT) -> str:
     """The UTF-8 text of a file of at most `limit` bytes, without a byte-order mark."""
     try:

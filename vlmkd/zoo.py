@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from vlmkd.errors import UserError
-from vlmkd.files import one_line, read_object, write_json
+from vlmkd.files import cache_root, one_line, read_object, write_json
 
 if TYPE_CHECKING:
     import httpx
@@ -100,8 +100,7 @@ def entry(name: str) -> Entry:
 
 def cache_folder() -> Path:
     """Where downloads and their pins live: VLMKD_CACHE/zoo, else ~/.cache/vlmkd/zoo."""
-    root = os.environ.get("VLMKD_CACHE") or Path.home() / ".cache" / "vlmkd"
-    return Path(root).expanduser() / "zoo"
+    return cache_root() / "zoo"
 
 
 def weights_file(name: str) -> Path:

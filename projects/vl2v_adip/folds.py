@@ -13,7 +13,7 @@ from typing import Any
 from projects.vl2v_adip.config import CONTINUES, FoldConfig, Vl2vConfig
 from vlmkd.config import require
 from vlmkd.data.labelled import Item, LabelledSet
-from vlmkd.datasets.domain_sets import ALL
+from vlmkd.datasets.folders import ALL
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.splits import DomainSplit, split_domains
 from vlmkd.errors import UserError, run_tool

@@ -27,7 +27,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "what data_tools/emoji draws and data_tools/build_emoji.py asks for",
         {"PACKAGES", "emoji_folder", "require_packages"},
     ),
-    "datasets/few_shot_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
+    "datasets/published_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
     "datasets/labelled_sets": ("forms of a data set's name, which the tools look for", {"DOMAINS", "FOLDER"}),
     "datasets/splits": (
         "splits are protocols of benchmarks, which any paper may be compared on",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from vlmkd import class_names
 from vlmkd.data import shards, teacher_outputs
 from vlmkd.datasets import evaluation_sets as datasets
-from vlmkd.datasets import few_shot_sets, imagenet_sets, splits
+from vlmkd.datasets import folders, published_sets, splits
 from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
@@ -97,7 +97,7 @@ def _coco(path: Path) -> Any:
 
 
 def _listed(path: Path) -> Any:
-    return imagenet_sets._listed(str(path))
+    return folders._names_of_wnids(str(path))
 
 
 def _image_list(path: Path) -> Any:
@@ -109,7 +109,7 @@ def _sizes(path: Path) -> Any:
 
 
 def _splits(path: Path) -> Any:
-    return few_shot_sets._read_split("dtd", path.parent)
+    return published_sets._read_split(published_sets.SETS["dtd"], path.parent)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def _splits(path: Path) -> Any:
         named("list.txt", _image_list, LINES),
         named("sizes.json", _sizes, trees(["a.tar"])),
         named("cache.json", _folder_of_cache, trees(CACHE_KEYS)),
-        named(few_shot_sets.SETS["dtd"].split_file, _splits, trees(SPLIT_KEYS)),
+        named(published_sets.SETS["dtd"].split_file, _splits, trees(SPLIT_KEYS)),
         named("metrics.jsonl", _metrics, LINES),
         named("v.safetensors", ClassVectors.load, BYTES),
     ],

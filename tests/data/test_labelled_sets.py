@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
-from vlmkd.datasets import domain_sets, splits
-from vlmkd.datasets.few_shot_sets import SETS
+from vlmkd.datasets import splits
 from vlmkd.datasets.labelled_sets import items_of, known_sets, load_set
+from vlmkd.datasets.published_sets import SETS
 from vlmkd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+FEW_SHOT = {key: described for key, described in SETS.items() if described.halves}
+WITH_DOMAINS = {key: described for key, described in SETS.items() if described.domains}
 
 
 def touch(root: Path, *names: str) -> None:
@@ -54,7 +56,7 @@ EXAMPLES = {
 def write_split_set(root: Path, key: str, split: dict | None = None, images_of: str = "") -> Path:
     """A set of two classes with the same two images in train, val and test."""
     described = SETS[key]
-    folder = root / described.folder
+    folder = root / described.folders[0]
     touch(folder / described.images, *(path for path, _ in EXAMPLES[images_of or key]))
     entries = [[path, label, name] for label, (path, name) in enumerate(EXAMPLES[key])]
     split = split or {"train": entries, "val": entries[:1], "test": entries[::-1]}
@@ -95,13 +97,13 @@ def test_fgvc_reads_the_official_lists(tmp_path: Path) -> None:
 def test_counts_are_compared_and_the_published_numbers_add_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for described in SETS.values():
+    for described in FEW_SHOT.values():
         assert sum(described.halves) == described.counts[2]
     write_split_set(tmp_path, "eurosat")
     load_set("eurosat", str(tmp_path))
     assert "numbers do not compare" in caplog.text
     caplog.clear()
-    small = dataclasses.replace(SETS["eurosat"], classes=2, counts=(2, 1, 2), halves=(1, 1))
+    small = dataclasses.replace(SETS["eurosat"], num_classes=2, counts=(2, 1, 2), halves=(1, 1))
     monkeypatch.setitem(SETS, "eurosat", small)
     load_set("eurosat", str(tmp_path))
     assert not caplog.records
@@ -356,18 +358,18 @@ def test_v2_folders_are_class_numbers(tmp_path: Path) -> None:
 
 
 def write_domains(root: Path, key: str, count: int = 1) -> Path:
-    described = domain_sets.SETS[key]
+    described = SETS[key]
     names = described.classes or ("a", "b")
-    folder = root / described.folder
+    folder = root / described.folders[0]
     touch(folder, *(f"{d}/{c}/{n}.jpg" for d in described.domains for c in names for n in range(count)))
     return folder
 
 
-@pytest.mark.parametrize("key", domain_sets.SETS)
+@pytest.mark.parametrize("key", WITH_DOMAINS)
 def test_domain_sets(key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_domains(tmp_path, key)
     found = load_set(key, str(tmp_path))
-    described = domain_sets.SETS[key]
+    described = SETS[key]
     assert found.domains == list(described.domains) and list(found.splits) == ["all"]
     assert [item.domain for item in found.splits["all"]] == sorted(
         item.domain for item in found.splits["all"]
@@ -379,13 +381,13 @@ def test_domain_sets(key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_office_home_order_is_ascii() -> None:
-    classes = domain_sets.SETS["office_home"].classes
+    classes = SETS["office_home"].classes
     assert len(classes) == 65 and list(classes) == sorted(classes)
     assert classes.index("TV") < classes.index("Table") < classes.index("ToothBrush")
 
 
 def test_published_counts() -> None:
-    totals = {key: [sum(build) for build in s.builds.values()] for key, s in domain_sets.SETS.items()}
+    totals = {key: [sum(build) for build in s.builds.values()] for key, s in WITH_DOMAINS.items()}
     assert totals == {
         "pacs": [9_991],
         "vlcs": [10_729],
@@ -398,12 +400,12 @@ def test_published_counts() -> None:
 def test_terra_builds_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     write_domains(tmp_path, "terra_incognita", count=2)
     small = dataclasses.replace(
-        domain_sets.SETS["terra_incognita"], builds={"old": (9, 9, 9, 9), "new": (20, 20, 20, 20)}
+        SETS["terra_incognita"], builds={"old": (9, 9, 9, 9), "new": (20, 20, 20, 20)}
     )
-    monkeypatch.setitem(domain_sets.SETS, "terra_incognita", small)
+    monkeypatch.setitem(SETS, "terra_incognita", small)
     caplog.set_level(logging.INFO)
     found = load_set("terra_incognita", str(tmp_path))
-    assert domain_sets.build_of("terra_incognita", found) == "new" and "the build of new" in caplog.text
+    assert SETS["terra_incognita"].build_of(found) == "new" and "the build of new" in caplog.text
 
 
 def test_files_are_sorted_as_text_and_only_torchvisions_suffixes_count(tmp_path: Path) -> None:
@@ -421,12 +423,12 @@ def test_domain_errors(tmp_path: Path) -> None:
         UserError, match="cartoon|art_painting and zoo of .* different classes, such as 'elephant'"
     ):
         load_set("pacs", str(tmp_path))
-    touch(folder, *(f"zoo/{name}/1.jpg" for name in domain_sets.SETS["pacs"].classes))
+    touch(folder, *(f"zoo/{name}/1.jpg" for name in SETS["pacs"].classes))
     with pytest.raises(UserError, match="PACS has art_painting, cartoon, photo, sketch: .*domains:"):
         load_set("pacs", str(tmp_path))
     touch(
         tmp_path / "VLCS",
-        *(f"{d}/{c}/1.jpg" for d in domain_sets.SETS["vlcs"].domains for c in ("cat", "dog")),
+        *(f"{d}/{c}/1.jpg" for d in SETS["vlcs"].domains for c in ("cat", "dog")),
     )
     with pytest.raises(UserError, match="not the classes of VLCS, see bird, car, cat"):
         load_set("vlcs", str(tmp_path))
@@ -585,9 +587,9 @@ def test_every_set_stands_in_the_documentation() -> None:
     text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
     rows = {cell for cell in re.findall(r"^\| `([^`]+)` \|", text, flags=re.M)}
     assert rows == set(known_sets())
-    for described in SETS.values():
-        assert described.split_file in text and f"{described.classes:,}" in text
+    for described in FEW_SHOT.values():
+        assert described.split_file in text and f"{described.num_classes:,}" in text
         assert all(f"{count:,}" in text for count in described.counts if count)
         assert described.licence in text
-    for described in domain_sets.SETS.values():
-        assert described.licence in text and f"`{described.folder}/`" in text
+    for described in WITH_DOMAINS.values():
+        assert described.licence in text and f"`{described.folders[0]}/`" in text

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.docs.commands import ROOT, looked_up, printed
-from vlmkd.datasets import domain_sets, few_shot_sets, imagenet_sets
+from vlmkd.datasets import published_sets
 from vlmkd.errors import UserError
 
 DHO = {"ROOT": "/data", "NPROC": "1", "METHODS": "dho ce kd ce_kd pcgrad kd_feature ce_kd_feature"}
 TIP = {"FEW_SHOT_TEACHER": "1"}
 TINYCLIP = {"DATA": "/data/{00000..00099}.tar", "IMAGENET": "/images/in 1k", "NPROC": "1", "RUNS": "/out"}
 PROMPTKD = {"DATA": "/data"}
-SETS = [key for key in few_shot_sets.SETS if key != "imagenet"]
+SETS = [key for key, found in published_sets.SETS.items() if found.halves and key != "imagenet"]
+VARIANTS = [key for key, found in published_sets.SETS.items() if found.layout in ("wnids", "numbers")]
+DOMAINS = {key: found.domains for key, found in published_sets.SETS.items() if found.domains}
 BASELINES = "erm miro lp lp_ft one_stage kd_image kd_text kd_kl kd_cos simkd align distill"
 
 Row = tuple[str, tuple[str, ...], dict[str, str]]
@@ -41,9 +43,7 @@ def rows() -> Iterator[Row]:
 
     yield from (("promptkd/scripts/base_to_novel.sh", (key, "1"), PROMPTKD) for key in ["imagenet", *SETS])
     yield from (("promptkd/scripts/cross_dataset.sh", (key, "2"), PROMPTKD) for key in SETS)
-    yield from (
-        ("promptkd/scripts/domain_generalization.sh", (key, "3"), PROMPTKD) for key in imagenet_sets.VARIANTS
-    )
+    yield from (("promptkd/scripts/domain_generalization.sh", (key, "3"), PROMPTKD) for key in VARIANTS)
     yield from (("promptkd/scripts/few_shot.sh", (key, "1", "16"), PROMPTKD) for key in ["imagenet", *SETS])
     published = {**PROMPTKD, "TEACHER": "/teachers", "RUNS": "published"}
     yield "promptkd/scripts/base_to_novel.sh", ("dtd", "1"), published
@@ -60,8 +60,8 @@ def rows() -> Iterator[Row]:
 
     for stage in BASELINES.split():
         yield "vl2v_adip/scripts/run.sh", (stage, "resnet50", "office_home", "Art", "data.root=/data"), {}
-    for key, found in domain_sets.SETS.items():
-        yield "vl2v_adip/scripts/run.sh", ("distill", "vit_b16", key, found.domains[0], "data.root=/data"), {}
+    for key, domains in DOMAINS.items():
+        yield "vl2v_adip/scripts/run.sh", ("distill", "vit_b16", key, domains[0], "data.root=/data"), {}
     yield from (
         ("vl2v_adip/scripts/run.sh", ("align", student, "pacs", "photo"), {})
         for student in ("vit_s16", "deit_s", "clip_vitb16")

@@ -29,10 +29,10 @@ from typing import Any
 from vlmkd.class_names import read_class_names, read_lines
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
-from vlmkd.datasets.domain_sets import ALL, read_domains
+from vlmkd.datasets.folders import ALL, read_domains
 from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
-from vlmkd.files import new_folder, read_object, read_yaml, write_text
+from vlmkd.files import cache_root, new_folder, read_object, read_yaml, write_text
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def load_emoji_domains() -> LabelledSet:
         UserError: a package that carries the drawings is missing.
     """
     folder = _built("emoji-domains", DOMAINS_VERSION)
-    found = read_domains(folder, name="emoji-domains")
+    found = read_domains(folder, "emoji-domains")
     manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
     expected = manifest["concepts"] * len(manifest["styles"])
     if len(found.splits[ALL]) != expected:
@@ -124,11 +124,6 @@ def load_emoji_domains() -> LabelledSet:
             f"{folder} has {len(found.splits[ALL])} of {expected} pictures; delete the folder and run again"
         )
     return replace(found, templates=[_TRAINING_TEMPLATE])
-
-
-def cache_root() -> Path:
-    """Folder for everything that is built or fetched once: $VLMKD_CACHE, else ~/.cache/vlmkd."""
-    return Path(os.environ.get("VLMKD_CACHE") or "~/.cache/vlmkd").expanduser()
 
 
 def emoji_folder() -> Path:

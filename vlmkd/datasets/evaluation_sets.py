@@ -6,33 +6,40 @@ that every rank and loader process reads its own images and the time left is kno
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vlmkd.class_names import read_class_names, read_lines, read_templates
+from vlmkd.class_names import imagenet_names, read_class_names, read_lines, read_templates
 from vlmkd.data import shards as shard_lists
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
-from vlmkd.datasets.folders import class_folder_names, is_image
-from vlmkd.datasets.imagenet_sets import (
-    IMAGENET_SOURCE,
-    ClassFolders,
+from vlmkd.datasets.folders import (
+    WNID,
+    class_folder_names,
+    class_items,
     class_names_file,
-    warn_of_missing_classes,
+    is_image,
+    named_classes,
 )
+from vlmkd.datasets.published_sets import SETS
 from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
-from vlmkd.files import read_json
+from vlmkd.files import cache_root, read_json
+
+log = logging.getLogger(__name__)
 
 _TEMPLATE_FILES = ("templates.txt", "zeroshot_classification_templates.txt")  # the second is CLIP-benchmark's
 # `a.jpg#0<tab>text` (Flickr30k's token file), `a.jpg,text` and `a.jpg| 0| text` (its CSV forms)
 _CAPTION_LINE = re.compile(
     r"^\"?(.+?\.(?:jpe?g|png|webp))\"?(?:#\d+)?\s*[\t,|]\s*(?:\d+\s*\|\s*)?(.+)$", re.I
 )
+Captions = list[tuple[list[str], list[str]]]
+"""(possible file names, captions) of each image."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,12 @@ def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name
                 f"{data}: a sample has class {worst}, but there are only {len(names)} class names; correct them"
             )
     else:
-        classes = ClassFolders.of(folder, source)
-        names, items = classes.names, classes.items(folder)
-        warn_of_missing_classes(folder, classes)
+        labels, names = named_classes(folder, source)
+        items = class_items(folder, labels)
+        if all(map(WNID.fullmatch, labels)) and len(labels) < len(imagenet_names()):
+            log.warning(
+                "%s has %d of ImageNet's 1000 classes; accuracy is over these only", folder, len(labels)
+            )
     own = (path for place in beside for file in _TEMPLATE_FILES if (path := place / file).is_file())
     chosen = read_templates(templates or str(next(own, "openai")))
     return LabelledSet(name or default_name(data), names, chosen, {"test": items})
@@ -89,23 +99,21 @@ def retrieval_set(data: str, *, captions: str = "", name: str = "") -> Captioned
     Raises:
         UserError: missing images or captions, or a file in none of these layouts.
     """
-    name = name or default_name(data)
-    tars = _find_shards(data, "retrieval data")
-    if tars:
+    if tars := _find_shards(data, "retrieval data"):
         if captions:
             raise UserError(
                 f"captions={captions} has no effect on shards, whose txt members are the captions; leave it out"
             )
         pairs = _captioned_shards(tars)
-    else:
-        if not captions:
-            raise UserError(
-                f"{data} holds no .tar shards; for an image folder name its captions file (COCO or Karpathy JSON)"
-            )
+    elif captions:
         pairs = _captioned_folder(Path(data).expanduser(), Path(captions).expanduser())
+    else:
+        raise UserError(
+            f"{data} holds no .tar shards; for an image folder name its captions file (COCO or Karpathy JSON)"
+        )
     texts: list[str] = []
     texts_of_image: list[list[int]] = []
-    known: dict[str, int] = {}
+    place: dict[str, int] = {}
     for image, image_texts in pairs:
         if not image_texts:
             raise UserError(
@@ -113,14 +121,12 @@ def retrieval_set(data: str, *, captions: str = "", name: str = "") -> Captioned
             )
         indices = []
         for text in image_texts:
-            if data.startswith("emoji:") and text in known:
-                indices.append(known[text])
-                continue
-            known[text] = len(texts)
-            indices.append(len(texts))
-            texts.append(text)
+            if text not in place or not data.startswith("emoji:"):
+                place[text] = len(texts)
+                texts.append(text)
+            indices.append(place[text])
         texts_of_image.append(list(dict.fromkeys(indices)))
-    return CaptionedImages(name, [image for image, _ in pairs], texts, texts_of_image)
+    return CaptionedImages(name or default_name(data), [image for image, _ in pairs], texts, texts_of_image)
 
 
 def default_name(data: str) -> str:
@@ -139,7 +145,7 @@ def _val_folder(data: str) -> Path:
         UserError: nothing there, a data set without its val folder, or images in no class folder.
     """
     base = Path(data).expanduser()
-    hint = IMAGENET_SOURCE.format(folder=base)
+    hint = f"for ImageNet, {SETS['imagenet'].hint}"
     if not base.is_dir():
         raise UserError(f"image folder {data} does not exist (looked from {os.getcwd()}); {hint}")
     if (base / "val").is_dir():
@@ -147,7 +153,7 @@ def _val_folder(data: str) -> Path:
     elif (base / "train").is_dir():
         raise UserError(f"{base} has a train folder but no val folder: {base / 'val'} is missing; {hint}")
     if not class_folder_names(base):
-        loose = sum(is_image(name) for name in os.listdir(base))
+        loose = sum(map(is_image, os.listdir(base)))
         found = f"holds {loose} images but no class folders" if loose else "holds no class folders"
         raise UserError(f"{base} {found}; sort its images into one folder per class; {hint}")
     return base
@@ -179,58 +185,49 @@ def _captioned_folder(root: Path, captions: Path) -> list[tuple[ImageRef, list[s
     return located
 
 
-def _read_json_captions(path: Path) -> list[tuple[list[str], list[str]]]:
-    """(possible file names, captions) per image of a COCO or Karpathy JSON."""
+def _read_json_captions(path: Path) -> Captions:
+    """The images of COCO's annotations, or the `test` images of a Karpathy split."""
     content = read_json(path, "captions file")
-    pairs = None
     try:
-        pairs = _karpathy(content["images"])
-        if pairs is None and content["images"] and content["annotations"]:
-            pairs = _coco(content["images"], content["annotations"])
-    except (KeyError, TypeError, AttributeError):
-        pass  # another layout
-    if pairs is None or not all(isinstance(text, str) for part in pairs for texts in part for text in texts):
+        images = content["images"]
+        if images and all("sentences" in image and "filename" in image for image in images):
+            pairs = [
+                (
+                    [os.path.join(image.get("filepath", ""), image["filename"]), image["filename"]],
+                    [sentence["raw"] for sentence in image["sentences"]],
+                )
+                for image in images
+                if image.get("split") == "test"
+            ]
+        else:
+            texts = defaultdict(list)
+            for item in content["annotations"]:
+                texts[item["image_id"]].append(item["caption"])
+            pairs = [([image["file_name"]], texts[image["id"]]) for image in images]
+        usable = bool(images) and all(
+            isinstance(text, str) for part in pairs for strings in part for text in strings
+        )
+    except (KeyError, TypeError, AttributeError):  # another layout
+        usable = False
+    if not usable:
         raise UserError(
             f"captions file {path} is neither COCO captions (images + annotations with `caption`) nor a Karpathy split "
-            f"(images with `sentences`); name one of these"
+            "(images with `sentences`); name one of these"
         )
     return pairs
 
 
-def _karpathy(images: list[dict[str, Any]]) -> list[tuple[list[str], list[str]]] | None:
-    if not images or not all("sentences" in image and "filename" in image for image in images):
-        return None
-    return [
-        (
-            [os.path.join(image.get("filepath", ""), image["filename"]), image["filename"]],
-            [sentence["raw"] for sentence in image["sentences"]],
-        )
-        for image in images
-        if image.get("split") == "test"
-    ]
-
-
-def _coco(
-    images: list[dict[str, Any]], annotations: list[dict[str, Any]]
-) -> list[tuple[list[str], list[str]]]:
-    by_image: dict[Any, list[str]] = defaultdict(list)
-    for item in annotations:
-        by_image[item["image_id"]].append(item["caption"])
-    return [([image["file_name"]], by_image[image["id"]]) for image in images]
-
-
-def _read_caption_lines(path: Path) -> list[tuple[list[str], list[str]]]:
-    """(file name, captions) per image of Flickr30k's token or CSV file; a header line is skipped."""
+def _read_caption_lines(path: Path) -> Captions:
+    """The images of Flickr30k's token or CSV file; a header line is skipped."""
     by_image: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(str(path), "captions file"), start=1):
         match = _CAPTION_LINE.match(line)
-        if match is None:
-            if number == 1:
-                continue
+        if match:
+            by_image.setdefault(match[1], []).append(match[2].strip().strip('"'))
+        elif number > 1:
             raise UserError(
                 f"captions file {path}: entry {number} is not `image.jpg#0<tab>caption` or CSV: {line[:60]!r}"
             )
-        by_image.setdefault(match.group(1), []).append(match.group(2).strip().strip('"'))
     return [([name], texts) for name, texts in by_image.items()]
 
 
@@ -247,26 +244,22 @@ def _find_shards(data: str, where: str) -> list[str]:
         )
     folder = Path(data).expanduser()
     if folder.is_dir():
-        tars = sorted(folder.glob("*.tar")) or sorted(folder.glob("test/*.tar"))
-        return [str(path) for path in tars]
+        return list(map(str, sorted(folder.glob("*.tar")) or sorted(folder.glob("test/*.tar"))))
     if not (data.startswith("emoji:") or ".tar" in data):
         return []
-    found = shard_lists.expand([data], where)
-    remote = [url for url in found if shard_lists.is_remote(url)]
-    if not remote:
-        return found
-    from vlmkd.zoo import cache_folder
-
-    cache = cache_folder().parent / "evaluation_shards"
+    cache = cache_root() / "evaluation_shards"
     try:
-        return [str(shard_lists.download(url, cache)) if url in remote else url for url in found]
+        return [
+            str(shard_lists.download(url, cache)) if shard_lists.is_remote(url) else url
+            for url in shard_lists.expand([data], where)
+        ]
     except OSError as error:
         raise UserError(
             f"{where} {data} cannot be fetched ({error}); check the address and the network"
         ) from None
 
 
-def _labelled_shards(tars: list[str]) -> list[Item]:
+def _labelled_shards(tars: Sequence[str]) -> list[Item]:
     items = []
     for sample in (sample for tar in tars for sample in index_tar(tar)):
         content = sample.text("cls").strip()
@@ -278,7 +271,7 @@ def _labelled_shards(tars: list[str]) -> list[Item]:
     return items
 
 
-def _captioned_shards(tars: list[str]) -> list[tuple[ImageRef, list[str]]]:
+def _captioned_shards(tars: Sequence[str]) -> list[tuple[ImageRef, list[str]]]:
     pairs = []
     for sample in (sample for tar in tars for sample in index_tar(tar)):
         lines = [line.strip() for line in sample.text("txt").splitlines()]

@@ -1,84 +1,25 @@
-"""Image folders with one subfolder per class, `<class>/*`, and where data sets lie below a root."""
+"""Image folders with one subfolder per class, `<class>/*`, with domains or without; and where a data set lies."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from vlmkd.class_names import imagenet_names, read_class_names, read_lines
 from vlmkd.data.images import ImageRef
-from vlmkd.data.labelled import Item
+from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Lower-case endings of files that count as images."""
+DOMAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Those of sets with domains, torchvision's list: another one would move the splits."""
+ALL = "all"
+"""The split of a set with domains, which holds every image."""
+WNID = re.compile(r"n\d{8}")
 _NAMED = 3  # offenders that an error line names
-
-
-def class_folder_names(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, in ASCII order (`TV` before `Table`); hidden ones are left out."""
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-    )
-
-
-def images_of_classes(
-    folder: Path, classes: Sequence[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
-) -> list[list[str]]:
-    """Paths relative to `folder` of each class's images, sorted inside the class and with `/` between folders.
-
-    Raises:
-        UserError: a class without images.
-    """
-    start = len(str(folder)) + 1  # string work: ImageNet has 1.3 million paths
-    found = [
-        [path[start:].replace(os.sep, "/") for path in list_images(folder / name, suffixes)]
-        for name in classes
-    ]
-    empty = [str(folder / name) for name, images in zip(classes, found, strict=True) if not images]
-    if empty:
-        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
-        raise UserError(f"class folder {', '.join(empty[:_NAMED])}{more} holds no image; fill or remove it")
-    return found
-
-
-def class_items(
-    folder: Path,
-    classes: Sequence[str],
-    labels: Sequence[int] = (),
-    *,
-    prefix: str = "",
-    domain: int = 0,
-    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
-) -> list[Item]:
-    """The images of class folders, class by class, with `labels` (default: 0, 1, ...) and `prefix` before their keys.
-
-    Raises:
-        UserError: a class without images.
-    """
-    found = images_of_classes(folder, classes, suffixes)
-    return [
-        Item(prefix + path, ImageRef(str(folder / path)), label, domain)
-        for label, images in zip(labels or range(len(classes)), found, strict=True)
-        for path in images
-    ]
-
-
-def data_set_folder(
-    root: str, names: Sequence[str], marks: Sequence[str], data_set: str, source: str
-) -> Path:
-    """The first of `root/<name>` that is a folder, or `root` itself when it holds one of `marks`.
-
-    Raises:
-        UserError: no root, or the data set is not there; `source` says where it comes from.
-    """
-    where = root_folder(root, data_set, f"it is the folder that holds {names[0]}/")
-    for name in names:
-        if (where / name).is_dir():
-            return where / name
-    if any((where / mark).exists() for mark in marks):
-        return where
-    raise UserError(f"data set {data_set}: {where / names[0]} does not exist; {source}")
 
 
 def root_folder(root: str, data_set: str, meaning: str) -> Path:
@@ -97,15 +38,151 @@ def root_folder(root: str, data_set: str, meaning: str) -> Path:
     return where
 
 
-def list_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """Paths of all images in `folder` and below, sorted; hidden files and folders are left out."""
-    found: list[str] = []
-    for current, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found.extend(os.path.join(current, name) for name in files if is_image(name, suffixes))
-    return sorted(found)
-
-
 def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
     """Whether a file of this name counts as an image."""
     return name.lower().endswith(suffixes) and not name.startswith(".")
+
+
+def class_folder_names(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, in ASCII order (`TV` before `Table`); hidden ones are left out."""
+    return sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
+def images_of_classes(
+    folder: Path, classes: Iterable[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> dict[str, list[str]]:
+    """Each class's images at any depth: paths relative to `folder`, sorted inside the class, with `/` between folders.
+
+    Raises:
+        UserError: a class without images.
+    """
+    start = len(str(folder)) + 1  # string work: ImageNet has 1.3 million paths
+    found = {}
+    for name in classes:
+        paths: list[str] = []
+        for current, folders, files in os.walk(folder / name, followlinks=True):
+            folders[:] = [inner for inner in folders if not inner.startswith(".")]
+            paths += [os.path.join(current, file) for file in files if is_image(file, suffixes)]
+        found[name] = [path[start:].replace(os.sep, "/") for path in sorted(paths)]
+    if empty := [str(folder / name) for name, images in found.items() if not images]:
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        raise UserError(f"class folder {', '.join(empty[:_NAMED])}{more} holds no image; fill or remove it")
+    return found
+
+
+def class_items(
+    folder: Path,
+    labels: Mapping[str, int],
+    *,
+    prefix: str = "",
+    domain: int = 0,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+) -> list[Item]:
+    """The images of the class folders that have `labels`, class by class, with `prefix` before their keys.
+
+    Raises:
+        UserError: a class without images.
+    """
+    return [
+        Item(prefix + path, ImageRef(str(folder / path)), labels[name], domain)
+        for name, images in images_of_classes(folder, labels, suffixes).items()
+        for path in images
+    ]
+
+
+def numbered(names: Sequence[str]) -> dict[str, int]:
+    """0, 1, ... as the labels of `names`."""
+    return {name: label for label, name in enumerate(names)}
+
+
+def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[str]]:
+    """Label of each class folder, and class names by label: folders are wnids, numbers of classes, or class names.
+
+    `source` is `imagenet`, or a file with one name a line, or with `wnid name`; without it wnids have OpenAI's names.
+
+    Raises:
+        UserError: names that do not fit.
+    """
+    found = class_folder_names(folder)
+    wnids = bool(found) and all(map(WNID.fullmatch, found))
+    of_wnid = _names_of_wnids(source) if source or wnids else {}
+    if wnids and of_wnid:
+        if unknown := [wnid for wnid in found if wnid not in of_wnid]:
+            owner = "ImageNet-1K" if source in ("", "imagenet") else source
+            raise UserError(
+                f"class folder {folder / unknown[0]} is not a wnid of {owner}; add its name, or move the folder away"
+            )
+        return numbered(found), [of_wnid[wnid] for wnid in found]
+    numbers = bool(found) and all(name.isdecimal() for name in found)
+    if not source:
+        if numbers:
+            raise UserError(f"{folder} has numbered class folders; name class_names (`imagenet` or a file)")
+        return numbered(found), [name.replace("_", " ") for name in found]
+    names = list(of_wnid.values()) or read_class_names(source)
+    if numbers:
+        labels = {name: int(name) for name in sorted(found, key=int)}
+        if max(labels.values()) >= len(names):
+            raise UserError(
+                f"class folder {folder / max(found, key=int)} has no class name: {source} has {len(names)}"
+            )
+        return labels, names
+    if len(names) != len(found):
+        raise UserError(
+            f"{source} has {len(names)} class names, but {folder} has {len(found)} class folders; write one name per "
+            "folder, in the folders' sorted order"
+        )
+    return numbered(found), names
+
+
+def class_names_file(folders: Sequence[Path]) -> str:
+    """The first classnames.txt in these folders; empty without one."""
+    return next((str(path) for folder in folders if (path := folder / "classnames.txt").is_file()), "")
+
+
+def _names_of_wnids(source: str) -> dict[str, str]:
+    """wnid -> name, OpenAI's or of a file of `wnid name` lines; empty for a file of names."""
+    if source in ("", "imagenet"):
+        return imagenet_names()
+    pairs = [line.partition(" ")[::2] for line in read_lines(source, "class names")]
+    if not WNID.fullmatch(pairs[0][0]):
+        return {}
+    for wnid, name in pairs:
+        if not WNID.fullmatch(wnid) or not name.strip():
+            raise UserError(f"class names {source}: {f'{wnid} {name}'[:60]!r} is not `wnid name`; correct it")
+    return {wnid: name.strip() for wnid, name in pairs}
+
+
+def read_domains(folder: Path, name: str) -> LabelledSet:
+    """Any tree `<domain>/<class>/*` as the one split `all`; class names are the folders' with spaces for underscores.
+
+    Splits follow from the order of the images, so that the order is part of the format: domains sorted, classes sorted by
+    ASCII, paths sorted inside the class (docs/papers/vl2v_adip.md). `splits.split_domains` cuts it.
+
+    Raises:
+        UserError: fewer than two domains, domains with different classes, or an empty class.
+    """
+    domains = class_folder_names(folder)
+    if len(domains) < 2:
+        raise UserError(
+            f"{folder} has {len(domains)} domain folders; it needs two or more, each with one folder per class"
+        )
+    classes = class_folder_names(folder / domains[0])
+    if len(classes) < 2:
+        raise UserError(
+            f"{folder / domains[0]} holds {len(classes)} class folders; a domain needs at least two"
+        )
+    items: list[Item] = []
+    for index, domain in enumerate(domains):
+        place = folder / domain
+        if differing := sorted(set(classes) ^ set(class_folder_names(place))):
+            raise UserError(
+                f"domains {domains[0]} and {domain} of {folder} have different classes, such as {differing[0]!r}; "
+                "every domain needs the same class folders"
+            )
+        labels = numbered(classes)
+        items += class_items(place, labels, prefix=f"{domain}/", domain=index, suffixes=DOMAIN_SUFFIXES)
+    names = [label.replace("_", " ") for label in classes]
+    # VL2V-ADiP's prompt has no full stop.
+    return LabelledSet(name, names, ["a photo of a {}"], {ALL: items}, domains)

@@ -12,8 +12,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 from vlmkd.class_names import (
     check_class_names,
@@ -25,8 +23,17 @@ from vlmkd.class_names import (
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
-from vlmkd.datasets import domain_sets, emoji, few_shot_sets, imagenet_sets
-from vlmkd.datasets.folders import class_folder_names, class_items, images_of_classes, is_image, root_folder
+from vlmkd.datasets import emoji, published_sets
+from vlmkd.datasets.folders import (
+    class_folder_names,
+    class_items,
+    images_of_classes,
+    is_image,
+    numbered,
+    read_domains,
+    root_folder,
+)
+from vlmkd.datasets.published_sets import SPLITS
 from vlmkd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,25 +42,20 @@ FOLDER = "folder:"
 """Before the path of a user's own class folders."""
 DOMAINS = "domains:"
 """Before the path of a user's own `<domain>/<class>` folders."""
-HELD_OUT = {"test": 0.2, "val": 0.1}
+_EMBEDDED = {"emoji": emoji.load_emoji, "emoji-domains": emoji.load_emoji_domains}
+_NAMES = [*published_sets.SETS, *_EMBEDDED]
+_HELD_OUT = {"test": 0.2, "val": 0.1}
 """Shares of a folder's images that are held out where it has no test or val folder."""
-SPLITS = ("train", "val", "test")
-UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
-"""Folders of images without a class, beside the class folders."""
 _FEWEST = {"test": 2, "val": 5}
 """From so many images on every class has one held out."""
-
-_LOADERS = {
-    **{key: partial(few_shot_sets.load, key) for key in few_shot_sets.SETS},
-    **{key: partial(imagenet_sets.load_variant, key) for key in imagenet_sets.VARIANTS},
-    **{key: partial(domain_sets.load, key) for key in domain_sets.SETS},
-}
-_EMBEDDED = {"emoji": emoji.load_emoji, "emoji-domains": emoji.load_emoji_domains}
+_UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
+"""Folders of images without a class, beside the class folders."""
+_TEMPLATES = ["a photo of a {}."]
 
 
 def known_sets() -> list[str]:
     """All names that `load_set` takes; `folder:PATH` and `domains:PATH` stand for the user's own folders."""
-    return [*_LOADERS, *_EMBEDDED, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
+    return [*_NAMES, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
 
 
 def require_known(name: str) -> None:
@@ -62,8 +64,18 @@ def require_known(name: str) -> None:
     Raises:
         UserError: with the nearest known name.
     """
-    if name not in _LOADERS and name not in _EMBEDDED and not name.startswith((FOLDER, DOMAINS)):
-        raise UserError(f"unknown data set {name!r}{_nearest(name)}; it is one of {', '.join(known_sets())}")
+    if name in _NAMES or name.startswith((FOLDER, DOMAINS)):
+        return
+    plain = {_plain(known): known for known in _NAMES}
+    given = _plain(name)
+    starts = [key for key in plain if given and (key.startswith(given) or given.startswith(key))]
+    near = starts[:1] or difflib.get_close_matches(given, plain, n=1, cutoff=0.5)
+    meant = f" (did you mean {plain[near[0]]}?)" if near else ""
+    raise UserError(f"unknown data set {name!r}{meant}; it is one of {', '.join(known_sets())}")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def configured_set(data: LabelledDataConfig) -> LabelledSet:
@@ -84,33 +96,30 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
         UserError: an unknown name, or files that are missing or belong to another data set.
     """
     require_known(name)
-    own_path = name.startswith((FOLDER, DOMAINS))
-    if (class_names or templates) and not own_path:
+    own = name.startswith((FOLDER, DOMAINS))
+    if (class_names or templates) and not own:
         raise UserError(
             f"data set {name} has its own class names and prompts; data.class_names and data.templates go with {FOLDER} and "
             f"{DOMAINS} sets"
         )
-    if name in _LOADERS:
-        found = _LOADERS[name](root)
+    if name in published_sets.SETS:
+        found = published_sets.load(name, root)
         check_class_names(found.class_names, allow_duplicates=name.startswith("imagenet"))
         return found
-    if root and (name in _EMBEDDED or own_path):
-        why = "the path says where it is" if own_path else "it is built into the cache"
+    if root:
+        why = "the path says where it is" if own else "it is built into the cache"
         raise UserError(f"data set {name} takes no root ({root}): {why}; leave it out")
     if name in _EMBEDDED:
         return _EMBEDDED[name]()
-    labelled = _own(name, class_names)
-    check_class_names(labelled.class_names)
-    return replace(labelled, templates=list(templates)) if templates else labelled
-
-
-def _own(name: str, class_names: str) -> LabelledSet:
     if name.startswith(FOLDER):
-        return load_folder(name.removeprefix(FOLDER), class_names)
-    path = name.removeprefix(DOMAINS)
-    folder = root_folder(path, name, "name the folder that holds the domains' folders")
-    labelled = domain_sets.read_domains(folder, name=folder.name)
-    return with_class_names(labelled, class_names) if class_names else labelled
+        found = load_folder(name.removeprefix(FOLDER), class_names)
+    else:
+        path = name.removeprefix(DOMAINS)
+        folder = root_folder(path, name, "name the folder that holds the domains' folders")
+        found = read_domains(folder, folder.name)
+        found = with_class_names(found, class_names) if class_names else found
+    check_class_names(found.class_names)
+    return replace(found, templates=list(templates)) if templates else found
 
 
 def items_of(labelled: LabelledSet, split: str) -> list[Item]:
@@ -130,9 +139,9 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
     """A user's own images: `PATH/<class>/*`, or `PATH/train/<class>/*` with `val` and `test` beside it.
 
     What is missing of val and test is held out of the other images by a hash of each image's path inside PATH, so that new
-    images do not move old ones (but see `_hashed` on small classes). Images in
-    PATH/unlabelled are the split `unlabelled`. Where there are no others, `class_names` says what is to be seen in them,
-    and part of them is held out as test, without labels.
+    images do not move old ones (but see `_hashed` on small classes). Images in PATH/unlabelled are the split `unlabelled`.
+    Where there are no others, `class_names` says what is to be seen in them, and part of them is held out as test, without
+    labels.
 
     Class names are the folders' names with spaces for underscores, or the lines of PATH/classnames.txt, one for each
     folder in ASCII order; `class_names` is a file for `with_class_names`.
@@ -143,31 +152,44 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
     root = root_folder(path, f"{FOLDER}{path}", "name a folder with one folder per class")
     given = [split for split in SPLITS if (root / split).is_dir()]
     base = root / given[0] if given else root
-    folders = [name for name in UNLABELLED_FOLDERS if (root / name).is_dir()]
-    unlabelled = class_items(root, folders, [UNLABELLED] * len(folders))
-    classes = [name for name in class_folder_names(base) if given or name not in UNLABELLED_FOLDERS]
+    unlabelled = class_items(
+        root, {name: UNLABELLED for name in _UNLABELLED_FOLDERS if (root / name).is_dir()}
+    )
+    classes = [name for name in class_folder_names(base) if given or name not in _UNLABELLED_FOLDERS]
     if not classes and unlabelled and class_names:
         return _without_labels(root.name, unlabelled, class_names)
     if len(classes) < 2:
         raise UserError(
             f"{base} holds {len(classes)} class folders; sort the images into one folder per class, at least two"
         )
-    if loose := sum(is_image(name) for name in os.listdir(base)):
+    if loose := sum(map(is_image, os.listdir(base))):
         log.warning("%s: %d images lie in no class folder and are left out", base, loose)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     if given[:1] in ([], ["train"]):  # val or test alone is a set to be tested on
-        shares = {split: share for split, share in HELD_OUT.items() if split not in given}
+        shares = {split: share for split, share in _HELD_OUT.items() if split not in given}
         prefix = "train/" if given else ""
-        for label, paths in enumerate(images_of_classes(base, classes)):
+        for label, paths in enumerate(images_of_classes(base, classes).values()):
             for name, split in _hashed(paths, shares).items():
                 splits[split].append(Item(f"{prefix}{name}", ImageRef(str(base / name)), label))
     for split in given:
-        if split != "train":
-            splits[split] = _given_split(root, split, classes, base)
+        if split == "train":
+            continue
+        there = class_folder_names(root / split)
+        if extra := sorted(set(there) - set(classes)):
+            raise UserError(f"class {extra[0]} of {root / split} is not in {base}; add or remove it")
+        labels = {name: label for name, label in numbered(classes).items() if name in there}
+        splits[split] = class_items(root / split, labels, prefix=f"{split}/")
     splits["unlabelled"] = unlabelled
-    names = [name.replace("_", " ") for name in classes] if class_names else _own_class_names(root, classes)
+    names = [name.replace("_", " ") for name in classes]
+    if not class_names and (listed := root / "classnames.txt").is_file():
+        names = read_class_names(str(listed))
+        if len(names) != len(classes):
+            raise UserError(
+                f"{listed} has {len(names)} names for {len(classes)} class folders; write one a line, in the folders' "
+                "ASCII order"
+            )
     whole = {split: items for split, items in splits.items() if items}
-    labelled = LabelledSet(root.name, names, ["a photo of a {}."], whole)
+    labelled = LabelledSet(root.name, names, _TEMPLATES, whole)
     return with_class_names(labelled, class_names) if class_names else labelled
 
 
@@ -181,7 +203,7 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
     """
     check_class_names(labelled.class_names)
     place = {class_key(name): index for index, name in enumerate(labelled.class_names)}
-    numbers: dict[int, int] = {}
+    numbers = {UNLABELLED: UNLABELLED}
     names: list[str] = []
     for folder, name in read_folder_names(path):
         old = place.get(class_key(folder))
@@ -199,9 +221,7 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
             f"class names {path}: class folder {missing[0]!r} of {labelled.name} has no line; add it, or remove the folder"
         )
     splits = {
-        split: [
-            item if item.label == UNLABELLED else replace(item, label=numbers[item.label]) for item in items
-        ]
+        split: [replace(item, label=numbers[item.label]) for item in items]
         for split, items in labelled.splits.items()
     }
     return replace(labelled, class_names=names, splits=splits)
@@ -209,21 +229,12 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
 
 def _without_labels(name: str, items: list[Item], class_names: str) -> LabelledSet:
     """A set of unlabelled images and of names of classes."""
-    of_path = _hashed([item.key for item in items], {"test": HELD_OUT["test"]})
-    splits = {
-        "unlabelled": [item for item in items if of_path[item.key] != "test"],
-        "test": [item for item in items if of_path[item.key] == "test"],
-    }
+    of_path = _hashed([item.key for item in items], {"test": _HELD_OUT["test"]})
+    splits: dict[str, list[Item]] = {"unlabelled": [], "test": []}
+    for item in items:
+        splits["test" if of_path[item.key] == "test" else "unlabelled"].append(item)
     names = [prompt_name(line) for _, line in read_folder_names(class_names)]
-    return LabelledSet(name, names, ["a photo of a {}."], splits)
-
-
-def _given_split(root: Path, split: str, classes: Sequence[str], first: Path) -> list[Item]:
-    found = class_folder_names(root / split)
-    if extra := sorted(set(found) - set(classes)):
-        raise UserError(f"class {extra[0]} of {root / split} is not in {first}; add or remove it")
-    labels = [classes.index(name) for name in found]
-    return class_items(root / split, found, labels, prefix=f"{split}/")
+    return LabelledSet(name, names, _TEMPLATES, splits)
 
 
 def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
@@ -240,35 +251,10 @@ def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]
         path: next((split for split, bound in bounds.items() if place[path] < bound), "train")
         for path in paths
     }
-    ranked = sorted(paths, key=lambda path: place[path])
+    ranked = sorted(paths, key=place.__getitem__)
     if "train" not in found.values():
         found[ranked[-1]] = "train"
-    for position, split in enumerate(split for split, share in shares.items() if share):
+    for position, split in enumerate(shares):
         if split not in found.values() and len(paths) >= _FEWEST[split]:
             found[ranked[position]] = split
     return found
-
-
-def _own_class_names(root: Path, classes: Sequence[str]) -> list[str]:
-    path = root / "classnames.txt"
-    if not path.is_file():
-        return [name.replace("_", " ") for name in classes]
-    names = read_class_names(str(path))
-    if len(names) != len(classes):
-        raise UserError(
-            f"{path} has {len(names)} names for {len(classes)} class folders; write one a line, in the folders' ASCII order"
-        )
-    return names
-
-
-def _nearest(name: str) -> str:
-    """Half a sentence with the known name that the user may have meant."""
-    plain = {_plain(known): known for known in (*_LOADERS, *_EMBEDDED)}
-    given = _plain(name)
-    starts = [key for key in plain if given and (key.startswith(given) or given.startswith(key))]
-    near = starts[:1] or difflib.get_close_matches(given, plain, n=1, cutoff=0.5)
-    return f" (did you mean {plain[near[0]]}?)" if near else ""
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -1,0 +1,381 @@
+"""The published sets of `sets.yaml`: CoOp's eleven few-shot sets, ImageNet's variants, and DomainBed's five.
+
+Reading changes nothing on disk: a set whose split file is missing is refused, because a split drawn anew gives numbers that
+compare with nobody's (`data_tools/make_split.py` draws one on request). Other counts than the published ones are logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from vlmkd.data.images import ImageRef
+from vlmkd.data.labelled import Item, LabelledSet
+from vlmkd.datasets.folders import (
+    ALL,
+    WNID,
+    class_folder_names,
+    class_items,
+    class_names_file,
+    named_classes,
+    numbered,
+    read_domains,
+    root_folder,
+)
+from vlmkd.datasets.splits import base_and_novel
+from vlmkd.errors import UserError
+from vlmkd.files import read_object, read_text, read_yaml
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+Found = tuple[list[str], dict[str, list[Item]]]
+"""Class names and the items of each split."""
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """Where a set lies below the data root, and what is known of it."""
+
+    key: str
+    title: str
+    layout: Literal["split", "variants", "train_val", "wnids", "numbers", "domains"]
+    """CoOp's JSON split file, FGVC's text lists, ImageNet's folders, test folders by wnid or class number, or domains."""
+    folders: tuple[str, ...]
+    """Where it is; the first is CoOp's or DomainBed's place, others are the archives' own."""
+    num_classes: int
+    licence: str
+    source: str
+    """Where images and split come from."""
+    counts: tuple[int, int, int] = (0, 0, 0)
+    """Published images of train, val and test; ImageNet's val is its test."""
+    halves: tuple[int, int] | None = None
+    """Test images of the base and of the novel classes."""
+    template: str = "a photo of a {}."
+    """The one prompt of the zero-shot baselines."""
+    marks: tuple[str, ...] = ()
+    """Patterns of what shows that a folder is the set's own folder; empty: the image folder."""
+    images: str = ""
+    """Image folder; paths of a split file start there."""
+    split_file: str = ""
+    split_drive: str = ""
+    """Google Drive id of the split file."""
+    class_from: Literal["", "folder", "stem", "path"] = ""
+    """Where a path of the split file says the class, see `class_of`; empty: nowhere."""
+    class_pattern: str = ""
+    """How every class name begins."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Class names of folders whose name is another one."""
+    dropped: tuple[str, ...] = ()
+    """Folders that are no class."""
+    domains: tuple[str, ...] = ()
+    """In index order."""
+    builds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Images of each domain, by the name of the build; published numbers belong to one of them."""
+    classes: tuple[str, ...] = ()
+    """Class folders in index order; empty where the list is too long to state."""
+
+    def class_of(self, path: str) -> str:
+        """Class name that a path of the split file says.
+
+        `folder`: `airplanes/image_0001.jpg`; `stem`: `Abyssinian_100.jpg`, the stem without the number, in lower case;
+        `path`: `c/church/outdoor/sun_a.jpg`, the folders after the letter, last first.
+        """
+        parts = PurePosixPath(path.lstrip("/"))
+        if self.class_from == "stem":
+            return parts.stem.rpartition("_")[0].lower()
+        if self.class_from == "path":
+            return " ".join(reversed(parts.parts[1:-1]))
+        return self.renamed.get(parts.parent.name, parts.parent.name)
+
+    @property
+    def hint(self) -> str:
+        """What to do when something of the set is missing."""
+        return f"get it from {self.source}"
+
+    @property
+    def split_hint(self) -> str:
+        """What to do when the split file is missing or wrong."""
+        return (
+            f"get it from https://drive.google.com/uc?id={self.split_drive} or inside {self.source}; `python "
+            f"data_tools/make_split.py --set {self.key} --root ROOT --seed 1` draws one whose numbers compare with nobody's"
+        )
+
+    def build_of(self, labelled: LabelledSet) -> str:
+        """Name of the published build that has these image counts (TerraIncognita has two), or an empty string."""
+        return next((name for name, build in self._published.items() if build == _counts(labelled)), "")
+
+    @property
+    def _published(self) -> Mapping[str, tuple[int, ...]]:
+        return self.builds or {"published set": self.counts}
+
+
+def _table() -> dict[str, PublishedSet]:
+    def frozen(content: Any) -> Any:
+        if isinstance(content, dict):
+            return {key: frozen(value) for key, value in content.items()}
+        return tuple(map(frozen, content)) if isinstance(content, list) else content
+
+    sections = frozen(read_yaml(Path(__file__).with_name("sets.yaml"), "data sets"))
+    return {key: PublishedSet(key, **facts) for sets in sections.values() for key, facts in sets.items()}
+
+
+SETS = _table()
+
+
+def load(key: str, root: str) -> LabelledSet:
+    """One of `SETS` with the splits `train`, `val` and `test` as far as it has them, or `all` where it has domains.
+
+    `root` is the folder that holds the sets' folders, or the set's own. Item keys are paths inside the set's folder.
+
+    Raises:
+        UserError: files are missing, belong to another set, or leave a class without training images.
+    """
+    described = SETS[key]
+    names, splits = _READERS[described.layout](described, set_folder(key, root))
+    found = LabelledSet(key, names, [described.template], splits, list(described.domains))
+    _compare_counts(described, found)
+    return found
+
+
+def set_folder(key: str, root: str) -> Path:
+    """The folder of a set below the data root, or `root` itself when it looks like the set's own.
+
+    Raises:
+        UserError: it is not there.
+    """
+    described = SETS[key]
+    where = root_folder(root, key, f"it is the folder that holds {described.folders[0]}/")
+    for name in described.folders:
+        if (where / name).is_dir():
+            return where / name
+    marks = (*(described.marks or described.domains or [described.images]), described.split_file)
+    if any(any(where.glob(mark)) for mark in marks if mark):
+        return where
+    raise UserError(f"data set {key}: {where / described.folders[0]} does not exist; {described.hint}")
+
+
+def _counts(labelled: LabelledSet) -> tuple[int, ...]:
+    """Images of each domain, or of train, val and test."""
+    if labelled.domains:
+        images = Counter(item.domain for item in labelled.splits[ALL])
+        return tuple(images[domain] for domain in range(len(labelled.domains)))
+    return tuple(len(labelled.splits.get(split, [])) for split in SPLITS)
+
+
+def _compare_counts(described: PublishedSet, found: LabelledSet) -> None:
+    """Log where a set has other numbers than the published ones."""
+    build = described.build_of(found)
+    if not build or len(found.class_names) != described.num_classes:
+        log.warning(
+            "%s has %d classes and %s images (of %s); published are %d and %s: splits and numbers do not compare",
+            described.title, len(found.class_names), _counts(found), ", ".join(found.domains or SPLITS),
+            described.num_classes, "; ".join(f"{name} {counts}" for name, counts in described._published.items()),
+        )  # fmt: skip
+        return
+    if described.builds:
+        log.info("%s: the build of %s", described.title, build)
+    if described.halves:
+        groups = base_and_novel(found.splits["train"])
+        halves = tuple(sum(item.label in half for item in found.splits["test"]) for half in map(set, groups))
+        if halves != described.halves:
+            log.warning(
+                "%s has %s test images of base and novel classes; the published split has %s",
+                described.title, halves, described.halves,
+            )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- lists of images and labels
+
+
+def _read_split(described: PublishedSet, folder: Path) -> Found:
+    """CoOp's split file: `[relative path, label, class name]` of every image of a split."""
+    path = folder / described.split_file
+    if not path.is_file():
+        raise UserError(f"data set {described.key}: split file {path} does not exist; {described.split_hint}")
+    content = read_object(path, "split file", "fetch it again")
+    if content.get("note"):
+        log.warning("%s: %s", path, content["note"])
+    names: dict[int, str] = {}
+    splits: dict[str, list[Item]] = {}
+    for split in SPLITS:
+        entries = content.get(split)
+        if not isinstance(entries, list):
+            raise UserError(f"split file {path} has no list {split!r}; {described.split_hint}")
+        splits[split] = [_split_item(path, described, entry, names) for entry in entries]
+    if gaps := sorted(set(range(len(names))) - set(names)):
+        raise UserError(
+            f"split file {path} has labels up to {max(names)} but no class {gaps[0]}; {described.split_hint}"
+        )
+    return _checked(described, folder, [names[label] for label in range(len(names))], splits)
+
+
+def _split_item(path: Path, described: PublishedSet, entry: Any, names: dict[int, str]) -> Item:
+    """The item of one entry, whose class name goes into `names`."""
+    whole = isinstance(entry, list) and [type(part) for part in entry] == [str, int, str]
+    if not whole or entry[1] < 0:
+        raise UserError(
+            f"split file {path}: {str(entry)[:80]} is not [path, label, class name]; fetch it again"
+        )
+    relative, label, name = entry
+    relative = relative.lstrip("/")
+    if ".." in PurePosixPath(relative).parts:
+        raise UserError(f"split file {path}: {relative} leaves the image folder; fetch the file again")
+    if names.setdefault(label, name) != name:
+        raise UserError(
+            f"split file {path} calls class {label} both {names[label]!r} and {name!r}; fetch it again"
+        )
+    key = f"{described.images}/{relative}" if described.images else relative
+    return Item(key, ImageRef(str(path.parent / key)), label)
+
+
+def _read_variants(described: PublishedSet, folder: Path) -> Found:
+    """FGVC's lists: `variants.txt` names the classes, `images_variant_<split>.txt` has `id variant` a line."""
+
+    def lines(path: Path) -> list[str]:
+        text = read_text(path, f"data set {described.key}:", described.hint)
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    names = lines(folder / "variants.txt")
+    labels = numbered(names)
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for split, items in splits.items():
+        path = folder / f"images_variant_{split}.txt"
+        for line in lines(path):
+            number, _, variant = line.partition(" ")
+            if variant not in labels:
+                raise UserError(
+                    f"{path}: variant {variant!r} is not in {folder / 'variants.txt'}; {described.hint}"
+                )
+            key = f"{described.images}/{number}.jpg"
+            items.append(Item(key, ImageRef(str(folder / key)), labels[variant]))
+    return _checked(described, folder, names, splits)
+
+
+def _checked(described: PublishedSet, folder: Path, names: list[str], splits: dict[str, list[Item]]) -> Found:
+    """Names in words and the splits, once every image is there, every class is trained on, and the names are the set's."""
+    listed = folder / (described.split_file or "images_variant_*.txt")
+    images = folder / described.images
+    if not images.is_dir():
+        raise UserError(f"data set {described.key}: image folder {images} does not exist; {described.hint}")
+    keys = [item.key for items in splits.values() for item in items]
+    missing = missing_files(folder, keys)
+    if 2 * len(missing) > len(keys):
+        raise UserError(
+            f"{listed} seems to be of another data set: {len(missing)} of its {len(keys)} images are not below {images}, "
+            f"first {missing[0]}; put the list of {described.title} there, or unpack the images"
+        )
+    if missing:
+        raise UserError(
+            f"data set {described.key}: {len(missing)} of {len(keys)} images are missing, first {folder / missing[0]}; "
+            f"unpack the images again ({described.hint})"
+        )
+    names = [name.replace("_", " ") for name in names]
+    path_of = {item.label: item.key.removeprefix(f"{described.images}/") for item in splits["train"]}
+    if absent := [name for label, name in enumerate(names) if label not in path_of]:
+        more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
+        raise UserError(
+            f"data set {described.key}: {listed} gives no training image to class {absent[0]!r}{more}; fetch it again"
+        )
+    expected: dict[int, str] = {}
+    if described.class_from:
+        expected = {label: described.class_of(path).replace("_", " ") for label, path in path_of.items()}
+    wrong = [
+        label
+        for label, name in enumerate(names)
+        if expected.get(label, name).lower() != name.lower() or not re.match(described.class_pattern, name)
+    ]
+    if 2 * len(wrong) > len(names):
+        wanted = (
+            repr(expected[wrong[0]]) if expected else f"names that begin with {described.class_pattern!r}"
+        )
+        raise UserError(
+            f"{listed} has the class names of another data set: {len(wrong)} of {len(names)} do not fit, such as "
+            f"{names[wrong[0]]!r} where {described.title} has {wanted}; {described.split_hint}"
+        )
+    return names, splits
+
+
+def missing_files(folder: Path, keys: Sequence[str]) -> list[str]:
+    """Those of the paths that do not exist; every folder is listed once, which is much faster than asking per file."""
+    present: dict[str, set[str]] = defaultdict(set)
+    for parent in {key.rpartition("/")[0] for key in keys}:
+        if (folder / parent).is_dir():
+            present[parent] = {entry.name for entry in os.scandir(folder / parent) if entry.is_file()}
+    return [key for key in keys if key.rpartition("/")[2] not in present[key.rpartition("/")[0]]]
+
+
+# ----------------------------------------------------------------------------------------------------- class folders
+
+
+def _read_train_val(described: PublishedSet, folder: Path) -> Found:
+    """ImageNet: `train` and `val`, or `images/train` and `images/val`; val is `test`, and only one may be there."""
+    base = folder / "images" if (folder / "images").is_dir() else folder
+    places = {
+        split: base / name for split, name in (("train", "train"), ("test", "val")) if (base / name).is_dir()
+    }
+    if not places:
+        raise UserError(f"data set {described.key}: {base} has neither train nor val; {described.hint}")
+    wnids = [set(_wnids(place)) for place in places.values()]
+    if other := wnids[0] ^ wnids[-1]:
+        raise UserError(f"{base / 'val'} and {base / 'train'} have different classes, such as {min(other)}")
+    labels, names = named_classes(next(iter(places.values())), class_names_file([folder]))
+    for split in {"train", "test"} - set(places):
+        log.warning("%s: %s has no %s split", base, described.key, split)
+    return names, {
+        split: class_items(place, labels, prefix=f"{place.name}/") for split, place in places.items()
+    }
+
+
+def _read_test(described: PublishedSet, folder: Path) -> Found:
+    """Test images in folders that are wnids (A and R number their own 200 from 0) or, V2's, numbers of classes."""
+    if described.layout == "wnids":
+        _wnids(folder)
+    labels, names = named_classes(folder, class_names_file([folder, folder.parent]) or "imagenet")
+    if not labels:
+        raise UserError(f"data set {described.key}: {folder} holds no class folders; {described.hint}")
+    return names, {"test": class_items(folder, labels)}
+
+
+def _wnids(folder: Path) -> list[str]:
+    """Sorted wnid folders; loose files (README.txt of A and R) are no classes, other folders a mistake."""
+    found = class_folder_names(folder)
+    if wrong := [name for name in found if not WNID.fullmatch(name)]:
+        raise UserError(
+            f"class folder {folder / wrong[0]} is not a wnid such as n01440764; move it out of {folder}"
+        )
+    return found
+
+
+def _read_domains(described: PublishedSet, folder: Path) -> Found:
+    """`<domain>/<class>/*` with the published domains and classes."""
+    found = read_domains(folder, described.key)
+    own = f"load it as domains:{folder} if it is your own set"
+    if found.domains != list(described.domains):
+        raise UserError(
+            f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has "
+            f"{', '.join(described.domains)}: complete it, or move other folders away; {own}"
+        )
+    classes = [name.replace("_", " ") for name in described.classes]
+    if classes and found.class_names != classes:
+        other = sorted(set(found.class_names) ^ set(classes))
+        raise UserError(
+            f"{folder} has not the classes of {described.title}, see {', '.join(other[:3])}; {own}"
+        )
+    return found.class_names, found.splits
+
+
+_READERS = {
+    "split": _read_split,
+    "variants": _read_variants,
+    "train_val": _read_train_val,
+    "wnids": _read_test,
+    "numbers": _read_test,
+    "domains": _read_domains,
+}
