@@ -38,7 +38,7 @@ def encoder(args: argparse.Namespace) -> tuple[DualEncoder, str]:
         UserError: no such model, or one with random weights.
     """
     if args.model.startswith(ORACLE):
-        from vlmkd.models.emoji_oracle import load_oracle
+        from data_tools.emoji.oracle import load_oracle
 
         heads = Path(args.model.removeprefix(ORACLE))
         oracle = load_oracle(heads).to(device_named(args.device))

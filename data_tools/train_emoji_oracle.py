@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data_tools.emoji.oracle import EmojiOracle, Heads, load_oracle
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
@@ -32,7 +33,6 @@ from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.datasets.emoji import resolve
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.models.emoji_oracle import EmojiOracle, Heads, load_oracle
 from vlmkd.train.metrics import duration
 from vlmkd.zoo import sha256_of
 

@@ -1,8 +1,9 @@
 """The one exception that a user is meant to read."""
 
 import argparse
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -16,6 +17,12 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown `name`: the nearest of the `known` ones, or `otherwise` without one."""
+    near = difflib.get_close_matches(name, list(known), n=2)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:

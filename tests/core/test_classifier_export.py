@@ -85,7 +85,7 @@ def test_check_finds_a_changed_head(tmp_path: Path) -> None:
     with torch.no_grad():
         module.head.kd_head.bias[2] += 0.01
     assert "kd differs" in difference(tmp_path / "out", module, config)
-    mixed = config.with_mix(0.31, 2.0)
+    mixed = dataclasses.replace(config, mix=(0.31, 2.0))
     module = load_classifier(tmp_path / "out").module
     assert "prediction differs" in difference(tmp_path / "out", module, mixed)
 

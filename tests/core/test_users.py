@@ -55,13 +55,11 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
-        {"freeze_batch_norm", "load_backbone_weights", "prompted_config", "with_spec"},
+        {
+            *("freeze_batch_norm", "load_backbone_weights", "package_folder", "prompted_config", "with_spec"),
+        },
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
-    "models/emoji_oracle": (
-        "what the data tools call",
-        {"EmojiOracle", "Heads", "PIXELS", "load_oracle"},
-    ),
     "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),
     "models/prompted": (
         "parts of the prompted image tower, which backbones load",

@@ -114,12 +114,12 @@ class Oracle(torch.nn.Module):
 
 
 def test_the_emoji_sets_strong_teacher_is_named_by_its_heads(main, tmp_path, monkeypatch):
-    from vlmkd.models import emoji_oracle
+    from data_tools.emoji import oracle
 
     heads = tmp_path / "heads.safetensors"
     heads.write_bytes(b"heads")
     asked = []
-    monkeypatch.setattr(emoji_oracle, "load_oracle", lambda file: asked.append(file) or Oracle())
+    monkeypatch.setattr(oracle, "load_oracle", lambda file: asked.append(file) or Oracle())
     assert main("--model", f"emoji-oracle:{heads}", "--clean") == 0
     info = TeacherOutputs(tmp_path / "out", "clean").info
     assert asked == [heads] and (info.source, info.dim, info.logit_scale) == ("oracle", 4, 20.0)

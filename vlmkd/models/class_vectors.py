@@ -1,7 +1,7 @@
 """Class vectors: what a teacher's text tower says about the classes, computed once and stored.
 
-The artefact that teacher and student share (PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits
-and its text initialisation). It knows of what classes, prompts and teacher it was made, and says so by its digest.
+The artefact that teacher and student share: PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits
+and its text initialisation.
 
 Letters: C classes, P prompts per class, D embedding width, B batch.
 """
@@ -52,7 +52,6 @@ class ClassVectors:
     normalise: Normalise = "each_and_mean"
 
     def __post_init__(self) -> None:
-        """Refuse vectors that are not one finite fp32 row per class."""
         shape = tuple(self.vectors.shape)
         if self.vectors.ndim != 2 or shape[0] != len(self.class_names) or self.vectors.dtype != torch.float32:
             raise ValueError(
@@ -82,11 +81,7 @@ class ClassVectors:
 
     @classmethod
     def load(cls, path: Path, *, expect_class_names: Sequence[str] | None = None) -> ClassVectors:
-        """Read a file of `save`.
-
-        Raises:
-            UserError: no such file, one that was edited, or of other classes than expected.
-        """
+        """Read a file of `save`; refuses one that was edited, or of other classes than expected."""
         from safetensors import safe_open
 
         if not path.is_file():
@@ -125,12 +120,10 @@ def encode_classes(
     """Mean prompt vector of every class, by `encoder`; underscores in class names become spaces.
 
     The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
-    vectors. A constant logit scale (DHO: 100) is put in by `dataclasses.replace(vectors, logit_scale=100.0)`. With
-    `shared` the ranks encode some classes each, and all call this; `watch` may show the batches' progress.
+    vectors. With `shared` the ranks encode some classes each, and all call this; `watch` may show the batches' progress.
 
     Raises:
-        UserError: no template or one without a place for the class, or an encoder that gives unit vectors only where
-            others are needed.
+        UserError: no template or one without a place for the class, or an encoder without `text_features`.
     """
     assert normalise in get_args(Normalise), normalise
     check_templates(templates)

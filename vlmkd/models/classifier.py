@@ -5,7 +5,6 @@ Letters: B batch, C classes, d feature width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +23,11 @@ DEFAULT_MIX = (0.5, 0.5)
 
 
 class Classifier(nn.Module):
-    """images -> head(projector(backbone(images))); the student of classification runs."""
+    """images [B, 3, h, w] -> head(projector(backbone(images))): logits [B, C], or DualLogits."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module, projector: nn.Module | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.projector = projector
-        self.head = head
+        self.backbone, self.projector, self.head = backbone, projector, head
 
     def features(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w] in the backbone's statistics -> what the head sees [B, d]."""
@@ -38,7 +35,6 @@ class Classifier(nn.Module):
         return features if self.projector is None else self.projector(features)
 
     def forward(self, images: Tensor) -> Any:
-        """images [B, 3, h, w] -> logits [B, C], or DualLogits."""
         return self.head(self.features(images))
 
 
@@ -59,7 +55,6 @@ class ClassifierConfig:
     """Alpha and beta of a dual head."""
 
     def __post_init__(self) -> None:
-        """Refuse a head of another number of classes, and a mix without two heads."""
         if self.head["classes"] != len(self.class_names):
             raise UserError(
                 f"classifier config: the head has {self.head['classes']} classes, but there are "
@@ -82,8 +77,6 @@ class ClassifierConfig:
         mix: tuple[float, float] | None = None,
     ) -> ClassifierConfig:
         """The config of Classifier(backbone.module, head, projector); a dual head gets DEFAULT_MIX without a `mix`."""
-        if mix is None and isinstance(head, DualHead):
-            mix = DEFAULT_MIX
         return cls(
             backbone=backbone.config,
             head=head.config,
@@ -92,21 +85,13 @@ class ClassifierConfig:
             image_spec=backbone.image_spec,
             source=backbone.source,
             templates=list(templates),
-            mix=mix,
+            mix=DEFAULT_MIX if mix is None and isinstance(head, DualHead) else mix,
         )
 
     def build(self) -> Classifier:
-        """The classifier with random weights.
-
-        Raises:
-            UserError: a part that this version does not know.
-        """
+        """The classifier with random weights."""
         projector = None if self.projector is None else Projector(**self.projector)
         return Classifier(build_backbone(self.backbone), build_head(self.head), projector)
-
-    def with_mix(self, alpha: float, beta: float) -> ClassifierConfig:
-        """The same classifier with other mixing weights."""
-        return dataclasses.replace(self, mix=(alpha, beta))
 
 
 class ClassifierPredictor:
@@ -123,11 +108,8 @@ class ClassifierPredictor:
         class_names: Sequence[str],
         mix: tuple[float, float] | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.image_spec, self.class_names, self.mix = name, image_spec, list(class_names), mix
         self.module: Any = module
-        self.image_spec = image_spec
-        self.class_names = list(class_names)
-        self.mix = mix
 
     @classmethod
     def of(cls, name: str, module: nn.Module, config: ClassifierConfig) -> ClassifierPredictor:

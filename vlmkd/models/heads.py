@@ -26,14 +26,13 @@ class LinearHead(nn.Linear):
     """features [B, d] -> logits [B, C], fp32."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """W z + b."""
         with torch.autocast(features.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(features.float(), self.weight.float(), bias)
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `build_head` takes."""
+        """What `build_head` takes, as of the other heads."""
         return {"kind": "linear", "width": self.in_features, "classes": self.out_features}
 
 
@@ -44,7 +43,6 @@ class CosineHead(LinearHead):
         super().__init__(width, num_classes, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """cos(z, w_c)."""
         with torch.autocast(features.device.type, enabled=False):
             return F.linear(F.normalize(features.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
 
@@ -71,7 +69,6 @@ class DualHead(nn.Module):
         self.kd_head = CosineHead(width, num_classes) if kd == "cosine" else LinearHead(width, num_classes)
 
     def forward(self, features: Tensor) -> DualLogits:
-        """features [B, d] -> logits of both heads."""
         # The scale is applied outside: the heads are modules of their own, around which ZeRO 3 gathers their weights.
         if self.kd == "linear":
             return DualLogits(self.ce_head(features), self.kd_head(features))
@@ -80,16 +77,12 @@ class DualHead(nn.Module):
 
     @torch.no_grad()
     def init_from_text(self, vectors: Tensor) -> None:
-        """Both weights become the class vectors [C, d] (DHO: un-normalised, of the student's own text tower), biases 0.
-
-        Raises:
-            UserError: vectors of another size.
-        """
-        wanted = tuple(self.ce_head.weight.shape)
-        if tuple(vectors.shape) != wanted:
+        """Both weights become the class vectors [C, d] (DHO: un-normalised, of the student's own text tower), biases 0."""
+        if vectors.shape != self.ce_head.weight.shape:
             raise UserError(
-                f"text initialisation: class vectors are {list(vectors.shape)}, but the heads need {list(wanted)}; take "
-                "the text tower that belongs to this backbone, or head_init=default"
+                f"text initialisation: class vectors are {list(vectors.shape)}, but the heads need "
+                f"{list(self.ce_head.weight.shape)}; take the text tower that belongs to this backbone, or "
+                "head_init=default"
             )
         for head in (self.ce_head, self.kd_head):
             head.weight.copy_(vectors)
@@ -98,7 +91,6 @@ class DualHead(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `build_head` takes."""
         return {**self.ce_head.config, "kind": "dual", "kd": self.kd}
 
 
@@ -108,10 +100,8 @@ def mix_heads(logits: DualLogits, alpha: float, beta: float) -> Tensor:
     Its softmax is the mixture itself.
     """
     ce, kd = logits.ce.float().log_softmax(dim=-1), (logits.kd.float() / beta).log_softmax(dim=-1)
-    if alpha == 0.0:
-        return kd
-    if alpha == 1.0:
-        return ce
+    if alpha in (0.0, 1.0):
+        return ce if alpha else kd
     return torch.logaddexp(ce + math.log(alpha), kd + math.log1p(-alpha))
 
 
@@ -133,12 +123,11 @@ class Projector(nn.Module):
         """Keyword arguments that make the same projector."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, d] -> [B, D], in the type that it computes in."""
         return self.layers(features)
 
 
 class TextClassifier(nn.Module):
-    """logit_scale times the cosines of features [B, D] with class vectors [C, D]; fp32 logits, nothing to train.
+    """features [B, D] -> logit_scale times their cosines with class vectors [C, D]; fp32 logits, nothing to train.
 
     The rows are used as they are given: `ClassVectors` of mode `each` are deliberately no unit vectors.
     """
@@ -151,16 +140,11 @@ class TextClassifier(nn.Module):
         self.register_buffer("vectors", vectors.detach().float().clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [B, D], of any length -> logits [B, C]."""
         with torch.autocast(features.device.type, enabled=False):
             return self.logit_scale * F.linear(F.normalize(features.float(), dim=-1), self.vectors)
 
     def swap(self, vectors: Tensor) -> None:
-        """Classify among other classes from now on: `vectors` [C', D].
-
-        Raises:
-            UserError: vectors of another width.
-        """
+        """Classify among other classes from now on: `vectors` [C', D]."""
         if vectors.ndim != 2 or vectors.shape[1] != self.vectors.shape[1]:
             raise UserError(
                 f"class vectors are {list(vectors.shape)}, but this classifier needs [C, {self.vectors.shape[1]}]; take "
@@ -177,7 +161,6 @@ class TextClassifier(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `build_head` takes."""
         classes, width = self.vectors.shape
         return {"kind": "text", "width": width, "classes": classes, "logit_scale": self.logit_scale}
 

@@ -26,10 +26,16 @@ Config = dict[str, Any]
 State = dict[str, Tensor]
 
 _TEXT_NAMES = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+_LAYERS = ("width", "heads", "mlp", "head_width")
+_FIELDS = {
+    "": ("embed_dim", "vision_cfg", "text_cfg", "activation"),
+    "vision_cfg": ("image_size", "patch_size", *_LAYERS),
+    "text_cfg": ("context_length", "vocab_size", *_LAYERS),
+}
 
 
 class OutputBias(nn.Module):
-    """What is left of an output projection without inputs: its bias [D], broadcast over tokens."""
+    """What is left of an output projection without inputs: its bias."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,16 +51,11 @@ class PrunedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
-        self.heads, self.head_width = heads, head_width
-        inner = heads * head_width
-        self.out_proj: nn.Module
+        self.heads, inner = heads, heads * head_width
+        self.out_proj: nn.Module = nn.Linear(inner, width) if heads else OutputBias(width)
         if heads:
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * inner, width))
+            self.in_proj_weight = nn.Parameter(width**-0.5 * torch.randn(3 * inner, width))
             self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner))
-            self.out_proj = nn.Linear(inner, width)
-            nn.init.normal_(self.in_proj_weight, std=width**-0.5)
-        else:
-            self.out_proj = OutputBias(width)
 
     def attend(self, x: Tensor, causal: bool) -> Tensor:
         """Attention output of every head before the output projection, [B, H, T, head_width]."""
@@ -75,12 +76,9 @@ class PrunedMLP(nn.Module):
     def __init__(self, width: int, channels: int, quick_gelu: bool) -> None:
         super().__init__()
         self.channels, self.quick_gelu = channels, quick_gelu
-        self.c_proj: nn.Module
         if channels:
             self.c_fc = nn.Linear(width, channels)
-            self.c_proj = nn.Linear(channels, width)
-        else:
-            self.c_proj = OutputBias(width)
+        self.c_proj: nn.Module = nn.Linear(channels, width) if channels else OutputBias(width)
 
     def activate(self, x: Tensor) -> Tensor:
         """Hidden channels after the activation, [B, T, F]."""
@@ -132,14 +130,16 @@ class PrunedTransformer(nn.Module):
 
 
 class PrunedImageTower(nn.Module):
-    """Vision transformer with a class token: images [B, 3, h, w] -> [B, E]."""
+    """Vision transformer with a class token."""
 
     def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
-        width, patch = tower["width"], tower["patch_size"]
+        width, patch, size = tower["width"], tower["patch_size"], tower["image_size"]
+        height, length = (size, size) if isinstance(size, int) else size
+        positions = (height // patch) * (length // patch) + 1
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(_num_patches(tower) + 1, width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = PrunedTransformer(tower, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
@@ -158,7 +158,7 @@ class PrunedImageTower(nn.Module):
 
 
 class PrunedTextTower(nn.Module):
-    """Causal text transformer pooled at the highest token id (end of text): tokens [B, T] -> [B, E]."""
+    """Causal text transformer pooled at the highest token id (end of text)."""
 
     def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -192,16 +192,13 @@ class PrunedCLIP(nn.Module):
     tower is a module of its own, so that sharded parameters (ZeRO 3) are gathered around its forward pass.
     """
 
-    visual: nn.Module
-    text: nn.Module
-
     def __init__(self, config: Config) -> None:
         super().__init__()
         check_config(config)
         self.config = config
-        quick_gelu = config["activation"] == "quick_gelu"
-        self.visual = PrunedImageTower(config["vision_cfg"], config["embed_dim"], quick_gelu)
-        self.text = PrunedTextTower(config["text_cfg"], config["embed_dim"], quick_gelu)
+        common = config["embed_dim"], config["activation"] == "quick_gelu"
+        self.visual: nn.Module = PrunedImageTower(config["vision_cfg"], *common)
+        self.text: nn.Module = PrunedTextTower(config["text_cfg"], *common)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.get("logit_bias") else None
 
@@ -217,12 +214,9 @@ class PrunedCLIP(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """Unit embeddings [B, E] of both and exp(logit_scale) (then logit_bias, where there is one), as open_clip."""
-        outputs = (
-            self.encode_image(images, normalize=True),
-            self.encode_text(tokens, normalize=True),
-            self.logit_scale.exp(),
-        )
-        return outputs if self.logit_bias is None else (*outputs, self.logit_bias)
+        embeds = self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True)
+        bias = () if self.logit_bias is None else (self.logit_bias,)
+        return (*embeds, self.logit_scale.exp(), *bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks of both towers in the backward pass."""
@@ -238,24 +232,14 @@ class PrunedCLIP(nn.Module):
         """
         wanted = self.state_dict()
         given = {
-            name: tensor for name, tensor in own_names(state).items() if not _is_spent(name, tensor, wanted)
+            name: tensor
+            for name, tensor in own_names(state).items()
+            if tensor.numel() and (name in wanted or not re.search(r"resblocks\.\d+\.ln_[12]\.", name))
         }
-        for name, tensor in wanted.items():
-            if (
-                name.endswith(("out_proj.bias", "c_proj.bias"))
-                and name.replace("bias", "weight") not in wanted
-            ):
-                given.setdefault(name, torch.zeros_like(tensor))
+        for name, module in self.named_modules():
+            if isinstance(module, OutputBias):
+                given.setdefault(f"{name}.bias", torch.zeros_like(module.bias))
         return given
-
-
-def _is_spent(name: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -> bool:
-    """Whether `name` belongs to a removed block: no elements, or the LayerNorm before a part that is gone."""
-    norm = re.fullmatch(r"(.*resblocks\.\d+\.)ln_([12])\.(weight|bias)", name)
-    if norm is None:
-        return not tensor.numel()
-    part = {"1": "attn.in_proj_weight", "2": "mlp.c_fc.weight"}[norm[2]]
-    return f"{norm[1]}{part}" not in wanted
 
 
 def own_names(state: Mapping[str, Tensor]) -> State:
@@ -269,29 +253,24 @@ def check_config(config: Mapping[str, Any]) -> None:
     Layout: embed_dim, pruned (true), activation ("gelu" or "quick_gelu"), optional logit_bias (bool); vision_cfg with
     image_size, patch_size, width, heads (one number a layer), mlp (FFN channels, one number a layer), head_width;
     text_cfg with context_length, vocab_size, width, heads, mlp, head_width. Other fields are left to their owners.
-
-    Raises:
-        UserError: names the field.
     """
-    what, shared = "pruned model config:", ("width", "heads", "mlp", "head_width")
-    for section, fields in (
-        ("", ("embed_dim", "vision_cfg", "text_cfg", "activation")),
-        ("vision_cfg", ("image_size", "patch_size", *shared)),
-        ("text_cfg", ("context_length", "vocab_size", *shared)),
-    ):
+    for section, fields in _FIELDS.items():
         for field in fields:
             if field not in (config[section] if section else config):
-                raise UserError(f"{what} field {f'{section}.{field}'.lstrip('.')} is missing")
+                name = f"{section}.{field}".lstrip(".")
+                raise UserError(f"pruned model config: field {name} is missing")
     if config["activation"] not in ("gelu", "quick_gelu"):
-        raise UserError(f"{what} activation is {config['activation']!r}; choose gelu or quick_gelu")
+        raise UserError(
+            f"pruned model config: activation is {config['activation']!r}; choose gelu or quick_gelu"
+        )
     for section in ("vision_cfg", "text_cfg"):
-        heads, mlp = config[section]["heads"], config[section]["mlp"]
+        width, heads, mlp, _ = (config[section][field] for field in _LAYERS)
         if not all(isinstance(sizes, (list, tuple)) for sizes in (heads, mlp)) or len(heads) != len(mlp):
             raise UserError(
-                f"{what} {section}.heads and {section}.mlp must be lists of one length, one number a layer"
+                f"pruned model config: {section}.heads and {section}.mlp must be lists of one length, one number a layer"
             )
-        if min([*heads, *mlp], default=0) < 0 or config[section]["width"] < 1:
-            raise UserError(f"{what} {section} holds a negative size or no width")
+        if min([*heads, *mlp, width - 1]) < 0:
+            raise UserError(f"pruned model config: {section} holds a negative size or no width")
 
 
 def config_from_state_dict(
@@ -303,25 +282,21 @@ def config_from_state_dict(
 ) -> Config:
     """The ragged config of `state` (open_clip.CLIP's names, or PrunedCLIP's), read from its shapes.
 
-    Layers are numbered by the file; parts whose keys are absent or empty have 0 heads or channels. The image size
-    assumes a square grid. Head width (`text_head_width` where the text tower's differs) and activation are not in a
-    file and must be told.
+    Parts whose keys are absent or empty have 0 heads or channels; the grid of patches is taken for a square. Head width
+    (`text_head_width` where the text tower's differs) and activation are not in a file and must be told.
 
     Raises:
         UserError: the file is no ViT + text transformer CLIP, or its shapes do not fit `head_width`.
     """
     named = own_names(state)
     for name in (
-        "visual.conv1.weight",
-        "visual.proj",
-        "visual.positional_embedding",
-        "text.token_embedding.weight",
+        *("visual.conv1.weight", "visual.proj", "visual.positional_embedding"),
+        *("text.token_embedding.weight", "text.positional_embedding"),
     ):
         if name not in named:
-            raise UserError(
-                f"weights: {name.removeprefix('text.')} is missing, so this is no ViT and text transformer CLIP"
-            )
-    conv = named["visual.conv1.weight"]
+            name = name.removeprefix("text.")
+            raise UserError(f"weights: {name} is missing, so this is no ViT and text transformer CLIP")
+    conv, tokens = named["visual.conv1.weight"], named["text.token_embedding.weight"]
     patches = len(named["visual.positional_embedding"]) - 1
     grid = math.isqrt(patches)
     if conv.ndim != 4 or conv.shape[1] != 3 or grid * grid != patches:
@@ -335,43 +310,31 @@ def config_from_state_dict(
         "vision_cfg": {
             "image_size": grid * conv.shape[2],
             "patch_size": conv.shape[2],
-            "width": conv.shape[0],
-            **_layers_from_state(named, "visual.", head_width),
+            "width": len(conv),
+            **_layers(named, "visual.", head_width),
         },
         "text_cfg": {
             "context_length": len(named["text.positional_embedding"]),
-            "vocab_size": named["text.token_embedding.weight"].shape[0],
-            "width": named["text.token_embedding.weight"].shape[1],
-            **_layers_from_state(named, "text.", text_head_width or head_width),
+            "vocab_size": len(tokens),
+            "width": tokens.shape[1],
+            **_layers(named, "text.", text_head_width or head_width),
         },
     }
-    if "logit_bias" in named:
-        config["logit_bias"] = True
-    return config
+    return config | ({"logit_bias": True} if "logit_bias" in named else {})
 
 
-def _layers_from_state(named: State, tower: str, head_width: int) -> Config:
+def _layers(named: State, tower: str, head_width: int) -> Config:
     """Fields heads, mlp and head_width of one tower."""
-    prefix = f"{tower}transformer.resblocks."
-    depth = 1 + max(
-        (int(name[len(prefix) :].split(".")[0]) for name in named if name.startswith(prefix)), default=-1
-    )
-    heads, mlp = [], []
-    for layer in range(depth):
-        in_proj = named.get(f"{prefix}{layer}.attn.in_proj_weight")
-        rows = 0 if in_proj is None else len(in_proj)
-        if rows % (3 * head_width):
+    prefix, rows, mlp = f"{tower}transformer.resblocks.", 3 * head_width, []
+    heads: list[int] = []
+    layers = {int(name[len(prefix) :].split(".")[0]) for name in named if name.startswith(prefix)}
+    for layer in range(max(layers, default=-1) + 1):
+        in_proj = len(named.get(f"{prefix}{layer}.attn.in_proj_weight", ()))
+        if in_proj % rows:
             raise UserError(
-                f"weights: {prefix}{layer}.attn.in_proj_weight has {rows} rows, no multiple of 3 x head width {head_width}; "
-                "tell the head width of this model"
+                f"weights: {prefix}{layer}.attn.in_proj_weight has {in_proj} rows, no multiple of 3 x head width "
+                f"{head_width}; tell the head width of this model"
             )
-        heads.append(rows // (3 * head_width))
-        c_fc = named.get(f"{prefix}{layer}.mlp.c_fc.weight")
-        mlp.append(0 if c_fc is None else len(c_fc))
+        heads.append(in_proj // rows)
+        mlp.append(len(named.get(f"{prefix}{layer}.mlp.c_fc.weight", ())))
     return {"heads": heads, "mlp": mlp, "head_width": head_width}
-
-
-def _num_patches(tower: Mapping[str, Any]) -> int:
-    size, patch = tower["image_size"], tower["patch_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return (height // patch) * (width // patch)

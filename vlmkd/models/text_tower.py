@@ -1,7 +1,7 @@
 """Text towers without the padding behind a text's end: only positions that can reach the feature are computed.
 
-Behind a causal mask no position sees what follows it, so that everything behind the position that is read can be left
-out; a Hugging Face tower masks its padding. The features are those of the whole context, to rounding.
+Behind a causal mask no position sees what follows it; a Hugging Face tower masks its padding. The features are those
+of the whole context, to rounding.
 
 Letters: N texts, T token positions, L of them needed, w width, D embedding width.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmkd.models.pruned_clip import PrunedTextTower
 
 
-def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """`model.encode_text(tokens)` of an open_clip model or PrunedCLIP: tokens int64 [N,T] -> [N,D], not normalised.
 
     Tokens on a CPU are cut by `needed`. On a GPU that would make the host wait within a training step, so that they are
@@ -26,12 +26,11 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     if tokens.device.type == "cpu":
         tokens = needed(model, tokens)
     text: Any = getattr(model, "text", model)
-    if _is_open_clip_text(model, text) and is_causal(text):
-        return encode_causal(
-            text, tokens, read_at(text, tokens), lambda x, mask: text.transformer(x, attn_mask=mask)
-        )
-    towers: Any = model
-    return towers.encode_text(tokens)
+    if not _is_causal_open_clip(model, text):
+        return model.encode_text(tokens)
+    return encode_causal(
+        text, tokens, read_at(text, tokens), lambda x, mask: text.transformer(x, attn_mask=mask)
+    )
 
 
 def needed(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -40,32 +39,29 @@ def needed(model: nn.Module, tokens: Tensor) -> Tensor:
     They stay whole where padding may count: in towers that see both ways, read another position than the end token, or
     put a class token behind the text, and in Hugging Face towers in training, whose dropout draws a number per position.
     """
-    text: Any = getattr(model, "text", model)
-    if isinstance(text, PrunedTextTower):
-        return up_to(tokens, tokens.argmax(dim=-1))
-    if _is_open_clip_text(model, text):
-        return up_to(tokens, read_at(text, tokens)) if is_causal(text) else tokens
-
     from open_clip import CustomTextCLIP
     from open_clip.hf_model import HFTextEncoder
 
+    text: Any = getattr(model, "text", model)
+    if isinstance(text, PrunedTextTower):
+        return up_to(tokens, tokens.argmax(dim=-1))
+    if _is_causal_open_clip(model, text):
+        return up_to(tokens, read_at(text, tokens))
     if type(model) is CustomTextCLIP and isinstance(text, HFTextEncoder) and not text.training:
         used = (tokens != text.config.pad_token_id).any(dim=0).nonzero()
-        return tokens[:, : int(used.max()) + 1] if len(used) else tokens
+        return up_to(tokens, used) if len(used) else tokens
     return tokens
 
 
-def _is_open_clip_text(model: nn.Module, text: Any) -> bool:
+def _is_causal_open_clip(model: nn.Module, text: Any) -> bool:
+    """Whether `text` is open_clip's transformer (or a CLIP that holds its parts), sees backwards only and reads the end."""
     from open_clip import CLIP, CustomTextCLIP
     from open_clip.transformer import TextTransformer
 
-    return type(model) in (CLIP, CustomTextCLIP) and isinstance(text, (CLIP, TextTransformer))
-
-
-def is_causal(text: Any) -> bool:
-    """Whether a text transformer of open_clip (or a CLIP that holds its parts) sees backwards only and reads the end token."""
     return (
-        pool_type(text) in ("argmax", "eos")
+        type(model) in (CLIP, CustomTextCLIP)
+        and isinstance(text, (CLIP, TextTransformer))
+        and pool_type(text) in ("argmax", "eos")
         and text.attn_mask is not None
         and getattr(text, "cls_emb", None) is None
         and not getattr(text, "output_tokens", False)
@@ -78,7 +74,7 @@ def pool_type(text: Any) -> str | None:
 
 
 def read_at(text: Any, tokens: Tensor) -> Tensor:
-    """Position [N] whose output is a text's feature, in towers for which `is_causal` holds."""
+    """Position [N] whose output is a text's feature, in towers that read the end token."""
     if pool_type(text) == "eos":
         eos = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
         return (tokens == eos).int().argmax(dim=-1)
@@ -86,7 +82,7 @@ def read_at(text: Any, tokens: Tensor) -> Tensor:
 
 
 def up_to(tokens: Tensor, ends: Tensor) -> Tensor:
-    """tokens [N,T] up to the last of the positions `ends` [N]: [N,L]."""
+    """tokens [N,T] up to the last of the positions `ends`: [N,L]."""
     return tokens[:, : int(ends.max()) + 1]
 
 

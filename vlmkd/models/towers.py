@@ -45,22 +45,20 @@ class ClipTowers(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
         """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
-        model: Any = self.model
         image_embeds = text_embeds = None
         if images is not None:
-            image_embeds = F.normalize(
-                model.encode_image(images.to(compute_dtype(model.visual))).float(), dim=-1
-            )
+            features = self.model.encode_image(images.to(compute_dtype(self.model.visual)))
+            image_embeds = F.normalize(features.float(), dim=-1)
         if tokens is not None:
-            text_embeds = F.normalize(encode_text(model, tokens).float(), dim=-1)
-        scale = model.logit_scale.float().exp().reshape(())
+            text_embeds = F.normalize(encode_text(self.model, tokens).float(), dim=-1)
+        scale = self.model.logit_scale.float().exp().reshape(())
         if self.fixed_scale is not None:
             scale = torch.full_like(scale.detach(), self.fixed_scale)
-        bias = None if model.logit_bias is None else model.logit_bias.float().reshape(())
+        bias = None if self.model.logit_bias is None else self.model.logit_bias.float().reshape(())
         return ClipOutput(image_embeds, text_embeds, scale, bias)
 
 
@@ -85,28 +83,25 @@ class CLIPEncoder(ClipTowers):
             scalar = getattr(model, name)
             if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast these
                 setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
+        learned = scale_mode == "learned"
         if scale is not None:
-            low, high = (1.0, MAX_LOGIT_SCALE) if scale_mode == "learned" else (0.0, math.inf)
-            if not low <= scale <= high or scale == 0.0:
-                limits = f"from {low:g} to {high:g}" if scale_mode == "learned" else "above 0"
+            if not (1.0 <= scale <= MAX_LOGIT_SCALE if learned else 0.0 < scale <= math.inf):
+                limits = f"from 1 to {MAX_LOGIT_SCALE:g}" if learned else "above 0"
                 raise UserError(f"logit_scale.value is {scale}; with mode {scale_mode} it must be {limits}")
             self.logit_scale.data.fill_(math.log(scale))
-        self.logit_scale.requires_grad_(scale_mode == "learned")
-        if scale_mode == "fixed":
-            own = float(self.logit_scale.detach().double().exp())
-            self.fixed_scale = own if scale is None else scale
+        self.logit_scale.requires_grad_(learned)
+        if not learned:
+            self.fixed_scale = float(self.logit_scale.detach().double().exp()) if scale is None else scale
         if activation_checkpointing:
-            towers: Any = model
-            if type(towers.visual).__name__ == "ModifiedResNet":
+            if type(self.model.visual).__name__ == "ModifiedResNet":
                 told = "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it"
                 warnings.warn(told, stacklevel=2)
-            towers.set_grad_checkpointing(True)
+            self.model.set_grad_checkpointing(True)
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The logarithm of the scale [1], as open_clip names it."""
-        parameter: Any = self.model.logit_scale
-        return parameter
+        return self.model.logit_scale
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -114,14 +109,10 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-# ---------------------------------------------------------------------------------------------------------- teacher
-
-
 class ClipTeacher(ClipTowers):
-    """A frozen CLIP that accepts images in `student_spec`'s statistics.
+    """A frozen CLIP that accepts images in `student_spec`'s statistics, in eval mode whatever `train` says.
 
-    Runs without gradients, and stays in eval mode whatever `train` says. Not in inference mode, because losses keep its
-    outputs for their backward pass.
+    Runs without gradients, but not in inference mode, because losses keep its outputs for their backward pass.
     """
 
     def __init__(self, clip: ClipModel, student_spec: ImageSpec) -> None:
@@ -149,9 +140,8 @@ class ClipTeacher(ClipTowers):
 def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
     """images [B, 3, h, w] from `source`'s statistics and size to `target`'s; returned as they are when both agree.
 
-    Another size is made by bicubic or bilinear interpolation with antialiasing, as `target` says. The change of
-    statistics is exact; an enlarged view is not what the teacher would see of the original, so the loader makes a view
-    of its own where sizes differ, and this is the fallback.
+    The change of statistics is exact. Another size is interpolated with antialiasing: an enlarged view is not what the
+    teacher would see of the original, so the loader makes a view of its own where sizes differ, and this is the fallback.
     """
     if source.mean != target.mean or source.std != target.std:
         # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
@@ -167,9 +157,6 @@ def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tens
     return images
 
 
-# -------------------------------------------------------------------------------------------------------- predictor
-
-
 class ClipPredictor:
     """The DualEncoder that evaluators call, around any module with ClipTowers' forward (an engine's wrapper too)."""
 
@@ -180,10 +167,8 @@ class ClipPredictor:
         image_spec: ImageSpec,
         tokenizer: Callable[[list[str]], Tensor],
     ) -> None:
-        self.name = name
-        self.image_spec = image_spec
-        self._encoder = encoder
-        self._tokenizer = tokenizer
+        self.name, self.image_spec = name, image_spec
+        self._encoder, self._tokenizer = encoder, tokenizer
 
     @classmethod
     def of(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
@@ -192,36 +177,33 @@ class ClipPredictor:
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w] in `image_spec`'s statistics -> unit vectors [B, D], fp32."""
-        return self._run(images.to(self._device()), None).image_embeds
+        return self._run(images.to(next(self._encoder.parameters()).device)).image_embeds
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """N texts -> unit vectors [N, D], fp32."""
-        return self._run(None, self._tokenizer(texts)).text_embeds
+        return self._run(tokens=self._tokens(texts)).text_embeds
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
         """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
         model: Any = self._encoder.model
         with evaluating(self._encoder):
-            return encode_text(model, self._cut(self._tokenizer(texts))).float()
+            return encode_text(model, self._tokens(texts)).float()
 
     @property
     def logit_scale(self) -> float:
         """The factor of the cosines in the model's logits."""
-        return float(self._run(None, None).logit_scale)
+        return float(self._run().logit_scale)
 
-    def _device(self) -> torch.device:
-        return next(self._encoder.parameters()).device
-
-    def _cut(self, tokens: Tensor) -> Tensor:
-        """Tokens on the device, without padding that does not count; the length is found before they are moved."""
-        model = getattr(self._encoder, "model", self._encoder)
-        return needed(model, tokens).to(self._device())
+    def _tokens(self, texts: list[str]) -> Tensor:
+        """On the device, without padding that does not count; the length is found before they are moved."""
+        model, parameter = getattr(self._encoder, "model", self._encoder), next(self._encoder.parameters())
+        return needed(model, self._tokenizer(texts)).to(parameter.device)
 
     @torch.no_grad()
-    def _run(self, images: Tensor | None, tokens: Tensor | None) -> Any:
+    def _run(self, images: Tensor | None = None, tokens: Tensor | None = None) -> Any:
         with evaluating(self._encoder):
-            return self._encoder(images, None if tokens is None else self._cut(tokens))
+            return self._encoder(images, tokens)
 
 
 @contextlib.contextmanager

