@@ -1,14 +1,13 @@
 """Run configuration: frozen dataclasses, values from YAML files and `key=value` overrides.
 
-`load` stacks any number of YAML files and overrides over a project's own dataclass, checks names, types and
-closed choices, and returns the frozen object. YAML never names a Python class. What a number may be is part of its
-type, as in `steps: Positive`: see `Range`.
+YAML never names a Python class. What a number may be is part of its type, as in `steps: Positive`: see `Range`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -58,18 +57,15 @@ class Range:
             too_low = number <= self.low if self.above else number < self.low
             too_high = number >= self.high if self.below else number > self.high
             if too_low or too_high or not math.isfinite(number):
-                return (
-                    "each number" if isinstance(value, list) else "it"
-                ) + f" must be {self._told(too_high)}"
-        falls = self.ascending and list(numbers) != sorted(numbers)
+                who = "each number" if isinstance(value, list) else "it"
+                if self.high < _MOST:
+                    ends = "(" if self.above else "[", ")" if self.below else "]"
+                    return f"{who} must be in {ends[0]}{self.low}, {self.high}{ends[1]}"
+                if too_high:
+                    return f"{who} must be at most {self.high}"
+                return f"{who} must be {'above' if self.above else 'at least'} {self.low}"
+        falls = self.ascending and numbers != sorted(numbers)
         return "the first number must not be above the second" if falls else ""
-
-    def _told(self, too_high: bool) -> str:
-        if self.high >= _MOST:
-            return (
-                f"at most {self.high}" if too_high else f"{'above' if self.above else 'at least'} {self.low}"
-            )
-        return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
 
 
 _ONE = r"(?:\d+(?:\.\d+)?(?:e\d+)?(?:ep|ex|%))"
@@ -113,35 +109,43 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class ImageDataConfig:
+    """How training images are read and changed, wherever they come from."""
+
+    workers: Processes = 2
+    """Loader processes per rank; 0 loads in the training process. Indexed items are drawn alike with any number."""
+    crop_scale: AreaRange = field(default_factory=lambda: [0.08, 1.0])
+    """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
+    crop_ratio: RatioRange = field(default_factory=lambda: [0.75, 1.3333333333333333])
+    """Aspect-ratio range of RandomResizedCrop."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: BelowOne = 0.0
+    """Strength of brightness, contrast and saturation jitter; a teacher that sees the same view sees the same jitter."""
+    max_pixels: Positive = 89_478_485
+    """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
+    max_bad_share: Share = 0.05
+    """The run stops when more than this share was bad: of 1,000 samples or more, of a pass, or of a whole short run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImageDataConfig):
     """The training stream."""
 
     kind: Literal["webdataset", "synthetic"] = "webdataset"
     """`webdataset` reads `sources`; `synthetic` makes noise images and is for dry runs only."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Where the samples come from."""
-    workers: Processes = 2
-    """Loader processes per rank; 0 loads in the training process."""
     shuffle_buffer: Count = 2000
     """Samples held (still encoded) for shuffling, per worker."""
     crop_scale: AreaRange = field(default_factory=lambda: [0.9, 1.0])
-    """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
-    crop_ratio: RatioRange = field(default_factory=lambda: [0.75, 1.3333333333333333])
-    """Aspect-ratio range of RandomResizedCrop."""
     flip: Share = 0.0
-    """Probability of a horizontal flip (the paper: none)."""
-    color_jitter: BelowOne = 0.0
-    """Strength of brightness, contrast and saturation jitter; the teacher sees the same jittered view."""
     image_keys: list[str] = field(default_factory=lambda: ["jpg", "png", "jpeg", "webp"])
     """Sample members that may hold the image, first match wins."""
     text_key: str = "txt"
     """Sample member that holds the caption."""
-    max_pixels: Positive = 89_478_485
-    """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
     samples_per_epoch: Count = 0
     """Samples of one pass over all sources, for lengths in epochs; 0: not known."""
-    max_bad_share: Share = 0.05
-    """The run stops when more than this share was bad: of 1,000 samples or more, of a pass, or of a whole short run."""
     shard_cache: str = ""
     """Folder for downloaded remote shards; empty streams them each epoch."""
     synthetic_samples: Positive = 4096
@@ -149,7 +153,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledDataConfig:
+class LabelledDataConfig(ImageDataConfig):
     """Training images of a labelled set; which items a run trains on is its project's matter."""
 
     set: str = ""
@@ -160,16 +164,6 @@ class LabelledDataConfig:
     """Text file for `folder:` and `domains:` sets with a class a line, NAME or FOLDER<tab>NAME; empty: the folders' names."""
     templates: list[str] = field(default_factory=list)
     """Prompts of a `folder:` or `domains:` set, with `{}` for the class name; empty: `a photo of a {}`."""
-    workers: Processes = 2
-    """Loader processes per rank; 0 loads in the training process. Does not change what is drawn."""
-    crop_scale: AreaRange = field(default_factory=lambda: [0.08, 1.0])
-    """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
-    crop_ratio: RatioRange = field(default_factory=lambda: [0.75, 1.3333333333333333])
-    """Aspect-ratio range of RandomResizedCrop."""
-    flip: Share = 0.5
-    """Probability of a horizontal flip."""
-    color_jitter: BelowOne = 0.0
-    """Strength of brightness, contrast and saturation jitter."""
     hue: Annotated[float, Range(0, 0.5)] = 0.0
     """Largest shift of the hue, as a share of the colour circle, 0 to 0.5."""
     grayscale: Share = 0.0
@@ -182,19 +176,12 @@ class LabelledDataConfig:
     """Folder written by data_tools/embed_labelled.py, whose vectors take the place of the teacher's image tower."""
     teacher_view: Literal["same", "clean"] = "same"
     """What the stored teacher saw: the student's very view, or the whole picture once, without augmentation."""
-    max_pixels: Positive = 89_478_485
-    """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
-    max_bad_share: Share = 0.05
-    """The run stops when more than this share was bad: of 1,000 images or more, of a pass, or of a whole short run."""
     keep_encoded_mb: Count = 512
     """Files are kept in memory when all together are at most this many MB; 0: always read from disk."""
 
     def __post_init__(self) -> None:
-        require(
-            self.teacher_view == "same" or bool(self.teacher_outputs),
-            "data.teacher_view",
-            "=clean needs data.teacher_outputs, written with --clean",
-        )
+        unstored = self.teacher_view == "clean" and not self.teacher_outputs
+        require(not unstored, "data.teacher_view", "=clean needs data.teacher_outputs, written with --clean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,40 +362,21 @@ class RunConfig:
     """Checkpoints."""
 
     def __post_init__(self) -> None:
-        require(bool(self.run_dir), "run_dir", "is empty; set it, e.g. run_dir=runs/my_run")
         longest = max(len(part.encode()) for part in self.run_dir.split("/"))
+        require(bool(self.run_dir), "run_dir", "is empty; set it, e.g. run_dir=runs/my_run")
         require(longest <= 200, "run_dir", f"has a name of {longest} bytes; a folder's may have 200")
-        nvme = self.deepspeed.offload == "nvme"
-        require(
-            nvme == bool(self.deepspeed.nvme_path),
-            "deepspeed.nvme_path",
-            "goes with offload=nvme, and only with it",
-        )
-        require(
-            self.optim.decay_steps == 0 or self.optim.schedule == "wsd",
-            "optim.decay_steps",
-            "has no effect unless optim.schedule=wsd",
-        )
+        optim, offload = self.optim, self.deepspeed.offload
+        fits = (offload == "nvme") == bool(self.deepspeed.nvme_path)
+        require(fits, "deepspeed.nvme_path", "goes with offload=nvme, and only with it")
+        fits = not optim.decay_steps or optim.schedule == "wsd"
+        require(fits, "optim.decay_steps", "has no effect unless optim.schedule=wsd")
+        fits = not optim.momentum or optim.name == "sgd"
+        require(fits, "optim.momentum", "has no effect unless optim.name=sgd")
+        fits = offload == "none" or optim.name != "sgd"
+        require(fits, "deepspeed.offload", "works with adamw and adam; use offload=none with optim.name=sgd")
         every, phase = self.evaluation.every_steps, self.evaluation.phase
-        require(
-            phase == 0 or not in_steps_already(every) or 0 <= phase < every,
-            "evaluation.phase",
-            f"is {phase}; it must be in [0, evaluation.every_steps = {every})",
-        )
-        _check_optim(self)
-
-
-def _check_optim(cfg: RunConfig) -> None:
-    """Refuse optimiser settings that would be ignored or that no optimiser takes."""
-    optim = cfg.optim
-    require(
-        optim.momentum == 0 or optim.name == "sgd", "optim.momentum", "has no effect unless optim.name=sgd"
-    )
-    require(
-        optim.name != "sgd" or cfg.deepspeed.offload == "none",
-        "deepspeed.offload",
-        "works with adamw and adam; use offload=none with optim.name=sgd",
-    )
+        fits = phase == 0 or not in_steps_already(every) or phase < every
+        require(fits, "evaluation.phase", f"is {phase}; it must be in [0, evaluation.every_steps = {every})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,11 +387,6 @@ class StreamRunConfig(RunConfig):
     """The training stream."""
     evaluation: ImageTextEvaluationConfig = field(default_factory=ImageTextEvaluationConfig)
     """Evaluations."""
-
-
-def is_duration(hint: Any) -> bool:
-    """Whether a field of this type takes `20ep`, `1e6ex` and `10%` beside steps."""
-    return typing.get_origin(hint) is Annotated and typing.get_args(hint)[0] == int | str
 
 
 def in_steps_already(*durations: int | str) -> bool:
@@ -437,6 +400,10 @@ def require(condition: bool, path: str, message: str) -> None:
         raise UserError(f"config field {path} {message}")
 
 
+_REFUSALS = (OmegaConfBaseException, TypeError, IndexError, OverflowError)
+"""What OmegaConf raises at a value that does not fit."""
+
+
 def load(cls: type[C], argv: list[str]) -> C:
     """Build a `cls` from YAML files (arguments without `=`) and dotted `key=value` overrides, left to right.
 
@@ -445,45 +412,92 @@ def load(cls: type[C], argv: list[str]) -> C:
     """
     schema = OmegaConf.structured(cls)
     try:
-        complete = OmegaConf.merge(schema, _stacked(cls, schema, argv, checked=False))
+        complete = OmegaConf.merge(schema, _stacked(cls, argv, None))
     except _REFUSALS:
-        complete = OmegaConf.merge(
-            schema, _stacked(cls, schema, argv, checked=True)
-        )  # says which argument it was
+        complete = OmegaConf.merge(schema, _stacked(cls, argv, schema))  # says which argument it was
     check_ranges(cls, OmegaConf.to_container(complete))
     try:
         return typing.cast(C, OmegaConf.to_object(complete))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(_explain(error, "config")) from None
+        raise _refused(error, "config") from None
 
 
-_REFUSALS = (OmegaConfBaseException, TypeError, IndexError, OverflowError)
-"""What OmegaConf raises at a value that does not fit."""
-
-
-def _stacked(cls: type[Any], schema: Any, argv: list[str], *, checked: bool) -> Any:
-    """The defaults of `cls` under all files and overrides; `checked` holds each of them against the schema, which is slow."""
+def _stacked(cls: type[Any], argv: list[str], schema: Any) -> Any:
+    """The defaults of `cls` under all files and overrides, each of them held against `schema` if given, which is slow."""
     values: Any = OmegaConf.create(defaults(cls))  # plain, because frozen nodes refuse item updates
     for arg in argv:
         if arg.startswith("--local_rank"):
             continue
-        key, is_override, _ = arg.partition("=")
+        key, is_override, text = arg.partition("=")
         origin = f"override {arg}" if is_override else arg
-        layer = _read_override(arg) if is_override else _read_yaml(arg)
+        if is_override:
+            value = parse_yaml(text, origin) if text else ""  # `field=` sets the empty string
+            layer = functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value)
+        else:
+            layer = read_yaml(arg, "config file", "overrides are written key=value") or {}
+            if not isinstance(layer, dict) or not all(isinstance(name, str) for name in layer):
+                raise UserError(f"config file {arg} must hold `field: value` lines at its top level")
         _check_strings(layer, "", origin)
         _check_names(cls, layer, "", origin)
         try:
             if is_override:
-                OmegaConf.update(values, key, _leaf(layer, key), merge=False)
+                OmegaConf.update(values, key, value, merge=False)
             else:
                 values = OmegaConf.merge(values, layer)
-            if checked:
+            if schema is not None:
                 OmegaConf.merge(schema, values)
         except _REFUSALS as error:
-            raise UserError(_explain(error, origin)) from None
+            raise _refused(error, origin) from None
     return values
+
+
+def _refused(error: Exception, origin: str) -> UserError:
+    """One line for what OmegaConf refused."""
+    full_key = getattr(error, "full_key", None)
+    message = str(error).strip().splitlines()[0]
+    return UserError(f"{origin}: config field {full_key}: {message}" if full_key else f"{origin}: {message}")
+
+
+def _check_strings(value: Any, path: str, origin: str) -> None:
+    """Refuse strings that OmegaConf takes for something else, and those that no path or name may hold."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_strings(key, path, origin)
+            _check_strings(part, f"{path}.{key}" if path else str(key), origin)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            _check_strings(part, f"{path}.{index}", origin)
+    elif isinstance(value, str):
+        field_of = f"{origin}: config field {path}"
+        if "${" in value:
+            raise UserError(f"{field_of} holds ${{, which fills nothing in; write the value itself")
+        if _CONTROL.search(value):
+            raise UserError(f"{field_of} holds a control character; leave it out")
+        if value == "???":
+            raise UserError(f"{field_of} is ???; write a value")
+
+
+def _check_names(cls: type[Any], layer: Any, prefix: str, origin: str) -> None:
+    """Refuse unknown fields by full path, with the nearest known one."""
+    hints = typing.get_type_hints(cls)
+    for key, value in layer.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            mend = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
+            raise UserError(f"{origin}: unknown config field {prefix}{key}; {mend}")
+        nested = _dataclass_of(hints[key])
+        if nested is None:
+            continue
+        parts = {key: value}
+        if nested is not hints[key]:
+            # A list from YAML, or `{index: fields}` from an override such as data.sources.1.weight=3.
+            indexed: Any = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
+            parts = {f"{key}.{index}": part for index, part in indexed}
+        for at, part in parts.items():
+            if isinstance(part, dict):
+                _check_names(nested, part, f"{prefix}{at}.", origin)
 
 
 def check_ranges(cls: type[Any], values: Any, prefix: str = "") -> None:
@@ -497,21 +511,19 @@ def check_ranges(cls: type[Any], values: Any, prefix: str = "") -> None:
         value, path = values[name], f"{prefix}{name}"
         nested = _dataclass_of(plain[name])
         if nested is not None:
-            for index, part in enumerate(value) if isinstance(value, list) else [("", value)]:
-                check_ranges(nested, part, f"{path}.{index}." if isinstance(value, list) else f"{path}.")
+            parts = (
+                {f"{path}.{i}": part for i, part in enumerate(value)}
+                if isinstance(value, list)
+                else {path: value}
+            )
+            for at, part in parts.items():
+                check_ranges(nested, part, f"{at}.")
         if value is None:
             continue
         for limits in itertools.chain(typing.get_args(hint), *map(typing.get_args, typing.get_args(hint))):
             if isinstance(limits, Range) and (told := limits.refusal(value)):
                 meaning = " ".join(_field_docs(cls)[name].split())
                 raise UserError(f"config field {path} is {value}; {told}: {meaning}")
-
-
-def _explain(error: Exception, origin: str) -> str:
-    """One line for what OmegaConf refused."""
-    full_key = getattr(error, "full_key", None)
-    message = str(error).strip().splitlines()[0]
-    return f"{origin}: config field {full_key}: {message}" if full_key else f"{origin}: {message}"
 
 
 def defaults(cls: type[Any]) -> dict[str, Any]:
@@ -522,10 +534,10 @@ def defaults(cls: type[Any]) -> dict[str, Any]:
 def has_field(cls: type[Any], path: str) -> bool:
     """Whether `cls` has the field `path`, such as `optim.lr`; what lies below a list or a plain value is not looked at."""
     name, _, rest = path.partition(".")
-    hints = typing.get_type_hints(cls)
-    if name not in hints:
-        return False
-    return not (rest and dataclasses.is_dataclass(hints[name])) or has_field(hints[name], rest)
+    hint = typing.get_type_hints(cls).get(name)
+    if rest and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return has_field(hint, rest)
+    return hint is not None
 
 
 def to_yaml(cfg: Any) -> str:
@@ -552,85 +564,17 @@ def help_text(cls: type[Any], prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    layer = read_yaml(path, "config file", "overrides are written key=value")
-    if layer is None:
-        return {}
-    if not isinstance(layer, dict) or not all(isinstance(key, str) for key in layer):
-        raise UserError(f"config file {path} must hold `field: value` lines at its top level")
-    return layer
-
-
-def _read_override(arg: str) -> dict[str, Any]:
-    """`a.b=value` as nested mappings; `field=` sets the empty string."""
-    key, _, text = arg.partition("=")
-    layer: Any = parse_yaml(text, f"override {arg}") if text else ""
-    for part in reversed(key.split(".")):
-        layer = {part: layer}
-    return typing.cast("dict[str, Any]", layer)
-
-
-def _leaf(layer: dict[str, Any], key: str) -> Any:
-    """The value at the dotted `key`."""
-    for part in key.split("."):
-        layer = layer[part]
-    return layer
-
-
-def _check_strings(value: Any, path: str, origin: str) -> None:
-    """Refuse strings that OmegaConf takes for something else, and those that no path or name may hold."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _check_strings(key, path, origin)
-            _check_strings(part, f"{path}.{key}" if path else str(key), origin)
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            _check_strings(part, f"{path}.{index}", origin)
-    elif isinstance(value, str):
-        if "${" in value:
-            raise UserError(
-                f"{origin}: config field {path} holds ${{, which fills nothing in; write the value itself"
-            )
-        if _CONTROL.search(value):
-            raise UserError(f"{origin}: config field {path} holds a control character; leave it out")
-        if value == "???":
-            raise UserError(f"{origin}: config field {path} is ???; write a value")
+def print_help(cls: type[Any]) -> None:
+    """Print usage and every field; used for `--help`."""
+    sys.stdout.write("usage: CONFIG.yaml [MORE.yaml ...] [field=value ...]\n\n" + help_text(cls) + "\n")
 
 
 def _dataclass_of(hint: Any) -> type[Any] | None:
     """The dataclass in `hint` (itself, or the element of a list), or None."""
-    if dataclasses.is_dataclass(hint):
-        return typing.cast(type[Any], hint)
-    for inner in typing.get_args(hint):
-        if dataclasses.is_dataclass(inner):
-            return typing.cast(type[Any], inner)
+    for part in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(part):
+            return typing.cast(type[Any], part)
     return None
-
-
-def _check_names(cls: type[Any], layer: Any, prefix: str, origin: str) -> None:
-    """Refuse unknown fields by full path, with the nearest known one."""
-    names = [item.name for item in dataclasses.fields(cls)]
-    hints = typing.get_type_hints(cls)
-    for key, value in layer.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            mend = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(names))}"
-            raise UserError(f"{origin}: unknown config field {prefix}{key}; {mend}")
-        nested = _dataclass_of(hints[key])
-        if nested is None:
-            continue
-        if isinstance(value, dict) and nested is hints[key]:
-            _check_names(nested, value, f"{prefix}{key}.", origin)
-        elif nested is not hints[key]:
-            # A list from YAML, or `{index: fields}` from an override such as data.sources.1.weight=3.
-            pairs = (
-                value.items()
-                if isinstance(value, dict)
-                else enumerate(value if isinstance(value, list) else [])
-            )
-            for index, element in pairs:
-                if isinstance(element, dict):
-                    _check_names(nested, element, f"{prefix}{key}.{index}.", origin)
 
 
 def _field_docs(cls: type[Any]) -> dict[str, str]:
@@ -641,8 +585,3 @@ def _field_docs(cls: type[Any]) -> dict[str, str]:
             source = inspect.getsource(base)
             docs.update(re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, flags=re.M | re.S))
     return docs
-
-
-def print_help(cls: type[Any]) -> None:
-    """Print usage and every field; used for `--help`."""
-    sys.stdout.write("usage: CONFIG.yaml [MORE.yaml ...] [field=value ...]\n\n" + help_text(cls) + "\n")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from vlmkd.config import DURATION, RunConfig, is_duration, require
+from vlmkd.config import DURATION, RunConfig, require
 from vlmkd.errors import UserError
 
 C = TypeVar("C", bound=RunConfig)
@@ -38,7 +38,7 @@ def _resolved(cfg: Any, prefix: str, units: dict[str, float]) -> Any:
         value = getattr(cfg, name)
         if dataclasses.is_dataclass(value):
             changed[name] = _resolved(value, f"{prefix}{name}.", units)
-        elif is_duration(hint):
+        elif typing.get_origin(hint) is Annotated and typing.get_args(hint)[0] == int | str:
             changed[name] = _steps_of(value, prefix + name, units)
     return dataclasses.replace(cfg, **changed)
 
