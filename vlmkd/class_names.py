@@ -31,24 +31,20 @@ def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = Fa
         raise UserError("the list of class names is empty; name at least one class")
     first: dict[str, int] = {}
     for index, name in enumerate(class_names):
-        key = class_key(name)
-        if not key:
+        if not class_key(name):
             raise UserError(f"class {index} has the name {name!r}; give it a word")
-        if key in first and not allow_duplicates:
-            other = first[key]
+        other = first.setdefault(class_key(name), index)
+        if other != index and not allow_duplicates:
             raise UserError(
                 f"classes {other} ({class_names[other]!r}) and {index} ({name!r}) have the same prompt; rename one"
             )
-        first.setdefault(key, index)
 
 
 def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
     """Refuse class lists that differ in a name, the order or the number; `what` has the classes `found`.
 
-    Underscores, white space and case do not count: folders and prompts spell the same class differently.
-
     Raises:
-        UserError: names the first class that differs.
+        UserError: names the first class that differs, by `class_key`.
     """
     hint = "use the class list it was made with"
     if len(found) != len(wanted):
@@ -65,7 +61,7 @@ def imagenet_names() -> dict[str, str]:
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    wnids = [info.index_to_label_name(index) for index in range(info.num_classes())]
+    wnids = map(info.index_to_label_name, range(info.num_classes()))
     return dict(zip(wnids, IMAGENET_CLASSNAMES, strict=True))
 
 
@@ -98,12 +94,10 @@ def read_folder_names(source: str) -> list[tuple[str, str]]:
 
 
 def read_templates(source: str) -> list[str]:
-    """`openai` (80 prompts), `simple` (7), or a text file with one a line; `{}` or `{c}` is the class.
-
-    `simple` are the seven that OpenAI's notebook selects for ImageNet.
+    """`openai` (80 prompts), `simple` (the 7 of OpenAI's notebook), or a text file with one a line.
 
     Raises:
-        UserError: no such file, an empty one, or a line without a place for the class.
+        UserError: no such file, an empty one, or a line without a place (`{}` or `{c}`) for the class.
     """
     if source in ("openai", "simple"):
         from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES

@@ -11,7 +11,7 @@ from projects.dho.config import SplitConfig
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item, LabelledSet, by_class
 from vlmkd.datasets.labelled_sets import configured_set, items_of
-from vlmkd.datasets.splits import percent_list, pick_listed, read_list, rest_of, tip_adapter_few_shot
+from vlmkd.datasets.splits import coop_few_shot, percent_list, pick_listed, read_list, rest_of
 from vlmkd.errors import UserError
 
 log = logging.getLogger("vlmkd.dho")
@@ -76,9 +76,9 @@ def pool(train: list[Item], per_class: int) -> list[Item]:
 
 def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> list[Item]:
     if split.shots:
-        return tip_adapter_few_shot(
-            train, split.shots, split.seed, fewer=split.fewer, class_names=class_names
-        )
+        return coop_few_shot(  # Tip-Adapter's picks are CoOp's
+            train, [], split.shots, split.seed, fewer=split.fewer, class_names=class_names
+        )[0]
     listed = (
         read_list(Path(split.list_file), split.list_kind)
         if split.list_file
@@ -89,7 +89,7 @@ def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> 
             "list of labelled images: %s, %d images, sha256 %s",
             listed.kind, len(listed.names), listed.sha256,
         )  # fmt: skip
-    return pick_listed(train, listed)[0]
+    return pick_listed(train, listed)
 
 
 def _held_out(train: list[Item], labelled: list[Item], split: SplitConfig) -> list[Item]:

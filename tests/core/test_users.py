@@ -41,7 +41,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
                 "rest_of",
                 "split_domains",
             ),
-            *("tip_adapter_few_shot", "write_list"),
+            "write_list",
         },
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),

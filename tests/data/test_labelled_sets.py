@@ -98,12 +98,14 @@ def test_counts_are_compared_and_the_published_numbers_add_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for described in FEW_SHOT.values():
-        assert sum(described.halves) == described.counts[2]
+        assert sum(described.halves) == described.builds["published"][2]
     write_split_set(tmp_path, "eurosat")
     load_set("eurosat", str(tmp_path))
     assert "numbers do not compare" in caplog.text
     caplog.clear()
-    small = dataclasses.replace(SETS["eurosat"], num_classes=2, counts=(2, 1, 2), halves=(1, 1))
+    small = dataclasses.replace(
+        SETS["eurosat"], num_classes=2, builds={"published": (2, 1, 2)}, halves=(1, 1)
+    )
     monkeypatch.setitem(SETS, "eurosat", small)
     load_set("eurosat", str(tmp_path))
     assert not caplog.records
@@ -211,7 +213,8 @@ def test_make_split_lists_a_share_that_a_run_reads(
     command = ["--set", f"folder:{tmp_path / 'images'}", "--percent", "10", "--out", str(out)]
     assert make_split().main(command) == 0 == make_split().main(command)  # the same list again is no mistake
     train = load_set(f"folder:{tmp_path / 'images'}").splits["train"]
-    listed, rest = splits.pick_listed(train, splits.read_list(out, "cascade"))
+    listed = splits.pick_listed(train, splits.read_list(out, "cascade"))
+    rest = splits.rest_of(train, listed)
     wanted = splits.percent_list(train, 10)
     assert [item.key for item in listed] == wanted.names and len(listed) + len(rest) == len(train)
     assert wanted.sha256 in capsys.readouterr().out
@@ -589,7 +592,7 @@ def test_every_set_stands_in_the_documentation() -> None:
     assert rows == set(known_sets())
     for described in FEW_SHOT.values():
         assert described.split_file in text and f"{described.num_classes:,}" in text
-        assert all(f"{count:,}" in text for count in described.counts if count)
+        assert all(f"{count:,}" in text for count in described.builds["published"] if count)
         assert described.licence in text
     for described in WITH_DOMAINS.values():
         assert described.licence in text and f"`{described.folders[0]}/`" in text

@@ -51,7 +51,7 @@ def test_coop_keeps_a_small_class_as_it_is_and_zero_shots_is_everything() -> Non
 
 
 def test_tip_adapter_repeats_in_a_small_class() -> None:
-    picked = splits.tip_adapter_few_shot(items(9, 2), 4, fewer="repeat")
+    picked, _ = splits.coop_few_shot(items(9, 2), [], 4, seed=1, fewer="repeat")
     assert numbers(picked[:4]) == [2, 1, 8, 0]
     rng = random.Random(1)
     rng.sample(range(9), 4)
@@ -62,16 +62,16 @@ def test_more_shots_than_images_are_refused_with_class_and_counts() -> None:
     with pytest.raises(UserError, match=r"shots is 4, more than .*class 1 \(dog\) has 3; ask for at most 3"):
         splits.coop_few_shot(items(9, 3), [], 4, seed=1, class_names=["cat", "dog"])
     with pytest.raises(UserError, match="class 0 has 2"):
-        splits.tip_adapter_few_shot(items(2, 5), 3)
+        splits.coop_few_shot(items(2, 5), [], 3, seed=1)
     with pytest.raises(UserError, match="shots is -1"):
         splits.coop_few_shot(items(2), [], -1, seed=1)
     with pytest.raises(UserError, match="no label"):
-        splits.tip_adapter_few_shot([items(1)[0].unlabelled()], 1)
+        splits.coop_few_shot([items(1)[0].unlabelled()], [], 1, seed=1)
 
 
 def test_the_rest_is_everything_that_was_not_picked_without_labels() -> None:
     data = items(9, 2)
-    picked = splits.tip_adapter_few_shot(data, 4, fewer="repeat")
+    picked, _ = splits.coop_few_shot(data, [], 4, seed=1, fewer="repeat")
     rest = splits.rest_of(data, picked)
     assert {item.key for item in rest} == {item.key for item in data} - {item.key for item in picked}
     assert {item.label for item in rest} == {UNLABELLED}
@@ -130,7 +130,8 @@ def test_lists_are_written_once_and_their_kind_is_kept(tmp_path: Path) -> None:
     splits.write_list(path, made)
     splits.write_list(path, made)
     assert splits.read_list(path, "cascade") == made
-    labelled, rest = splits.pick_listed(data, splits.read_list(path, "cascade"))
+    labelled = splits.pick_listed(data, splits.read_list(path, "cascade"))
+    rest = splits.rest_of(data, labelled)
     assert [item.key for item in labelled] == made.names and len(rest) == 200 - len(labelled)
     assert {item.label for item in labelled} == {0, 1} and {item.label for item in rest} == {UNLABELLED}
     with pytest.raises(UserError, match="lists other images"):
@@ -149,7 +150,8 @@ def test_simclr_lists_have_bare_names(tmp_path: Path) -> None:
         Item(f"train/{name[:3]}/{name}", ImageRef("x"), 0)
         for name in ("n01_1.JPEG", "n01_2.JPEG", "n02_7.JPEG")
     ]
-    labelled, rest = splits.pick_listed(data, splits.read_list(path, "simclr"))
+    labelled = splits.pick_listed(data, splits.read_list(path, "simclr"))
+    rest = splits.rest_of(data, labelled)
     assert [item.key[-10:] for item in labelled] == ["n01_2.JPEG", "n02_7.JPEG"] and len(rest) == 1
     with pytest.raises(UserError, match="no cascade list"):
         splits.read_list(path, "cascade")

@@ -1,12 +1,6 @@
-"""The embedded data: image-text shards, a set of 100 classes and one of four domains, in the user's cache.
+"""The embedded data in the user's cache: shards (`emoji:train`, ...), `emoji` of 100 classes, `emoji-domains` of four.
 
-`data_tools/emoji` draws them from installed packages, once, in a process of its own.
-
-`emoji:train` and the other splits are shards. `emoji` are their pictures of one emoji: classes are the Unicode
-subcategories, long-tailed (15 to hundreds of training images). Two classes, `family or couple` and `keycap`, have no
-training image: all their drawings are of one kin and lie in held-out splits. `splits.base_and_novel` therefore halves the
-98 others, at the same place as the order of all 100 names. `emoji-domains` has every concept in every style; `pixel` is
-made from `twemoji`: hold out one, and the other says much about it.
+`data_tools/emoji` draws them from installed packages, once, in a process of its own; docs/datasets.md describes them.
 """
 
 from __future__ import annotations
@@ -82,9 +76,7 @@ def resolve(name: str) -> list[str]:
 
 
 def load_emoji() -> LabelledSet:
-    """`emoji` with `train` (drawings, skin variants, one-emoji scenes), `val`, `test` and `test_unseen_concept`.
-
-    Images lie in the cached shards; keys are `<shard split>/<key in the tar>`.
+    """`emoji`: the pictures of one emoji in the shards; keys are `<shard split>/<key in the tar>`.
 
     Raises:
         UserError: a package that carries the drawings is missing, or a cached shard has gone.
@@ -98,22 +90,18 @@ def load_emoji() -> LabelledSet:
             Item(f"{stored}/{name.partition('.')[0]}", ImageRef(shards[shard], offset, size, name), label)
             for shard, name, offset, size, label in entries[stored]
         ]
-    tests = folder / SPLITS["test"]
-    names = read_class_names(str(tests / "classnames.txt"))
+    names = read_class_names(str(folder / SPLITS["test"] / "classnames.txt"))
+    prompts = read_lines(str(folder / SPLITS["test"] / "templates.txt"), "prompts")
     # The first template is the training prompt; the order of the others matters to nobody.
-    others = [
-        line for line in read_lines(str(tests / "templates.txt"), "prompts") if line != _TRAINING_TEMPLATE
-    ]
-    return LabelledSet("emoji", names, [_TRAINING_TEMPLATE, *others], splits)
+    prompts.sort(key=lambda prompt: prompt != _TRAINING_TEMPLATE)
+    return LabelledSet("emoji", names, prompts, splits)
 
 
 def load_emoji_domains() -> LabelledSet:
-    """`emoji-domains`: domains noto, openmoji, pixel and twemoji, each with all 1,889 concepts in 100 classes.
-
-    Class indices follow the folders' names (the class names), not the order of `emoji`.
+    """`emoji-domains`: all 1,889 concepts in each of four styles; classes in the order of the folders' names.
 
     Raises:
-        UserError: a package that carries the drawings is missing.
+        UserError: a package that carries the drawings is missing, or a picture has gone.
     """
     folder = _built("emoji-domains", DOMAINS_VERSION)
     found = read_domains(folder, "emoji-domains")

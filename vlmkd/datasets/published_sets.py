@@ -53,8 +53,8 @@ class PublishedSet:
     licence: str
     source: str
     """Where images and split come from."""
-    counts: tuple[int, int, int] = (0, 0, 0)
-    """Published images of train, val and test; ImageNet's val is its test."""
+    builds: Mapping[str, tuple[int, ...]]
+    """Images of each domain, or of train, val and test, by the name of the build that published numbers belong to."""
     halves: tuple[int, int] | None = None
     """Test images of the base and of the novel classes."""
     template: str = "a photo of a {}."
@@ -76,8 +76,6 @@ class PublishedSet:
     """Folders that are no class."""
     domains: tuple[str, ...] = ()
     """In index order."""
-    builds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Images of each domain, by the name of the build; published numbers belong to one of them."""
     classes: tuple[str, ...] = ()
     """Class folders in index order; empty where the list is too long to state."""
 
@@ -96,7 +94,7 @@ class PublishedSet:
 
     @property
     def hint(self) -> str:
-        """What to do when something of the set is missing."""
+        """What to do when images are missing."""
         return f"get it from {self.source}"
 
     @property
@@ -109,11 +107,7 @@ class PublishedSet:
 
     def build_of(self, labelled: LabelledSet) -> str:
         """Name of the published build that has these image counts (TerraIncognita has two), or an empty string."""
-        return next((name for name, build in self._published.items() if build == _counts(labelled)), "")
-
-    @property
-    def _published(self) -> Mapping[str, tuple[int, ...]]:
-        return self.builds or {"published set": self.counts}
+        return next((name for name, build in self.builds.items() if build == _counts(labelled)), "")
 
 
 def _table() -> dict[str, PublishedSet]:
@@ -176,10 +170,10 @@ def _compare_counts(described: PublishedSet, found: LabelledSet) -> None:
         log.warning(
             "%s has %d classes and %s images (of %s); published are %d and %s: splits and numbers do not compare",
             described.title, len(found.class_names), _counts(found), ", ".join(found.domains or SPLITS),
-            described.num_classes, "; ".join(f"{name} {counts}" for name, counts in described._published.items()),
+            described.num_classes, "; ".join(f"{name} {counts}" for name, counts in described.builds.items()),
         )  # fmt: skip
         return
-    if described.builds:
+    if described.domains:
         log.info("%s: the build of %s", described.title, build)
     if described.halves:
         groups = base_and_novel(found.splits["train"])

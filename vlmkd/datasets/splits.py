@@ -29,11 +29,9 @@ Fewer = Literal["keep", "repeat", "refuse"]
 ListKind = Literal["cascade", "simclr"]
 """Percent lists of ImageNet: `cascade` is DHO's rule (`percent_list`), `simclr` the lists of the SimCLR project."""
 
-MAX_VAL_SHOTS = 4
-"""CoOp's rule keeps the validation shots at four (PromptKD e.4)."""
-CASCADE_SEED = 13
-HOLDOUT_SHARE = 0.2
-"""DomainBed's share of each domain for model selection."""
+_MAX_VAL_SHOTS = 4  # CoOp's rule keeps the validation shots at four (PromptKD e.4)
+_CASCADE_SEED = 13
+_HOLDOUT_SHARE = 0.2  # DomainBed's, of each domain, for model selection
 _LIST_MARK = "# vlmkd image list"
 _NAMED = 3  # offenders that an error line names
 
@@ -50,11 +48,12 @@ def coop_few_shot(
     fewer: Fewer = "refuse",
     class_names: Sequence[str] = (),
 ) -> tuple[list[Item], list[Item]]:
-    """Few-shot train and val items by CoOp's rule, which PromptSRC and PromptKD use.
+    """Few-shot train and val items by CoOp's rule, which PromptSRC, PromptKD, Tip-Adapter and DHO use.
 
-    Classes come in the order of first appearance and one generator serves train and then val, which gets at most
-    `MAX_VAL_SHOTS` a class. Give all classes: the base and novel halves are taken from the result. CoOp's own code keeps a
-    class with fewer images as it is (`fewer="keep"`). `shots=0` is the whole split.
+    Classes come in the order of first appearance and one generator serves train and then val, which gets at most four
+    a class. Give all classes: the base and novel halves are taken from the result. CoOp's own code keeps a class with fewer
+    images as it is (`fewer="keep"`), Tip-Adapter's draws it with replacement up to `shots` (`fewer="repeat"`), and
+    Tip-Adapter's published runs all use seed 1. `shots=0` is the whole split.
 
     Raises:
         UserError: negative shots, or, with `fewer="refuse"`, a class of `train` with too few images.
@@ -65,26 +64,7 @@ def coop_few_shot(
     picked = _pick(train, shots, rng, fewer, class_names)
     # The val split may have no image of a rare class whatever the shots are, so that nothing is refused there.
     val_fewer: Fewer = "keep" if fewer == "refuse" else fewer
-    return picked, _pick(val, min(shots, MAX_VAL_SHOTS), rng, val_fewer, class_names)
-
-
-def tip_adapter_few_shot(
-    train: Sequence[Item],
-    shots: int,
-    seed: int = 1,
-    *,
-    fewer: Fewer = "refuse",
-    class_names: Sequence[str] = (),
-) -> list[Item]:
-    """Few-shot train items by Tip-Adapter's rule, which DHO uses; `rest_of` gives its unlabelled remainder.
-
-    As CoOp's rule, but Tip-Adapter's own code draws a class with fewer images than shots with replacement up to `shots`
-    (`fewer="repeat"`), and the published runs all use seed 1.
-
-    Raises:
-        UserError: no shots, or, with `fewer="refuse"`, a class with too few images.
-    """
-    return _pick(train, shots, random.Random(seed), fewer, class_names)
+    return picked, _pick(val, min(shots, _MAX_VAL_SHOTS), rng, val_fewer, class_names)
 
 
 def rest_of(items: Sequence[Item], picked: Sequence[Item]) -> list[Item]:
@@ -98,22 +78,23 @@ def _pick(
 ) -> list[Item]:
     if shots < 1:
         raise UserError(f"shots is {shots}; give a number of images a class from 1 on")
-    if any(item.label == UNLABELLED for item in items):
-        raise UserError("few shots are picked from labelled images; one here has no label")
     groups = by_class(items)
-    small = {label: group for label, group in groups.items() if len(group) < shots}
-    if small:
-        named = ", ".join(
-            f"{_class(label, class_names)} has {len(group)}" for label, group in list(small.items())[:_NAMED]
-        )
+    if UNLABELLED in groups:
+        raise UserError("few shots are picked from labelled images; one here has no label")
+    if small := {label: group for label, group in groups.items() if len(group) < shots}:
+        told = []
+        for label, group in list(small.items())[:_NAMED]:
+            name = f" ({class_names[label]})" if label < len(class_names) else ""
+            told.append(f"class {label}{name} has {len(group)}")
         more = f" and {len(small) - _NAMED} more classes" if len(small) > _NAMED else ""
+        named = ", ".join(told) + more
         if fewer == "refuse":
             raise UserError(
-                f"shots is {shots}, more than the images of a class: {named}{more}; ask for at most "
+                f"shots is {shots}, more than the images of a class: {named}; ask for at most "
                 f"{min(map(len, groups.values()))} shots, or set the field fewer beside shots to keep or repeat"
             )
         done = "kept as they are" if fewer == "keep" else "repeated at random"
-        log.warning("%d classes have fewer than %d images (%s%s): %s", len(small), shots, named, more, done)
+        log.warning("%d classes have fewer than %d images (%s): %s", len(small), shots, named, done)
     picked: list[Item] = []
     for group in groups.values():
         if len(group) >= shots:
@@ -121,10 +102,6 @@ def _pick(
         else:
             picked += group if fewer == "keep" else rng.choices(group, k=shots)
     return picked
-
-
-def _class(label: int, class_names: Sequence[str]) -> str:
-    return f"class {label} ({class_names[label]})" if label < len(class_names) else f"class {label}"
 
 
 # ------------------------------------------------------------------------------------------------- base and novel
@@ -135,7 +112,7 @@ def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
 
     The base half is the larger one (PromptKD e.3). `labelled.only_classes` takes either half and relabels it from 0.
     """
-    labels = sorted({item.label for item in train if item.label != UNLABELLED})
+    labels = sorted({item.label for item in train} - {UNLABELLED})
     half = math.ceil(len(labels) / 2)
     return labels[:half], labels[half:]
 
@@ -170,7 +147,7 @@ def cascade_counts(class_sizes: Sequence[int], percent: float) -> list[int]:
         shares = np.minimum(shares + 1 / len(sizes), sizes)
 
 
-def percent_picks(labels: Sequence[int], percent: float, seed: int = CASCADE_SEED) -> list[int]:
+def percent_picks(labels: Sequence[int], percent: float) -> list[int]:
     """Positions of the labelled images, class by class: DHO's rule for 1 % and 10 % of ImageNet.
 
     `labels` in the data set's own order (for ImageNet sorted wnid, then sorted file name). Counts by `cascade_counts`,
@@ -179,10 +156,9 @@ def percent_picks(labels: Sequence[int], percent: float, seed: int = CASCADE_SEE
     if percent >= 100:
         return list(range(len(labels)))
     every = np.asarray(labels)
-    classes = sorted(set(labels))
-    of_class = [np.flatnonzero(every == label) for label in classes]
+    of_class = [np.flatnonzero(every == label) for label in sorted(set(labels))]
     counts = cascade_counts([len(positions) for positions in of_class], percent)
-    generator = np.random.RandomState(seed)
+    generator = np.random.RandomState(_CASCADE_SEED)
     picks: list[int] = []
     for positions, count in zip(of_class, counts, strict=True):
         picks += generator.choice(positions, count, replace=False).tolist()
@@ -198,14 +174,17 @@ class ImageList:
     """Share of the images that the rule was asked for; 0 where the file does not say (SimCLR's)."""
     names: list[str]
     """Item keys, or (SimCLR) file names without their folder."""
-    sha256: str
-    """Digest of the names in their order, one a line."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the names in their order, one a line."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
 
 def percent_list(items: Sequence[Item], percent: float) -> ImageList:
     """The `cascade` list of a set's training items, in the order of the draws."""
-    names = [items[position].key for position in percent_picks([item.label for item in items], percent)]
-    return ImageList("cascade", percent, names, _digest(names))
+    picks = percent_picks([item.label for item in items], percent)
+    return ImageList("cascade", percent, [items[position].key for position in picks])
 
 
 def write_list(path: Path, images: ImageList) -> None:
@@ -215,7 +194,7 @@ def write_list(path: Path, images: ImageList) -> None:
         UserError: the file exists with other images.
     """
     if path.exists():
-        if read_list(path, images.kind).sha256 == images.sha256:
+        if read_list(path, images.kind).names == images.names:
             return
         raise UserError(f"{path} exists and lists other images; delete it or name another file")
     head = [
@@ -232,20 +211,17 @@ def read_list(path: Path, kind: ListKind) -> ImageList:
         UserError: no such file, a list of the other kind, an empty or damaged one, or a name twice.
     """
     lines = read_text(path, "image list", "write it, or correct the path").splitlines()
-    ours = bool(lines) and lines[0].startswith(_LIST_MARK)
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    percent = 0.0
-    if ours:
-        facts = re.match(
-            r", kind (\S+), percent (\d+(?:\.\d+)?(?:e-\d+)?),", lines[0].removeprefix(_LIST_MARK)
-        )
-        if facts is None:
+    found = ImageList(kind, 0.0, names)
+    if lines and lines[0].startswith(_LIST_MARK):
+        head = re.match(rf"{_LIST_MARK}, kind (\S+), percent (\d+(?:\.\d+)?(?:e-\d+)?),", lines[0])
+        if head is None:
             raise UserError(f"{path} has a damaged first line; write it again")
-        percent = float(facts[2])
-        if facts[1] != kind:
-            raise UserError(f"{path} is a list of kind {facts[1]}, not {kind}; the two are never mixed")
-        if lines[1:2] != [f"# sha256 {_digest(names)}"]:
+        if head[1] != kind:
+            raise UserError(f"{path} is a list of kind {head[1]}, not {kind}; the two are never mixed")
+        if lines[1:2] != [f"# sha256 {found.sha256}"]:
             raise UserError(f"{path} was changed after it was written (its digest differs); write it again")
+        found = ImageList(kind, float(head[2]), names)
     elif kind != "simclr":
         raise UserError(
             f"{path} does not say which rule made it, so it is no {kind} list; plain lists are read as kind simclr"
@@ -254,29 +230,23 @@ def read_list(path: Path, kind: ListKind) -> ImageList:
         raise UserError(f"image list {path} names no image; write it again")
     if len(set(names)) < len(names):
         raise UserError(f"image list {path} names an image twice; write it again")
-    return ImageList(kind, percent, names, _digest(names))
+    return found
 
 
-def pick_listed(items: Sequence[Item], images: ImageList) -> tuple[list[Item], list[Item]]:
-    """Labelled items in the list's order, and all others, unlabelled, in their own order.
+def pick_listed(items: Sequence[Item], images: ImageList) -> list[Item]:
+    """The items that a list names, in its order.
 
     Raises:
         UserError: the list names images that the set does not have.
     """
     bare = images.kind == "simclr"
     by_name = {item.key.rpartition("/")[2] if bare else item.key: item for item in items}
-    missing = [name for name in images.names if name not in by_name]
-    if missing:
+    if missing := [name for name in images.names if name not in by_name]:
         raise UserError(
             f"{len(missing)} of {len(images.names)} listed images are not in the training split, first {missing[0]}; "
             "use the list of this data set, or complete the images"
         )
-    labelled = [by_name[name] for name in images.names]
-    return labelled, rest_of(items, labelled)
-
-
-def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return [by_name[name] for name in images.names]
 
 
 # -------------------------------------------------------------------------------------------------------- domains
@@ -302,7 +272,7 @@ def holdout_positions(count: int, domain: int, trial_seed: int) -> tuple[list[in
     """Positions (in, out) of `count` images of a domain: shuffled once, the first fifth is out (VL2V-ADiP e)."""
     positions = list(range(count))
     np.random.RandomState(domain_seed(trial_seed, domain)).shuffle(positions)
-    held_out = int(count * HOLDOUT_SHARE)
+    held_out = int(count * _HOLDOUT_SHARE)
     return positions[held_out:], positions[:held_out]
 
 
@@ -311,11 +281,9 @@ def split_domains(items: Sequence[Item], trial_seed: int) -> dict[int, DomainSpl
 
     The items keep the reader's order (class by class, paths sorted): another order gives another split.
     """
-    of_domain: dict[int, list[Item]] = {}
-    for item in items:
-        of_domain.setdefault(item.domain, []).append(item)
     splits = {}
-    for domain, images in sorted(of_domain.items()):
+    for domain in sorted({item.domain for item in items}):
+        images = [item for item in items if item.domain == domain]
         inside, out = holdout_positions(len(images), domain, trial_seed)
         splits[domain] = DomainSplit([images[i] for i in inside], [images[i] for i in out])
     return splits

@@ -19,8 +19,8 @@ class TarSample:
 
     shard: str
     key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Offset and size in bytes, by lower-case extension."""
+    members: dict[str, ImageRef] = field(default_factory=dict)
+    """By lower-case extension."""
 
     def image(self) -> ImageRef:
         """The sample's picture.
@@ -28,9 +28,9 @@ class TarSample:
         Raises:
             UserError: it has none.
         """
-        for extension, (offset, size) in self.members.items():
+        for extension, member in self.members.items():
             if f".{extension}" in IMAGE_SUFFIXES:
-                return ImageRef(self.shard, offset, size, f"{self.key}.{extension}")
+                return member
         raise UserError(
             f"{self.shard}: sample {self.key} has no image member; remove it or write the shard again"
         )
@@ -45,10 +45,8 @@ class TarSample:
             raise UserError(
                 f"{self.shard}: sample {self.key} has no {extension} member; write the shard again with it"
             )
-        offset, size = self.members[extension]
-        content = ImageRef(self.shard, offset, size).read()
         try:
-            return content.decode("utf-8")
+            return self.members[extension].read().decode("utf-8")
         except UnicodeDecodeError:
             raise UserError(
                 f"{self.shard}: {self.key}.{extension} is not UTF-8 text; write the shard again"
@@ -65,14 +63,15 @@ def index_tar(shard: str) -> list[TarSample]:
     try:
         with open(shard, "rb", buffering=_BUFFER) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for info in tar:
-                folder, _, base = info.name.rpartition("/")
+                folder, slash, base = info.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
                 if not info.isreg() or not dot or not stem:
                     continue
-                key = f"{folder}/{stem}" if folder else stem
+                key, extension = folder + slash + stem, extension.lower()
                 if not samples or samples[-1].key != key:
                     samples.append(TarSample(shard, key))
-                samples[-1].members[extension.lower()] = (info.offset_data, info.size)
+                member = ImageRef(shard, info.offset_data, info.size, f"{key}.{extension}")
+                samples[-1].members[extension] = member
             # tarfile takes a torn or garbled header for the end; a whole archive ends with a block of zeros.
             stream.seek(tar.offset)
             if stream.read(_BLOCK) != bytes(_BLOCK):
