@@ -1,6 +1,8 @@
 """Contrastive losses over unit embeddings: CLIP, SigLIP, interactive (student against teacher).
 
-Letters: b local rows, B gathered columns (B = b without gathering), D width.
+Letters: b local rows, B gathered columns (B = b without gathering), D width. Row i of images belongs to row i of texts;
+`logit_scale` is already exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the local rows are the
+batch), and `offset` is the position of the first local row among them.
 
 Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean over
 ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries gradients, so
@@ -25,14 +27,7 @@ def clip_loss(
     all_text_embeds: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """Half image-to-text plus half text-to-image cross entropy, mean over local rows (CLIP, Radford et al. 2021).
-
-    Args:
-        image_embeds, text_embeds: [b, D] unit vectors; row i of one belongs to row i of the other.
-        logit_scale: scale of the logits (already exponentiated).
-        all_image_embeds, all_text_embeds: [B, D] of all ranks; None: the local rows are the batch.
-        offset: position of the first local row among the gathered rows.
-    """
+    """Half image-to-text plus half text-to-image cross entropy, mean over local rows (CLIP, Radford et al. 2021)."""
     if (all_image_embeds is None) != (all_text_embeds is None):
         raise ValueError("all_image_embeds and all_text_embeds must be given together")
     if all_image_embeds is None or all_text_embeds is None:
@@ -42,10 +37,7 @@ def clip_loss(
         return -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
     check_gathered(image_embeds, all_image_embeds, "all_image_embeds")
     check_gathered(text_embeds, all_text_embeds, "all_text_embeds")
-    labels = _labels(image_embeds, all_image_embeds, offset)
-    image_loss = F.cross_entropy(_logits(image_embeds, all_text_embeds, logit_scale), labels)
-    text_loss = F.cross_entropy(_logits(text_embeds, all_image_embeds, logit_scale), labels)
-    return (image_loss + text_loss) / 2
+    return _both_ways(image_embeds, text_embeds, all_image_embeds, all_text_embeds, logit_scale, offset)
 
 
 def sigmoid_loss(
@@ -60,12 +52,6 @@ def sigmoid_loss(
     """Binary loss on every pair: (1/b) sum_ij softplus(-y_ij (s I_i.T_j + c)), y = 1 on pairs, else -1 (SigLIP, eq. 1).
 
     The sum over columns is not divided. Images need no gathering: each rank's rows meet all texts once.
-
-    Args:
-        image_embeds, text_embeds: [b, D] unit vectors; row i of one belongs to row i of the other.
-        logit_scale, logit_bias: s (already exponentiated) and c.
-        all_text_embeds: [B, D] of all ranks; None: the local texts are the batch.
-        offset: position of the first local row among the gathered texts.
     """
     columns = text_embeds if all_text_embeds is None else all_text_embeds
     check_gathered(text_embeds, columns, "all_text_embeds")
@@ -90,37 +76,37 @@ def interactive_contrastive_loss(
 ) -> Tensor:
     """Student anchors against teacher keys of the other modality, half each way, mean over local rows (CLIP-KD, ICL).
 
-    Args:
-        image_embeds, text_embeds: [b, D] unit vectors of the student, projected to the teacher's width if they differ.
-        teacher_image_embeds, teacher_text_embeds: [b, D] unit vectors of the teacher; no gradient reaches them.
-        logit_scale: scale of these logits (already exponentiated), not the student's own.
-        all_teacher_image_embeds, all_teacher_text_embeds: [B, D] of all ranks; None: the local rows are the batch.
-        offset: position of the first local row among the gathered rows.
+    The student's embeddings are projected to the teacher's width if they differ; no gradient reaches the teacher's. The
+    scale is that of these logits, not the student's own.
     """
     if (all_teacher_image_embeds is None) != (all_teacher_text_embeds is None):
         raise ValueError("all_teacher_image_embeds and all_teacher_text_embeds must be given together")
     images = teacher_image_embeds if all_teacher_image_embeds is None else all_teacher_image_embeds
     texts = teacher_text_embeds if all_teacher_text_embeds is None else all_teacher_text_embeds
-    labels = _labels(image_embeds, images, offset)
     # A copy, because autograd cannot save the output of a teacher that ran in inference mode.
     images, texts = images.detach().clone(), texts.detach().clone()
-    image_loss = F.cross_entropy(_logits(image_embeds, texts, logit_scale), labels)
-    text_loss = F.cross_entropy(_logits(text_embeds, images, logit_scale), labels)
-    return (image_loss + text_loss) / 2
+    return _both_ways(image_embeds, text_embeds, images, texts, logit_scale, offset)
 
 
 def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
     """Refuse gathered student columns that hold `rows` but not their gradient: part of the gradient would be lost.
 
     Columns of a teacher, and of a frozen tower whose rows have no gradient either, are right without one.
-
-    Raises:
-        ValueError: `rows` are trained on and `columns` carry no gradient.
     """
     if torch.is_grad_enabled() and rows.requires_grad and not columns.requires_grad:
         raise ValueError(
             f"{name} carries no gradient, but its local rows do; gather with vlmkd.distributed.gather"
         )
+
+
+def _both_ways(
+    image_rows: Tensor, text_rows: Tensor, images: Tensor, texts: Tensor, scale: Tensor | float, offset: int
+) -> Tensor:
+    """Cross entropy of the rows' own pairs among the columns of the other modality, half each way."""
+    _check_offset(image_rows, images, offset)
+    labels = torch.arange(offset, offset + len(image_rows), device=image_rows.device)
+    image_loss = F.cross_entropy(_logits(image_rows, texts, scale), labels)
+    return (image_loss + F.cross_entropy(_logits(text_rows, images, scale), labels)) / 2
 
 
 def _logits(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Tensor:
@@ -129,14 +115,6 @@ def _logits(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Tensor:
         return (scale * wide(rows)).to(wide(rows).dtype) @ wide(columns).T
 
 
-def _labels(rows: Tensor, columns: Tensor, offset: int) -> Tensor:
-    """Column of each row's own pair, [b]."""
-    _check_offset(rows, columns, offset)
-    return torch.arange(offset, offset + rows.shape[0], device=rows.device)
-
-
 def _check_offset(rows: Tensor, columns: Tensor, offset: int) -> None:
-    if offset < 0 or offset + rows.shape[0] > columns.shape[0]:
-        raise ValueError(
-            f"offset is {offset}; {rows.shape[0]} local rows must lie within {columns.shape[0]} columns"
-        )
+    if offset < 0 or offset + len(rows) > len(columns):
+        raise ValueError(f"offset is {offset}; {len(rows)} local rows must lie within {len(columns)} columns")
