@@ -12,9 +12,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STACKS = re.compile(
-    r"(?P<stack>(?:visual\.)?transformer\.resblocks|visual\.layer[1-4])\.(?P<index>\d+)\.(?P<rest>.+)"
-)
+_BLOCK = r"(?P<block>(?:visual\.)?transformer\.resblocks\.\d+)\."
+_STAGE = r"visual\.(?P<stage>layer[1-4])\.(?P<index>\d+)\."
+_RULES = {
+    r".+\.num_batches_tracked": "",
+    r"visual\.conv1\.weight": "hidden fixed fixed fixed",
+    r"visual\.class_embedding|(visual\.ln_pre|visual\.ln_post|ln_final)\.\w+": "hidden",
+    r"(visual\.)?positional_embedding": "positions hidden",
+    r"token_embedding\.weight": "vocabulary hidden",
+    r"visual\.proj|text_projection": "hidden embedding",
+    _BLOCK + r"(ln_[12]\.\w+|ls_[12]\.gamma|(attn\.out|mlp\.c)_proj\.bias)": "hidden",
+    _BLOCK + r"attn\.in_proj_weight": "{block}.heads hidden",
+    _BLOCK + r"attn\.in_proj_bias": "{block}.heads",
+    _BLOCK + r"attn\.out_proj\.weight": "hidden {block}.heads",
+    _BLOCK + r"mlp\.c_fc\.weight": "{block}.mlp hidden",
+    _BLOCK + r"mlp\.c_fc\.bias": "{block}.mlp",
+    _BLOCK + r"mlp\.c_proj\.weight": "hidden {block}.mlp",
+}
+"""Pattern of a tensor's name -> the groups of its axes; `fixed` ones (colours, kernels) are never cut."""
+_RESNET_RULES = _RULES | {
+    r"visual\.conv1\.weight": "stem1 fixed fixed fixed",
+    r"visual\.conv2\.weight": "stem2 stem1 fixed fixed",
+    r"visual\.conv3\.weight": "stem3 stem2 fixed fixed",
+    r"visual\.bn(?P<number>[123])\.\w+": "stem{number}",
+    # The inner groups of a bottleneck are its own, the stage's stream is shared by all its blocks.
+    _STAGE + r"conv1\.weight": "{stage}.{index}.conv1 {before} fixed fixed",
+    _STAGE + r"conv2\.weight": "{stage}.{index}.conv2 {stage}.{index}.conv1 fixed fixed",
+    _STAGE + r"conv3\.weight": "{stage} {stage}.{index}.conv2 fixed fixed",
+    _STAGE + r"downsample\.0\.weight": "{stage} {before} fixed fixed",
+    _STAGE + r"bn(?P<number>[12])\.\w+": "{stage}.{index}.conv{number}",
+    _STAGE + r"(bn3|downsample\.1)\.\w+": "{stage}",
+    r"visual\.attnpool\.positional_embedding": "positions layer4",
+    r"visual\.attnpool\.[qkv]_proj\.weight": "attnpool.heads layer4",
+    r"visual\.attnpool\.[qkv]_proj\.bias": "attnpool.heads",
+    r"visual\.attnpool\.c_proj\.weight": "embedding attnpool.heads",
+    r"visual\.attnpool\.c_proj\.bias": "embedding",
+}
+_BEFORE = {"layer1": "stem3", "layer2": "layer1", "layer3": "layer2", "layer4": "layer3"}
 
 
 class Axis(NamedTuple):
@@ -28,91 +62,19 @@ class Axis(NamedTuple):
 
 
 def tensor_axes(name: str, head_width: int, *, resnet: bool) -> tuple[Axis, ...] | None:
-    """The groups of the axes of tensor `name` (open_clip.CLIP naming, teacher's layer numbers); None if unknown.
-
-    `fixed` axes (colours, kernels) are never cut.
-    """
-    if name.endswith("num_batches_tracked"):
-        return ()
-    match = STACKS.fullmatch(name)
-    if match and ".layer" in match["stack"]:
-        return _bottleneck_axes(match["stack"], int(match["index"]), match["rest"])
-    if match:
-        return _block_axes(f"{match['stack']}.{match['index']}.", match["rest"], head_width)
-    if name.startswith("visual.attnpool."):
-        return _pool_axes(name.removeprefix("visual.attnpool."), head_width)
-    hidden, embedding, fixed = Axis("hidden"), Axis("embedding"), Axis("fixed")
-    stem = re.fullmatch(r"visual\.(conv|bn)([123])\.(.+)", name)
-    if stem and resnet:
-        return _stem_axes(stem[1], int(stem[2]))
-    return {
-        "visual.conv1.weight": (hidden, fixed, fixed, fixed),
-        "visual.class_embedding": (hidden,),
-        "visual.positional_embedding": (Axis("positions"), hidden),
-        "visual.proj": (hidden, embedding),
-        "token_embedding.weight": (Axis("vocabulary"), hidden),
-        "positional_embedding": (Axis("positions"), hidden),
-        "text_projection": (hidden, embedding),
-        **{
-            f"visual.{norm}.{leaf}": (hidden,)
-            for norm in ("ln_pre", "ln_post")
-            for leaf in ("weight", "bias")
-        },
-        **{f"ln_final.{leaf}": (hidden,) for leaf in ("weight", "bias")},
-    }.get(name)
-
-
-def _block_axes(block: str, rest: str, head_width: int) -> tuple[Axis, ...] | None:
-    """A transformer block's tensor: q, k and v keep whole heads each."""
-    hidden, channels = Axis("hidden"), Axis(f"{block}mlp")
-    heads = Axis(f"{block}heads", 1, head_width)
-    qkv = heads._replace(parts=3)
-    return {
-        "attn.in_proj_weight": (qkv, hidden),
-        "attn.in_proj_bias": (qkv,),
-        "attn.out_proj.weight": (hidden, heads),
-        "attn.out_proj.bias": (hidden,),
-        "mlp.c_fc.weight": (channels, hidden),
-        "mlp.c_fc.bias": (channels,),
-        "mlp.c_proj.weight": (hidden, channels),
-        "mlp.c_proj.bias": (hidden,),
-        **{f"{norm}.{leaf}": (hidden,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")},
-        **{f"{scale}.gamma": (hidden,) for scale in ("ls_1", "ls_2")},
-    }.get(rest)
-
-
-def _stem_axes(kind: str, number: int) -> tuple[Axis, ...]:
-    """The three convolutions before a ResNet's stages."""
-    out, fixed = Axis(f"stem{number}"), Axis("fixed")
-    return (out,) if kind == "bn" else (out, Axis(f"stem{number - 1}") if number > 1 else fixed, fixed, fixed)
-
-
-def _bottleneck_axes(stack: str, block: int, rest: str) -> tuple[Axis, ...] | None:
-    """A ResNet bottleneck: two inner groups of its own, and the stage's stream shared by all its blocks."""
-    stage = stack.removeprefix("visual.")
-    number = int(stage[-1])
-    stream, fixed = Axis(stage), Axis("fixed")
-    before = stream if block else Axis(f"layer{number - 1}" if number > 1 else "stem3")
-    first, second = Axis(f"{stage}.{block}.conv1"), Axis(f"{stage}.{block}.conv2")
-    out = {"1": first, "2": second, "3": stream}
-    norm = re.fullmatch(r"(?:bn([123])|downsample\.1)\..+", rest)
-    if norm:
-        return (out[norm[1] or "3"],)
-    return {
-        "conv1.weight": (first, before, fixed, fixed),
-        "conv2.weight": (second, first, fixed, fixed),
-        "conv3.weight": (stream, second, fixed, fixed),
-        "downsample.0.weight": (stream, before, fixed, fixed),
-    }.get(rest)
-
-
-def _pool_axes(rest: str, head_width: int) -> tuple[Axis, ...] | None:
-    """A ResNet's attention pool, whose q, k and v are matrices of their own."""
-    stream, heads, embedding = Axis("layer4"), Axis("attnpool.heads", 1, head_width), Axis("embedding")
-    if rest == "positional_embedding":
-        return (Axis("positions"), stream)
-    into, outof = (embedding, heads) if rest.startswith("c_proj") else (heads, stream)
-    return {"weight": (into, outof), "bias": (into,)}.get(rest.partition(".")[2])
+    """The groups of the axes of tensor `name` (with the teacher's layer numbers); None if unknown."""
+    for pattern, groups in (_RESNET_RULES if resnet else _RULES).items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            found = match.groupdict()
+            stage = found.get("stage")
+            before = _BEFORE[stage] if stage and found["index"] == "0" else stage
+            parts = 3 if ".in_proj_" in name else 1
+            return tuple(
+                Axis(group, parts, head_width) if group.endswith("heads") else Axis(group)
+                for group in groups.format(**found, before=before).split()
+            )
+    return None
 
 
 def magnitude_scores(state: Mapping[str, Tensor], axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, Tensor]:
@@ -126,7 +88,7 @@ def magnitude_scores(state: Mapping[str, Tensor], axes: Mapping[str, tuple[Axis,
             continue
         squares = state[name].double().square()
         for dim, axis in enumerate(groups):
-            if axis.group in ("fixed", "vocabulary", "embedding", "positions"):
+            if axis.group in ("fixed", "vocabulary", "embedding"):
                 continue
             others = [other for other in range(squares.ndim) if other != dim]
             entries = squares.sum(dim=others).view(axis.parts, -1, axis.unit).sum(dim=(0, 2))
@@ -138,12 +100,8 @@ def magnitude_scores(state: Mapping[str, Tensor], axes: Mapping[str, tuple[Axis,
 def cut_units(tensor: Tensor, axes: tuple[Axis, ...], units: Mapping[str, Tensor]) -> Tensor:
     """`tensor` at the chosen units along every axis."""
     for dim, axis in enumerate(axes):
-        if axis.group == "fixed":
-            continue
-        chosen = units[axis.group].view(1, -1, 1)
-        per_part = tensor.shape[dim] // axis.parts
-        index = (
-            torch.arange(axis.parts).view(-1, 1, 1) * per_part + chosen * axis.unit + torch.arange(axis.unit)
-        )
-        tensor = tensor.index_select(dim, index.flatten().to(tensor.device))
+        if axis.group != "fixed":
+            part = torch.arange(axis.parts).view(-1, 1, 1) * (tensor.shape[dim] // axis.parts)
+            index = part + units[axis.group].view(1, -1, 1) * axis.unit + torch.arange(axis.unit)
+            tensor = tensor.index_select(dim, index.flatten().to(tensor.device))
     return tensor.detach().clone()

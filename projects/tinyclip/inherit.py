@@ -8,23 +8,24 @@ inherited.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from projects.tinyclip.axes import STACKS, Axis, cut_units, magnitude_scores, tensor_axes
+from projects.tinyclip.axes import Axis, cut_units, magnitude_scores, tensor_axes
 from vlmkd.errors import UserError
 
 State = dict[str, Tensor]
-LayerSelect = Literal["interval_front", "uniform"] | list[int] | list[list[int]]
-WidthSelect = Literal["front", "magnitude"] | list[int] | dict[str, list[int]]
-Tower = Literal["image", "text", "both"]
+LayerSelect = Literal["interval_front", "uniform"] | list[int]
+WidthSelect = Literal["front", "magnitude"] | dict[str, list[int]]
 
-_SCALES = ("logit_scale", "logit_bias")
+_STACKS = re.compile(
+    r"(?P<stack>(?:visual\.)?transformer\.resblocks|visual\.layer[1-4])\.(?P<index>\d+)\.(?P<rest>.+)"
+)
 
 
 @dataclass
@@ -38,7 +39,7 @@ class TowerReport:
     """Teacher units of every group that was cut, by group."""
     elements: int
     """Inherited numbers: parameters, and buffers of ResNets."""
-    interpolated: bool = False
+    interpolated: bool
     """Whether the positional table was resized to another grid."""
 
 
@@ -46,7 +47,7 @@ class TowerReport:
 class Inheritance:
     """Inherited tensors of one or both towers, complete but for the logit scale, and what they are."""
 
-    state: State
+    state: State = field(default_factory=dict)
     towers: list[TowerReport] = field(default_factory=list)
 
     def describe(self) -> str:
@@ -55,16 +56,13 @@ class Inheritance:
         for report in self.towers:
             note = ", positions interpolated" if report.interpolated else ""
             lines.append(f"{report.tower} tower: {report.elements:,} numbers inherited{note}")
-            for stack, layers in report.layers.items():
-                lines.append(f"  {stack}: layers {_span(layers)}")
+            lines += [f"  {stack}: layers {_span(layers)}" for stack, layers in report.layers.items()]
             lines += [f"  {group}: units {_span(units)}" for group, units in report.units.items()]
         return "\n".join(lines)
 
     def merge(self, other: Inheritance) -> Inheritance:
         """Both together; for towers that come from different sources."""
-        shared = self.state.keys() & other.state.keys()
-        assert not shared, f"both hold {sorted(shared)[0]}"
-        return Inheritance({**self.state, **other.state}, self.towers + other.towers)
+        return Inheritance(self.state | other.state, self.towers + other.towers)
 
 
 def inherit(
@@ -74,37 +72,33 @@ def inherit(
     *,
     layer_select: LayerSelect = "interval_front",
     width_select: WidthSelect = "front",
-    tower: Tower = "both",
+    tower: Literal["image", "text", "both"] = "both",
     positions: Literal["interpolate", "refuse"] = "interpolate",
     allow_activation_change: bool = False,
 ) -> Inheritance:
-    """Weights for `student_config`, cut out of `teacher_state`.
+    """Weights for `student_config`, cut out of `teacher_state`, whose precision is kept.
 
     Args:
-        teacher_state: open_clip.CLIP state dict (of any precision, which is kept).
-        teacher_config, student_config: open_clip model configs (embed_dim, vision_cfg, text_cfg, quick_gelu).
         layer_select: which teacher layers. `interval_front` (reference): layer i <- i * floor(D / K) for K of D layers,
-            which is plain truncation when D / K < 2. `uniform`: i <- round(i (D - 1) / (K - 1)). Or the layers as a list
-            (for a ResNet a list for each stage, each starting with 0, whose block holds the downsampling).
+            which is plain truncation when D / K < 2. `uniform`: i <- round(i (D - 1) / (K - 1)). Or a transformer's
+            layers as a list.
         width_select: which units. `front` (reference): the leading ones. `magnitude`: those of the largest score,
             score(u) = sum over all weight matrices W of the selected layers that touch the group of
-            |W_u|^2 / mean_v |W_v|^2, so every matrix counts alike whatever its scale. A list: the hidden channels. A
-            dict: group name -> units (names as `describe` prints them; `hidden`, `heads` and `mlp` stand for the group
-            of every layer); what it does not name is cut in front.
+            |W_u|^2 / mean_v |W_v|^2, so every matrix counts alike whatever its scale. A dict: group name -> units
+            (names as `describe` prints them; `heads` and `mlp` stand for the group of every layer); what it does not
+            name is cut in front.
         tower: which tower, or both. Call once a tower and `merge` for two sources.
         positions: what to do with the image positional table when the grids differ: bicubic interpolation or refusal.
             A text table is cut in front.
-        allow_activation_change: accept a student whose activation is not the teacher's (published recipes: students
-            with GELU from QuickGELU teachers).
+        allow_activation_change: accept a student whose activation is not the teacher's.
 
     Raises:
         UserError: the student does not fit into the teacher; names both sides and the mend.
     """
-    result = Inheritance({})
+    result = Inheritance()
     for name in ("image", "text") if tower == "both" else (tower,):
-        job = _Job(name, teacher_state, teacher_config, student_config, positions)
-        job.check(allow_activation_change)
-        result = result.merge(job.run(layer_select, width_select))
+        cut = _Cut(name, teacher_state, teacher_config, student_config, allow_activation_change)
+        result = result.merge(cut.run(layer_select, width_select, positions))
     return result
 
 
@@ -120,21 +114,45 @@ def select_layers(
         return [layer * (depth // count) for layer in range(count)]
     if select == "uniform":
         return [round(layer * (depth - 1) / max(1, count - 1)) for layer in range(count)]
-    if isinstance(select, str):
-        raise UserError(f"layer_select is {select!r}; choose interval_front, uniform or a list of layers")
     layers = list(select)
-    if (
-        len(layers) != count
-        or sorted(set(layers)) != layers
-        or not all(0 <= layer < depth for layer in layers)
-    ):
+    if len(layers) != count or sorted(set(layers)) != layers or not set(layers) <= set(range(depth)):
         raise UserError(
             f"{where}: layer_select {layers} must name {count} layers of 0..{depth - 1} in rising order"
         )
-    return layers
+    return layers  # type: ignore[return-value]
 
 
-class _Job:
+class _Facts(NamedTuple):
+    """What a model config says of one tower; a text tower has neither patches nor grid."""
+
+    kind: str
+    activation: str
+    head_width: int
+    patch: int = 0
+    grid: tuple[int, int] = (0, 0)
+    """Patches down and across; of a ResNet the cells that its attention pool sees."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tower: str) -> _Facts:
+        activation = "QuickGELU" if config.get("quick_gelu") else "GELU"
+        if tower == "text":
+            text = config["text_cfg"]
+            return cls("a transformer", activation, text.get("width", 512) // text.get("heads", 8))
+        vision = config["vision_cfg"]
+        resnet = isinstance(vision.get("layers"), (list, tuple))
+        patch = 32 if resnet else vision.get("patch_size", 16)
+        size = vision.get("image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(
+            "a ResNet" if resnet else "a transformer",
+            "ReLU" if resnet else activation,
+            vision.get("head_width", 64),
+            patch,
+            (height // patch, width // patch),
+        )
+
+
+class _Cut:
     """The inheritance of one tower."""
 
     def __init__(
@@ -143,235 +161,178 @@ class _Job:
         teacher_state: Mapping[str, Tensor],
         teacher_config: Mapping[str, Any],
         student_config: Mapping[str, Any],
-        positions: str,
+        allow_activation_change: bool,
     ) -> None:
-        self.tower, self.positions = tower, positions
-        self.key = "vision_cfg" if tower == "image" else "text_cfg"
-        self.configs = {"teacher": teacher_config, "student": student_config}
+        self.tower = tower
+        self._refuse(
+            bool(teacher_config.get("pruned")),
+            "the source is a pruned model; enter it into a mask run instead",
+        )
         self.source = {name: value for name, value in teacher_state.items() if _tower_of(name) == tower}
         self.shapes = _student_shapes(student_config, tower)
-        self.head_width = _head_width(student_config, self.key)
-        self.resnet = tower == "image" and _is_resnet(student_config)
-        self.sizes: dict[str, int] = {}
-        """Units of every group in the teacher."""
+        self.teacher, self.student = teacher, student = (
+        teacher, student = (_Facts.of(config, tower) for config in (teacher_config, student_config))
+        self.teacher, self.student = teacher, student
+        self._refuse(
+            teacher.kind != student.kind,
+            f"the source is {teacher.kind}, the student {student.kind}; use two of one kind",
+        )
+        self._refuse(
+            teacher.patch != student.patch,
+            f"the source has patches of {teacher.patch} pixels, the student of {student.patch}; patch weights are not "
+            f"resized, so set vision_cfg.patch_size: {teacher.patch} in the student, or take another source",
+        )
+        self._refuse(
+            teacher.head_width != student.head_width,
+            f"heads are {teacher.head_width} wide in the source and {student.head_width} in the student; set the "
+            f"student's head width to {teacher.head_width}",
+        )
+        self._refuse(
+            teacher.activation != student.activation and not allow_activation_change,
+            f"the source uses {teacher.activation}, the student {student.activation}; set quick_gelu: "
+            f"{str(teacher.activation == 'QuickGELU').lower()} in the student, or allow_activation_change",
+        )
 
-    def check(self, allow_activation_change: bool) -> None:
-        """Refuse pairs whose towers are not of one kind."""
-        teacher, student = self.configs["teacher"], self.configs["student"]
-        if not self.source:
-            raise UserError(
-                f"{self.tower} tower: the source has no tensors of open_clip's CLIP layout; convert it first"
-            )
-        if teacher.get("pruned"):
-            raise UserError(
-                f"{self.tower} tower: the source is a pruned model; enter it into a mask run instead"
-            )
-        kinds = [_is_resnet(config) and self.tower == "image" for config in (teacher, student)]
-        if kinds[0] != kinds[1]:
-            names = ["a ResNet" if kind else "a transformer" for kind in kinds]
-            raise UserError(
-                f"{self.tower} tower: the source is {names[0]}, the student {names[1]}; use two of one kind"
-            )
-        patches = [config["vision_cfg"].get("patch_size", 16) for config in (teacher, student)]
-        if self.tower == "image" and not kinds[0] and patches[0] != patches[1]:
-            raise UserError(
-                f"image tower: the source has patches of {patches[0]} pixels, the student of {patches[1]}; patch weights "
-                f"are not resized, so set vision_cfg.patch_size: {patches[0]} in the student, or take another source"
-            )
-        widths = [_head_width(config, self.key) for config in (teacher, student)]
-        if widths[0] != widths[1]:
-            raise UserError(
-                f"{self.tower} tower: heads are {widths[0]} wide in the source and {widths[1]} in the student; "
-                f"set the student's head width to {widths[0]}"
-            )
-        activations = ["QuickGELU" if config.get("quick_gelu") else "GELU" for config in (teacher, student)]
-        if activations[0] != activations[1] and not kinds[0] and not allow_activation_change:
-            raise UserError(
-                f"{self.tower} tower: the source uses {activations[0]}, the student {activations[1]}; set quick_gelu: "
-                f"{str(activations[0] == 'QuickGELU').lower()} in the student, or allow_activation_change"
-            )
-
-    def run(self, layer_select: LayerSelect, width_select: WidthSelect) -> Inheritance:
+    def run(self, layer_select: LayerSelect, width_select: WidthSelect, positions: str) -> Inheritance:
         """Choose layers, then units, then cut."""
         layers = self._choose_layers(layer_select)
         origins = {name: _source_name(name, layers) for name in self.shapes}
         axes = {name: self._axes(name, origin) for name, origin in origins.items()}
         source = {origin: self.source[origin] for origin in origins.values()}
-        interpolated = self._resize_positions(source)
-        units = self._choose_units(origins, axes, source, width_select)
+        interpolated = self.teacher.grid != self.student.grid
+        if interpolated:
+            self._resize_positions(source, positions)
+        sizes = self._sizes(origins, axes, source)
+        units = self._choose_units(sizes, origins, axes, source, width_select)
         state = {name: cut_units(source[origin], axes[name], units) for name, origin in origins.items()}
-        elements = sum(tensor.numel() for tensor in state.values())
         assert {name: tensor.shape for name, tensor in state.items()} == self.shapes
-        assert elements == sum(shape.numel() for shape in self.shapes.values())
-        cut = {group: chosen.tolist() for group, chosen in units.items() if self.sizes[group] != len(chosen)}
-        report = TowerReport(self.tower, layers, cut, elements, interpolated)
-        return Inheritance(state, [report])
+        cut = {group: units[group].tolist() for group, (small, big) in sizes.items() if small != big}
+        elements = sum(tensor.numel() for tensor in state.values())
+        return Inheritance(state, [TowerReport(self.tower, layers, cut, elements, interpolated)])
+
+    def _choose_layers(self, select: LayerSelect) -> dict[str, list[int]]:
+        """Teacher layers of each stack: one of a transformer, four of a ResNet."""
+        depths = _depths(self.source)
+        stacks = _depths(self.shapes)
+        self._refuse(
+            len(stacks) > 1 and not isinstance(select, str),
+            "a list of layers is for transformers; a ResNet's stages take interval_front or uniform",
+        )
+        return {
+            stack: select_layers(depths.get(stack, 0), count, select, f"{self.tower} tower, {stack}")
+            for stack, count in stacks.items()
+        }
 
     def _axes(self, name: str, origin: str) -> tuple[Axis, ...]:
         """Axes of the student's tensor `name`, whose source is `origin`."""
-        if origin not in self.source:
-            raise UserError(
-                f"{self.tower} tower: the source has no {origin}, which the student's {name} needs"
-            )
-        axes = tensor_axes(origin, self.head_width, resnet=self.resnet)
+        self._refuse(
+            origin not in self.source, f"the source has no {origin}, which the student's {name} needs"
+        )
+        axes = tensor_axes(origin, self.student.head_width, resnet=self.student.kind == "a ResNet")
         if axes is None or not len(axes) == len(self.shapes[name]) == self.source[origin].ndim:
             raise UserError(
                 f"{self.tower} tower: there is no inheritance rule for {name}; use a plain CLIP tower"
             )
         return axes
 
-    def _choose_layers(self, select: LayerSelect) -> dict[str, list[int]]:
-        """Teacher layers of each stack: one of a transformer, four of a ResNet."""
-        depths = {"teacher": _depths(self.source), "student": _depths(self.shapes)}
-        layers = {}
-        for stage, (stack, count) in enumerate(depths["student"].items()):
-            if stack not in depths["teacher"]:
-                raise UserError(f"{self.tower} tower: the source has no {stack}; use two towers of one kind")
-            chosen: Any = select
-            if not isinstance(select, str) and len(depths["student"]) > 1:
-                if len(select) != len(depths["student"]) or not all(
-                    isinstance(part, list) for part in select
-                ):
-                    raise UserError(
-                        "layer_select: a ResNet needs one list of blocks for each of its 4 stages"
-                    )
-                chosen = select[stage]
-            layers[stack] = select_layers(
-                depths["teacher"][stack], count, chosen, f"{self.tower} tower, {stack}"
-            )
-            if ".layer" in stack and layers[stack][0] != 0:
-                raise UserError(
-                    f"layer_select: {stack} must start with block 0, which holds the downsampling"
-                )
-        return layers
+    def _resize_positions(self, source: State, positions: str) -> None:
+        """Bring the image positional table onto the student's grid, in place of `source`'s."""
+        from timm.layers import resample_abs_pos_embed
 
-    def _resize_positions(self, source: State) -> bool:
-        """Bring the image positional table onto the student's grid, in place of `source`'s; True if it changed."""
-        if self.tower == "text":
-            return False
-        name = f"visual.{'attnpool.' if self.resnet else ''}positional_embedding"
-        grids = {side: _grid(config) for side, config in self.configs.items()}
-        if grids["teacher"] == grids["student"]:
-            return False
-        if self.positions == "refuse":
-            raise UserError(
-                f"image tower: the source has a {_by(grids['teacher'])} grid of positions, the student {_by(grids['student'])}; "
-                "use one image size, or positions=interpolate"
-            )
-        table = source[name]
-        if len(table) != 1 + grids["teacher"][0] * grids["teacher"][1]:
-            raise UserError(
-                f"image tower: {name} has {len(table)} rows, but the source's config a {_by(grids['teacher'])} grid"
-            )
-        source[name] = interpolate_positions(table, grids["teacher"], grids["student"])
-        return True
+        teacher, student = self.teacher.grid, self.student.grid
+        told = ["x".join(map(str, grid)) for grid in (teacher, student)]
+        self._refuse(
+            positions == "refuse",
+            f"the source has a {told[0]} grid of positions, the student {told[1]}; use one image size, or "
+            "positions=interpolate",
+        )
+        (name,) = (name for name in source if name.endswith("positional_embedding"))
+        source[name] = resample_abs_pos_embed(source[name][None], list(student), list(teacher))[0]
+
+    def _sizes(
+        self, origins: Mapping[str, str], axes: Mapping[str, tuple[Axis, ...]], source: State
+    ) -> dict[str, tuple[int, int]]:
+        """Units of every group in the student and in the teacher."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, origin in origins.items():
+            for axis, *entries in zip(axes[name], self.shapes[name], source[origin].shape, strict=True):
+                small, big = (number // axis.parts // axis.unit for number in entries)
+                self._refuse(
+                    small > big,
+                    f"the student has {small} units of {axis.group} ({name}), its source {big}; give the student at "
+                    f"most {big}",
+                )
+                self._refuse(
+                    axis.group in ("fixed", "vocabulary") and small != big,
+                    f"{name} has {small} entries in the student and {big} in the source along an axis that is never cut "
+                    "(kernel or vocabulary); make them equal",
+                )
+                if axis.group != "fixed":
+                    sizes[axis.group] = small, big
+        return sizes
 
     def _choose_units(
         self,
+        sizes: Mapping[str, tuple[int, int]],
         origins: Mapping[str, str],
         axes: Mapping[str, tuple[Axis, ...]],
         source: State,
         select: WidthSelect,
     ) -> dict[str, Tensor]:
-        """Teacher units of every group, checked to exist."""
-        wanted: dict[str, int] = {}
-        for name, origin in origins.items():
-            for axis, small, big in zip(axes[name], self.shapes[name], source[origin].shape, strict=True):
-                per_unit = axis.parts * axis.unit
-                self._check_size(axis.group, small // per_unit, big // per_unit, name)
-                if axis.group == "fixed":
-                    continue
-                sizes = (
-                    wanted.setdefault(axis.group, small // per_unit),
-                    self.sizes.setdefault(axis.group, big // per_unit),
+        """Teacher units of every group."""
+        units = {group: torch.arange(small) for group, (small, _) in sizes.items()}
+        if select == "magnitude":
+            scores = magnitude_scores(source, {origin: axes[name] for name, origin in origins.items()})
+            for group in scores.keys() & sizes.keys():
+                small, big = sizes[group]
+                if small < big:
+                    units[group] = scores[group].argsort(descending=True, stable=True)[:small].sort().values
+        for key, given in select.items() if isinstance(select, dict) else ():
+            groups = [
+                group
+                for group in sizes
+                if group == key or (key in ("heads", "mlp") and group.endswith(f".{key}"))
+            ]
+            cuttable = ", ".join(group for group in sizes if group not in ("vocabulary", "positions"))
+            self._refuse(not groups, f"width_select: there is no group {key}; groups here: {cuttable}")
+            for group in groups:
+                small, big = sizes[group]
+                self._refuse(
+                    not len(given) == len(set(given)) == small or not set(given) <= set(range(big)),
+                    f"width_select for {group} must name {small} different units of 0..{big - 1}, and names {len(given)}",
                 )
-                if sizes != (small // per_unit, big // per_unit):
-                    raise UserError(
-                        f"{self.tower} tower: {origin} of the source contradicts its other tensors; the file is damaged"
-                    )
-        given = _given_units(select, wanted)
-        scores = (
-            magnitude_scores(source, {origins[name]: axes[name] for name in origins})
-            if select == "magnitude"
-            else {}
-        )
-        units = {}
-        for group, count in wanted.items():
-            if group in given:
-                units[group] = self._explicit(group, given[group], count)
-            elif group in scores and count < self.sizes[group]:
-                units[group] = scores[group].argsort(descending=True, stable=True)[:count].sort().values
-            else:
-                units[group] = torch.arange(count)
+                units[group] = torch.tensor(given)
         return units
 
-    def _check_size(self, group: str, small: int, big: int, name: str) -> None:
-        if small > big:
-            raise UserError(
-                f"{self.tower} tower: the student has {small} units of {group} ({name}), its source {big}; "
-                f"give the student at most {big}"
-            )
-        if group in ("fixed", "vocabulary") and small != big:
-            raise UserError(
-                f"{self.tower} tower: {name} has {small} entries in the student and {big} in the source along an axis that "
-                "is never cut (kernel or vocabulary); make them equal"
-            )
-
-    def _explicit(self, group: str, units: list[int], count: int) -> Tensor:
-        size = self.sizes[group]
-        if len(units) != count or len(set(units)) != count or not all(0 <= unit < size for unit in units):
-            raise UserError(
-                f"{self.tower} tower: width_select for {group} must name {count} different units of 0..{size - 1}, "
-                f"and names {len(units)}"
-            )
-        return torch.tensor(units)
-
-
-def interpolate_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Positional table [1 + h w, D] with its class row kept and its grid resized bicubically (antialiased)."""
-    grid = table[1:].float().T.reshape(1, -1, *source)
-    resized = F.interpolate(grid, size=target, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([table[:1], resized.flatten(2)[0].T.to(table.dtype)])
-
-
-def _given_units(select: WidthSelect, groups: Mapping[str, int]) -> dict[str, list[int]]:
-    """Explicit units by full group name."""
-    if isinstance(select, str):
-        if select not in ("front", "magnitude"):
-            raise UserError(f"width_select is {select!r}; choose front, magnitude, a list or a dict of lists")
-        return {}
-    named = {"hidden": select} if isinstance(select, list) else dict(select)
-    given = {}
-    for key, units in named.items():
-        matches = [
-            group
-            for group in groups
-            if group == key or (key in ("heads", "mlp") and group.endswith(f".{key}"))
-        ]
-        if not matches:
-            cuttable = [group for group in groups if group not in ("vocabulary", "positions")]
-            raise UserError(f"width_select: there is no group {key}; groups here: {', '.join(cuttable)}")
-        given.update({group: units for group in matches})
-    return given
+    def _refuse(self, refused: bool, told: str) -> None:
+        if refused:
+            raise UserError(f"{self.tower} tower: {told}")
 
 
 def _source_name(name: str, layers: Mapping[str, list[int]]) -> str:
     """The teacher's name of student tensor `name`."""
-    match = STACKS.fullmatch(name)
+    match = _STACKS.fullmatch(name)
     if not match:
         return name
     return f"{match['stack']}.{layers[match['stack']][int(match['index'])]}.{match['rest']}"
 
 
+def _depths(names: Mapping[str, Any]) -> dict[str, int]:
+    """Number of layers of each stack, in order."""
+    depths: dict[str, int] = {}
+    for match in filter(None, map(_STACKS.fullmatch, names)):
+        depths[match["stack"]] = max(depths.get(match["stack"], 0), int(match["index"]) + 1)
+    return depths
+
+
 def _tower_of(name: str) -> str | None:
-    if name in _SCALES or name == "attn_mask":
+    if name in ("logit_scale", "logit_bias", "attn_mask"):
         return None
     return "image" if name.startswith("visual.") else "text"
 
 
 def _student_shapes(config: Mapping[str, Any], tower: str) -> dict[str, torch.Size]:
     """Names and shapes of all tensors of one tower of a plain CLIP built from `config`, without memory for them."""
-    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
     if (
         "timm_model_name" in config["vision_cfg"]
         or "hf_model_name" in config["text_cfg"]
@@ -382,40 +343,10 @@ def _student_shapes(config: Mapping[str, Any], tower: str) -> dict[str, torch.Si
         )
     import open_clip
 
+    known = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
     with torch.device("meta"):
         model = open_clip.CLIP(**{key: config[key] for key in known if key in config})
     return {name: tensor.shape for name, tensor in model.state_dict().items() if _tower_of(name) == tower}
-
-
-def _is_resnet(config: Mapping[str, Any]) -> bool:
-    return isinstance(config["vision_cfg"].get("layers"), (list, tuple))
-
-
-def _head_width(config: Mapping[str, Any], key: str) -> int:
-    if key == "vision_cfg":
-        return config[key].get("head_width", 64)
-    return config[key].get("width", 512) // config[key].get("heads", 8)
-
-
-def _grid(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Patches down and across; of a ResNet the cells that its attention pool sees."""
-    vision = config["vision_cfg"]
-    size = vision.get("image_size", 224)
-    patch = 32 if _is_resnet(config) else vision.get("patch_size", 16)
-    height, width = (size, size) if isinstance(size, int) else size
-    return height // patch, width // patch
-
-
-def _by(grid: tuple[int, int]) -> str:
-    return f"{grid[0]}x{grid[1]}"
-
-
-def _depths(names: Mapping[str, Any]) -> dict[str, int]:
-    """Number of layers of each stack, in order."""
-    depths: dict[str, int] = {}
-    for match in filter(None, map(STACKS.fullmatch, names)):
-        depths[match["stack"]] = max(depths.get(match["stack"], 0), int(match["index"]) + 1)
-    return depths
 
 
 def _span(numbers: list[int]) -> str:
