@@ -78,9 +78,9 @@ def tensor_axes(name: str, head_width: int, *, resnet: bool) -> tuple[Axis, ...]
 
 
 def magnitude_scores(state: Mapping[str, Tensor], axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, Tensor]:
-    """Score of every unit of every group: its share of each weight matrix's squared norm, summed over the matrices.
+    """Score of every unit u of every group: |W_u|^2 / mean_v |W_v|^2, summed over the weight matrices W that touch it.
 
-    A matrix of n units gives them n points altogether. Vectors (biases, norms) and positional tables do not count.
+    So every matrix counts alike whatever its scale. Vectors (biases, norms) and positional tables do not count.
     """
     scores: dict[str, Tensor] = {}
     for name, groups in axes.items():

@@ -15,7 +15,7 @@ from projects.tinyclip.masked import MaskedCLIP, config_from_clip
 from projects.tinyclip.task import DistillTask, MaskTask, Student
 from vlmkd import distributed
 from vlmkd.config import require
-from vlmkd.data.loader import Loader, build_loader
+from vlmkd.data.loader import build_loader
 from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.evaluation_sets import retrieval_set, zero_shot_set
 from vlmkd.evaluation.base import Evaluator
@@ -35,7 +35,7 @@ def distill_job(cfg: DistillConfig) -> Job:
     """The `distill` run."""
     source = load_clip(cfg.student.model, cfg.student.pretrained, seed=cfg.seed)
     inherited = inherited_weights(cfg.inherit, source.config)
-    if inherited is not None:
+    if inherited.towers:
         log.info("inherited:\n%s", inherited.describe())
         load_weights(source.module, {**source.module.state_dict(), **inherited.state}, "inherited weights")
     scale = cfg.logit_scale
@@ -58,10 +58,9 @@ def mask_job(cfg: MaskConfig) -> Job:
             source.module, full, freeze_pruned=masks.freeze_pruned, joint=masks.joint, sides=masks.sides
         )
     else:
-        require(not masks.full_model, "masks.full_model", "has no effect on a student that was never pruned")
-        require(
-            not masks.freeze_pruned, "masks.freeze_pruned", "has no effect on a student that was never pruned"
-        )
+        for name in ("full_model", "freeze_pruned"):
+            told = "has no effect on a student that was never pruned"
+            require(not getattr(masks, name), f"masks.{name}", told)
         encoder = MaskedCLIP.from_clip(source.module, joint=masks.joint, sides=masks.sides)
     if cfg.deepspeed.activation_checkpointing:
         encoder.set_grad_checkpointing()
@@ -71,9 +70,9 @@ def mask_job(cfg: MaskConfig) -> Job:
     return _job(cfg, MaskTask, encoder, source)
 
 
-def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inheritance | None:
-    """Weights cut out of the sources of `cfg`; None when it names none."""
-    result = None
+def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inheritance:
+    """Weights cut out of the sources of `cfg`."""
+    result = Inheritance()
     for tower, source, layers, units in (
         ("image", cfg.image_from, cfg.image_layers, cfg.image_units),
         ("text", cfg.text_from, cfg.text_layers, cfg.text_units),
@@ -91,20 +90,34 @@ def inherited_weights(cfg: InheritConfig, student_config: dict[str, Any]) -> Inh
             positions=cfg.positional,
             allow_activation_change=cfg.allow_activation_change,
         )
-        result = part if result is None else result.merge(part)
+        result = result.merge(part)
     return result
 
 
 def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipModel) -> Job:
-    teachers = [
-        ClipTeacher(load_clip(teacher.model, teacher.pretrained), source.image_spec)
-        for teacher in cfg.teachers
-    ]
-    digests = [teacher.clip.digest for teacher in teachers] or None
-    if cfg.cached:  # the models have served their purpose once they are known to be those of the caches
-        teachers = []
-    dims, scales = _teacher_facts(cfg, teachers)
-    loader = _loader(cfg, source, teachers, digests)
+    clips = [load_clip(teacher.model, teacher.pretrained) for teacher in cfg.teachers]
+    teachers = [] if cfg.cached else [ClipTeacher(clip, source.image_spec) for clip in clips]
+    if cfg.cached:  # the models only tell whether the caches are theirs
+        infos = [TeacherOutputs(folder).info for folder in cfg.data.sources[0].teacher_caches]
+        dims, scales = [info.dim for info in infos], [info.logit_scale for info in infos]
+    else:
+        dims = [int(clip.config["embed_dim"]) for clip in clips]
+        scales = [float(clip.module.logit_scale.detach().double().exp()) for clip in clips]  # type: ignore[operator, union-attr]
+    world_size = distributed.world_size()
+    loader = build_loader(
+        cfg.data,
+        seed=cfg.seed,
+        rank=distributed.rank(),
+        world_size=world_size,
+        micro_batch_size=batch_triple(cfg, world_size)[0],
+        image_spec=source.image_spec,
+        tokenizer=source.tokenizer,
+        teacher_views=[
+            (teacher.clip.image_spec, None if _same_tokens(teacher.clip, source) else teacher.clip.tokenizer)
+            for teacher in teachers
+        ],
+        teacher_digests=[clip.digest for clip in clips] or None if cfg.cached else None,
+    )
     cfg = in_steps(cfg, loader.samples_per_epoch // cfg.batch_size)
     with torch.random.fork_rng(devices=[]):  # new projectors depend on the run's seed alone
         torch.manual_seed(cfg.seed)
@@ -112,43 +125,10 @@ def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipM
     return Job(cfg, task_class(cfg, student, source, teachers, scales), loader, evaluators(cfg))
 
 
-def _teacher_facts(cfg: TinyCLIPConfig, teachers: list[ClipTeacher]) -> tuple[list[int], list[float]]:
-    """Embedding width and own logit scale of every teacher, from its cache when there is one."""
-    if cfg.cached:
-        infos = [TeacherOutputs(folder).info for folder in cfg.data.sources[0].teacher_caches]
-        return [info.dim for info in infos], [info.logit_scale for info in infos]
-    models = [teacher.clip for teacher in teachers]
-    scales = [float(model.module.logit_scale.detach().double().exp()) for model in models]  # type: ignore[operator, union-attr]
-    return [int(model.config["embed_dim"]) for model in models], scales
-
-
-def _loader(
-    cfg: TinyCLIPConfig, source: ClipModel, teachers: list[ClipTeacher], digests: list[str] | None
-) -> Loader:
-    world_size = distributed.world_size()
-    micro, _ = batch_triple(cfg, world_size)
-    views = [
-        (teacher.clip.image_spec, None if _same_tokens(teacher.clip, source) else teacher.clip.tokenizer)
-        for teacher in teachers
-    ]
-    return build_loader(
-        cfg.data,
-        seed=cfg.seed,
-        rank=distributed.rank(),
-        world_size=world_size,
-        micro_batch_size=micro,
-        image_spec=source.image_spec,
-        tokenizer=source.tokenizer,
-        teacher_views=views,
-        teacher_digests=digests if cfg.cached else None,
-    )
-
-
 def _same_tokens(one: ClipModel, other: ClipModel) -> bool:
     """Whether two tokenizers give the same ids, by a probe of ordinary and odd texts."""
     probe = ["a photo of a cat", "", "Ünïcode & <html> 12:30", "very long " * 100]
-    first, second = one.tokenizer(probe), other.tokenizer(probe)
-    return first.shape == second.shape and bool((first == second).all())
+    return torch.equal(one.tokenizer(probe), other.tokenizer(probe))
 
 
 def evaluators(cfg: TinyCLIPConfig) -> list[Evaluator]:
@@ -160,4 +140,4 @@ def evaluators(cfg: TinyCLIPConfig) -> list[Evaluator]:
     retrieval = [
         retrieval_set(one.data, captions=one.captions, name=one.name) for one in cfg.evaluation.retrieval
     ]
-    return [*(Classification.of(one) for one in sets), *(Retrieval(one) for one in retrieval)]
+    return [*map(Classification.of, sets), *map(Retrieval, retrieval)]

@@ -96,11 +96,10 @@ class TinyCLIPConfig(StreamRunConfig):
             "student.model",
             "is empty; name an architecture, a JSON file or local-dir:FOLDER",
         )
-        weights = {
-            name: getattr(self.loss, name) for name in ("affinity", "contrastive", "feature", "interactive")
-        }
-        require(any(weights.values()), "loss", "has all weights 0; give at least one term a weight")
-        mimics = weights["affinity"] + weights["feature"] + weights["interactive"] > 0
+        mimics = self.loss.affinity + self.loss.feature + self.loss.interactive > 0
+        require(
+            mimics or self.loss.contrastive > 0, "loss", "has all weights 0; give at least one term a weight"
+        )
         require(
             self.has_teacher == mimics,
             "teachers",
@@ -141,18 +140,13 @@ class DistillConfig(TinyCLIPConfig):
             "ema_decay",
             "needs whole weights on each rank; use deepspeed.zero_stage 1 or 2, or ema_decay=0",
         )
-        units = bool(self.inherit.image_units or self.inherit.text_units)
-        require(
-            units == (self.inherit.width == "list"),
-            "inherit.image_units",
-            "and inherit.text_units go with inherit.width=list, and only with it",
-        )
-        listed = bool(self.inherit.image_layers or self.inherit.text_layers)
-        require(
-            listed == (self.inherit.layers == "list"),
-            "inherit.image_layers",
-            "and inherit.text_layers go with inherit.layers=list, and only with it",
-        )
+        for choice, what in (("width", "units"), ("layers", "layers")):
+            listed = any(getattr(self.inherit, f"{tower}_{what}") for tower in ("image", "text"))
+            require(
+                listed == (getattr(self.inherit, choice) == "list"),
+                f"inherit.image_{what}",
+                f"and inherit.text_{what} go with inherit.{choice}=list, and only with it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

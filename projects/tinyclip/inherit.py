@@ -9,7 +9,7 @@ inherited.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +40,6 @@ class TowerReport:
     elements: int
     """Inherited numbers: parameters, and buffers of ResNets."""
     interpolated: bool
-    """Whether the positional table was resized to another grid."""
 
 
 @dataclass
@@ -79,18 +78,13 @@ def inherit(
     """Weights for `student_config`, cut out of `teacher_state`, whose precision is kept.
 
     Args:
-        layer_select: which teacher layers. `interval_front` (reference): layer i <- i * floor(D / K) for K of D layers,
-            which is plain truncation when D / K < 2. `uniform`: i <- round(i (D - 1) / (K - 1)). Or a transformer's
-            layers as a list.
-        width_select: which units. `front` (reference): the leading ones. `magnitude`: those of the largest score,
-            score(u) = sum over all weight matrices W of the selected layers that touch the group of
-            |W_u|^2 / mean_v |W_v|^2, so every matrix counts alike whatever its scale. A dict: group name -> units
-            (names as `describe` prints them; `heads` and `mlp` stand for the group of every layer); what it does not
-            name is cut in front.
+        layer_select: `interval_front` (reference): layer i <- i * floor(D / K) for K of D layers, which is plain
+            truncation when D / K < 2. `uniform`: i <- round(i (D - 1) / (K - 1)). Or a transformer's layers as a list.
+        width_select: `front` (reference): the leading units. `magnitude`: those of the largest score (see
+            `magnitude_scores`) in the selected layers. A dict: group name -> units (names as `describe` prints them;
+            `heads` and `mlp` stand for the group of every layer); what it does not name is cut in front.
         tower: which tower, or both. Call once a tower and `merge` for two sources.
-        positions: what to do with the image positional table when the grids differ: bicubic interpolation or refusal.
-            A text table is cut in front.
-        allow_activation_change: accept a student whose activation is not the teacher's.
+        positions: what happens to the image positional table when the grids differ; a text table is cut in front.
 
     Raises:
         UserError: the student does not fit into the teacher; names both sides and the mend.
@@ -102,9 +96,7 @@ def inherit(
     return result
 
 
-def select_layers(
-    depth: int, count: int, select: Literal["interval_front", "uniform"] | Sequence[int], where: str
-) -> list[int]:
+def select_layers(depth: int, count: int, select: LayerSelect, where: str) -> list[int]:
     """Teacher layers of the `count` student layers, out of `depth`; `where` names the stack in errors."""
     if count > depth:
         raise UserError(
@@ -114,12 +106,11 @@ def select_layers(
         return [layer * (depth // count) for layer in range(count)]
     if select == "uniform":
         return [round(layer * (depth - 1) / max(1, count - 1)) for layer in range(count)]
-    layers = list(select)
-    if len(layers) != count or sorted(set(layers)) != layers or not set(layers) <= set(range(depth)):
+    if len(select) != count or sorted(set(select)) != select or not set(select) <= set(range(depth)):
         raise UserError(
-            f"{where}: layer_select {layers} must name {count} layers of 0..{depth - 1} in rising order"
+            f"{where}: layer_select {select} must name {count} layers of 0..{depth - 1} in rising order"
         )
-    return layers  # type: ignore[return-value]
+    return select
 
 
 class _Facts(NamedTuple):
@@ -170,7 +161,6 @@ class _Cut:
         )
         self.source = {name: value for name, value in teacher_state.items() if _tower_of(name) == tower}
         self.shapes = _student_shapes(student_config, tower)
-        self.teacher, self.student = teacher, student = (
         teacher, student = (_Facts.of(config, tower) for config in (teacher_config, student_config))
         self.teacher, self.student = teacher, student
         self._refuse(
@@ -203,7 +193,10 @@ class _Cut:
         if interpolated:
             self._resize_positions(source, positions)
         sizes = self._sizes(origins, axes, source)
-        units = self._choose_units(sizes, origins, axes, source, width_select)
+        scores = {}
+        if width_select == "magnitude":
+            scores = magnitude_scores(source, {origin: axes[name] for name, origin in origins.items()})
+        units = self._choose_units(sizes, scores, width_select)
         state = {name: cut_units(source[origin], axes[name], units) for name, origin in origins.items()}
         assert {name: tensor.shape for name, tensor in state.items()} == self.shapes
         cut = {group: units[group].tolist() for group, (small, big) in sizes.items() if small != big}
@@ -212,8 +205,7 @@ class _Cut:
 
     def _choose_layers(self, select: LayerSelect) -> dict[str, list[int]]:
         """Teacher layers of each stack: one of a transformer, four of a ResNet."""
-        depths = _depths(self.source)
-        stacks = _depths(self.shapes)
+        depths, stacks = _depths(self.source), _depths(self.shapes)
         self._refuse(
             len(stacks) > 1 and not isinstance(select, str),
             "a list of layers is for transformers; a ResNet's stages take interval_front or uniform",
@@ -237,7 +229,7 @@ class _Cut:
 
     def _resize_positions(self, source: State, positions: str) -> None:
         """Bring the image positional table onto the student's grid, in place of `source`'s."""
-        from timm.layers import resample_abs_pos_embed
+        from timm.layers import resample_abs_pos_embed_nhwc
 
         teacher, student = self.teacher.grid, self.student.grid
         told = ["x".join(map(str, grid)) for grid in (teacher, student)]
@@ -247,7 +239,9 @@ class _Cut:
             "positions=interpolate",
         )
         (name,) = (name for name in source if name.endswith("positional_embedding"))
-        source[name] = resample_abs_pos_embed(source[name][None], list(student), list(teacher))[0]
+        first, rest = source[name][:1], source[name][1:].unflatten(0, teacher)
+        resized = resample_abs_pos_embed_nhwc(rest[None], list(student))[0]
+        source[name] = torch.cat([first, resized.flatten(0, 1)])
 
     def _sizes(
         self, origins: Mapping[str, str], axes: Mapping[str, tuple[Axis, ...]], source: State
@@ -274,19 +268,15 @@ class _Cut:
     def _choose_units(
         self,
         sizes: Mapping[str, tuple[int, int]],
-        origins: Mapping[str, str],
-        axes: Mapping[str, tuple[Axis, ...]],
-        source: State,
+        scores: Mapping[str, Tensor],
         select: WidthSelect,
     ) -> dict[str, Tensor]:
         """Teacher units of every group."""
         units = {group: torch.arange(small) for group, (small, _) in sizes.items()}
-        if select == "magnitude":
-            scores = magnitude_scores(source, {origin: axes[name] for name, origin in origins.items()})
-            for group in scores.keys() & sizes.keys():
-                small, big = sizes[group]
-                if small < big:
-                    units[group] = scores[group].argsort(descending=True, stable=True)[:small].sort().values
+        for group in scores.keys() & sizes.keys():
+            small, big = sizes[group]
+            if small < big:
+                units[group] = scores[group].argsort(descending=True, stable=True)[:small].sort().values
         for key, given in select.items() if isinstance(select, dict) else ():
             groups = [
                 group
@@ -333,13 +323,10 @@ def _tower_of(name: str) -> str | None:
 
 def _student_shapes(config: Mapping[str, Any], tower: str) -> dict[str, torch.Size]:
     """Names and shapes of all tensors of one tower of a plain CLIP built from `config`, without memory for them."""
-    if (
-        "timm_model_name" in config["vision_cfg"]
-        or "hf_model_name" in config["text_cfg"]
-        or config.get("custom_text")
-    ):
+    foreign = "timm_model_name" in config["vision_cfg"] or "hf_model_name" in config["text_cfg"]
+    if foreign or config.get("custom_text"):
         raise UserError(
-            f"student: {tower} tower cannot inherit in a CLIP with a timm, Hugging Face or custom text tower; use a plain CLIP"
+            "student: a CLIP with a timm, Hugging Face or custom text tower cannot inherit; use a plain CLIP"
         )
     import open_clip
 
@@ -351,7 +338,7 @@ def _student_shapes(config: Mapping[str, Any], tower: str) -> dict[str, torch.Si
 
 def _span(numbers: list[int]) -> str:
     """`0..11` for a run, else the numbers, the middle ones left out when there are many."""
-    if numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > 1:
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return f"{numbers[0]}..{numbers[-1]}"
-    shown = [str(number) for number in numbers]
-    return ", ".join(shown if len(shown) <= 16 else [*shown[:8], "...", *shown[-4:]]) + f" ({len(numbers)})"
+    shown = numbers if len(numbers) <= 16 else [*numbers[:8], "...", *numbers[-4:]]
+    return f"{', '.join(map(str, shown))} ({len(numbers)})"

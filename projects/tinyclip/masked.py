@@ -1,8 +1,7 @@
 """The student of the `mask` runs: a full-size CLIP whose two towers run under hard-concrete masks.
 
-All trainable parameters (encoders, log alphas, multipliers) are in one module, and its forward pass changes no state.
-Mask arithmetic and LayerNorm statistics are fp32 whatever the precision of the encoders, and nothing in the forward
-pass waits for the device.
+The forward pass changes no state and never waits for the device; mask arithmetic and LayerNorm statistics are fp32
+whatever the precision of the encoders.
 
 Letters: B batch, T tokens, D width of the tower, L layers, H heads a layer, F FFN channels a layer, E embedding.
 """
@@ -26,7 +25,6 @@ from projects.tinyclip.masks import (
     expected_sparsity,
     lagrangian,
 )
-from vlmkd.config import OptimConfig
 from vlmkd.errors import UserError
 from vlmkd.models.pruned_clip import (
     Config,
@@ -38,38 +36,28 @@ from vlmkd.models.pruned_clip import (
     config_from_state_dict,
     own_names,
 )
-from vlmkd.train.optim import decay_groups
 
 
 class MaskedOutput(NamedTuple):
-    """What one forward pass gives; parts that were not asked for are None."""
+    """What one forward pass gives: ClipOutput's fields and scalars; parts that were not asked for are None."""
 
     image_embeds: Tensor | None
-    """[B, E], unit length, fp32."""
     text_embeds: Tensor | None
-    """[B, E], unit length, fp32."""
     logit_scale: Tensor
-    """Scalar, already exponentiated."""
     logit_bias: Tensor | None
-    """Scalar."""
     image_sparsity: Tensor
-    """Expected sparsity of the image tower, scalar."""
     text_sparsity: Tensor
-    """Expected sparsity of the text tower, scalar."""
     joint_sparsity: Tensor
-    """Expected sparsity of both towers together, scalar."""
+    """Expected sparsity of both towers together."""
     penalty: Tensor | None
-    """Sparsity penalty at the target that was given, scalar."""
+    """Sparsity penalty at the target that was given."""
 
 
 class MaskedLayerNorm(nn.LayerNorm):
     """LayerNorm over the kept coordinates only; the output is zero elsewhere."""
 
     def forward(self, x: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
-        """x [..., D], kept [D] (bool) -> [..., D].
-
-        Masked sums rather than index selection: the number of kept coordinates never reaches the host.
-        """
+        """x [..., D], kept [D] (bool) -> [..., D]; by masked sums, so that the number of kept ones stays on the device."""
         wide = torch.promote_types(x.dtype, torch.float32)
         mask = kept.to(wide)
         count = mask.sum().clamp(min=1)
@@ -171,11 +159,9 @@ class MaskedTextTower(PrunedTextTower):
 class MaskedCLIP(nn.Module):
     """A full-size CLIP with masks on both towers.
 
-    Args:
-        config: pruned config (vlmkd.models.pruned_clip) whose layers are all alike.
-        joint: one sparsity over both towers with their mean multipliers (published scripts), so that the split
-            between image and text is learned; otherwise each tower is driven to the target by itself.
-        sides: see masks.lagrangian.
+    `config` is a pruned one (vlmkd.models.pruned_clip) whose layers are all alike. `joint` drives one sparsity over
+    both towers with their mean multipliers (published scripts), so that the split between image and text is learned;
+    otherwise each tower is driven to the target by itself.
     """
 
     def __init__(self, config: Config, *, joint: bool = True, sides: Sides = "one") -> None:
@@ -192,23 +178,12 @@ class MaskedCLIP(nn.Module):
 
     @classmethod
     def from_clip(cls, model: nn.Module, *, joint: bool = True, sides: Sides = "one") -> MaskedCLIP:
-        """A masked copy of an open_clip CLIP (ViT and text transformer) or of an unpruned PrunedCLIP.
-
-        Raises:
-            UserError: the model has parts that cannot be masked.
-        """
+        """A masked copy of a CLIP that `config_from_clip` takes."""
         masked = cls(config_from_clip(model), joint=joint, sides=sides)
+        own_masks = {name: value for name, value in masked.state_dict().items() if "_masks." in name}
         state = {name: value for name, value in own_names(model.state_dict()).items() if name != "attn_mask"}
-        masked.load_encoders(state)
+        masked.load_state_dict(own_masks | state)
         return masked
-
-    def load_encoders(self, state: dict[str, Tensor]) -> None:
-        """Load everything but the masks, under PrunedCLIP's names, strictly."""
-        result = self.load_state_dict(state, strict=False)
-        missing = [
-            name for name in result.missing_keys if not name.startswith(("image_masks.", "text_masks."))
-        ]
-        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
     def forward(
         self,
@@ -217,14 +192,10 @@ class MaskedCLIP(nn.Module):
         seed: int | None = None,
         target: float | None = None,
     ) -> MaskedOutput:
-        """Embeddings, sparsities and, with a `target` sparsity, the penalty.
+        """images [B, 3, h, w], tokens [B, T] -> embeddings, sparsities and, with a `target` sparsity, the penalty.
 
-        Args:
-            images: [B, 3, h, w].
-            tokens: [B, T].
-            seed: training only, and needed there: the masks are a pure function of it, so a caller that derives it
-                from (run seed, rank, micro-step) resumes exactly. Evaluation uses the deterministic masks.
-            target: sparsity to reach (masks.sparsity_target).
+        In training the masks are a pure function of `seed`, so a caller that derives it from (run seed, rank,
+        micro-step) resumes exactly. Evaluation uses the deterministic masks.
         """
         assert (seed is not None) == self.training, "a training forward pass needs a seed, an evaluation none"
         # Two streams from one seed, so that a tower's masks do not depend on whether the other one runs.
@@ -232,27 +203,26 @@ class MaskedCLIP(nn.Module):
         image_mask, image_size, image_multipliers = self.image_masks(seeds[0])
         text_mask, text_size, text_multipliers = self.text_masks(seeds[1])
         sizes = ((image_size, self.image_masks.full_size()), (text_size, self.text_masks.full_size()))
-        sparsities = (expected_sparsity(sizes[0]), expected_sparsity(sizes[1]), expected_sparsity(*sizes))
+        image, text = (expected_sparsity(part) for part in sizes)
+        joint = expected_sparsity(*sizes)
         penalty = None
-        if target is not None:
-            penalty = self._penalty(sparsities, target, image_multipliers, text_multipliers)
+        if target is not None and self.joint:
+            mean = Multipliers(
+                *((a + b) / 2 for a, b in zip(image_multipliers, text_multipliers, strict=True))
+            )
+            penalty = lagrangian(joint, target, mean, self.sides)
+        elif target is not None:
+            penalty = lagrangian(image, target, image_multipliers, self.sides)
+            penalty = penalty + lagrangian(text, target, text_multipliers, self.sides)
         return MaskedOutput(
             None if images is None else F.normalize(self.visual(images, image_mask).float(), dim=-1),
             None if tokens is None else F.normalize(self.text(tokens, text_mask).float(), dim=-1),
             self.logit_scale.float().exp().reshape(()),
             None if self.logit_bias is None else self.logit_bias.float().reshape(()),
-            *sparsities,
+            image,
+            text,
+            joint,
             penalty,
-        )
-
-    def _penalty(
-        self, sparsities: tuple[Tensor, Tensor, Tensor], target: float, image: Multipliers, text: Multipliers
-    ) -> Tensor:
-        if self.joint:
-            mean = Multipliers(*((a + b) / 2 for a, b in zip(image, text, strict=True)))
-            return lagrangian(sparsities[2], target, mean, self.sides)
-        return lagrangian(sparsities[0], target, image, self.sides) + lagrangian(
-            sparsities[1], target, text, self.sides
         )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -261,9 +231,9 @@ class MaskedCLIP(nn.Module):
         self.text.transformer.grad_checkpointing = enable
 
     def param_groups(
-        self, optim: OptimConfig, mask_lr: float = 0.02, multiplier_lr: float = 0.02
+        self, groups: list[dict[str, Any]], mask_lr: float = 0.02, multiplier_lr: float = 0.02
     ) -> list[dict[str, Any]]:
-        """The encoders' groups, then `masks` and `multipliers` with constant rates, no decay and AdamW's own betas.
+        """`groups` without masks and multipliers, then these with constant rates, no decay and AdamW's own betas.
 
         Multipliers ascend although their rate is positive: their gradient is reversed in the forward pass.
         """
@@ -271,26 +241,24 @@ class MaskedCLIP(nn.Module):
         masks = [parameter for tower in towers for parameter in tower.log_alphas()]
         multipliers = [parameter for tower in towers for parameter in (tower.linear, tower.quadratic)]
         apart = {id(parameter) for parameter in masks + multipliers}
-        groups = decay_groups(self, optim)
-        for group in groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        others = [{**group, "params": [p for p in group["params"] if id(p) not in apart]} for group in groups]
         constant = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "schedule": False}
-        groups.append({"name": "masks", "params": masks, "lr": mask_lr, **constant})
-        groups.append({"name": "multipliers", "params": multipliers, "lr": multiplier_lr, **constant})
-        return [group for group in groups if group["params"]]
+        return [
+            *(group for group in others if group["params"]),
+            {"name": "masks", "params": masks, "lr": mask_lr, **constant},
+            {"name": "multipliers", "params": multipliers, "lr": multiplier_lr, **constant},
+        ]
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
-        """The log alphas with the interval that they are clamped to after each optimiser step (Task.bounds)."""
-        towers = (self.image_masks, self.text_masks)
-        return [
-            (alpha, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) for tower in towers for alpha in tower.log_alphas()
-        ]
+        """The log alphas' part of `Task.bounds`."""
+        alphas = [*self.image_masks.log_alphas(), *self.text_masks.log_alphas()]
+        return [(alpha, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) for alpha in alphas]
 
 
 def _tower_masks(tower: Config, name: str, sides: Sides) -> TowerMasks:
     if (
-        len(set(tower["heads"])) != 1
-        or len(set(tower["mlp"])) != 1
+        len({*tower["heads"]}) != 1
+        or len({*tower["mlp"]}) != 1
         or not tower["heads"][0]
         or not tower["mlp"][0]
     ):
@@ -305,7 +273,7 @@ def config_from_clip(model: nn.Module) -> Config:
     """The pruned config of an unpruned open_clip.CLIP (ViT and causal text transformer), or of a PrunedCLIP.
 
     Raises:
-        UserError: the model has parts that PrunedCLIP does not have; names the part.
+        UserError: names the part that PrunedCLIP does not have.
     """
     if isinstance(model, PrunedCLIP):
         return model.config
@@ -317,10 +285,8 @@ def config_from_clip(model: nn.Module) -> Config:
         raise UserError(
             "model: pruning needs an open_clip CLIP with a ViT image tower and its own text transformer"
         )
-    first = stacks[0][0]
+    first, blocks = stacks[0][0], [block for stack in stacks for block in stack]
     quick_gelu = type(first.mlp.gelu).__name__ == "QuickGELU"
-    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
-    blocks = [block for stack in stacks for block in stack]
     refusals = {
         "attentional pooling": visual.attn_pool is not None,
         "pooling other than the class token": visual.pool_type != "tok" or visual.final_ln_after_pool,
@@ -334,7 +300,9 @@ def config_from_clip(model: nn.Module) -> Config:
         ),
         "an activation other than GELU and QuickGELU": not quick_gelu
         and getattr(first.mlp.gelu, "approximate", "") != "none",
-        "LayerNorms with an epsilon other than 1e-5": any(norm.eps != 1e-5 for norm in norms),
+        "LayerNorms with an epsilon other than 1e-5": any(
+            isinstance(part, nn.LayerNorm) and part.eps != 1e-5 for part in model.modules()
+        ),
     }
     found = [what for what, present in refusals.items() if present]
     if found:

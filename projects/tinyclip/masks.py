@@ -10,7 +10,7 @@ Letters: D width of the tower, L layers, H heads a layer, F FFN channels a layer
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,28 +64,6 @@ def soft_mask(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(INFERENCE_FACTOR / TEMPERATURE * log_alpha)
 
 
-def kept_counts(log_alpha: Tensor, present: Tensor) -> Tensor:
-    """How many units of each row (last dimension) the deterministic mask keeps: size - round(size - sum of q).
-
-    Units that are not `present` count as removed for good.
-    """
-    size = log_alpha.shape[-1]
-    expected = (keep_probability(log_alpha) * present).sum(dim=-1, dtype=torch.float64)
-    return size - torch.round(size - expected).long()
-
-
-def keep_largest(values: Tensor, counts: Tensor) -> Tensor:
-    """`values` with all but the `counts` largest of each row set to zero; of equal ones the first are kept."""
-    ranks = values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return values * (ranks < counts.unsqueeze(-1))
-
-
-def round_counts(counts: Tensor, multiple: int, size: int) -> Tensor:
-    """`counts` moved to the nearest multiple (up when half way), at least one multiple unless zero, at most `size`."""
-    rounded = ((counts + multiple // 2) // multiple * multiple).clamp(min=multiple, max=size)
-    return torch.where(counts > 0, rounded, 0)
-
-
 class TowerMasks(nn.Module):
     """The log alphas and multipliers of one tower.
 
@@ -113,26 +91,30 @@ class TowerMasks(nn.Module):
             mask = self.deterministic()
         else:
             generator = torch.Generator(self.hidden.device).manual_seed(seed)
-            values = [sample_mask(alpha, generator) * present for alpha, present in self._families()]
-            mask = Mask(*values)
+            mask = Mask(*(sample_mask(alpha, generator) * present for alpha, present in self._families()))
         # Reshaped, because an engine may keep scalars as vectors of one element.
         multipliers = Multipliers(
             *(reverse_gradient(master_value(value)).reshape(()) for value in (self.linear, self.quadratic))
         )
         return mask, self.expected_size(), multipliers
 
-    def deterministic(self, hidden_multiple: int = 1, channel_multiple: int = 1) -> Mask:
-        """The evaluation mask; with multiples, the numbers of kept hidden and FFN channels are rounded first."""
+    def deterministic(self, multiple: int = 1) -> Mask:
+        """The evaluation mask: of n units the n - round(n - sum of q) with the largest values stay, of equal ones the first.
+
+        A `multiple` above 1 rounds the numbers of kept hidden and FFN channels to it (up when half way, and at least one
+        multiple unless none is kept). Units that are not present count as removed.
+        """
         values = []
-        for (log_alpha, present), multiple in zip(
-            self._families(), (hidden_multiple, 1, channel_multiple), strict=True
-        ):
-            counts = kept_counts(log_alpha, present)
-            if multiple > 1:
-                counts = torch.minimum(
-                    round_counts(counts, multiple, log_alpha.shape[-1]), present.sum(dim=-1)
-                )
-            values.append(keep_largest(soft_mask(log_alpha) * present, counts))
+        for family, (log_alpha, present) in zip(FAMILIES, self._families(), strict=True):
+            size = log_alpha.shape[-1]
+            expected = (keep_probability(log_alpha) * present).sum(dim=-1, dtype=torch.float64)
+            counts = size - torch.round(size - expected).long()
+            if multiple > 1 and family != "heads":
+                rounded = ((counts + multiple // 2) // multiple * multiple).clamp(min=multiple)
+                counts = torch.where(counts > 0, torch.minimum(rounded, present.sum(dim=-1)), 0)
+            soft = soft_mask(log_alpha) * present
+            ranks = soft.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            values.append(soft * (ranks < counts.unsqueeze(-1)))
         return Mask(*values)
 
     def expected_size(self) -> Tensor:
@@ -141,13 +123,14 @@ class TowerMasks(nn.Module):
             (keep_probability(alpha) * present).sum(dtype=torch.float64)
             for alpha, present in self._families()
         )
-        return self._head_size() / self.width * hidden * heads + 2 * hidden * channels
+        return self._head_size / self.width * hidden * heads + 2 * hidden * channels
 
     def full_size(self) -> int:
         """P, the number of block parameters without masks (docs/papers/tinyclip.md, eq. 19)."""
         d, f = self.width, self.channels
-        return self.layers * (self.num_heads * self._head_size() + 2 * d * f + d + f)
+        return self.layers * (self.num_heads * self._head_size + 2 * d * f + d + f)
 
+    @property
     def _head_size(self) -> int:
         return (4 * self.width**2 + 4 * self.width) // self.num_heads
 
@@ -162,19 +145,9 @@ class TowerMasks(nn.Module):
         return [getattr(self, family) for family in FAMILIES]
 
 
-class _ReverseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
-
-
 def reverse_gradient(value: Tensor) -> Tensor:
-    """`value`, with the sign of its gradient turned: a descending optimiser makes it ascend."""
-    return _ReverseGradient.apply(value)
+    """`value`, exactly, with the sign of its gradient turned: a descending optimiser makes it ascend."""
+    return 2 * value.detach() - value
 
 
 def expected_sparsity(*towers: tuple[Tensor, int]) -> Tensor:

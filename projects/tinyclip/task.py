@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,23 @@ from vlmkd.files import write_text
 from vlmkd.losses.affinity import PairEmbeds
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.towers import ClipPredictor, ClipTeacher
-from vlmkd.train.optim import decay_groups
 from vlmkd.train.selection import MovingAverage
 from vlmkd.train.task import Batch, StepOutput, Task, combine
 from vlmkd.train.timing import Stopwatch
 from vlmkd.train.trainer import stream_seed
 
 LEGACY_FIRST_SCALE = 1 / 0.07  # the released student's scale before its first optimiser step
-_SCALE_LIMIT = math.log(100.0)
 
 
 class Student(nn.Module):
-    """The CLIP that is trained, and what the losses train beside it: projectors and ICL's own scale."""
+    """The CLIP that is trained, and what the losses train beside it: projectors, and ICL's own scale."""
 
     def __init__(self, encoder: nn.Module, embed_dim: int, teacher_dims: list[int], loss: LossConfig) -> None:
         super().__init__()
         self.encoder = encoder
         self.image_projectors = nn.ModuleList()
         self.text_projectors = nn.ModuleList()
-        self._projects = bool(loss.feature or loss.interactive)
-        for dim in teacher_dims if self._projects else []:
+        for dim in teacher_dims if loss.feature or loss.interactive else []:
             for projectors in (self.image_projectors, self.text_projectors):
                 projectors.append(nn.Identity() if dim == embed_dim else nn.Linear(embed_dim, dim))
         self.interactive_log_scale = None
@@ -57,12 +55,8 @@ class Student(nn.Module):
             (_project(image, output.image_embeds), _project(text, output.text_embeds))
             for image, text in zip(self.image_projectors, self.text_projectors, strict=True)
         ]
-        scale = (
-            1.0
-            if self.interactive_log_scale is None
-            else self.interactive_log_scale.float().exp().reshape(())
-        )
-        return output, projected, scale
+        log_scale = self.interactive_log_scale
+        return output, projected, 1.0 if log_scale is None else log_scale.float().exp().reshape(())
 
 
 def _project(projector: nn.Module, embeds: Tensor) -> Tensor:
@@ -72,7 +66,7 @@ def _project(projector: nn.Module, embeds: Tensor) -> Tensor:
 
 
 class TinyCLIPTask(Task):
-    """Teacher embeddings, student embeddings, gathering and the objective; how the student starts is its builder's."""
+    """Teachers, student, gathering and the objective; how the student starts is its builder's matter."""
 
     def __init__(
         self,
@@ -87,7 +81,8 @@ class TinyCLIPTask(Task):
         self.student = student
         self.teachers = list(teachers)
         self.watch = Stopwatch()
-        self._teacher_scales = teacher_scales
+        pinned = cfg.logit_scale.mode == "fixed"
+        self._teacher_scales = [cfg.logit_scale.value if pinned else scale for scale in teacher_scales]
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch: frozen teachers, student, gather, losses."""
@@ -106,18 +101,18 @@ class TinyCLIPTask(Task):
             )
             offset = distributed.row_offset(len(output.image_embeds))
             terms, weights, metrics = objective(student, teachers, self.cfg.loss, offset)
-        metrics["logit_scale"] = torch.as_tensor(student.logit_scale).detach()
-        return self._combine(output, terms, weights, metrics)
+            own_terms, own_metrics = self._own_terms(output)
+            combined = combine(terms | own_terms, weights | dict.fromkeys(own_terms, 1.0))
+        scale = torch.as_tensor(student.logit_scale).detach()
+        combined.metrics = metrics | {"logit_scale": scale} | own_metrics
+        return combined
 
     def _forward(self, batch: Batch, step: int) -> Any:
         return self.student(batch["images"], batch["tokens"])
 
-    def _combine(
-        self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]
-    ) -> StepOutput:
-        combined = combine(terms, weights)
-        combined.metrics = metrics
-        return combined
+    def _own_terms(self, output: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Terms of weight 1 and metrics beside the objective's."""
+        return {}, {}
 
     def _student_scale(self, learned: Tensor, step: int) -> Tensor | float:
         scale = self.cfg.logit_scale
@@ -132,19 +127,17 @@ class TinyCLIPTask(Task):
             pairs = list(zip(batch["teacher_image_embeds"], batch["teacher_text_embeds"], strict=True))
         else:
             pairs = []
-            for index, teacher in enumerate(self.teachers):
-                images, tokens = _own(batch, "teacher_images", index), _own(batch, "teacher_tokens", index)
+            nothing = [None] * len(self.teachers)  # where the student's views and tokens serve
+            own = zip(batch.get("teacher_images", nothing), batch.get("teacher_tokens", nothing), strict=True)
+            for teacher, (images, tokens) in zip(self.teachers, own, strict=True):
                 output = teacher(
                     batch["images"] if images is None else images,
                     batch["tokens"] if tokens is None else tokens,
                     own_statistics=images is not None,
                 )
                 pairs.append((output.image_embeds, output.text_embeds))
-        fixed = self.cfg.logit_scale.mode == "fixed"
         return [
-            PairEmbeds(
-                image, text, self.cfg.logit_scale.value if fixed else scale, *self._gathered(image, text)
-            )
+            PairEmbeds(image, text, scale, *self._gathered(image, text))
             for (image, text), scale in zip(pairs, self._teacher_scales, strict=True)
         ]
 
@@ -160,18 +153,17 @@ class TinyCLIPTask(Task):
         """A learned scale stays in [1, 100], as CLIP's does."""
         if self.cfg.logit_scale.mode == "fixed":
             return []
-        return [(self.core.encoder.logit_scale, 0.0, _SCALE_LIMIT)]
+        return [(self.core.encoder.logit_scale, 0.0, math.log(100.0))]
 
     def _encoder_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's part of the student's complete weights; a fixed scale is written exactly."""
         state = {
-            name.removeprefix("encoder."): value
+            name.removeprefix("encoder.").removeprefix("model."): value
             for name, value in weights.items()
             if name.startswith("encoder.")
         }
         if self.cfg.logit_scale.mode == "fixed":
-            (name,) = [name for name in state if name.endswith("logit_scale")]
-            state[name] = torch.full_like(state[name], math.log(self.cfg.logit_scale.value))
+            state["logit_scale"] = torch.full_like(state["logit_scale"], math.log(self.cfg.logit_scale.value))
         return state
 
     def predictor(self) -> ClipPredictor:
@@ -183,7 +175,7 @@ class TinyCLIPTask(Task):
         return {f"teacher {teacher.clip.source}": ClipPredictor.of(teacher.clip) for teacher in self.teachers}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the student's encoder and the teachers; a student under masks is not counted, its size is still open."""
+        """Of the student's encoder and the teachers; the size of a student under masks is still open."""
         counts = {f"teacher {t.clip.source}": sum(p.numel() for p in t.parameters()) for t in self.teachers}
         if not isinstance(self.core.encoder, MaskedCLIP):
             counts["student"] = sum(getattr(p, "ds_numel", p.numel()) for p in self.core.encoder.parameters())
@@ -191,8 +183,7 @@ class TinyCLIPTask(Task):
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> ClipModel:
         """Write the student as an open_clip folder."""
-        state = self._encoder_weights(weights)
-        model = self.source.with_weights({key.removeprefix("model."): value for key, value in state.items()})
+        model = self.source.with_weights(self._encoder_weights(weights))
         export_clip(folder, model)
         return model
 
@@ -200,11 +191,6 @@ class TinyCLIPTask(Task):
         """Compare the reloaded export with the weights that were written, in a fresh process."""
         for folder, model in written.items():
             verify_export(folder, model)
-
-
-def _own(batch: Batch, name: str, index: int) -> Tensor | None:
-    """A teacher's own view or tokens, None when the student's serve."""
-    return batch[name][index] if name in batch else None
 
 
 class DistillTask(TinyCLIPTask):
@@ -229,39 +215,24 @@ class MaskTask(TinyCLIPTask):
         return self.core.encoder
 
     def _forward(self, batch: Batch, step: int) -> Any:
-        masks = self.cfg.masks
-        seed = stream_seed(
-            self.cfg.seed,
-            distributed.rank(),
-            batch["positions"]["worker"],
-            batch["positions"]["raw"],
-            "masks",
-        )
+        masks, at = self.cfg.masks, batch["positions"]
+        seed = stream_seed(self.cfg.seed, distributed.rank(), at["worker"], at["raw"], "masks")
         target = sparsity_target(
             step, masks.start_sparsity, masks.target_sparsity, masks.sparsity_warmup_steps
         )
         return self.student(batch["images"], batch["tokens"], seed=seed, target=target)
 
-    def _combine(
-        self, output: Any, terms: dict[str, Tensor], weights: dict[str, float], metrics: dict[str, Tensor]
-    ) -> StepOutput:
-        metrics |= {
+    def _own_terms(self, output: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"sparsity": output.penalty}, {
             "sparsity": output.joint_sparsity.detach(),
             "image_sparsity": output.image_sparsity.detach(),
             "text_sparsity": output.text_sparsity.detach(),
         }
-        return super()._combine(
-            output, terms | {"sparsity": output.penalty}, weights | {"sparsity": 1.0}, metrics
-        )
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
-        """Encoder weights, masks and multipliers, and the projectors."""
-        groups = self.masked.param_groups(optim, self.cfg.masks.lr, self.cfg.masks.multiplier_lr)
-        known = {id(parameter) for group in groups for parameter in group["params"]}
-        for group in decay_groups(self.core, optim):
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
-            groups += [group] if group["params"] else []
-        return groups
+        """Student and projectors, masks, multipliers."""
+        masks = self.cfg.masks
+        return self.masked.param_groups(super().param_groups(optim), masks.lr, masks.multiplier_lr)
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
         """The learned scale, and the log alphas."""
@@ -276,17 +247,10 @@ class MaskTask(TinyCLIPTask):
         fused = fuse(
             self._encoder_weights(weights),
             self.masked.config,
-            round_to=self.cfg.masks.round_to,  # type: ignore[arg-type]
+            round_to=self.cfg.masks.round_to,
             legacy_projection_scale=self.cfg.masks.legacy_projection_scale,
         )
-        model = ClipModel(
-            module=fused.model(),
-            config=fused.config,
-            image_spec=self.source.image_spec,
-            tokenizer=self.source.tokenizer,
-            source="fused",
-            digest="",
-        )
+        model = replace(self.source, module=fused.model(), config=fused.config, source="fused", digest="")
         export_clip(folder, model)
         write_text(folder / "kept.md", fused.report() + "\n")
         return model

@@ -155,6 +155,12 @@ def test_freezing_what_was_never_pruned_is_refused(runs: Runs) -> None:
         mask_job(cfg)
 
 
+def test_widths_are_rounded_to_what_gpus_like_only(runs: Runs) -> None:
+    path = runs.config("m", masks={"round_to": 12})
+    with pytest.raises(UserError, match="masks.round_to is 12; choose 1, 8, 16 or 64"):
+        config.load(MaskConfig, [str(path), f"run_dir={runs.folder / 'r'}"])
+
+
 def test_main_prints_one_line_and_leaves_nothing(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = runs.folder / "run"
     with pytest.raises(SystemExit) as caught:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.tinyclip.fuse import costs, fuse, fuse_masks, reenter
+from projects.tinyclip.fuse import costs, fuse, reenter
 from projects.tinyclip.masked import MaskedCLIP, config_from_clip
 from projects.tinyclip.masks import LOG_ALPHA_LIMIT, Mask
 from vlmkd.errors import UserError
@@ -199,12 +199,12 @@ def test_round_to_keeps_the_top_units_and_stays_exact(round_to: int) -> None:
             assert (new == 0) == (old == 0)
         assert before["heads"] == after["heads"]
         order = masks.hidden.detach().argsort(descending=True)[: after["width"]]
-        kept = masks.deterministic(round_to, round_to).hidden.nonzero().flatten()
+        kept = masks.deterministic(round_to).hidden.nonzero().flatten()
         assert set(kept.tolist()) == set(order.tolist())
     with torch.no_grad():
         images, tokens = inputs()
-        image = model.visual(images, model.image_masks.deterministic(round_to, round_to))
-        text = model.text(tokens, model.text_masks.deterministic(round_to, round_to))
+        image = model.visual(images, model.image_masks.deterministic(round_to))
+        text = model.text(tokens, model.text_masks.deterministic(round_to))
         dense = rounded.model()
         assert (dense.encode_image(images) - image).abs().max() < 5e-6
         assert (dense.encode_text(tokens) - text).abs().max() < 5e-6
@@ -238,7 +238,10 @@ def test_reentry_holds_the_pruned_model_in_front() -> None:
         assert (again.visual(images, masks[0]) - pruned.encode_image(images)).abs().max() < 5e-6
         assert (again.text(tokens, masks[1]) - pruned.encode_text(tokens)).abs().max() < 5e-6
     assert distance(again, pruned) < 1e-4  # the soft masks of log alpha 10
-    same = fuse_masks(again.state_dict(), again.config, *masks)
+    with torch.no_grad():
+        for alpha, _, _ in again.bounds():
+            alpha.mul_(10)  # masks of exactly 1
+    same = fuse(again.state_dict(), again.config)
     assert same.config["vision_cfg"] == pruned.config["vision_cfg"]
     assert all(torch.equal(same.state[name], tensor) for name, tensor in pruned.state_dict().items())
 
@@ -309,8 +312,6 @@ def test_zero_padded_units_cannot_learn_even_when_they_are_sampled() -> None:
 def test_refusals() -> None:
     model = masked_clip()
     fused = fuse(model.state_dict(), model.config)
-    with pytest.raises(UserError, match="round_to is 12"):
-        fuse(model.state_dict(), model.config, round_to=12)  # type: ignore[arg-type]
     with torch.no_grad():
         gone = masked_clip()
         gone.text_masks.hidden.fill_(-20.0)

@@ -16,6 +16,7 @@ from projects.tinyclip.masked import MaskedCLIP, MaskedLayerNorm
 from projects.tinyclip.masks import LOG_ALPHA_LIMIT, Multipliers, TowerMasks
 from vlmkd.config import OptimConfig
 from vlmkd.errors import UserError
+from vlmkd.train.optim import decay_groups
 
 TINY: dict[str, Any] = {
     "embed_dim": 24,
@@ -376,7 +377,7 @@ def test_every_parameter_gets_a_gradient_from_one_step() -> None:
 
 def test_parameter_groups_cover_every_parameter_once() -> None:
     model = MaskedCLIP.from_clip(tiny_clip())
-    groups = {group["name"]: group for group in model.param_groups(OptimConfig(lr=1e-3))}
+    groups = {group["name"]: group for group in model.param_groups(decay_groups(model, OptimConfig(lr=1e-3)))}
     assert [*groups] == ["decay", "no_decay", "masks", "multipliers"]
     listed = [id(parameter) for group in groups.values() for parameter in group["params"]]
     assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
