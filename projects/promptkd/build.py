@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from projects.promptkd.config import (
-    ClipConfig,
-    PromptKDConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
 from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens, with_room
 from projects.promptkd.protocols import Protocol, student_images, student_protocol, teacher_protocol
 from projects.promptkd.student import PromptedStudent
 from projects.promptkd.task import StudentTask, TeacherNet, TeacherTask
-from projects.promptkd.teacher import Teacher, load_teacher
+from projects.promptkd.teacher import ImageTeacher, Teacher, load_teacher
 from vlmkd import distributed
 from vlmkd.class_names import prompt_name, read_templates
-from vlmkd.config import LabelledDataConfig, require
+from vlmkd.config import require
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.loader import Loader, build_labelled_loader
 from vlmkd.data.sources import Stream
 from vlmkd.data.teacher_outputs import TeacherOutputs
-from vlmkd.datasets.labelled_sets import items_of, load_set
+from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Evaluator
 from vlmkd.evaluation.images import embeddings
@@ -47,17 +41,6 @@ log = logging.getLogger("vlmkd.promptkd")
 FROZEN_TEMPLATES = 60
 """PromptSRC averages the frozen class vectors over the first 60 of OpenAI's 80 ImageNet templates."""
 _DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@functools.lru_cache(maxsize=2)
-def data_set(name: str, root: str, class_names: str = "", templates: tuple[str, ...] = ()) -> LabelledSet:
-    """The labelled set, read once a process."""
-    return load_set(name, root, class_names, templates)
-
-
-def set_of(data: LabelledDataConfig) -> LabelledSet:
-    """The labelled set of a config, read once a process."""
-    return data_set(data.set, data.root, data.class_names, tuple(data.templates))
 
 
 def _check_machine(cfg: PromptKDConfig) -> None:
@@ -81,7 +64,7 @@ def _steps_per_epoch(cfg: PromptKDConfig, images: int) -> int:
 def teacher_job(cfg: TeacherConfig) -> Job:
     """Stage 1: prompts of both towers."""
     _check_machine(cfg)
-    dataset = set_of(cfg.data)
+    dataset = configured_set(cfg.data)
     protocol = teacher_protocol(cfg, dataset)
     epoch = _steps_per_epoch(cfg, len(protocol.train))
     cfg = in_steps(cfg, epoch)
@@ -90,14 +73,9 @@ def teacher_job(cfg: TeacherConfig) -> Job:
         "steps",
         f"is {cfg.steps}; the average is over whole epochs, here of {epoch} steps: give e.g. steps=20ep",
     )
-    clip = _load(cfg.clip, cfg.seed)
+    clip = load_clip(cfg.clip.model, cfg.clip.pretrained, seed=cfg.seed)
     prompts = cfg.prompts
-    shape = PromptShape(
-        image_depth=prompts.image_depth,
-        image_length=prompts.image_length,
-        text_depth=prompts.text_depth,
-        text_length=prompts.text_length,
-    )
+    shape = PromptShape(**{item.name: getattr(prompts, item.name) for item in fields(PromptShape)})
     names = [prompt_name(dataset.class_names[index]) for index in protocol.train_classes]
     clip.module.to(distributed.device())
     frozen_vectors = _frozen_vectors(cfg, clip, dataset, names)
@@ -118,35 +96,28 @@ def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, n
     if cfg.frozen_templates == "openai60":
         templates = read_templates("openai")[:FROZEN_TEMPLATES]
     else:
-        templates = (
-            dataset.templates if cfg.frozen_templates == "set" else read_templates(cfg.frozen_templates)
-        )
-    vectors = encode_classes(
-        ClipPredictor.of(clip),
-        names,
-        templates,
-        "mean",
-        teacher_digest=clip.digest,
-    )
-    return vectors.vectors
+        own = cfg.frozen_templates == "set"
+        templates = dataset.templates if own else read_templates(cfg.frozen_templates)
+    encoder = ClipPredictor.of(clip)
+    return encode_classes(encoder, names, templates, "mean", teacher_digest=clip.digest).vectors
 
 
 def student_job(cfg: StudentConfig) -> Job:
     """Stage 2: visual prompts and projector, by KL to the teacher."""
     _check_machine(cfg)
-    dataset = set_of(cfg.data)
+    dataset = configured_set(cfg.data)
     epoch = _steps_per_epoch(cfg, len(student_images(cfg, dataset)))
     cfg = in_steps(cfg, epoch)
     stored = bool(cfg.data.teacher_outputs)
     teacher = None
     if not (cfg.class_vectors and stored):
         teacher = load_teacher(cfg.teacher, cfg.data.set, cfg.protocol)
-        (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(distributed.device())
+        teacher.module.to(distributed.device())
     vectors = class_vectors(cfg, dataset, teacher)
     if any(item.label == UNLABELLED for item in dataset.splits.get("test", [])):
         dataset = _as_the_teacher_answers(cfg, dataset, teacher, vectors)
     protocol = student_protocol(cfg, dataset)
-    clip = _load(cfg.student, cfg.seed)
+    clip = load_clip(cfg.student.model, cfg.student.pretrained, seed=cfg.seed)
     student = PromptedStudent(
         clip,
         vectors.vectors.shape[1],
@@ -161,18 +132,11 @@ def student_job(cfg: StudentConfig) -> Job:
         "stage 2: %d classes, %d images without labels, class vectors of %s",
         len(dataset.class_names), len(protocol.train), vectors.teacher,
     )  # fmt: skip
-    image_teacher = None if stored else teacher
-    loader = _loader(
-        cfg,
-        protocol,
-        clip.image_spec,
-        None if image_teacher is None else image_teacher.clip.image_spec,
-        vectors.teacher_digest,
-    )
-    text = None
-    if cfg.text_every_step:
-        assert teacher is not None
-        text = functools.partial(vectors_now, teacher, dataset)
+    image_teacher = None
+    if teacher is not None and not stored:
+        image_teacher = ImageTeacher(teacher, clip.image_spec, student.autocast_dtype)
+    loader = _loader(cfg, protocol, clip.image_spec, image_teacher, vectors.teacher_digest)
+    text = (lambda: teacher.class_vectors(dataset).vectors) if teacher and cfg.text_every_step else None
     task = StudentTask(cfg, student, clip, vectors, protocol, epoch, image_teacher, text)
     return Job(cfg, task, loader, _evaluators(protocol))
 
@@ -194,9 +158,8 @@ def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | N
         content = read_object(Path(cfg.teacher.prompts) / TEACHER_JSON, "teacher export")
         digests[cfg.teacher.prompts] = content["digest"]
     if cfg.data.teacher_outputs:
-        digests[cfg.data.teacher_outputs] = TeacherOutputs(
-            cfg.data.teacher_outputs, cfg.data.teacher_view
-        ).info.digest
+        stored = TeacherOutputs(cfg.data.teacher_outputs, cfg.data.teacher_view)
+        digests[cfg.data.teacher_outputs] = stored.info.digest
     for source, digest in digests.items():
         if digest != vectors.teacher_digest:
             raise UserError(
@@ -219,38 +182,25 @@ def _as_the_teacher_answers(
             f"data set {dataset.name} has no labelled images to test on, so that the student is compared with its teacher: "
             "name it in teacher, and leave data.teacher_outputs empty"
         )
-    encoder = teacher.encoder()
     items = items_of(dataset, "test")
     context = Context(distributed.device(), cfg.evaluation.batch_size, cfg.data.workers)
-    title = f"{dataset.name}: the teacher's answers"
-    stream = embeddings(encoder, [item.image for item in items], title, context)
-    ids, embeds, _ = stream.gathered()
+    title, images = f"{dataset.name}: the teacher's answers", [item.image for item in items]
+    ids, embeds, _ = embeddings(teacher.encoder(), images, title, context).gathered()
     answers = vectors.logits(embeds).argmax(dim=1)
     log.info(
         "no labels: the student's answers on %d held-out images are compared with the teacher's", len(ids)
     )
-    test = [
-        replace(items[index], label=answer)
-        for index, answer in zip(ids.tolist(), answers.tolist(), strict=True)
-    ]
+    pairs = zip(ids.tolist(), answers.tolist(), strict=True)
+    test = [replace(items[index], label=answer) for index, answer in pairs]
     name = f"{dataset.name}, teacher's answers"
     return replace(dataset, name=name, splits={**dataset.splits, "test": test})
-
-
-def vectors_now(teacher: Teacher, dataset: LabelledSet) -> Tensor:
-    """Class vectors [C,D] computed anew, as the reference does at every step."""
-    return teacher.class_vectors(dataset).vectors
-
-
-def _load(clip: ClipConfig, seed: int) -> ClipModel:
-    return load_clip(clip.model, clip.pretrained, seed=seed)
 
 
 def _loader(
     cfg: PromptKDConfig,
     protocol: Protocol,
     spec: ImageSpec,
-    teacher_spec: ImageSpec | None = None,
+    teacher: ImageTeacher | None = None,
     teacher_digest: str | None = None,
 ) -> Loader:
     world_size = distributed.world_size()
@@ -263,7 +213,7 @@ def _loader(
         world_size=world_size,
         accumulation=accumulation,
         image_spec=spec,
-        teacher_specs=[] if teacher_spec is None else [teacher_spec],
+        teacher_specs=[] if teacher is None else [teacher.image_spec],
         teacher_digest=teacher_digest,
     )
 

@@ -9,32 +9,25 @@ training image; a student run that names both files never loads the teacher. Int
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import torch
 
-from projects.promptkd.build import set_of
 from projects.promptkd.config import BankConfig
 from projects.promptkd.teacher import load_teacher
-from vlmkd import config
+from vlmkd import config, distributed
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.data.samples import view_config
 from vlmkd.data.teacher_outputs import embed_items
-from vlmkd.datasets.labelled_sets import items_of
-from vlmkd.errors import UserError, run_tool
+from vlmkd.datasets.labelled_sets import configured_set, items_of
+from vlmkd.errors import run_tool
 
 
 def build_bank(cfg: BankConfig) -> None:
-    """Write what `cfg` asks for.
-
-    Raises:
-        UserError: no such teacher or data set, or a folder of other outputs in the way.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = set_of(cfg.data)
+    """Write what `cfg` asks for."""
+    dataset, device = configured_set(cfg.data), distributed.device()
     teacher = load_teacher(cfg.teacher, cfg.data.set, cfg.protocol)
-    (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
+    teacher.module.to(device)
     vectors = teacher.class_vectors(dataset)
     vectors.save(Path(cfg.out))
     print(f"{cfg.out}: {len(vectors.class_names)} classes, digest {vectors.digest[:12]}")
@@ -64,20 +57,16 @@ def build_bank(cfg: BankConfig) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point: YAML files and `field=value` overrides, `--help`; returns the exit code."""
+    """Command line of YAML files and `field=value`, or `--help`; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         config.print_help(BankConfig)
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        cfg = config.load(BankConfig, argv)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        keep_freed_memory()
-        build_bank(cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = config.load(BankConfig, argv)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    keep_freed_memory()
+    build_bank(cfg)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""PromptKD's configuration: the prompted teacher (stage 1), its class vectors, and the distilled student (stage 2)."""
+"""Every field of PromptKD's runs: the prompted teacher (stage 1), its class vectors, and the student (stage 2)."""
 
 from __future__ import annotations
 
@@ -52,10 +52,9 @@ class PromptConfig:
     text_length: Positive = 4
     """Prompts of a text block, in place of the first words."""
     template: str = TRAINING_TEMPLATE
-    """Words around the class name; learned vectors replace the first of them, or take places of their own before the name
-    where fewer words stand there."""
+    """Words around the class name; learned vectors replace the first, or stand before the name where those are too few."""
     init: str = "a photo of a"
-    """Words whose embeddings the first text prompts start from; empty, or too few words: at random."""
+    """Words that the first text prompts start from; empty, or too few: at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +96,15 @@ class TeacherSource:
     """The frozen teacher of stage 2."""
 
     prompts: str = ""
-    """Export folder of a teacher run, published checkpoint or its `zoo:NAME`, or folder of published teachers; empty:
-    `clip` as it is, with the data set's own prompt templates."""
+    """Export of a teacher run, published checkpoint or `zoo:NAME`, or folder of published teachers; empty: `clip` as it
+    is, with the data set's own templates."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """The CLIP under the prompts; an export folder names its own."""
+
+    @property
+    def named(self) -> bool:
+        """Whether there is any."""
+        return bool(self.prompts or self.clip.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ class DistillLossConfig:
     temperature: AboveZero = 1.0
     """Divides both logits."""
     reduction: Literal["element", "batch"] = "element"
-    """`element`: mean over images and classes (the code, to which the weights belong); `batch`: sum over classes."""
+    """`element`: mean over images and classes (the code; the weights belong to it); `batch`: sum over classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ class PromptKDOptimConfig(OptimConfig):
     """Optimiser and schedule."""
 
     schedule: Literal["epoch_cosine", "cosine", "wsd", "constant"] = "epoch_cosine"  # type: ignore[assignment]
-    """`epoch_cosine`, whose rate changes between epochs only (objective.py); the others are vlmkd.train.optim's."""
+    """`epoch_cosine` changes between epochs only (objective.py); the others are the core's."""
     first_epoch_lr: Amount = 1e-5
     """Constant rate during the first epoch of `epoch_cosine`."""
     warmup_steps: Duration = 0
@@ -137,12 +141,7 @@ class PromptKDOptimConfig(OptimConfig):
 def published_optim() -> PromptKDOptimConfig:
     """SGD of every run of both stages (docs/papers/promptkd.md#recipe)."""
     return PromptKDOptimConfig(
-        name="sgd",
-        lr=0.005,
-        momentum=0.9,
-        weight_decay=5e-4,
-        decay_all=True,
-        clip_grad_norm=0.0,
+        name="sgd", lr=0.005, momentum=0.9, weight_decay=5e-4, decay_all=True, clip_grad_norm=0.0
     )
 
 
@@ -151,7 +150,7 @@ class PromptKDConfig(RunConfig):
     """What the two training stages share."""
 
     steps: Length = "20ep"  # type: ignore[assignment]
-    """Length: epochs (`20ep`) of as many whole batches as the training images make, examples (`1e6ex`) or optimiser steps."""
+    """Epochs (`20ep`) of as many whole batches as the images make, examples (`1e6ex`) or optimiser steps."""
     batch_size: Positive = 8
     """Global batch: images per optimiser step over all ranks."""
     optim: PromptKDOptimConfig = field(default_factory=published_optim)
@@ -159,18 +158,16 @@ class PromptKDConfig(RunConfig):
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """The data set and the training views."""
     select: Literal["last", "val", "upstream"] = "last"
-    """Whose weights are exported: of the last epoch, of the best evaluation on validation images, or of the best on *test*
-    images, as the reference reports (evaluation.every_steps=1ep)."""
+    """Weights that are exported: the last, the best on validation images, or, as the reference reports, on *test* images."""
     autocast: Literal["none", "bf16", "fp16"] = "none"
-    """Type of the towers' matrix products; prompts, projector, logits and losses are fp32 in any case. fp16 needs a GPU."""
+    """Type of the towers' matrix products; all else is fp32. fp16 needs a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             self.select == "last" or bool(self.evaluation.every_steps),
             "select",
-            f"is {self.select}, but evaluation.every_steps is 0: only the last weights are ever looked at; set it, e.g. "
-            "evaluation.every_steps=1ep",
+            f"is {self.select}, but evaluation.every_steps is 0; set it, e.g. evaluation.every_steps=1ep",
         )
         require(
             self.deepspeed.precision == "fp32",
@@ -193,19 +190,19 @@ class TeacherConfig(PromptKDConfig):
     prompts: PromptConfig = field(default_factory=PromptConfig)
     """Depth, number and start of the prompts."""
     classes: Literal["base", "all"] = "base"
-    """Classes whose labels are used: the first half (base-to-novel), or all (few-shot; ImageNet for the other settings)."""
+    """Classes whose labels are used: the first half (base-to-novel), or all (few-shot; the other settings' ImageNet)."""
     shots: Count = 16
     """Labelled images a class; 0: the whole training split."""
     fewer: Fewer = "refuse"
-    """What happens to a class with fewer images than shots (the released code: keep; no published run meets one)."""
+    """What happens to a class with fewer images than shots (released code: keep)."""
     loss: PromptSRCLossConfig = field(default_factory=PromptSRCLossConfig)
     """Weights of the terms."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """Average over the epochs, which is what is exported."""
     frozen_templates: str = "openai60"
-    """Prompts of the frozen class vectors: OpenAI's first 60 for ImageNet, `set` (the data set's own), or a text file."""
+    """Prompts of the frozen class vectors: `openai60` of PromptSRC, `set` (the data set's own), or a text file."""
     classes_per_chunk: Count = 0
-    """Classes of one pass of the text tower; above 0 each pass is computed again in the backward pass, to save memory."""
+    """Classes of a pass of the text tower, each computed again in the backward pass to save memory; 0: all in one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,20 +230,19 @@ class StudentConfig(PromptKDConfig):
     projector_layers: Positive = 2
     """Linear layers of the projector, BatchNorm and ReLU between them."""
     teacher: TeacherSource = field(default_factory=TeacherSource)
-    """The teacher; not loaded where class_vectors and data.teacher_outputs hold what it says."""
+    """Not loaded where class_vectors and data.teacher_outputs hold what it says."""
     class_vectors: str = ""
     """File of build_bank.py; empty: computed from the teacher when the run starts."""
     text_every_step: bool = False
-    """Run the teacher's text tower over all classes at every step, as the reference does; for measuring only."""
+    """Run the teacher's text tower at every step, as the reference does; for measuring only."""
     protocol: Setting = "base_to_novel"
-    """Which images are trained on and which classes are evaluated (docs/papers/promptkd.md#the-method)."""
+    """Which images are trained on, and which classes are evaluated."""
     shots: Count = 0
-    """Unlabelled training images a class, picked by their labels (ablation); 0: the whole training split."""
+    """Unlabelled images a class, picked by their labels (ablation); 0: the whole training split."""
     fewer: Fewer = "refuse"
     """What happens to a class with fewer images than shots."""
     hold_out: BelowOne = 0.5
-    """domain_generalization: share of the only split that is tested on, and not trained on; 0: all of it is both, as in
-    the reference."""
+    """domain_generalization: share of the only split that is for the test; 0: all is trained and tested on, as published."""
     loss: DistillLossConfig = field(default_factory=DistillLossConfig)
     """The KL term."""
 
@@ -256,9 +252,8 @@ class StudentConfig(PromptKDConfig):
             bool(self.student.model), "student.model", "is empty; name the CLIP whose image tower is trained"
         )
         stored = bool(self.class_vectors) and bool(self.data.teacher_outputs)
-        named = bool(self.teacher.prompts or self.teacher.clip.model)
         require(
-            named or stored,
+            self.teacher.named or stored,
             "teacher",
             "is empty; name teacher.prompts or teacher.clip.model, or give class_vectors and data.teacher_outputs",
         )
@@ -267,33 +262,25 @@ class StudentConfig(PromptKDConfig):
             "text_every_step",
             "computes class vectors that class_vectors already holds; leave class_vectors empty",
         )
-        generalises = self.protocol == "domain_generalization"
-        require(
-            not (generalises and self.shots),
-            "shots",
-            "has no effect with protocol=domain_generalization; set hold_out",
-        )
-        require(
-            not (generalises and self.select == "val"),
-            "select",
-            "is val, but the sets of domain_generalization have one split; use last",
-        )
+        if self.protocol == "domain_generalization":
+            require(not self.shots, "shots", f"has no effect with protocol={self.protocol}; set hold_out")
+            require(self.select != "val", "select", "is val, but these sets have one split; use last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BankConfig:
-    """build_bank.py: what a teacher says about classes, and where asked about images, computed once."""
+    """build_bank.py: class vectors of a teacher, and where asked its image embeddings."""
 
     out: str = ""
     """File of the class vectors, e.g. runs/promptkd/dtd_teacher/class_vectors.safetensors."""
     teacher: TeacherSource = field(default_factory=TeacherSource)
     """The teacher."""
     protocol: Setting = "base_to_novel"
-    """That of the student's run: in a folder of published teachers it decides whose teacher is taken."""
+    """The student's: which teacher is taken from a folder of published ones."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     """The data set; with image_views also the views, whose outputs go to data.teacher_outputs."""
     image_views: Count = 0
-    """Views of each training image whose image embeddings are stored too; 0: class vectors only."""
+    """Views of each image whose embeddings are stored too; 0: class vectors only."""
     split: Literal["train", "test"] = "train"
     """Split of the stored images; `test` for the sets of domain_generalization."""
     seed: Seed = 0
@@ -307,7 +294,7 @@ class BankConfig:
         require(bool(self.out), "out", "is empty; name the file that is written")
         require(bool(self.data.set), "data.set", "is empty; name the data set whose classes are encoded")
         require(
-            bool(self.teacher.prompts or self.teacher.clip.model),
+            self.teacher.named,
             "teacher",
             "is empty; name teacher.prompts, or teacher.clip.model for a plain CLIP",
         )

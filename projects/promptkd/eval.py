@@ -21,16 +21,15 @@ from typing import Any
 import torch
 
 from projects.promptkd import legacy
-from projects.promptkd.build import data_set
 from projects.promptkd.config import ClipConfig, Setting, TeacherSource
-from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.protocols import held_out
-from projects.promptkd.student import StudentClassifier
-from projects.promptkd.teacher import load_teacher
+from projects.promptkd.student import student_classifier
+from projects.promptkd.teacher import Teacher, load_teacher
+from vlmkd import distributed
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.class_names import require_same_classes
 from vlmkd.data.labelled import LabelledSet
-from vlmkd.datasets.labelled_sets import items_of
+from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.splits import base_and_novel
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.base import Context
@@ -40,13 +39,18 @@ from vlmkd.files import check_writable
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import load_clip
 from vlmkd.predictors import ImageClassifier
-from vlmkd.results import Number, numbers_of, write_results
+from vlmkd.results import Number, markdown, numbers_of, write_results
 from vlmkd.zoo import weights_file
 
 SETTINGS: dict[str, Setting] = {
     "base2novel": "base_to_novel",
     "cross": "cross_dataset",
     "dg": "domain_generalization",
+}
+COLUMNS = {
+    "base2novel": ("base_top1", "novel_top1", "harmonic_mean"),
+    "cross": ("top1",),
+    "dg": ("top1",),
 }
 
 
@@ -75,10 +79,15 @@ def classifier(
     Raises:
         UserError: nothing there, a student of other classes, or a published file without the CLIP or teacher it needs.
     """
+
+    def loaded(source: TeacherSource) -> Teacher:
+        found = load_teacher(source, dataset.name, setting)
+        found.module.to(device)
+        return found
+
     if name.startswith("clip:"):
-        model, _, pretrained = name.removeprefix("clip:").partition("@")
-        source = TeacherSource(clip=ClipConfig(model=model, pretrained=pretrained))
-        return _zero_shot(source, dataset, device, setting)
+        zero_shot = loaded(TeacherSource(clip=_clip(name.removeprefix("clip:"))))
+        return ZeroShotClassifier(zero_shot.encoder(), zero_shot.class_vectors(dataset))
     path = weights_file(name)
     path = path / "export" if (path / "export").is_dir() else path
     if (path / CONFIG).is_file():
@@ -86,115 +95,71 @@ def classifier(
         require_same_classes(student.class_names, dataset.class_names, f"student {path}")
         student.module.to(device)
         return student
-    if (path / TEACHER_JSON).is_file() or path.is_dir():
-        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device, setting)
-    state = legacy.read_checkpoint(path)
-    if legacy.kind_of(state, name) == "teacher":
-        return _zero_shot(TeacherSource(prompts=str(path), clip=clip), dataset, device, setting)
+    state = {} if path.is_dir() else legacy.read_checkpoint(path)
+    if path.is_dir() or legacy.kind_of(state, name) == "teacher":
+        prompted = loaded(TeacherSource(prompts=str(path), clip=clip))
+        return ZeroShotClassifier(prompted.encoder(), prompted.class_vectors(dataset))
     if not clip.model:
         raise UserError(f"{name} is a published student; name its CLIP: --clip ViT-B-16-quickgelu@openai")
     base = load_clip(clip.model, clip.pretrained)
     published = legacy.load_student(state, base, name).to(device)
-    vectors = _vectors(dataset, teacher, bank, name, device, setting)
-    if vectors.vectors.shape[1] != published.projector.config["embed_dim"]:
-        raise UserError(
-            f"{name} projects to {published.projector.config['embed_dim']} dimensions, its class vectors have "
-            f"{vectors.vectors.shape[1]}; name the teacher that it was distilled from"
-        )
-    return StudentClassifier(name, published, vectors, base.image_spec)
-
-
-def _vectors(
-    dataset: LabelledSet,
-    teacher: TeacherSource,
-    bank: str,
-    name: str,
-    device: torch.device,
-    setting: Setting,
-) -> ClassVectors:
     if bank:
-        return ClassVectors.load(Path(bank), expect_class_names=dataset.class_names)
-    if not teacher.prompts and not teacher.clip.model:
+        vectors = ClassVectors.load(Path(bank), expect_class_names=dataset.class_names)
+    elif teacher.named:
+        vectors = loaded(teacher).class_vectors(dataset)
+    else:
         raise UserError(
             f"{name} is a published student, which has no class vectors; name its teacher with --teacher and "
             "--teacher-clip, or a file of build_bank.py with --bank"
         )
-    loaded = load_teacher(teacher, dataset.name, setting)
-    (loaded.clip.module if loaded.prompted is None else loaded.prompted).to(device)
-    return loaded.class_vectors(dataset)
+    width = published.projector.config["embed_dim"]
+    if vectors.vectors.shape[1] != width:
+        raise UserError(
+            f"{name} projects to {width} dimensions, its class vectors have {vectors.vectors.shape[1]}; name the "
+            "teacher that it was distilled from"
+        )
+    return student_classifier(name, published, vectors, base.image_spec)
 
 
-def _zero_shot(
-    source: TeacherSource, dataset: LabelledSet, device: torch.device, setting: Setting
-) -> ImageClassifier:
-    teacher = load_teacher(source, dataset.name, setting)
-    (teacher.clip.module if teacher.prompted is None else teacher.prompted).to(device)
-    return ZeroShotClassifier(teacher.encoder(), teacher.class_vectors(dataset))
+def table(numbers: Sequence[Number], setting: str) -> str:
+    """The results as Markdown, in per cent: means over the seeds of each data set and of the sets' average.
 
-
-def summary(numbers: Sequence[Number]) -> dict[str, Any]:
-    """Means over the seeds of each data set and of the data sets' average, and standard deviations over the seeds.
-
-    The harmonic mean is that of the means. The average's deviation is that of the seeds' averages; a deviation is there
-    where several seeds are.
+    The harmonic mean is that of the means. With several seeds the standard deviation over them stands beside each; the
+    average's is that of the seeds' averages.
     """
-    metrics: dict[tuple[Any, Any], dict[str, float]] = {}
+    columns = COLUMNS[setting]
+    found: dict[Any, dict[Any, dict[str, float]]] = {}
     for one in numbers:
-        metrics.setdefault((one.tags["data"], one.tags["seed"]), {})[one.metric] = one.value
-    names, seeds = (list(dict.fromkeys(part)) for part in zip(*metrics, strict=True))
-    sets = {name: _mean([metrics[name, seed] for seed in seeds]) for name in names}
-    spread = {name: _spread([metrics[name, seed] for seed in seeds]) for name in names}
-    by_seed = [_mean([metrics[name, seed] for name in names]) for seed in seeds]
-    return {
-        "data": sets,
-        "average": _mean(list(sets.values())),
-        "spread": {"data": spread, "average": _spread(by_seed)},
-    }
-
-
-def _shared(rows: Sequence[dict[str, float]]) -> list[str]:
-    return [name for name in rows[0] if all(name in row for row in rows)]
+        if one.metric in columns:
+            found.setdefault(one.tags["data"], {}).setdefault(one.tags["seed"], {})[one.metric] = one.value
+    sets = list(found.values())
+    rows = found | {"average": {seed: _mean([by_seed[seed] for by_seed in sets]) for seed in sets[0]}}
+    lines = []
+    for name, by_seed in rows.items():
+        mean, cells = _mean(list(by_seed.values())), []
+        for column in columns:
+            values = [100 * row[column] for row in by_seed.values()]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{100 * mean[column]:.2f}{spread}")
+        lines.append([name, *cells])
+    return markdown(["data set", *columns], lines)
 
 
 def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    mean = {name: statistics.fmean(row[name] for row in rows) for name in _shared(rows)}
-    if "base_top1" in mean:
+    mean = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    if "harmonic_mean" in mean:
         mean["harmonic_mean"] = harmonic_mean(mean["base_top1"], mean["novel_top1"])
     return mean
 
 
-def _spread(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    if len(rows) == 1:
-        return {}
-    return {name: statistics.stdev(row[name] for row in rows) for name in _shared(rows)}
-
-
-def table(result: dict[str, Any], setting: str) -> str:
-    """The summary as Markdown, in percent: mean, and with several seeds standard deviation."""
-    columns = ["base_top1", "novel_top1", "harmonic_mean"] if setting == "base2novel" else ["top1"]
-    lines = ["| data set | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    spread = result["spread"]
-    rows = [(name, row, spread["data"][name]) for name, row in result["data"].items()]
-    rows.append(("average", result["average"], spread["average"]))
-    for name, row, deviation in rows:
-        cells = [
-            f"{100 * row[key]:.2f}" + (f" ± {100 * deviation[key]:.2f}" if key in deviation else "")
-            for key in columns
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
     """The numbers of every data set and seed, and their details by checkpoint."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    context = Context(
-        device=device, batch_size=args.batch_size, workers=args.workers, progress=not args.quiet
-    )
+    device = distributed.device_named(args.device)
+    context = Context(device, args.batch_size, args.workers, progress=not args.quiet)
     numbers: list[Number] = []
     details: dict[str, Any] = {}
     for name in args.data:
-        dataset = data_set(name, args.root)
+        dataset = load_set(name, args.root)
         for seed in args.seeds:
             ckpt, bank, prompts = (
                 text.replace("{data}", name).replace("{seed}", str(seed))
@@ -218,9 +183,7 @@ def _clip(name: str) -> ClipConfig:
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="projects/promptkd/eval.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--setting", choices=SETTINGS, required=True)
@@ -249,7 +212,7 @@ def main(argv: list[str]) -> int:
     if len(args.seeds) > 1 and "{seed}" not in args.ckpt:
         raise UserError("--seeds names several seeds, but --ckpt has no {seed}")
     numbers, details = evaluate(args)
-    print(table(summary(numbers), args.setting))
+    print(table(numbers, args.setting))
     if args.results:
         write_results(Path(args.results), numbers, details, "--results")
     return 0

@@ -1,6 +1,4 @@
-"""What a teacher's run leaves behind, its prompts: written, read, and checked in a fresh process.
-
-`python -m projects.promptkd.exports FOLDER PROBE` is that process.
+"""What a teacher's run leaves behind, its prompts: written, read, and checked (`python -m` this module FOLDER PROBE).
 
 The folder has `prompts.safetensors` and `promptkd_teacher.json`, which names the CLIP under the prompts. A student is
 exported as every classifier is (vlmkd/export/classifier.py).
@@ -22,7 +20,6 @@ from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape
 from vlmkd import __version__
 from vlmkd.class_names import fill
 from vlmkd.errors import UserError
-from vlmkd.export import folder as export_folder
 from vlmkd.export.folder import Probe, check_main, replacing, stored, write_tensors
 from vlmkd.files import read_object, write_json
 from vlmkd.models.clip import ClipModel, load_clip, weights_digest
@@ -72,13 +69,9 @@ def read_teacher(
         UserError: no teacher folder, or a CLIP of other weights than the prompts were trained on.
     """
     content = read_object(folder / TEACHER_JSON, "teacher export")
-    facts = TeacherFacts(
-        **{
-            **{name: content[name] for name in ("clip_digest", "template", "class_names", "digest")},
-            "clip": ClipConfig(**content["clip"]),
-            "shape": PromptShape(**content["shape"]),
-        }
-    )
+    content.pop("vlmkd")
+    made = {"clip": ClipConfig(**content["clip"]), "shape": PromptShape(**content["shape"])}
+    facts = TeacherFacts(**content | made)
     where = clip if clip is not None and clip.model else facts.clip
     base = load_clip(where.model, where.pretrained)
     if clip_digest(base) != facts.clip_digest:
@@ -91,28 +84,20 @@ def read_teacher(
     return prompted.eval(), base, facts
 
 
-def probe_text(template: str) -> str:
-    """The text by which the export of a teacher with this prompt is checked."""
-    return fill(template, "cat")
-
-
-def verify(folder: Path, images: Tensor, expected: Mapping[str, Tensor]) -> None:
-    """Reload `folder` in a fresh process and compare its `image_embeds` and `text_embeds` (of the probe text) with `expected`.
-
-    Raises:
-        UserError: they differ, or the folder cannot be loaded.
-    """
-    export_folder.verify("projects.promptkd.exports", {folder: Probe({"images": images}, dict(expected))})
-
-
-def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """What the teacher in `folder` makes of a probe's pixels and of the probe text."""
-    prompted, clip, facts = read_teacher(folder)
+def probe(prompted: PromptedCLIP, clip: ClipModel, template: str, images: Tensor) -> Probe:
+    """Pixels, and what a prompted CLIP makes of them and of a text in its template."""
     encoder = PromptedEncoder(prompted, clip, "teacher")
-    return {
-        "image_embeds": encoder.encode_image(probe.inputs["images"]),
-        "text_embeds": encoder.encode_text([probe_text(facts.template)]),
+    outputs = {
+        "image_embeds": encoder.encode_image(images),
+        "text_embeds": encoder.encode_text([fill(template, "cat")]),
     }
+    return Probe({"images": images}, outputs)
+
+
+def reloaded_outputs(folder: Path, asked: Probe) -> dict[str, Tensor]:
+    """What the teacher in `folder` makes of a probe's pixels and of the text."""
+    prompted, clip, facts = read_teacher(folder)
+    return probe(prompted, clip, facts.template, asked.inputs["images"]).outputs
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ class GaussianAverage(Selection):
     """
 
     def __init__(self, epochs: int, mean: float, std: float, steps_per_epoch: int = 1) -> None:
-        require(epochs >= 1, "epochs", f"is {epochs}; it must be at least 1")
         require(std > 0, "std", f"of the Gaussian average is {std}; it must be above 0")
         bells = [math.exp(-0.5 * ((epoch - mean) / std) ** 2) for epoch in range(1, epochs + 1)]
         require(
@@ -39,7 +38,6 @@ class GaussianAverage(Selection):
     @torch.no_grad()
     def add(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights after the next epoch."""
-        assert not self.complete, f"the average holds all of its {self._epoch} epochs"
         coefficient = self.coefficients[self._epoch]
         for name, value in weights.items():
             part = value.detach().float() * coefficient

@@ -1,20 +1,19 @@
 """The published checkpoints of PromptKD and PromptSRC: read without running their code.
 
-Such a file is a torch.save'd dictionary with `state_dict`, `epoch`, `optimizer`, `scheduler` and `val_result`, whose
-`scheduler` embeds live Python objects. Only tensors and plain containers are made from it here; every other class that
-the file names becomes an empty dictionary, and then only `state_dict` is kept. Its keys:
+Such a file is a torch.save'd dictionary whose `scheduler` embeds live Python objects. Only tensors and plain containers
+are made from it; every other class that it names becomes an empty dictionary, and only `state_dict` is kept. Its keys:
 docs/papers/promptkd.md#checkpoints.
 
-Letters: J prompted blocks, n prompts a block, w width of a tower, T token positions, C classes of the file's training.
+Letters: J prompted blocks, n prompts a block, w width of a tower.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from projects.promptkd.prompts import PromptedCLIP, PromptShape
 from projects.promptkd.student import PromptedStudent
 from vlmkd.errors import UserError
 from vlmkd.files import read_text
+from vlmkd.models.checkpoints import differences
 from vlmkd.models.clip import ClipModel
 from vlmkd.tensor_files import read_torch
 
@@ -66,14 +66,11 @@ def read_checkpoint(path: Path) -> State:
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"checkpoint {path} has no state_dict; name a file that the reference code wrote")
-    odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if odd:
+    if odd := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
         raise UserError(f"checkpoint {path}: {odd[0]} is no tensor that can be read here")
-    wrapped = all(str(name).startswith("module.") for name in state)
+    prefix = "module." if all(str(name).startswith("module.") for name in state) else ""
     return {
-        str(name).removeprefix("module.") if wrapped else str(name): value.float()
-        if value.is_floating_point()
-        else value
+        str(name).removeprefix(prefix): value.float() if value.is_floating_point() else value
         for name, value in state.items()
     }
 
@@ -81,7 +78,8 @@ def read_checkpoint(path: Path) -> State:
 def find_teacher(folder: Path, dataset: str, setting: Setting) -> Path:
     """The published teacher below `folder`, whose sub-folders have the reference's names in any case.
 
-    Base-to-novel has a teacher for each data set, the other settings one of all of ImageNet's classes for all sets. The file may have any name: where there are several, the text file `checkpoint` beside them says which.
+    Base-to-novel has a teacher for each data set, the other settings one of all of ImageNet's classes. The file may have
+    any name: where there are several, the text file `checkpoint` beside them says which.
 
     Raises:
         UserError: no folder for this data set, no file in it, or several without a `checkpoint`.
@@ -108,11 +106,7 @@ def find_teacher(folder: Path, dataset: str, setting: Setting) -> Path:
 
 
 def kind_of(state: Mapping[str, Tensor], origin: str) -> Literal["teacher", "student"]:
-    """Whether a state dict is a prompted teacher's or a student's.
-
-    Raises:
-        UserError: neither.
-    """
+    """Whether a state dict is a prompted teacher's or a student's; raises UserError where it is neither."""
     if "prompt_learner.ctx" in state:
         return "teacher"
     if any(name.startswith(_PROJECTOR) for name in state):
@@ -134,34 +128,29 @@ def load_teacher(state: State, clip: ClipModel, origin: str) -> tuple[PromptedCL
     Raises:
         UserError: missing prompts, names that nothing here knows, another architecture.
     """
+    _refuse_unknown(state, ("image_encoder.", "text_encoder.", *_IGNORED), origin)
     image, text = _split(state, "image_encoder."), _split(state, "text_encoder.")
-    rest = [
-        name
-        for name in state
-        if not name.startswith(("image_encoder.", "text_encoder.", *_IGNORED))
-        and name not in ("prompt_learner.ctx", "logit_scale")
-    ]
-    _refuse_unknown(rest, origin)
-    image_prompts = _take_prompts(image, image.pop("VPT", None), f"{origin}: image_encoder.VPT")
-    text_prompts = _take_prompts(text, state.get("prompt_learner.ctx"), f"{origin}: prompt_learner.ctx")
-    if text_prompts is None:
+    prompts = {
+        "image": _take_prompts(image, image.pop("VPT", None), f"{origin}: image_encoder.VPT"),
+        "text": _take_prompts(text, state.get("prompt_learner.ctx"), f"{origin}: prompt_learner.ctx"),
+    }
+    given = {name: value for name, value in prompts.items() if value is not None}
+    if "text" not in given:
         raise UserError(f"{origin}: prompt_learner.ctx is missing, and with it the text prompts")
-    shape = PromptShape(
-        image_depth=0 if image_prompts is None else len(image_prompts),
-        image_length=0 if image_prompts is None else image_prompts.shape[1],
-        text_depth=len(text_prompts),
-        text_length=text_prompts.shape[1],
-    )
+    (image_depth, image_length), (text_depth, text_length) = map(_shape, prompts.values())
     backbone = {f"visual.{name}": value for name, value in image.items()}
     backbone |= text | {"logit_scale": _required(state, "logit_scale", origin)}
-    own: dict[str, Tensor] = clip.module.state_dict()
-    for name in ("token_embedding.weight", "text.token_embedding.weight"):
-        if name in own:
-            backbone["token_embedding.weight"] = own[name]
-    stands_on = replace(clip, source=origin).with_weights(backbone)
+    table = {
+        name.removeprefix("text."): value
+        for name, value in clip.module.state_dict().items()
+        if name.endswith("token_embedding.weight")
+    }
+    stands_on = replace(clip, source=origin).with_weights(backbone | table)
+    shape = PromptShape(
+        image_depth=image_depth, image_length=image_length, text_depth=text_depth, text_length=text_length
+    )
     prompted = PromptedCLIP(stands_on, shape)
-    given = {} if image_prompts is None else {"image": image_prompts}
-    prompted.set_prompts(given | {"text": text_prompts}, origin)
+    prompted.set_prompts(given, origin)
     return prompted, stands_on
 
 
@@ -171,42 +160,25 @@ def load_student(state: State, clip: ClipModel, origin: str) -> PromptedStudent:
     Raises:
         UserError: missing prompts, names that nothing here knows, another architecture or projector.
     """
+    _refuse_unknown(state, ("image_encoder.", _PROJECTOR), origin)
     image = _split(state, "image_encoder.")
-    rest = [
-        name
-        for name in state
-        if not name.startswith(("image_encoder.", _PROJECTOR)) and name not in ("logit_scale",)
-    ]
-    _refuse_unknown(rest, origin)
     prompts = _take_prompts(image, image.pop("VPT", None), f"{origin}: image_encoder.VPT")
-    projector = {f"layers.{name}": value for name, value in _split(state, _PROJECTOR).items()}
-    projector = {name: value.flatten(1) if value.ndim == 4 else value for name, value in projector.items()}
-    weights = dict(clip.module.state_dict()) | {f"visual.{name}": value for name, value in image.items()}
+    projector = {
+        f"layers.{name}": value.flatten(1) if value.ndim == 4 else value
+        for name, value in _split(state, _PROJECTOR).items()
+    }
+    model: Any = clip.module
+    _refuse_differences(model.visual.state_dict(), image, f"{origin}: image_encoder")
+    weights = model.state_dict() | {f"visual.{name}": value for name, value in image.items()}
     weights["logit_scale"] = _required(state, "logit_scale", origin)
-    missing = [name for name in clip.module.visual.state_dict() if name not in image]  # type: ignore[union-attr]
-    if missing:
-        raise UserError(f"{origin}: {len(missing)} tensors are missing, first image_encoder.{missing[0]}")
     last = _required(projector, "layers.3.weight", f"{origin}: {_PROJECTOR}*")
-    student = PromptedStudent(
-        replace(clip, source=origin).with_weights(weights),
-        last.shape[0],
-        depth=0 if prompts is None else len(prompts),
-        length=0 if prompts is None else prompts.shape[1],
-    )
-    wanted = {name: list(value.shape) for name, value in student.projector.state_dict().items()}
-    given = {name: list(value.shape) for name, value in projector.items()}
-    if wanted != given:
-        differing = sorted(
-            name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
-        )
-        raise UserError(
-            f"{origin}: projector tensor {_PROJECTOR}{differing[0].removeprefix('layers.')} is missing, unknown or of "
-            f"another size than this CLIP's ({given.get(differing[0])} instead of {wanted.get(differing[0])})"
-        )
+    depth, length = _shape(prompts)
+    base = replace(clip, source=origin).with_weights(weights)
+    student = PromptedStudent(base, last.shape[0], depth=depth, length=length)
+    _refuse_differences(student.projector.state_dict(), projector, f"{origin}: {_PROJECTOR}*")
     student.projector.load_state_dict(projector)
     if prompts is not None and student.image.prompts is not None:
-        with torch.no_grad():
-            student.image.prompts.copy_(prompts)
+        student.image.prompts.data.copy_(prompts)
     return student.eval()
 
 
@@ -220,11 +192,22 @@ def _required(state: Mapping[str, Tensor], name: str, origin: str) -> Tensor:
     return state[name]
 
 
-def _refuse_unknown(names: Sequence[str], origin: str) -> None:
-    if names:
+def _refuse_unknown(state: State, known: tuple[str, ...], origin: str) -> None:
+    known_names = ("prompt_learner.ctx", "logit_scale")
+    if unknown := [name for name in state if not name.startswith(known) and name not in known_names]:
         raise UserError(
-            f"{origin}: {len(names)} unknown tensors, first {names[0]}; it is no PromptKD checkpoint"
+            f"{origin}: {len(unknown)} unknown tensors, first {unknown[0]}; it is no PromptKD checkpoint"
         )
+
+
+def _refuse_differences(wanted: State, given: State, origin: str) -> None:
+    if problems := differences(wanted, given):
+        raise UserError(f"{origin} is of another architecture: {problems}; name the CLIP that it was made of")
+
+
+def _shape(prompts: Tensor | None) -> tuple[int, int]:
+    """J and n."""
+    return (0, 0) if prompts is None else (prompts.shape[0], prompts.shape[1])
 
 
 def _take_prompts(tower: State, first: Tensor | None, where: str) -> Tensor | None:

@@ -1,9 +1,7 @@
-"""Deep prompts in both towers of an open_clip CLIP (docs/papers/promptkd.md, eq. 1 and 2).
+"""Deep prompts in both towers of an open_clip CLIP, through its own blocks (docs/papers/promptkd.md, eq. 1 and 2).
 
-They run through open_clip's own blocks.
-
-Letters: B images, C classes, T token positions, J prompted blocks (the depth), n prompts a block, w width of a tower,
-D embedding width. The image tower, and what all prompts have in common, is in vlmkd/models/prompted.py.
+The image tower is in vlmkd/models/prompted.py. Letters: B images, C classes, T token positions, J prompted blocks (the
+depth), n prompts a block, w width of a tower, D embedding width.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,14 +46,17 @@ class PromptedTextTower(nn.Module):
     attn_mask: Tensor | None
 
     def __init__(self, clip: ClipModel, depth: int, length: int) -> None:
-        """New prompts are zeros; see `start_from`.
-
-        Raises:
-            UserError: a text tower of another kind, prompts that do not fit its context or depth.
-        """
+        """New prompts are zeros; see `start_from`."""
         super().__init__()
         text: Any = getattr(clip.module, "text", clip.module)
-        _check_text_tower(text, clip.source)
+        if pool_type(text) not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
+            raise UserError(
+                f"prompts need a text transformer that reads its end token; {clip.source} has pool_type {pool_type(text)}"
+            )
+        if not isinstance(text.text_projection, Tensor) or getattr(text, "use_pad_mask", False):
+            raise UserError(
+                f"prompts need CLIP's own text transformer: {clip.source} has another projection or a padding mask"
+            )
         self.transformer: Any = frozen(text.transformer)
         self.token_embedding: Any = frozen(text.token_embedding)
         self.ln_final = frozen(text.ln_final)
@@ -63,7 +65,7 @@ class PromptedTextTower(nn.Module):
         self.register_buffer("attn_mask", text.attn_mask, persistent=False)
         self.pool_type = pool_type(text)
         self.eos_id = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
-        self.start = _first_word_position(clip.tokenizer)
+        self.start = _differ_at(clip.tokenizer, ["a", "the"])  # behind a start token, where there is one
         check_depth("text", depth, length, len(text.transformer.resblocks), lowest=1)
         context = len(text.positional_embedding)
         if self.start + length + 1 >= context:
@@ -93,8 +95,8 @@ class PromptedTextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [C,T] of whole prompts -> [C,D], not normalised.
 
-        In chunks of `classes_per_chunk` classes (0: all at once); under autograd a chunk keeps nothing and is computed
-        again in the backward pass, so memory does not grow with C.
+        In chunks of `classes_per_chunk` classes (0: all at once), which are computed again in the backward pass, so that
+        memory does not grow with C.
         """
         ends = read_at(self, tokens)
         if bool((ends < self.start + self.length).any()):
@@ -107,13 +109,8 @@ class PromptedTextTower(nn.Module):
         again = size < len(tokens) and torch.is_grad_enabled() and self.prompts.requires_grad
         parts = zip(tokens.split(size), ends.split(size), strict=True)
         # The prompts are an argument, so that the backward pass computes with what this call saw.
-        features = [
-            checkpoint(self._encode, self.prompts, *part, use_reentrant=False)
-            if again
-            else self._encode(self.prompts, *part)
-            for part in parts
-        ]
-        return torch.cat(features)
+        encode = partial(checkpoint, self._encode, use_reentrant=False) if again else self._encode
+        return torch.cat([encode(self.prompts, *part) for part in parts])
 
     def _encode(self, prompts: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
         first, last = self.start, self.start + self.length
@@ -137,25 +134,17 @@ class PromptedCLIP(nn.Module):
     logit_scale: Tensor
 
     def __init__(self, clip: ClipModel, shape: PromptShape, *, init: str = "", seed: int = 0) -> None:
-        """New prompts: those of the text start from the words of `init`, all others are drawn from `seed`.
-
-        Raises:
-            UserError: a CLIP that these prompts do not fit.
-        """
+        """New prompts: those of the text start from the words of `init`, all others are drawn from `seed`."""
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
+        model: Any = clip.module
         self.image = PromptedImageTower(
-            clip.module.visual,  # type: ignore[arg-type]
-            shape.image_depth,
-            shape.image_length,
-            generator=generator,
+            model.visual, shape.image_depth, shape.image_length, generator=generator
         )
         self.text = PromptedTextTower(clip, shape.text_depth, shape.text_length)
         self.text.start_from(clip.tokenizer([init])[0], generator)
-        scale: Any = clip.module.logit_scale
-        self.register_buffer(
-            "logit_scale", scale.detach().float().reshape(1).clone()
-        )  # the logarithm, frozen
+        # The logarithm, frozen.
+        self.register_buffer("logit_scale", model.logit_scale.detach().float().reshape(1).clone())
         self.shape = shape
 
     @property
@@ -170,11 +159,7 @@ class PromptedCLIP(nn.Module):
 
     @torch.no_grad()
     def set_prompts(self, prompts: dict[str, Tensor], origin: str) -> None:
-        """Take stored prompts; `origin` names their file in errors.
-
-        Raises:
-            UserError: missing, left over, or of other shapes.
-        """
+        """Take stored prompts; raises UserError when they are others than `prompts()`, in a line that names `origin`."""
         own = self.prompts()
         given = {name: list(value.shape) for name, value in prompts.items()}
         wanted = {name: list(value.shape) for name, value in own.items()}
@@ -216,10 +201,8 @@ def with_room(tokenizer: Callable[[list[str]], Tensor], template: str, length: i
 
     Learned vectors replace the first `length` tokens of a prompt; without room they would replace the class name.
     """
-    words = _differ_at(tokenizer, [fill(template, "a"), fill(template, "the")]) - _first_word_position(
-        tokenizer
-    )
-    if words >= length:
+    before_name = _differ_at(tokenizer, [fill(template, "a"), fill(template, "the")])
+    if before_name - _differ_at(tokenizer, ["a", "the"]) >= length:
         return template
     name = re.search(r"\{c?\}", template)
     assert name is not None, f"{template!r} has no place for the class name"
@@ -231,23 +214,6 @@ def class_tokens(
 ) -> Tensor:
     """Token ids [C,T] of the template with each class name, underscores read as spaces."""
     return tokenizer([fill(template, name.replace("_", " ")) for name in class_names])
-
-
-def _check_text_tower(text: Any, source: str) -> None:
-    pool = pool_type(text)
-    if pool not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
-        raise UserError(
-            f"prompts need a text transformer that reads its end token; {source} has pool_type {pool}"
-        )
-    if not isinstance(text.text_projection, Tensor) or getattr(text, "use_pad_mask", False):
-        raise UserError(
-            f"prompts need CLIP's own text transformer: {source} has another projection or a padding mask"
-        )
-
-
-def _first_word_position(tokenizer: Callable[[list[str]], Tensor]) -> int:
-    """How many tokens precede the first word: 1 with a start token, else 0."""
-    return _differ_at(tokenizer, ["a", "the"])
 
 
 def _differ_at(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> int:

@@ -1,6 +1,6 @@
 """PromptKD's student: a frozen CLIP image tower with visual prompts, and a projector into the teacher's space.
 
-Letters: B images, d width of the student's features, D width of the teacher's embeddings.
+Letters: B images, C classes, D width of the teacher's embeddings.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from vlmkd import distributed
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import prompted_config
 from vlmkd.models.class_vectors import ClassVectors
-from vlmkd.models.classifier import ClassifierConfig
+from vlmkd.models.classifier import ClassifierConfig, ClassifierPredictor
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.heads import Projector, TextClassifier
 from vlmkd.models.prompted import PromptedImageTower
-from vlmkd.models.towers import evaluating
-
-PROJECTOR_LAYERS = 2
-"""Linear, BatchNorm, ReLU, Linear (paper Table 6: 2 are better than 1 and 3)."""
 
 
 class PromptedStudent(nn.Module):
@@ -40,7 +36,7 @@ class PromptedStudent(nn.Module):
         *,
         depth: int,
         length: int,
-        projector_layers: int = PROJECTOR_LAYERS,
+        projector_layers: int = 2,
         seed: int = 0,
     ) -> None:
         """The image tower of `clip` under new prompts and a new projector, both drawn from `seed`.
@@ -50,15 +46,13 @@ class PromptedStudent(nn.Module):
         """
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        tower: Any = clip.module.visual
-        self.image = PromptedImageTower(tower, depth, length, generator=generator)
+        model: Any = clip.module
+        self.image = PromptedImageTower(model.visual, depth, length, generator=generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projector = Projector(self.image.tower.proj.shape[1], embed_dim, layers=projector_layers)
-        scale: Any = clip.module.logit_scale
-        self.register_buffer(
-            "logit_scale", scale.detach().float().reshape(1).clone()
-        )  # the logarithm, frozen
+        # The logarithm, frozen.
+        self.register_buffer("logit_scale", model.logit_scale.detach().float().reshape(1).clone())
         self.autocast_dtype: torch.dtype | None = None
 
     @property
@@ -82,22 +76,26 @@ class PromptedStudent(nn.Module):
             return F.normalize(projected.float(), dim=-1)
 
 
-class StudentClassifier:
+class StudentLogits(nn.Module):
+    """A student with class vectors: images [B,3,H,W] -> logits [B,C], fp32."""
+
+    vectors: Tensor
+
+    def __init__(self, student: PromptedStudent, vectors: ClassVectors) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("vectors", vectors.vectors)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scaled cosines."""
+        return cosine_logits(self.student(images), self.vectors.to(images.device), self.student.scale)
+
+
+def student_classifier(
+    name: str, student: PromptedStudent, vectors: ClassVectors, image_spec: ImageSpec
+) -> ClassifierPredictor:
     """A student with class vectors as the ImageClassifier that evaluators call."""
-
-    def __init__(
-        self, name: str, student: PromptedStudent, vectors: ClassVectors, image_spec: ImageSpec
-    ) -> None:
-        self.name, self.image_spec, self.class_names = name, image_spec, vectors.class_names
-        self.student, self.vectors = student, vectors
-
-    @torch.no_grad()
-    def classify(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] -> logits [B,C], fp32: scaled cosines with the teacher's class vectors."""
-        device = next(self.student.parameters()).device
-        with evaluating(self.student):
-            embeds = self.student(images.to(device))
-        return cosine_logits(embeds, self.vectors.vectors.to(device), float(self.student.scale))
+    return ClassifierPredictor(name, StudentLogits(student, vectors), image_spec, vectors.class_names)
 
 
 def as_classifier(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,15 @@ class Teacher:
     digest: str
     source: str
 
+    def __post_init__(self) -> None:
+        """Freeze it."""
+        frozen(self.module)
+
+    @property
+    def module(self) -> nn.Module:
+        """What holds the weights."""
+        return self.clip.module if self.prompted is None else self.prompted
+
     def encoder(self) -> ClipPredictor | PromptedEncoder:
         """The teacher as a DualEncoder."""
         if self.prompted is None:
@@ -61,18 +71,17 @@ def load_teacher(source: TeacherSource, dataset: str, setting: Setting) -> Teach
     Raises:
         UserError: nothing there, a student in its place, or prompts that do not belong to the CLIP.
     """
+    named = source.clip
     if not source.prompts:
-        clip = load_clip(source.clip.model, source.clip.pretrained)
-        frozen(clip.module)
+        clip = load_clip(named.model, named.pretrained)
         return Teacher(clip, None, TRAINING_TEMPLATE, clip_digest(clip), clip.source)
     path = weights_file(source.prompts)
     if (path / TEACHER_JSON).is_file():
-        prompted, clip, facts = read_teacher(path, source.clip)
-        frozen(prompted)
+        prompted, clip, facts = read_teacher(path, named)
         return Teacher(clip, prompted, facts.template, facts.digest, source.prompts)
     if path.is_dir():
         path = legacy.find_teacher(path, dataset, setting)
-    if not source.clip.model:
+    if not named.model:
         raise UserError(
             f"teacher {path} is a published checkpoint; name the CLIP under it in teacher.clip, e.g. "
             "teacher.clip.model=ViT-L-14-quickgelu teacher.clip.pretrained=openai"
@@ -80,22 +89,21 @@ def load_teacher(source: TeacherSource, dataset: str, setting: Setting) -> Teach
     state = legacy.read_checkpoint(path)
     if legacy.kind_of(state, str(path)) != "teacher":
         raise UserError(f"{path} is a student, not a teacher; name a teacher's checkpoint in teacher.prompts")
-    base = load_clip(source.clip.model, source.clip.pretrained)
-    prompted, clip = legacy.load_teacher(state, base, str(path))
-    frozen(prompted)
+    prompted, clip = legacy.load_teacher(state, load_clip(named.model, named.pretrained), str(path))
     digest = teacher_digest(clip_digest(clip), prompted.prompts())
     template = with_room(clip.tokenizer, TRAINING_TEMPLATE, prompted.shape.text_length)
     return Teacher(clip, prompted, template, digest, str(path))
 
 
 class ImageTeacher(nn.Module):
-    """The teacher's image tower alone, for images in the student's statistics or its own."""
+    """The teacher's image tower alone, for images in the student's statistics or its own; an ImageEncoder."""
 
     def __init__(self, teacher: Teacher, student_spec: ImageSpec, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        tower = teacher.clip.module.visual if teacher.prompted is None else teacher.prompted.image
-        self.tower = frozen(tower)  # type: ignore[arg-type]
-        self.spec, self._student_spec, self._dtype = teacher.clip.image_spec, student_spec, dtype
+        self.name, self.image_spec = f"teacher {teacher.source}", teacher.clip.image_spec
+        plain: Any = teacher.clip.module
+        self.tower: nn.Module = plain.visual if teacher.prompted is None else teacher.prompted.image
+        self._student_spec, self._dtype = student_spec, dtype
 
     def train(self, mode: bool = True) -> ImageTeacher:
         """Stay in eval mode."""
@@ -105,5 +113,9 @@ class ImageTeacher(nn.Module):
     def forward(self, images: Tensor, own_statistics: bool = False) -> Tensor:
         """images [B,3,H,W] -> unit vectors [B,D], fp32."""
         if not own_statistics:
-            images = convert_images(images, self._student_spec, self.spec)
+            images = convert_images(images, self._student_spec, self.image_spec)
         return F.normalize(encode(self.tower, images, self._dtype).float(), dim=-1)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in the teacher's statistics -> unit vectors [B,D], fp32."""
+        return self(images.to(next(self.parameters()).device), own_statistics=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from projects.promptkd.student import PromptedStudent, StudentClassifier, as_classifier
+from projects.promptkd.student import PromptedStudent, as_classifier, student_classifier
 from tests.projects.promptkd import tiny
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import (
@@ -20,11 +20,12 @@ from vlmkd.export.classifier import (
     verify_classifiers,
 )
 from vlmkd.models.class_vectors import ClassVectors
+from vlmkd.models.classifier import ClassifierPredictor
 
 NAMES = ["amber", "blue", "cyan"]
 
 
-def exported(folder: Path, depth: int) -> StudentClassifier:
+def exported(folder: Path, depth: int) -> ClassifierPredictor:
     """A student of random weights, and its export in `folder`."""
     clip = tiny.clip()
     student = PromptedStudent(clip, 24, depth=depth, length=2, seed=3)
@@ -39,7 +40,7 @@ def exported(folder: Path, depth: int) -> StudentClassifier:
                 batch_norm.running_var.fill_(0.5)
     config, weights = as_classifier(student, student.state_dict(), clip, vectors)
     export_classifier(folder, config, weights)
-    return StudentClassifier("student", student.eval(), vectors, clip.image_spec)
+    return student_classifier("student", student.eval(), vectors, clip.image_spec)
 
 
 def pixels(count: int) -> torch.Tensor:

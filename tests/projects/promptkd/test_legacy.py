@@ -349,7 +349,7 @@ def test_the_setting_decides_whose_published_teacher_is_taken(
         save(tmp_path / name / "model.pth.tar-20", state)
     save(tmp_path / "student", student_layout(clip, 16))
     dataset = LabelledSet("dtd", NAMES, [TEMPLATE], {}, [])
-    monkeypatch.setattr(build_bank, "set_of", lambda data: dataset)
+    monkeypatch.setattr(build_bank, "configured_set", lambda data: dataset)
     source = TeacherSource(prompts=str(tmp_path), clip=ClipConfig(model="tiny"))
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     banks, answers = {}, {}
