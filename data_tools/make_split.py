@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vlmkd.datasets.folders import class_folder_names, images_of_classes
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.published_sets import SETS, missing_files, set_folder
-from vlmkd.datasets.splits import percent_list, write_list
+from vlmkd.datasets.splits import LIST_MARK, ImageList, percent_list, read_list
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_object, read_text, write_text
 
@@ -234,6 +234,23 @@ def make(key: str, root: str, seed: int) -> Path:
     note = f"drawn by vlmkd's make_split with seed {seed}, not the published split: numbers compare with no published ones"
     write_text(path, json.dumps({"note": note, **splits}), "split file")
     return path
+
+
+def write_list(path: Path, images: ImageList) -> None:
+    """Write a list as text under its digest; an existing file with the same list is left as it is.
+
+    Raises:
+        UserError: the file exists with other images.
+    """
+    if path.exists():
+        if read_list(path, images.kind).names == images.names:
+            return
+        raise UserError(f"{path} exists and lists other images; delete it or name another file")
+    head = [
+        f"{LIST_MARK}, kind {images.kind}, percent {images.percent:g}, {len(images.names)} images",
+        f"# sha256 {images.sha256}",
+    ]
+    write_text(path, "\n".join([*head, *images.names]) + "\n", "image list")
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ class SplitConfig:
     percent: Annotated[float, Range(0, 100)] = 0.0
     """Per cent of the training images with labels, by the cascade rule (1 and 10: the published ImageNet lists)."""
     list_file: str = ""
-    """A list of labelled images by `vlmkd.datasets.splits.write_list`, or SimCLR's."""
+    """A list of labelled images by `data_tools/make_split.py --percent`, or SimCLR's."""
     list_kind: ListKind = "cascade"
     """The rule that made `list_file`."""
     seed: Seed = 1

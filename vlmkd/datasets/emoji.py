@@ -61,7 +61,7 @@ def split_of(name: str) -> str:
 
 
 def resolve(name: str) -> list[str]:
-    """Paths of the shards of `emoji:train`, `emoji:dev`, `emoji:unseen_drawing` or `emoji:unseen_concept`.
+    """Paths of the shards of `emoji:train` or another split.
 
     Raises:
         UserError: another name, a missing package, or a cached file that has gone.
@@ -115,11 +115,7 @@ def load_emoji_domains() -> LabelledSet:
 
 
 def emoji_folder() -> Path:
-    """The folder of the shards; built when absent, by one process while others wait.
-
-    Raises:
-        UserError: a package that carries the drawings is missing.
-    """
+    """The folder of the shards; built when absent, by one process while others wait."""
     return _built("emoji", VERSION)
 
 
@@ -162,7 +158,7 @@ def _built(name: str, version: int) -> Path:
 
 
 def _build(name: str, folder: Path) -> None:
-    """Let the tool write a set into an empty folder; its progress and errors go to standard error."""
+    """Let the tool write a set into an empty folder, with its progress and errors on standard error."""
     if not _TOOL.is_file():
         raise UserError(
             f"data set {name} is drawn by {_TOOL}, which is not there; run from a clone of the repository"

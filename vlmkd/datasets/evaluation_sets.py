@@ -1,7 +1,6 @@
 """Evaluation sets on disk: class folders, captioned image folders, and webdataset shards.
 
-Shards are uncompressed local tars (remote ones are fetched into the cache first) whose headers are read once, so
-that every rank and loader process reads its own images and the time left is known.
+Of shards, which are uncompressed tars (remote ones are fetched into the cache first), the headers are read once.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from vlmkd.class_names import imagenet_names, read_class_names, read_lines, read_templates
@@ -56,8 +56,8 @@ class CaptionedImages:
 def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name: str = "") -> LabelledSet:
     """A labelled set with the split `test`, from an ImageNet-layout folder, webdataset shards, or an `emoji:` name.
 
-    Empty `class_names` and `templates` mean the data set's own: classnames.txt and templates.txt beside the shards or
-    class folders, else (folders) the folders' names, or OpenAI's ImageNet names for wnids, and the 80 OpenAI prompts.
+    Empty `class_names` and `templates` mean classnames.txt and templates.txt beside the shards or class folders, else
+    the folders' names, or OpenAI's ImageNet names for wnids, and the 80 OpenAI prompts.
 
     Raises:
         UserError: missing data, files without a label, or class names that do not fit.
@@ -139,11 +139,7 @@ def default_name(data: str) -> str:
 
 
 def _val_folder(data: str) -> Path:
-    """The folder that holds the class folders: `data`, or its `val`.
-
-    Raises:
-        UserError: nothing there, a data set without its val folder, or images in no class folder.
-    """
+    """The folder that holds the class folders: `data`, or its `val`."""
     base = Path(data).expanduser()
     hint = f"for ImageNet, {SETS['imagenet'].hint}"
     if not base.is_dir():
@@ -159,9 +155,6 @@ def _val_folder(data: str) -> Path:
     return base
 
 
-# ----------------------------------------------------------------------------------------------- captioned folders
-
-
 def _captioned_folder(root: Path, captions: Path) -> list[tuple[ImageRef, list[str]]]:
     if not root.is_dir():
         raise UserError(f"image folder {root} does not exist (looked from {os.getcwd()}); correct the path")
@@ -170,19 +163,12 @@ def _captioned_folder(root: Path, captions: Path) -> list[tuple[ImageRef, list[s
         raise UserError(
             f"captions file {captions} names no image to evaluate (Karpathy files: no image of split `test`)"
         )
-    located = []
-    missing = []
-    for candidates, texts in pairs:
-        path = next((root / name for name in candidates if (root / name).is_file()), None)
-        if path is None:
-            missing.append(candidates[0])
-        else:
-            located.append((ImageRef(str(path)), texts))
-    if missing:
+    paths = [next((root / name for name in names if (root / name).is_file()), None) for names, _ in pairs]
+    if missing := [root / names[0] for path, (names, _) in zip(paths, pairs, strict=True) if path is None]:
         raise UserError(
-            f"{len(missing)} of {len(pairs)} images of {captions} are missing, first {root / missing[0]}; add them"
+            f"{len(missing)} of {len(pairs)} images of {captions} are missing, first {missing[0]}; add them"
         )
-    return located
+    return [(ImageRef(str(path)), texts) for path, (_, texts) in zip(paths, pairs, strict=True)]
 
 
 def _read_json_captions(path: Path) -> Captions:
@@ -231,9 +217,6 @@ def _read_caption_lines(path: Path) -> Captions:
     return [([name], texts) for name, texts in by_image.items()]
 
 
-# --------------------------------------------------------------------------------------------------------- shards
-
-
 def _find_shards(data: str, where: str) -> list[str]:
     """Local tars that `data` names: an `emoji:` set, tars, a folder of tars (or its test/); [] for another folder."""
     if not data:
@@ -261,7 +244,7 @@ def _find_shards(data: str, where: str) -> list[str]:
 
 def _labelled_shards(tars: Sequence[str]) -> list[Item]:
     items = []
-    for sample in (sample for tar in tars for sample in index_tar(tar)):
+    for sample in chain.from_iterable(map(index_tar, tars)):
         content = sample.text("cls").strip()
         if not content.isdecimal():
             raise UserError(
@@ -272,8 +255,7 @@ def _labelled_shards(tars: Sequence[str]) -> list[Item]:
 
 
 def _captioned_shards(tars: Sequence[str]) -> list[tuple[ImageRef, list[str]]]:
-    pairs = []
-    for sample in (sample for tar in tars for sample in index_tar(tar)):
-        lines = [line.strip() for line in sample.text("txt").splitlines()]
-        pairs.append((sample.image(), [line for line in lines if line]))
-    return pairs
+    return [
+        (sample.image(), [line.strip() for line in sample.text("txt").splitlines() if line.strip()])
+        for sample in chain.from_iterable(map(index_tar, tars))
+    ]

@@ -157,8 +157,8 @@ def _names_of_wnids(source: str) -> dict[str, str]:
 def read_domains(folder: Path, name: str) -> LabelledSet:
     """Any tree `<domain>/<class>/*` as the one split `all`; class names are the folders' with spaces for underscores.
 
-    Splits follow from the order of the images, so that the order is part of the format: domains sorted, classes sorted by
-    ASCII, paths sorted inside the class (docs/papers/vl2v_adip.md). `splits.split_domains` cuts it.
+    `splits.split_domains` cuts it by the order of the images, which is therefore part of the format: domains, classes and
+    the paths inside a class in ASCII order (docs/papers/vl2v_adip.md).
 
     Raises:
         UserError: fewer than two domains, domains with different classes, or an empty class.

@@ -59,11 +59,7 @@ def known_sets() -> list[str]:
 
 
 def require_known(name: str) -> None:
-    """Refuse a name that `load_set` does not take; nothing is read.
-
-    Raises:
-        UserError: with the nearest known name.
-    """
+    """Refuse a name that `load_set` does not take, with the nearest known name; nothing is read."""
     if name in _NAMES or name.startswith((FOLDER, DOMAINS)):
         return
     plain = {_plain(known): known for known in _NAMES}
@@ -86,11 +82,10 @@ def configured_set(data: LabelledDataConfig) -> LabelledSet:
 def load_set(name: str, root: str = "", class_names: str = "", templates: Sequence[str] = ()) -> LabelledSet:
     """The labelled set of this name, its files checked.
 
-    `root` is the folder that holds the data sets, each in its own folder, or the data set's own folder. Embedded sets
-    (`emoji`, `emoji-domains`) and paths take none. For a user's own folders `class_names` is a file for
-    `with_class_names`, and `templates` are the prompts in the place of `a photo of a {}`. Few-shot sets have the splits
-    `train`, `val` and `test`, ImageNet `train` and `test`, its variants `test`, domain sets `all`; `folder:` sets may
-    have `unlabelled` too.
+    `root` is the folder that holds the data sets, each in its own folder, or the set's own; embedded sets (`emoji`,
+    `emoji-domains`) and paths take none. `class_names`, a file for `with_class_names`, and `templates` are for a user's own
+    folders. Few-shot sets have the splits `train`, `val` and `test`, ImageNet `train` and `test`, its variants `test`,
+    domain sets `all`; `folder:` sets may have `unlabelled` too.
 
     Raises:
         UserError: an unknown name, or files that are missing or belong to another data set.
@@ -138,10 +133,8 @@ def items_of(labelled: LabelledSet, split: str) -> list[Item]:
 def load_folder(path: str, class_names: str = "") -> LabelledSet:
     """A user's own images: `PATH/<class>/*`, or `PATH/train/<class>/*` with `val` and `test` beside it.
 
-    What is missing of val and test is held out of the other images by a hash of each image's path inside PATH, so that new
-    images do not move old ones (but see `_hashed` on small classes). Images in PATH/unlabelled are the split `unlabelled`.
-    Where there are no others, `class_names` says what is to be seen in them, and part of them is held out as test, without
-    labels.
+    What is missing of val and test is held out by `_hashed`. Images in PATH/unlabelled are the split `unlabelled`; where
+    there are no others, `class_names` says what is to be seen in them, and part of them is held out as test.
 
     Class names are the folders' names with spaces for underscores, or the lines of PATH/classnames.txt, one for each
     folder in ASCII order; `class_names` is a file for `with_class_names`.
@@ -188,15 +181,16 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
                 f"{listed} has {len(names)} names for {len(classes)} class folders; write one a line, in the folders' "
                 "ASCII order"
             )
-    whole = {split: items for split, items in splits.items() if items}
-    labelled = LabelledSet(root.name, names, _TEMPLATES, whole)
+    labelled = LabelledSet(
+        root.name, names, _TEMPLATES, {name: items for name, items in splits.items() if items}
+    )
     return with_class_names(labelled, class_names) if class_names else labelled
 
 
 def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
     """The set with the class names of a file, and numbered in the order of its lines: `NAME` or `FOLDER<tab>NAME`.
 
-    A line without a tab names the class that reads the same; underscores, white space and case do not count.
+    `NAME` is the class that reads the same, by `class_key`.
 
     Raises:
         UserError: a line that is of no class or of one that had a line already, or a class without a line.
@@ -240,8 +234,8 @@ def _without_labels(name: str, items: list[Item], class_names: str) -> LabelledS
 def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
     """The split of each image of one class, by a hash of its path: those of `shares`, in their order, or train.
 
-    In a small class the hash alone may leave a split empty: whatever it says, one image trains, one of two or more tests
-    and one of five or more validates.
+    New images do not move old ones, but for small classes, where the hash alone may leave a split empty: whatever it says,
+    one image trains, one of two or more tests and one of five or more validates.
     """
     place = {
         path: int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 for path in paths

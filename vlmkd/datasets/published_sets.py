@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from vlmkd.class_names import read_lines
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.datasets.folders import (
@@ -30,7 +31,7 @@ from vlmkd.datasets.folders import (
 )
 from vlmkd.datasets.splits import base_and_novel
 from vlmkd.errors import UserError
-from vlmkd.files import read_object, read_text, read_yaml
+from vlmkd.files import read_object, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +47,18 @@ class PublishedSet:
     key: str
     title: str
     layout: Literal["split", "variants", "train_val", "wnids", "numbers", "domains"]
-    """CoOp's JSON split file, FGVC's text lists, ImageNet's folders, test folders by wnid or class number, or domains."""
+    """What reads it, see `_READERS`."""
     folders: tuple[str, ...]
     """Where it is; the first is CoOp's or DomainBed's place, others are the archives' own."""
     num_classes: int
     licence: str
     source: str
-    """Where images and split come from."""
     builds: Mapping[str, tuple[int, ...]]
     """Images of each domain, or of train, val and test, by the name of the build that published numbers belong to."""
     halves: tuple[int, int] | None = None
     """Test images of the base and of the novel classes."""
     template: str = "a photo of a {}."
-    """The one prompt of the zero-shot baselines."""
+    """The prompt of the zero-shot baselines."""
     marks: tuple[str, ...] = ()
     """Patterns of what shows that a folder is the set's own folder; empty: the image folder."""
     images: str = ""
@@ -67,7 +67,7 @@ class PublishedSet:
     split_drive: str = ""
     """Google Drive id of the split file."""
     class_from: Literal["", "folder", "stem", "path"] = ""
-    """Where a path of the split file says the class, see `class_of`; empty: nowhere."""
+    """Where a path of the split file says the class, see `class_of`."""
     class_pattern: str = ""
     """How every class name begins."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -75,9 +75,8 @@ class PublishedSet:
     dropped: tuple[str, ...] = ()
     """Folders that are no class."""
     domains: tuple[str, ...] = ()
-    """In index order."""
     classes: tuple[str, ...] = ()
-    """Class folders in index order; empty where the list is too long to state."""
+    """Class folders in index order, where the list is not too long to state."""
 
     def class_of(self, path: str) -> str:
         """Class name that a path of the split file says.
@@ -94,7 +93,7 @@ class PublishedSet:
 
     @property
     def hint(self) -> str:
-        """What to do when images are missing."""
+        """What to do when something is missing."""
         return f"get it from {self.source}"
 
     @property
@@ -110,17 +109,14 @@ class PublishedSet:
         return next((name for name, build in self.builds.items() if build == _counts(labelled)), "")
 
 
-def _table() -> dict[str, PublishedSet]:
-    def frozen(content: Any) -> Any:
-        if isinstance(content, dict):
-            return {key: frozen(value) for key, value in content.items()}
-        return tuple(map(frozen, content)) if isinstance(content, list) else content
-
-    sections = frozen(read_yaml(Path(__file__).with_name("sets.yaml"), "data sets"))
-    return {key: PublishedSet(key, **facts) for sets in sections.values() for key, facts in sets.items()}
+def _frozen(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _frozen(value) for key, value in content.items()}
+    return tuple(content) if isinstance(content, list) else content
 
 
-SETS = _table()
+_TABLE = _frozen(read_yaml(Path(__file__).with_name("sets.yaml"), "data sets"))
+SETS = {key: PublishedSet(key, **facts) for section in _TABLE.values() for key, facts in section.items()}
 
 
 def load(key: str, root: str) -> LabelledSet:
@@ -146,11 +142,10 @@ def set_folder(key: str, root: str) -> Path:
     """
     described = SETS[key]
     where = root_folder(root, key, f"it is the folder that holds {described.folders[0]}/")
-    for name in described.folders:
-        if (where / name).is_dir():
-            return where / name
+    if there := [where / name for name in described.folders if (where / name).is_dir()]:
+        return there[0]
     marks = (*(described.marks or described.domains or [described.images]), described.split_file)
-    if any(any(where.glob(mark)) for mark in marks if mark):
+    if any(any(where.glob(mark)) for mark in filter(None, marks)):
         return where
     raise UserError(f"data set {key}: {where / described.folders[0]} does not exist; {described.hint}")
 
@@ -185,9 +180,6 @@ def _compare_counts(described: PublishedSet, found: LabelledSet) -> None:
             )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------- lists of images and labels
-
-
 def _read_split(described: PublishedSet, folder: Path) -> Found:
     """CoOp's split file: `[relative path, label, class name]` of every image of a split."""
     path = folder / described.split_file
@@ -211,9 +203,8 @@ def _read_split(described: PublishedSet, folder: Path) -> Found:
 
 
 def _split_item(path: Path, described: PublishedSet, entry: Any, names: dict[int, str]) -> Item:
-    """The item of one entry, whose class name goes into `names`."""
-    whole = isinstance(entry, list) and [type(part) for part in entry] == [str, int, str]
-    if not whole or entry[1] < 0:
+    """The item of an entry, whose class name goes into `names`."""
+    if not (isinstance(entry, list) and list(map(type, entry)) == [str, int, str] and entry[1] >= 0):
         raise UserError(
             f"split file {path}: {str(entry)[:80]} is not [path, label, class name]; fetch it again"
         )
@@ -231,22 +222,16 @@ def _split_item(path: Path, described: PublishedSet, entry: Any, names: dict[int
 
 def _read_variants(described: PublishedSet, folder: Path) -> Found:
     """FGVC's lists: `variants.txt` names the classes, `images_variant_<split>.txt` has `id variant` a line."""
-
-    def lines(path: Path) -> list[str]:
-        text = read_text(path, f"data set {described.key}:", described.hint)
-        return [line.strip() for line in text.splitlines() if line.strip()]
-
-    names = lines(folder / "variants.txt")
+    where, what = folder / "variants.txt", f"data set {described.key}:"
+    names = read_lines(str(where), what, described.hint)
     labels = numbered(names)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for split, items in splits.items():
         path = folder / f"images_variant_{split}.txt"
-        for line in lines(path):
+        for line in read_lines(str(path), what, described.hint):
             number, _, variant = line.partition(" ")
             if variant not in labels:
-                raise UserError(
-                    f"{path}: variant {variant!r} is not in {folder / 'variants.txt'}; {described.hint}"
-                )
+                raise UserError(f"{path}: variant {variant!r} is not in {where}; {described.hint}")
             key = f"{described.images}/{number}.jpg"
             items.append(Item(key, ImageRef(str(folder / key)), labels[variant]))
     return _checked(described, folder, names, splits)
@@ -286,12 +271,10 @@ def _checked(described: PublishedSet, folder: Path, names: list[str], splits: di
         if expected.get(label, name).lower() != name.lower() or not re.match(described.class_pattern, name)
     ]
     if 2 * len(wrong) > len(names):
-        wanted = (
-            repr(expected[wrong[0]]) if expected else f"names that begin with {described.class_pattern!r}"
-        )
+        wanted = expected.get(wrong[0], f"{described.class_pattern}...")
         raise UserError(
             f"{listed} has the class names of another data set: {len(wrong)} of {len(names)} do not fit, such as "
-            f"{names[wrong[0]]!r} where {described.title} has {wanted}; {described.split_hint}"
+            f"{names[wrong[0]]!r} where {described.title} has {wanted!r}; {described.split_hint}"
         )
     return names, splits
 
@@ -303,9 +286,6 @@ def missing_files(folder: Path, keys: Sequence[str]) -> list[str]:
         if (folder / parent).is_dir():
             present[parent] = {entry.name for entry in os.scandir(folder / parent) if entry.is_file()}
     return [key for key in keys if key.rpartition("/")[2] not in present[key.rpartition("/")[0]]]
-
-
-# ----------------------------------------------------------------------------------------------------- class folders
 
 
 def _read_train_val(described: PublishedSet, folder: Path) -> Found:

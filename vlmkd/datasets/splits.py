@@ -1,7 +1,6 @@
 """Splits of labelled sets: few shots, base and novel classes, percent lists, and the 80/20 split of domains.
 
-Each rule reproduces the picks of the code that published numbers come from, bit for bit; none of them is mixed
-with another, and every random state is a generator of its own. C classes, N images.
+Each rule reproduces the picks of the code that published numbers come from, bit for bit, with a generator of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 
 from vlmkd.data.labelled import UNLABELLED, Item, by_class
 from vlmkd.errors import UserError
-from vlmkd.files import read_text, write_text
+from vlmkd.files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +31,8 @@ ListKind = Literal["cascade", "simclr"]
 _MAX_VAL_SHOTS = 4  # CoOp's rule keeps the validation shots at four (PromptKD e.4)
 _CASCADE_SEED = 13
 _HOLDOUT_SHARE = 0.2  # DomainBed's, of each domain, for model selection
-_LIST_MARK = "# vlmkd image list"
-_NAMED = 3  # offenders that an error line names
-
-
-# ------------------------------------------------------------------------------------------------------- few shots
+LIST_MARK = "# vlmkd image list"
+"""How the first line of a list begins that `data_tools/make_split.py` wrote."""
 
 
 def coop_few_shot(
@@ -48,12 +44,11 @@ def coop_few_shot(
     fewer: Fewer = "refuse",
     class_names: Sequence[str] = (),
 ) -> tuple[list[Item], list[Item]]:
-    """Few-shot train and val items by CoOp's rule, which PromptSRC, PromptKD, Tip-Adapter and DHO use.
+    """Few-shot train and val items by CoOp's rule, which PromptSRC, PromptKD, Tip-Adapter and DHO use; 0 shots are all.
 
     Classes come in the order of first appearance and one generator serves train and then val, which gets at most four
     a class. Give all classes: the base and novel halves are taken from the result. CoOp's own code keeps a class with fewer
-    images as it is (`fewer="keep"`), Tip-Adapter's draws it with replacement up to `shots` (`fewer="repeat"`), and
-    Tip-Adapter's published runs all use seed 1. `shots=0` is the whole split.
+    images (`fewer="keep"`), Tip-Adapter's repeats them (`fewer="repeat"`), and its published runs all use seed 1.
 
     Raises:
         UserError: negative shots, or, with `fewer="refuse"`, a class of `train` with too few images.
@@ -81,20 +76,16 @@ def _pick(
     groups = by_class(items)
     if UNLABELLED in groups:
         raise UserError("few shots are picked from labelled images; one here has no label")
-    if small := {label: group for label, group in groups.items() if len(group) < shots}:
-        told = []
-        for label, group in list(small.items())[:_NAMED]:
-            name = f" ({class_names[label]})" if label < len(class_names) else ""
-            told.append(f"class {label}{name} has {len(group)}")
-        more = f" and {len(small) - _NAMED} more classes" if len(small) > _NAMED else ""
-        named = ", ".join(told) + more
+    if small := {label: len(group) for label, group in groups.items() if len(group) < shots}:
+        label, fewest = min(small.items(), key=lambda pair: pair[1])
+        name = f" ({class_names[label]})" if label < len(class_names) else ""
+        told = f"{len(small)} classes have fewer images, class {label}{name} has {fewest}"
         if fewer == "refuse":
             raise UserError(
-                f"shots is {shots}, more than the images of a class: {named}; ask for at most "
-                f"{min(map(len, groups.values()))} shots, or set the field fewer beside shots to keep or repeat"
+                f"shots is {shots}, more than there are: {told}; ask for at most {fewest} shots, or set the field fewer "
+                "beside shots to keep or repeat"
             )
-        done = "kept as they are" if fewer == "keep" else "repeated at random"
-        log.warning("%d classes have fewer than %d images (%s): %s", len(small), shots, named, done)
+        log.warning("shots is %d: %s; fewer is %s", shots, told, fewer)
     picked: list[Item] = []
     for group in groups.values():
         if len(group) >= shots:
@@ -102,9 +93,6 @@ def _pick(
         else:
             picked += group if fewer == "keep" else rng.choices(group, k=shots)
     return picked
-
-
-# ------------------------------------------------------------------------------------------------- base and novel
 
 
 def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
@@ -117,11 +105,8 @@ def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
     return labels[:half], labels[half:]
 
 
-# -------------------------------------------------------------------------------------------------- percent lists
-
-
 def cascade_counts(class_sizes: Sequence[int], percent: float) -> list[int]:
-    """Labelled images of each class (C) for `percent` of all images, by DHO's cascade rounding.
+    """Labelled images of each of C classes for `percent` of all images, by DHO's cascade rounding.
 
     Every class aims at its equal share less one; shares are rounded so that the running sum decides which way, and
     grow by 1/C until the total reaches the percentage. 1 % of ImageNet gives 13 a class, 10 % gives 128 or 129.
@@ -148,10 +133,9 @@ def cascade_counts(class_sizes: Sequence[int], percent: float) -> list[int]:
 
 
 def percent_picks(labels: Sequence[int], percent: float) -> list[int]:
-    """Positions of the labelled images, class by class: DHO's rule for 1 % and 10 % of ImageNet.
+    """Positions of the labelled images, class by class, by DHO's rule; from 100 per cent on, every image in its own order.
 
-    `labels` in the data set's own order (for ImageNet sorted wnid, then sorted file name). Counts by `cascade_counts`,
-    draws by NumPy's legacy generator; from 100 per cent on, every image in its own order.
+    `labels` in the data set's own order (for ImageNet sorted wnid, then sorted file name).
     """
     if percent >= 100:
         return list(range(len(labels)))
@@ -167,11 +151,11 @@ def percent_picks(labels: Sequence[int], percent: float) -> list[int]:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Which images of a set are labelled, by name; written once, so that a number can say what it is for."""
+    """Which images of a set are labelled, by name."""
 
     kind: ListKind
     percent: float
-    """Share of the images that the rule was asked for; 0 where the file does not say (SimCLR's)."""
+    """What the rule was asked for; 0 where the file does not say (SimCLR's)."""
     names: list[str]
     """Item keys, or (SimCLR) file names without their folder."""
 
@@ -187,25 +171,8 @@ def percent_list(items: Sequence[Item], percent: float) -> ImageList:
     return ImageList("cascade", percent, [items[position].key for position in picks])
 
 
-def write_list(path: Path, images: ImageList) -> None:
-    """Write a list as text under its digest; an existing file with the same list is left as it is.
-
-    Raises:
-        UserError: the file exists with other images.
-    """
-    if path.exists():
-        if read_list(path, images.kind).names == images.names:
-            return
-        raise UserError(f"{path} exists and lists other images; delete it or name another file")
-    head = [
-        f"{_LIST_MARK}, kind {images.kind}, percent {images.percent:g}, {len(images.names)} images",
-        f"# sha256 {images.sha256}",
-    ]
-    write_text(path, "\n".join([*head, *images.names]) + "\n", "image list")
-
-
 def read_list(path: Path, kind: ListKind) -> ImageList:
-    """Read a list of this kind: one of `write_list`, or SimCLR's plain file of names (`n01440764_10074.JPEG` a line).
+    """Read a list of this kind: one of `make_split.py --percent`, or SimCLR's plain file of names (`n01440764_10074.JPEG` a line).
 
     Raises:
         UserError: no such file, a list of the other kind, an empty or damaged one, or a name twice.
@@ -213,8 +180,8 @@ def read_list(path: Path, kind: ListKind) -> ImageList:
     lines = read_text(path, "image list", "write it, or correct the path").splitlines()
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     found = ImageList(kind, 0.0, names)
-    if lines and lines[0].startswith(_LIST_MARK):
-        head = re.match(rf"{_LIST_MARK}, kind (\S+), percent (\d+(?:\.\d+)?(?:e-\d+)?),", lines[0])
+    if lines and lines[0].startswith(LIST_MARK):
+        head = re.match(rf"{LIST_MARK}, kind (\S+), percent (\d+(?:\.\d+)?(?:e-\d+)?),", lines[0])
         if head is None:
             raise UserError(f"{path} has a damaged first line; write it again")
         if head[1] != kind:
@@ -249,9 +216,6 @@ def pick_listed(items: Sequence[Item], images: ImageList) -> list[Item]:
     return [by_name[name] for name in images.names]
 
 
-# -------------------------------------------------------------------------------------------------------- domains
-
-
 @dataclass(frozen=True)
 class DomainSplit:
     """One domain in two parts, named as in DomainBed's tables."""
@@ -277,13 +241,10 @@ def holdout_positions(count: int, domain: int, trial_seed: int) -> tuple[list[in
 
 
 def split_domains(items: Sequence[Item], trial_seed: int) -> dict[int, DomainSplit]:
-    """DomainBed's 80/20 split of every domain, by domain index; depends on `trial_seed` alone.
-
-    The items keep the reader's order (class by class, paths sorted): another order gives another split.
-    """
+    """DomainBed's 80/20 split of every domain, by domain index; another order of the items gives another split."""
     splits = {}
     for domain in sorted({item.domain for item in items}):
         images = [item for item in items if item.domain == domain]
-        inside, out = holdout_positions(len(images), domain, trial_seed)
-        splits[domain] = DomainSplit([images[i] for i in inside], [images[i] for i in out])
+        parts = holdout_positions(len(images), domain, trial_seed)
+        splits[domain] = DomainSplit(*([images[position] for position in part] for part in parts))
     return splits
