@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a check
 
 from vlmkd.errors import run_tool
 from vlmkd.files import write_json, write_text
-from vlmkd.page.table import plain_spec, read_spec, sources_in, write_tables
+from vlmkd.page.table import PLAIN, read_spec, sources_in, write_tables
 
 
 def main(argv: list[str]) -> int:
@@ -25,14 +25,13 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder of the run folders")
-    parser.add_argument("--spec", type=Path, help="specification of the tables (YAML)")
+    parser.add_argument("--spec", type=Path, default=PLAIN, help="specification of the tables (YAML)")
     parser.add_argument(
         "--markdown", type=Path, help="write the tables to this file instead of printing them"
     )
     parser.add_argument("--json", type=Path, help="write every number with its place and run to this file")
     args = parser.parse_args(argv)
-    spec = read_spec(args.spec) if args.spec else plain_spec()
-    text, data = write_tables(spec, sources_in(args.folder))
+    text, data = write_tables(read_spec(args.spec), sources_in(args.folder))
     if args.json:
         write_json(args.json, data, "--json")
     if args.markdown:

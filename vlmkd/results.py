@@ -1,17 +1,15 @@
 """Results are data: one line a number in `results.jsonl`, from runs and from every evaluation command alike.
 
-A line holds the run, its tags, model, evaluator, data set, metric, value, unit, whether higher is better, the count of
-what was evaluated, and the step. What is too long for a line (per class, confusion, mistakes) lies beside it as JSON.
-Tables (`scripts/table.py`) and the page read these lines and nothing else.
+Tables (`scripts/table.py`) and the page read these lines and nothing else. What is too long for a line (per class,
+confusion, mistakes) lies beside it as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +51,7 @@ UNREADABLE = Meaning(unit="count", higher_is_better=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """One number of one model: a line of results.jsonl."""
+    """One number of one model: a line of results.jsonl. Label, unit and so on are those of its `Meaning`."""
 
     run: str
     """Name of the run folder, or of what an evaluation command evaluated."""
@@ -83,8 +81,13 @@ class Number:
         return self.dataset, self.metric
 
     def shown(self, digits: int | None = None) -> str:
-        """The value as tables show it: shares in per cent (one decimal), counts whole, others with four digits."""
+        """The value as `show` writes it."""
         return show(self.value, self.unit, digits)
+
+
+_KINDS: dict[str, Any] = {
+    "str": str, "float": (int, float), "int": int, "bool": bool, "bool | None": (bool, type(None)), "Tags": dict,
+}  # fmt: skip
 
 
 def numbers_of(
@@ -93,16 +96,15 @@ def numbers_of(
     """The lines of evaluations of one model: metrics, then what was fitted. A value that is not finite is left out."""
     found = []
     for result in results:
-        parts = [(False, name, value) for name, value in result.metrics.items()]
-        parts += [(True, name, value) for name, value in result.chosen.items()]
-        for fitted, name, value in parts:
-            meaning = result.meanings.get(name, Meaning())
-            number = Number(
-                run=run, model=model, tags=dict(tags or {}), evaluator=result.name, dataset=result.dataset, metric=name,
-                value=float(value), label=meaning.label or name.replace("_", " "), unit=meaning.unit,
-                higher_is_better=meaning.higher_is_better, main=meaning.main, fitted=fitted, count=result.count, step=step,
-            )  # fmt: skip
-            found += [number] * math.isfinite(number.value)
+        for fitted, values in ((False, result.metrics), (True, result.chosen)):
+            for name, value in values.items():
+                meaning = asdict(result.meanings.get(name, Meaning()))
+                meaning["label"] = meaning["label"] or name.replace("_", " ")
+                number = Number(
+                    run=run, model=model, tags=dict(tags or {}), evaluator=result.name, dataset=result.dataset,
+                    metric=name, value=float(value), fitted=fitted, count=result.count, step=step, **meaning,
+                )  # fmt: skip
+                found += [number] * math.isfinite(number.value)
     return found
 
 
@@ -137,50 +139,57 @@ def write_results(
         write_json(path.with_suffix(".details.json"), details, what)
 
 
-def read_results(path: Path) -> list[Number]:
-    """The lines of a results file; one that a kill has torn off at the end is left out.
+def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each line of a file; a last line that a kill has torn off is left out.
 
     Raises:
-        UserError: no such file, or lines of something else; of an earlier version's run the line says so.
+        UserError: no such file, or another line that is no JSON object.
+    """
+    text = read_text(path, what).splitlines()
+    for number, line in enumerate(text, start=1):
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            yield number, content
+        elif number < len(text):
+            raise UserError(f"{path} line {number} is not valid JSON; remove that line")
+
+
+def read_results(path: Path) -> list[Number]:
+    """The lines of a results file.
+
+    Raises:
+        UserError: as `json_lines`, or lines of something else; of an earlier version's run the line says so.
     """
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
         raise UserError(
             f"{path.parent} was written by an earlier version; read it with that one, or run it again"
         )
-    found, text = [], read_text(path, "results file").splitlines()
-    for number, line in enumerate(text, start=1):
+    found = []
+    for line, content in json_lines(path, "results file"):
         try:
-            found.append(_number(json.loads(line)))
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            torn = number == len(text) and isinstance(error, json.JSONDecodeError)
-            if not torn:
-                raise UserError(
-                    f"{path} line {number} is no result of this version; write the file again, or remove the line"
-                ) from None
+            number = Number(**content)
+            fits = all(
+                isinstance(getattr(number, item.name), _KINDS[str(item.type)]) for item in fields(Number)
+            )
+            fits = fits and all(isinstance(value, (str, int, float)) for value in number.tags.values())
+            fits = fits and math.isfinite(number.value)
+        except (TypeError, OverflowError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{path} line {line} is no result of this version; write the file again, or remove the line"
+            )
+        found.append(number)
     return found
-
-
-def _number(content: dict[str, Any]) -> Number:
-    number = Number(**content)
-    for name in ("run", "model", "metric", "evaluator", "dataset", "label", "unit"):
-        if not isinstance(getattr(number, name), str):
-            raise TypeError(name)
-    for name in ("value", "step", "count"):
-        if not isinstance(getattr(number, name), (int, float)):
-            raise TypeError(name)
-    if not math.isfinite(number.value) or not isinstance(number.tags, dict):
-        raise ValueError(number.metric)
-    if not all(isinstance(value, (str, int, float)) for value in number.tags.values()):
-        raise TypeError("tags")
-    return number
 
 
 def latest(numbers: Iterable[Number]) -> list[Number]:
     """The numbers of each model's last step, and those that need no data; of one written twice the second."""
     numbers = list(numbers)
-    last: dict[str, int] = {}
-    for one in numbers:
-        last[one.model] = max(one.step, last.get(one.model, 0))
+    last = {one.model: one.step for one in sorted(numbers, key=lambda one: one.step)}
     found = {
         (one.model, one.key, *sorted(one.tags.items())): one
         for one in numbers
@@ -198,21 +207,10 @@ def last_of(numbers: Iterable[Number]) -> dict[str, dict[tuple[str, str], Number
 
 
 def show(value: float, unit: str, digits: int | None = None) -> str:
-    """A value in its unit: shares in per cent, with one decimal unless `digits` says otherwise."""
-    if unit == "share":
-        return f"{100 * value:.{1 if digits is None else digits}f}"
-    if digits is not None:
-        return f"{value:.{digits}f}"
-    if unit == "count":
-        return f"{value:.0f}"
-    return f"{value:.2f}" if unit == "M" else short(value)
-
-
-def title(number: Number) -> str:
-    """A column's title: the metric's label, with its unit where the numbers do not show it."""
-    return (
-        number.label if number.unit in ("", "share", "count", "nats") else f"{number.label} ({number.unit})"
-    )
+    """A value in its unit: shares in per cent with one decimal, counts whole, others with four digits; or as `digits`."""
+    digits = {"share": 1, "count": 0, "M": 2}.get(unit) if digits is None else digits
+    value = 100 * value if unit == "share" else value
+    return short(value) if digits is None else f"{value:.{digits}f}"
 
 
 def short(value: float) -> str:
@@ -222,15 +220,13 @@ def short(value: float) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4g}"
 
 
-def mean_and_spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
-    """`mean ± standard deviation` of one value a seed, each as `shown` writes it; a single value alone."""
-    mean = shown(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {shown(statistics.stdev(values))}"
+def title(number: Number) -> str:
+    """A column's title: the metric's label, with its unit where the numbers do not show it."""
+    return number.label + (f" ({number.unit})" if number.unit not in ("", "share", "count", "nats") else "")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table whose first `left` columns are text and whose others are numbers."""
+    written = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
     ruler = "|" + "---|" * left + "---:|" * (len(head) - left)
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    written = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([written[0], ruler, *written[1:]]) + "\n"

@@ -198,12 +198,12 @@ def test_mistakes_of_a_specification_and_old_runs_are_told(tmp_path: Path) -> No
     for content, message in (
         (
             {"tables": [{"rows": {"a": "{run}"}, "columns": "x", "scores": [], "colums": 1}]},
-            "no field colums",
+            "unknown config field tables.0.colums; did you mean tables.0.columns",
         ),
         ({"tables": [{"rows": {"a": "{run}"}}]}, "columns"),
         (
             {"tables": [{"rows": {}, "columns": "x", "scores": [], "before": ["size"]}]},
-            "size is none of parameters",
+            r"before\[0\]: Invalid value 'size', expected one of \['parameters'",
         ),
     ):
         spec.write_text(yaml.safe_dump(content))
@@ -215,8 +215,10 @@ def test_mistakes_of_a_specification_and_old_runs_are_told(tmp_path: Path) -> No
     with pytest.raises(UserError, match="written by an earlier version"):
         sources_in(tmp_path)
     spec.write_text(
-        yaml.safe_dump({"tables": [{"rows": {"a": "{arm}"}, "columns": "x", "scores": [{"metric": "top1"}]}]})
+        yaml.safe_dump(
+            {"tables": [{"rows": {"a": "{arm}"}, "columns": "x", "scores": [{"where": {"metric": "top1"}}]}]}
+        )
     )
     write_run(tmp_path / "new/run", evaluation("student", 3, top1=0.5))
-    with pytest.raises(UserError, match=r"names the tag \{arm\}; its numbers have dataset, exported"):
+    with pytest.raises(UserError, match=r"names the tag \{arm\}; its numbers have dataset, evaluator, exported"):
         write_tables(read_spec(spec), sources_in(tmp_path / "new"))

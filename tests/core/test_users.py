@@ -81,7 +81,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "page/table": (
         "what scripts/table.py calls for every project's specification",
-        {"plain_spec", "read_spec", "sources_in", "write_tables"},
+        {"PLAIN", "read_spec", "sources_in", "write_tables"},
     ),
     "train/engine": ("a list of choices, for the tools", {"PRECISIONS"}),
     "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
