@@ -220,7 +220,7 @@ def short(value: float) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4g}"
 
 
-def title(number: Number) -> str:
+def title_of(number: Number) -> str:
     """A column's title: the metric's label, with its unit where the numbers do not show it."""
     return number.label + (f" ({number.unit})" if number.unit not in ("", "share", "count", "nats") else "")
 

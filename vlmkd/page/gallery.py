@@ -34,16 +34,13 @@ def write_gallery(
     top: int = 5,
     device: torch.device | None = None,
 ) -> None:
-    """Write how each model relates `texts` to `images`: affinities, and the images it retrieves for a text.
+    """Write how each model relates `texts` to `images`: affinities, and the `top` images it retrieves for a text.
 
     The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
 
     Args:
         predictors: models by name, teachers first.
-        images: M pictures; stored as PNG of at most 96 pixels.
-        texts: N texts.
         targets: for each text the indexes of its right images; None: text i belongs to image i.
-        top: images retrieved for a text.
         device: where the models are; None: the CPU.
 
     Raises:
@@ -56,14 +53,12 @@ def write_gallery(
     right = [[i] for i in range(len(texts))] if targets is None else [list(line) for line in targets]
     if len(right) != len(texts) or any(not 0 <= index < len(images) for line in right for index in line):
         raise ValueError(f"{len(texts)} texts and {len(images)} images do not fit targets {right}")
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, Any] = {}
     for name, predictor in predictors.items():
         transform = eval_transform(predictor.image_spec)
         with torch.no_grad():
-            batch = torch.stack([transform(image) for image in images]).to(device)
-            image_embeds = predictor.encode_image(batch).float()
-            text_embeds = predictor.encode_text(list(texts)).float()
-        similarity = text_embeds @ image_embeds.T
+            image_embeds = predictor.encode_image(torch.stack([*map(transform, images)]).to(device)).float()
+            similarity = predictor.encode_text(list(texts)).float() @ image_embeds.T
         affinity = torch.softmax(float(predictor.logit_scale) * similarity, dim=1)
         models[name] = {
             "affinity": [[round(value, 5) for value in line] for line in affinity.tolist()],
@@ -75,7 +70,7 @@ def write_gallery(
 
 
 def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Sequence[Item]]) -> None:
-    """Write the worst mistakes of classification results with their pictures (PNG of at most 96 pixels).
+    """Write the worst mistakes of classification results with their pictures.
 
     `items` has the images of data sets; results of others, and results without mistakes, are left out.
     """
@@ -83,19 +78,13 @@ def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Se
 
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        if "mistakes" not in result.details or result.dataset not in items:
-            continue
-        images = {item.key: item.image for item in items[result.dataset]}
-        names = result.details["classes"]
-        found[result.dataset] = [
-            {
-                **mistake,
-                "label": names[mistake["label"]],
-                "predicted": names[mistake["predicted"]],
-                "image": _data_uri(Image.open(io.BytesIO(images[mistake["key"]].read()))),
-            }
-            for mistake in result.details["mistakes"]
-        ]
+        if "mistakes" in result.details and result.dataset in items:
+            images = {item.key: item.image for item in items[result.dataset]}
+            names, found[result.dataset] = result.details["classes"], []
+            for one in result.details["mistakes"]:
+                image = _data_uri(Image.open(io.BytesIO(images[one["key"]].read())))
+                named = {which: names[one[which]] for which in ("label", "predicted")}
+                found[result.dataset].append(one | named | {"image": image})
     if found:
         write_text(path, json.dumps(found))
 
@@ -107,8 +96,7 @@ def read_gallery(path: Path) -> dict[str, Any]:
         UserError: something else, or pictures that a page would load from outside.
     """
     gallery = read_object(path, "gallery")
-    missing = {"texts", "images", "targets", "models"} - gallery.keys()
-    if missing:
+    if missing := {"texts", "images", "targets", "models"} - gallery.keys():
         raise UserError(
             f"{path} is not a gallery: {', '.join(sorted(missing))} is missing; write it with write_gallery"
         )
@@ -117,18 +105,18 @@ def read_gallery(path: Path) -> dict[str, Any]:
 
 
 def read_mistakes(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """What `write_mistakes` wrote; errors as `read_gallery`."""
-    mistakes = read_object(path, "mistakes")
+    """What `write_mistakes` wrote, which is nothing where there were none; errors as `read_gallery`."""
+    mistakes = read_object(path, "mistakes") if path.is_file() else {}
     _refuse_foreign_images(path, [one["image"] for found in mistakes.values() for one in found])
     return mistakes
 
 
 def _refuse_foreign_images(path: Path, uris: Iterable[str]) -> None:
-    foreign = [uri[:40] for uri in uris if not uri.startswith("data:image/")]
-    if foreign:
-        raise UserError(
-            f"{path}: image {foreign[0]!r} is not a data:image/ URI; the page would load it from outside"
-        )
+    for uri in uris:
+        if not uri.startswith("data:image/"):
+            raise UserError(
+                f"{path}: image {uri[:40]!r} is not a data:image/ URI; the page would load it from outside"
+            )
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -10,7 +10,6 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -18,26 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Point = tuple[float, float]
 NUM_COLORS = 6
 NEUTRAL = -1
 """Colour number of teachers."""
 _MARK = "#a1b2c"
 """Followed by a digit: a series colour; by one of these letters: a colour of the page."""
+_VARIABLES = {"b": "line", "c": "ink", "d": "ink-2"} | {str(n): f"series-{n}" for n in range(NUM_COLORS)}
 _LINE, _INK, _SOFT = (_MARK + letter for letter in "bcd")
-_VARIABLES = {"b": "line", "c": "ink", "d": "ink-2"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line, or one named point, of a plot."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    """(x, y) pairs in the order of x."""
-    color: int = 0
-    """Number of a series colour, or NEUTRAL."""
-    level: bool = False
-    """Draw the last y as a dashed line across the plot (a teacher's score)."""
 
 
 def color_of(number: int) -> str:
@@ -45,43 +32,39 @@ def color_of(number: int) -> str:
     return "var(--ink-2)" if number < 0 else f"var(--series-{number % NUM_COLORS})"
 
 
-def line_plot(series: Sequence[Series], *, y_label: str) -> Figure:
-    """Lines over the steps; a few points are marked, teachers are dashed levels with their names."""
+def line_plot(
+    lines: Sequence[tuple[str, Sequence[Point]]], levels: Sequence[tuple[str, float]] = (), *, y_label: str
+) -> Figure:
+    """Names and points over the steps, coloured by their order; few points are marked.
+
+    `levels`, names and heights, are dashed lines across the plot: a teacher's score.
+    """
     figure, axes = _axes("step", y_label)
-    for item in series:
-        points = [(x, y) for x, y in item.points if math.isfinite(x) and math.isfinite(y)]
-        if not points:
-            continue
-        color = _mark(item.color)
-        if item.level:
-            axes.axhline(points[-1][1], color=color, linestyle=(0, (2, 3)), label=item.name)
-            axes.text(
-                1, points[-1][1], _cut(item.name, 30), transform=axes.get_yaxis_transform(), ha="right", va="bottom",
-                color=_INK,
-            )  # fmt: skip
-            continue
-        style = "--" if item.color >= NUM_COLORS else "-"
-        xs, ys = zip(*points, strict=True)
-        axes.plot(
-            xs, ys, style, color=color, marker="o" if len(xs) <= 30 else "", markersize=3.5, label=item.name
-        )
+    for name, y in levels:
+        axes.axhline(y, color=_SOFT, linestyle=(0, (2, 3)), label=name)
+        across = axes.get_yaxis_transform()
+        axes.text(1, y, _cut(name), transform=across, ha="right", va="bottom", color=_INK)
+    for number, (name, points) in enumerate(lines):
+        finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        if finite:
+            style = ("o" if len(finite) <= 30 else "") + ("-" if number < NUM_COLORS else "--")
+            axes.plot(*zip(*finite, strict=True), style, color=_mark(number), markersize=3.5, label=name)
     axes.set_xlim(left=0)
     return figure
 
 
-def scatter_plot(series: Sequence[Series], *, x_label: str, y_label: str) -> Figure:
-    """One named point a series over a logarithmic x axis."""
+def scatter_plot(points: Sequence[tuple[str, int, Point]], *, x_label: str, y_label: str) -> Figure:
+    """Points with names and colour numbers over a logarithmic x axis."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = _axes(x_label, y_label)
     axes.set_xscale("log")
-    xs = [item.points[-1][0] for item in series]
-    for item in series:
-        x, y = item.points[-1]
-        axes.plot([x], [y], "o", color=_mark(item.color), markersize=8, label=item.name)
+    xs = [x for _, _, (x, _) in points]
+    for name, color, (x, y) in points:
+        axes.plot([x], [y], "o", color=_mark(color), markersize=8, label=name)
         right = x > math.sqrt(min(xs) * max(xs))
         axes.annotate(
-            _cut(item.name, 26), (x, y), (-8 if right else 8, 0), textcoords="offset points", va="center",
+            _cut(name), (x, y), (-8 if right else 8, 0), textcoords="offset points", va="center",
             ha="right" if right else "left", color=_INK,
         )  # fmt: skip
     axes.set_xlim(min(xs) / 1.6, max(xs) * 1.6)
@@ -100,12 +83,9 @@ def svg(figure: Figure, label: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
-    text = re.sub(
-        _MARK + "([0-9bcd])", lambda found: f"var(--{_VARIABLES.get(found[1], 'series-' + found[1])})", text
-    )
+    text = re.sub(_MARK + "([0-9bcd])", lambda found: f"var(--{_VARIABLES[found[1]]})", text)
     head = f'<svg class="chart" \\1 role="img" aria-label="{escape(label)}">'
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, text, count=1).strip()
 
@@ -129,5 +109,5 @@ def _mark(color: int) -> str:
     return _SOFT if color < 0 else f"{_MARK}{color % NUM_COLORS}"
 
 
-def _cut(text: str, limit: int) -> str:
+def _cut(text: str, limit: int = 28) -> str:
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from vlmkd import config, results
 from vlmkd.errors import UserError
 from vlmkd.files import read_object, read_yaml
-from vlmkd.results import PARAMETERS, STUDENT, TEACHER, Number, json_lines
+from vlmkd.page.runs import Run
+from vlmkd.results import STUDENT, TEACHER, Number
 
 PLAIN = Path(__file__).with_suffix(".yaml")
 """The specification for those who give none."""
@@ -96,16 +97,8 @@ class Spec:
     notes: list[Note] = field(default_factory=list)
 
 
-class Source:
+class Source(Run):
     """A finished run, or a results file of an evaluation command."""
-
-    def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
-        self.numbers = results.read_results(path / results.FILE if path.is_dir() else path)
-        self.latest = results.latest(self.numbers)
-        models = path / "eval" / "models.json"
-        known = read_object(models, "models of a run") if models.is_file() else {}
-        self.exported = str(known.get("exported", STUDENT))
 
     @cached_property
     def _before(self) -> int:
@@ -135,11 +128,6 @@ class Source:
         seen = [one for one in self.numbers if (one.model, one.key) == (number.model, number.key)]
         return min((self._before + one.step for one in seen if one.value >= goal), default=None)
 
-    def size(self, model: str) -> float:
-        """Millions of parameters of a model, 0 where not known; other weights of the student have its size."""
-        sizes = {one.model: one.value for one in self.latest if one.metric == PARAMETERS}
-        return sizes.get(model, 0 if model.startswith(TEACHER) else sizes.get(STUDENT, 0))
-
     def picked(self, pick: Pick, groups: dict[str, str]) -> list[tuple[Number, dict[str, str]]]:
         """The numbers that `pick` takes, each with all its tags; `groups` are the run's."""
         where = {} if pick.log else {"model": "{exported}"} | pick.where
@@ -160,8 +148,7 @@ class Source:
         ]
 
     def _logged(self, pick: Pick) -> list[Number]:
-        lines = json_lines(self.path / "metrics.jsonl", "metrics")
-        column = [line.get(pick.log) for _, line in lines if line.get("kind") == "train"][pick.skip :]
+        column = (line.get(pick.log) for line in self.train[pick.skip :])
         values = [value for value in column if value is not None]
         reduce = mean if pick.reduce == "mean" else statistics.median
         return [Number(run=self.name, model=STUDENT, metric=pick.log, value=reduce(values))] if values else []
@@ -206,7 +193,7 @@ def sources_in(folder: Path) -> list[Source]:
     def natural(name: str) -> list[Any]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
-    return [Source(name, found[name]) for name in sorted(found, key=natural)]
+    return [Source(found[name], name) for name in sorted(found, key=natural)]
 
 
 def scores_of(table: Table, sources: Iterable[Source]) -> list[Score]:
@@ -307,7 +294,7 @@ class Pivot:
         scores = [score for score in self.scores if score.row == row]
         seeds = {score.over for score in scores} - {""}
         if name == "parameters":
-            sizes = sorted(filter(None, (score.source.size(score.number.model) for score in scores)))
+            sizes = sorted(filter(None, (score.source.parameters(score.number.model) for score in scores)))
             return "-".join(dict.fromkeys(f"{size:.2f}" for size in sizes[:1] + sizes[-1:])) or "-"
         if name == "average":  # over the columns of each seed that has them all
             cells = [self._seeds(row, column) for column in self.columns]

@@ -34,7 +34,8 @@ from vlmkd.evaluation.base import Context, OfItems, Result
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.files import parse_yaml, read_yaml
 from vlmkd.page.gallery import GALLERY, MISTAKES, write_gallery, write_mistakes
-from vlmkd.page.report import DETAILS, MODELS, build_report
+from vlmkd.page.report import build_report
+from vlmkd.page.runs import DETAILS, MODELS
 from vlmkd.results import STUDENT, details_of
 from vlmkd.train import lookup, trainer
 from vlmkd.train.engine import Engine, batch_triple, check_machine, deepspeed_json, start_ranks

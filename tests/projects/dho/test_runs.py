@@ -28,7 +28,7 @@ from vlmkd.export.classifier import load_classifier
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
-from vlmkd.page.report import columns_of, fitted_of, read_run, rows_of
+from vlmkd.page.report import columns_of, read_run, rows_of
 from vlmkd.results import FILE, latest, read_results
 
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_dual_head_run_reports_both_heads_and_exports_their_mixture(whole: Pat
     assert heads["top1"] >= max(heads["ce_top1"], heads["kd_top1"])
     run = read_run(whole)
     assert not {"alpha", "beta"} & {one.metric for one in columns_of(rows_of([run]))}
-    (chosen,) = fitted_of(run).values()
+    (chosen,) = run.fitted.values()
     alpha, beta = (one.value for one in chosen)
     assert (alpha, beta) == load_classifier(whole / "export").mix
     assert f"alpha {alpha:g}, beta {beta:g}." in (whole / "report.html").read_text()
