@@ -17,7 +17,7 @@ from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result
 from vlmkd.evaluation.classify import Classification
-from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.evaluation.images import image_outputs
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.heads import DualLogits
 from vlmkd.results import share
@@ -100,8 +100,8 @@ def head_logits(
     def side_by_side(images: Tensor) -> Tensor:
         return torch.cat(predictor.heads(images), dim=1)
 
-    stream = ImageOutputs(side_by_side, predictor.image_spec, [item.image for item in items], title, context)
-    ids, rows, unreadable = stream.gathered()
+    images = [item.image for item in items]
+    ids, rows, unreadable = image_outputs(side_by_side, predictor.image_spec, images, title, context)
     return DualLogits(*rows.chunk(2, dim=1)), torch.tensor([item.label for item in items])[ids], unreadable
 
 

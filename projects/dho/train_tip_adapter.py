@@ -131,8 +131,7 @@ def _raw(clip: ClipModel, pixels: list[Tensor], device: torch.device) -> Tensor:
 def _clean(clip: ClipModel, items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
     """Unit vectors [M, D] and labels [M] of whole images."""
     context = Context(device=device, batch_size=BATCH, progress=False)
-    stream = embeddings(ClipPredictor.of(clip), [item.image for item in items], "images", context)
-    ids, rows, _ = stream.gathered()
+    ids, rows, _ = embeddings(ClipPredictor.of(clip), [item.image for item in items], "images", context)
     return rows.to(device), torch.tensor([item.label for item in items])[ids].to(device)
 
 

@@ -185,7 +185,7 @@ def _as_the_teacher_answers(
     items = items_of(dataset, "test")
     context = Context(distributed.device(), cfg.evaluation.batch_size, cfg.data.workers)
     title, images = f"{dataset.name}: the teacher's answers", [item.image for item in items]
-    ids, embeds, _ = embeddings(teacher.encoder(), images, title, context).gathered()
+    ids, embeds, _ = embeddings(teacher.encoder(), images, title, context)
     answers = vectors.logits(embeds).argmax(dim=1)
     log.info(
         "no labels: the student's answers on %d held-out images are compared with the teacher's", len(ids)

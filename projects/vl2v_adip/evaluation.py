@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, require_protocol
-from vlmkd.evaluation.images import ImageOutputs
+from vlmkd.evaluation.images import image_outputs
 from vlmkd.predictors import ImageClassifier
 from vlmkd.results import Meaning, share
 
@@ -35,8 +35,9 @@ class DomainAccuracy:
         """Classify the images of all ranks."""
         require_protocol(self.name, predictor, ImageClassifier)
         images = [item.image for item in self.items]
-        stream = ImageOutputs(predictor.classify, predictor.image_spec, images, self.dataset, context)
-        _, judged, unreadable = stream.gathered(self._judge)
+        _, judged, unreadable = image_outputs(
+            predictor.classify, predictor.image_spec, images, self.dataset, context, self._judge
+        )
         # Summed in double precision: SWAD reacts to differences of 1e-3.
         top1, loss = judged.double().mean(0).tolist()
         details = {"unreadable": unreadable} if unreadable else {}

@@ -1,9 +1,10 @@
-"""How much a student answers like its teacher, whether right or wrong. N images, C classes, D embedding width."""
+"""How much a student answers like its teacher, whether right or wrong. N images, C classes."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmkd.data.labelled import LabelledSet
@@ -30,29 +31,25 @@ class Agreement:
 
     def __init__(self, teacher: DualEncoder, dataset: LabelledSet) -> None:
         require_protocol(self.name, teacher, DualEncoder)
-        self.teacher = teacher
-        self.dataset = dataset
-        self._teacher_affinity: Tensor | None = (
-            None  # kept, because one teacher is compared with several students
-        )
+        self.teacher, self.dataset = teacher, dataset
+        self._of_teacher: Tensor | None = None  # kept, because one teacher is compared with several students
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
         """Compare on the images that can be read; each model sees its own input size and statistics."""
         require_protocol(self.name, predictor, DualEncoder)
-        if self._teacher_affinity is None:
-            self._teacher_affinity, _ = self._affinity(self.teacher, context)
+        if self._of_teacher is None:
+            self._of_teacher, _ = self._affinity(self.teacher, context)
         student, unreadable = self._affinity(predictor, context)
-        metrics = agreement(self._teacher_affinity, student, self.teacher.logit_scale, predictor.logit_scale)
+        metrics = agreement(self._of_teacher, student, self.teacher.logit_scale, predictor.logit_scale)
         details = {"teacher": self.teacher.name, "unreadable": unreadable}
         return [Result(self.name, self.dataset.name, metrics, len(student), details, meanings=self.meanings)]
 
     def _affinity(self, predictor: DualEncoder, context: Context) -> tuple[Tensor, list[str]]:
-        """Image-text cosines [N,C] of all ranks."""
-        data = self.dataset
-        title = f"{data.name}: {predictor.name}"
+        """Image-text cosines [N,C] of all ranks, and the unreadable images."""
+        data, title = self.dataset, f"{self.dataset.name}: {predictor.name}"
         classes = class_vectors(predictor, data.class_names, data.templates, title, context)
         images = [item.image for item in data.splits["test"]]
-        _, vectors, unreadable = embeddings(predictor, images, f"{title}: images", context).gathered()
+        _, vectors, unreadable = embeddings(predictor, images, f"{title}: images", context)
         return vectors @ classes.vectors.T, unreadable
 
 
@@ -60,12 +57,11 @@ def agreement(
     teacher: Tensor, student: Tensor, teacher_scale: float, student_scale: float
 ) -> dict[str, float]:
     """The three metrics from two cosine matrices [N,C]; a constant matrix has affinity_correlation 0."""
-    log_p = (teacher_scale * teacher.double()).log_softmax(dim=1)
-    log_q = (student_scale * student.double()).log_softmax(dim=1)
-    centred = [matrix.double() - matrix.double().mean() for matrix in (teacher, student)]
-    norm = centred[0].norm() * centred[1].norm()
+    teacher, student = teacher.double(), student.double()
+    log_p, log_q = (teacher_scale * teacher).log_softmax(dim=1), (student_scale * student).log_softmax(dim=1)
+    correlation = torch.corrcoef(torch.stack([teacher.flatten(), student.flatten()]))[0, 1]
     return {
         "agreement_top1": float((teacher.argmax(dim=1) == student.argmax(dim=1)).double().mean()),
         "kl": float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean()),
-        "affinity_correlation": float((centred[0] * centred[1]).sum() / norm) if norm > 0 else 0.0,
+        "affinity_correlation": float(correlation.nan_to_num()),
     }

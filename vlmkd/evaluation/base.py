@@ -1,7 +1,4 @@
-"""What evaluators ask of a model, and what they give back.
-
-Letters: B images, N texts, D embedding width, C classes.
-"""
+"""What evaluators ask of a model, and what they give back."""
 
 from __future__ import annotations
 
@@ -79,21 +76,18 @@ class OfItems(Protocol):
 
 
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:
-    """Refuse a predictor that lacks members of `protocol`, by name.
-
-    Raises:
-        UserError: names the evaluator, the protocol, the predictor and what it lacks.
-    """
+    """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):
         return
-    members = [
-        name for base in protocol.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", {}))
-    ]
-    public = dict.fromkeys(name for name in members if not name.startswith("_"))
-    lacking = ", ".join(sorted(name for name in public if not hasattr(predictor, name)))
+    members = {
+        name
+        for base in protocol.__mro__
+        for name in vars(base).keys() | vars(base).get("__annotations__", ())
+    }
+    lacking = sorted(name for name in members if not name.startswith("_") and not hasattr(predictor, name))
     raise UserError(
-        f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {lacking}; leave the "
-        f"evaluator out for this model"
+        f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {', '.join(lacking)}; "
+        "leave the evaluator out for this model"
     )
 
 

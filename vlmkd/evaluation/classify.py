@@ -5,7 +5,7 @@ N images, B batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,7 @@ from vlmkd.class_names import require_same_classes
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, require_protocol
-from vlmkd.evaluation.images import ImageOutputs, class_vectors, embeddings
-from vlmkd.image_spec import ImageSpec
+from vlmkd.evaluation.images import class_vectors, embeddings, image_outputs
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.predictors import DualEncoder, ImageClassifier
 from vlmkd.results import UNREADABLE, share
@@ -30,9 +29,7 @@ class ZeroShotClassifier:
     """A DualEncoder with class vectors as an ImageClassifier: the teacher beside its student."""
 
     def __init__(self, encoder: DualEncoder, vectors: ClassVectors) -> None:
-        self.name = encoder.name
-        self.image_spec: ImageSpec = encoder.image_spec
-        self.class_names = vectors.class_names
+        self.name, self.image_spec, self.class_names = encoder.name, encoder.image_spec, vectors.class_names
         self._encoder, self._vectors = encoder, vectors
 
     def classify(self, images: Tensor) -> Tensor:
@@ -83,9 +80,8 @@ class Classification:
                 f"classification set {dataset}: base and novel must be two class groups without a common class"
             )
         self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
-        self.templates, self.domains = list(templates), list(domains)
+        self.templates, self.domains, self.rivals = list(templates), list(domains), rivals
         self.groups = {"base": list(base), "novel": list(novel)} if base else {}
-        self.rivals = rivals
 
     @classmethod
     def of(
@@ -98,15 +94,11 @@ class Classification:
         """
         if split not in data.splits:
             raise UserError(f"data set {data.name} has no split {split}; it has {', '.join(data.splits)}")
+        name = data.name if split == "test" else f"{data.name}_{split}"
         return cls(
-            data.splits[split],
-            data.class_names,
-            dataset=data.name if split == "test" else f"{data.name}_{split}",
-            templates=data.templates,
-            domains=data.domains,
-            base=base,
-            novel=novel,
-        )
+            data.splits[split], data.class_names, dataset=name, templates=data.templates, domains=data.domains,
+            base=base, novel=novel,
+        )  # fmt: skip
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
         """Classify the images of all ranks.
@@ -114,21 +106,22 @@ class Classification:
         Raises:
             UserError: neither protocol, or a classifier of other classes.
         """
-        stream, logits = self._outputs(predictor, context)
-        ids, judged, unreadable = stream.gathered(lambda ids, rows: self._judge(ids, logits(rows)))
-        return [self._result([self.items[index] for index in ids.tolist()], judged, unreadable)]
-
-    def _outputs(self, predictor: Any, context: Context) -> tuple[ImageOutputs, Callable[[Tensor], Tensor]]:
-        """What the predictor gives, and what makes logits [b,C] of it."""
         images, title = [item.image for item in self.items], f"{self.dataset}: images"
         if self.templates and not isinstance(predictor, ImageClassifier):
             require_protocol(self.name, predictor, DualEncoder)
             vectors = class_vectors(predictor, self.class_names, self.templates, self.dataset, context)
-            return embeddings(predictor, images, title, context), vectors.logits
-        require_protocol(self.name, predictor, ImageClassifier)
-        require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
-        stream = ImageOutputs(predictor.classify, predictor.image_spec, images, title, context)
-        return stream, lambda logits: logits
+
+            def judge(indices: Tensor, rows: Tensor) -> Tensor:
+                return self._judge(indices, vectors.logits(rows))
+
+            ids, judged, unreadable = embeddings(predictor, images, title, context, judge)
+        else:
+            require_protocol(self.name, predictor, ImageClassifier)
+            require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
+            ids, judged, unreadable = image_outputs(
+                predictor.classify, predictor.image_spec, images, title, context, self._judge
+            )
+        return [self._result([self.items[index] for index in ids.tolist()], judged, unreadable)]
 
     def _judge(self, indices: Tensor, logits: Tensor) -> Tensor:
         """Per image the predicted class, its probability, whether the label is in the top 5 and first in its group.
@@ -138,71 +131,62 @@ class Classification:
         labels = torch.tensor([self.items[index].label for index in indices.tolist()], dtype=torch.long)
         order = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
         predicted = order[:, 0]
-        probability = logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0]
+        probability = logits.softmax(dim=1).gather(1, order[:, :1])[:, 0]
         first_in_group = torch.zeros(len(labels), dtype=torch.bool)
         for classes in self.groups.values():
             group = torch.tensor(classes)
-            inside = torch.isin(labels, group)
             first = predicted if self.rivals == "all" else group[logits[:, group].argmax(dim=1)]
-            first_in_group |= inside & (first == labels)
+            first_in_group |= torch.isin(labels, group) & (first == labels)
         in_top = (order == labels[:, None]).any(dim=1)
         return torch.stack([part.float() for part in (predicted, probability, in_top, first_in_group)], dim=1)
 
     def _result(self, items: list[Item], judged: Tensor, unreadable: list[str]) -> Result:
-        count = len(self.class_names)
-        labels = torch.tensor([item.label for item in items])
-        predicted, probability = judged[:, 0].long(), judged[:, 1]
+        count, labels = len(self.class_names), torch.tensor([item.label for item in items])
+        predicted, probability, in_top, first_in_group = judged.unbind(dim=1)
+        predicted = predicted.long()
         right = predicted == labels
         per_class = _by_group(right, labels, count)
-        metrics = {"top1": _share(right)}
+        metrics = {"top1": int(right.sum()) / len(items)}
         if count > TOP_K:
-            metrics["top5"] = _share(judged[:, 2] > 0)
-        shares = [hits / seen for hits, seen in per_class if seen]
-        metrics["mean_per_class"] = sum(shares) / len(shares)
-        details: dict[str, Any] = {"classes": self.class_names, "per_class": per_class, "per_group": {}}
+            metrics["top5"] = int(in_top.sum()) / len(items)
+        metrics["mean_per_class"] = _mean([hits / seen for hits, seen in per_class if seen])
+        per_group: dict[str, list[int]] = {}
         if len(self.domains) > 1:
-            per_domain = _by_group(right, torch.tensor([item.domain for item in items]), len(self.domains))
-            details["per_group"] |= dict(zip(self.domains, per_domain, strict=True))
-            found = {
-                f"{domain}_top1": hits / seen
-                for domain, (hits, seen) in zip(self.domains, per_domain, strict=True)
-                if seen
-            }
-            metrics |= found | {"mean_domain_top1": sum(found.values()) / len(found)}
+            found = _by_group(right, torch.tensor([item.domain for item in items]), len(self.domains))
+            per_group |= dict(zip(self.domains, found, strict=True))
+            shares = {f"{name}_top1": hits / seen for name, (hits, seen) in per_group.items() if seen}
+            metrics |= shares | {"mean_domain_top1": _mean(list(shares.values()))}
         for name, classes in self.groups.items():
             inside = torch.isin(labels, torch.tensor(classes))
-            details["per_group"][name] = [int(judged[inside, 3].sum()), int(inside.sum())]
+            hits, seen = per_group[name] = [int(first_in_group[inside].sum()), int(inside.sum())]
+            if not seen:
+                raise UserError(
+                    f"classification set {self.dataset} has no readable image of a {name} class; choose another split"
+                )
+            metrics[f"{name}_top1"] = hits / seen
         if self.groups:
-            metrics |= self._base_and_novel(details["per_group"])
+            metrics["harmonic_mean"] = harmonic_mean(metrics["base_top1"], metrics["novel_top1"])
         cells, numbers = torch.unique(labels * count + predicted, return_counts=True)
-        details["confusion"] = [
-            [cell // count, cell % count, number]
-            for cell, number in zip(cells.tolist(), numbers.tolist(), strict=True)
-        ]
+        pairs = zip(cells.tolist(), numbers.tolist(), strict=True)
         wrong = (~right).nonzero()[:, 0]
         worst = wrong[probability[wrong].argsort(descending=True, stable=True)[:WORST]]
-        details["mistakes"] = [
-            {
-                "key": items[index].key,
-                "label": items[index].label,
-                "predicted": int(predicted[index]),
-                "probability": float(probability[index]),
-            }
-            for index in worst.tolist()
-        ]
+        answers = [(items[i], int(predicted[i]), float(probability[i])) for i in worst.tolist()]
+        details: dict[str, Any] = {
+            "classes": self.class_names,
+            "per_class": per_class,
+            "per_group": per_group,
+            "confusion": [[cell // count, cell % count, number] for cell, number in pairs],
+            "mistakes": [
+                {"key": item.key, "label": item.label, "predicted": answer, "probability": sure}
+                for item, answer, sure in answers
+            ],
+        }
         if unreadable:
-            metrics["unreadable"] = float(len(unreadable))
-            details["unreadable"] = unreadable
-        meanings = {name: share(_label(name)) for name in metrics}
-        meanings |= {"top1": share("top-1", main=True), "unreadable": UNREADABLE}
+            metrics["unreadable"], details["unreadable"] = float(len(unreadable)), unreadable
+        meanings = {name: share(_label(name), main=name == "top1") for name in metrics} | {
+            "unreadable": UNREADABLE
+        }
         return Result(self.name, self.dataset, metrics, len(items), details, meanings=meanings)
-
-    def _base_and_novel(self, per_group: dict[str, list[int]]) -> dict[str, float]:
-        for name in self.groups:
-            if not per_group[name][1]:
-                raise UserError(f"classification set {self.dataset} has no readable image of a {name} class")
-        base, novel = (per_group[name][0] / per_group[name][1] for name in ("base", "novel"))
-        return {"base_top1": base, "novel_top1": novel, "harmonic_mean": harmonic_mean(base, novel)}
 
 
 def harmonic_mean(base: float, novel: float) -> float:
@@ -216,8 +200,8 @@ def _label(metric: str) -> str:
     return (f"{before}top-{k}" if k.isdigit() else metric).replace("_", " ")
 
 
-def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)
+def _mean(shares: list[float]) -> float:
+    return sum(shares) / len(shares)
 
 
 def _by_group(right: Tensor, group: Tensor, count: int) -> list[list[int]]:

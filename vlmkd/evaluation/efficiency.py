@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,7 @@ TOKEN_TABLES = ("token_embedding.weight", "word_embeddings.weight", "shared.weig
 WARM_UP, REPEATS = 3, 10
 
 
-@dataclass(frozen=True)
-class ParameterCount:
+class ParameterCount(NamedTuple):
     """Parameters of a CLIP by part."""
 
     vision: int
@@ -31,22 +31,17 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.vision + self.text + self.token_table + self.other
+        return sum(self)
 
 
 def count_parameters(module: nn.Module) -> ParameterCount:
     """Parameters of a module whose image tower is `visual`, as in open_clip; shared tensors count once."""
-    vision = text = table = other = 0
+    found: Counter[str] = Counter()
     for name, parameter in module.named_parameters():
-        if name.startswith("visual."):
-            vision += parameter.numel()
-        elif name.endswith(TOKEN_TABLES):
-            table += parameter.numel()
-        elif name in ("logit_scale", "logit_bias"):
-            other += parameter.numel()
-        else:
-            text += parameter.numel()
-    return ParameterCount(vision, text, table, other)
+        table, scale = name.endswith(TOKEN_TABLES), name in ("logit_scale", "logit_bias")
+        rest = "token_table" if table else "other" if scale else "text"
+        found["vision" if name.startswith("visual.") else rest] += parameter.numel()
+    return ParameterCount(*(found[part] for part in ParameterCount._fields))
 
 
 def count_macs(module: nn.Module, images: Tensor, tokens: Tensor) -> tuple[int, int]:
@@ -72,19 +67,15 @@ def macs_of(module: nn.Module, encode: Callable[[Tensor], Any], inputs: Tensor) 
     return int(counter.get_total_flops()) // 2
 
 
+@torch.no_grad()
 def latency_ms(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
     """Median milliseconds of `encode(inputs)` over 10 calls after 3 unmeasured ones."""
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda device: None
     spent = []
-    with torch.no_grad():
-        for _ in range(WARM_UP + REPEATS):
-            _synchronise(inputs)
-            start = time.perf_counter()
-            encode(inputs)
-            _synchronise(inputs)
-            spent.append(time.perf_counter() - start)
-    return 1000 * sorted(spent[WARM_UP:])[REPEATS // 2]
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    for _ in range(WARM_UP + REPEATS):
+        wait(inputs.device)
+        start = time.perf_counter()
+        encode(inputs)
+        wait(inputs.device)
+        spent.append(time.perf_counter() - start)
+    return 1000 * statistics.median_high(spent[WARM_UP:])

@@ -1,9 +1,10 @@
-"""Images of an evaluation set: where their bytes lie, and batches of them for one rank."""
+"""What a model makes of the images and texts of an evaluation set; the ranks share them."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +23,11 @@ from vlmkd.predictors import DualEncoder
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
 _NAMED = 3  # unreadable files that an error line names
+_Batch = tuple[Tensor, Tensor, list[str]]
+Outputs = tuple[Tensor, Tensor, list[str]]
+"""Indices [n] of the readable images of all ranks, sorted; their rows [n,...] on the CPU; names of the unreadable ones."""
+Reduce = Callable[[Tensor, Tensor], Tensor]
+"""What is kept of a batch [b,...], from its indices [b] and rows [b,...] on the CPU."""
 
 
 class _Decoded(Dataset[tuple[int, Tensor, bool]]):
@@ -29,8 +35,7 @@ class _Decoded(Dataset[tuple[int, Tensor, bool]]):
 
     def __init__(self, images: Sequence[ImageRef], spec: ImageSpec) -> None:
         self._images, self._share = images, distributed.rank_share(len(images))
-        self._transform = eval_transform(spec)
-        self._blank = torch.zeros(3, *spec.size)
+        self._transform, self._blank = eval_transform(spec), torch.zeros(3, *spec.size)
 
     def __len__(self) -> int:
         return len(self._share)
@@ -44,113 +49,83 @@ class _Decoded(Dataset[tuple[int, Tensor, bool]]):
             return index, self._blank, False
 
 
-class ImageOutputs:
-    """Iterates over (indices [b], rows [b,...] of `run`, fp32) of this rank's share of `images`, in order.
+def image_outputs(
+    run: Callable[[Tensor], Tensor],
+    spec: ImageSpec,
+    images: Sequence[ImageRef],
+    title: str,
+    context: Context,
+    reduce: Reduce | None = None,
+) -> Outputs:
+    """`run` on batches of images after the evaluation transform of `spec`.
 
-    Images go through the evaluation transform of `spec`. Unreadable ones are left out and counted; after the iteration
-    `unreadable()` gives those of all ranks.
+    Raises:
+        UserError: more images cannot be read than the context's share.
     """
-
-    def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        spec: ImageSpec,
-        images: Sequence[ImageRef],
-        title: str,
-        context: Context,
-        *,
-        keep: bool = False,
-    ) -> None:
-        """`keep` holds the rows on the CPU, and a second iteration gives these."""
-        self._run, self._spec, self._images, self._title, self._context = run, spec, images, title, context
-        self._keep, self._kept = keep, list[tuple[Tensor, Tensor]]()
-        self._unreadable: list[str] = []
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._kept:
-            yield from self._kept
-            return
-        context = self._context
-        decoded = _Decoded(self._images, self._spec)
-        loader = DataLoader(decoded, batch_size=context.batch_size, num_workers=context.workers)
-        self._unreadable = []
-        kept = []
-        for indices, images, readable in progress(loader, len(loader), self._title, context):
-            self._unreadable += [str(self._images[int(index)]) for index in indices[~readable]]
-            with torch.no_grad():
-                rows = self._run(images.to(context.device))
-            found = indices[readable], rows[readable.to(rows.device)].float()
-            if self._keep:
-                kept.append((found[0], found[1].cpu()))
-            yield found
-        self._kept = kept
-
-    def gathered(
-        self, reduce: Callable[[Tensor, Tensor], Tensor] = lambda indices, rows: rows
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """Indices [n] of the readable images of all ranks, sorted, their rows [n,...] on the CPU, and the unreadable ones.
-
-        `reduce` makes of (indices [b], rows [b,...] on the CPU) what is kept of a batch, [b,...].
-        """
-        parts = [(indices, reduce(indices, rows.cpu())) for indices, rows in self]
-        unreadable = self.unreadable()
-        # The empty tensors stand for the share of a rank that has no images.
-        indices = torch.cat([torch.empty(0, dtype=torch.long), *(part[0] for part in parts)])
-        rows = torch.cat([torch.empty(0), *(part[1] for part in parts)])
-        return (*distributed.gather_rows(indices, rows), unreadable)
-
-    def unreadable(self) -> list[str]:
-        """Unreadable images of all ranks, sorted.
-
-        Raises:
-            UserError: they are more than the context's share of the set.
-        """
-        found = sorted(name for part in distributed.gather_objects(self._unreadable) for name in part)
-        share = len(found) / len(self._images)
-        if share > self._context.max_unreadable_share or share == 1:
-            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            raise UserError(
-                f"{self._title}: {len(found)} of {len(self._images)} images cannot be read, more than "
-                f"{self._context.max_unreadable_share:.1%}: {', '.join(found[:_NAMED])}{more}; restore these files"
-            )
-        return found
+    return _gathered(_batches(run, spec, images, title, context), images, title, context, reduce)
 
 
 def embeddings(
-    encoder: DualEncoder, images: Sequence[ImageRef], title: str, context: Context
-) -> ImageOutputs:
-    """Unit vectors [b,D] of the images; a context that remembers them decodes and embeds once for each encoder."""
-    known = context.embedded
-    if known is None:
-        return ImageOutputs(encoder.encode_image, encoder.image_spec, images, title, context)
-    key = (id(encoder), tuple(images))
-    if key not in known:
-        known[key] = ImageOutputs(encoder.encode_image, encoder.image_spec, images, title, context, keep=True)
-    return known[key]
+    encoder: DualEncoder,
+    images: Sequence[ImageRef],
+    title: str,
+    context: Context,
+    reduce: Reduce | None = None,
+) -> Outputs:
+    """As `image_outputs`, of unit vectors; a context that remembers them decodes and embeds once for each encoder."""
+    batches: Iterable[_Batch] = _batches(encoder.encode_image, encoder.image_spec, images, title, context)
+    if context.embedded is not None:
+        key = (id(encoder), tuple(images))
+        batches = context.embedded[key] = context.embedded.get(key) or list(batches)
+    return _gathered(batches, images, title, context, reduce)
+
+
+def _batches(
+    run: Callable[[Tensor], Tensor], spec: ImageSpec, images: Sequence[ImageRef], title: str, context: Context
+) -> Iterator[_Batch]:
+    """Indices, rows and unreadable images of each batch of this rank."""
+    loader: Any = DataLoader(_Decoded(images, spec), context.batch_size, num_workers=context.workers)
+    for indices, pixels, readable in progress(loader, len(loader), title, context):
+        with torch.no_grad():
+            rows = run(pixels.to(context.device)).float().cpu()
+        yield indices[readable], rows[readable], [str(images[index]) for index in indices[~readable].tolist()]
+
+
+def _gathered(
+    batches: Iterable[_Batch], images: Sequence[ImageRef], title: str, context: Context, reduce: Reduce | None
+) -> Outputs:
+    parts, own = [(torch.empty(0, dtype=torch.long), torch.empty(0))], []  # for a rank without images
+    for indices, rows, unreadable in batches:
+        parts.append((indices, rows if reduce is None else reduce(indices, rows)))
+        own += unreadable
+    found = sorted(name for part in distributed.gather_objects(own) for name in part)
+    share = len(found) / len(images)
+    if share > context.max_unreadable_share or share == 1:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise UserError(
+            f"{title}: {len(found)} of {len(images)} images cannot be read, more than {context.max_unreadable_share:.1%}: "
+            f"{', '.join(found[:_NAMED])}{more}; restore these files"
+        )
+    ids, kept = (torch.cat(part) for part in zip(*parts, strict=True))
+    return (*distributed.gather_rows(ids, kept), found)
 
 
 def embed_texts(encoder: DualEncoder, texts: list[str], title: str, context: Context) -> Tensor:
-    """Unit vectors [N,D] (CPU) of texts, which the ranks share."""
-    share = distributed.rank_share(len(texts))
+    """Unit vectors [N,D] (CPU) of texts."""
+    share, parts = distributed.rank_share(len(texts)), [torch.empty(0)]
     starts = range(0, len(share), context.batch_size)
-    parts = [torch.empty(0)]
     with torch.no_grad():
         for start in progress(starts, len(starts), title, context):
-            chunk = share[start : start + context.batch_size]
-            parts.append(encoder.encode_text([texts[index] for index in chunk]).float().cpu())
+            chunk = [texts[index] for index in share[start : start + context.batch_size]]
+            parts.append(encoder.encode_text(chunk).float().cpu())
     return distributed.gather_rows(torch.tensor(share, dtype=torch.long), torch.cat(parts))[1]
 
 
 def class_vectors(
     encoder: DualEncoder, class_names: list[str], templates: list[str], title: str, context: Context
 ) -> ClassVectors:
-    """The zero-shot classifier of an encoder; the ranks share the classes."""
+    """The zero-shot classifier of an encoder."""
     return encode_classes(
-        encoder,
-        class_names,
-        templates,
-        teacher_digest="",
-        batch_size=context.batch_size,
-        shared=True,
+        encoder, class_names, templates, teacher_digest="", batch_size=context.batch_size, shared=True,
         watch=lambda starts: progress(starts, len(starts), f"{title}: classes", context),
-    )
+    )  # fmt: skip

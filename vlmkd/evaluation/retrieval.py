@@ -8,7 +8,6 @@ Tie rule: candidates are ranked by falling score, equal scores by rising index, 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from statistics import fmean, median
 from typing import Any
 
@@ -20,7 +19,7 @@ from vlmkd.datasets.evaluation_sets import CaptionedImages
 from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import embed_texts, embeddings
 from vlmkd.predictors import DualEncoder
-from vlmkd.results import UNREADABLE, Meaning, share
+from vlmkd.results import UNREADABLE, share
 
 RECALL_AT = (1, 5, 10)
 BLOCK_ELEMENTS = 1 << 24
@@ -42,38 +41,37 @@ class Retrieval:
         """Recalls over all ranks. An unreadable image leaves the set, with the captions that are only its own."""
         require_protocol(self.name, predictor, DualEncoder)
         data = self.dataset
-        stream = embeddings(predictor, data.images, f"{data.name}: images", context)
-        ids, images, unreadable = stream.gathered()
+        ids, images, unreadable = embeddings(predictor, data.images, f"{data.name}: images", context)
         texts = embed_texts(predictor, data.texts, f"{data.name}: texts", context)
-        texts_of_image = [data.texts_of_image[index] for index in ids.tolist()]
-        kept = sorted({index for indices in texts_of_image for index in indices})
-        place = {index: position for position, index in enumerate(kept)}
-        texts_of_image = [[place[index] for index in indices] for indices in texts_of_image]
-        images_of_text: dict[int, list[int]] = defaultdict(list)
-        for image, indices in enumerate(texts_of_image):
-            for text in indices:
+        own = [data.texts_of_image[index] for index in ids.tolist()]
+        kept = sorted({text for of_image in own for text in of_image})
+        place = {text: position for position, text in enumerate(kept)}
+        texts_of_image = [[place[text] for text in of_image] for of_image in own]
+        images_of_text: list[list[int]] = [[] for _ in kept]
+        for image, of_image in enumerate(texts_of_image):
+            for text in of_image:
                 images_of_text[text].append(image)
         images, texts = images.to(context.device), texts[kept].to(context.device)
         directions = {
             "image_to_text": (images, texts, texts_of_image),
-            "text_to_image": (texts, images, [images_of_text[text] for text in range(len(kept))]),
+            "text_to_image": (texts, images, images_of_text),
         }
         metrics: dict[str, float] = {}
-        meanings: dict[str, Meaning] = {"unreadable": UNREADABLE}
+        meanings = {"unreadable": UNREADABLE}
         details: dict[str, Any] = {"texts": len(kept)}
         for name, (queries, candidates, positives) in directions.items():
             places = all_places(queries, candidates, positives)
-            ks = [k for k in RECALL_AT if k == 1 or k < len(candidates)]
-            metrics |= {f"{name}_r{k}": sum(place < k for place in places) / len(places) for k in ks}
-            arrow = name.replace("_to_", "→")
-            meanings |= {
-                f"{name}_r{k}": share(f"{arrow} R@{k}", main=k == 1 and arrow == "image→text") for k in ks
-            }
-            details[f"{name}_mean_rank"] = 1 + fmean(places)
-            details[f"{name}_median_rank"] = 1 + median(places)
+            for k in RECALL_AT:
+                if k == 1 or k < len(candidates):
+                    metrics[f"{name}_r{k}"] = sum(place < k for place in places) / len(places)
+                    label, main = f"{name.replace('_to_', '→')} R@{k}", (name, k) == ("image_to_text", 1)
+                    meanings[f"{name}_r{k}"] = share(label, main=main)
+            details[f"{name}_mean_rank"], details[f"{name}_median_rank"] = (
+                1 + fmean(places),
+                1 + median(places),
+            )
         if unreadable:
-            metrics["unreadable"] = float(len(unreadable))
-            details["unreadable"] = unreadable
+            metrics["unreadable"], details["unreadable"] = float(len(unreadable)), unreadable
         return [Result(self.name, data.name, metrics, len(ids), details, meanings=meanings)]
 
 
@@ -94,25 +92,20 @@ def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int
 
     Works on blocks of queries, so that at most BLOCK_ELEMENTS scores exist at a time.
     """
-    rows_per_block = max(1, BLOCK_ELEMENTS // max(len(candidates), 1))
-    order = torch.arange(len(candidates), device=candidates.device)
+    count = len(candidates)
+    rows_per_block = max(1, BLOCK_ELEMENTS // max(count, 1))
+    order = torch.arange(count, device=candidates.device)
     places = [torch.empty(0, dtype=torch.long)]
     for start in range(0, len(queries), rows_per_block):
         block = positives[start : start + rows_per_block]
         scores = queries[start : start + rows_per_block] @ candidates.T
-        row = torch.tensor(
-            [number for number, indices in enumerate(block) for _ in indices], device=scores.device
-        )
-        column = torch.tensor([index for indices in block for index in indices], device=scores.device)
+        pairs = [(query, index) for query, indices in enumerate(block) for index in indices]
+        row, column = torch.tensor(pairs, device=scores.device).T
         own = scores[row, column]
         best = scores.new_full((len(block),), -torch.inf).scatter_reduce_(0, row, own, "amax")
         # Among a query's positives with the best score the lowest index comes first.
-        index = torch.where(own == best[row], column, len(candidates))
-        lowest = (
-            torch.full_like(order[:1], len(candidates))
-            .repeat(len(block))
-            .scatter_reduce_(0, row, index, "amin")
-        )
+        index = torch.where(own == best[row], column, count)
+        lowest = order.new_full((len(block),), count).scatter_reduce_(0, row, index, "amin")
         ahead = (scores > best[:, None]) | ((scores == best[:, None]) & (order < lowest[:, None]))
         places.append(ahead.sum(dim=1).cpu())
     return torch.cat(places)
