@@ -17,7 +17,7 @@ from projects.tinyclip.axes import Axis, cut_units, tensor_axes
 from projects.tinyclip.masked import MaskedCLIP
 from projects.tinyclip.masks import FAMILIES, INITIAL_LOG_ALPHA, Mask, Sides, TowerMasks
 from vlmkd.errors import UserError
-from vlmkd.evaluation.efficiency import count_macs
+from vlmkd.evaluation.efficiency import macs_of
 from vlmkd.models.pruned_clip import Config, PrunedCLIP, State
 
 _ENTER_THE_STREAM = (
@@ -66,7 +66,7 @@ def costs(config: Config) -> list[tuple[int, int]]:
         size = config["vision_cfg"]["image_size"]
         images = torch.empty(1, 3, *([size, size] if isinstance(size, int) else size))
         tokens = torch.zeros(1, config["text_cfg"]["context_length"], dtype=torch.long)
-        macs = count_macs(model, images, tokens)
+        macs = [macs_of(model, model.encode_image, images), macs_of(model, model.encode_text, tokens)]
     counts = [sum(p.numel() for p in tower.parameters()) for tower in (model.visual, model.text)]
     return list(zip(counts, macs, strict=True))
 

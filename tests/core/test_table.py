@@ -220,5 +220,7 @@ def test_mistakes_of_a_specification_and_old_runs_are_told(tmp_path: Path) -> No
         )
     )
     write_run(tmp_path / "new/run", evaluation("student", 3, top1=0.5))
-    with pytest.raises(UserError, match=r"names the tag \{arm\}; its numbers have dataset, evaluator, exported"):
+    with pytest.raises(
+        UserError, match=r"names the tag \{arm\}; its numbers have dataset, evaluator, exported"
+    ):
         write_tables(read_spec(spec), sources_in(tmp_path / "new"))

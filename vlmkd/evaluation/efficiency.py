@@ -44,12 +44,6 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     return ParameterCount(*(found[part] for part in ParameterCount._fields))
 
 
-def count_macs(module: nn.Module, images: Tensor, tokens: Tensor) -> tuple[int, int]:
-    """Multiply-adds of `encode_image(images)` and of `encode_text(tokens)`."""
-    towers: Any = module
-    return macs_of(module, towers.encode_image, images), macs_of(module, towers.encode_text, tokens)
-
-
 def macs_of(module: nn.Module, encode: Callable[[Tensor], Any], inputs: Tensor) -> int:
     """Multiply-adds of `encode(inputs)`, which runs `module`: matrix products and convolutions.
 
