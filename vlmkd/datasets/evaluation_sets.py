@@ -131,9 +131,7 @@ def retrieval_set(data: str, *, captions: str = "", name: str = "") -> Captioned
 
 def default_name(data: str) -> str:
     """Last part of a data path that says something: `imagenet` for /data/imagenet/val."""
-    if data.startswith("emoji:"):
-        return data.partition(":")[2]
-    parts = [part for part in re.split(r"[/\\]", data) if part]
+    parts = [part for part in re.split(r"[/\\:]", data) if part]
     telling = [part for part in parts if part not in ("val", "test", ".", "..") and not part.endswith(".tar")]
     return (telling or parts or [data])[-1]
 

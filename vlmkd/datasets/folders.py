@@ -23,11 +23,7 @@ _NAMED = 3  # offenders that an error line names
 
 
 def root_folder(root: str, data_set: str, meaning: str) -> Path:
-    """`root` as a path.
-
-    Raises:
-        UserError: it is empty or no folder.
-    """
+    """`root` as a path; refuses an empty one and what is no folder."""
     if not root:
         raise UserError(f"data set {data_set} is read from disk: give its root; {meaning}")
     where = Path(root).expanduser()
@@ -53,11 +49,7 @@ def class_folder_names(folder: Path) -> list[str]:
 def images_of_classes(
     folder: Path, classes: Iterable[str], suffixes: tuple[str, ...] = IMAGE_SUFFIXES
 ) -> dict[str, list[str]]:
-    """Each class's images at any depth: paths relative to `folder`, sorted inside the class, with `/` between folders.
-
-    Raises:
-        UserError: a class without images.
-    """
+    """Each class's images at any depth, sorted: paths relative to `folder`, with `/` between; refuses a class without."""
     start = len(str(folder)) + 1  # string work: ImageNet has 1.3 million paths
     found = {}
     for name in classes:
@@ -80,11 +72,7 @@ def class_items(
     domain: int = 0,
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
 ) -> list[Item]:
-    """The images of the class folders that have `labels`, class by class, with `prefix` before their keys.
-
-    Raises:
-        UserError: a class without images.
-    """
+    """The images of the class folders that have `labels`, as `images_of_classes`, with `prefix` before their keys."""
     return [
         Item(prefix + path, ImageRef(str(folder / path)), labels[name], domain)
         for name, images in images_of_classes(folder, labels, suffixes).items()
@@ -122,12 +110,10 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
         return numbered(found), [name.replace("_", " ") for name in found]
     names = list(of_wnid.values()) or read_class_names(source)
     if numbers:
-        labels = {name: int(name) for name in sorted(found, key=int)}
-        if max(labels.values()) >= len(names):
-            raise UserError(
-                f"class folder {folder / max(found, key=int)} has no class name: {source} has {len(names)}"
-            )
-        return labels, names
+        found.sort(key=int)
+        if int(found[-1]) >= len(names):
+            raise UserError(f"class folder {folder / found[-1]} has no class name: {source} has {len(names)}")
+        return {name: int(name) for name in found}, names
     if len(names) != len(found):
         raise UserError(
             f"{source} has {len(names)} class names, but {folder} has {len(found)} class folders; write one name per "

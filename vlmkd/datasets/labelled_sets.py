@@ -13,13 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vlmkd.class_names import (
-    check_class_names,
-    class_key,
-    prompt_name,
-    read_class_names,
-    read_folder_names,
-)
+from vlmkd.class_names import check_class_names, class_key, prompt_name, read_class_names, read_folder_names
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
@@ -118,11 +112,7 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
 
 
 def items_of(labelled: LabelledSet, split: str) -> list[Item]:
-    """The items of one split.
-
-    Raises:
-        UserError: the set has no such split.
-    """
+    """The items of one split; refuses one that the set does not have."""
     if split not in labelled.splits:
         raise UserError(
             f"data set {labelled.name} has no split {split!r}; it has {', '.join(labelled.splits)}"
@@ -203,14 +193,13 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
         old = place.get(class_key(folder))
         if old is None:
             near = difflib.get_close_matches(class_key(folder), place, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else "; write NAME or FOLDER<tab>NAME a line"
-            raise UserError(f"class names {path}: {labelled.name} has no class folder {folder!r}{hint}")
+            hint = f"did you mean {near[0]!r}?" if near else "write NAME or FOLDER<tab>NAME a line"
+            raise UserError(f"class names {path}: {labelled.name} has no class folder {folder!r}; {hint}")
         if old in numbers:
             raise UserError(f"class names {path}: {folder!r} comes twice; write one line a class")
         numbers[old] = len(names)
         names.append(prompt_name(name))
-    missing = [name for index, name in enumerate(labelled.class_names) if index not in numbers]
-    if missing:
+    if missing := [name for index, name in enumerate(labelled.class_names) if index not in numbers]:
         raise UserError(
             f"class names {path}: class folder {missing[0]!r} of {labelled.name} has no line; add it, or remove the folder"
         )
@@ -237,14 +226,10 @@ def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]
     New images do not move old ones, but for small classes, where the hash alone may leave a split empty: whatever it says,
     one image trains, one of two or more tests and one of five or more validates.
     """
-    place = {
-        path: int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 for path in paths
-    }
+    digests = {path: hashlib.sha256(path.encode()).digest() for path in paths}
+    place = {path: int.from_bytes(digest[:8], "big") / 2**64 for path, digest in digests.items()}
     bounds = dict(zip(shares, itertools.accumulate(shares.values()), strict=True))
-    found = {
-        path: next((split for split, bound in bounds.items() if place[path] < bound), "train")
-        for path in paths
-    }
+    found = {path: next((s for s, bound in bounds.items() if place[path] < bound), "train") for path in paths}
     ranked = sorted(paths, key=place.__getitem__)
     if "train" not in found.values():
         found[ranked[-1]] = "train"

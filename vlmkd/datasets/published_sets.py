@@ -1,14 +1,13 @@
 """The published sets of `sets.yaml`: CoOp's eleven few-shot sets, ImageNet's variants, and DomainBed's five.
 
-Reading changes nothing on disk: a set whose split file is missing is refused, because a split drawn anew gives numbers that
-compare with nobody's (`data_tools/make_split.py` draws one on request). Other counts than the published ones are logged.
+A set whose split file is missing is refused, because a split drawn anew gives numbers that compare with nobody's. Other
+counts than the published ones are logged.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +48,7 @@ class PublishedSet:
     layout: Literal["split", "variants", "train_val", "wnids", "numbers", "domains"]
     """What reads it, see `_READERS`."""
     folders: tuple[str, ...]
-    """Where it is; the first is CoOp's or DomainBed's place, others are the archives' own."""
+    """The first is CoOp's or DomainBed's place, others are the archives' own."""
     num_classes: int
     licence: str
     source: str
@@ -68,8 +67,6 @@ class PublishedSet:
     """Google Drive id of the split file."""
     class_from: Literal["", "folder", "stem", "path"] = ""
     """Where a path of the split file says the class, see `class_of`."""
-    class_pattern: str = ""
-    """How every class name begins."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Class names of folders whose name is another one."""
     dropped: tuple[str, ...] = ()
@@ -135,11 +132,7 @@ def load(key: str, root: str) -> LabelledSet:
 
 
 def set_folder(key: str, root: str) -> Path:
-    """The folder of a set below the data root, or `root` itself when it looks like the set's own.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """The folder of a set below the data root, or `root` itself when it looks like the set's own; refuses another."""
     described = SETS[key]
     where = root_folder(root, key, f"it is the folder that holds {described.folders[0]}/")
     if there := [where / name for name in described.folders if (where / name).is_dir()]:
@@ -216,8 +209,12 @@ def _split_item(path: Path, described: PublishedSet, entry: Any, names: dict[int
         raise UserError(
             f"split file {path} calls class {label} both {names[label]!r} and {name!r}; fetch it again"
         )
+    return _item(described, path.parent, relative, label)
+
+
+def _item(described: PublishedSet, folder: Path, relative: str, label: int) -> Item:
     key = f"{described.images}/{relative}" if described.images else relative
-    return Item(key, ImageRef(str(path.parent / key)), label)
+    return Item(key, ImageRef(str(folder / key)), label)
 
 
 def _read_variants(described: PublishedSet, folder: Path) -> Found:
@@ -225,15 +222,13 @@ def _read_variants(described: PublishedSet, folder: Path) -> Found:
     where, what = folder / "variants.txt", f"data set {described.key}:"
     names = read_lines(str(where), what, described.hint)
     labels = numbered(names)
-    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    for split, items in splits.items():
+    splits: dict[str, list[Item]] = {}
+    for split in SPLITS:
         path = folder / f"images_variant_{split}.txt"
-        for line in read_lines(str(path), what, described.hint):
-            number, _, variant = line.partition(" ")
-            if variant not in labels:
-                raise UserError(f"{path}: variant {variant!r} is not in {where}; {described.hint}")
-            key = f"{described.images}/{number}.jpg"
-            items.append(Item(key, ImageRef(str(folder / key)), labels[variant]))
+        pairs = [line.partition(" ")[::2] for line in read_lines(str(path), what, described.hint)]
+        if unknown := [variant for _, variant in pairs if variant not in labels]:
+            raise UserError(f"{path}: variant {unknown[0]!r} is not in {where}; {described.hint}")
+        splits[split] = [_item(described, folder, f"{number}.jpg", labels[name]) for number, name in pairs]
     return _checked(described, folder, names, splits)
 
 
@@ -262,19 +257,12 @@ def _checked(described: PublishedSet, folder: Path, names: list[str], splits: di
         raise UserError(
             f"data set {described.key}: {listed} gives no training image to class {absent[0]!r}{more}; fetch it again"
         )
-    expected: dict[int, str] = {}
-    if described.class_from:
-        expected = {label: described.class_of(path).replace("_", " ") for label, path in path_of.items()}
-    wrong = [
-        label
-        for label, name in enumerate(names)
-        if expected.get(label, name).lower() != name.lower() or not re.match(described.class_pattern, name)
-    ]
-    if 2 * len(wrong) > len(names):
-        wanted = expected.get(wrong[0], f"{described.class_pattern}...")
+    wanted = {label: described.class_of(path).replace("_", " ") for label, path in path_of.items()}
+    wrong = [label for label, name in wanted.items() if name.lower() != names[label].lower()]
+    if described.class_from and 2 * len(wrong) > len(names):
         raise UserError(
             f"{listed} has the class names of another data set: {len(wrong)} of {len(names)} do not fit, such as "
-            f"{names[wrong[0]]!r} where {described.title} has {wanted!r}; {described.split_hint}"
+            f"{names[wrong[0]]!r} where {described.title} has {wanted[wrong[0]]!r}; {described.split_hint}"
         )
     return names, splits
 

@@ -23,11 +23,7 @@ class TarSample:
     """By lower-case extension."""
 
     def image(self) -> ImageRef:
-        """The sample's picture.
-
-        Raises:
-            UserError: it has none.
-        """
+        """The sample's picture; refuses a sample without one."""
         for extension, member in self.members.items():
             if f".{extension}" in IMAGE_SUFFIXES:
                 return member
@@ -36,11 +32,7 @@ class TarSample:
         )
 
     def text(self, extension: str) -> str:
-        """Content of a text member.
-
-        Raises:
-            UserError: no such member, or one that is not UTF-8.
-        """
+        """Content of a text member; refuses a sample without it, and what is not UTF-8."""
         if extension not in self.members:
             raise UserError(
                 f"{self.shard}: sample {self.key} has no {extension} member; write the shard again with it"
