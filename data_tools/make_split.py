@@ -236,8 +236,8 @@ def make(key: str, root: str, seed: int) -> Path:
     return path
 
 
-def write_list(path: Path, images: ImageList) -> None:
-    """Write a list as text under its digest; an existing file with the same list is left as it is.
+def write_list(path: Path, images: ImageList, percent: float) -> None:
+    """Write the list of a share as text under its digest; an existing file with the same list is left as it is.
 
     Raises:
         UserError: the file exists with other images.
@@ -247,7 +247,7 @@ def write_list(path: Path, images: ImageList) -> None:
             return
         raise UserError(f"{path} exists and lists other images; delete it or name another file")
     head = [
-        f"{LIST_MARK}, kind {images.kind}, percent {images.percent:g}, {len(images.names)} images",
+        f"{LIST_MARK}, kind {images.kind}, percent {percent:g}, {len(images.names)} images",
         f"# sha256 {images.sha256}",
     ]
     write_text(path, "\n".join([*head, *images.names]) + "\n", "image list")
@@ -271,7 +271,7 @@ def main(argv: list[str]) -> int:
         if not 0 < options.percent <= 100:
             raise UserError(f"--percent is {options.percent:g}; it is above 0 and at most 100")
         listed = percent_list(items_of(load_set(options.set, options.root), "train"), options.percent)
-        write_list(options.out, listed)
+        write_list(options.out, listed, options.percent)
         print(f"{options.out}: {len(listed.names)} images, sha256 {listed.sha256}")
         return 0
     path = make(options.set, options.root, options.seed)

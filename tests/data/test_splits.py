@@ -128,15 +128,15 @@ def test_lists_are_written_once_and_their_kind_is_kept(tmp_path: Path) -> None:
     data = items(100, 100)
     made = splits.percent_list(data, 10)
     path = tmp_path / "lists" / "10.txt"
-    make_split.write_list(path, made)
-    make_split.write_list(path, made)
+    make_split.write_list(path, made, 10)
+    make_split.write_list(path, made, 10)
     assert splits.read_list(path, "cascade") == made
     labelled = splits.pick_listed(data, splits.read_list(path, "cascade"))
     rest = splits.rest_of(data, labelled)
     assert [item.key for item in labelled] == made.names and len(rest) == 200 - len(labelled)
     assert {item.label for item in labelled} == {0, 1} and {item.label for item in rest} == {UNLABELLED}
     with pytest.raises(UserError, match="lists other images"):
-        make_split.write_list(path, splits.percent_list(data, 20))
+        make_split.write_list(path, splits.percent_list(data, 20), 20)
     with pytest.raises(UserError, match="kind cascade, not simclr"):
         splits.read_list(path, "simclr")
     path.write_text(path.read_text().replace(made.names[0], "0/none"))

@@ -301,7 +301,7 @@ def _write(file: BinaryIO, block: bytes, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- samples of a shard
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """A header reader that accepts nothing but the end mark as the end of an archive."""
 
     @classmethod
@@ -356,7 +356,7 @@ def _open_members(
     alone that the sample before it is complete.
     """
     with open_shard(url, shard_cache) as stream:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
             for info in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
                 match = _MEMBER.match(info.name)

@@ -67,11 +67,7 @@ def resolve(name: str) -> list[str]:
 
 
 def load_emoji() -> LabelledSet:
-    """`emoji`: the pictures of one emoji in the shards; keys are `<shard split>/<key in the tar>`.
-
-    Raises:
-        UserError: a package that carries the drawings is missing, or a cached shard has gone.
-    """
+    """`emoji`: the pictures of one emoji in the shards; keys are `<shard split>/<key in the tar>`."""
     folder = emoji_folder()
     entries = _index(folder)
     splits = {}
@@ -89,11 +85,7 @@ def load_emoji() -> LabelledSet:
 
 
 def load_emoji_domains() -> LabelledSet:
-    """`emoji-domains`: all 1,889 concepts in each of four styles; classes in the order of the folders' names.
-
-    Raises:
-        UserError: a package that carries the drawings is missing, or a picture has gone.
-    """
+    """`emoji-domains`: all 1,889 concepts in each of four styles; classes in the order of the folders' names."""
     folder = _built("emoji-domains", DOMAINS_VERSION)
     found = read_domains(folder, "emoji-domains")
     manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")

@@ -22,7 +22,7 @@ from vlmkd.datasets.folders import (
     WNID,
     class_folder_names,
     class_items,
-    class_names_file,
+    first_file,
     is_image,
     named_classes,
 )
@@ -65,7 +65,7 @@ def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name
     tars = _find_shards(data, "zero-shot data")
     folder = Path(tars[0]).parent if tars else _val_folder(data)
     beside = [folder, folder.parent] if folder.name in ("val", "test", "train") else [folder]
-    source = class_names or class_names_file(beside)
+    source = class_names or first_file(beside, "classnames.txt")
     if tars:
         if not source:
             raise UserError(
@@ -84,8 +84,7 @@ def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name
             log.warning(
                 "%s has %d of ImageNet's 1000 classes; accuracy is over these only", folder, len(labels)
             )
-    own = (path for place in beside for file in _TEMPLATE_FILES if (path := place / file).is_file())
-    chosen = read_templates(templates or str(next(own, "openai")))
+    chosen = read_templates(templates or first_file(beside, *_TEMPLATE_FILES) or "openai")
     return LabelledSet(name or default_name(data), names, chosen, {"test": items})
 
 
@@ -104,7 +103,10 @@ def retrieval_set(data: str, *, captions: str = "", name: str = "") -> Captioned
             raise UserError(
                 f"captions={captions} has no effect on shards, whose txt members are the captions; leave it out"
             )
-        pairs = _captioned_shards(tars)
+        pairs = [
+            (sample.image(), [line.strip() for line in sample.text("txt").splitlines() if line.strip()])
+            for sample in chain.from_iterable(map(index_tar, tars))
+        ]
     elif captions:
         pairs = _captioned_folder(Path(data).expanduser(), Path(captions).expanduser())
     else:
@@ -250,10 +252,3 @@ def _labelled_shards(tars: Sequence[str]) -> list[Item]:
             )
         items.append(Item(f"{Path(sample.shard).stem}/{sample.key}", sample.image(), int(content)))
     return items
-
-
-def _captioned_shards(tars: Sequence[str]) -> list[tuple[ImageRef, list[str]]]:
-    return [
-        (sample.image(), [line.strip() for line in sample.text("txt").splitlines() if line.strip()])
-        for sample in chain.from_iterable(map(index_tar, tars))
-    ]

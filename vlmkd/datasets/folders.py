@@ -122,9 +122,10 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
     return numbered(found), names
 
 
-def class_names_file(folders: Sequence[Path]) -> str:
-    """The first classnames.txt in these folders; empty without one."""
-    return next((str(path) for folder in folders if (path := folder / "classnames.txt").is_file()), "")
+def first_file(folders: Sequence[Path], *names: str) -> str:
+    """The first file of these names in these folders; empty without one."""
+    paths = (folder / name for folder in folders for name in names)
+    return next((str(path) for path in paths if path.is_file()), "")
 
 
 def _names_of_wnids(source: str) -> dict[str, str]:

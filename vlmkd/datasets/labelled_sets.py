@@ -78,8 +78,7 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
 
     `root` is the folder that holds the data sets, each in its own folder, or the set's own; embedded sets (`emoji`,
     `emoji-domains`) and paths take none. `class_names`, a file for `with_class_names`, and `templates` are for a user's own
-    folders. Few-shot sets have the splits `train`, `val` and `test`, ImageNet `train` and `test`, its variants `test`,
-    domain sets `all`; `folder:` sets may have `unlabelled` too.
+    folders.
 
     Raises:
         UserError: an unknown name, or files that are missing or belong to another data set.
@@ -123,11 +122,8 @@ def items_of(labelled: LabelledSet, split: str) -> list[Item]:
 def load_folder(path: str, class_names: str = "") -> LabelledSet:
     """A user's own images: `PATH/<class>/*`, or `PATH/train/<class>/*` with `val` and `test` beside it.
 
-    What is missing of val and test is held out by `_hashed`. Images in PATH/unlabelled are the split `unlabelled`; where
-    there are no others, `class_names` says what is to be seen in them, and part of them is held out as test.
-
-    Class names are the folders' names with spaces for underscores, or the lines of PATH/classnames.txt, one for each
-    folder in ASCII order; `class_names` is a file for `with_class_names`.
+    What is missing of val and test is held out by `_hashed`, and images in PATH/unlabelled are the split `unlabelled`
+    (docs/datasets.md#your-own-images). `class_names` is a file for `with_class_names`.
 
     Raises:
         UserError: no such folder, no classes, an empty class, or class names that do not fit.
@@ -223,8 +219,7 @@ def _without_labels(name: str, items: list[Item], class_names: str) -> LabelledS
 def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
     """The split of each image of one class, by a hash of its path: those of `shares`, in their order, or train.
 
-    New images do not move old ones, but for small classes, where the hash alone may leave a split empty: whatever it says,
-    one image trains, one of two or more tests and one of five or more validates.
+    In a small class the hash may leave a split empty: one image trains all the same, and `_FEWEST` of them test, validate.
     """
     digests = {path: hashlib.sha256(path.encode()).digest() for path in paths}
     place = {path: int.from_bytes(digest[:8], "big") / 2**64 for path, digest in digests.items()}

@@ -22,7 +22,7 @@ from vlmkd.datasets.folders import (
     WNID,
     class_folder_names,
     class_items,
-    class_names_file,
+    first_file,
     named_classes,
     numbered,
     read_domains,
@@ -287,7 +287,7 @@ def _read_train_val(described: PublishedSet, folder: Path) -> Found:
     wnids = [set(_wnids(place)) for place in places.values()]
     if other := wnids[0] ^ wnids[-1]:
         raise UserError(f"{base / 'val'} and {base / 'train'} have different classes, such as {min(other)}")
-    labels, names = named_classes(next(iter(places.values())), class_names_file([folder]))
+    labels, names = named_classes(next(iter(places.values())), first_file([folder], "classnames.txt"))
     for split in {"train", "test"} - set(places):
         log.warning("%s: %s has no %s split", base, described.key, split)
     return names, {
@@ -299,7 +299,7 @@ def _read_test(described: PublishedSet, folder: Path) -> Found:
     """Test images in folders that are wnids (A and R number their own 200 from 0) or, V2's, numbers of classes."""
     if described.layout == "wnids":
         _wnids(folder)
-    labels, names = named_classes(folder, class_names_file([folder, folder.parent]) or "imagenet")
+    labels, names = named_classes(folder, first_file([folder, folder.parent], "classnames.txt") or "imagenet")
     if not labels:
         raise UserError(f"data set {described.key}: {folder} holds no class folders; {described.hint}")
     return names, {"test": class_items(folder, labels)}

@@ -47,8 +47,7 @@ def coop_few_shot(
     """Few-shot train and val items by CoOp's rule, which PromptSRC, PromptKD, Tip-Adapter and DHO use; 0 shots are all.
 
     Classes come in the order of first appearance and one generator serves train and then val, which gets at most four
-    a class. Give all classes: the base and novel halves are taken from the result. CoOp's own code keeps a class with fewer
-    images (`fewer="keep"`), Tip-Adapter's repeats them (`fewer="repeat"`), and its published runs all use seed 1.
+    a class. Give all classes: the base and novel halves are taken from the result.
 
     Raises:
         UserError: negative shots, or, with `fewer="refuse"`, a class of `train` with too few images.
@@ -154,8 +153,6 @@ class ImageList:
     """Which images of a set are labelled, by name."""
 
     kind: ListKind
-    percent: float
-    """What the rule was asked for; 0 where the file does not say (SimCLR's)."""
     names: list[str]
     """Item keys, or (SimCLR) file names without their folder."""
 
@@ -168,7 +165,7 @@ class ImageList:
 def percent_list(items: Sequence[Item], percent: float) -> ImageList:
     """The `cascade` list of a set's training items, in the order of the draws."""
     picks = percent_picks([item.label for item in items], percent)
-    return ImageList("cascade", percent, [items[position].key for position in picks])
+    return ImageList("cascade", [items[position].key for position in picks])
 
 
 def read_list(path: Path, kind: ListKind) -> ImageList:
@@ -179,16 +176,15 @@ def read_list(path: Path, kind: ListKind) -> ImageList:
     """
     lines = read_text(path, "image list", "write it, or correct the path").splitlines()
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    found = ImageList(kind, 0.0, names)
+    found = ImageList(kind, names)
     if lines and lines[0].startswith(LIST_MARK):
-        head = re.match(rf"{LIST_MARK}, kind (\S+), percent (\d+(?:\.\d+)?(?:e-\d+)?),", lines[0])
+        head = re.match(rf"{LIST_MARK}, kind (\S+), percent \d", lines[0])
         if head is None:
             raise UserError(f"{path} has a damaged first line; write it again")
         if head[1] != kind:
             raise UserError(f"{path} is a list of kind {head[1]}, not {kind}; the two are never mixed")
         if lines[1:2] != [f"# sha256 {found.sha256}"]:
             raise UserError(f"{path} was changed after it was written (its digest differs); write it again")
-        found = ImageList(kind, float(head[2]), names)
     elif kind != "simclr":
         raise UserError(
             f"{path} does not say which rule made it, so it is no {kind} list; plain lists are read as kind simclr"

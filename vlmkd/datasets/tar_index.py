@@ -6,10 +6,10 @@ import tarfile
 from dataclasses import dataclass, field
 
 from vlmkd.data.images import ImageRef
+from vlmkd.data.shards import StrictTarInfo
 from vlmkd.datasets.folders import IMAGE_SUFFIXES
 from vlmkd.errors import UserError
 
-_BLOCK = 512  # bytes of a tar header
 _BUFFER = 1 << 18  # headers of small samples lie close together: one read serves dozens of them
 
 
@@ -53,7 +53,10 @@ def index_tar(shard: str) -> list[TarSample]:
     """
     samples: list[TarSample] = []
     try:
-        with open(shard, "rb", buffering=_BUFFER) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with (
+            open(shard, "rb", buffering=_BUFFER) as stream,
+            tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo) as tar,
+        ):
             for info in tar:
                 folder, slash, base = info.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
@@ -64,10 +67,6 @@ def index_tar(shard: str) -> list[TarSample]:
                     samples.append(TarSample(shard, key))
                 member = ImageRef(shard, info.offset_data, info.size, f"{key}.{extension}")
                 samples[-1].members[extension] = member
-            # tarfile takes a torn or garbled header for the end; a whole archive ends with a block of zeros.
-            stream.seek(tar.offset)
-            if stream.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"shard {shard} is not a whole, uncompressed tar ({error}); fetch or write it again"
