@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -28,16 +27,8 @@ from projects.vl2v_adip.black_box import HttpTeacher, Service
 from projects.vl2v_adip.ledger import Ledger, Query, Terms, report, sha256, text_query
 from vlmkd import config
 from vlmkd.config import Count, LabelledDataConfig, Positive, Seed, require
-from vlmkd.data.labelled import Item
 from vlmkd.data.samples import BadSample, view_config
-from vlmkd.data.teacher_outputs import (
-    CLEAN,
-    OutputsInfo,
-    Prepared,
-    missing_items,
-    prepare,
-    write_parts,
-)
+from vlmkd.data.teacher_outputs import CLEAN, OutputsInfo, Prepared, missing_items, prepare, write_parts
 from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import run_tool
 from vlmkd.files import check_writable
@@ -74,37 +65,25 @@ def ask_classes(cfg: AskConfig) -> str:
     require(Path(cfg.out).suffix == ".safetensors", "out", f"is {cfg.out}; it must end in .safetensors")
     check_writable(cfg.out, "config field out:")
     dataset = configured_set(cfg.data)
-    templates = cfg.templates or dataset.templates
+    names, templates = dataset.class_names, cfg.templates or dataset.templates
     ledger = Ledger(cfg, HttpTeacher(cfg))
-    asked = ledger.require_budget(map(text_query, class_prompts(dataset.class_names, templates)))
+    asked = ledger.require_budget(map(text_query, class_prompts(names, templates)))
     vectors = encode_classes(
-        ledger, dataset.class_names, templates, teacher_digest=ledger.digest, batch_size=cfg.batch_size
+        ledger, names, templates, teacher_digest=ledger.digest, batch_size=cfg.batch_size
     )
     vectors.save(Path(cfg.out))
-    return (
-        f"{cfg.out}: {len(vectors.class_names)} classes, {len(templates)} prompts each, {asked} texts asked"
-    )
+    return f"{cfg.out}: {len(names)} classes, {len(templates)} prompts each, {asked} texts asked"
 
 
 def ask_images(cfg: AskConfig) -> str:
-    """Store the embeddings of the set's images; returns what was left out."""
+    """Store the embeddings of the set's images, as `embed_items` does with a loaded teacher; returns what was left out.
+
+    Every image is decoded before the first query. A view that got no usable vector is stored as zeros.
+    """
     dataset = configured_set(cfg.data)
     names = cfg.splits or ["train" if "train" in dataset.splits else "all"]
     items = list({item.key: item for name in names for item in items_of(dataset, name)}.values())
-    skipped = embed_queried(Ledger(cfg, HttpTeacher(cfg)), items, cfg)
-    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    return f"{cfg.out} is complete" + (f"; left out: {told}" if told else "")
-
-
-def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Counter[str]:
-    """As the core's `embed_items`, with a paid teacher: the same files, so that training asks nothing.
-
-    Every image is decoded before the first query, and all queries together are compared with the budget. A view that
-    got no usable vector is stored as zeros. Returns the images left out, and `masked_view`, by reason.
-
-    Raises:
-        UserError: the budget is smaller than what is needed, or as `Ledger.ask` and `embed_items` do.
-    """
+    ledger = Ledger(cfg, HttpTeacher(cfg))
     # Only size, interpolation and fill of the views that are sent are read.
     spec = ImageSpec(size=(cfg.size, cfg.size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     info = OutputsInfo(
@@ -130,7 +109,9 @@ def embed_queried(ledger: Ledger, items: Sequence[Item], cfg: AskConfig) -> Coun
         embed, items, cfg.out, info, cfg.batch_size, part_size=2000, max_pixels=max_pixels, workers=workers,
         progress=lambda line: print(line, flush=True),
     )  # fmt: skip
-    return skipped + Counter(masked_view=masked)
+    left_out = skipped + Counter(masked_view=masked)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+    return f"{cfg.out} is complete" + (f"; left out: {reasons}" if reasons else "")
 
 
 def image_queries(prepared: Prepared, info: OutputsInfo) -> list[Query]:
@@ -155,14 +136,9 @@ def _png(pixels: Tensor) -> bytes:
 
 def told(figures: dict[str, float | str | None]) -> str:
     """One teacher's figures in a line."""
-    numbers = {
-        name: "no limit" if value is None else f"{value:g}"
-        for name, value in figures.items()
-        if name != "teacher"
-    }
-    return f"{figures['teacher']}: " + ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in numbers.items()
-    )
+    numbers = {name.replace("_", " "): value for name, value in figures.items() if name != "teacher"}
+    shown = (f"{name} {'no limit' if value is None else f'{value:g}'}" for name, value in numbers.items())
+    return f"{figures['teacher']}: {', '.join(shown)}"
 
 
 def main(argv: list[str]) -> int:

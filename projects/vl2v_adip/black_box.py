@@ -16,7 +16,6 @@ may repeat them. The token travels encrypted or to this machine, and through a p
 from __future__ import annotations
 
 import base64
-import http.client
 import ipaddress
 import json
 import os
@@ -33,8 +32,6 @@ from vlmkd.files import one_line
 
 Kind = Literal["image", "text"]
 
-_REFUSED = (400, 413, 415, 422)
-_BUSY = (429, 500, 503)
 _PAUSE = 1.0  # seconds before the first repetition; doubled for each further one
 _LONGEST_PAUSE = 60.0
 _LARGEST_ANSWER = 1 << 20  # bytes for one input: some 50,000 numbers
@@ -43,12 +40,11 @@ _LARGEST_ANSWER = 1 << 20  # bytes for one input: some 50,000 numbers
 class NotServed(Exception):
     """The teacher did not serve the call and charges nothing for it.
 
-    `refused`: it will not serve this content, so that asking again is of no use; else it was busy or out of reach, for
-    `pause` seconds (0: it did not say).
+    `refused`: it will not serve this content; else it was busy or out of reach, for `pause` seconds (0: it did not say).
     """
 
-    def __init__(self, detail: str, *, refused: bool = False, pause: float = 0.0) -> None:
-        super().__init__(detail)
+    def __init__(self, told: str, *, refused: bool = False, pause: float = 0.0) -> None:
+        super().__init__(told)
         self.refused, self.pause = refused, pause
 
 
@@ -71,25 +67,26 @@ class Service:
 
 
 class HttpTeacher:
-    """A service that speaks the module's protocol; each image and each text is one query that may cost money.
-
-    Raises:
-        UserError: an address that cannot work, an empty variable, a token that no header can carry, or one that would
-            travel unencrypted.
-    """
+    """A service that speaks the module's protocol; refuses an address or a token that cannot work."""
 
     def __init__(self, cfg: Service) -> None:
         self._url, self._shown = _checked_address(cfg.url)
         local = _is_loopback(self._url.host)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if cfg.token_env:
-            headers["Authorization"] = f"Bearer {_token(cfg.token_env)}"
+            token = os.environ.get(cfg.token_env, "")
+            if not token or not all("!" <= character <= "~" for character in token):
+                raise UserError(
+                    f"environment variable {cfg.token_env} is empty or has spaces, line ends or other characters that no "
+                    "header can carry; it must hold the black box's token alone"
+                )
             if self._url.scheme == "http" and not local:
                 raise UserError(
                     f"black-box address {self._shown} is not encrypted and would reveal the token; use https://"
                 )
+            headers["Authorization"] = f"Bearer {token}"
         try:
-            # A proxy has no business between two programs of this machine, and would get the token in clear. A
+            # A proxy has no business between two programs of this machine, and would get the token in clear; a
             # redirection would hand it to another address. A kept connection may be closed under a call, which would
             # then count as sent.
             self._client = httpx.Client(
@@ -112,8 +109,14 @@ class HttpTeacher:
         """
         sent = [base64.b64encode(part).decode("ascii") for part in inputs] if kind == "image" else inputs
         body = json.dumps({"kind": kind, "inputs": sent}).encode()
-        answer: bytes = self._tries(self._post, body, _LARGEST_ANSWER * len(inputs))
-        return _vectors(answer, len(inputs))
+        answer = self._tries(self._post, body, _LARGEST_ANSWER * len(inputs))
+        try:
+            vectors = json.loads(answer)["vectors"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise AnswerLost(f"the answer has no vectors ({type(error).__name__})") from None
+        if not isinstance(vectors, list) or len(vectors) != len(inputs):
+            raise AnswerLost(f"the answer does not have one vector for each of {len(inputs)} inputs")
+        return vectors
 
     def _post(self, body: bytes, largest: int) -> bytes:
         sent = False
@@ -146,10 +149,10 @@ class HttpTeacher:
 
     def _failure(self, reply: httpx.Response) -> Exception:
         code = reply.status_code
-        told = f"{self._shown} answered {code} {http.client.responses.get(code, '')}".rstrip()
-        if code in _REFUSED:
+        told = f"{self._shown} answered {code} {httpx.codes.get_reason_phrase(code)}".rstrip()
+        if code in (400, 413, 415, 422):
             return NotServed(told, refused=True)
-        if code in _BUSY:
+        if code in (429, 500, 503):
             pause = reply.headers.get("Retry-After", "")
             return NotServed(told, pause=float(pause) if pause.isdecimal() else 0.0)
         if code in (502, 504):  # a gateway's word: the service behind it may have served the call
@@ -159,19 +162,8 @@ class HttpTeacher:
 
 def _pause(state: tenacity.RetryCallState) -> float:
     """Seconds before the next try: as many as the service asked for, or one, two, four ..."""
-    assert state.outcome is not None
     asked: float = state.outcome.exception().pause  # type: ignore[union-attr]
     return min(asked or _PAUSE * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE)
-
-
-def _token(variable: str) -> str:
-    token = os.environ.get(variable, "")
-    if not token or not all("!" <= character <= "~" for character in token):
-        raise UserError(
-            f"environment variable {variable} is empty or has spaces, line ends or other characters that no header can "
-            "carry; it must hold the black box's token alone"
-        )
-    return token
 
 
 def _checked_address(url: str) -> tuple[httpx.URL, str]:
@@ -182,7 +174,8 @@ def _checked_address(url: str) -> tuple[httpx.URL, str]:
         port = urllib.parse.urlsplit(url).port  # refuses more than httpx does
     except (httpx.InvalidURL, ValueError):
         raise UserError("black-box address is no valid http:// or https:// address") from None
-    shown = f"{address.scheme}://{address.host}{f':{port}' if port else ''}{address.raw_path.decode('ascii').partition('?')[0]}"
+    path = address.raw_path.decode("ascii").partition("?")[0]
+    shown = f"{address.scheme}://{address.host}{f':{port}' if port else ''}{path}"
     if address.scheme not in ("http", "https") or not address.host:
         raise UserError(f"black-box address {shown!r} is not a http:// or https:// address")
     if address.userinfo:
@@ -197,14 +190,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return host == "localhost"
-
-
-def _vectors(answer: bytes, expected: int) -> list[list[float]]:
-    try:
-        vectors = json.loads(answer)["vectors"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AnswerLost(f"the answer has no vectors ({type(error).__name__})") from None
-    if not isinstance(vectors, list) or len(vectors) != expected:
-        number = len(vectors) if isinstance(vectors, list) else "no list of"
-        raise AnswerLost(f"the answer has {number} vectors for {expected} inputs")
-    return vectors

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from projects.vl2v_adip.evaluation import DomainAccuracy
 from projects.vl2v_adip.folds import Fold, choose, earlier_stage, facts_of
 from projects.vl2v_adip.miro import MiroStudent, Pretrained
 from projects.vl2v_adip.objective import needs_images
-from projects.vl2v_adip.student import Student, train_parts
+from projects.vl2v_adip.student import Student
 from projects.vl2v_adip.task import Vl2vTask
 from vlmkd import distributed
 from vlmkd.config import require
@@ -47,16 +48,14 @@ VECTORS = "head.vectors"
 """Name of the class vectors in a student's weights."""
 _SAME_VECTORS = 0.999
 """Cosine above which two class vectors are of one encoder and prompt, in whatever precision each was computed."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-@dataclass
-class Teacher:
-    """What a run needs of its teacher."""
+class Teacher(NamedTuple):
+    """Class vectors, and the loaded model where the run asks it for image embeddings."""
 
     vectors: ClassVectors
     clip: ClipModel | None
-    """The loaded model where the run asks it for image embeddings."""
 
 
 def job(cfg: Vl2vConfig) -> Job:
@@ -74,13 +73,13 @@ def job(cfg: Vl2vConfig) -> Job:
         student, exported = build_student(cfg, backbone, teacher, dataset)
     if cfg.method in CONTINUES:
         folder = earlier_stage(cfg, facts)
-        load_stage(student, folder)
+        fill(student, read_safetensors(folder / WEIGHTS), f"config field init_from: {folder}")
         log.info("started from %s", folder)
     clip = None if teacher is None else teacher.clip
-    judged = teacher is not None and clip is None and cfg.teacher.model and cfg.evaluation.teacher
-    frozen: nn.Module | None = None if clip is None else ClipTeacher(clip, backbone.image_spec)
-    if cfg.method == "miro":
-        frozen = Pretrained(backbone.module)
+    judged = clip is not None or (teacher is not None and cfg.teacher.model and cfg.evaluation.teacher)
+    frozen: nn.Module | None = Pretrained(backbone.module) if cfg.method == "miro" else None
+    if clip is not None:
+        frozen = ClipTeacher(clip, backbone.image_spec)
     task = Vl2vTask(
         cfg,
         student,
@@ -89,25 +88,16 @@ def job(cfg: Vl2vConfig) -> Job:
         validation=[f"{fold.name(domain)}_out" for domain in fold.sources],
         teacher=frozen,
         vectors=vectors,
-        load_judged=(lambda: load_model(cfg)) if judged else None,
+        judged=(lambda: clip or load_model(cfg)) if judged else None,
     )
     target = target_of(cfg, fold)
     watched = target[:1] if cfg.watch_target else []
-    return Job(
-        cfg,
-        task,
-        _loader(cfg, fold, backbone, teacher),
-        [*validation_of(fold), *watched],
-        target[len(watched) :],
-    )
+    loader = _loader(cfg, fold, backbone, teacher)
+    return Job(cfg, task, loader, [*validation_of(fold), *watched], target[len(watched) :])
 
 
 def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
-    """Class vectors, and the model itself where its image embeddings are not stored.
-
-    Raises:
-        UserError: class vectors of other classes, or of another model than the image embeddings.
-    """
+    """Class vectors, and the model itself where its image embeddings are not stored."""
     clip = load_model(cfg) if cfg.teacher.model else None
     if cfg.teacher.class_vectors:
         vectors = ClassVectors.load(Path(cfg.teacher.class_vectors), expect_class_names=dataset.class_names)
@@ -124,7 +114,7 @@ def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
             f"class vectors are of {vectors.teacher}, the image embeddings of {of_images.source}: other weights; make "
             "both with one model"
         )
-    asked = needs_images(cfg.method, cfg.loss.image_weight) and stored is None
+    asked = needs_images(cfg.method, cfg.loss) and stored is None
     return Teacher(vectors, clip if asked else None)
 
 
@@ -133,7 +123,7 @@ def load_model(cfg: Vl2vConfig) -> ClipModel:
     clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained)
     if not cfg.legacy_norm:
         return clip
-    return replace(clip, image_spec=replace(clip.image_spec, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    return replace(clip, image_spec=replace(clip.image_spec, **IMAGENET))
 
 
 def student_backbone(cfg: Vl2vConfig) -> Backbone:
@@ -145,11 +135,10 @@ def student_backbone(cfg: Vl2vConfig) -> Backbone:
         image_size=cfg.student.image_size or None,
         seed=cfg.seed,
     )
-    backbone = with_spec(backbone, resize_mode="squash")
+    changes = {"resize_mode": "squash"} | (IMAGENET if cfg.legacy_norm else {})
     if cfg.data.interpolation != "model":
-        backbone = with_spec(backbone, interpolation=cfg.data.interpolation)
-    if cfg.legacy_norm:
-        backbone = with_spec(backbone, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        changes["interpolation"] = cfg.data.interpolation
+    backbone = with_spec(backbone, **changes)
     norms = [part for part in backbone.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     require(
         not norms or cfg.deepspeed.precision == "fp32",
@@ -168,12 +157,11 @@ def build_student(
     """The student of the method, what is trained of it, and what its export says."""
     projector: Projector | None = None
     head: nn.Module
-    if cfg.method in LINEAR_HEAD:
-        head = LinearHead(backbone.dim, len(dataset.class_names))
+    if teacher is None or cfg.method in LINEAR_HEAD:
+        head, templates = LinearHead(backbone.dim, len(dataset.class_names)), []
     else:
-        assert teacher is not None
         vectors = teacher.vectors
-        head = TextClassifier(vectors.vectors, vectors.logit_scale)
+        head, templates = TextClassifier(vectors.vectors, vectors.logit_scale), vectors.templates
         width = vectors.vectors.shape[1]
         if cfg.method != "vl2v_sd":
             projector = Projector(backbone.dim, width)
@@ -182,54 +170,30 @@ def build_student(
             "student.backbone",
             f"gives {backbone.dim} features, the teacher {width}: with method=vl2v_sd it is the teacher's own tower",
         )
-    student: Student
-    if cfg.method == "miro":
-        student = MiroStudent(backbone, head)
-    else:
-        student = Student(backbone.module, head, projector)
-    learned_head = head if cfg.method in LINEAR_HEAD else None
-    if cfg.method in FROZEN_BACKBONE:
-        train_parts(student, (projector, learned_head))
-    elif cfg.method == "distill":
-        train_parts(student, (student.backbone,))
-    else:
-        variances = student.variances if isinstance(student, MiroStudent) else None
-        train_parts(student, (student.backbone, projector, learned_head, variances))
+    student = (
+        MiroStudent(backbone, head) if cfg.method == "miro" else Student(backbone.module, head, projector)
+    )
+    student.requires_grad_(cfg.method != "distill")
+    student.backbone.requires_grad_(cfg.method not in FROZEN_BACKBONE)
     student.train()
-    templates = teacher.vectors.templates if teacher is not None and learned_head is None else []
     exported = ClassifierConfig.of(
         backbone, head, projector, class_names=dataset.class_names, templates=templates
     )
     return student, exported
 
 
-def load_stage(student: Student, folder: Path) -> None:
-    """Fill the student with the earlier stage's export; class vectors stay those of this run's loss.
-
-    Raises:
-        UserError: an export of another student, or with class vectors that are not the same up to rounding.
-    """
-    fill(student, read_safetensors(folder / WEIGHTS), f"config field init_from: {folder}")
-
-
 def fill(student: Student, weights: dict[str, Tensor], origin: str) -> None:
-    """Load `weights`, of `origin` in errors, into the student; class vectors stay the student's own.
-
-    Raises:
-        UserError: weights of another student, or class vectors that are not the same up to rounding.
-    """
+    """Load `weights`, of `origin` in errors, into the student; class vectors stay its own, and must agree up to rounding."""
     problems = differences(student.state_dict(), weights)
     if problems:
         raise UserError(f"{origin} is of another student: {problems}")
-    vectors = student.state_dict().get(VECTORS)
-    if vectors is not None:
-        if F.cosine_similarity(weights[VECTORS], vectors).min() < _SAME_VECTORS:
-            raise UserError(
-                f"{origin} has other class vectors than this run's teacher and prompts give; take the teacher, prompts "
-                "and teacher.class_vectors that it was made with"
-            )
-        weights = weights | {VECTORS: vectors}  # the loss has these
-    student.load_state_dict(weights)
+    own = {name: value for name, value in student.state_dict().items() if name == VECTORS}  # the loss's
+    if own and F.cosine_similarity(weights[VECTORS], own[VECTORS]).min() < _SAME_VECTORS:
+        raise UserError(
+            f"{origin} has other class vectors than this run's teacher and prompts give; take the teacher, prompts "
+            "and teacher.class_vectors that it was made with"
+        )
+    student.load_state_dict(weights | own)
 
 
 def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | None) -> Loader:
@@ -240,25 +204,22 @@ def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | 
         f"is {cfg.batch_size}; the {len(sources)} source domains share it equally (32 each in the paper)",
     )
     world_size = distributed.world_size()
-    _, accumulation = batch_triple(cfg, world_size)
     streams = {
         fold.name(domain): Stream(
             fold.splits[domain].inside, cfg.batch_size // len(sources), sampling="replacement"
         )
         for domain in sources
     }
-    clip = None if teacher is None else teacher.clip
-    asked = teacher is not None and needs_images(cfg.method, cfg.loss.image_weight)
-    data = cfg.data if asked else replace(cfg.data, teacher_outputs="", teacher_view="same")
+    asked = needs_images(cfg.method, cfg.loss)
     return build_labelled_loader(
-        data,
+        cfg.data if asked else replace(cfg.data, teacher_outputs="", teacher_view="same"),
         streams,
         seed=cfg.seed,
         rank=distributed.rank(),
         world_size=world_size,
-        accumulation=accumulation,
+        accumulation=batch_triple(cfg, world_size)[1],
         image_spec=backbone.image_spec,
-        teacher_specs=[] if clip is None else [clip.image_spec],
+        teacher_specs=[teacher.clip.image_spec] if teacher and teacher.clip else [],
         teacher_digest=teacher.vectors.teacher_digest if asked and cfg.stored else None,  # type: ignore[union-attr]
     )
 

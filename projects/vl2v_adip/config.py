@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from projects.vl2v_adip.objective import Method
-from projects.vl2v_adip.valley import Reset, Semantics
 from vlmkd.config import (
     AboveZero,
     Amount,
@@ -20,6 +19,10 @@ from vlmkd.config import (
     require,
 )
 
+Method = Literal[
+    "align", "distill", "one_stage", "vl2v_sd", "kd_image", "kd_text", "kd_kl", "kd_cos", "simkd", "erm", "lp", "lp_ft",
+    "miro",
+]  # fmt: skip
 FROZEN_BACKBONE: tuple[Method, ...] = ("align", "lp")
 """Methods of train_align.py: only what lies behind the backbone is trained."""
 LINEAR_HEAD: tuple[Method, ...] = ("erm", "lp", "lp_ft", "kd_kl", "kd_cos", "miro")
@@ -93,16 +96,23 @@ class SwadConfig:
 
     enabled: bool = True
     """Average; false exports the best single weights only."""
-    semantics: Semantics = "reference"
+    semantics: Literal["reference", "clean"] = "reference"
     """`reference` repeats the released code, `clean` takes every step of the chosen window once."""
-    segment_reset: Reset = "every_eval"
-    """`every_eval` (SWAD), or `vl2v_default`: most released scripts let segments overlap."""
+    segment_reset: Literal["every_eval", "vl2v_default"] = "every_eval"
+    """`every_eval` (SWAD), or `vl2v_default`: after evaluations at multiples of 1000 above 2500 only (most released scripts)."""
     n_converge: Positive = 3
     """Evaluations that a minimum must outlast."""
     n_tolerance: Positive = 6
     """Evaluations in a row above the threshold that end the valley."""
     tolerance_ratio: Amount = 0.3
     """Threshold above the mean loss at convergence, as a share of it."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.semantics == "reference" or self.segment_reset == "every_eval",
+            "swad.segment_reset",
+            "is vl2v_default, whose segments overlap; it needs swad.semantics=reference",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,36 +146,62 @@ class Vl2vConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.data.set), "data.set", "is empty; name a domain set, e.g. data.set=office_home")
-        require(bool(self.fold.test_domain), "fold.test_domain", "is empty; name the domain that is held out")
-        require(
-            bool(self.student.backbone),
-            "student.backbone",
-            "is empty; name one, e.g. student.backbone=torchvision:resnet50",
-        )
-        _check_teacher(self)
-        _check_method(self)
-        require(
-            self.deepspeed.zero_stage < 3,
-            "deepspeed.zero_stage",
-            "is 3, but averages and best weights need whole weights on each rank; use 1 or 2",
-        )
-        require(
-            not self.swad.enabled or bool(self.evaluation.every_steps),
-            "evaluation.every_steps",
-            "is 0, but SWAD lives on evaluations; set it, or swad.enabled=false",
-        )
-        require(
-            self.student.freeze_bn or not self.swad.enabled or self.swad.semantics == "clean",
-            "student.freeze_bn",
-            "is false: running statistics are averaged with swad.semantics=clean only",
-        )
+        for name, value, example in (
+            ("data.set", self.data.set, "office_home"),
+            ("fold.test_domain", self.fold.test_domain, "Art"),
+            ("student.backbone", self.student.backbone, "torchvision:resnet50"),
+        ):
+            require(bool(value), name, f"is empty; name one, e.g. {name}={example}")
+        method = self.method
+        if method in WITHOUT_TEACHER:
+            named = self.teacher.model or self.teacher.class_vectors or self.stored
+            require(
+                not named,
+                "teacher",
+                f"has no effect with method={method}; leave it and data.teacher_outputs out",
+            )
+        else:
+            require(
+                bool(self.teacher.model or self.teacher.class_vectors),
+                "teacher",
+                "is empty; name teacher.model, or teacher.class_vectors of a teacher whose weights you do not have",
+            )
+            require(
+                bool(self.teacher.model) or self.stored or method == "kd_text",
+                "data.teacher_outputs",
+                "is empty, but without teacher.model the image embeddings must be stored",
+            )
+        for name, fits, told in self._conditions():
+            require(fits, name, told)
 
-        require(
-            not in_steps_already(self.steps, self.select_from_step) or self.select_from_step < self.steps,
-            "select_from_step",
-            f"is {self.select_from_step}; it must be below steps={self.steps}",
-        )
+    def _conditions(self) -> list[tuple[str, bool, str]]:
+        """A field, what must hold, and what is said of the field where it does not."""
+        method, loss, swad = self.method, self.loss, self.swad
+        weighs = method in ("align", "distill", "one_stage", "vl2v_sd")
+        no_effect = f"has no effect with method={method}"
+        return [
+            ("legacy_norm", not (self.legacy_norm and self.stored),
+             "goes with a loaded teacher: stored outputs were made with the teacher's own statistics"),
+            ("loss.image_weight", weighs or loss.image_weight == LossConfig().image_weight, no_effect),
+            ("loss.legacy_kl", not loss.legacy_kl or method == "kd_kl", "goes with method=kd_kl"),
+            ("init_from", not self.init_from or method in CONTINUES,
+             f"{no_effect}; {' and '.join(CONTINUES)} start from an earlier stage"),
+            ("student.backbone", method != "vl2v_sd" or self.student.backbone.startswith("clip:"),
+             "must be the teacher's image tower with method=vl2v_sd: clip:NAME@TAG"),
+            ("student.freeze_bn", self.student.freeze_bn or not swad.enabled or swad.semantics == "clean",
+             "is false: running statistics are averaged with swad.semantics=clean only"),
+            ("fold.seen_classes", not self.fold.seen_classes or method not in LINEAR_HEAD,
+             f"needs class vectors; method={method} learns a head for the seen classes only"),
+            ("deepspeed.activation_checkpointing", method != "miro" or not self.deepspeed.activation_checkpointing,
+             "does not go with method=miro, which looks at every layer once"),
+            ("deepspeed.zero_stage", self.deepspeed.zero_stage < 3,
+             "is 3, but averages and best weights need whole weights on each rank; use 1 or 2"),
+            ("evaluation.every_steps", not swad.enabled or bool(self.evaluation.every_steps),
+             "is 0, but SWAD lives on evaluations; set it, or swad.enabled=false"),
+            ("select_from_step",
+             not in_steps_already(self.steps, self.select_from_step) or self.select_from_step < self.steps,
+             f"is {self.select_from_step}; it must be below steps={self.steps}"),
+        ]  # fmt: skip
 
     @property
     def stored(self) -> bool:
@@ -173,79 +209,14 @@ class Vl2vConfig(RunConfig):
         return bool(self.data.teacher_outputs)
 
 
-def _check_teacher(cfg: Vl2vConfig) -> None:
-    named = bool(cfg.teacher.model or cfg.teacher.class_vectors or cfg.stored)
-    if cfg.method in WITHOUT_TEACHER:
-        require(
-            not named,
-            "teacher",
-            f"has no effect with method={cfg.method}; leave it and data.teacher_outputs out",
-        )
-        return
-    require(
-        bool(cfg.teacher.model or cfg.teacher.class_vectors),
-        "teacher",
-        "is empty; name teacher.model, or teacher.class_vectors of a teacher whose weights you do not have",
-    )
-    require(
-        bool(cfg.teacher.model) or cfg.stored or cfg.method == "kd_text",
-        "data.teacher_outputs",
-        "is empty, but without teacher.model the image embeddings must be stored",
-    )
-    require(
-        not (cfg.legacy_norm and cfg.stored),
-        "legacy_norm",
-        "goes with a loaded teacher: stored outputs were made with the teacher's own statistics",
-    )
-
-
-def _check_method(cfg: Vl2vConfig) -> None:
-    loss, default = cfg.loss, LossConfig()
-    fixed = cfg.method not in ("align", "distill", "one_stage", "vl2v_sd")
-    require(
-        not fixed or loss.image_weight == default.image_weight,
-        "loss.image_weight",
-        f"has no effect with method={cfg.method}",
-    )
-    require(
-        cfg.method != "miro" or not cfg.deepspeed.activation_checkpointing,
-        "deepspeed.activation_checkpointing",
-        "does not go with method=miro, which looks at every layer once",
-    )
-    require(not loss.legacy_kl or cfg.method == "kd_kl", "loss.legacy_kl", "goes with method=kd_kl")
-    require(
-        not cfg.init_from or cfg.method in CONTINUES,
-        "init_from",
-        f"has no effect with method={cfg.method}; {' and '.join(CONTINUES)} start from an earlier stage",
-    )
-    require(
-        cfg.method != "vl2v_sd" or cfg.student.backbone.startswith("clip:"),
-        "student.backbone",
-        "must be the teacher's image tower with method=vl2v_sd: clip:NAME@TAG",
-    )
-    require(
-        cfg.fold.seen_classes == 0 or cfg.method not in LINEAR_HEAD,
-        "fold.seen_classes",
-        f"needs class vectors; method={cfg.method} learns a head for the seen classes only",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(Vl2vConfig):
     """A first stage: the backbone is frozen, the projector (align) or a linear head (lp) is trained."""
 
-    method: Method = "align"
-    """`align` or `lp`."""
+    method: Literal["align", "lp"] = "align"
+    """The stage."""
     swad: SwadConfig = field(default_factory=lambda: SwadConfig(enabled=False))
     """Weight averaging; off, because the next stage starts from the best weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.method in FROZEN_BACKBONE,
-            "method",
-            f"is {self.method}, which trains the backbone; use train_distill.py",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

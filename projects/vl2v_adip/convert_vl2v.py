@@ -2,14 +2,10 @@
 
     python -m projects.vl2v_adip.convert_vl2v TE0_best.pth RUN_FOLDER CONFIG.yaml [...] [field=value ...]
 
-CONFIG and fields are those of the run that could have made the file (scripts/run.sh stacks base, datasets, students and
-stages). Held-out domain, trial seed and stage are the file's where it tells them. Distill starts from the folder
-(`init_from=RUN_FOLDER/export`, or found below `runs`), and the table has it; the released code feeds everything
-ImageNet's statistics, so that Distill needs `legacy_norm=true` too.
-
-Reads nothing but plain data, tensors and the path and argument objects that such a file carries. The released files are
-`{args, model_hparams, test_envs, model_dict}` with the backbone under `featurizer.network.`, the projector under
-`proj_lyr.` and the text classifier, times 100, twice.
+CONFIG and fields are those of the run that could have made the file; held-out domain, trial seed and stage are the
+file's where it tells them. Distill starts from the folder (`init_from=RUN_FOLDER/export`, or found below `runs`) with
+`legacy_norm=true`, because the released code feeds everything ImageNet's statistics. Released files are
+`{args, model_hparams, test_envs, model_dict}`; nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -19,9 +15,9 @@ import math
 import pathlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,45 +57,40 @@ class _Number(float):
     """A number of ruamel.yaml, which also remembers how it was written."""
 
 
-_PATHS = [
-    (kind, f"{module}.{kind.__name__}")
-    for kind in (pathlib.PosixPath, pathlib.PurePosixPath)
-    for module in ("pathlib", "pathlib._local")  # as the Python called it that wrote the file
-]
 _PLAIN = [
-    *_PATHS,
+    *(
+        (kind, f"{module}.{kind.__name__}")
+        for kind in (pathlib.PosixPath, pathlib.PurePosixPath)
+        for module in ("pathlib", "pathlib._local")  # as the Python called it that wrote the file
+    ),
     argparse.Namespace,
     (OrderedDict, "munch.Munch"),  # a dictionary whose keys are attributes too
     (_Number, "ruamel.yaml.scalarfloat.ScalarFloat"),
 ]
-"""What a released file holds beside tensors and plain data; the packages of these classes are not imported."""
+"""What a released file holds beside tensors and plain data; the classes' packages are not imported."""
 
 
-@dataclass(frozen=True)
-class Released:
-    """What is taken from a released file."""
+class Released(NamedTuple):
+    """What is taken from a released file: `model_dict`, the index of the held-out domain, and `args` by name."""
 
     weights: dict[str, Tensor]
-    """`model_dict`, without DataParallel's prefix."""
     test_env: int
-    """Index of the held-out domain."""
     facts: dict[str, Any]
-    """Its `args` by name."""
 
 
 def read_checkpoint(path: Path) -> Released:
     """A released checkpoint.
 
     Raises:
-        UserError: no such file, damaged, other content, or a pickle that names anything but what the code put there.
+        UserError: damaged, other content, or a pickle that names anything but what the code put there.
     """
     content = read_torch(path, what="checkpoint", plain=_PLAIN)
     state = content.get("model_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} has no model_dict of tensors; it is not of the released code")
-    weights = {str(name): value for name, value in state.items()}
-    if all(name.startswith("module.") for name in weights):
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = {
+        str(name).removeprefix("module."): value for name, value in state.items()
+    }  # DataParallel's prefix
     if not any(name.startswith(BACKBONE) for name in weights):
         raise UserError(
             f"checkpoint {path} has no model_dict with {BACKBONE}*; it is not of the released code"
@@ -115,8 +106,7 @@ def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str
     """A released `model_dict` in the names of our student; `backbone` is filled with the checkpoint's.
 
     Raises:
-        UserError: another backbone, two different text classifiers or one that is no scaled unit classifier, or unknown
-            tensors.
+        UserError: another backbone, no scaled unit text classifier or two of them, or unknown tensors.
     """
     unknown = [name for name in state if not name.startswith((BACKBONE, PROJECTOR, *CLASSIFIERS))]
     if unknown:
@@ -124,19 +114,17 @@ def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str
     heads = [state[f"{prefix}weight"].float() for prefix in CLASSIFIERS if f"{prefix}weight" in state]
     if not heads or any(not torch.equal(heads[0], other) for other in heads[1:]):
         raise UserError("checkpoint has no text classifier, or two that differ")
-    biases = [state[f"{prefix}bias"] for prefix in CLASSIFIERS if f"{prefix}bias" in state]
-    if any(bool(bias.any()) for bias in biases):
+    if any(bool(state[f"{prefix}bias"].any()) for prefix in CLASSIFIERS if f"{prefix}bias" in state):
         raise UserError("checkpoint's text classifier has a bias, which the method does not train")
-    lengths = heads[0].norm(dim=-1)
-    if heads[0].ndim != 2 or not math.isclose(float(lengths.min()), float(lengths.max()), rel_tol=1e-2):
+    shortest, longest = heads[0].norm(dim=-1).aminmax()
+    if not math.isclose(float(shortest), float(longest), rel_tol=1e-2):
         raise UserError(
             "rows of the checkpoint's text classifier differ in length; it is not a scaled unit classifier"
         )
-    load_backbone_weights(
-        backbone,
-        {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)},
-        f"checkpoint ({backbone.source})",
-    )
+    network = {
+        name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)
+    }
+    load_backbone_weights(backbone, network, f"checkpoint ({backbone.source})")
     weights = {f"backbone.{name}": value for name, value in backbone.module.state_dict().items()}
     weights |= {
         f"projector.layers.0.{name.removeprefix(PROJECTOR)}": value.float()
@@ -152,20 +140,12 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
     `arguments` are those of the run. Raises UserError when the file does not fit them.
     """
     released = read_checkpoint(path)
-    told = [f"fold.trial_seed={released.facts['trial_seed']}"] if "trial_seed" in released.facts else []
-    method = _METHODS.get(str(released.facts.get("algorithm")))
-    told += [f"method={method}"] if method else []
-    cfg = load(
-        Vl2vConfig,
-        [
-            f"run_dir={run_dir}",
-            f"fold.test_domain={_OF_THE_FILE}",
-            *arguments,
-            *told,
-            "legacy_norm=true",
-            "student.pretrained=false",
-        ],
-    )
+    fields = [f"run_dir={run_dir}", f"fold.test_domain={_OF_THE_FILE}", *arguments]
+    if "trial_seed" in released.facts:
+        fields.append(f"fold.trial_seed={released.facts['trial_seed']}")
+    if released.facts.get("algorithm") in _METHODS:
+        fields.append(f"method={_METHODS[released.facts['algorithm']]}")
+    cfg = load(Vl2vConfig, [*fields, "legacy_norm=true", "student.pretrained=false"])
     require(cfg.method not in LINEAR_HEAD, "method", f"is {cfg.method}, whose released files are not read")
     dataset = configured_set(cfg.data)
     if not 0 <= released.test_env < len(dataset.domains):
@@ -186,20 +166,15 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
     fill(student, student_weights(released.weights, backbone), f"checkpoint {path}")
     facts = facts_of(cfg, teacher.vectors.teacher_digest, teacher.vectors.templates)
     export = run_dir / "export"
-    export_classifier(
-        export,
-        exported,
-        student.state_dict(),
-        provenance={"converted_from": path.name, "vl2v_adip": facts},
-    )
+    provenance = {"converted_from": path.name, "vl2v_adip": facts}
+    export_classifier(export, exported, student.state_dict(), provenance=provenance)
     write_json(export / FACTS, facts)
     print(
         f"wrote {export}: {cfg.method}, held-out domain {domain}, trial seed {cfg.fold.trial_seed}",
         flush=True,
     )
-    device = distributed.device()
     predictor = load_classifier(export)
-    predictor.module.to(device)
+    predictor.module.to(device := distributed.device())
     context = Context(device=device, batch_size=cfg.evaluation.batch_size)
     evaluators: list[Evaluator] = [*validation_of(fold), *target_of(cfg, fold)]
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from projects.vl2v_adip.config import CONTINUES, FoldConfig, Vl2vConfig
 from vlmkd.config import require
-from vlmkd.data.labelled import Item, LabelledSet
+from vlmkd.data.labelled import LabelledSet
 from vlmkd.datasets.folders import ALL
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.splits import DomainSplit, split_domains
@@ -48,11 +48,7 @@ class Fold:
 
 
 def choose(dataset: LabelledSet, cfg: FoldConfig) -> Fold:
-    """The fold that `cfg` describes.
-
-    Raises:
-        UserError: the set has fewer than two domains or not this one, or there are no classes left to be unseen.
-    """
+    """The fold that `cfg` describes."""
     if len(dataset.domains) < 2:
         raise UserError(f"data set {dataset.name} has no domains; leave-one-domain-out needs at least two")
     require(
@@ -66,18 +62,13 @@ def choose(dataset: LabelledSet, cfg: FoldConfig) -> Fold:
     )
     held_out = dataset.domains.index(cfg.test_domain)
     splits = split_domains(items_of(dataset, ALL), cfg.trial_seed)
-    if cfg.seen_classes:
-        splits = {
-            domain: split
-            if domain == held_out
-            else DomainSplit(_seen(split.inside, cfg.seen_classes), _seen(split.out, cfg.seen_classes))
-            for domain, split in splits.items()
-        }
+    for domain, split in splits.items() if cfg.seen_classes else ():
+        if domain != held_out:
+            parts = (split.inside, split.out)
+            splits[domain] = DomainSplit(
+                *([one for one in part if one.label < cfg.seen_classes] for part in parts)
+            )
     return Fold(dataset, held_out, splits)
-
-
-def _seen(items: list[Item], seen: int) -> list[Item]:
-    return [item for item in items if item.label < seen]
 
 
 def facts_of(cfg: Vl2vConfig, teacher_digest: str, templates: Sequence[str]) -> dict[str, Any]:
@@ -109,35 +100,32 @@ def earlier_stage(cfg: Vl2vConfig, facts: Mapping[str, Any]) -> Path:
     """
     wanted = {**facts, "method": CONTINUES[cfg.method]}
     if cfg.init_from:
-        found = _read_facts(Path(cfg.init_from) / FACTS)
-        differing = [name for name, value in wanted.items() if found.get(name) != value]
-        if differing:
-            name = differing[0]
+        folder = Path(cfg.init_from)
+        if not (folder / FACTS).is_file():
             raise UserError(
-                f"config field init_from: {cfg.init_from} has {name} {found.get(name)!r}, this run {wanted[name]!r}; "
-                f"name the {wanted['method']} export of the same fold, student, teacher and prompts"
+                f"config field init_from: {folder} has no {FACTS}; name an export of this project"
             )
-        return Path(cfg.init_from)
+        found = read_object(folder / FACTS, "facts of an earlier stage")
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"config field init_from: {folder} has {name} {found.get(name)!r}, this run {value!r}; name the "
+                    f"{wanted['method']} export of the same fold, student, teacher and prompts"
+                )
+        return folder
     paths = sorted(Path(cfg.runs).glob(f"**/export/{FACTS}"))
-    matching = [path.parent for path in paths if _read_facts(path) == wanted]
+    matching = [path.parent for path in paths if read_object(path, "facts of an earlier stage") == wanted]
     what = ", ".join(f"{name} {value}" for name, value in wanted.items() if value not in ("", []))
     if not matching:
         raise UserError(
             f"no export below {cfg.runs} is of {what}; run that stage first, or name it in init_from"
         )
     if len(matching) > 1:
+        listed = ", ".join(map(str, matching))
         raise UserError(
-            f"{len(matching)} exports below {cfg.runs} are of {what}: {', '.join(map(str, matching))}; name one in init_from"
+            f"{len(matching)} exports below {cfg.runs} are of {what}: {listed}; name one in init_from"
         )
     return matching[0]
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"config field init_from: {path.parent} has no {FACTS}; name an export of this project"
-        )
-    return read_object(path, "facts of an earlier stage")
 
 
 def main(argv: list[str]) -> int:

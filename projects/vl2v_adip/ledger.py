@@ -21,11 +21,11 @@ import socket
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -116,39 +116,26 @@ class Terms:
 
 
 class Ledger:
-    """One teacher's part of a ledger file; also the text side of a DualEncoder, for class vectors.
-
-    Raises:
-        UserError: the file is no ledger, or one of another version.
-    """
+    """One teacher's part of a ledger file; also a TextEncoder, for class vectors."""
 
     def __init__(self, terms: Terms, teacher: HttpTeacher) -> None:
         self.path, self.name = Path(terms.ledger), terms.teacher_id
         self.dim, self.logit_scale = terms.dim, terms.logit_scale
+        self.digest = sha256(f"black box {self.name}".encode())
+        """Stands for the digest of the teacher's weights, which nobody here has."""
         self._terms, self._teacher = terms, teacher
         self._base = _open(self.path)
         budget = (self.name, terms.max_queries, terms.max_cost)
         self._base.execute("INSERT OR REPLACE INTO budgets VALUES (?, ?, ?)", budget)
 
-    @property
-    def digest(self) -> str:
-        """What stands for the digest of the teacher's weights, which nobody here has."""
-        return sha256(f"black box {self.name}".encode())
-
     def require_budget(self, queries: Iterable[Query]) -> int:
-        """How many of these would have to be asked; called with all that a run needs, before its first query.
-
-        Raises:
-            UserError: they are more, or cost more, than what is left.
-        """
+        """How many of these would have to be asked; refused when they are more, or cost more, than what is left."""
         new = {key for query in queries if self._to_ask(self._row(key := self._key(query)))}
         self._check_left(len(new), "nothing was asked; raise the budget or ask for less")
         return len(new)
 
     def ask(self, queries: Sequence[Query]) -> list[Tensor | None]:
-        """The teacher's vector [dim] for each query, in fp32 as it came, from the file or by asking.
-
-        None where it gave none that can be used, with `mask`.
+        """The teacher's vector [dim] for each query, in fp32 as it came, from the file or by asking; None with `mask`.
 
         Raises:
             UserError: the budget is used up, or a query got no vector without `mask`; what was paid is kept.
@@ -167,17 +154,14 @@ class Ledger:
             elif waiting:
                 time.sleep(_POLL)  # another process is asking
         reused = [
-            (count - (key in asked), key) for key, count in Counter(keys).items() if found[key] is not None
+            (number - (key in asked), key) for key, number in Counter(keys).items() if found[key] is not None
         ]
-        self._change("UPDATE queries SET reused = reused + ? WHERE key = ?", reused)
+        with self._transaction() as base:
+            base.executemany("UPDATE queries SET reused = reused + ? WHERE key = ?", reused)
         return [found[key] for key in keys]
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """N texts -> unit vectors [N, dim]; without one of them there is no classifier, so a failure always stops.
-
-        Raises:
-            UserError: as `ask`, or a text has no vector.
-        """
+        """N texts -> unit vectors [N, dim]; without one of them there is no classifier, so a failure always stops."""
         vectors = self.ask([text_query(text) for text in texts])
         for text, vector in zip(texts, vectors, strict=True):
             if vector is None:
@@ -186,30 +170,24 @@ class Ledger:
                 )
         return F.normalize(torch.stack([vector for vector in vectors if vector is not None]), dim=-1)
 
-    def _key(self, query: Query) -> str:
-        return sha256(json.dumps([self.name, query.kind, query.content]).encode())
-
-    # ------------------------------------------------------------------------------------------------- one call
-
     def _reserve(
-        self, wanted: dict[str, Query], asked: set[str], alone: set[str], found: dict[str, Tensor | None]
+        self, waiting: dict[str, Query], asked: set[str], alone: set[str], found: dict[str, Tensor | None]
     ) -> dict[str, Query]:
         """Put into `found` what is settled; reserve the next call's queries, of one kind."""
         mine: dict[str, Query] = {}
-        with self._base as base:
-            base.execute("BEGIN IMMEDIATE")
+        with self._transaction() as base:
             base.execute(  # whether the teacher served them, nobody knows
                 "UPDATE queries SET status = 'lost', charged = charged + 1, reason = 'the process ended during the call' "
                 "WHERE status = 'reserved' AND (until < ? OR is_dead(owner))",
                 (time.time(),),
             )
-            for key, query in wanted.items():
+            for key, query in waiting.items():
                 row = self._row(key)
                 if row is not None and row["status"] == "answered":
                     found[key] = torch.frombuffer(bytearray(row["vector"]), dtype=torch.float32)
                 elif key not in asked and self._to_ask(row):
                     first = next(iter(mine), key)
-                    joins = query.kind == wanted[first].kind and not {first, key} & alone
+                    joins = query.kind == waiting[first].kind and not {first, key} & alone
                     if key == first or (joins and len(mine) < self._terms.batch_size):
                         mine[key] = query
                 elif row is not None and row["status"] != "reserved":
@@ -222,58 +200,59 @@ class Ledger:
             self._check_left(
                 len(mine), f"what was paid is kept in {self.path}; raise the budget and start again"
             )
-            owner = f"{socket.gethostname()}:{os.getpid()}"
+            until, owner = time.time() + _LEASE, f"{socket.gethostname()}:{os.getpid()}"
             base.executemany(
                 "INSERT INTO queries (key, teacher, kind, alike, status, owner, until, price) "
                 "VALUES (?, ?, ?, ?, 'reserved', ?, ?, ?) ON CONFLICT (key) DO UPDATE "
                 "SET status = 'reserved', owner = excluded.owner, until = excluded.until, price = excluded.price",
                 [
-                    (key, self.name, query.kind, query.alike, owner, time.time() + _LEASE, self._terms.price)
+                    (key, self.name, query.kind, query.alike, owner, until, self._terms.price)
                     for key, query in mine.items()
                 ],
             )
         return mine
-
-    def _to_ask(self, row: sqlite3.Row | None) -> bool:
-        if row is None or row["status"] == "failed":
-            return True
-        return row["status"] == "lost" and self._terms.resend_lost
 
     def _call(self, mine: dict[str, Query]) -> bool:
         """Ask for reserved queries of one kind and write down what came; True: they were refused."""
         kind = next(iter(mine.values())).kind
         try:
             vectors = self._teacher.embed(kind, [query.payload for query in mine.values()])
-        except NotServed as failure:
-            self._settle(mine, "failed", str(failure))
-            return failure.refused
-        except AnswerLost as failure:
-            self._settle(mine, "lost", str(failure))
-        except UserError as error:
-            self._settle(mine, "failed", str(error))
+        except BaseException as error:
+            # Whatever broke the call off (a signal, too) may have come after it was sent.
+            served = not isinstance(error, NotServed | UserError)
+            told = (
+                str(error)
+                if isinstance(error, NotServed | AnswerLost | UserError)
+                else "the call was broken off"
+            )
+            rows = [("lost" if served else "failed", told, int(served), key) for key in mine]
+            with self._transaction() as base:
+                base.executemany(
+                    "UPDATE queries SET status = ?, reason = ?, charged = charged + ? WHERE key = ?", rows
+                )
+            if isinstance(error, NotServed | AnswerLost):
+                return isinstance(error, NotServed) and error.refused
             raise
-        except BaseException:
-            self._settle(mine, "lost", "the call was broken off")
-            raise
-        else:
-            with self._base as base:
-                base.execute("BEGIN IMMEDIATE")
-                for (key, query), values in zip(mine.items(), vectors, strict=True):
-                    self._write_answer(key, query, values)
+        with self._transaction() as base:
+            for (key, query), values in zip(mine.items(), vectors, strict=True):
+                vector, reason = self._checked(values)
+                data = b"" if vector is None else vector.numpy().tobytes()
+                same = "teacher = ? AND kind = ? AND vector_digest = ? AND alike != ? AND status = 'answered'"
+                facts = (self.name, kind, sha256(data), query.alike)
+                if not reason and base.execute(f"SELECT 1 FROM queries WHERE {same}", facts).fetchone():
+                    reason = f"it is the vector of another {kind}"
+                base.execute(
+                    "UPDATE queries SET status = ?, reason = ?, vector = ?, vector_digest = ?, charged = charged + 1 "
+                    "WHERE key = ?",
+                    (
+                        "rejected" if reason else "answered",
+                        reason,
+                        None if reason else data,
+                        sha256(data),
+                        key,
+                    ),
+                )
         return False
-
-    def _write_answer(self, key: str, query: Query, values: list[float]) -> None:
-        vector, reason = self._checked(values)
-        data = b"" if vector is None else vector.numpy().tobytes()
-        same = "teacher = ? AND kind = ? AND vector_digest = ? AND alike != ? AND status = 'answered'"
-        facts = (self.name, query.kind, sha256(data), query.alike)
-        if not reason and self._base.execute(f"SELECT 1 FROM queries WHERE {same}", facts).fetchone():
-            reason = f"it is the vector of another {query.kind}"
-        self._base.execute(
-            "UPDATE queries SET status = ?, reason = ?, vector = ?, vector_digest = ?, charged = charged + 1 "
-            "WHERE key = ?",
-            ("rejected" if reason else "answered", reason, None if reason else data, sha256(data), key),
-        )
 
     def _checked(self, values: list[float]) -> tuple[Tensor | None, str]:
         """The vector in fp32, and what is wrong with it, if anything."""
@@ -283,25 +262,14 @@ class Ledger:
             return None, "it is no list of numbers"
         if vector.shape != (self.dim,):
             return None, f"its shape is {list(vector.shape)}, not [{self.dim}]"
-        if not vector.isfinite().all():
-            return None, "it is not finite"
         norm = float(vector.double().norm())
+        if not math.isfinite(norm):
+            return None, "it is not finite"
         if norm == 0:
             return None, "it is zero"
         if self._terms.unit_norm and abs(norm - 1) > _UNIT_SLACK:
             return None, f"its length is {norm:.4f}, but unit vectors are declared"
         return vector, ""
-
-    def _settle(self, keys: Iterable[str], status: Literal["failed", "lost"], reason: str) -> None:
-        self._change(
-            "UPDATE queries SET status = ?, reason = ?, charged = charged + ? WHERE key = ?",
-            [(status, reason, int(status == "lost"), key) for key in keys],
-        )
-
-    def _change(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
-        with self._base as base:
-            base.execute("BEGIN IMMEDIATE")
-            base.executemany(statement, rows)
 
     def _check_left(self, number: int, hint: str) -> None:
         """Refuse `number` more queries than the budget, less what was charged and is under way, has left."""
@@ -309,22 +277,33 @@ class Ledger:
         queries, cost = (
             math.inf if row[name] is None else row[name] for name in ("queries_left", "cost_left")
         )
-        if number > queries or number * self._terms.price > cost + 1e-9:
+        price = number * self._terms.price
+        if number > queries or price > cost + 1e-9:
             raise UserError(
-                f"{number} more queries to {self.name} are needed, which cost {number * self._terms.price:g}; {queries:g} "
-                f"queries and a cost of {cost:g} are left of the budget; {hint}"
+                f"{number} more queries to {self.name} are needed, which cost {price:g}; {queries:g} queries and a cost "
+                f"of {cost:g} are left of the budget; {hint}"
             )
+
+    def _key(self, query: Query) -> str:
+        return sha256(json.dumps([self.name, query.kind, query.content]).encode())
 
     def _row(self, key: str) -> sqlite3.Row | None:
         return self._base.execute("SELECT * FROM queries WHERE key = ?", (key,)).fetchone()
 
+    def _to_ask(self, row: sqlite3.Row | None) -> bool:
+        if row is None or row["status"] == "failed":
+            return True
+        return row["status"] == "lost" and self._terms.resend_lost
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._base as base:
+            base.execute("BEGIN IMMEDIATE")
+            yield base
+
 
 def report(path: str | Path) -> list[dict[str, Any]]:
-    """The figures of every teacher in a ledger file, by the columns of its view; None: no limit.
-
-    Raises:
-        UserError: no such file, or no ledger.
-    """
+    """The figures of every teacher in a ledger file, by the columns of its view; None: no limit."""
     if not Path(path).is_file():
         raise UserError(f"ledger {path} does not exist")
     with closing(_open(Path(path))) as base:
@@ -341,13 +320,8 @@ def _open(path: Path) -> sqlite3.Connection:
     new_folder(path.parent, "ledger")
     try:
         base = sqlite3.connect(path, timeout=60, isolation_level=None)
-    except sqlite3.OperationalError as error:
-        raise UserError(
-            f"ledger {path} cannot be opened ({error}); name a file that can be written"
-        ) from None
-    base.row_factory = sqlite3.Row
-    base.create_function("is_dead", 1, _is_dead)
-    try:
+        base.row_factory = sqlite3.Row
+        base.create_function("is_dead", 1, _is_dead)
         base.execute("PRAGMA synchronous = EXTRA")  # a reservation must outlive a power cut after the call
         version = base.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, _VERSION):
@@ -356,6 +330,6 @@ def _open(path: Path) -> sqlite3.Connection:
             )
         base.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
     except sqlite3.DatabaseError as error:
-        base.close()
-        raise UserError(f"{path} is no query ledger ({error}); name another file") from None
+        told = "cannot be opened" if isinstance(error, sqlite3.OperationalError) else "is no query ledger"
+        raise UserError(f"ledger {path} {told} ({error}); name another file") from None
     return base

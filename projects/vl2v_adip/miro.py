@@ -81,14 +81,14 @@ class MiroStudent(Student):
 
 
 class Pretrained(nn.Module):
-    """The backbone as it was before training: images -> its layers' outputs."""
+    """The backbone as it was before training, in eval mode for good: images -> its layers' outputs."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Pretrained:
-        """Stays in eval mode."""
+        """Does nothing."""
         return self
 
     @torch.no_grad()

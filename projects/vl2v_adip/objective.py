@@ -6,19 +6,12 @@ Letters: B images, C classes, D width of the teacher's space. Terms are means ov
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from projects.vl2v_adip.config import WITHOUT_TEACHER, LossConfig, Method
 from vlmkd.losses.logits import kl_divergence
-
-Method = Literal[
-    "align", "distill", "one_stage", "vl2v_sd", "kd_image", "kd_text", "kd_kl", "kd_cos", "simkd", "erm", "lp", "lp_ft",
-    "miro",
-]  # fmt: skip
-Terms = tuple[dict[str, Tensor], dict[str, float]]
 
 
 @dataclass
@@ -42,16 +35,16 @@ class Targets:
         return self.logit_scale * F.normalize(self.image_embeds.float(), dim=-1) @ self.vectors.T
 
 
-def image_share(method: Method, image_weight: float) -> float:
+def image_share(method: Method, loss: LossConfig) -> float:
     """lambda of a method: the config's, but 1 for `kd_image` and 0 for `kd_text`."""
-    return {"kd_image": 1.0, "kd_text": 0.0}.get(method, image_weight)
+    return {"kd_image": 1.0, "kd_text": 0.0}.get(method, loss.image_weight)
 
 
-def needs_images(method: Method, image_weight: float) -> bool:
+def needs_images(method: Method, loss: LossConfig) -> bool:
     """Whether the method asks the teacher for image embeddings."""
-    if method in ("erm", "lp", "lp_ft", "miro"):
+    if method in WITHOUT_TEACHER:
         return False
-    return method in ("kd_kl", "kd_cos", "simkd") or image_share(method, image_weight) > 0
+    return method in ("kd_kl", "kd_cos", "simkd") or image_share(method, loss) > 0
 
 
 def objective(
@@ -59,54 +52,35 @@ def objective(
     embeds: Tensor,
     logits: Tensor,
     targets: Targets,
-    *,
-    image_weight: float = 0.5,
-    kd_weight: float = 0.5,
-    temperature: float = 0.1,
-    legacy_kl: bool = False,
+    loss: LossConfig,
     miro: Tensor | None = None,
-    miro_weight: float = 0.1,
-) -> Terms:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Terms and weights of a method; a term whose weight is 0 is left out.
 
-    Args:
-        embeds: what the student's head sees [B, D], of any length.
-        logits: the student's logits [B, C].
-        miro: the regulariser of `miro`, a scalar.
+    `embeds` are what the student's head sees [B, D], of any length; `miro` is the regulariser of that method. The
+    method's own loss is -lambda mean cos(z, I(x)) - (1 - lambda) mean cos(z, t_y) (docs/papers/vl2v_adip.md, eq. 3); rows
+    without an answer of the teacher keep the text term.
     """
-    if method in ("erm", "lp", "lp_ft"):
-        return {"ce": F.cross_entropy(logits.float(), targets.labels)}, {"ce": 1.0}
-    if method == "miro":
-        assert miro is not None
-        ce = F.cross_entropy(logits.float(), targets.labels)
-        return {"ce": ce, "miro": miro}, {"ce": 1.0, "miro": miro_weight}
-    if method == "kd_kl":
-        return _kd_kl(logits, targets, kd_weight, temperature, legacy_kl)
-    if method == "kd_cos":
-        return _kd_cos(logits, targets, kd_weight, temperature)
+    if method in WITHOUT_TEACHER:
+        terms = {"ce": F.cross_entropy(logits.float(), targets.labels)}
+        terms |= {} if miro is None else {"miro": miro}
+        return terms, {name: {"ce": 1.0, "miro": loss.miro_weight}[name] for name in terms}
+    rows = slice(None) if targets.valid is None or bool(targets.valid.all()) else targets.valid
+    if method in ("kd_kl", "kd_cos"):
+        return _softened(method, logits, targets, rows, loss)
     if method == "simkd":
         assert targets.image_embeds is not None
-        rows = _rows(targets)
         squared = (embeds[rows].float() - targets.image_embeds[rows].float()).square()
         return {"mse": squared.sum() / max(squared.numel(), 1)}, {"mse": 1.0}
-    return cosine_terms(embeds, targets, image_share(method, image_weight))
-
-
-def cosine_terms(embeds: Tensor, targets: Targets, image_weight: float) -> Terms:
-    """-lambda mean cos(z, I(x)) - (1 - lambda) mean cos(z, t_y) (docs/papers/vl2v_adip.md, eq. 3).
-
-    Rows without an answer of the teacher keep the text term.
-    """
-    terms: dict[str, Tensor] = {}
-    if image_weight > 0:
+    share = image_share(method, loss)
+    terms = {}
+    if share > 0:
         assert targets.image_embeds is not None
-        rows = _rows(targets)
         terms["image"] = negative_cosine(embeds[rows], targets.image_embeds[rows])
-    if image_weight < 1:
+    if share < 1:
         assert targets.vectors is not None
         terms["text"] = negative_cosine(embeds, targets.vectors[targets.labels])
-    weights = {"image": image_weight, "text": 1.0 - image_weight}
-    return terms, {name: weights[name] for name in terms}
+    return terms, {name: {"image": share, "text": 1.0 - share}[name] for name in terms}
 
 
 def negative_cosine(embeds: Tensor, wanted: Tensor) -> Tensor:
@@ -115,35 +89,20 @@ def negative_cosine(embeds: Tensor, wanted: Tensor) -> Tensor:
     return -cosines.sum() / max(len(cosines), 1)
 
 
-def _kd_kl(logits: Tensor, targets: Targets, weight: float, temperature: float, legacy: bool) -> Terms:
-    """CE(s / tau) + weight KL(teacher || student), without a factor tau^2."""
-    student = logits.float() / temperature
+def _softened(
+    method: Method, logits: Tensor, targets: Targets, rows: Tensor | slice, loss: LossConfig
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """CE(s / tau) + weight KL(teacher || student), without a factor tau^2, or CE - weight mean cos of both softmaxes."""
+    student = logits.float() / loss.temperature
     terms = {"ce": F.cross_entropy(student, targets.labels)}
-    if weight:
-        rows = _rows(targets)
-        teacher = targets.logits()[rows] / temperature
-        if legacy:
+    if loss.kd_weight:
+        own, teacher = student[rows], targets.logits()[rows] / loss.temperature
+        if method == "kd_cos":
+            terms["cos"] = negative_cosine(own.softmax(-1), teacher.softmax(-1))
+        elif loss.legacy_kl:
             # Mean over B and C of p (log p - q), q where log q belongs: not 0 for equal distributions.
-            total = F.kl_div(student[rows].softmax(-1), teacher.softmax(-1), reduction="sum")
+            total = F.kl_div(own.softmax(-1), teacher.softmax(-1), reduction="sum")
             terms["kl"] = total / max(teacher.numel(), 1)
         else:
-            terms["kl"] = kl_divergence(student[rows], teacher)
-    return terms, {name: {"ce": 1.0, "kl": weight}[name] for name in terms}
-
-
-def _kd_cos(logits: Tensor, targets: Targets, weight: float, temperature: float) -> Terms:
-    """CE(s / tau) - weight mean cos(softmax(s / tau), softmax(t / tau))."""
-    student = logits.float() / temperature
-    terms = {"ce": F.cross_entropy(student, targets.labels)}
-    if weight:
-        rows = _rows(targets)
-        wanted = (targets.logits()[rows] / temperature).softmax(-1)
-        terms["cos"] = negative_cosine(student[rows].softmax(-1), wanted)
-    return terms, {name: {"ce": 1.0, "cos": weight}[name] for name in terms}
-
-
-def _rows(targets: Targets) -> Tensor | slice:
-    """The rows that the teacher answered."""
-    if targets.valid is None or bool(torch.all(targets.valid)):
-        return slice(None)
-    return targets.valid
+            terms["kl"] = kl_divergence(own, teacher)
+    return terms, {name: 1.0 if name == "ce" else loss.kd_weight for name in terms}

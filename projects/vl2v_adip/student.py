@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmkd.models.classifier import Classifier
 
@@ -28,28 +28,19 @@ class Student(Classifier):
     """A Classifier that also gives its embeddings; a frozen backbone runs without gradients and in eval mode."""
 
     @property
-    def backbone_is_frozen(self) -> bool:
-        """Whether nothing of the backbone trains."""
-        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+    def trains_backbone(self) -> bool:
+        """Whether anything of the backbone trains."""
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Student:
         """As usual, but a frozen backbone stays in eval mode."""
         super().train(mode)
-        if self.backbone_is_frozen:
-            self.backbone.eval()
+        self.backbone.train(mode and self.trains_backbone)
         return self
 
     def forward(self, images: Tensor) -> StudentOutput:
         """images [B, 3, h, w] -> embeddings and logits."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_backbone):
             features = self.backbone(images.to(next(self.backbone.parameters()).dtype))
         embeds = features if self.projector is None else self.projector(features)
         return StudentOutput(embeds, self.head(embeds))
-
-
-def train_parts(student: Student, parts: tuple[nn.Module | None, ...]) -> None:
-    """Train these parts of the student, freeze all others."""
-    student.requires_grad_(False)
-    for part in parts:
-        if part is not None:
-            part.requires_grad_(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ from projects.vl2v_adip.miro import VARIANCES, MiroStudent, regulariser
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student, StudentOutput
 from projects.vl2v_adip.valley import LossValley
-from vlmkd.config import OptimConfig
+from vlmkd.config import OptimConfig, ParamGroupConfig
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.files import write_json
 from vlmkd.models.class_vectors import ClassVectors
-from vlmkd.models.classifier import Classifier, ClassifierConfig
+from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
 from vlmkd.models.clip import ClipModel
-from vlmkd.models.towers import ClipPredictor, evaluating
+from vlmkd.models.towers import ClipPredictor
 from vlmkd.train.selection import Best, Selection
 from vlmkd.train.task import Batch, StepOutput, Task, combine, teacher_image_embeds
 from vlmkd.train.timing import Stopwatch
@@ -47,12 +48,9 @@ class Vl2vTask(Task):
         validation: list[str],
         teacher: nn.Module | None = None,
         vectors: ClassVectors | None = None,
-        load_judged: Callable[[], ClipModel] | None = None,
+        judged: Callable[[], ClipModel] | None = None,
     ) -> None:
-        """`validation` are the names of the source domains' out parts; `facts` go into the exports.
-
-        `load_judged` loads the teacher to be evaluated after training where its stored outputs train the student.
-        """
+        """`validation` names the source domains' out parts; `judged` gives the teacher to be evaluated."""
         self.cfg, self.core, self.exported, self.facts = cfg, student, exported, dict(facts)
         self.student: nn.Module = student
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher]
@@ -64,49 +62,24 @@ class Vl2vTask(Task):
         self.valley: LossValley | None = None
         self.selections: list[Selection] = [self.best]
         if cfg.swad.enabled:
-            swad = cfg.swad
             self.valley = LossValley(
-                n_converge=swad.n_converge,
-                n_tolerance=swad.n_tolerance,
-                tolerance_ratio=swad.tolerance_ratio,
-                semantics=swad.semantics,
-                segment_reset=swad.segment_reset,
-                loss=lambda results: _mean(results, names, "loss"),
-                buffers=not cfg.student.freeze_bn,
+                cfg.swad, lambda results: _mean(results, names, "loss"), buffers=not cfg.student.freeze_bn
             )
             self.best.folder = BEST_EXPORT
             self.selections.append(self.valley)
-        self._vectors = vectors
-        self._load_judged = load_judged
-
-    # ------------------------------------------------------------------------------------------------------ one step
+        self._vectors, self._load_judged = vectors, judged
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch: frozen teacher, student, objective."""
+        variances = list(self.core.variances) if isinstance(self.core, MiroStudent) else []
         with self.watch.span("teacher"):
             targets = self._targets(batch)
-            before: list[Tensor] = []
-            if isinstance(self.core, MiroStudent):
-                before = self.teachers[0](batch["images"])
+            before = self.teachers[0](batch["images"]) if variances else []
         output: StudentOutput = self.student(batch["images"])
-        loss = self.cfg.loss
         with self.watch.span("loss"):
-            miro = None
-            if isinstance(self.core, MiroStudent):
-                miro = regulariser(output.layers, before, list(self.core.variances))
-            terms, weights = objective(
-                self.cfg.method,
-                output.embeds,
-                output.logits,
-                targets,
-                image_weight=loss.image_weight,
-                kd_weight=loss.kd_weight,
-                temperature=loss.temperature,
-                legacy_kl=loss.legacy_kl,
-                miro=miro,
-                miro_weight=loss.miro_weight,
-            )
-            combined = combine(terms, weights)
+            miro = regulariser(output.layers, before, variances) if variances else None
+            parts = objective(self.cfg.method, output.embeds, output.logits, targets, self.cfg.loss, miro)
+            combined = combine(*parts)
         right = output.logits.detach().argmax(1) == targets.labels
         combined.metrics = {"train_top1": right.float().mean()}
         return combined
@@ -116,43 +89,29 @@ class Vl2vTask(Task):
         labels = batch["labels"]
         if self._vectors is None:
             return Targets(labels)
-        targets = Targets(
-            labels, self._vectors.vectors.to(labels.device), logit_scale=self._vectors.logit_scale
-        )
-        if not needs_images(self.cfg.method, self.cfg.loss.image_weight):
-            return targets
-        teacher = self.teachers[0] if self.teachers else None
-        targets.image_embeds, targets.valid = teacher_image_embeds(batch, teacher)
-        return targets
-
-    # --------------------------------------------------------------------------------------------- selecting weights
+        embeds: tuple[Tensor | None, Tensor | None] = (None, None)
+        if needs_images(self.cfg.method, self.cfg.loss):
+            embeds = teacher_image_embeds(batch, self.teachers[0] if self.teachers else None)
+        vectors = self._vectors.vectors.to(labels.device)
+        return Targets(labels, vectors, *embeds, logit_scale=self._vectors.logit_scale)
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """MIRO's variances learn ten times as fast, without decay."""
-        groups = super().param_groups(optim)
         if isinstance(self.core, MiroStudent):
-            own = list(self.core.variances)
-            kept = [{**g, "params": [p for p in g["params"] if all(p is not v for v in own)]} for g in groups]
-            variances = {"name": "variances", "params": own, "lr": 10 * optim.lr, "weight_decay": 0.0}
-            groups = [*(group for group in kept if group["params"]), variances]
-        return groups
+            variances = ParamGroupConfig(match=f"^{VARIANCES}", lr=10 * optim.lr, weight_decay=0.0)
+            optim = replace(optim, groups=[variances, *optim.groups])
+        return super().param_groups(optim)
 
-    # ------------------------------------------------------------------------------------------------ after training
-
-    def predictor(self) -> StudentPredictor:
+    def predictor(self) -> ClassifierPredictor:
         """The student with the weights that it holds."""
-        return StudentPredictor("student", self.core, self.exported)
+        return ClassifierPredictor.of("student", _Logits(self.core), self.exported)
 
     @cached_property
     def _judged(self) -> ClipModel | None:
         """The teacher as a model to be evaluated; only called after training."""
-        if self.teachers:
-            teacher: Any = self.teachers[0].clip
-            return teacher
-        if self._load_judged is None:
-            return None
-        clip = self._load_judged()
-        clip.module.to(next(self.core.parameters()).device)
+        clip = None if self._load_judged is None else self._load_judged()
+        if clip is not None:
+            clip.module.to(next(self.core.parameters()).device)
         return clip
 
     def teacher_predictors(self) -> dict[str, Any]:
@@ -173,9 +132,10 @@ class Vl2vTask(Task):
     def parameter_counts(self) -> dict[str, int]:
         """Of the exported student (backbone, projector and head) and of an evaluated teacher."""
         counts = {"student": sum(p.numel() for p in self.exported.build().parameters())}
-        for name in self.teacher_predictors():
-            assert self._judged is not None
-            counts[name] = sum(parameter.numel() for parameter in self._judged.module.parameters())
+        if self._judged is not None:
+            counts[f"teacher {self._judged.source}"] = sum(
+                p.numel() for p in self._judged.module.parameters()
+            )
         return counts
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Classifier:
@@ -203,15 +163,12 @@ def _mean(results: list[Result], names: set[str], metric: str) -> float:
     return sum(own) / len(own)
 
 
-class StudentPredictor:
-    """The student as an ImageClassifier."""
+class _Logits(nn.Module):
+    """The student with a Classifier's output."""
 
-    def __init__(self, name: str, core: Student, config: ClassifierConfig) -> None:
-        self.name, self.image_spec, self.class_names = name, config.image_spec, config.class_names
-        self._core = core
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
 
-    @torch.no_grad()
-    def classify(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] in `image_spec`'s statistics -> logits [B, C], fp32."""
-        with evaluating(self._core):
-            return self._core(images.to(next(self._core.parameters()).device)).logits.float()
+    def forward(self, images: Tensor) -> Tensor:
+        return self.student(images).logits

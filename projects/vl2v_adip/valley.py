@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmkd.config import require
+from projects.vl2v_adip.config import SwadConfig
 from vlmkd.evaluation.base import Result
 from vlmkd.train.selection import Selection, Weights, kept_copy, trainable
 
+_FACTS, _MEANS = ("converge_step", "threshold", "dead_step", "_above"), ("_open", "_final", "_pending")
+"""What a LossValley's state holds beside its recent segments."""
 
+
+@dataclass
 class RunningMean:
     """Arithmetic mean of the weights that it was given, on their device: one float32 copy."""
 
-    def __init__(self) -> None:
-        self.mean: Weights = {}
-        self.count = 0
+    mean: Weights = field(default_factory=dict)
+    count: int = 0
 
     @torch.no_grad()
     def add(self, weights: Mapping[str, Tensor], count: int = 1) -> None:
@@ -28,23 +31,10 @@ class RunningMean:
         self.count += count
         for name, value in weights.items():
             current = value.detach().float()
-            if name in self.mean:
-                # A restored mean comes from the CPU.
-                self.mean[name] = self.mean[name].to(current.device).lerp_(current, count / self.count)
-            else:
+            if self.count == count:
                 self.mean[name] = current.clone()
-
-    def state(self) -> dict[str, Any]:
-        """Plain data for `load_state`."""
-        return {"mean": self.mean, "count": self.count}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.mean, self.count = dict(state["mean"]), int(state["count"])
-
-
-Semantics = Literal["reference", "clean"]
-Reset = Literal["every_eval", "vl2v_default"]
+            else:  # a restored mean comes from the CPU
+                self.mean[name] = self.mean[name].to(current.device).lerp_(current, count / self.count)
 
 
 @dataclass
@@ -63,56 +53,37 @@ class LossValley(Selection):
 
     A segment is the mean of the weights after every step since the evaluation before. Training has converged at the
     first segment whose loss is below those of the `n_converge - 1` evaluations after it; `threshold` is the mean of
-    these losses times 1 + `tolerance_ratio`, and the valley is dead (`dead`) when `n_tolerance` evaluations in a row
-    lie above it.
+    these losses times 1 + `tolerance_ratio`, and the valley is dead when `n_tolerance` evaluations in a row lie above.
 
     `reference` is the rule of docs/papers/vl2v_adip.md#the-released-codes-rule: each segment weighs 1 whatever its
     length, the converged one usually twice, and the oldest one more often when convergence comes before `n_tolerance`
     evaluations.
     `clean` takes every step once, from the converged segment to the last one whose loss is not above the threshold.
-
-    Memory, in float32 copies of the averaged tensors: `reference` max(n_converge, n_tolerance) segments, the average
-    and the open segment, 8 with the defaults; `clean` n_converge + 1 before convergence, then 3. The open segment lies
-    on the weights' device, everything else on the CPU; `state` holds all of it.
+    The open segment lies on the weights' device, everything else on the CPU.
     """
 
     name = "SWAD"
 
     def __init__(
         self,
-        *,
-        n_converge: int = 3,
-        n_tolerance: int = 6,
-        tolerance_ratio: float = 0.3,
-        semantics: Semantics = "reference",
-        segment_reset: Reset = "every_eval",
+        swad: SwadConfig,
         loss: Callable[[list[Result]], float] = lambda results: results[0].metrics["loss"],
+        *,
         buffers: bool = False,
     ) -> None:
-        """`segment_reset`: `every_eval` as described; `vl2v_default` lets a segment go on until an evaluation at a step
-        that is a multiple of 1000 above 2500, as all but one of the released VL2V-ADiP scripts do."""
-        require(
-            semantics == "reference" or segment_reset == "every_eval",
-            "swad.segment_reset",
-            "is vl2v_default, whose segments overlap; it needs swad.semantics=reference",
-        )
-        self.n_converge, self.n_tolerance, self.tolerance_ratio = n_converge, n_tolerance, tolerance_ratio
-        self.semantics, self.segment_reset = semantics, segment_reset
-        self._loss, self._buffers = loss, buffers
+        """`loss` reads an evaluation's results; `buffers` are averaged too."""
+        self.swad, self._loss, self._buffers = swad, loss, buffers
+        self._clean = swad.semantics == "clean"
         self.converge_step: int | None = None
         self.threshold: float | None = None
         self.dead_step: int | None = None
         self._open = RunningMean()
-        kept = max(n_converge, n_tolerance) if semantics == "reference" else n_converge
-        self._recent: deque[_Segment] = deque(maxlen=kept)
+        self._recent: deque[_Segment] = deque(
+            maxlen=swad.n_converge if self._clean else max(swad.n_converge, swad.n_tolerance)
+        )
         self._final = RunningMean()
         self._above = 0  # clean: evaluations in a row above the threshold, whose steps wait in _pending
         self._pending = RunningMean()
-
-    @property
-    def dead(self) -> bool:
-        """Whether the valley has ended; training may end too."""
-        return self.dead_step is not None
 
     def after_update(self, student: nn.Module, step: int) -> None:
         """Feed the open segment."""
@@ -122,6 +93,11 @@ class LossValley(Selection):
         """Close the segment; a dead valley ends the run."""
         self.close_segment(self._loss(results), step - 1)
         return self.dead
+
+    @property
+    def dead(self) -> bool:
+        """Whether the valley has ended; training may end too."""
+        return self.dead_step is not None
 
     def add_step(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights after an optimiser step."""
@@ -135,58 +111,53 @@ class LossValley(Selection):
         assert self._open.count, "no step since the last evaluation"
         mean = {name: kept_copy(value) for name, value in self._open.mean.items()}
         segment = _Segment(mean, self._open.count, float(loss), step)
-        if self.segment_reset == "every_eval" or (step > 2500 and step % 1000 == 0):
+        if self.swad.segment_reset == "every_eval" or (step > 2500 and step % 1000 == 0):
             self._open = RunningMean()
-        if self.converge_step is not None and self.semantics == "clean":
-            self._go_on(segment)
-            return
-        self._recent.append(segment)
         if self.converge_step is None:
+            self._recent.append(segment)
             self._look_for_convergence()
-        elif self._oldest()[0].end >= self.converge_step:
+        elif self._clean:
+            self._go_on(segment)
+        else:
+            self._recent.append(segment)
             self._advance(step)
 
     def _oldest(self) -> list[_Segment]:
         """The last `n_tolerance` segments, oldest first."""
-        return list(self._recent)[-self.n_tolerance :]
+        return list(self._recent)[-self.swad.n_tolerance :]
 
     def _look_for_convergence(self) -> None:
-        newest = list(self._recent)[-self.n_converge :]
+        converge, tolerance = self.swad.n_converge, self.swad.n_tolerance
+        newest = list(self._recent)[-converge:]
         losses = [segment.loss for segment in newest]
-        if len(newest) < self.n_converge or losses.index(min(losses)) > 0:
+        if len(newest) < converge or losses.index(min(losses)) > 0:
             return
         self.converge_step = newest[0].end
-        self.threshold = sum(losses) / len(losses) * (1 + self.tolerance_ratio)
-        if self.semantics == "clean":
+        self.threshold = sum(losses) / len(losses) * (1 + self.swad.tolerance_ratio)
+        if self._clean:
             for segment in newest:
                 self._go_on(segment)
             self._recent.clear()
             return
-        self._final.mean = newest[0].mean  # its count is 0: the first update replaces it
-        if self.n_tolerance < self.n_converge:
-            for segment in newest[1 : 1 + self.n_converge - self.n_tolerance]:
-                self._update(segment)
-        elif self.n_tolerance > self.n_converge:
-            before = self._oldest()[: self.n_tolerance - self.n_converge + 1]
+        self._final.mean = dict(newest[0].mean)  # its count is 0: the first update replaces it
+        joining = newest[1 : 1 + converge - tolerance] if tolerance < converge else []
+        if tolerance > converge:
+            before = self._oldest()[: tolerance - converge + 1]
             above = [index for index, segment in enumerate(before) if segment.loss > self.threshold]
-            start = above[-1] + 1 if above else 0
-            for segment in before[start + 1 :]:
-                self._update(segment)
+            joining = before[(above[-1] + 1 if above else 0) + 1 :]
+        for segment in joining:
+            self._final.add(segment.mean)
 
     def _advance(self, step: int) -> None:
         """Reference semantics after convergence: the oldest segment joins while any in the queue is low enough."""
-        assert self.threshold is not None
+        assert self.converge_step is not None and self.threshold is not None
         queue = self._oldest()
+        if queue[0].end < self.converge_step:
+            return
         if min(segment.loss for segment in queue) > self.threshold:
-            self.dead_step = step
-            self._open = RunningMean()
+            self.dead_step, self._open = step, RunningMean()
         else:
-            self._update(queue[0])
-
-    def _update(self, segment: _Segment) -> None:
-        if self._final.count == 0:
-            self._final.mean = {}
-        self._final.add(segment.mean)
+            self._final.add(queue[0].mean)
 
     def _go_on(self, segment: _Segment) -> None:
         """Clean semantics: steps above the threshold wait until a later evaluation is below it again."""
@@ -194,12 +165,11 @@ class LossValley(Selection):
         if self.dead:
             return
         self._pending.add(segment.mean, segment.count)
+        self._above += 1
         if segment.loss <= self.threshold:
             self._final.add(self._pending.mean, self._pending.count)
             self._pending, self._above = RunningMean(), 0
-            return
-        self._above += 1
-        if self._above >= self.n_tolerance:
+        elif self._above >= self.swad.n_tolerance:
             self.dead_step = segment.end
             self._open, self._pending = RunningMean(), RunningMean()
 
@@ -210,36 +180,26 @@ class LossValley(Selection):
         """
         if self.converge_step is None:
             return self._recent[-1].mean if self._recent else {}
-        if self.semantics == "clean" or self.dead:
-            return self._final.mean
         assert self.threshold is not None
-        rest = self._oldest()[1:]
+        rest = [] if self._clean or self.dead else self._oldest()[1:]
         final = RunningMean()
         if self._final.count:
             final.add(self._final.mean, self._final.count)
         while rest and min(segment.loss for segment in rest) <= self.threshold:
             final.add(rest.pop(0).mean)
-        return final.mean if final.count else self._final.mean
+        return final.mean or self._final.mean
 
     def state(self) -> dict[str, Any]:
         """Plain data for `load_state`."""
-        return {
-            "converge_step": self.converge_step,
-            "threshold": self.threshold,
-            "dead_step": self.dead_step,
-            "above": self._above,
-            "open": self._open.state(),
-            "final": self._final.state(),
-            "pending": self._pending.state(),
-            "recent": [vars(segment) for segment in self._recent],
-        }
+        means = {name: vars(getattr(self, name)) for name in _MEANS}
+        recent = [vars(segment) for segment in self._recent]
+        return {name: getattr(self, name) for name in _FACTS} | means | {"recent": recent}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.converge_step, self.threshold = state["converge_step"], state["threshold"]
-        self.dead_step, self._above = state["dead_step"], state["above"]
-        self._open.load_state(state["open"])
-        self._final.load_state(state["final"])
-        self._pending.load_state(state["pending"])
+        for name in _FACTS:
+            setattr(self, name, state[name])
+        for name in _MEANS:
+            setattr(self, name, RunningMean(**state[name]))
         self._recent.clear()
         self._recent.extend(_Segment(**segment) for segment in state["recent"])

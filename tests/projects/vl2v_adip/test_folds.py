@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from projects.vl2v_adip.build import load_stage
+from projects.vl2v_adip.build import fill
 from projects.vl2v_adip.config import AlignConfig, DistillConfig, FoldConfig
 from projects.vl2v_adip.folds import FACTS, choose, earlier_stage, facts_of
 from projects.vl2v_adip.student import Student
@@ -84,7 +83,7 @@ def test_distill_finds_the_align_export_of_its_own_fold(tmp_path: Path) -> None:
             earlier_stage(named, facts)
 
 
-def test_distill_classifies_and_exports_by_the_class_vectors_of_its_loss(tmp_path: Path) -> None:
+def test_distill_classifies_and_exports_by_the_class_vectors_of_its_loss() -> None:
     def student(vectors: torch.Tensor, seed: int) -> Student:
         torch.manual_seed(seed)
         return Student(nn.Linear(4, 4), TextClassifier(vectors, 10.0), Projector(4, 3))
@@ -92,15 +91,14 @@ def test_distill_classifies_and_exports_by_the_class_vectors_of_its_loss(tmp_pat
     vectors = nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     rounded = vectors.bfloat16().float()
     align = student(rounded, 1)
-    save_file(align.state_dict(), tmp_path / "model.safetensors")
     distill = student(vectors, 2)
-    load_stage(distill, tmp_path)
+    fill(distill, align.state_dict(), "align")
     assert torch.equal(distill.backbone.weight, align.backbone.weight)
     assert torch.equal(distill.head.vectors, vectors) and not torch.equal(vectors, rounded)
     other = vectors.clone()
     other[2] = vectors[3]
-    with pytest.raises(UserError, match="has other class vectors than this run"):
-        load_stage(student(other, 2), tmp_path)
+    with pytest.raises(UserError, match="align has other class vectors than this run"):
+        fill(student(other, 2), align.state_dict(), "align")
 
 
 @pytest.mark.parametrize(

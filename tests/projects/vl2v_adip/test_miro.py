@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from projects.vl2v_adip.config import LossConfig
 from projects.vl2v_adip.miro import MiroStudent, Pretrained, layers_of, regulariser
 from projects.vl2v_adip.objective import Targets, objective
 from vlmkd.errors import UserError
@@ -27,7 +28,7 @@ def test_the_regulariser_is_a_gaussian_log_likelihood_a_layer() -> None:
     found = regulariser(layers, before, variances)
     assert found.item() == pytest.approx(np.mean(expected), rel=1e-5)
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    given = combine(*objective("miro", logits, logits, Targets(labels), miro=found, miro_weight=0.3))
+    given = combine(*objective("miro", logits, logits, Targets(labels), LossConfig(miro_weight=0.3), found))
     wanted = nn.functional.cross_entropy(logits, labels) + 0.3 * found
     assert float(given.loss) == pytest.approx(float(wanted), rel=1e-5)
 

@@ -35,7 +35,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def total(method, *inputs, **options) -> float:
-    return combine(*objective(method, *inputs, **options)).loss.item()
+    return combine(*objective(method, *inputs, LossConfig(**options))).loss.item()
 
 
 @pytest.mark.parametrize("image_weight", [0.0, 0.1, 0.5, 1.0])
@@ -45,7 +45,7 @@ def test_the_loss_is_both_cosines_and_lambda_weighs_the_image_term(image_weight:
     image = (z * targets.image_embeds.double().numpy()).sum(1).mean()
     text = (z * targets.vectors.double().numpy()[targets.labels]).sum(1).mean()
     expected = -(image_weight * image + (1 - image_weight) * text)
-    terms, weights = objective("distill", embeds, logits, targets, image_weight=image_weight)
+    terms, weights = objective("distill", embeds, logits, targets, LossConfig(image_weight=image_weight))
     assert combine(terms, weights).loss.item() == pytest.approx(expected, abs=1e-6)
     assert total("align", embeds * 7, logits, targets, image_weight=image_weight) == pytest.approx(
         expected, abs=1e-6
@@ -59,7 +59,7 @@ def test_one_sided_ablations_fix_lambda() -> None:
         "distill", embeds, logits, targets, image_weight=1.0
     )
     targets.image_embeds = None
-    assert not needs_images("kd_text", 0.5)
+    assert not needs_images("kd_text", LossConfig())
     assert math.isfinite(total("kd_text", embeds, logits, targets))
 
 
@@ -69,7 +69,7 @@ def test_a_masked_row_leaves_the_image_term_only() -> None:
     spoilt = targets.image_embeds.clone()
     spoilt[~targets.valid] = 0.0
     targets.image_embeds = spoilt
-    terms, _ = objective("distill", embeds, logits, targets)
+    terms, _ = objective("distill", embeds, logits, targets, LossConfig())
     z = unit(embeds.detach().double().numpy())
     rows = targets.valid.numpy()
     assert terms["image"].item() == pytest.approx(
@@ -78,7 +78,7 @@ def test_a_masked_row_leaves_the_image_term_only() -> None:
     text = -(z * targets.vectors.double().numpy()[targets.labels]).sum(1).mean()
     assert terms["text"].item() == pytest.approx(text, abs=1e-6)
     targets.valid = torch.zeros(B, dtype=torch.bool)
-    loss = combine(*objective("distill", embeds, logits, targets)).loss
+    loss = combine(*objective("distill", embeds, logits, targets, LossConfig())).loss
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * text, abs=1e-6) and torch.isfinite(embeds.grad).all()
 
@@ -97,9 +97,9 @@ def test_kl_baseline(temperature: float) -> None:
 def test_equal_distributions_cost_nothing_but_in_the_legacy_kl() -> None:
     embeds, _, targets = batch()
     logits = targets.logits()
-    terms, _ = objective("kd_kl", embeds, logits, targets)
+    terms, _ = objective("kd_kl", embeds, logits, targets, LossConfig())
     assert terms["kl"].item() == pytest.approx(0.0, abs=1e-6)
-    terms, _ = objective("kd_kl", embeds, 100 * logits, targets_scaled(targets), legacy_kl=True)
+    terms, _ = objective("kd_kl", embeds, 100 * logits, targets_scaled(targets), LossConfig(legacy_kl=True))
     assert terms["kl"].item() == pytest.approx(-1 / C, abs=1e-3)  # one-hot p over four classes: p (log p - p)
 
 

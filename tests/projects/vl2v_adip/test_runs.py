@@ -297,10 +297,10 @@ def test_half_precision_with_batch_norm_is_refused(folder: Path) -> None:
 
 
 def test_legacy_norm_feeds_imagenets_statistics_to_both(folder: Path) -> None:
-    from projects.vl2v_adip.build import IMAGENET_MEAN, load_teacher, student_backbone
+    from projects.vl2v_adip.build import IMAGENET, load_teacher, student_backbone
     from vlmkd import config as configs
 
     cfg = configs.load(DistillConfig, [str(config(folder)), "run_dir=x", "legacy_norm=true"])
     teacher = load_teacher(cfg, load_set(cfg.data.set))
     assert teacher.clip is not None
-    assert teacher.clip.image_spec.mean == student_backbone(cfg).image_spec.mean == IMAGENET_MEAN
+    assert teacher.clip.image_spec.mean == student_backbone(cfg).image_spec.mean == IMAGENET["mean"]

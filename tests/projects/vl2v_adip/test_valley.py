@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from projects.vl2v_adip.config import SwadConfig
 from projects.vl2v_adip.valley import LossValley, RunningMean
 from tests.train.conftest import restored
 from vlmkd.errors import UserError
@@ -48,7 +49,7 @@ def coefficients(
 
 @pytest.mark.parametrize(("losses", "converge", "threshold", "dead", "golden"), GOLDEN)
 def test_reference_semantics_give_the_golden_rows(losses, converge, threshold, dead, golden) -> None:
-    found, valley = coefficients(LossValley(), losses)
+    found, valley = coefficients(LossValley(SwadConfig()), losses)
     assert found == pytest.approx(np.array(golden) / sum(golden), abs=1e-6)
     assert (valley.converge_step, valley.dead_step) == (converge, dead)
     assert valley.threshold == (None if threshold is None else pytest.approx(threshold))
@@ -101,7 +102,7 @@ def test_reference_semantics_equal_a_literal_reading_for_any_settings(seed: int)
     ratio = float(rng.choice([0.05, 0.2, 0.3]))
     losses = [float(x) for x in np.abs(np.linspace(-1, 1.5, 16)) + 0.3 * rng.random(16) + 0.5]
     expected, dead = brute_force(losses, n_converge, n_tolerance, ratio)
-    valley = LossValley(n_converge=n_converge, n_tolerance=n_tolerance, tolerance_ratio=ratio)
+    valley = LossValley(SwadConfig(n_converge=n_converge, n_tolerance=n_tolerance, tolerance_ratio=ratio))
     found, valley = coefficients(valley, losses)
     wanted = np.zeros(len(losses))
     wanted[: len(expected)] = np.array(expected) / sum(expected)
@@ -112,7 +113,7 @@ def test_reference_semantics_equal_a_literal_reading_for_any_settings(seed: int)
 def test_segments_weigh_the_same_in_reference_and_by_their_steps_in_clean() -> None:
     def shares(semantics: Any) -> np.ndarray:
         # Segments of 1, 3, 3, 3 steps, as an evaluation after the first step and then every third gives.
-        valley = LossValley(semantics=semantics)
+        valley = LossValley(SwadConfig(semantics=semantics))
         for step in range(10):
             valley.add_step({"w": torch.eye(10)[step]})
             if step % 3 == 0:
@@ -139,7 +140,7 @@ def test_segments_weigh_the_same_in_reference_and_by_their_steps_in_clean() -> N
 )
 @pytest.mark.parametrize("segment", [1, 4])
 def test_clean_semantics_take_every_step_of_the_window_once(losses, window, dead, segment) -> None:
-    found, valley = coefficients(LossValley(semantics="clean"), losses, segment)
+    found, valley = coefficients(LossValley(SwadConfig(semantics="clean")), losses, segment)
     first, last = window[0] * segment, (window[1] + 1) * segment
     wanted = np.zeros(len(losses) * segment)
     wanted[first:last] = 1 / (last - first)
@@ -148,7 +149,7 @@ def test_clean_semantics_take_every_step_of_the_window_once(losses, window, dead
 
 
 def test_segments_overlap_under_the_released_default_reset() -> None:
-    valley = LossValley(n_converge=2, n_tolerance=1, segment_reset="vl2v_default")
+    valley = LossValley(SwadConfig(n_converge=2, n_tolerance=1, segment_reset="vl2v_default"))
     ends: dict[int, float] = {}
     for step in range(4501):
         valley.add_step({"w": torch.tensor([float(step)])})
@@ -160,7 +161,7 @@ def test_segments_overlap_under_the_released_default_reset() -> None:
     expected |= {3500: (3001 + 3500) / 2, 4000: (3001 + 4000) / 2, 4500: (4001 + 4500) / 2}
     assert ends == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match="swad.segment_reset"):
-        LossValley(semantics="clean", segment_reset="vl2v_default")
+        SwadConfig(semantics="clean", segment_reset="vl2v_default")
 
 
 @pytest.mark.parametrize("semantics", ["reference", "clean"])
@@ -170,13 +171,13 @@ def test_a_valley_goes_on_bit_for_bit_after_every_evaluation_and_inside_a_segmen
     weights = torch.randn(len(losses) * 3, 5)
 
     def run(interrupted: bool) -> torch.Tensor:
-        valley = LossValley(semantics=semantics)
+        valley = LossValley(SwadConfig(semantics=semantics))
         for step, row in enumerate(weights):
             valley.add_step({"a": row[:2], "b": row[2:]})
             if step % 3 == 2:
                 valley.close_segment(losses[step // 3], step)
             if interrupted:
-                valley = restored(lambda: LossValley(semantics=semantics), valley.state())
+                valley = restored(lambda: LossValley(SwadConfig(semantics=semantics)), valley.state())
         return torch.cat(list(valley.weights().values()))
 
     assert torch.equal(run(False), run(True))
@@ -190,7 +191,7 @@ def test_asking_for_the_average_changes_nothing() -> None:
         return valley
 
     for losses, *_, golden in GOLDEN:
-        found, _ = coefficients(LossValley(), losses, between=look)
+        found, _ = coefficients(LossValley(SwadConfig()), losses, between=look)
         assert found == pytest.approx(np.array(golden) / sum(golden), abs=1e-6)
         assert found == asked[-1].tolist()
 
