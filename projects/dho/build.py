@@ -111,8 +111,7 @@ def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> N
 
 
 def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher | None) -> Loader:
-    world_size = distributed.world_size()
-    _, accumulation = batch_triple(cfg, world_size)
+    ranks = distributed.world_size()
     streams: dict[str, Stream] = {}
     if cfg.uses_labels:
         streams["labelled"] = Stream(images.labelled, cfg.labelled_images)
@@ -124,8 +123,8 @@ def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher
         streams,
         seed=cfg.seed,
         rank=distributed.rank(),
-        world_size=world_size,
-        accumulation=accumulation,
+        world_size=ranks,
+        accumulation=batch_triple(cfg, ranks)[1],
         image_spec=backbone.image_spec,
         teacher_specs=[] if clip is None else [clip.image_spec],
         teacher_digest=None if teacher is None else teacher.digest,
@@ -133,7 +132,6 @@ def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher
 
 
 def _validation(cfg: DhoConfig, images: Images) -> list[Evaluator]:
-    """The search on validation images, at every evaluation."""
     if not images.validation:
         return []
     fixed = Mixture(cfg.mixing.alpha, cfg.mixing.beta) if cfg.mixing.mode == "fixed" else None
@@ -142,7 +140,6 @@ def _validation(cfg: DhoConfig, images: Images) -> list[Evaluator]:
 
 
 def _tests(cfg: DhoConfig, images: Images) -> list[Evaluator]:
-    """Test sets, looked at once, when training has ended."""
     more = [(load_set(extra.set, extra.root), extra.split) for extra in cfg.test_sets]
     return [
         Shifted(Classification.of(dataset, split)) for dataset, split in [(images.dataset, "test"), *more]

@@ -31,7 +31,7 @@ EMPTY_SET = "is empty; name a data set, e.g. emoji or folder:PATH"
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which training images have labels: one of shots, percent and list_file, or (kd, kd_feature) none of them."""
+    """Which training images have labels: one of shots, percent and list_file, or none (kd, kd_feature)."""
 
     shots: Count = 0
     """Labelled images of every class, drawn by Tip-Adapter's rule."""
@@ -225,7 +225,7 @@ class DhoConfig(RunConfig):
             student.head_init == "default"
             or (student.backbone.startswith("clip:") and method != "kd_feature"),
             "student.head_init",
-            f"is text, which needs a clip: backbone and a trained head, not {student.backbone} with loss.method={method}",
+            f"is text, which needs a clip: backbone and a trained head, not {student.backbone} with {method}",
         )
 
     def _check_loss(self) -> None:
@@ -235,13 +235,13 @@ class DhoConfig(RunConfig):
             "grad_cosine_every",
             f"needs two losses; loss.method={loss.method} has one",
         )
-        lowest = {"ce": self.batch_size}.get(loss.method, int(self.uses_labels))
-        highest = {"ce": self.batch_size}.get(loss.method, (self.batch_size - 1) * self.uses_labels)
+        some = 0 < share < self.batch_size
+        fits = some if self.uses_labels else share == 0
         require(
-            lowest <= share <= highest,
+            share == self.batch_size if loss.method == "ce" else fits,
             "labelled_batch",
-            f"is {self.labelled_batch}; of batch_size={self.batch_size} some images are labelled and some are not "
-            "(loss.method=ce: all are; kd and kd_feature: none is)",
+            f"is {self.labelled_batch}; some of batch_size={self.batch_size} are labelled and some are not (loss.method=ce: "
+            "all are; kd and kd_feature: none is)",
         )
         require(
             split.given == self.uses_labels,
@@ -268,7 +268,7 @@ class DhoConfig(RunConfig):
         require(
             bool(teacher.model) or (stored and bool(teacher.class_vectors or teacher.adapter)),
             "teacher.model",
-            "is empty; name a CLIP, or give data.teacher_outputs and teacher.class_vectors (or teacher.adapter)",
+            "is empty; name a CLIP, or give data.teacher_outputs and teacher.class_vectors or adapter",
         )
         require(
             not teacher.adapter
@@ -325,14 +325,8 @@ class TipAdapterConfig:
     """Images of an optimiser step."""
     lr: Amount = 1e-3
     """Peak learning rate of AdamW; cosine to zero."""
-    eps: Amount = 1e-4
-    """Epsilon of AdamW."""
-    weight_decay: Amount = 0.01
-    """Decay of the keys."""
     init_alpha: Amount = 1.17
-    """alpha while the keys are trained."""
-    init_beta: Amount = 1.0
-    """beta while the keys are trained."""
+    """alpha while the keys are trained; beta is 1."""
     search_beta: SearchEnd = 7.0
     """Upper end of the search of beta, which starts at 0.1."""
     search_alpha: SearchEnd = 3.0

@@ -5,8 +5,8 @@
   python -m projects.dho.eval --model vit_b_1.pt --classes imagenet --set imagenet-a --root /data --beta 1
   python -m projects.dho.eval --model runs/NAME/export --set caltech101 --root /data --search val
 
-Without --alpha and --beta the model's own mixture is used. --search chooses both on another split of the first set, never
-on the split that is reported. The CE head and the KD head are reported too.
+Without --alpha and --beta the model's own mixture is used. --search chooses both on another split of the first set than
+the one that is reported. The CE head and the KD head are reported too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ _SMALLEST = 1e-30  # below any probability that fp32 softmax tells from 0
 
 
 def main(argv: list[str]) -> int:
-    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -36,8 +36,8 @@ def agreements(
 ) -> dict[str, Agreement]:
     """How the gradients of two scalar losses relate on each named group of parameters.
 
-    A parameter that a loss does not reach has gradient 0. The graph is kept, no `.grad` is written. With several ranks
-    the gradients are this rank's own.
+    A parameter that a loss does not reach has gradient 0. The graph is kept, no `.grad` is written; gradients are this
+    rank's own.
     """
     parameters = [parameter for group in groups.values() for parameter in group]
     gradients = [
@@ -56,7 +56,7 @@ def agreements(
 
 
 class Probe:
-    """Compares gradients on a copy of the student, because DeepSpeed takes every backward pass through its own modules for the step's."""
+    """Compares gradients on a copy of the student: DeepSpeed takes each backward pass through its modules for the step's."""
 
     def __init__(self, student: Student) -> None:
         self._copy = copy.deepcopy(student).float()
@@ -64,7 +64,7 @@ class Probe:
     def __call__(
         self, student: Student, losses: Callable[[Student], Sequence[Tensor]]
     ) -> dict[str, Agreement]:
-        """Of the two losses that `losses` gives for a student with the weights of `student`, on this rank's images."""
+        """Of the two losses that `losses` gives for a student with the weights of `student`."""
         self._copy.to(next(student.parameters()).device).load_state_dict(student.state_dict())
         self._copy.train(student.training)
         first, second = (loss.float() for loss in losses(self._copy))

@@ -29,11 +29,7 @@ class Images:
 
 
 def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
-    """Load the set of `data` and give its images their roles.
-
-    Raises:
-        UserError: a split that the set does not have, or no image left for a role.
-    """
+    """Load the set of `data` and give its images their roles."""
     dataset = configured_set(data)
     train = pool(items_of(dataset, "train"), split.pool_per_class)
     labelled = _labelled(train, split, dataset.class_names) if split.given else []

@@ -29,12 +29,9 @@ _HEADS = ("ce_head.weight", "ce_head.bias", "kd_head.weight", "kd_head.bias")
 
 
 def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """A torch file of tensors, plain data and NumPy scalars; its NumPy scalars come back as Python numbers.
+    """A torch file of tensors, plain data and NumPy scalars, which come back as Python numbers; all else is a UserError.
 
-    The fine-grained checkpoints hold alpha and beta as NumPy scalars, which torch's own restricted reader refuses.
-
-    Raises:
-        UserError: no such file, damaged, no dictionary, or a pickle that names anything else.
+    The fine-grained checkpoints hold alpha and beta so, which torch's own restricted reader refuses.
     """
     scalar = np.float64(0.0).__reduce__()[0]
     dtypes = {type(np.dtype(kind)) for kind in "efdbhilqBHILQ?"}
@@ -49,7 +46,7 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
 
 
 def number_of(content: Mapping[str, Any], name: str, path: Path, default: float = math.nan) -> float:
-    """The number under `name`; raises UserError when it is missing and has no default, or is no finite number."""
+    """The number under `name`; one that is missing without a default, or not finite, is a UserError."""
     value = content.get(name, default)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UserError(f"weights file {path}: {name} is {value!r}, not a number; fetch it again")
@@ -86,11 +83,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A released student checkpoint, bare or under `model_state_dict`, with or without DDP's `module.`.
-
-    Raises:
-        UserError: not such a file.
-    """
+    """A released student checkpoint, bare or under `model_state_dict`, with or without DDP's `module.`."""
     content = read_plain_pickle(path)
     wrapped = content.get("model_state_dict")
     # Bare weights have no mixture; a tensor of that name is none.
@@ -102,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     }
     if missing := [name for name in _HEADS if name not in named]:
         raise UserError(
-            f"weights file {path} is no DHO student: it has no {missing[0]}; expected backbone.*, ce_head and kd_head"
+            f"weights file {path} is no DHO student: it has no {missing[0]}; it needs backbone.*, ce_head and kd_head"
         )
     heads = {name: named.pop(name) for name in _HEADS}
     backbone = {name.removeprefix("backbone."): value for name, value in named.items()}
@@ -117,18 +110,13 @@ def _family(backbone: Mapping[str, Tensor], path: Path) -> str:
         return "mobilenet_v2"
     if "7.1.conv2.weight" in backbone:
         return "resnet50" if "7.1.conv3.weight" in backbone else "resnet18"
-    raise UserError(
-        f"weights file {path}: its backbone is neither CLIP's ViT nor a ResNet-18, ResNet-50 or MobileNetV2"
-    )
+    raise UserError(f"weights file {path}: its backbone is no CLIP ViT, ResNet-18, ResNet-50 or MobileNetV2")
 
 
 def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
     """A released student as an ImageClassifier in eval mode on the CPU; sizes come from the shapes in the file.
 
     Its KD head is `scaled_linear` for CLIP towers, which were trained so, and plain for CNNs.
-
-    Raises:
-        UserError: another number of classes, or weights of another architecture.
     """
     read = read_checkpoint(path)
     weight = read.heads["ce_head.weight"]

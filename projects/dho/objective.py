@@ -39,8 +39,7 @@ def distillation(
 ) -> Tensor:
     """L_KD: temperature^2 KL(teacher || student) of the first `labelled` rows plus that of the others; [B, C] both.
 
-    Each part is a mean over its own rows, so that the labelled part counts as much as the unlabelled one whatever
-    their sizes. A part without rows is left out.
+    Each part is a mean over its own rows, whatever their number; one without rows is left out.
     """
     return _per_part(
         lambda rows: kl_divergence(student_logits[rows], teacher_logits[rows], temperature),
@@ -64,8 +63,8 @@ def _per_part(loss: Callable[[slice], Tensor], labelled: int, rows: int) -> Tens
 def term_weights(method: Method, ce_share: float, balance: Balance) -> dict[str, float]:
     """The weight of each term of `method`: `ce`, `kd`, `feature`.
 
-    `convex` is ce_share L_CE + (1 - ce_share) L_KD (paper, and the few-shot scripts with one half); `sum` is L_CE + L_KD
-    (the low-shot script). A method with one term gives it weight 1.
+    `convex`: ce_share L_CE + (1 - ce_share) L_KD (paper, few-shot scripts); `sum`: L_CE + L_KD (low-shot script). A method
+    with one term gives it weight 1.
     """
     terms = {"ce": USES_LABELS, "kd": USES_LOGITS, "feature": USES_FEATURES}
     names = [name for name, methods in terms.items() if method in methods]

@@ -41,7 +41,6 @@ class HeadClassifier:
         self.heads, self.answer = heads, answer
 
     def classify(self, images: Tensor) -> Tensor:
-        """The answer, [B, C]."""
         return self.answer(self.heads(images))
 
 
@@ -78,7 +77,6 @@ class HeadSearch:
         self.dataset, self.items, self.two_heads, self.fixed = dataset, list(items), two_heads, fixed
 
     def run(self, predictor: HeadClassifier, context: Context) -> list[Result]:
-        """Evaluate on all ranks together."""
         logits, labels, unreadable = head_logits(predictor, self.items, self.dataset, context)
         answers, chosen = {"top1": logits.ce}, {}
         if self.two_heads:
@@ -95,7 +93,7 @@ class HeadSearch:
 def head_logits(
     predictor: HeadClassifier, items: Sequence[Item], title: str, context: Context
 ) -> tuple[DualLogits, Tensor, list[str]]:
-    """Logits [N,C] of both heads, labels [N] of the readable items, and the unreadable ones; the same on every rank."""
+    """Logits [N,C] of both heads and labels [N] of the readable items, and the unreadable ones; the same on every rank."""
 
     def side_by_side(images: Tensor) -> Tensor:
         return torch.cat(predictor.heads(images), dim=1)
@@ -108,8 +106,7 @@ def head_logits(
 class Shifted:
     """A test set whose classes may be some of the student's (ImageNet-A and -R): the answers compete among these alone.
 
-    Classes are found by name. Where the student has a name twice (ImageNet's `missile`, `sunglasses`), and the set once,
-    the higher of the two logits counts.
+    Of two classes of one name (ImageNet's `missile`, `sunglasses`) the higher logit counts.
     """
 
     def __init__(self, inner: Classification) -> None:
@@ -117,11 +114,6 @@ class Shifted:
         self.dataset, self.items = inner.dataset, inner.items
 
     def run(self, predictor: HeadClassifier, context: Context) -> list[Result]:
-        """Classify the images of all ranks.
-
-        Raises:
-            UserError: a class that the student does not have.
-        """
         if predictor.class_names != self.inner.class_names:
             predictor = self._among_its_classes(predictor)
         return self.inner.run(predictor, context)

@@ -135,7 +135,6 @@ class DhoTask(Task):
         return dict(zip(self._weights, factors, strict=True))
 
     def lr_factor(self, step: int, cfg: RunConfig) -> float:
-        """The released scripts' schedules beside the core's."""
         own = SCHEDULES.get(cfg.optim.schedule)
         return own(step, cfg.steps, cfg.optim.warmup_steps) if own else super().lr_factor(step, cfg)
 
@@ -148,7 +147,6 @@ class DhoTask(Task):
                 self.mixture = replace(self.mixture, accuracy=result.metrics["top1"], **result.chosen)
 
     def state(self) -> dict[str, Any]:
-        """The mixture and the last measured cosines."""
         mixture = self.mixture
         return {
             "mixture": [mixture.alpha, mixture.beta, mixture.accuracy],
@@ -156,15 +154,12 @@ class DhoTask(Task):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
         self.mixture = Mixture(*state["mixture"])
         self._cosines = dict(state["cosines"])
 
     # ------------------------------------------------------------------------------------------------ after training
 
     def predictor(self) -> HeadClassifier:
-        """The student with the weights that it holds and the mixture that was found last."""
-
         def answer(logits: DualLogits) -> Tensor:
             if not self.cfg.two_heads:
                 return logits.ce
@@ -173,18 +168,15 @@ class DhoTask(Task):
         return HeadClassifier("student", self.backbone.image_spec, self.class_names, self.core.heads, answer)
 
     def teacher_predictors(self) -> dict[str, Any]:
-        """The teacher as a classifier of its own pixels, where it is loaded."""
         if self.teacher is None or self.teacher.clip is None:
             return {}
         predictor = teacher_classifier(self.teacher, self.teachers[0], self.class_names)
         return {predictor.name: predictor}
 
     def teacher_logits(self, embeds: Tensor) -> Tensor | None:
-        """By class vectors or Tip-Adapter."""
         return None if self.teacher is None else self.teacher.logits(embeds)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the exported student and of a loaded teacher."""
         exported = self._exported(dict(self.core.named_parameters()))
         counts = {"student": sum(getattr(p, "ds_numel", p.numel()) for p in exported.values())}
         for name in self.teacher_predictors():
@@ -218,11 +210,9 @@ class DhoTask(Task):
         return model
 
     def check_exports(self, written: dict[Path, Any]) -> None:
-        """Compare the reloaded export with the weights that were written, in a fresh process."""
         verify_classifiers(written)
 
 
 def _accuracy(results: list[Result]) -> float:
-    """Right answers on the validation images."""
     (score,) = [result.metrics["top1"] for result in results if result.name == HEADS]
     return score

@@ -41,17 +41,12 @@ class Teacher:
 def load_teacher(
     cfg: TeacherConfig, class_names: list[str], templates: list[str], *, outputs: str
 ) -> Teacher:
-    """The teacher that `cfg` names for a set with these classes and prompts; its towers are dropped where `outputs`, a folder, replaces them.
-
-    Raises:
-        UserError: class vectors or an adapter of other classes, or of another model than the stored outputs.
-    """
+    """The teacher that `cfg` names for a set with these classes and prompts; `outputs`, a folder, replaces its towers."""
     stored = TeacherOutputs(outputs).info if outputs else None
     clip = load_clip(cfg.model, cfg.pretrained) if cfg.model else None
     if clip is not None and stored is not None and clip.digest != stored.digest:
         raise UserError(
-            f"teacher {clip.source} has other weights than those whose outputs lie in {outputs} ({stored.source}); "
-            "name the same model, or store its outputs"
+            f"teacher {clip.source} has other weights than {stored.source}, whose outputs lie in {outputs}; name that model"
         )
     origin = stored or clip
     assert origin is not None, "the config names a model or stored outputs"
@@ -62,7 +57,7 @@ def load_teacher(
         vectors = class_vectors(cfg, clip, class_names, templates)
         if vectors.teacher_digest != origin.digest:
             raise UserError(
-                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, the image embeddings of {origin.source}: "
+                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, image embeddings of {origin.source}, which has "
                 "other weights; make both with one model"
             )
         logits = TextClassifier(vectors.vectors, vectors.logit_scale)
@@ -73,7 +68,6 @@ def load_teacher(
 
 
 def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
-    """The prompts that `cfg` asks for; `own` are the data set's."""
     return cfg.templates or (read_templates("simple") if cfg.prompts == "ensemble" else own)
 
 
@@ -91,11 +85,7 @@ def class_vectors(
 
 
 def load_adapter(path: str, class_names: list[str], digest: str) -> tip_adapter.TipAdapter:
-    """A Tip-Adapter-F for these classes, frozen.
-
-    Raises:
-        UserError: another number of classes; other names, or another model than `digest`, in the facts beside the file.
-    """
+    """A Tip-Adapter-F for these classes, frozen."""
     adapter = tip_adapter.load(Path(path))
     classes = adapter.values.shape[1]
     if classes != len(class_names):
@@ -104,7 +94,6 @@ def load_adapter(path: str, class_names: list[str], digest: str) -> tip_adapter.
         require_same_classes(facts["class_names"], class_names, f"Tip-Adapter {path}")
         if facts["teacher_digest"] != digest:
             raise UserError(
-                f"Tip-Adapter {path} was trained on {facts['teacher']}, this run's teacher has other weights; "
-                "name the same model"
+                f"Tip-Adapter {path} was trained on {facts['teacher']}, this run's teacher has other weights; name that one"
             )
     return adapter.eval().requires_grad_(False)

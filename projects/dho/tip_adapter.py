@@ -1,7 +1,7 @@
 """Tip-Adapter-F: a zero-shot CLIP with a fine-tuned cache of few-shot images, DHO's few-shot teacher.
 
-q = scale f W^T + alpha exp(-beta (1 - f K^T)) V (Zhang et al., ECCV 2022; docs/papers/dho.md,
-eq. 11). Everything works on image embeddings, which are computed once: neither tower of the CLIP is trained.
+q = scale f W^T + alpha exp(-beta (1 - f K^T)) V (Zhang et al., ECCV 2022; docs/papers/dho.md, eq. 11) on stored image
+embeddings f: neither tower of the CLIP is trained.
 
 Letters: N cached images, C classes, D embedding width, B rows, V views.
 """
@@ -51,7 +51,6 @@ class TipAdapter(nn.Module):
         return self.zero_shot(embeds) + self.alpha * self.cache_logits(embeds, self.beta)
 
     def zero_shot(self, embeds: Tensor) -> Tensor:
-        """The part of the class vectors, [B, C]."""
         return self.scale * embeds @ self.class_vectors.T
 
     def cache_logits(self, embeds: Tensor, beta: float) -> Tensor:
@@ -72,24 +71,18 @@ def fit(
     *,
     epochs: int,
     lr: float = 1e-3,
-    eps: float = 1e-4,
-    weight_decay: float = 0.01,
     batch_size: int = 256,
     seed: int = 1,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, float]:
     """Train the keys by cross entropy and leave those of the best validation epoch; returns (epoch, accuracy).
 
-    AdamW, cosine to zero over all steps. Epoch e sees view e modulo V of every image, in an order drawn from `seed`; the
-    last batch may be smaller. Among equal accuracies the first epoch stays.
-
-    Args:
-        views: unit embeddings [V, N, D] of augmented training images.
-        labels: [N].
-        validation: unit embeddings [M, D] of clean validation images, and their labels [M].
+    AdamW, cosine to zero over all steps. Epoch e sees view e modulo V of the unit embeddings [V, N, D] with labels [N], in
+    an order drawn from `seed`; the last batch may be smaller. `validation` are unit embeddings [M, D] of clean images and
+    their labels [M]; among equal accuracies the first epoch stays.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([adapter.keys], lr=lr, eps=eps, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([adapter.keys], lr=lr, eps=1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimizer, epochs * math.ceil(len(labels) / batch_size)
     )
@@ -174,11 +167,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> TipAdapter:
-    """The teacher in a file of the released layout; keys are the fine-tuned ones (`adapter_weight`).
-
-    Raises:
-        UserError: no such file, code inside, a field that is missing, or shapes that do not fit each other.
-    """
+    """The teacher in a file of the released layout; keys are the fine-tuned ones (`adapter_weight`)."""
     content = read_plain_pickle(path)
     if missing := [name for name in _FIELDS if name not in content]:
         raise UserError(f"Tip-Adapter file {path} has no {', '.join(missing)}; it needs {', '.join(_FIELDS)}")

@@ -7,8 +7,9 @@ beta and alpha are chosen on the validation images. `--help` lists the fields, `
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,10 @@ def train(cfg: TipAdapterConfig) -> Path:
         F.one_hot(labels, len(dataset.class_names)),
         vectors.vectors,
         alpha=cfg.init_alpha,
-        beta=cfg.init_beta,
     ).to(device)
     epoch, before = tip_adapter.fit(
-        adapter, F.normalize(views, dim=-1).half().to(device), labels.to(device), validation, epochs=cfg.epochs,
-        lr=cfg.lr, eps=cfg.eps, weight_decay=cfg.weight_decay, batch_size=cfg.batch_size, seed=cfg.seed, progress=print,
+        adapter, F.normalize(views, dim=-1).half().to(device), labels.to(device), validation,
+        epochs=cfg.epochs, lr=cfg.lr, batch_size=cfg.batch_size, seed=cfg.seed, progress=print,
     )  # fmt: skip
     grid = tip_adapter.search_grid(cfg.search_beta, cfg.search_alpha)
     adapter.beta, adapter.alpha, after = tip_adapter.search(adapter, *validation, *grid)
@@ -107,25 +107,22 @@ def embed_views(
         source=clip.source, digest=clip.digest, logit_scale=100.0, dim=int(clip.config["embed_dim"]), crops=count,
         seed=seed, image_spec=clip.image_spec, views=view_config(cfg.data), set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
-    rows: list[Tensor] = []
-    pixels: list[Tensor] = []
-    for number, prepared in enumerate(prepare(items, info, cfg.data.max_pixels, cfg.data.workers), start=1):
-        if isinstance(prepared, BadSample):
-            raise UserError(
-                f"labelled image {prepared.name} cannot be used ({prepared.reason} {prepared.detail}); mend it"
-            )
-        pixels += prepared.pixels
-        while len(pixels) >= BATCH or (pixels and number == len(items)):
-            rows.append(_raw(clip, pixels[:BATCH], device))
-            del pixels[:BATCH]
-    return torch.cat(rows).view(len(items), count, -1).transpose(0, 1).contiguous()
-
-
-@torch.no_grad()
-def _raw(clip: ClipModel, pixels: list[Tensor], device: torch.device) -> Tensor:
     module: Any = clip.module
-    batch = normalise(pixels, clip.image_spec).to(device, compute_dtype(module.visual))
-    return module.encode_image(batch).float().cpu()
+    dtype = compute_dtype(module.visual)
+
+    def pixels() -> Iterator[Tensor]:
+        for prepared in prepare(items, info, cfg.data.max_pixels, cfg.data.workers):
+            if isinstance(prepared, BadSample):
+                reason = f"{prepared.reason} {prepared.detail}"
+                raise UserError(f"labelled image {prepared.name} cannot be used ({reason}); mend it")
+            yield from prepared.pixels
+
+    rows, stream = [], pixels()
+    with torch.no_grad():
+        while part := list(islice(stream, BATCH)):
+            batch = normalise(part, clip.image_spec).to(device, dtype)
+            rows.append(module.encode_image(batch).float().cpu())
+    return torch.cat(rows).view(len(items), count, -1).transpose(0, 1)
 
 
 def _clean(clip: ClipModel, items: Sequence[Item], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -136,7 +133,6 @@ def _clean(clip: ClipModel, items: Sequence[Item], device: torch.device) -> tupl
 
 
 def main(argv: list[str]) -> int:
-    """Command line; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         config.print_help(TipAdapterConfig)
         return 0

@@ -22,10 +22,9 @@ from vlmkd.config import require
 from vlmkd.data.labelled import UNLABELLED, LabelledSet
 from vlmkd.data.loader import Loader, build_labelled_loader
 from vlmkd.data.sources import Stream
-from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, Evaluator
+from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embeddings
 from vlmkd.files import read_object
 from vlmkd.image_spec import ImageSpec
@@ -40,15 +39,12 @@ log = logging.getLogger("vlmkd.promptkd")
 
 FROZEN_TEMPLATES = 60
 """PromptSRC averages the frozen class vectors over the first 60 of OpenAI's 80 ImageNet templates."""
-_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _check_machine(cfg: PromptKDConfig) -> None:
-    require(
-        cfg.autocast != "fp16" or torch.cuda.is_available(),
-        "autocast",
-        "is fp16, which needs a GPU; use bf16 or none",
-    )
+def _autocast_dtype(cfg: PromptKDConfig) -> torch.dtype | None:
+    gpu = torch.cuda.is_available()
+    require(cfg.autocast != "fp16" or gpu, "autocast", "is fp16, which needs a GPU; use bf16 or none")
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.autocast]
 
 
 def _steps_per_epoch(cfg: PromptKDConfig, images: int) -> int:
@@ -63,7 +59,7 @@ def _steps_per_epoch(cfg: PromptKDConfig, images: int) -> int:
 
 def teacher_job(cfg: TeacherConfig) -> Job:
     """Stage 1: prompts of both towers."""
-    _check_machine(cfg)
+    dtype = _autocast_dtype(cfg)
     dataset = configured_set(cfg.data)
     protocol = teacher_protocol(cfg, dataset)
     epoch = _steps_per_epoch(cfg, len(protocol.train))
@@ -76,7 +72,7 @@ def teacher_job(cfg: TeacherConfig) -> Job:
     clip = load_clip(cfg.clip.model, cfg.clip.pretrained, seed=cfg.seed)
     prompts = cfg.prompts
     shape = PromptShape(**{item.name: getattr(prompts, item.name) for item in fields(PromptShape)})
-    names = [prompt_name(dataset.class_names[index]) for index in protocol.train_classes]
+    names = [prompt_name(dataset.class_names[index]) for index in protocol.classes]
     clip.module.to(distributed.device())
     frozen_vectors = _frozen_vectors(cfg, clip, dataset, names)
     prompted = PromptedCLIP(clip, shape, init=prompts.init, seed=cfg.seed)
@@ -84,11 +80,10 @@ def teacher_job(cfg: TeacherConfig) -> Job:
     prompted.image.activation_checkpointing = cfg.deepspeed.activation_checkpointing
     template = with_room(clip.tokenizer, prompts.template, prompts.text_length)
     tokens = class_tokens(clip.tokenizer, names, template)
-    net = TeacherNet(prompted, tokens, frozen_vectors, _DTYPES[cfg.autocast]).to(distributed.device())
+    net = TeacherNet(prompted, tokens, frozen_vectors, dtype).to(distributed.device())
     log.info("stage 1: %d classes, %d labelled images", len(names), len(protocol.train))
-    loader = _loader(cfg, protocol, clip.image_spec)
     task = TeacherTask(cfg, net, clip, dataset, protocol, template, epoch)
-    return Job(cfg, task, loader, _evaluators(protocol))
+    return Job(cfg, task, _loader(cfg, protocol, clip.image_spec), protocol.evaluators)
 
 
 def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, names: list[str]) -> Tensor:
@@ -104,7 +99,7 @@ def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, n
 
 def student_job(cfg: StudentConfig) -> Job:
     """Stage 2: visual prompts and projector, by KL to the teacher."""
-    _check_machine(cfg)
+    dtype = _autocast_dtype(cfg)
     dataset = configured_set(cfg.data)
     epoch = _steps_per_epoch(cfg, len(student_images(cfg, dataset)))
     cfg = in_steps(cfg, epoch)
@@ -126,7 +121,7 @@ def student_job(cfg: StudentConfig) -> Job:
         projector_layers=cfg.projector_layers,
         seed=cfg.seed,
     )
-    student.autocast_dtype = _DTYPES[cfg.autocast]
+    student.autocast_dtype = dtype
     student.image.activation_checkpointing = cfg.deepspeed.activation_checkpointing
     log.info(
         "stage 2: %d classes, %d images without labels, class vectors of %s",
@@ -134,62 +129,47 @@ def student_job(cfg: StudentConfig) -> Job:
     )  # fmt: skip
     image_teacher = None
     if teacher is not None and not stored:
-        image_teacher = ImageTeacher(teacher, clip.image_spec, student.autocast_dtype)
+        image_teacher = ImageTeacher(teacher, clip.image_spec, dtype)
     loader = _loader(cfg, protocol, clip.image_spec, image_teacher, vectors.teacher_digest)
     text = (lambda: teacher.class_vectors(dataset).vectors) if teacher and cfg.text_every_step else None
     task = StudentTask(cfg, student, clip, vectors, protocol, epoch, image_teacher, text)
-    return Job(cfg, task, loader, _evaluators(protocol))
+    return Job(cfg, task, loader, protocol.evaluators)
 
 
 def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None) -> ClassVectors:
-    """The class vectors of a student run: its file's, checked against its teacher and stored outputs, or made now.
-
-    Raises:
-        UserError: a file of other classes, prompts or weights than the teacher's.
-    """
+    """The class vectors of a student run: its file's, checked against its teacher, or made now."""
     if not cfg.class_vectors:
         assert teacher is not None
         return teacher.class_vectors(dataset)
     vectors = ClassVectors.load(Path(cfg.class_vectors), expect_class_names=dataset.class_names)
-    digests = {}
+    source, digest = cfg.teacher.prompts, vectors.teacher_digest
     if teacher is not None:
-        digests[teacher.source] = teacher.digest
-    elif (Path(cfg.teacher.prompts) / TEACHER_JSON).is_file():
-        content = read_object(Path(cfg.teacher.prompts) / TEACHER_JSON, "teacher export")
-        digests[cfg.teacher.prompts] = content["digest"]
-    if cfg.data.teacher_outputs:
-        stored = TeacherOutputs(cfg.data.teacher_outputs, cfg.data.teacher_view)
-        digests[cfg.data.teacher_outputs] = stored.info.digest
-    for source, digest in digests.items():
-        if digest != vectors.teacher_digest:
-            raise UserError(
-                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, whose weights or prompts are not those of "
-                f"{source}; make them again with build_bank.py"
-            )
+        source, digest = teacher.source, teacher.digest
+    elif (facts := Path(source) / TEACHER_JSON).is_file():
+        digest = read_object(facts, "teacher export")["digest"]
+    if digest != vectors.teacher_digest:
+        raise UserError(
+            f"class vectors {cfg.class_vectors} are of {vectors.teacher}, whose weights or prompts are not those of "
+            f"{source}; make them again with build_bank.py"
+        )
     return vectors
 
 
 def _as_the_teacher_answers(
     cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None, vectors: ClassVectors
 ) -> LabelledSet:
-    """A set without labels, the teacher's answers on its test images in their place; its name says so.
-
-    Raises:
-        UserError: no teacher is loaded.
-    """
+    """A set without labels, the teacher's answers on its test images in their place; its name says so."""
     if teacher is None:
         raise UserError(
-            f"data set {dataset.name} has no labelled images to test on, so that the student is compared with its teacher: "
-            "name it in teacher, and leave data.teacher_outputs empty"
+            f"data set {dataset.name} has no labelled images, so that the student is tested against its teacher: name it "
+            "in teacher, and leave data.teacher_outputs empty"
         )
     items = items_of(dataset, "test")
     context = Context(distributed.device(), cfg.evaluation.batch_size, cfg.data.workers)
     title, images = f"{dataset.name}: the teacher's answers", [item.image for item in items]
     ids, embeds, _ = embeddings(teacher.encoder(), images, title, context)
     answers = vectors.logits(embeds).argmax(dim=1)
-    log.info(
-        "no labels: the student's answers on %d held-out images are compared with the teacher's", len(ids)
-    )
+    log.info("no labels: answers on %d held-out images are compared with the teacher's", len(ids))
     pairs = zip(ids.tolist(), answers.tolist(), strict=True)
     test = [replace(items[index], label=answer) for index, answer in pairs]
     name = f"{dataset.name}, teacher's answers"
@@ -201,23 +181,17 @@ def _loader(
     protocol: Protocol,
     spec: ImageSpec,
     teacher: ImageTeacher | None = None,
-    teacher_digest: str | None = None,
+    digest: str | None = None,
 ) -> Loader:
-    world_size = distributed.world_size()
-    _, accumulation = batch_triple(cfg, world_size)
+    ranks = distributed.world_size()
     return build_labelled_loader(
         cfg.data,
         {"train": Stream(protocol.train, cfg.batch_size)},
         seed=cfg.seed,
         rank=distributed.rank(),
-        world_size=world_size,
-        accumulation=accumulation,
+        world_size=ranks,
+        accumulation=batch_triple(cfg, ranks)[1],
         image_spec=spec,
         teacher_specs=[] if teacher is None else [teacher.image_spec],
-        teacher_digest=teacher_digest,
+        teacher_digest=digest,
     )
-
-
-def _evaluators(protocol: Protocol) -> list[Evaluator]:
-    """The test set, and before it the validation images that select=val chooses by."""
-    return [protocol.test] if protocol.validation is None else [protocol.validation, protocol.test]

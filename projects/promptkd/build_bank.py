@@ -24,7 +24,6 @@ from vlmkd.errors import run_tool
 
 
 def build_bank(cfg: BankConfig) -> None:
-    """Write what `cfg` asks for."""
     dataset, device = configured_set(cfg.data), distributed.device()
     teacher = load_teacher(cfg.teacher, cfg.data.set, cfg.protocol)
     teacher.module.to(device)
@@ -57,7 +56,6 @@ def build_bank(cfg: BankConfig) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Command line of YAML files and `field=value`, or `--help`; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         config.print_help(BankConfig)
         return 0

@@ -31,10 +31,10 @@ Setting = Literal["base_to_novel", "cross_dataset", "domain_generalization"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """A CLIP with a ViT image tower: any name that vlmkd.models.clip.load_clip takes."""
+    """A CLIP with a ViT image tower, as vlmkd.models.clip.load_clip takes it."""
 
     model: str = ""
-    """open_clip architecture (OpenAI's weights: the `-quickgelu` name), JSON config, `local-dir:`, `hf:` or `zoo:NAME`."""
+    """Architecture (OpenAI's weights: the `-quickgelu` name), JSON config, `local-dir:`, `hf:` or `zoo:NAME`."""
     pretrained: str = ""
     """open_clip tag or weights file; empty: the folder's own weights."""
 
@@ -44,15 +44,15 @@ class PromptConfig:
     """Deep prompts of the teacher (docs/papers/promptkd.md, eq. 1 and 2)."""
 
     image_depth: Count = 9
-    """Image blocks with prompts of their own; 0 leaves the image tower as it is."""
+    """Image blocks with prompts of their own; 0: none."""
     image_length: Positive = 4
     """Prompts of an image block."""
     text_depth: Positive = 9
-    """Text blocks with prompts of their own, at least 1."""
+    """Text blocks with prompts of their own."""
     text_length: Positive = 4
     """Prompts of a text block, in place of the first words."""
     template: str = TRAINING_TEMPLATE
-    """Words around the class name; learned vectors replace the first, or stand before the name where those are too few."""
+    """Words around the class name; prompts replace the first, or stand before the name where those are too few."""
     init: str = "a photo of a"
     """Words that the first text prompts start from; empty, or too few: at random."""
 
@@ -82,7 +82,7 @@ class PromptSRCLossConfig:
     """Weights of PromptSRC's terms; 0 leaves a term out."""
 
     ce: AboveZero = 1.0
-    """Cross-entropy with the labels, without which nothing is learned."""
+    """Cross-entropy with the labels."""
     text: Amount = 25.0
     """L1 distance of the class vectors to the frozen ones."""
     image: Amount = 10.0
@@ -126,7 +126,7 @@ class PromptKDOptimConfig(OptimConfig):
     schedule: Literal["epoch_cosine", "cosine", "wsd", "constant"] = "epoch_cosine"  # type: ignore[assignment]
     """`epoch_cosine` changes between epochs only (objective.py); the others are the core's."""
     first_epoch_lr: Amount = 1e-5
-    """Constant rate during the first epoch of `epoch_cosine`."""
+    """Rate during the first epoch of `epoch_cosine`."""
     warmup_steps: Duration = 0
     """Linear warm-up: lr * (step + 1) / warmup_steps."""
 
@@ -134,7 +134,7 @@ class PromptKDOptimConfig(OptimConfig):
         require(
             self.schedule != "epoch_cosine" or not self.warmup_steps,
             "optim.warmup_steps",
-            f"is {self.warmup_steps}, but epoch_cosine has its first epoch for that; set it to 0",
+            f"is {self.warmup_steps}, but epoch_cosine warms up in its first epoch; set it to 0",
         )
 
 
@@ -172,12 +172,12 @@ class PromptKDConfig(RunConfig):
         require(
             self.deepspeed.precision == "fp32",
             "deepspeed.precision",
-            f"is {self.deepspeed.precision}; prompts and batch statistics stay in fp32: set autocast=bf16 instead",
+            f"is {self.deepspeed.precision}; prompts and statistics stay fp32: set autocast=bf16 instead",
         )
         require(
             self.deepspeed.zero_stage < 3,
             "deepspeed.zero_stage",
-            "is 3, but only about a million weights are trained and averaged whole; use 1 or 2",
+            "is 3, but weights are averaged whole; use 1 or 2",
         )
 
 
@@ -198,7 +198,7 @@ class TeacherConfig(PromptKDConfig):
     loss: PromptSRCLossConfig = field(default_factory=PromptSRCLossConfig)
     """Weights of the terms."""
     average: AverageConfig = field(default_factory=AverageConfig)
-    """Average over the epochs, which is what is exported."""
+    """Average over the epochs, which is exported."""
     frozen_templates: str = "openai60"
     """Prompts of the frozen class vectors: `openai60` of PromptSRC, `set` (the data set's own), or a text file."""
     classes_per_chunk: Count = 0
@@ -210,12 +210,10 @@ class TeacherConfig(PromptKDConfig):
         require(
             "{}" in self.prompts.template or "{c}" in self.prompts.template,
             "prompts.template",
-            f"is {self.prompts.template!r}, without {{}} or {{c}} for the class name",
+            f"is {self.prompts.template!r}, without {{}} for the class name",
         )
         require(
-            not self.data.teacher_outputs,
-            "data.teacher_outputs",
-            "has no effect here: stage 1 has no teacher",
+            not self.data.teacher_outputs, "data.teacher_outputs", "has no effect: stage 1 has no teacher"
         )
 
 
@@ -248,14 +246,12 @@ class StudentConfig(PromptKDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            bool(self.student.model), "student.model", "is empty; name the CLIP whose image tower is trained"
-        )
+        require(bool(self.student.model), "student.model", "is empty; name the CLIP of the student")
         stored = bool(self.class_vectors) and bool(self.data.teacher_outputs)
         require(
             self.teacher.named or stored,
             "teacher",
-            "is empty; name teacher.prompts or teacher.clip.model, or give class_vectors and data.teacher_outputs",
+            "is empty; name its prompts or clip.model, or give class_vectors and data.teacher_outputs",
         )
         require(
             not (self.text_every_step and self.class_vectors),
@@ -272,13 +268,13 @@ class BankConfig:
     """build_bank.py: class vectors of a teacher, and where asked its image embeddings."""
 
     out: str = ""
-    """File of the class vectors, e.g. runs/promptkd/dtd_teacher/class_vectors.safetensors."""
+    """File of the class vectors, e.g. runs/dtd/class_vectors.safetensors."""
     teacher: TeacherSource = field(default_factory=TeacherSource)
     """The teacher."""
     protocol: Setting = "base_to_novel"
     """The student's: which teacher is taken from a folder of published ones."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
-    """The data set; with image_views also the views, whose outputs go to data.teacher_outputs."""
+    """The data set and the views, whose outputs go to data.teacher_outputs."""
     image_views: Count = 0
     """Views of each image whose embeddings are stored too; 0: class vectors only."""
     split: Literal["train", "test"] = "train"
@@ -293,11 +289,7 @@ class BankConfig:
     def __post_init__(self) -> None:
         require(bool(self.out), "out", "is empty; name the file that is written")
         require(bool(self.data.set), "data.set", "is empty; name the data set whose classes are encoded")
-        require(
-            self.teacher.named,
-            "teacher",
-            "is empty; name teacher.prompts, or teacher.clip.model for a plain CLIP",
-        )
+        require(self.teacher.named, "teacher", "is empty; name its prompts, or clip.model for a plain CLIP")
         require(
             (self.image_views > 0) == bool(self.data.teacher_outputs),
             "data.teacher_outputs",

@@ -3,11 +3,11 @@ r"""Evaluate teachers, students and plain CLIPs by the paper's protocols, over s
     bash scripts/launch.sh projects/promptkd/eval.py --setting base2novel --data dtd --root DATA \
         --ckpt 'runs/promptkd/base2novel/{data}/student_s{seed}/export' --seeds 1 2 3 --results dtd.jsonl
 
-A checkpoint is a run's export folder, a published checkpoint or its `zoo:NAME` (`--clip` names the CLIP of its size; a student also needs
-its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a zero-shot CLIP with the data set's own
-prompts. `{data}` and `{seed}` in paths stand for each set and seed. Base, novel and all classes come from one pass over
-the images. Means are over the seeds, and the harmonic mean is that of the mean base and mean novel accuracies, as in the paper;
-with several seeds the standard deviation over them stands beside each (the harmonic mean's: of the seeds' harmonic means).
+A checkpoint is a run's export folder, a published checkpoint or its `zoo:NAME` (`--clip` names the CLIP of its size; a
+student also needs its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a
+zero-shot CLIP with the data set's own prompts. `{data}` and `{seed}` in paths stand for each set and seed. The harmonic
+mean is that of the mean base and mean novel accuracies over the seeds, as in the paper; with several seeds the standard
+deviation stands beside each number (the harmonic mean's: of the seeds' harmonic means).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.splits import base_and_novel
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.classify import Classification, ZeroShotClassifier, harmonic_mean
+from vlmkd.evaluation.classify import Classification, harmonic_mean
 from vlmkd.export.classifier import CONFIG, load_classifier
 from vlmkd.files import check_writable
 from vlmkd.models.class_vectors import ClassVectors
@@ -55,7 +55,7 @@ COLUMNS = {
 
 
 def evaluator(setting: str, dataset: LabelledSet, split: str, hold_out: float, seed: int) -> Classification:
-    """What a setting measures on a data set: base, novel and harmonic mean, or accuracy over all classes."""
+    """What a setting measures on a data set."""
     if setting == "base2novel":
         base, novel = base_and_novel(items_of(dataset, "train"))
         return Classification.of(dataset, split, base=base, novel=novel)
@@ -74,11 +74,7 @@ def classifier(
     device: torch.device,
     setting: Setting,
 ) -> ImageClassifier:
-    """The classifier that a `--ckpt` names, for the classes of `dataset`; `setting` chooses among published teachers.
-
-    Raises:
-        UserError: nothing there, a student of other classes, or a published file without the CLIP or teacher it needs.
-    """
+    """The classifier that a `--ckpt` names, for the classes of `dataset`; `setting` chooses among published teachers."""
 
     def loaded(source: TeacherSource) -> Teacher:
         found = load_teacher(source, dataset.name, setting)
@@ -86,8 +82,7 @@ def classifier(
         return found
 
     if name.startswith("clip:"):
-        zero_shot = loaded(TeacherSource(clip=_clip(name.removeprefix("clip:"))))
-        return ZeroShotClassifier(zero_shot.encoder(), zero_shot.class_vectors(dataset))
+        return loaded(TeacherSource(clip=_clip(name.removeprefix("clip:")))).classifier(dataset)
     path = weights_file(name)
     path = path / "export" if (path / "export").is_dir() else path
     if (path / CONFIG).is_file():
@@ -97,8 +92,7 @@ def classifier(
         return student
     state = {} if path.is_dir() else legacy.read_checkpoint(path)
     if path.is_dir() or legacy.kind_of(state, name) == "teacher":
-        prompted = loaded(TeacherSource(prompts=str(path), clip=clip))
-        return ZeroShotClassifier(prompted.encoder(), prompted.class_vectors(dataset))
+        return loaded(TeacherSource(prompts=str(path), clip=clip)).classifier(dataset)
     if not clip.model:
         raise UserError(f"{name} is a published student; name its CLIP: --clip ViT-B-16-quickgelu@openai")
     base = load_clip(clip.model, clip.pretrained)
@@ -109,24 +103,19 @@ def classifier(
         vectors = loaded(teacher).class_vectors(dataset)
     else:
         raise UserError(
-            f"{name} is a published student, which has no class vectors; name its teacher with --teacher and "
-            "--teacher-clip, or a file of build_bank.py with --bank"
+            f"{name} is a published student without class vectors; name its teacher with --teacher and --teacher-clip, or a "
+            "file of build_bank.py with --bank"
         )
     width = published.projector.config["embed_dim"]
     if vectors.vectors.shape[1] != width:
         raise UserError(
-            f"{name} projects to {width} dimensions, its class vectors have {vectors.vectors.shape[1]}; name the "
-            "teacher that it was distilled from"
+            f"{name} projects to {width} dimensions, its class vectors have {vectors.vectors.shape[1]}; name its own teacher"
         )
     return student_classifier(name, published, vectors, base.image_spec)
 
 
 def table(numbers: Sequence[Number], setting: str) -> str:
-    """The results as Markdown, in per cent: means over the seeds of each data set and of the sets' average.
-
-    The harmonic mean is that of the means. With several seeds the standard deviation over them stands beside each; the
-    average's is that of the seeds' averages.
-    """
+    """The results as Markdown, in per cent, by data set and for the average, whose deviation is that of the seeds' averages."""
     columns = COLUMNS[setting]
     found: dict[Any, dict[Any, dict[str, float]]] = {}
     for one in numbers:
@@ -153,7 +142,7 @@ def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
-    """The numbers of every data set and seed, and their details by checkpoint."""
+    """The numbers of every data set and seed, and details by checkpoint."""
     device = distributed.device_named(args.device)
     context = Context(device, args.batch_size, args.workers, progress=not args.quiet)
     numbers: list[Number] = []
@@ -181,7 +170,6 @@ def _clip(name: str) -> ClipConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -30,7 +30,6 @@ _PROMPTS = "prompts.safetensors"
 
 
 def clip_digest(clip: ClipModel) -> str:
-    """Digest of a CLIP's weights, random ones too."""
     return clip.digest or weights_digest(clip.module.state_dict())
 
 
@@ -41,8 +40,6 @@ def teacher_digest(base: str, prompts: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What `promptkd_teacher.json` says."""
-
     clip: ClipConfig
     clip_digest: str
     shape: PromptShape
@@ -53,7 +50,7 @@ class TeacherFacts:
 
 
 def write_teacher(folder: Path, prompts: Mapping[str, Tensor], facts: TeacherFacts) -> None:
-    """Write a teacher's prompts (names and shapes of `PromptedCLIP.prompts`); an older teacher there is replaced."""
+    """Write a teacher's prompts (as `PromptedCLIP.prompts`); an older teacher there is replaced."""
     tensors = {name: stored(value) for name, value in prompts.items()}
     with replacing(folder, [TEACHER_JSON]) as partial:
         write_tensors(partial / _PROMPTS, tensors)
@@ -63,11 +60,7 @@ def write_teacher(folder: Path, prompts: Mapping[str, Tensor], facts: TeacherFac
 def read_teacher(
     folder: Path, clip: ClipConfig | None = None
 ) -> tuple[PromptedCLIP, ClipModel, TeacherFacts]:
-    """The prompted CLIP of a teacher folder; `clip` says where its CLIP is now, when it has moved.
-
-    Raises:
-        UserError: no teacher folder, or a CLIP of other weights than the prompts were trained on.
-    """
+    """The prompted CLIP of a teacher folder, its CLIP and facts; `clip` says where the CLIP is now, when it has moved."""
     content = read_object(folder / TEACHER_JSON, "teacher export")
     content.pop("vlmkd")
     made = {"clip": ClipConfig(**content["clip"]), "shape": PromptShape(**content["shape"])}
@@ -95,7 +88,6 @@ def probe(prompted: PromptedCLIP, clip: ClipModel, template: str, images: Tensor
 
 
 def reloaded_outputs(folder: Path, asked: Probe) -> dict[str, Tensor]:
-    """What the teacher in `folder` makes of a probe's pixels and of the text."""
     prompted, clip, facts = read_teacher(folder)
     return probe(prompted, clip, facts.template, asked.inputs["images"]).outputs
 

@@ -32,7 +32,6 @@ class GaussianAverage(Selection):
 
     @property
     def complete(self) -> bool:
-        """Whether every epoch was added."""
         return self._epoch == len(self.coefficients)
 
     @torch.no_grad()
@@ -45,18 +44,14 @@ class GaussianAverage(Selection):
         self._epoch += 1
 
     def after_update(self, student: nn.Module, step: int) -> None:
-        """At the end of an epoch."""
         if (step + 1) % self._steps_per_epoch == 0:
             self.add(trainable(student))
 
     def weights(self) -> Weights:
-        """The average once all N epochs were added."""
         return self._sum if self.complete else {}
 
     def state(self) -> dict[str, Any]:
-        """Plain data for `load_state`."""
         return {"sum": self._sum, "epoch": self._epoch}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
         self._sum, self._epoch = dict(state["sum"]), int(state["epoch"])

@@ -1,8 +1,7 @@
 """The published checkpoints of PromptKD and PromptSRC: read without running their code.
 
-Such a file is a torch.save'd dictionary whose `scheduler` embeds live Python objects. Only tensors and plain containers
-are made from it; every other class that it names becomes an empty dictionary, and only `state_dict` is kept. Its keys:
-docs/papers/promptkd.md#checkpoints.
+Their `scheduler` embeds live Python objects. Only tensors and plain containers are made from such a file, every other
+class becomes an empty dictionary, and only `state_dict` is kept: docs/papers/promptkd.md#checkpoints.
 
 Letters: J prompted blocks, n prompts a block, w width of a tower.
 """
@@ -35,33 +34,22 @@ _IGNORED = (
     "prompt_learner.token_suffix",
 )
 _PROJECTOR = "VPT_image_trans.conv1."
+_SETS = ("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
+         "sun397", "dtd", "eurosat", "ucf101")  # fmt: skip
+"""Those with a published base-to-novel teacher, in a folder of this name without case and punctuation, but for:"""
 _FOLDERS = {
-    "imagenet": ("imagenet",),
-    "caltech101": ("caltech101",),
-    "oxford_pets": ("oxfordpets",),
-    "stanford_cars": ("stanfordcars", "standfordcars"),  # the second spelling is the reference README's
-    "oxford_flowers": ("oxfordflowers",),
-    "food101": ("food101",),
-    "fgvc_aircraft": ("fgvcaircraft",),
-    "sun397": ("sun397",),
     "dtd": ("describabletextures",),
-    "eurosat": ("eurosat",),
-    "ucf101": ("ucf101",),
+    "stanford_cars": ("stanfordcars", "standfordcars"),  # the second spelling is the reference README's
 }
-"""Folder names of the published base-to-novel teachers, without case and punctuation, by data set."""
 _CROSS_FOLDER = "imagenetxd"
-"""That of the teacher of all of ImageNet's classes, from which the students of the other two settings learn."""
+"""That of the teacher of all of ImageNet's classes, which the other two settings use."""
 
 
 # -------------------------------------------------------------------------------------------------- reading a file
 
 
 def read_checkpoint(path: Path) -> State:
-    """The `state_dict` of a published file, floats as fp32, without the prefix that DataParallel puts before names.
-
-    Raises:
-        UserError: no such file, another format, a damaged file, or one without a state dict of tensors.
-    """
+    """The `state_dict` of a published file, floats as fp32, without DataParallel's prefix."""
     content = read_torch(path, what="checkpoint", inert=True)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
@@ -80,13 +68,10 @@ def find_teacher(folder: Path, dataset: str, setting: Setting) -> Path:
 
     Base-to-novel has a teacher for each data set, the other settings one of all of ImageNet's classes. The file may have
     any name: where there are several, the text file `checkpoint` beside them says which.
-
-    Raises:
-        UserError: no folder for this data set, no file in it, or several without a `checkpoint`.
     """
     across = setting != "base_to_novel"
-    wanted = (_CROSS_FOLDER,) if across else _FOLDERS.get(dataset)
-    if wanted is None:
+    wanted = (_CROSS_FOLDER,) if across else _FOLDERS.get(dataset, (dataset.replace("_", ""),))
+    if not across and dataset not in _SETS:
         raise UserError(f"no published teacher is named after {dataset}; give its file instead of {folder}")
     places = [
         place
@@ -124,9 +109,6 @@ def load_teacher(state: State, clip: ClipModel, origin: str) -> tuple[PromptedCL
 
     Backbone weights are the file's, which drifted a little from the published CLIP's; the token table, which the file
     lacks, is that of `clip`. Depth and number of prompts are read from the file.
-
-    Raises:
-        UserError: missing prompts, names that nothing here knows, another architecture.
     """
     _refuse_unknown(state, ("image_encoder.", "text_encoder.", *_IGNORED), origin)
     image, text = _split(state, "image_encoder."), _split(state, "text_encoder.")
@@ -155,11 +137,7 @@ def load_teacher(state: State, clip: ClipModel, origin: str) -> tuple[PromptedCL
 
 
 def load_student(state: State, clip: ClipModel, origin: str) -> PromptedStudent:
-    """The student of a state dict on the architecture of `clip`, whose image weights are replaced by the file's.
-
-    Raises:
-        UserError: missing prompts, names that nothing here knows, another architecture or projector.
-    """
+    """The student of a state dict on the architecture of `clip`, with the file's image weights."""
     _refuse_unknown(state, ("image_encoder.", _PROJECTOR), origin)
     image = _split(state, "image_encoder.")
     prompts = _take_prompts(image, image.pop("VPT", None), f"{origin}: image_encoder.VPT")
@@ -206,23 +184,19 @@ def _refuse_differences(wanted: State, given: State, origin: str) -> None:
 
 
 def _shape(prompts: Tensor | None) -> tuple[int, int]:
-    """J and n."""
     return (0, 0) if prompts is None else (prompts.shape[0], prompts.shape[1])
 
 
 def _take_prompts(tower: State, first: Tensor | None, where: str) -> Tensor | None:
     """Prompts [J,n,w] of a tower, taken out of it: `first` of block 0, `VPT_shallow` of the blocks 1 to J - 1."""
     pattern = re.compile(r"transformer\.resblocks\.(\d+)\.VPT_shallow")
-    deeper = {int(match[1]): tower.pop(name) for name in list(tower) if (match := pattern.fullmatch(name))}
-    if first is None:
-        if deeper:
-            raise UserError(f"{where} is missing, but deeper blocks have prompts")
-        return None
-    for block in range(1, max(deeper, default=0) + 1):
-        if block not in deeper:
-            raise UserError(f"{where}: the prompts of block {block} are missing, but deeper blocks have some")
-        if deeper[block].shape != first.shape:
-            raise UserError(
-                f"{where} is {list(first.shape)}, but block {block} has prompts {list(deeper[block].shape)}"
-            )
-    return torch.stack([first, *(deeper[block] for block in sorted(deeper))])
+    found = {int(match[1]): tower.pop(name) for name in list(tower) if (match := pattern.fullmatch(name))}
+    if first is not None:
+        found[0] = first
+    for block in range(len(found)):
+        if block not in found:
+            raise UserError(f"{where} of block {block} is missing, but deeper blocks have prompts")
+        if found[block].shape != found[0].shape:
+            shapes = f"{list(found[0].shape)}, but block {block} has prompts {list(found[block].shape)}"
+            raise UserError(f"{where} is {shapes}")
+    return torch.stack([found[block] for block in sorted(found)]) if found else None

@@ -1,22 +1,18 @@
-"""The losses of both stages as pure functions: PromptSRC's four terms and PromptKD's KL.
+"""PromptSRC's four terms, in fp32 (float64 stays); PromptKD's one is vlmkd.losses.logits.kl_divergence.
 
-Letters: B images, C classes, D embedding width. All in fp32 (float64 stays), whatever the towers computed in.
+Letters: B images, C classes, D embedding width.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from projects.promptkd.config import PromptKDOptimConfig
 from vlmkd.losses.logits import kl_divergence
 from vlmkd.losses.precision import wide
 from vlmkd.train.optim import half_cosine
-
-if TYPE_CHECKING:
-    from projects.promptkd.config import PromptKDOptimConfig
 
 
 def cosine_logits(image_embeds: Tensor, class_vectors: Tensor, scale: Tensor | float) -> Tensor:
@@ -35,18 +31,9 @@ def promptsrc_terms(
 ) -> dict[str, Tensor]:
     """The terms of the prompted teacher's loss, without their weights (docs/papers/promptkd.md, eq. 4-9).
 
-    - `ce`: cross-entropy of the prompted logits, mean over B;
-    - `text`: mean over C x D of |class vectors - frozen class vectors|;
-    - `image`: mean over B x D of |image embeddings - frozen image embeddings|;
-    - `logit`: KL(frozen || prompted) of the softmax over classes, divided by B x C.
-
-    Args:
-        image_embeds: [B,D] unit vectors of the prompted image tower.
-        class_vectors: [C,D] unit vectors of the prompted text tower.
-        frozen_image_embeds: the same images through the frozen tower.
-        frozen_class_vectors: the same classes through the frozen text tower, a mean over templates.
-        labels: int64 [B].
-        scale: factor of the cosines.
+    Of unit vectors [B,D] and [C,D] by the prompted and by the frozen towers, labels int64 [B], and the cosines' factor:
+    `ce`, cross-entropy of the prompted logits, mean over B; `text` and `image`, mean absolute difference of prompted and
+    frozen vectors, over C x D and B x D; `logit`, KL(frozen || prompted) over classes, divided by B x C.
     """
     logits = cosine_logits(image_embeds, class_vectors, scale)
     frozen_logits = cosine_logits(frozen_image_embeds, frozen_class_vectors, scale)
@@ -56,21 +43,6 @@ def promptsrc_terms(
         "image": F.l1_loss(wide(image_embeds), wide(frozen_image_embeds)),
         "logit": kl_divergence(logits, frozen_logits, reduction="element"),
     }
-
-
-def promptkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float = 1.0,
-    reduction: Literal["element", "batch"] = "element",
-    mask: Tensor | None = None,
-) -> Tensor:
-    """T^2 KL(teacher || student) of logits [B,C], without its weight (docs/papers/promptkd.md, eq. 13).
-
-    `element` divides by B x C, as the released code does, whose weights 200 and 1000 belong to it; `batch` divides by
-    B, and its equal weight is C times smaller (eq. 14). Only images whose `mask` [B] is true count.
-    """
-    return kl_divergence(student_logits, teacher_logits, temperature, reduction=reduction, mask=mask)
 
 
 def epoch_cosine(epoch: int, epochs: int, optim: PromptKDOptimConfig) -> float:

@@ -27,8 +27,8 @@ def encode(tower: nn.Module, inputs: Tensor, dtype: torch.dtype | None) -> Tenso
 
     fp16 has nothing below 6e-8, where gradients on their way back through a tower would vanish. So every backward pass
     multiplies the gradient that enters the tower by the power of two that brings its largest entry to 1, and divides the
-    gradients of the trained parameters by it. A gradient scaler does the same for the whole loss, but its factor is a state
-    that DeepSpeed's checkpoints leave out, and it finds the factor by skipping steps.
+    gradients of the trained parameters by it. A gradient scaler finds its factor by skipping steps, and keeps a state that
+    DeepSpeed's checkpoints leave out.
     """
     with autocast(inputs.device, dtype):
         if dtype is not torch.float16 or not torch.is_grad_enabled():

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmkd.class_names import fill
+from vlmkd.class_names import fill, prompt_name
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
+from vlmkd.models.checkpoints import differences
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.prompted import INIT_STD, PromptedImageTower, check_depth
 from vlmkd.models.text_tower import encode_causal, pool_type, read_at, up_to
@@ -28,7 +29,7 @@ from vlmkd.train.task import frozen
 
 @dataclass(frozen=True, kw_only=True)
 class PromptShape:
-    """Depth and number of the prompts of both towers; a depth of 0 leaves the image tower unprompted."""
+    """Depth and number of the prompts; depth 0 leaves the image tower as it is."""
 
     image_depth: int
     image_length: int
@@ -39,14 +40,19 @@ class PromptShape:
 class PromptedTextTower(nn.Module):
     """The text transformer of an open_clip CLIP with prompts in place of the first words.
 
-    Positions `start` to `start + n - 1` hold prompts; everything before and behind is the frozen embedding of the given
-    tokens. The mask stays, and the feature is read where the model itself reads it.
+    Positions `start` to `start + n - 1` hold prompts, all others the frozen embeddings of the given tokens. The mask
+    stays, and the feature is read where the model itself reads it.
     """
 
     attn_mask: Tensor | None
 
-    def __init__(self, clip: ClipModel, depth: int, length: int) -> None:
-        """New prompts are zeros; see `start_from`."""
+    def __init__(
+        self, clip: ClipModel, depth: int, length: int, init: str, generator: torch.Generator
+    ) -> None:
+        """Prompts of block 0 are the embeddings of the first words of `init`, deeper ones N(0, 0.02^2).
+
+        A text of fewer words than prompts gives random ones at block 0 too, as in the reference.
+        """
         super().__init__()
         text: Any = getattr(clip.module, "text", clip.module)
         if pool_type(text) not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
@@ -74,23 +80,15 @@ class PromptedTextTower(nn.Module):
             )
         self.depth, self.length = depth, length
         self.classes_per_chunk = 0
-        self.prompts = nn.Parameter(torch.zeros(depth, length, text.token_embedding.weight.shape[1]))
+        table = text.token_embedding.weight.detach()
+        drawn = torch.randn(depth, length, table.shape[1], generator=generator) * INIT_STD
+        tokens = clip.tokenizer([init])
+        if read_at(self, tokens).item() >= self.start + length:
+            drawn[0] = table[tokens[0, self.start : self.start + length]]
+        self.prompts = nn.Parameter(drawn)
 
     def train(self, mode: bool = True) -> PromptedTextTower:
-        """Stay in eval mode."""
         return super().train(False)
-
-    @torch.no_grad()
-    def start_from(self, tokens: Tensor, generator: torch.Generator) -> None:
-        """Prompts of block 0 from the embeddings of a text's first words, tokens int64 [T]; deeper ones N(0, 0.02^2).
-
-        A text of fewer words than prompts gives random ones at block 0 too, as in the reference.
-        """
-        shape = self.prompts.shape
-        self.prompts.copy_(torch.randn(shape, generator=generator) * INIT_STD)
-        if read_at(self, tokens[None]).item() >= self.start + self.length:
-            words = self.token_embedding.weight[tokens[self.start : self.start + self.length]]
-            self.prompts[0] = words.to(self.prompts.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [C,T] of whole prompts -> [C,D], not normalised.
@@ -141,32 +139,26 @@ class PromptedCLIP(nn.Module):
         self.image = PromptedImageTower(
             model.visual, shape.image_depth, shape.image_length, generator=generator
         )
-        self.text = PromptedTextTower(clip, shape.text_depth, shape.text_length)
-        self.text.start_from(clip.tokenizer([init])[0], generator)
+        self.text = PromptedTextTower(clip, shape.text_depth, shape.text_length, init, generator)
         # The logarithm, frozen.
         self.register_buffer("logit_scale", model.logit_scale.detach().float().reshape(1).clone())
         self.shape = shape
 
     @property
     def scale(self) -> Tensor:
-        """Factor [1] of the cosines, fp32."""
         return self.logit_scale.float().exp()
 
     def prompts(self) -> dict[str, nn.Parameter]:
         """The trained parameters: `image` [J,n,w] (absent at depth 0) and `text` [J,n,w]."""
-        image = {} if self.image.prompts is None else {"image": self.image.prompts}
-        return image | {"text": self.text.prompts}
+        both = {"image": self.image.prompts, "text": self.text.prompts}
+        return {name: value for name, value in both.items() if value is not None}
 
     @torch.no_grad()
     def set_prompts(self, prompts: dict[str, Tensor], origin: str) -> None:
         """Take stored prompts; raises UserError when they are others than `prompts()`, in a line that names `origin`."""
         own = self.prompts()
-        given = {name: list(value.shape) for name, value in prompts.items()}
-        wanted = {name: list(value.shape) for name, value in own.items()}
-        if given != wanted:
-            raise UserError(
-                f"prompts {origin}: they are {given}, but this CLIP with this depth and length needs {wanted}"
-            )
+        if problems := differences(own, prompts):
+            raise UserError(f"prompts {origin} do not fit this CLIP with this depth and length: {problems}")
         for name, value in prompts.items():
             own[name].copy_(value)
 
@@ -177,23 +169,20 @@ class PromptedEncoder:
     def __init__(self, prompted: PromptedCLIP, clip: ClipModel, name: str) -> None:
         self.name = name
         self.image_spec: ImageSpec = clip.image_spec
+        self.logit_scale = float(prompted.logit_scale.double().exp())
         self._prompted, self._tokenizer = prompted, clip.tokenizer
-
-    @property
-    def logit_scale(self) -> float:
-        """The frozen factor of the cosines."""
-        return float(self._prompted.logit_scale.double().exp())
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """[B,3,H,W] -> unit vectors [B,D], fp32."""
-        return F.normalize(self._prompted.image(images.to(self._prompted.logit_scale.device)).float(), dim=-1)
+        return self._units(self._prompted.image, images)
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Tensor:
         """N prompts, whose first words the learned vectors replace -> unit vectors [N,D], fp32."""
-        tokens = self._tokenizer(texts).to(self._prompted.logit_scale.device)
-        return F.normalize(self._prompted.text(tokens).float(), dim=-1)
+        return self._units(self._prompted.text, self._tokenizer(texts))
+
+    def _units(self, tower: nn.Module, inputs: Tensor) -> Tensor:
+        return F.normalize(tower(inputs.to(self._prompted.logit_scale.device)).float(), dim=-1)
 
 
 def with_room(tokenizer: Callable[[list[str]], Tensor], template: str, length: int) -> str:
@@ -213,10 +202,9 @@ def class_tokens(
     tokenizer: Callable[[list[str]], Tensor], class_names: Sequence[str], template: str
 ) -> Tensor:
     """Token ids [C,T] of the template with each class name, underscores read as spaces."""
-    return tokenizer([fill(template, name.replace("_", " ")) for name in class_names])
+    return tokenizer([fill(template, prompt_name(name)) for name in class_names])
 
 
 def _differ_at(tokenizer: Callable[[list[str]], Tensor], texts: list[str]) -> int:
-    """First position at which the tokens of two texts differ."""
     one, other = tokenizer(texts)
     return int((one != other).int().argmax())

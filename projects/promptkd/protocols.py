@@ -11,6 +11,7 @@ from vlmkd.data.labelled import Item, LabelledSet, by_class, only_classes
 from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.datasets.splits import base_and_novel, coop_few_shot
 from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 
 log = logging.getLogger("vlmkd.promptkd")
@@ -22,45 +23,38 @@ class Protocol:
 
     train: list[Item]
     """Training images; in stage 2 without labels."""
-    train_classes: list[int]
-    """Classes of the training labels, as numbers of the whole set; labels count from 0 in this order."""
+    classes: list[int]
+    """Classes whose labels may be used, as numbers of the whole set; stage 1's labels count in this order."""
     test: Classification
     """All classes; base, novel and harmonic mean where the setting has them, from one pass."""
     validation: Classification | None
-    """Images for select=val: of the classes whose labels the setting allows."""
+    """Images of these classes for select=val."""
     selection_metric: str
     """Metric of `test` by which the reference chooses its epoch."""
 
+    @property
+    def evaluators(self) -> list[Evaluator]:
+        """The test set, and before it the validation images."""
+        return [self.test] if self.validation is None else [self.validation, self.test]
+
 
 def teacher_protocol(cfg: TeacherConfig, dataset: LabelledSet) -> Protocol:
-    """Stage 1: `shots` labelled images a class, picked over all classes before the base half is taken.
-
-    Raises:
-        UserError: a set without a train split, or select=val without a val split.
-    """
+    """Stage 1: `shots` labelled images a class, picked over all classes before the base half is taken."""
     whole = items_of(dataset, "train")
     val = dataset.splits.get("val", []) if cfg.select == "val" else []
     train, few_val = coop_few_shot(
         whole, val, cfg.shots, cfg.seed, fewer=cfg.fewer, class_names=dataset.class_names
     )
-    base, novel = base_and_novel(whole)
-    classes = base if cfg.classes == "base" else sorted(by_class(whole))
-    if cfg.classes == "base":
-        test, metric = Classification.of(dataset, base=base, novel=novel), "base_top1"
-    else:
-        test, metric = Classification.of(dataset), "top1"
-    validation = _validation(dataset, few_val, classes) if cfg.select == "val" else None
-    return Protocol(only_classes(train, classes), classes, test, validation, metric)
+    halves = cfg.classes == "base"
+    classes = base_and_novel(whole)[0] if halves else sorted(by_class(whole))
+    judged = few_val if cfg.select == "val" else None
+    return _protocol(dataset, only_classes(train, classes), classes, halves, judged)
 
 
 def student_protocol(cfg: StudentConfig, dataset: LabelledSet) -> Protocol:
-    """Stage 2: all training images of the target set without their labels (transductive).
-
-    Raises:
-        UserError: a set without the splits that the protocol needs.
-    """
+    """Stage 2: all training images of the target set without their labels (transductive)."""
     everything = list(range(len(dataset.class_names)))
-    unlabelled = student_images(cfg, dataset)
+    train = student_images(cfg, dataset)
     if cfg.protocol == "domain_generalization":
         _, test = held_out(items_of(dataset, "test"), cfg.hold_out, cfg.seed)
         if not cfg.hold_out:
@@ -70,24 +64,32 @@ def student_protocol(cfg: StudentConfig, dataset: LabelledSet) -> Protocol:
                 len(test), dataset.name,
             )  # fmt: skip
         judged = Classification(test, dataset.class_names, dataset=dataset.name)
-        return Protocol(unlabelled, everything, judged, None, "top1")
-    val = dataset.splits.get("val", [])
-    if cfg.protocol == "cross_dataset":
-        validation = _validation(dataset, val, everything) if cfg.select == "val" else None
-        return Protocol(unlabelled, everything, Classification.of(dataset), validation, "top1")
-    base, novel = base_and_novel(items_of(dataset, "train"))
-    validation = _validation(dataset, val, base) if cfg.select == "val" else None
-    return Protocol(
-        unlabelled, everything, Classification.of(dataset, base=base, novel=novel), validation, "base_top1"
-    )
+        return Protocol(train, everything, judged, None, "top1")
+    halves = cfg.protocol == "base_to_novel"
+    classes = base_and_novel(items_of(dataset, "train"))[0] if halves else everything
+    val = dataset.splits.get("val", []) if cfg.select == "val" else None
+    return _protocol(dataset, train, classes, halves, val)
+
+
+def _protocol(
+    dataset: LabelledSet, train: list[Item], classes: list[int], halves: bool, val: list[Item] | None
+) -> Protocol:
+    """`halves`: judge base and novel classes apart; `val`: candidates for validation, None without select=val."""
+    base, novel = base_and_novel(items_of(dataset, "train")) if halves else ((), ())
+    test = Classification.of(dataset, base=base, novel=novel)
+    validation = None
+    if val is not None:
+        kept = [item for item in val if item.label in classes]
+        if not kept:
+            raise UserError(
+                f"config field select is val, but {dataset.name} has no validation images; use select=last"
+            )
+        validation = Classification(kept, dataset.class_names, dataset=f"{dataset.name}_val")
+    return Protocol(train, classes, test, validation, "base_top1" if halves else "top1")
 
 
 def student_images(cfg: StudentConfig, dataset: LabelledSet) -> list[Item]:
-    """The images of stage 2, without labels; those of the split `unlabelled` count unless `shots` are picked.
-
-    Raises:
-        UserError: a set without such images.
-    """
+    """The images of stage 2, without labels; those of the split `unlabelled` count unless `shots` are picked."""
     if cfg.protocol == "domain_generalization":
         train, _ = held_out(items_of(dataset, "test"), cfg.hold_out, cfg.seed)
         return [item.unlabelled() for item in train]
@@ -102,10 +104,7 @@ def student_images(cfg: StudentConfig, dataset: LabelledSet) -> list[Item]:
 def held_out(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(training, test) images of a set with one split: of each class a random `share` is test; 0: all are both.
 
-    A class keeps at least one image on either side where it has two.
-
-    Raises:
-        UserError: a side without images.
+    A class keeps at least one image on either side where it has two; a side without any is a UserError.
     """
     if share == 0:
         return items, items
@@ -119,13 +118,3 @@ def held_out(items: list[Item], share: float, seed: int) -> tuple[list[Item], li
     if not train or not test:
         raise UserError(f"config field hold_out is {share}; of {len(items)} images one side has none")
     return train, test
-
-
-def _validation(dataset: LabelledSet, items: list[Item], classes: list[int]) -> Classification:
-    allowed = set(classes)
-    kept = [item for item in items if item.label in allowed]
-    if not kept:
-        raise UserError(
-            f"config field select is val, but {dataset.name} has no validation images; use select=last"
-        )
-    return Classification(kept, dataset.class_names, dataset=f"{dataset.name}_val")

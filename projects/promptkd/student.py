@@ -39,11 +39,7 @@ class PromptedStudent(nn.Module):
         projector_layers: int = 2,
         seed: int = 0,
     ) -> None:
-        """The image tower of `clip` under new prompts and a new projector, both drawn from `seed`.
-
-        Raises:
-            UserError: a tower that prompts do not fit.
-        """
+        """The image tower of `clip` under new prompts and a new projector, both drawn from `seed`."""
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         model: Any = clip.module
@@ -101,10 +97,9 @@ def student_classifier(
 def as_classifier(
     student: PromptedStudent, state: Mapping[str, Tensor], clip: ClipModel, vectors: ClassVectors
 ) -> tuple[ClassifierConfig, dict[str, Tensor]]:
-    """Config and weights of the core's Classifier that answers as `student` with the weights `state` does.
+    """Config and weights of the core's Classifier that answers as `student`, made of `clip`, with the weights `state` does.
 
-    `clip` is the CLIP that the student was made from. Its image tower with the prompts is the backbone, the class vectors
-    with the frozen scale are the head.
+    The prompted image tower is the backbone, the class vectors with the frozen scale are the head.
     """
     head = TextClassifier(vectors.vectors, float(state["logit_scale"].double().exp()))
     config = ClassifierConfig(

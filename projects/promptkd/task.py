@@ -18,19 +18,20 @@ from torch import Tensor, nn
 from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
 from projects.promptkd.exports import TeacherFacts, clip_digest, probe, teacher_digest, write_teacher
 from projects.promptkd.gaussian import GaussianAverage
-from projects.promptkd.objective import cosine_logits, epoch_cosine, promptkd_loss, promptsrc_terms
+from projects.promptkd.objective import cosine_logits, epoch_cosine, promptsrc_terms
 from projects.promptkd.precision import encode
-from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder
+from projects.promptkd.prompts import PromptedCLIP
 from projects.promptkd.protocols import Protocol
 from projects.promptkd.student import PromptedStudent, StudentLogits, as_classifier, student_classifier
-from projects.promptkd.teacher import ImageTeacher
+from projects.promptkd.teacher import ImageTeacher, Teacher
 from vlmkd.config import RunConfig
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.export.classifier import export_classifier, verify_classifiers
 from vlmkd.export.folder import Probe, probe_images, verify
-from vlmkd.models.class_vectors import ClassVectors, encode_classes
+from vlmkd.losses.logits import kl_divergence
+from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import ClipModel
 from vlmkd.predictors import ImageClassifier
 from vlmkd.train.selection import Best, using
@@ -63,13 +64,11 @@ class PromptTask(Task):
             self.selections = [Best("selected", score, tie="earlier")]
 
     def lr_factor(self, step: int, cfg: RunConfig) -> float:
-        """By epochs, where the config asks for that."""
         if self.cfg.optim.schedule != "epoch_cosine":
             return super().lr_factor(step, cfg)
         return epoch_cosine(step // self.epoch, math.ceil(cfg.steps / self.epoch), self.cfg.optim)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the student, and of a loaded teacher's image tower."""
         counted = {"student": self.core} | {str(teacher.name): teacher for teacher in self.teachers}
         return {name: sum(p.numel() for p in module.parameters()) for name, module in counted.items()}
 
@@ -86,7 +85,7 @@ class TeacherNet(nn.Module):
     def __init__(
         self, prompted: PromptedCLIP, tokens: Tensor, frozen_vectors: Tensor, dtype: torch.dtype | None = None
     ) -> None:
-        """`tokens` int64 [C,T] and `frozen_vectors` [C,D] are of the training classes; `dtype` for the towers."""
+        """`tokens` int64 [C,T] and `frozen_vectors` [C,D] are of the training classes."""
         super().__init__()
         self.prompted = prompted
         self.register_buffer("tokens", tokens, persistent=False)
@@ -99,11 +98,8 @@ class TeacherNet(nn.Module):
         text = encode(self.prompted.text, self.tokens, self._dtype)
         with torch.no_grad():
             frozen_image = encode(self.prompted.image.tower, images, self._dtype)
-        return (
-            F.normalize(image.float(), dim=-1),
-            F.normalize(text.float(), dim=-1),
-            F.normalize(frozen_image.float(), dim=-1),
-        )
+        image, text, frozen_image = (F.normalize(x.float(), dim=-1) for x in (image, text, frozen_image))
+        return image, text, frozen_image
 
 
 class TeacherTask(PromptTask):
@@ -141,12 +137,8 @@ class TeacherTask(PromptTask):
         return output
 
     def predictor(self) -> ImageClassifier:
-        """The prompted CLIP with the prompts that it holds."""
-        encoder = PromptedEncoder(self.core.prompted, self.clip, "student")
-        names, templates = self.dataset.class_names, [self.template]
-        return ZeroShotClassifier(
-            encoder, encode_classes(encoder, names, templates, teacher_digest="in training")
-        )
+        prompted = Teacher(self.clip, self.core.prompted, self.template, "in training", "student")
+        return prompted.classifier(self.dataset)
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Probe:
         """Write the prompts and the name of the CLIP under them."""
@@ -157,7 +149,7 @@ class TeacherTask(PromptTask):
             clip_digest=base,
             shape=prompted.shape,
             template=self.template,
-            class_names=[self.dataset.class_names[index] for index in self.protocol.train_classes],
+            class_names=[self.dataset.class_names[index] for index in self.protocol.classes],
             digest=teacher_digest(base, prompts),
         )
         write_teacher(folder, prompts, facts)
@@ -165,7 +157,6 @@ class TeacherTask(PromptTask):
             return probe(prompted, self.clip, self.template, probe_images(self.clip.image_spec))
 
     def check_exports(self, written: dict[Path, Probe]) -> None:
-        """Compare the export, read in a fresh process, with the chosen prompts in this one."""
         verify("projects.promptkd.exports", written)
 
 
@@ -189,7 +180,7 @@ class StudentTask(PromptTask):
         teacher: ImageTeacher | None,
         text: Callable[[], Tensor] | None = None,
     ) -> None:
-        """`teacher` is None where its image embeddings are stored; `text` computes the class vectors anew each step."""
+        """`teacher`: None where its embeddings are stored; `text` computes the class vectors anew each step."""
         super().__init__(cfg, student, protocol, epoch)
         self.clip, self.vectors = clip, vectors
         self.teachers = [] if teacher is None else [teacher]
@@ -209,22 +200,22 @@ class StudentTask(PromptTask):
         with self.watch.span("loss"):
             logits = cosine_logits(embeds, self._rows, self.core.scale)
             loss = self.cfg.loss
-            terms = {"kl": promptkd_loss(logits, teacher_logits, loss.temperature, loss.reduction, answered)}
-            output = combine(terms, {"kl": loss.weight})
+            # eq. 13 and 14 of docs/papers/promptkd.md
+            kl = kl_divergence(
+                logits, teacher_logits, loss.temperature, reduction=loss.reduction, mask=answered
+            )
+            output = combine({"kl": kl}, {"kl": loss.weight})
         agree = logits.argmax(dim=1) == teacher_logits.argmax(dim=1)
         output.metrics["agreement"] = agree.float().mean().detach()
         return output
 
     def predictor(self) -> ImageClassifier:
-        """The student with the weights that it holds."""
         return student_classifier("student", self.core, self.vectors, self.clip.image_spec)
 
     def teacher_predictors(self) -> dict[str, Any]:
-        """The teacher over the same class vectors, where it is loaded."""
         return {teacher.name: ZeroShotClassifier(teacher, self.vectors) for teacher in self.teachers}
 
     def teacher_logits(self, embeds: Tensor) -> Tensor:
-        """By the class vectors."""
         return self.vectors.logits(embeds)
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> nn.Module:
@@ -242,5 +233,4 @@ class StudentTask(PromptTask):
         return StudentLogits(chosen, self.vectors)
 
     def check_exports(self, written: dict[Path, nn.Module]) -> None:
-        """Compare the export, read in a fresh process, with the chosen weights in this one."""
         verify_classifiers(written)

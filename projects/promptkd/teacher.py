@@ -16,6 +16,7 @@ from projects.promptkd.precision import encode
 from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, with_room
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
+from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, load_clip
@@ -38,39 +39,28 @@ class Teacher:
     digest: str
     source: str
 
-    def __post_init__(self) -> None:
-        """Freeze it."""
-        frozen(self.module)
-
     @property
     def module(self) -> nn.Module:
-        """What holds the weights."""
         return self.clip.module if self.prompted is None else self.prompted
 
     def encoder(self) -> ClipPredictor | PromptedEncoder:
-        """The teacher as a DualEncoder."""
         if self.prompted is None:
             return ClipPredictor.of(self.clip, self.source)
         return PromptedEncoder(self.prompted, self.clip, self.source)
 
     def class_vectors(self, dataset: LabelledSet) -> ClassVectors:
         """Unit vectors [C,D] of all classes: by the trained prompts, or a plain CLIP's over the set's templates."""
+        encoder, names = self.encoder(), dataset.class_names
         templates = dataset.templates if self.prompted is None else [self.template]
-        return encode_classes(
-            self.encoder(),
-            dataset.class_names,
-            templates,
-            teacher_digest=self.digest,
-            batch_size=TEXT_BATCH,
-        )
+        return encode_classes(encoder, names, templates, teacher_digest=self.digest, batch_size=TEXT_BATCH)
+
+    def classifier(self, dataset: LabelledSet) -> ZeroShotClassifier:
+        """The teacher as an ImageClassifier of the classes of `dataset`."""
+        return ZeroShotClassifier(self.encoder(), self.class_vectors(dataset))
 
 
 def load_teacher(source: TeacherSource, dataset: str, setting: Setting) -> Teacher:
-    """The teacher that a config names; in a folder of published teachers that of `dataset` and `setting`.
-
-    Raises:
-        UserError: nothing there, a student in its place, or prompts that do not belong to the CLIP.
-    """
+    """The teacher that a config names; in a folder of published teachers that of `dataset` and `setting`."""
     named = source.clip
     if not source.prompts:
         clip = load_clip(named.model, named.pretrained)
@@ -102,11 +92,10 @@ class ImageTeacher(nn.Module):
         super().__init__()
         self.name, self.image_spec = f"teacher {teacher.source}", teacher.clip.image_spec
         plain: Any = teacher.clip.module
-        self.tower: nn.Module = plain.visual if teacher.prompted is None else teacher.prompted.image
+        self.tower = frozen(plain.visual if teacher.prompted is None else teacher.prompted.image)
         self._student_spec, self._dtype = student_spec, dtype
 
     def train(self, mode: bool = True) -> ImageTeacher:
-        """Stay in eval mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -117,5 +106,4 @@ class ImageTeacher(nn.Module):
         return F.normalize(encode(self.tower, images, self._dtype).float(), dim=-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in the teacher's statistics -> unit vectors [B,D], fp32."""
         return self(images.to(next(self.parameters()).device), own_statistics=True)

@@ -81,6 +81,6 @@ for seed in ${SEEDS:-$seeds}; do
     done
 done | xargs -P 2 -I RUN bash -euo pipefail -c 'train "$@"' train RUN "$@"
 
-bash scripts/launch.sh projects/dho/eval_teacher.py "$runs/teacher_test" "$runs/classes.safetensors" --results "$runs/teacher_zero_shot.jsonl"
+bash scripts/launch.sh data_tools/eval_stored_teacher.py "$runs/teacher_test" "$runs/classes.safetensors" --results "$runs/teacher_zero_shot.jsonl"
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/dho/table.yaml --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

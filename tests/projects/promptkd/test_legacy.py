@@ -221,7 +221,10 @@ def removed(name: str) -> Any:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (removed("image_encoder.VPT"), "image_encoder.VPT is missing, but deeper blocks have prompts"),
+        (
+            removed("image_encoder.VPT"),
+            "image_encoder.VPT of block 0 is missing, but deeper blocks have prompts",
+        ),
         (removed("image_encoder.proj"), "missing: visual.proj"),
         (removed("text_encoder.ln_final.bias"), "missing: ln_final.bias"),
         (removed("logit_scale"), "logit_scale is missing"),
@@ -233,7 +236,7 @@ def removed(name: str) -> Any:
             lambda state: state.update(
                 {"image_encoder.transformer.resblocks.9.VPT_shallow": torch.zeros(LENGTH, WIDTH)}
             ),
-            "prompts of block 2 are missing",
+            "image_encoder.VPT of block 2 is missing",
         ),
         (
             lambda state: state.update(

@@ -104,12 +104,12 @@ def labelled(train: int = 20, val: int = 3, test: int = 4) -> LabelledSet:
 def test_a_teacher_sees_base_labels_and_a_student_sees_none() -> None:
     cfg = load("teacher", "teacher_base2novel", select="val", **LOOKS)
     protocol = teacher_protocol(cfg, labelled())
-    assert protocol.train_classes == [0, 1, 2] and len(protocol.train) == 3 * 16
+    assert protocol.classes == [0, 1, 2] and len(protocol.train) == 3 * 16
     assert {item.label for item in protocol.train} == {0, 1, 2}
     assert protocol.test.groups == {"base": [0, 1, 2], "novel": [3, 4]} and len(protocol.test.items) == 20
     assert protocol.validation is not None and {item.label for item in protocol.validation.items} == {0, 1, 2}
     every = teacher_protocol(load("teacher", "promptsrc_cross_b16"), labelled())
-    assert every.train_classes == [0, 1, 2, 3, 4] and every.test.groups == {}
+    assert every.classes == [0, 1, 2, 3, 4] and every.test.groups == {}
 
     student = student_protocol(load("student", "base2novel"), labelled())
     assert len(student.train) == 100 and {item.label for item in student.train} == {UNLABELLED}

@@ -1,14 +1,17 @@
 """Zero-shot accuracy of a teacher from its stored embeddings of test images and its class vectors; no model is loaded.
 
-  python -m projects.dho.eval_teacher OUTPUTS CLASSES [--results FILE]
+    python data_tools/eval_stored_teacher.py OUTPUTS CLASSES [--results FILE]
 
-OUTPUTS is of data_tools/embed_labelled.py --splits test, CLASSES of data_tools/embed_classes.py.
+OUTPUTS is of embed_labelled.py --splits test, CLASSES of embed_classes.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -21,7 +24,7 @@ from vlmkd.results import numbers_of, share, write_results
 
 
 def main(argv: list[str]) -> int:
-    """Command line; returns the exit code."""
+    """Run the tool; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
