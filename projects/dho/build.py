@@ -56,7 +56,7 @@ def student_job(cfg: DhoConfig) -> Job:
 
 
 def _epoch(cfg: DhoConfig, images: Images) -> int:
-    """Steps of an epoch; 0 where the method has no such images."""
+    """Steps of an epoch; 0 without such images."""
     unlabelled = cfg.batch_size - cfg.labelled_images
     passed, batch = images.unlabelled, unlabelled
     if cfg.epoch == "labelled" or not unlabelled:
@@ -67,7 +67,7 @@ def _epoch(cfg: DhoConfig, images: Images) -> int:
 def build_student(
     cfg: DhoConfig, backbone: Backbone, teacher: Teacher | None, dataset: LabelledSet
 ) -> Student:
-    """The student of `cfg`'s method around a loaded backbone; heads and projector are drawn from torch's random state."""
+    """The student around a loaded backbone; heads and projector are drawn from torch's random state."""
     classes = len(dataset.class_names)
     projector = None
     if cfg.uses_features:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from projects.dho.objective import USES_FEATURES, USES_LABELS, USES_LOGITS, Method, term_weights
+from projects.dho.objective import USES_FEATURES, USES_LABELS, USES_LOGITS, Balance, Method, term_weights
 from vlmkd.config import (
     AboveZero,
     Amount,
@@ -46,7 +46,7 @@ class SplitConfig:
     fewer: Fewer = "refuse"
     """What happens to a class with fewer images than shots (released code: repeat)."""
     unlabelled_includes_labelled: bool = False
-    """Draw unlabelled batches from all training images (paper) instead of the rest (released code)."""
+    """Draw unlabelled batches from all training images (paper), not the rest (released code)."""
     pool_per_class: Count = 0
     """Training images of a class that are used at all, for small experiments; 0: all."""
     validation: Literal["train", "val", "none"] = "train"
@@ -65,7 +65,7 @@ class TeacherConfig:
     """The frozen teacher: what makes image embeddings, and class logits of them."""
 
     model: str = ""
-    """What vlmkd.models.clip.load_clip takes; empty: its outputs are stored (data.teacher_outputs)."""
+    """What vlmkd.models.clip.load_clip takes; empty: see data.teacher_outputs."""
     pretrained: str = ""
     """open_clip tag or weights file."""
     class_vectors: str = ""
@@ -75,7 +75,7 @@ class TeacherConfig:
     templates: list[str] = field(default_factory=list)
     """Other prompts in their place, with `{}` for the class name."""
     normalise: Normalise = "each_and_mean"
-    """Which text features are made unit vectors; the released code has `each` for open_clip teachers."""
+    """Which text features are made unit vectors; released code: `each` for open_clip teachers."""
     scale: Amount = 100.0
     """Factor of the cosines; 0: the model's own logit scale."""
     adapter: str = ""
@@ -89,7 +89,7 @@ class StudentConfig:
     backbone: str = ""
     """What vlmkd.models.backbones.load_backbone takes, e.g. `torchvision:resnet18`, `clip:ViT-B-16@openai`."""
     pretrained: bool = True
-    """Start from the backbone's published weights; false: at random."""
+    """Start from published weights; false: at random."""
     weights: str = ""
     """A file or `zoo:NAME` in place of the published weights, e.g. DINO's ResNet-50."""
     image_size: Count = 0
@@ -112,7 +112,7 @@ class LossConfig:
     """`dho`, or a baseline with one head: ce, kd, ce_kd, pcgrad, kd_feature, ce_kd_feature."""
     ce_share: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
     """lambda: weight of the cross entropy; 1 - lambda is the teacher's. loss.method=ce or kd is one loss alone."""
-    balance: Literal["convex", "sum"] = "convex"
+    balance: Balance = "convex"
     """`convex`: lambda L_CE + (1 - lambda) L_KD; `sum`: L_CE + L_KD (released low-shot script)."""
     temperature: AboveZero = 2.0
     """Temperature of both distributions in L_KD, whose square multiplies it."""
@@ -132,7 +132,7 @@ class MixingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedSetConfig:
-    """One more set that the trained student classifies at the end (distribution shift)."""
+    """A set that the trained student classifies too (distribution shift)."""
 
     set: str = ""
     """As data.set, e.g. imagenetv2, imagenet-sketch, imagenet-r, imagenet-a."""
@@ -175,7 +175,7 @@ class DhoConfig(RunConfig):
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """Mixing of the heads."""
     selection: Literal["best", "last"] = "best"
-    """Export the weights of the best validation accuracy, or those of the last step."""
+    """Export the weights of the best validation accuracy, or the last."""
     test_sets: list[ShiftedSetConfig] = field(default_factory=list)
     """Further sets to test on, beside the test split of data.set."""
     grad_cosine_every: Count = 0
@@ -279,7 +279,7 @@ class DhoConfig(RunConfig):
 
     @property
     def two_heads(self) -> bool:
-        """Whether the student has a head for the teacher beside that for labels."""
+        """Whether the student has a head for the teacher too."""
         return self.loss.method == "dho"
 
     @property

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--model", required=True, help="a run's export folder, a released .pt file, or zoo:NAME of one")
-    add("--classes", default="", help="set whose class names a released file has; default: the first --set")
+    add("--classes", default="", help="set with a released file's class names; default: the first --set")
     add("--set", nargs="+", required=True, dest="sets", help="data sets, as data.set of a config")
     add("--root", default="", help="folder of the data sets")
     add("--split", default="test", help="split that is reported")
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
-    """Results of the mixture and of each head on every set."""
+    """Results of the mixture and each head on every set."""
     sets = [load_set(name, args.root) for name in args.sets]
     inner = _load(args, sets[0].class_names)
     if inner.mix is None:
@@ -121,7 +121,6 @@ def _load(args: argparse.Namespace, class_names: list[str]) -> ClassifierPredict
 
 
 def _classifier(inner: ClassifierPredictor, answer: Callable[[DualLogits], Tensor]) -> HeadClassifier:
-    """A dual-head classifier with its heads apart."""
     device = next(inner.module.parameters()).device
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ log = logging.getLogger("vlmkd.dho")
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one run, by role; no image has two, except that unlabelled ones may include labelled ones."""
+    """The images of one run by role, of which each has one; but unlabelled ones may include labelled ones."""
 
     dataset: LabelledSet
     labelled: list[Item]
@@ -81,10 +81,7 @@ def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> 
         else percent_list(train, split.percent)
     )
     if len(listed.names) < len(train):  # a draw, which others may want to have again
-        log.info(
-            "list of labelled images: %s, %d images, sha256 %s",
-            listed.kind, len(listed.names), listed.sha256,
-        )  # fmt: skip
+        log.info("labels: list %s, %d images, sha256 %s", listed.kind, len(listed.names), listed.sha256)
     return pick_listed(train, listed)
 
 

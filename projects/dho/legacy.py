@@ -60,7 +60,7 @@ class Checkpoint:
     family: str
     """`clip` (image tower), `resnet18`, `resnet50` or `mobilenet_v2`."""
     backbone: dict[str, Tensor]
-    """Under open_clip's image-tower names, or as torchvision's children in a row (`0.weight`)."""
+    """Under open_clip's names, or as torchvision's children in a row (`0.weight`)."""
     heads: dict[str, Tensor]
     """The state of a DualHead."""
     alpha: float
@@ -114,7 +114,7 @@ def _family(backbone: Mapping[str, Tensor], path: Path) -> str:
 
 
 def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
-    """A released student as an ImageClassifier in eval mode on the CPU; sizes come from the shapes in the file.
+    """A released student as an ImageClassifier on the CPU; sizes come from the shapes in the file.
 
     Its KD head is `scaled_linear` for CLIP towers, which were trained so, and plain for CNNs.
     """

@@ -53,7 +53,7 @@ def search(ce_logits: Tensor, kd_logits: Tensor, labels: Tensor) -> Mixture:
     """The mixture with the most right answers on logits [N, C] with labels [N].
 
     As a loop over BETAS, inside it over ALPHAS, that keeps strictly better accuracies: of equal ones the first stays,
-    and without any right answer the start, alpha 0 and beta 1. All pairs are tried in one pass over the images.
+    and without any right answer alpha 0 and beta 1.
     """
     right = right_counts(ce_logits, kd_logits, labels, ALPHAS, BETAS).flatten()
     best = int(right.max())

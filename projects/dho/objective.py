@@ -77,7 +77,7 @@ def surgery_weights(dot: Tensor, first_square: Tensor, second_square: Tensor) ->
     """Factors (a, b) with which a g1 + b g2 is PCGrad's sum of two gradients (Yu et al. 2020).
 
     Where g1.g2 < 0 each gradient loses its part along the other: g1 - (g1.g2 / |g2|^2) g2, and likewise g2. Their sum
-    is g1 (1 - g1.g2 / |g1|^2) + g2 (1 - g1.g2 / |g2|^2); without a conflict both factors are 1. Scalars.
+    is g1 (1 - g1.g2 / |g1|^2) + g2 (1 - g1.g2 / |g2|^2); else both factors are 1.
     """
     conflict = dot.clamp_max(0.0)
 

@@ -71,8 +71,6 @@ class DhoTask(Task):
         self._weights = term_weights(cfg.loss.method, cfg.loss.ce_share, cfg.loss.balance)
         self._cosines: dict[str, float] = {}
 
-    # ------------------------------------------------------------------------------------------------------ one step
-
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One micro-batch: frozen teacher, student, losses."""
         labelled = int((batch["stream_ids"] == 0).sum()) if self.cfg.uses_labels else 0
@@ -138,8 +136,6 @@ class DhoTask(Task):
         own = SCHEDULES.get(cfg.optim.schedule)
         return own(step, cfg.steps, cfg.optim.warmup_steps) if own else super().lr_factor(step, cfg)
 
-    # ---------------------------------------------------------------------------------------- which weights are kept
-
     def after_evaluation(self, results: list[Result], step: int) -> None:
         """The mixture of the validation images belongs to the weights that were evaluated last."""
         for result in results:
@@ -156,8 +152,6 @@ class DhoTask(Task):
     def load_state(self, state: dict[str, Any]) -> None:
         self.mixture = Mixture(*state["mixture"])
         self._cosines = dict(state["cosines"])
-
-    # ------------------------------------------------------------------------------------------------ after training
 
     def predictor(self) -> HeadClassifier:
         def answer(logits: DualLogits) -> Tensor:

@@ -137,14 +137,8 @@ def search(
     return betas[beta], alphas[alpha], int(right.max()) / len(labels)
 
 
-# --------------------------------------------------------------------------------------------------- published files
-
-
 def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write the file that the released code reads: keys, one-hot values, class vectors, alpha and beta.
-
-    `facts` (class names, teacher, accuracies; plain data) go into a JSON file of the same name beside it.
-    """
+    """Write the file that the released code reads, and `facts` (plain data) into a JSON file of the same name beside it."""
     keys = adapter.keys.detach().cpu()
     content = {
         "adapter_weight": keys.clone(),
@@ -167,7 +161,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> TipAdapter:
-    """The teacher in a file of the released layout; keys are the fine-tuned ones (`adapter_weight`)."""
+    """The teacher in a file of the released layout, with the fine-tuned keys (`adapter_weight`)."""
     content = read_plain_pickle(path)
     if missing := [name for name in _FIELDS if name not in content]:
         raise UserError(f"Tip-Adapter file {path} has no {', '.join(missing)}; it needs {', '.join(_FIELDS)}")

@@ -34,7 +34,6 @@ from vlmkd.models.clip import ClipModel, load_clip
 from vlmkd.models.towers import ClipPredictor, compute_dtype
 from vlmkd.train.lookup import check_names
 
-ADAPTER = "tip_adapter.pt"
 BATCH = 64
 """Images of a forward pass of the CLIP."""
 
@@ -42,7 +41,7 @@ BATCH = 64
 def train(cfg: TipAdapterConfig) -> Path:
     """Embed, train, search, write; returns the file."""
     folder = Path(cfg.run_dir)
-    written, file = folder / "config.yaml", folder / ADAPTER
+    written, file = folder / "config.yaml", folder / "tip_adapter.pt"
     text = config.to_yaml(cfg)
     if written.is_file() and read_text(written, "config of the run folder") != text:
         raise UserError(f"{folder} holds another teacher's config; choose another run_dir")
@@ -102,7 +101,7 @@ def embed_views(
     cfg: TipAdapterConfig,
     device: torch.device,
 ) -> Tensor:
-    """Un-normalised features [V, N, D] of `count` views of every item, fp32 on the CPU."""
+    """Un-normalised features [V, N, D] of `count` views of every item, on the CPU."""
     info = OutputsInfo(
         source=clip.source, digest=clip.digest, logit_scale=100.0, dim=int(clip.config["embed_dim"]), crops=count,
         seed=seed, image_spec=clip.image_spec, views=view_config(cfg.data), set_name=cfg.data.set, dtype="float32",

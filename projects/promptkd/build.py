@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
-from projects.promptkd.exports import TEACHER_JSON
 from projects.promptkd.prompts import PromptedCLIP, PromptShape, class_tokens, with_room
 from projects.promptkd.protocols import Protocol, student_images, student_protocol, teacher_protocol
 from projects.promptkd.student import PromptedStudent
 from projects.promptkd.task import StudentTask, TeacherNet, TeacherTask
-from projects.promptkd.teacher import ImageTeacher, Teacher, load_teacher
+from projects.promptkd.teacher import TEACHER_JSON, ImageTeacher, Teacher, load_teacher
 from vlmkd import distributed
 from vlmkd.class_names import prompt_name, read_templates
 from vlmkd.config import require
@@ -98,7 +97,7 @@ def _frozen_vectors(cfg: TeacherConfig, clip: ClipModel, dataset: LabelledSet, n
 
 
 def student_job(cfg: StudentConfig) -> Job:
-    """Stage 2: visual prompts and projector, by KL to the teacher."""
+    """Stage 2: visual prompts and projector."""
     dtype = _autocast_dtype(cfg)
     dataset = configured_set(cfg.data)
     epoch = _steps_per_epoch(cfg, len(student_images(cfg, dataset)))
@@ -137,7 +136,7 @@ def student_job(cfg: StudentConfig) -> Job:
 
 
 def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None) -> ClassVectors:
-    """The class vectors of a student run: its file's, checked against its teacher, or made now."""
+    """The class vectors of a student run: a file's, checked against its teacher, or made now."""
     if not cfg.class_vectors:
         assert teacher is not None
         return teacher.class_vectors(dataset)
@@ -158,11 +157,11 @@ def class_vectors(cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | N
 def _as_the_teacher_answers(
     cfg: StudentConfig, dataset: LabelledSet, teacher: Teacher | None, vectors: ClassVectors
 ) -> LabelledSet:
-    """A set without labels, the teacher's answers on its test images in their place; its name says so."""
+    """A set without labels, with the teacher's answers on its test images; its name says so."""
     if teacher is None:
         raise UserError(
-            f"data set {dataset.name} has no labelled images, so that the student is tested against its teacher: name it "
-            "in teacher, and leave data.teacher_outputs empty"
+            f"data set {dataset.name} has no labels, so that the student is tested against its teacher: name it in teacher, "
+            "and leave data.teacher_outputs empty"
         )
     items = items_of(dataset, "test")
     context = Context(distributed.device(), cfg.evaluation.batch_size, cfg.data.workers)

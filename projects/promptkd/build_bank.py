@@ -2,8 +2,8 @@ r"""Between the stages: the class vectors of a trained teacher, and where asked 
 
     bash scripts/launch.sh projects/promptkd/build_bank.py out=FILE teacher.prompts=RUN/export data.set=dtd data.root=DATA
 
-With `image_views=V data.teacher_outputs=FOLDER` it also stores what the teacher's image tower makes of V views of every
-training image; a student run that names both files never loads the teacher. Interrupted, it goes on where it stopped.
+With `image_views=V data.teacher_outputs=FOLDER` it also stores the teacher's embeddings of V views of every training
+image; a student run that names both never loads the teacher. Interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations

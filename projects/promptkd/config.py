@@ -222,11 +222,11 @@ class StudentConfig(PromptKDConfig):
     """Stage 2: visual prompts and a projector, without labels, by KL to the teacher's logits over all classes."""
 
     student: ClipConfig = field(default_factory=ClipConfig)
-    """The student's CLIP, of which the image tower and the logit scale are used."""
+    """The student's CLIP, of which image tower and logit scale are used."""
     prompts: StudentPromptConfig = field(default_factory=StudentPromptConfig)
     """The student's prompts."""
     projector_layers: Positive = 2
-    """Linear layers of the projector, BatchNorm and ReLU between them."""
+    """Linear layers, BatchNorm and ReLU between them."""
     teacher: TeacherSource = field(default_factory=TeacherSource)
     """Not loaded where class_vectors and data.teacher_outputs hold what it says."""
     class_vectors: str = ""
@@ -234,7 +234,7 @@ class StudentConfig(PromptKDConfig):
     text_every_step: bool = False
     """Run the teacher's text tower at every step, as the reference does; for measuring only."""
     protocol: Setting = "base_to_novel"
-    """Which images are trained on, and which classes are evaluated."""
+    """Images that are trained on, and classes that are evaluated."""
     shots: Count = 0
     """Unlabelled images a class, picked by their labels (ablation); 0: the whole training split."""
     fewer: Fewer = "refuse"
@@ -256,7 +256,7 @@ class StudentConfig(PromptKDConfig):
         require(
             not (self.text_every_step and self.class_vectors),
             "text_every_step",
-            "computes class vectors that class_vectors already holds; leave class_vectors empty",
+            "computes class vectors; leave class_vectors empty",
         )
         if self.protocol == "domain_generalization":
             require(not self.shots, "shots", f"has no effect with protocol={self.protocol}; set hold_out")
@@ -288,7 +288,7 @@ class BankConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.out), "out", "is empty; name the file that is written")
-        require(bool(self.data.set), "data.set", "is empty; name the data set whose classes are encoded")
+        require(bool(self.data.set), "data.set", "is empty; name the data set of the classes")
         require(self.teacher.named, "teacher", "is empty; name its prompts, or clip.model for a plain CLIP")
         require(
             (self.image_views > 0) == bool(self.data.teacher_outputs),

@@ -6,8 +6,8 @@ r"""Evaluate teachers, students and plain CLIPs by the paper's protocols, over s
 A checkpoint is a run's export folder, a published checkpoint or its `zoo:NAME` (`--clip` names the CLIP of its size; a
 student also needs its teacher, `--teacher` with `--teacher-clip`, or `--bank`), or `clip:MODEL[@PRETRAINED]`, a
 zero-shot CLIP with the data set's own prompts. `{data}` and `{seed}` in paths stand for each set and seed. The harmonic
-mean is that of the mean base and mean novel accuracies over the seeds, as in the paper; with several seeds the standard
-deviation stands beside each number (the harmonic mean's: of the seeds' harmonic means).
+mean is that of the mean base and mean novel accuracies over the seeds, as in the paper; standard deviations over seeds
+stand beside the numbers (the harmonic mean's: of the seeds' harmonic means).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def classifier(
     device: torch.device,
     setting: Setting,
 ) -> ImageClassifier:
-    """The classifier that a `--ckpt` names, for the classes of `dataset`; `setting` chooses among published teachers."""
+    """The classifier of `dataset` that a `--ckpt` names; `setting` chooses among published teachers."""
 
     def loaded(source: TeacherSource) -> Teacher:
         found = load_teacher(source, dataset.name, setting)
@@ -94,7 +94,9 @@ def classifier(
     if path.is_dir() or legacy.kind_of(state, name) == "teacher":
         return loaded(TeacherSource(prompts=str(path), clip=clip)).classifier(dataset)
     if not clip.model:
-        raise UserError(f"{name} is a published student; name its CLIP: --clip ViT-B-16-quickgelu@openai")
+        raise UserError(
+            f"{name} is a published student; name its CLIP, e.g. --clip ViT-B-16-quickgelu@openai"
+        )
     base = load_clip(clip.model, clip.pretrained)
     published = legacy.load_student(state, base, name).to(device)
     if bank:
@@ -115,7 +117,7 @@ def classifier(
 
 
 def table(numbers: Sequence[Number], setting: str) -> str:
-    """The results as Markdown, in per cent, by data set and for the average, whose deviation is that of the seeds' averages."""
+    """The results as Markdown, in per cent, by data set and on average (its deviation: that of the seeds' averages)."""
     columns = COLUMNS[setting]
     found: dict[Any, dict[Any, dict[str, float]]] = {}
     for one in numbers:
@@ -180,11 +182,11 @@ def main(argv: list[str]) -> int:
     add("--root", default="", help="as data.root")
     add("--split", default="test", help="split that is evaluated")
     add("--seeds", type=int, nargs="+", default=[1])
-    add("--hold-out", type=float, default=0.5, help="dg: as hold_out of the student run; 0 as published")
+    add("--hold-out", type=float, default=0.5, help="dg: hold_out of the student run; 0 as published")
     add("--clip", default="", metavar="MODEL@TAG", help="the CLIP of a published checkpoint")
-    add("--teacher", default="", help="teacher of a published student: export folder or checkpoint")
+    add("--teacher", default="", help="teacher of a published student: export or checkpoint")
     add("--teacher-clip", default="", metavar="MODEL@TAG", help="the CLIP under --teacher")
-    add("--bank", default="", help="class vectors for a published student, instead of --teacher")
+    add("--bank", default="", help="class vectors, instead of --teacher")
     add("--results", default="", metavar="FILE", help="write a line a number to FILE, and details beside it")
     add("--batch-size", type=int, default=100)
     add("--workers", type=at_least(0), default=0)

@@ -36,7 +36,7 @@ class GaussianAverage(Selection):
 
     @torch.no_grad()
     def add(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in the weights after the next epoch."""
+        """Take in an epoch's weights."""
         coefficient = self.coefficients[self._epoch]
         for name, value in weights.items():
             part = value.detach().float() * coefficient

@@ -36,16 +36,13 @@ _IGNORED = (
 _PROJECTOR = "VPT_image_trans.conv1."
 _SETS = ("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
          "sun397", "dtd", "eurosat", "ucf101")  # fmt: skip
-"""Those with a published base-to-novel teacher, in a folder of this name without case and punctuation, but for:"""
+"""Sets with a published base-to-novel teacher, in a folder of this name without case and punctuation, but for:"""
 _FOLDERS = {
     "dtd": ("describabletextures",),
     "stanford_cars": ("stanfordcars", "standfordcars"),  # the second spelling is the reference README's
 }
 _CROSS_FOLDER = "imagenetxd"
 """That of the teacher of all of ImageNet's classes, which the other two settings use."""
-
-
-# -------------------------------------------------------------------------------------------------- reading a file
 
 
 def read_checkpoint(path: Path) -> State:
@@ -64,7 +61,7 @@ def read_checkpoint(path: Path) -> State:
 
 
 def find_teacher(folder: Path, dataset: str, setting: Setting) -> Path:
-    """The published teacher below `folder`, whose sub-folders have the reference's names in any case.
+    """The published teacher below `folder`, with the reference's sub-folders in any case.
 
     Base-to-novel has a teacher for each data set, the other settings one of all of ImageNet's classes. The file may have
     any name: where there are several, the text file `checkpoint` beside them says which.
@@ -72,7 +69,7 @@ def find_teacher(folder: Path, dataset: str, setting: Setting) -> Path:
     across = setting != "base_to_novel"
     wanted = (_CROSS_FOLDER,) if across else _FOLDERS.get(dataset, (dataset.replace("_", ""),))
     if not across and dataset not in _SETS:
-        raise UserError(f"no published teacher is named after {dataset}; give its file instead of {folder}")
+        raise UserError(f"no published teacher is named after {dataset}; give a file instead of {folder}")
     places = [
         place
         for place in sorted(folder.iterdir())
@@ -99,9 +96,6 @@ def kind_of(state: Mapping[str, Tensor], origin: str) -> Literal["teacher", "stu
     raise UserError(
         f"checkpoint {origin} has neither prompt_learner.ctx (a teacher) nor {_PROJECTOR}* (a student)"
     )
-
-
-# ------------------------------------------------------------------------------------------------- into our modules
 
 
 def load_teacher(state: State, clip: ClipModel, origin: str) -> tuple[PromptedCLIP, ClipModel]:

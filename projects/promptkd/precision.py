@@ -17,7 +17,7 @@ from vlmkd.losses.precision import wide
 
 @contextlib.contextmanager
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Matrix products inside compute in `dtype`; None: as the weights are."""
+    """Matrix products compute in `dtype`; None: as the weights are."""
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         yield
 

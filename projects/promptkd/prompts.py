@@ -99,7 +99,7 @@ class PromptedTextTower(nn.Module):
         ends = read_at(self, tokens)
         if bool((ends < self.start + self.length).any()):
             raise UserError(
-                f"a class prompt ends before its {self.length} prompts; use a longer prompt or fewer of them"
+                f"a class prompt ends before its {self.length} prompts; use a longer one or fewer prompts"
             )
         if self.attn_mask is not None:
             tokens = up_to(tokens, ends)
@@ -188,20 +188,20 @@ class PromptedEncoder:
 def with_room(tokenizer: Callable[[list[str]], Tensor], template: str, length: int) -> str:
     """`template` if at least `length` tokens stand before its class name, else that many `X` before the name.
 
-    Learned vectors replace the first `length` tokens of a prompt; without room they would replace the class name.
+    Without that room, learned vectors would replace the class name.
     """
     before_name = _differ_at(tokenizer, [fill(template, "a"), fill(template, "the")])
     if before_name - _differ_at(tokenizer, ["a", "the"]) >= length:
         return template
     name = re.search(r"\{c?\}", template)
-    assert name is not None, f"{template!r} has no place for the class name"
+    assert name is not None
     return "X " * length + template[name.start() :]
 
 
 def class_tokens(
     tokenizer: Callable[[list[str]], Tensor], class_names: Sequence[str], template: str
 ) -> Tensor:
-    """Token ids [C,T] of the template with each class name, underscores read as spaces."""
+    """Token ids [C,T] of the template with each class name."""
     return tokenizer([fill(template, prompt_name(name)) for name in class_names])
 
 

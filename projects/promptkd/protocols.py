@@ -39,7 +39,7 @@ class Protocol:
 
 
 def teacher_protocol(cfg: TeacherConfig, dataset: LabelledSet) -> Protocol:
-    """Stage 1: `shots` labelled images a class, picked over all classes before the base half is taken."""
+    """Stage 1: `shots` labelled images a class, picked before the base half is taken."""
     whole = items_of(dataset, "train")
     val = dataset.splits.get("val", []) if cfg.select == "val" else []
     train, few_val = coop_few_shot(
@@ -52,7 +52,7 @@ def teacher_protocol(cfg: TeacherConfig, dataset: LabelledSet) -> Protocol:
 
 
 def student_protocol(cfg: StudentConfig, dataset: LabelledSet) -> Protocol:
-    """Stage 2: all training images of the target set without their labels (transductive)."""
+    """Stage 2: all training images without their labels (transductive)."""
     everything = list(range(len(dataset.class_names)))
     train = student_images(cfg, dataset)
     if cfg.protocol == "domain_generalization":
@@ -104,7 +104,7 @@ def student_images(cfg: StudentConfig, dataset: LabelledSet) -> list[Item]:
 def held_out(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """(training, test) images of a set with one split: of each class a random `share` is test; 0: all are both.
 
-    A class keeps at least one image on either side where it has two; a side without any is a UserError.
+    A class keeps at least one image on either side where it has two.
     """
     if share == 0:
         return items, items

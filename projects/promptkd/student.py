@@ -59,8 +59,7 @@ class PromptedStudent(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in the student's statistics -> unit vectors [B,D], fp32.
 
-        In training the batch statistics of the projector are those of all ranks together, so that the number of ranks
-        changes neither the loss nor the running statistics.
+        In training the projector's batch statistics are those of all ranks together, so that their number changes nothing.
         """
         features = encode(self.image, images, self.autocast_dtype)
         with autocast(images.device, None):
@@ -97,10 +96,7 @@ def student_classifier(
 def as_classifier(
     student: PromptedStudent, state: Mapping[str, Tensor], clip: ClipModel, vectors: ClassVectors
 ) -> tuple[ClassifierConfig, dict[str, Tensor]]:
-    """Config and weights of the core's Classifier that answers as `student`, made of `clip`, with the weights `state` does.
-
-    The prompted image tower is the backbone, the class vectors with the frozen scale are the head.
-    """
+    """Config and weights of the core's Classifier that answers as `student`, made of `clip`, does with `state`."""
     head = TextClassifier(vectors.vectors, float(state["logit_scale"].double().exp()))
     config = ClassifierConfig(
         backbone=prompted_config(clip.config, student.image),

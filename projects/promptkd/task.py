@@ -16,20 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.promptkd.config import PromptKDConfig, StudentConfig, TeacherConfig
-from projects.promptkd.exports import TeacherFacts, clip_digest, probe, teacher_digest, write_teacher
 from projects.promptkd.gaussian import GaussianAverage
 from projects.promptkd.objective import cosine_logits, epoch_cosine, promptsrc_terms
 from projects.promptkd.precision import encode
 from projects.promptkd.prompts import PromptedCLIP
 from projects.promptkd.protocols import Protocol
 from projects.promptkd.student import PromptedStudent, StudentLogits, as_classifier, student_classifier
-from projects.promptkd.teacher import ImageTeacher, Teacher
+from projects.promptkd.teacher import ImageTeacher, Teacher, export_teacher
 from vlmkd.config import RunConfig
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.evaluation.base import Result
 from vlmkd.evaluation.classify import ZeroShotClassifier
 from vlmkd.export.classifier import export_classifier, verify_classifiers
-from vlmkd.export.folder import Probe, probe_images, verify
+from vlmkd.export.folder import Probe, verify
 from vlmkd.losses.logits import kl_divergence
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.clip import ClipModel
@@ -73,11 +72,8 @@ class PromptTask(Task):
         return {name: sum(p.numel() for p in module.parameters()) for name, module in counted.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- teacher
-
-
 class TeacherNet(nn.Module):
-    """A prompted CLIP with the training classes' prompts and their frozen class vectors: one call does all."""
+    """A prompted CLIP with the training classes; one call does all."""
 
     tokens: Tensor
     frozen_vectors: Tensor
@@ -118,7 +114,7 @@ class TeacherTask(PromptTask):
         template: str,
         epoch: int,
     ) -> None:
-        """`template` is the prompt with room for the learned vectors."""
+        """`template` has room for the learned vectors."""
         super().__init__(cfg, net, protocol, epoch)
         self.clip, self.dataset, self.template = clip, dataset, template
         if cfg.average.std:
@@ -136,31 +132,21 @@ class TeacherTask(PromptTask):
         output.metrics["accuracy"] = ((image @ text.T).argmax(dim=1) == labels).float().mean().detach()
         return output
 
+    def _taught(self) -> Teacher:
+        """The teacher with the prompts that it holds."""
+        return Teacher(self.clip, self.core.prompted, self.template, "in training", "student")
+
     def predictor(self) -> ImageClassifier:
-        prompted = Teacher(self.clip, self.core.prompted, self.template, "in training", "student")
-        return prompted.classifier(self.dataset)
+        return self._taught().classifier(self.dataset)
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Probe:
         """Write the prompts and the name of the CLIP under them."""
-        prompted, base = self.core.prompted, clip_digest(self.clip)
-        prompts = {name: weights[f"prompted.{name}.prompts"] for name in prompted.prompts()}
-        facts = TeacherFacts(
-            clip=self.cfg.clip,
-            clip_digest=base,
-            shape=prompted.shape,
-            template=self.template,
-            class_names=[self.dataset.class_names[index] for index in self.protocol.classes],
-            digest=teacher_digest(base, prompts),
-        )
-        write_teacher(folder, prompts, facts)
+        class_names = [self.dataset.class_names[index] for index in self.protocol.classes]
         with using(self.core, weights):
-            return probe(prompted, self.clip, self.template, probe_images(self.clip.image_spec))
+            return export_teacher(folder, self._taught(), self.cfg.clip, class_names)
 
     def check_exports(self, written: dict[Path, Probe]) -> None:
-        verify("projects.promptkd.exports", written)
-
-
-# ---------------------------------------------------------------------------------------------------------- student
+        verify("projects.promptkd.teacher", written)
 
 
 class StudentTask(PromptTask):
@@ -187,7 +173,7 @@ class StudentTask(PromptTask):
         self._rows, self._text = vectors.vectors, text
 
     def step(self, batch: Batch, step: int) -> StepOutput:
-        """One micro-batch of images; labels are not read."""
+        """One micro-batch; labels are not read."""
         with self.watch.span("teacher"), torch.no_grad():
             if self._text is not None:
                 self._rows = self._text()
@@ -219,7 +205,7 @@ class StudentTask(PromptTask):
         return self.vectors.logits(embeds)
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> nn.Module:
-        """Write the whole student with its class vectors as a classifier folder."""
+        """Write the student with its class vectors as a classifier folder."""
         config, state = as_classifier(self.core, weights, self.clip, self.vectors)
         facts = {
             "teacher": self.vectors.teacher,

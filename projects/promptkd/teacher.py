@@ -1,8 +1,16 @@
-"""The frozen teacher of stage 2, from whatever its user names, and its class vectors."""
+"""The teacher of stage 2, from whatever its user names, and its class vectors; what a run of stage 1 leaves behind.
+
+That is a folder of `prompts.safetensors` and `promptkd_teacher.json`, which names the CLIP under the prompts; this module,
+run with FOLDER and PROBE, checks it. A student is exported as every classifier is (vlmkd/export/classifier.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,20 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.promptkd import legacy
-from projects.promptkd.config import TRAINING_TEMPLATE, Setting, TeacherSource
-from projects.promptkd.exports import TEACHER_JSON, clip_digest, read_teacher, teacher_digest
+from projects.promptkd.config import TRAINING_TEMPLATE, ClipConfig, Setting, TeacherSource
 from projects.promptkd.precision import encode
-from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, with_room
+from projects.promptkd.prompts import PromptedCLIP, PromptedEncoder, PromptShape, with_room
+from vlmkd import __version__
+from vlmkd.class_names import fill
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
 from vlmkd.evaluation.classify import ZeroShotClassifier
+from vlmkd.export.folder import Probe, check_main, probe_images, replacing, stored, write_tensors
+from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
-from vlmkd.models.clip import ClipModel, load_clip
+from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 from vlmkd.models.towers import ClipPredictor, convert_images
+from vlmkd.tensor_files import read_safetensors
 from vlmkd.train.task import frozen
 from vlmkd.zoo import weights_file
 
+TEACHER_JSON = "promptkd_teacher.json"
+_PROMPTS = "prompts.safetensors"
 TEXT_BATCH = 64
 """Class prompts of one forward pass, the same wherever class vectors are made, so that they are equal to the bit."""
 
@@ -58,35 +72,83 @@ class Teacher:
         """The teacher as an ImageClassifier of the classes of `dataset`."""
         return ZeroShotClassifier(self.encoder(), self.class_vectors(dataset))
 
+    def probe(self, images: Tensor) -> Probe:
+        """Pixels, and what the teacher makes of them and of a text in its template."""
+        encoder = self.encoder()
+        text = encoder.encode_text([fill(self.template, "cat")])
+        return Probe({"images": images}, {"image_embeds": encoder.encode_image(images), "text_embeds": text})
+
 
 def load_teacher(source: TeacherSource, dataset: str, setting: Setting) -> Teacher:
     """The teacher that a config names; in a folder of published teachers that of `dataset` and `setting`."""
     named = source.clip
     if not source.prompts:
         clip = load_clip(named.model, named.pretrained)
-        return Teacher(clip, None, TRAINING_TEMPLATE, clip_digest(clip), clip.source)
+        return Teacher(clip, None, TRAINING_TEMPLATE, _clip_digest(clip), clip.source)
     path = weights_file(source.prompts)
     if (path / TEACHER_JSON).is_file():
-        prompted, clip, facts = read_teacher(path, named)
-        return Teacher(clip, prompted, facts.template, facts.digest, source.prompts)
+        return read_export(path, named)
     if path.is_dir():
         path = legacy.find_teacher(path, dataset, setting)
     if not named.model:
         raise UserError(
-            f"teacher {path} is a published checkpoint; name the CLIP under it in teacher.clip, e.g. "
-            "teacher.clip.model=ViT-L-14-quickgelu teacher.clip.pretrained=openai"
+            f"teacher {path} is a published checkpoint; name its CLIP, e.g. teacher.clip.model=ViT-L-14-quickgelu "
+            "teacher.clip.pretrained=openai"
         )
     state = legacy.read_checkpoint(path)
     if legacy.kind_of(state, str(path)) != "teacher":
-        raise UserError(f"{path} is a student, not a teacher; name a teacher's checkpoint in teacher.prompts")
+        raise UserError(f"{path} is a student; name a teacher's checkpoint in teacher.prompts")
     prompted, clip = legacy.load_teacher(state, load_clip(named.model, named.pretrained), str(path))
-    digest = teacher_digest(clip_digest(clip), prompted.prompts())
+    digest = _digest(_clip_digest(clip), prompted.prompts())
     template = with_room(clip.tokenizer, TRAINING_TEMPLATE, prompted.shape.text_length)
     return Teacher(clip, prompted, template, digest, str(path))
 
 
+def export_teacher(folder: Path, teacher: Teacher, clip: ClipConfig, class_names: list[str]) -> Probe:
+    """Write a teacher's prompts, where its CLIP is, and the classes of its labels; returns a probe of it."""
+    assert teacher.prompted is not None
+    prompts, base = teacher.prompted.prompts(), _clip_digest(teacher.clip)
+    facts = {
+        "clip": asdict(clip),
+        "clip_digest": base,
+        "shape": asdict(teacher.prompted.shape),
+        "template": teacher.template,
+        "class_names": class_names,
+        "digest": _digest(base, prompts),
+        "vlmkd": __version__,
+    }
+    with replacing(folder, [TEACHER_JSON]) as partial:
+        write_tensors(partial / _PROMPTS, {name: stored(value) for name, value in prompts.items()})
+        write_json(partial / TEACHER_JSON, facts)
+    return teacher.probe(probe_images(teacher.clip.image_spec))
+
+
+def read_export(folder: Path, clip: ClipConfig) -> Teacher:
+    """The teacher in a folder of `export_teacher`; `clip` says where its CLIP is now, when it has moved."""
+    facts = read_object(folder / TEACHER_JSON, "teacher export")
+    named = clip if clip.model else ClipConfig(**facts["clip"])
+    base = load_clip(named.model, named.pretrained)
+    if _clip_digest(base) != facts["clip_digest"]:
+        raise UserError(
+            f"teacher {folder}: its prompts belong to other weights than those of {base.source}; name the CLIP that it "
+            f"was trained on ({' '.join(facts['clip'].values())}) in teacher.clip"
+        )
+    prompted = PromptedCLIP(base, PromptShape(**facts["shape"]))
+    prompted.set_prompts(read_safetensors(folder / _PROMPTS), str(folder / _PROMPTS))
+    return Teacher(base, prompted.eval(), facts["template"], facts["digest"], str(folder))
+
+
+def _clip_digest(clip: ClipModel) -> str:
+    return clip.digest or weights_digest(clip.module.state_dict())
+
+
+def _digest(base: str, prompts: Mapping[str, Tensor]) -> str:
+    """Of the CLIP under the prompts, and the prompts."""
+    return hashlib.sha256(f"{base} {weights_digest(prompts)}".encode()).hexdigest()
+
+
 class ImageTeacher(nn.Module):
-    """The teacher's image tower alone, for images in the student's statistics or its own; an ImageEncoder."""
+    """The teacher's image tower, for images in the student's statistics or its own."""
 
     def __init__(self, teacher: Teacher, student_spec: ImageSpec, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -107,3 +169,11 @@ class ImageTeacher(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         return self(images.to(next(self.parameters()).device), own_statistics=True)
+
+
+def _reloaded(folder: Path, probe: Probe) -> dict[str, Tensor]:
+    return read_export(folder, ClipConfig()).probe(probe.inputs["images"]).outputs
+
+
+if __name__ == "__main__":
+    sys.exit(check_main(_reloaded, sys.argv[1:]))

@@ -22,10 +22,9 @@ from projects.promptkd import build_bank
 from projects.promptkd import eval as evaluation
 from projects.promptkd.build import class_vectors
 from projects.promptkd.config import ClipConfig, StudentConfig, TeacherSource
-from projects.promptkd.exports import read_teacher
 from projects.promptkd.prompts import class_tokens
 from projects.promptkd.student import PromptedStudent, student_classifier
-from projects.promptkd.teacher import load_teacher
+from projects.promptkd.teacher import TEACHER_JSON, load_teacher, read_export
 from tests.projects.promptkd import released
 from tests.projects.zygote import Zygote
 from vlmkd.datasets.labelled_sets import load_set
@@ -187,8 +186,8 @@ def test_the_teacher_trains_on_shots_of_the_base_classes(place: Path) -> None:
     rates = [line["lr"] for line in train]
     assert rates[:2] == pytest.approx([1e-5] * 2) and rates[2:4] == pytest.approx([0.005] * 2)
     assert rates[4] == pytest.approx(0.00375)  # (1 + cos(pi / 3)) / 2
-    prompted, _, facts = read_teacher(place / "teacher" / "export")
-    assert facts.class_names == NAMES[:3]
+    facts = json.loads((place / "teacher" / "export" / TEACHER_JSON).read_text())
+    assert facts["class_names"] == NAMES[:3]
     measured = results(place / "teacher")["student"]
     assert {"base_top1", "novel_top1", "harmonic_mean"} <= measured.keys()
 
@@ -298,8 +297,10 @@ def test_published_files_are_evaluated_like_the_exports_that_they_hold(
         place / "teacher" / "export",
         *(f"local-dir:{place / name}" for name in ("large", "small")),
     )
-    prompted, clip, facts = read_teacher(teacher_export)
-    tokens = class_tokens(clip.tokenizer, facts.class_names, facts.template)
+    trained_teacher = read_export(teacher_export, ClipConfig())
+    clip, prompted = trained_teacher.clip, trained_teacher.prompted
+    assert prompted is not None
+    tokens = class_tokens(clip.tokenizer, NAMES[:3], trained_teacher.template)
     released.write_checkpoint(place / "teacher.pth.tar", released.teacher_state(prompted, tokens), 3)
     trained = PromptedStudent(load_clip(small), 24, depth=2, length=2, seed=3)
     released.write_checkpoint(place / "student.pth.tar", released.student_state(trained), 2)
