@@ -53,6 +53,14 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "losses are offered to every project",
         {"interactive_contrastive_loss", "sigmoid_loss"},
     ),
+    "losses/preference": (
+        "for the projects on chats that come",
+        {"answer_log_probs", "kto_loss", "preference_loss"},
+    ),
+    "losses/tokens": (
+        "for the projects on chats that come",
+        {"TeacherStates", "TokenObjective", "TopK", "token_loss"},
+    ),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
