@@ -35,14 +35,14 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     if cfg.batch_size % unit:
         lower = cfg.batch_size // unit * unit
         near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        given = cfg.micro_batch_size
         of = (
-            f"micro_batch_size x ranks = {cfg.micro_batch_size} x "
-            if cfg.micro_batch_size
-            else "the ranks = "
+            f"micro_batch_size x ranks = {given} x {world_size} = {unit}"
+            if given
+            else f"the ranks = {world_size}"
         )
         raise UserError(
-            f"config field batch_size is {cfg.batch_size}, which is no multiple of {of}{world_size}"
-            f"{f' = {unit}' if cfg.micro_batch_size else ''}; nearest valid: batch_size={near}"
+            f"config field batch_size is {cfg.batch_size}, which is no multiple of {of}; nearest valid: batch_size={near}"
         )
     return micro, cfg.batch_size // (micro * world_size)
 
@@ -50,67 +50,52 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
 def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: generated, or the user's file with its "auto" values filled in."""
     micro, accumulation = batch_triple(cfg, world_size)
-    alone = world_size == 1 and cfg.deepspeed.precision == "fp32" and cfg.deepspeed.offload == "none"
-    stage = cfg.deepspeed.zero_stage if cfg.deepspeed.zero_stage >= 0 else int(not alone)
+    given = cfg.deepspeed
+    alone = world_size == 1 and given.precision == "fp32" and given.offload == "none"
+    stage = given.zero_stage if given.zero_stage >= 0 else int(not alone)
     zero: dict[str, Any] = {"stage": stage}
-    if cfg.deepspeed.offload != "none":
-        target: dict[str, Any] = {"device": cfg.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
-        if cfg.deepspeed.offload == "nvme":
-            target["nvme_path"] = cfg.deepspeed.nvme_path
-        zero["offload_optimizer"] = target
+    if given.offload != "none":
+        zero["offload_optimizer"] = {"device": given.offload, "pin_memory": torch.cuda.is_available()}
+        if given.offload == "nvme":
+            zero["offload_optimizer"]["nvme_path"] = given.nvme_path
         if stage == 3:
-            zero["offload_param"] = dict(target)
+            zero["offload_param"] = dict(zero["offload_optimizer"])
     generated: dict[str, Any] = {
         "train_batch_size": cfg.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": cfg.optim.clip_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": cfg.deepspeed.precision == "bf16"},
-        "fp16": {"enabled": cfg.deepspeed.precision == "fp16"},
+        "bf16": {"enabled": given.precision == "bf16"},
+        "fp16": {"enabled": given.precision == "fp16"},
         "steps_per_print": 2**31 - 1,  # the run's own log speaks
     }
     if cfg.optim.name == "sgd":
         generated["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
-    if cfg.deepspeed.file:
-        generated = _fill_auto(
-            read_object(cfg.deepspeed.file, "config field deepspeed.file:"), generated, cfg.deepspeed.file
-        )
-    merged = _merge(generated, cfg.deepspeed.extra)
+    if given.file:
+        written = read_object(given.file, "config field deepspeed.file:")
+        generated = _fill_auto(written, generated, given.file)
+    merged = _merge(generated, given.extra)
     for key in ("optimizer", "scheduler"):
         require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
-    _check_stage(merged)
-    return merged
-
-
-def _check_stage(merged: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed 0.19 does wrong without ZeRO: its half-precision optimisers begin with a step of their own."""
+    # DeepSpeed 0.19 does it wrong without ZeRO: its half-precision optimisers begin with a step of their own.
     bf16, fp16, zero = (
         section if isinstance(section := merged.get(name), dict) else {}
         for name in ("bf16", "fp16", "zero_optimization")
     )
     plain = not (bf16.get("enabled") or fp16.get("enabled") or "offload_optimizer" in zero)
-    require(
-        zero.get("stage", 0) != 0 or plain,
-        "deepspeed.zero_stage",
-        "is 0, which works in fp32 and without offload only; use 1",
-    )
+    fits = zero.get("stage", 0) != 0 or plain
+    require(fits, "deepspeed.zero_stage", "is 0, which works in fp32 and without offload only; use 1")
+    return merged
 
 
 def check_machine(cfg: RunConfig) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
-    gpu = torch.cuda.is_available()
-    require(
-        cfg.deepspeed.precision != "fp16" or gpu,
-        "deepspeed.precision",
-        "is fp16, which needs a GPU; use bf16 or fp32",
-    )
-    if gpu and cfg.deepspeed.precision == "bf16":
-        require(
-            torch.cuda.is_bf16_supported(),
-            "deepspeed.precision",
-            "is bf16, which this GPU lacks; use fp16 or fp32",
-        )
+    precision, gpu = cfg.deepspeed.precision, torch.cuda.is_available()
+    fits = precision != "fp16" or gpu
+    require(fits, "deepspeed.precision", "is fp16, which needs a GPU; use bf16 or fp32")
+    fits = precision != "bf16" or not gpu or torch.cuda.is_bf16_supported()
+    require(fits, "deepspeed.precision", "is bf16, which this GPU lacks; use fp16 or fp32")
 
 
 class Engine:
@@ -122,43 +107,31 @@ class Engine:
         self.config = deepspeed_json(cfg, distributed.world_size())
         self._scalars = {name for name, p in task.student.named_parameters() if p.ndim == 0}
         _give_dimensions(task.student)
-        groups = [dict(group) for group in task.param_groups(cfg.optim)]
-        for group in groups:
-            group["peak_lr"] = group.get("lr", cfg.optim.lr)
-            group.setdefault("schedule", True)
-        optimizer = self._optimizer(groups, cfg)
+        groups = [
+            {"peak_lr": group.get("lr", cfg.optim.lr), "schedule": True, **group}
+            for group in task.param_groups(cfg.optim)
+        ]
         import deepspeed
 
         if cfg.deepspeed.extra or cfg.deepspeed.file:
             _check_json(self.config)
         engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
+            model=task.student,
+            optimizer=_optimizer(groups, cfg),
+            config=self.config,
+            dist_init_required=False,
         )
         self._plain = engine.zero_optimization_stage() == 0
         self._norm = math.nan
         if self._plain:
             engine.clip_fp32_gradients = lambda: None  # `_clip` does it, and keeps the norm
-            engine.enable_backward_allreduce = (
-                distributed.world_size() > 1
-            )  # it copies, with nobody to add to
+            # It copies, also with nobody to add to.
+            engine.enable_backward_allreduce = distributed.world_size() > 1
         # DeepSpeed's own reader runs what a file names, and a run folder may come from anybody.
         engine.checkpoint_engine.load = _read_state
         self._engine = engine
         task.student = engine
         self._read_masters()
-
-    def _optimizer(self, groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
-        optim = cfg.optim
-        if optim.name == "sgd":
-            return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-        betas = (optim.betas[0], optim.betas[1])
-        if cfg.deepspeed.offload != "none":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            adamw = optim.name == "adamw"
-            return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=adamw)
-        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-        return kinds[optim.name](groups, lr=optim.lr, betas=betas, eps=optim.eps)
 
     @property
     def device(self) -> torch.device:
@@ -177,12 +150,10 @@ class Engine:
 
     def set_lr(self, factor: float) -> float:
         """Give every scheduled group `factor` times its peak; returns the first scheduled group's rate."""
-        rates = []
-        for group in self.optimizer.param_groups:
-            if group["schedule"]:
-                group["lr"] = group["peak_lr"] * factor
-                rates.append(group["lr"])
-        return rates[0] if rates else 0.0
+        scheduled = [group for group in self.optimizer.param_groups if group["schedule"]]
+        for group in scheduled:
+            group["lr"] = group["peak_lr"] * factor
+        return float(scheduled[0]["lr"]) if scheduled else 0.0
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""
@@ -283,13 +254,12 @@ class Engine:
         if not distributed.is_main():
             return None
         weights = {names[key]: value for key, value in full.items()}
-        persistent = self.module.state_dict(keep_vars=True)
-        for name, value in persistent.items():
+        for name, value in self.module.state_dict(keep_vars=True).items():
             if name not in weights:  # buffers and tied names
                 weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
-        return {
-            name: value.reshape(()) if name in self._scalars else value for name, value in weights.items()
-        }
+        for name in self._scalars & weights.keys():
+            weights[name] = weights[name].reshape(())
+        return weights
 
     def save(self, folder: Path) -> None:
         """Write model and optimiser shards of all ranks into `folder`."""
@@ -326,6 +296,18 @@ class Engine:
         return engine.module
 
 
+def _optimizer(groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:
+    optim = cfg.optim
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": (optim.betas[0], optim.betas[1]), "eps": optim.eps}
+    if cfg.deepspeed.offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **settings, adamw_mode=optim.name == "adamw")
+    return (torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam)(groups, **settings)
+
+
 def _give_dimensions(module: nn.Module) -> None:
     """Scalars become vectors of one element, because DeepSpeed 0.19 cannot broadcast parameters without dimensions."""
     for parameter in module.parameters():
@@ -357,13 +339,12 @@ def start_ranks() -> None:
     # A collective for inference on CPUs that training never calls; building it needs a C++ compiler and half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.update(distributed.environment())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", dist_init_required=False
-    )
+        torch.distributed.init_process_group(backend)
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
 
 
 def _check_json(config: dict[str, Any]) -> None:
@@ -388,22 +369,23 @@ def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) ->
     filled: dict[str, Any] = {}
     for key, value in given.items():
         counterpart = generated.get(key)
-        if value == "auto":
+        if isinstance(value, dict):
+            value = _fill_auto(value, counterpart if isinstance(counterpart, dict) else {}, origin)
+        elif value == "auto":
             if counterpart is None:
                 raise UserError(
                     f'config field deepspeed.file: {origin} asks for "auto" at {key}, which vlmkd does not set'
                 )
-            filled[key] = counterpart
-        elif isinstance(value, dict):
-            filled[key] = _fill_auto(value, counterpart if isinstance(counterpart, dict) else {}, origin)
-        else:
-            filled[key] = value
+            value = counterpart
+        filled[key] = value
     return filled
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    """`base` with the entries of `extra`, dictionaries one into the other."""
+    return base | {
+        key: _merge(base[key], value)
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+        else value
+        for key, value in extra.items()
+    }

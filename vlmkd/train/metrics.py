@@ -17,7 +17,7 @@ from vlmkd.config import LogConfig
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
 from vlmkd.files import write_text
-from vlmkd.results import FILE, Tags, lines, numbers_of, parameters
+from vlmkd.results import FILE, Number, Tags, lines, numbers_of, parameters
 
 log = logging.getLogger("vlmkd")
 
@@ -51,6 +51,7 @@ class Metrics:
     """The numbers of a run: a line a log step in metrics.jsonl, the same to every tracker asked for, and results.jsonl.
 
     Lines of steps at or after `resume_step` belong to work that was lost with a killed process; they are dropped.
+    `tags` go with every result of the run.
     """
 
     def __init__(
@@ -62,9 +63,8 @@ class Metrics:
         resume_step: int = 0,
         tags: Tags | None = None,
     ) -> None:
-        """`tags` go with every result of the run."""
-        self._path, self._results, self._tags = run_dir / "metrics.jsonl", run_dir / FILE, tags or {}
-        self._run = run_dir.resolve().name
+        self._path, self._results = run_dir / "metrics.jsonl", run_dir / FILE
+        self._run, self._tags = run_dir.resolve().name, tags or {}
         self._trackers: list[Any] = []
         self._active = distributed.is_main()
         if not self._active:
@@ -77,81 +77,67 @@ class Metrics:
             self._trackers.append(_TensorBoard(run_dir))
         for name, project in (("wandb", cfg.wandb), ("trackio", cfg.trackio)):
             if project:
-                self._trackers.append(_WandbLike(name, project, run_dir, config))
+                tracker = _package(name, f"log.{name}")
+                tracker.init(project=project, name=run_dir.name, config=config)
+                self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; not-a-number becomes null. Trackers get the numbers, not what is nested."""
         if not self._active:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = {"step": step, "time": round(time.time(), 3), "kind": kind, **plain}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"step": step, "time": round(time.time(), 3), "kind": kind, **plain}) + "\n"
-            )
+            file.write(json.dumps(line) + "\n")
         scalars = {f"{kind}/{k}": float(v) for k, v in plain.items() if isinstance(v, (int, float))}
         for tracker in self._trackers:
-            tracker.log(scalars, step)
+            tracker.log(scalars, step=step)
 
     def write_results(self, results: list[Result], model: str, step: int) -> None:
         """Append an evaluation of `model` to results.jsonl, and write it as `write` does."""
-        if not self._active:
-            return
         numbers = numbers_of(results, run=self._run, model=model, tags=self._tags, step=step)
-        with self._results.open("a", encoding="utf-8") as file:
-            file.write(lines(numbers))
-        self.write(
-            "eval", step, {"model": model} | {f"{one.dataset}/{one.metric}": one.value for one in numbers}
-        )
+        self._append(numbers)
+        values = {f"{one.dataset}/{one.metric}": one.value for one in numbers}
+        self.write("eval", step, {"model": model} | values)
 
     def write_sizes(self, counts: Mapping[str, int]) -> None:
         """Append the number of parameters of each model to results.jsonl."""
+        self._append(
+            [parameters(n, run=self._run, model=model, tags=self._tags) for model, n in counts.items()]
+        )
+
+    def _append(self, numbers: list[Number]) -> None:
         if self._active:
-            sizes = [
-                parameters(n, run=self._run, model=model, tags=self._tags) for model, n in counts.items()
-            ]
             with self._results.open("a", encoding="utf-8") as file:
-                file.write(lines(sizes))
+                file.write(lines(numbers))
 
     def close(self) -> None:
         """Flush the trackers."""
         for tracker in self._trackers:
-            tracker.close()
+            tracker.finish()
 
 
 class _TensorBoard:
+    """With the calls of wandb, which trackio has too."""
+
     def __init__(self, run_dir: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "config field log.tensorboard needs the package: pip install tensorboard"
-            ) from None
+        _package("tensorboard", "log.tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self.finish = self._writer.close
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
 
-
-class _WandbLike:
-    """wandb, and trackio, which has the same calls."""
-
-    def __init__(self, package: str, project: str, run_dir: Path, config: dict[str, Any]) -> None:
-        try:
-            module = importlib.import_module(package)
-        except ImportError:
-            raise UserError(f"config field log.{package} needs the package: pip install {package}") from None
-        self._module = module
-        module.init(project=project, name=run_dir.name, config=config)
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self._module.log(scalars, step=step)
-
-    def close(self) -> None:
-        self._module.finish()
+def _package(name: str, field: str) -> Any:
+    """The package of a tracker that the config's `field` asks for."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"config field {field} needs the package: pip install {name}") from None
 
 
 def _step_of(line: str) -> float:

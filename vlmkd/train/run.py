@@ -15,8 +15,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -50,15 +51,12 @@ C = TypeVar("C", bound=RunConfig)
 
 # What may differ when a run is continued, by whole names: none of it changes the weights, except that other workers
 # re-start the stream. Which sets are evaluated and when is no part of it: weights are selected by them.
-_CHANGEABLE = (
-    {"run_dir", "threads", "data.workers", "data.shard_cache", "data.max_bad_share"}
-    | {
-        f"{section}.{item.name}"
-        for section, fields in (("log", LogConfig), ("checkpoint", CheckpointConfig))
-        for item in dataclasses.fields(fields)
-    }
-    | {"evaluation.batch_size", "evaluation.workers", "evaluation.teacher"}
-)
+_CHANGEABLE = {
+    "run_dir", "threads", "data.workers", "data.shard_cache", "data.max_bad_share",
+    "evaluation.batch_size", "evaluation.workers", "evaluation.teacher",
+    *(f"log.{item.name}" for item in dataclasses.fields(LogConfig)),
+    *(f"checkpoint.{item.name}" for item in dataclasses.fields(CheckpointConfig)),
+}  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GALLERY_IMAGES = 24
 _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
@@ -73,13 +71,12 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
     if "--help" in argv or "-h" in argv:
         config.print_help(config_class)
         return
-    dry_run = "--dry-run" in argv
     try:
         cfg = config.load(config_class, [arg for arg in argv if arg != "--dry-run"])
         world_size = int(distributed.environment()["WORLD_SIZE"])
         check_machine(cfg)
         generated = deepspeed_json(cfg, world_size)
-        if dry_run:
+        if "--dry-run" in argv:
             lookup.check_names(asdict(cfg))
             print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
             return
@@ -110,9 +107,8 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
 def _exit_with(mistake: str) -> NoReturn:
     """Print one line, spare the other ranks a traceback, and exit with 2."""
     rank = distributed.environment()["RANK"]
-    print(
-        f"error: {mistake}" if rank == "0" else f"error (rank {rank}): {mistake}", file=sys.stderr, flush=True
-    )
+    who = "error" if rank == "0" else f"error (rank {rank})"
+    print(f"{who}: {mistake}", file=sys.stderr, flush=True)
     distributed.tell_mistake()
     sys.exit(2)
 
@@ -128,17 +124,24 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     if not torch.cuda.is_available():
         keep_freed_memory()
     start_ranks()
-    _seed(given.seed)
+    # What libraries draw outside our own generators is the same on every rank, so that initial weights agree.
+    random.seed(given.seed)
+    np.random.seed(given.seed % 2**32)
+    torch.manual_seed(given.seed)
     start_console(run_dir)
     job = build(given)
     cfg = job.cfg
     if distributed.is_main():
-        _write_origin(run_dir, given, generated)
-        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
-    student_parameters = sum(p.numel() for p in job.task.student.parameters())
-    log.info(
-        "student: %.2f M parameters, %d teacher(s) loaded", student_parameters / 1e6, len(job.task.teachers)
-    )
+        for name, text in (
+            ("config.yaml", config.to_yaml(given)),
+            ("ds_config.json", json.dumps(generated, indent=1)),
+            ("command.txt", shlex.join(sys.argv) + "\n"),
+            ("env.json", json.dumps(_environment(), indent=1)),
+            ("data.json", json.dumps(job.loader.describe(), indent=1)),
+        ):
+            _write(run_dir / name, text)
+    parameters = sum(p.numel() for p in job.task.student.parameters())
+    log.info("student: %.2f M parameters, %d teacher(s) loaded", parameters / 1e6, len(job.task.teachers))
     engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
     require(
         not job.task.kept() or engine.zero_stage < 3,
@@ -149,19 +152,17 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
         engine.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
     state_dir = run_dir / "state"
     start, ended = trainer.resume(job, engine, state_dir)
-    metrics = Metrics(
-        run_dir, cfg.log, asdict(cfg), resume_step=start + 1, tags={"seed": cfg.seed} | job.task.tags()
-    )
+    tags = {"seed": cfg.seed} | job.task.tags()
+    metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1, tags=tags)
     _, accumulation = batch_triple(cfg, distributed.world_size())
     if not start and cfg.evaluation.teacher:
         context = Context(engine.device, cfg.evaluation.batch_size, progress=False)
         with engine.whole_weights(job.task.teachers):
             look_at_teachers(job.task, job.evaluators, job.loader, context)
     try:
-        step = start
         if not ended:
-            step = trainer.fit(cfg, job, engine, metrics, state_dir, start=start, accumulation=accumulation)
-        _finish(job, engine, metrics, run_dir, step)
+            start = trainer.fit(cfg, job, engine, metrics, state_dir, start=start, accumulation=accumulation)
+        _finish(job, engine, metrics, run_dir, start)
     finally:
         metrics.close()
 
@@ -186,13 +187,14 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
         items = {one.dataset: one.items for one in judged}
         write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
-        folders = {"export": exported}
-        folders |= {kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen}
+        folders = {kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen}
+        folders = {"export": exported} | {
+            folder: name for folder, name in folders.items() if name != exported
+        }
         task.check_exports(
             {
                 run_dir / folder: task.export(run_dir / folder, completed(weights, chosen[name]), name)
                 for folder, name in folders.items()
-                if folder == "export" or name != exported
             }
         )
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
@@ -213,22 +215,17 @@ def _final_results(
     found, _ = trainer.evaluate_student(job, engine, metrics, step, judge=step == cfg.steps)
     results = {STUDENT: found}
     chosen |= {kept.name: kept.weights() for kept in task.selections if kept.weights()}
+    evaluate = partial(trainer.evaluate, cfg, engine=engine, metrics=metrics, step=step)
     for name, weights in chosen.items():
         with using(engine.module, weights):
             if name != STUDENT:
-                results[name] = trainer.evaluate(
-                    cfg, job.evaluators, task.predictor(), engine, metrics, step, name
-                )
+                results[name] = evaluate(job.evaluators, task.predictor(), model=name)
                 task.after_evaluation(results[name], step)
             if name != STUDENT or len(chosen) == 1:
-                results[name] += trainer.evaluate(
-                    cfg, job.final_evaluators, task.predictor(), engine, metrics, step, name
-                )
+                results[name] += evaluate(job.final_evaluators, task.predictor(), model=name)
     everything = [*job.evaluators, *job.final_evaluators]
     for name, predictor in task.teacher_predictors().items() if cfg.evaluation.teacher else ():
-        results[name] = trainer.evaluate(
-            cfg, everything, predictor, engine, metrics, step, name, task.teachers
-        )
+        results[name] = evaluate(everything, predictor, model=name, modules=task.teachers)
     return results
 
 
@@ -239,26 +236,21 @@ def _draw_page(run_dir: Path) -> None:
     except (ArithmeticError, LookupError, OSError, TypeError, ValueError, UserError) as error:
         log.warning(
             "the run is complete, but its page could not be drawn (%s: %s); to try again: python scripts/report.py %s",
-            type(error).__name__,
-            error,
-            run_dir,
-        )
+            type(error).__name__, error, run_dir,
+        )  # fmt: skip
 
 
 def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
     """How teachers and student relate some texts and images of the first retrieval set, for the report."""
-    sets = [evaluator.dataset for evaluator in job.evaluators if isinstance(evaluator, Retrieval)]
-    if not sets:
+    dataset = next((one.dataset for one in job.evaluators if isinstance(one, Retrieval)), None)
+    if dataset is None:
         return
-    dataset = sets[0]
     spread = range(0, len(dataset.images), max(1, len(dataset.images) // _GALLERY_IMAGES))
     rows = {dataset.texts_of_image[index][0]: index for index in spread}  # one image a text
-    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()][
-        :_GALLERY_IMAGES
-    ]
-    texts = [dataset.texts[text] for text in rows][:_GALLERY_IMAGES]
+    rows = dict(list(rows.items())[:_GALLERY_IMAGES])
+    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()]
     predictors = {**job.task.teacher_predictors(), "student": job.task.predictor()}
-    write_gallery(path, predictors, images, texts, device=device)
+    write_gallery(path, predictors, images, [dataset.texts[text] for text in rows], device=device)
 
 
 @contextmanager
@@ -268,22 +260,22 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         yield
         return
     run_dir = Path(cfg.run_dir)
-    before = run_dir / "config.yaml"
+    field = f"config field run_dir: {run_dir}"
     if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"config field run_dir: {run_dir} is a file; name a folder")
-    if before.is_file():
-        _check_same_run(before, cfg)
-    elif run_dir.is_dir() and any(not _of_a_start(path) for path in run_dir.iterdir()):
-        raise UserError(
-            f"config field run_dir: {run_dir} holds files of something else; choose an empty or new folder"
-        )
+        raise UserError(f"{field} is a file; name a folder")
+    # What a run leaves that was stopped before it had written its config may lie there.
+    harmless = (".lock", "log.txt")
+    if (run_dir / "config.yaml").is_file():
+        _check_same_run(run_dir / "config.yaml", cfg)
+    elif run_dir.is_dir() and not all(
+        path.name in harmless or path.suffix == ".partial" for path in run_dir.iterdir()
+    ):
+        raise UserError(f"{field} holds files of something else; choose an empty or new folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"config field run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        raise UserError(f"{field} cannot be written ({error.strerror}); choose another folder") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -294,30 +286,19 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         yield
 
 
-def _of_a_start(path: Path) -> bool:
-    """Whether a file may lie in a folder whose run was stopped before it had written its config."""
-    return path.name in (".lock", "log.txt") or path.name.endswith(".partial")
-
-
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
     """Refuse to continue a folder whose config differs in anything that changes the weights, or is damaged."""
     mend = "delete the folder or choose another run_dir"
     loaded = read_yaml(path, f"run folder {path.parent}:", mend)
-    if (
-        not isinstance(loaded, dict)
-        or not {item.name for item in dataclasses.fields(RunConfig)} <= loaded.keys()
-    ):
+    whole = {item.name for item in dataclasses.fields(RunConfig)}
+    if not isinstance(loaded, dict) or not whole <= loaded.keys():
         raise UserError(f"config.yaml of run folder {path.parent} is no whole config of a run; {mend}")
     old = _flatten(loaded)
     new = _flatten(parse_yaml(config.to_yaml(cfg), "config"))
     # A field that did not exist when the run was started had its default.
     before = _flatten(config.defaults(type(cfg))) | old
-    changed = [
-        name
-        for name in sorted(old.keys() | new.keys())
-        if before.get(name) != new.get(name) and name not in _CHANGEABLE
-    ]
-    if changed:
+    differ = {name for name in old.keys() | new.keys() if before.get(name) != new.get(name)}
+    if changed := sorted(differ - _CHANGEABLE):
         first = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
@@ -332,60 +313,37 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): tree}
 
 
-def _seed(seed: int) -> None:
-    """Seed what libraries draw outside our own generators, the same on every rank, so that initial weights agree."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _write_origin(run_dir: Path, cfg: RunConfig, generated: dict[str, Any]) -> None:
-    """What goes out with a number of this run: config, DeepSpeed JSON, command, versions, commit, devices."""
-    _write(run_dir / "config.yaml", config.to_yaml(cfg))
-    _write(run_dir / "ds_config.json", json.dumps(generated, indent=1))
-    _write(run_dir / "command.txt", shlex.join(sys.argv) + "\n")
-    _write(run_dir / "env.json", json.dumps(environment_facts(), indent=1))
-
-
-def environment_facts() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     """Versions, git commit and digest of uncommitted changes, device, threads and ranks."""
-    root = Path(vlmkd.__file__).parent.parent
-    versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
-    changes = _git(root, "diff", "HEAD")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    changes = _git("diff", "HEAD")
     return {
         "vlmkd": vlmkd.__version__,
         "packages": versions,
         "python": sys.version.split()[0],
-        "git_commit": _git(root, "rev-parse", "HEAD"),
+        "git_commit": _git("rev-parse", "HEAD"),
         "git_changes_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "world_size": distributed.world_size(),
     }
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _git(root: Path, *args: str) -> str | None:
+def _git(*args: str) -> str | None:
     """Output of a git command in the source tree; None for an installed copy without one."""
+    command = ["git", "-C", str(Path(vlmkd.__file__).parent.parent), *args]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(text, encoding="utf-8")
+    os.replace(partial_path, path)

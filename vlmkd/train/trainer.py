@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,12 +33,9 @@ from vlmkd.train.timing import peak_tflops
 
 log = logging.getLogger(__name__)
 
-_FEWEST_LINES = 10
-"""Log lines of the shortest run."""
-_NEAR = 0.8
-"""Share of the memory that a process can have above which it is told so."""
-_RECENT_LINES = 5
-"""Log lines whose rate gives the time left."""
+_FEWEST_LINES = 10  # in the log of the shortest run
+_NEAR = 0.8  # share of the memory that a process can have above which it is told so
+_RECENT_LINES = 5  # whose rate gives the time left
 
 
 @dataclass
@@ -95,9 +92,8 @@ def fit(
                 outputs.append(output)
                 if len(outputs) < accumulation:
                     engine.update()
-            if distributed.any_rank(
-                ~torch.stack([output.loss.detach() for output in outputs]).isfinite().all()
-            ):
+            finite = torch.stack([output.loss.detach() for output in outputs]).isfinite().all()
+            if distributed.any_rank(~finite):
                 raise _non_finite(state_dir.parent, step, outputs, factors, parts)
             engine.update()
             for selection in job.task.kept():
@@ -138,10 +134,8 @@ def evaluate_student(
     """
     with using(engine.module, present_weights(job.task)):
         results = evaluate(job.cfg, job.evaluators, job.task.predictor(), engine, metrics, step)
-        ends = [
-            judge and selection.after_evaluation(engine.module, results, step)
-            for selection in job.task.kept()
-        ]
+        kept = job.task.kept() if judge else []
+        ends = [selection.after_evaluation(engine.module, results, step) for selection in kept]
     job.task.after_evaluation(results, step)
     return results, any(ends)
 
@@ -164,9 +158,8 @@ def evaluate(
     """Run every evaluator on `predictor`; logs and returns the results. It holds `modules`: by default the student's."""
     if not evaluators:
         return []
-    context = Context(
-        engine.device, cfg.evaluation.batch_size, cfg.evaluation.workers, progress=False, embedded={}
-    )
+    options = cfg.evaluation
+    context = Context(engine.device, options.batch_size, options.workers, progress=False, embedded={})
     results: list[Result] = []
     with engine.whole_weights([engine.module] if modules is None else modules), torch.no_grad():
         for evaluator in evaluators:
@@ -199,8 +192,8 @@ def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
     shared, own = checkpoint.load(folder, engine)
     if shared["steps"] != job.cfg.steps:
         raise UserError(
-            f"the run of {folder} was {shared['steps']} steps long and is now {job.cfg.steps}: its data have changed; give "
-            "it the same data, or choose another run_dir"
+            f"the run of {folder} was {shared['steps']} steps long and is now {job.cfg.steps}: its data have changed; "
+            "give it the same data, or choose another run_dir"
         )
     job.task.load_state(shared["task"])
     for selection, state in zip(job.task.kept(), shared["kept"], strict=True):
@@ -275,9 +268,9 @@ class _Window:
     ) -> None:
         """Count one optimiser step; values stay on the device until the line is written."""
         for output, factor in zip(outputs, factors, strict=True):
-            named = {**{f"loss/{k}": v for k, v in output.terms.items()}, **output.metrics}
-            weighted = {name: value.detach().float() * factor.float() for name, value in named.items()}
-            for name, value in {"loss": output.loss.detach().float(), **weighted}.items():
+            named = {f"loss/{name}": value for name, value in output.terms.items()} | output.metrics
+            shares = {name: value.detach().float() * factor.float() for name, value in named.items()}
+            for name, value in ({"loss": output.loss.detach().float()} | shares).items():
                 self._sums[name] = self._sums[name].to(value.device) + value / len(outputs)
         for part in parts:
             self._flops += self._job.task.flops(part)
@@ -299,39 +292,31 @@ class _Window:
             del values["tflops"]
         elif peak := peak_tflops():
             values["mfu"] = values["tflops"] / peak
-        values |= {
-            "lr": self._lr,
-            "grad_norm": self._engine.grad_norm(),
-            "peak_memory_mb": memory.peak() / 1e6,
-        }
-        skipped = _sum_ranks(self._job.loader.skipped)
+        values |= {"lr": self._lr, "grad_norm": self._engine.grad_norm()}
+        values["peak_memory_mb"] = memory.peak() / 1e6
+        skipped: Counter[str] = Counter()
+        for counts in distributed.gather_objects(dict(self._job.loader.skipped)):
+            skipped.update(counts)
         values |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
-        metrics.write("train", done, {**values})
+        metrics.write("train", done, values)
         self._recent.append((elapsed, self._count))
-        terms = "  ".join(
-            f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in values if name.startswith("loss/")
-        )
+        terms = [name for name in values if name.startswith("loss/")]
         log.info(
             "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
-            done,
-            self._cfg.steps,
-            values["loss"],
-            terms,
-            self._lr,
-            values["grad_norm"],
+            done, self._cfg.steps, values["loss"],
+            "  ".join(f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in terms),
+            self._lr, values["grad_norm"],
             "  ".join(f"{values[name]:.0f} {name.removesuffix('_per_s')}/s" for name in rates),
-            100 * self._wait / elapsed,
-            values["peak_memory_mb"],
-            sum(skipped.values()),
-            duration(self._left(done)),
-        )
+            100 * self._wait / elapsed, values["peak_memory_mb"], skipped.total(), duration(self._left(done)),
+        )  # fmt: skip
         self._restart()
 
     def _left(self, done: int) -> float:
         """Seconds to the end: the rest at the rate of the last lines, and the evaluations to come, the closing one too."""
         seconds, steps = (sum(column) for column in zip(*self._recent, strict=True))
-        evaluations = 1 + _evaluations_between(self._cfg, done)
-        return (self._cfg.steps - done) * seconds / steps + evaluations * self._evaluation_s
+        every, phase = self._cfg.evaluation.every_steps, self._cfg.evaluation.phase
+        evaluations = (self._cfg.steps - 1 - phase) // every - (done - 1 - phase) // every if every else 0
+        return (self._cfg.steps - done) * seconds / steps + (evaluations + 1) * self._evaluation_s
 
 
 def _warn_of_memory(cfg: RunConfig) -> None:
@@ -344,14 +329,6 @@ def _warn_of_memory(cfg: RunConfig) -> None:
             "another run_dir it takes less, and a step still sees batch_size images",
             taken / 1e9, there / 1e9, max(1, micro // 2), micro,
         )  # fmt: skip
-
-
-def _sum_ranks(counts: dict[str, int]) -> dict[str, int]:
-    total: dict[str, int] = defaultdict(int)
-    for part in distributed.gather_objects(dict(counts)):
-        for reason, count in part.items():
-            total[reason] += count
-    return dict(total)
 
 
 def _log_every(cfg: RunConfig) -> int:
@@ -370,12 +347,6 @@ def _evaluation_due(cfg: RunConfig, done: int) -> bool:
     return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
 
 
-def _evaluations_between(cfg: RunConfig, done: int) -> int:
-    """Evaluations due at step `done` and later, without the closing one."""
-    every, phase = cfg.evaluation.every_steps, cfg.evaluation.phase
-    return (cfg.steps - 1 - phase) // every - (done - 1 - phase) // every if every else 0
-
-
 def _non_finite(
     run_dir: Path, step: int, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch]
 ) -> UserError:
@@ -386,11 +357,11 @@ def _non_finite(
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
     bad = sorted({name for part in terms for name, value in part.items() if not math.isfinite(value)})
     write_json(path, {"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys})
-    where = f"terms {', '.join(bad)}" if bad else "on another rank"
     if factors[0].isnan():
         return UserError(
             f"nothing in the batch of step {step} is trained on; its samples are in {path}; mend the data"
         )
+    where = f"terms {', '.join(bad)}" if bad else "on another rank"
     return UserError(
         f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "
         f"{path} (first: {', '.join(keys[:3])}); lower optim.lr or remove the samples, then start the same command again"
