@@ -20,12 +20,12 @@ _PATIENCE_S, _LONGEST_S = 5.0, 1800.0
 
 def rank() -> int:
     """Rank of this process; 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -66,24 +66,20 @@ def device_named(name: str) -> torch.device:
 
 def environment() -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from torchrun, DeepSpeed or SLURM, or for one process."""
-    env = os.environ
+    env, found = os.environ, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if "RANK" in env and "WORLD_SIZE" in env:
-        found = {
-            "RANK": env["RANK"],
-            "WORLD_SIZE": env["WORLD_SIZE"],
-            "LOCAL_RANK": env.get("LOCAL_RANK", "0"),
-        }
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        found |= {name: env[name] for name in found if name in env}
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         found = {
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_NTASKS"],
             "LOCAL_RANK": env["SLURM_LOCALID"],
         }
-    else:
-        found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    found["MASTER_ADDR"] = env.get("MASTER_ADDR", "127.0.0.1")
-    found["MASTER_PORT"] = env.get("MASTER_PORT", "0" if found["WORLD_SIZE"] == "1" else "29500")
-    return found
+    port = "0" if found["WORLD_SIZE"] == "1" else "29500"
+    return found | {
+        "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": env.get("MASTER_PORT", port),
+    }
 
 
 # Renamed in torch 2.14.
@@ -110,15 +106,9 @@ def gather(x: Tensor) -> Tensor:
     """Rows of all ranks, [B/W, ...] -> [B, ...], in rank order; every rank must bring the same shape.
 
     Carries gradients when `x` needs them: the backward pass sums what all ranks ask of this rank's rows, so that
-    the mean over ranks of a local-rows loss has exactly the gradient of the global loss (TinyCLIP spec, b).
+    the mean over ranks of a local-rows loss has exactly the gradient of the global loss.
     """
-    if world_size() == 1:
-        return x
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Gather.apply(x)
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return x if world_size() == 1 else _Gather.apply(x)
 
 
 def row_offset(local_rows: int) -> int:
@@ -130,11 +120,9 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     """Mean over ranks of a flat dictionary with the same keys on every rank."""
     if world_size() == 1:
         return values
-    packed = torch.tensor(
-        [values[name] for name in sorted(values)], dtype=torch.float64, device=_collective_device()
-    )
-    dist.all_reduce(packed)
-    return dict(zip(sorted(values), (packed / world_size()).tolist(), strict=True))
+    names = sorted(values)
+    packed = total(torch.tensor([values[name] for name in names], dtype=torch.float64))
+    return dict(zip(names, (packed / world_size()).tolist(), strict=True))
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -154,7 +142,7 @@ def rank_share(count: int) -> range:
 def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(ids [n], rows [n,D]) of all ranks on the CPU, sorted by id; ranks may bring different n, also none."""
     parts = gather_objects((ids.cpu(), rows.cpu()))
-    all_ids, all_rows = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    all_ids, all_rows = (torch.cat(column) for column in zip(*parts, strict=True))
     order = all_ids.argsort()
     return all_ids[order], all_rows[order]
 
@@ -248,9 +236,7 @@ def any_rank(flag: bool | Tensor) -> bool:
     """True on every rank when `flag` is true on any."""
     if world_size() == 1:
         return bool(flag)
-    box = torch.as_tensor(flag, dtype=torch.float32, device=_collective_device())
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return bool(box.item())
+    return bool(total(torch.as_tensor(flag, dtype=torch.float32)).item())
 
 
 def _collective_device() -> torch.device:

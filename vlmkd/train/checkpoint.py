@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _SHARED = "shared.pt"
-_FORMAT = 2
-"""Raised when what is in a checkpoint changes."""
+_FORMAT = 2  # raised when what is in a checkpoint changes
 _NAME = re.compile(r"step_(\d{6,})$")
 
 
@@ -55,10 +54,12 @@ def save(
     with _together(final, partial):
         if distributed.is_main():
             facts = {"format": _FORMAT, "step": step, **_shape(engine), "files": files}
-            _write_synced(partial / _MANIFEST, json.dumps(facts | {"sha256": _digest_of(facts)}, indent=1))
+            manifest = partial / _MANIFEST
+            manifest.write_text(json.dumps(facts | {"sha256": _digest_of(facts)}, indent=1), encoding="utf-8")
+            _sync(manifest)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            _sync_folder(state_dir)
+            _sync(state_dir)
             for old in _steps(state_dir)[keep:]:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -88,21 +89,20 @@ def latest(state_dir: Path) -> Path | None:
         UserError: a damaged one cannot be renamed.
     """
     found = None
-    if distributed.is_main():
-        for folder in _steps(state_dir):
-            reason = damage(folder)
-            if reason is None:
-                found = folder
-                break
-            aside = folder.with_name(f"damaged_{folder.name}")
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, reason)
-            try:
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(folder, aside)  # else it would count among the newest that are kept
-            except OSError as error:
-                raise UserError(
-                    f"the damaged checkpoint {folder} cannot be renamed ({error.strerror}); move it away"
-                ) from None
+    for folder in _steps(state_dir) if distributed.is_main() else ():
+        reason = damage(folder)
+        if reason is None:
+            found = folder
+            break
+        log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, reason)
+        aside = folder.with_name(f"damaged_{folder.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)  # else it would count among the newest that are kept
+        except OSError as error:
+            raise UserError(
+                f"the damaged checkpoint {folder} cannot be renamed ({error.strerror}); move it away"
+            ) from None
     return distributed.broadcast_object(found)
 
 
@@ -153,9 +153,8 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(
             f"checkpoint {folder} does not fit this run ({' '.join(str(error).split())[:300]}); choose another run_dir"
         ) from None
-    shared = read_torch(folder / _SHARED, what="checkpoint file")
-    own = read_torch(folder / f"rank_{distributed.rank()}.pt", what="checkpoint file")
-    return shared, own
+    own = folder / f"rank_{distributed.rank()}.pt"
+    return read_torch(folder / _SHARED, what="checkpoint file"), read_torch(own, what="checkpoint file")
 
 
 def _shape(engine: Engine) -> dict[str, int]:
@@ -176,8 +175,7 @@ def _digests(folder: Path, rank: int) -> dict[str, str]:
     result = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and _owner(path.name) == rank:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
             result[path.relative_to(folder).as_posix()] = _sha256(path)
     return result
 
@@ -189,7 +187,6 @@ def _owner(name: str) -> int:
 
 
 def _digest_of(facts: dict[str, Any]) -> str:
-    """sha256 of what a manifest says."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -201,15 +198,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -50,10 +50,8 @@ def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
     found = DURATION.fullmatch(value)
     assert found is not None, "the type of the field was checked"
     if found["bound"]:
-        parts = [
-            _steps_of(int(text) if text.isdecimal() else text, path, units)
-            for text in (found["a"], found["b"])
-        ]
+        given = (int(text) if text.isdecimal() else text for text in (found["a"], found["b"]))
+        parts = [_steps_of(one, path, units) for one in given]
         return max(parts) if found["bound"] == "max" else min(parts)
     number, unit = float(found["number"]), found["unit"]
     if unit == "%" and unit not in units:

@@ -33,33 +33,25 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY_NAMES)
         members[rule][plain and not optim.decay_all].append(parameter)
     groups: list[dict[str, Any]] = []
-    for index in (
-        len(rules) - 1,
-        *range(len(rules) - 1),
-    ):  # the run's own rate first, because the log tells that
-        rule = rules[index]
+    # The run's own rate comes first, because the log tells that.
+    for index in (len(rules) - 1, *range(len(rules) - 1)):
+        rule, (decayed, undecayed) = rules[index], members[index]
+        if rule.match:
+            named = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+            example = " and ".join(dict.fromkeys([named[0], named[-1]])) if named else "none"
+            require(
+                bool(decayed or undecayed),
+                f"optim.groups.{index}.match",
+                f"is {rule.match!r}, which counts for no trained parameter; names are like {example}",
+            )
         lr = optim.lr if rule.lr is None else rule.lr
         decay = optim.weight_decay if rule.weight_decay is None else rule.weight_decay
-        named = f"{rule.match}/" if rule.match else ""
-        require(
-            bool(members[index][0] or members[index][1] or not named),
-            f"optim.groups.{index}.match",
-            f"is {rule.match!r}, which counts for no trained parameter; names are like {_example(module)}",
-        )
-        for kind, params, weight_decay in zip(
-            ("decay", "no_decay"), members[index], (decay, 0.0), strict=True
-        ):
+        prefix = f"{rule.match}/" if rule.match else ""
+        for kind, params, weight_decay in (("decay", decayed, decay), ("no_decay", undecayed, 0.0)):
             if params:
-                groups.append(
-                    {"name": named + kind, "params": params, "lr": lr, "weight_decay": weight_decay}
-                )
+                group = {"name": prefix + kind, "params": params, "lr": lr, "weight_decay": weight_decay}
+                groups.append(group)
     return groups
-
-
-def _example(module: nn.Module) -> str:
-    """Two names of trained parameters."""
-    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return " and ".join(dict.fromkeys([names[0], names[-1]])) if names else "none"
 
 
 def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:

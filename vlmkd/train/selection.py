@@ -67,7 +67,7 @@ class MovingAverage(Selection):
         # A restored average comes from the CPU.
         self._average = {name: value.to(current[name].device) for name, value in self._average.items()}
         torch._foreach_lerp_(
-            list(self._average.values()), [current[name] for name in self._average], 1.0 - self._decay
+            [*self._average.values()], [current[name] for name in self._average], 1.0 - self._decay
         )
 
     def weights(self) -> Weights:

@@ -85,9 +85,7 @@ def _spread(items: list[Item]) -> list[Item]:
 
 
 def _tell(name: str, right: int, count: int, classes: int, without: str) -> None:
-    if (
-        not distributed.is_main() or right == count
-    ):  # all right: also where the labels are the teacher's own answers
+    if not distributed.is_main() or right == count:  # as where the labels are the teacher's own answers
         return
     log.info(
         "%s: %d of %d images right before the run (%.1f %%; guessing among %d classes: %.1f %%)",
