@@ -163,8 +163,8 @@ class Way:
     def go_on(self, steps: int) -> None:
         """One turn: a step that warms up and `steps` that count, by the training loop of all runs."""
         end = self.done + 1 + steps
-        cfg = replace(self.cfg, steps=end)
-        fit(cfg, self.job, self.around, self.metrics, self.folder / "state", start=self.done, accumulation=1)
+        job = replace(self.job, cfg=replace(self.cfg, steps=end))
+        fit(job, self.around, self.metrics, self.folder / "state", start=self.done)
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         own = [line for line in lines if line["kind"] == "train" and line["step"] > self.done]
         if not self.done:

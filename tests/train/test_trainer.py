@@ -121,7 +121,7 @@ def fit(
     job: Any = SimpleNamespace(cfg=cfg, task=Slow(), loader=Loader(), evaluators=[Evaluator(clock)])
     engine: Any = Engine()
     metrics: Any = lines
-    trainer.fit(cfg, job, engine, metrics, tmp_path / "state", start=0, accumulation=1)
+    trainer.fit(job, engine, metrics, tmp_path / "state", start=0)
     return clock, lines
 
 

@@ -39,7 +39,7 @@ from vlmkd.page.report import build_report
 from vlmkd.page.runs import DETAILS, MODELS
 from vlmkd.results import STUDENT, details_of
 from vlmkd.train import lookup, trainer
-from vlmkd.train.engine import Engine, batch_triple, check_machine, deepspeed_json, start_ranks
+from vlmkd.train.engine import Engine, check_machine, deepspeed_json, start_ranks
 from vlmkd.train.metrics import Metrics, start_console
 from vlmkd.train.selection import Weights, completed, using
 from vlmkd.train.teacher_check import look_at_teachers
@@ -154,14 +154,13 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     start, ended = trainer.resume(job, engine, state_dir)
     tags = {"seed": cfg.seed} | job.task.tags()
     metrics = Metrics(run_dir, cfg.log, asdict(cfg), resume_step=start + 1, tags=tags)
-    _, accumulation = batch_triple(cfg, distributed.world_size())
     if not start and cfg.evaluation.teacher:
         context = Context(engine.device, cfg.evaluation.batch_size, progress=False)
         with engine.whole_weights(job.task.teachers):
             look_at_teachers(job.task, job.evaluators, job.loader, context)
     try:
         if not ended:
-            start = trainer.fit(cfg, job, engine, metrics, state_dir, start=start, accumulation=accumulation)
+            start = trainer.fit(job, engine, metrics, state_dir, start=start)
         _finish(job, engine, metrics, run_dir, start)
     finally:
         metrics.close()

@@ -55,17 +55,8 @@ class Stopped(Exception):
     """SIGTERM came; the state is saved and the run can be resumed."""
 
 
-def fit(
-    cfg: RunConfig,
-    job: Job,
-    engine: Engine,
-    metrics: Metrics,
-    state_dir: Path,
-    *,
-    start: int,
-    accumulation: int,
-) -> int:
-    """Train from optimiser step `start` to `cfg.steps`; returns the step reached.
+def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: int) -> int:
+    """Train from optimiser step `start` to the run's last; returns the step reached.
 
     One step: fetch all micro-batches, `task.step` and backward for each, finite check, update, the kept weights; then
     log, evaluate and save when due.
@@ -74,8 +65,10 @@ def fit(
         UserError: a non-finite loss (before it touches the weights), bad data, a full disk.
         Stopped: SIGTERM; the checkpoint of the last whole step is written.
     """
+    cfg = job.cfg
+    _, accumulation = batch_triple(cfg, distributed.world_size())
     batches = iter(job.loader)
-    window = _Window(cfg, engine, job)
+    window = _Window(engine, job)
     last_save = time.monotonic()
     with _sigterm() as terminated, worker_deaths():
         for step in range(start, cfg.steps):
@@ -109,7 +102,7 @@ def fit(
                     _, ends = evaluate_student(job, engine, metrics, done)
                 if ends:
                     log.info("step %d: the evaluation ends the run", done)
-                    save_state(cfg, job, engine, state_dir, done, ended=True)
+                    save_state(job, engine, state_dir, done, ended=True)
                     job.loader.check_bad_share()
                     return done
             stop = distributed.any_rank(terminated()) if _stop_check_due(cfg, done) else False
@@ -117,7 +110,7 @@ def fit(
             late = bool(hours) and distributed.broadcast_object(time.monotonic() - last_save > hours * 3600)
             regular = cfg.checkpoint.every_steps and done % cfg.checkpoint.every_steps == 0
             if stop or late or regular or done == cfg.steps:
-                save_state(cfg, job, engine, state_dir, done)
+                save_state(job, engine, state_dir, done)
                 last_save = time.monotonic()
             if stop and done < cfg.steps:
                 raise Stopped(f"stopped by SIGTERM after step {done}; start the same command again to go on")
@@ -173,14 +166,12 @@ def evaluate(
     return results
 
 
-def save_state(
-    cfg: RunConfig, job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False
-) -> None:
+def save_state(job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False) -> None:
     """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: an evaluation ended the run here."""
     kept = [selection.state() for selection in job.task.kept()]
-    shared = {"step": step, "steps": cfg.steps, "ended": ended, "task": job.task.state(), "kept": kept}
+    shared = {"step": step, "steps": job.cfg.steps, "ended": ended, "task": job.task.state(), "kept": kept}
     per_rank = {"loader": job.loader.state_dict()}
-    checkpoint.save(state_dir, step, engine, shared=shared, per_rank=per_rank, keep=cfg.checkpoint.keep)
+    checkpoint.save(state_dir, step, engine, shared=shared, per_rank=per_rank, keep=job.cfg.checkpoint.keep)
     log.info("saved %s", state_dir / f"step_{step:06d}")
 
 
@@ -236,8 +227,8 @@ def to_device(value: Any, device: torch.device) -> Any:
 class _Window:
     """Averages between two log lines."""
 
-    def __init__(self, cfg: RunConfig, engine: Engine, job: Job) -> None:
-        self._cfg, self._engine, self._job = cfg, engine, job
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._cfg, self._engine, self._job = job.cfg, engine, job
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
         self._evaluation_s = 0.0
         self._restart()
