@@ -43,7 +43,6 @@ class _RunLog(logging.FileHandler):
     """A log file whose full disk is an error of the run's, not a traceback a line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
-        """Called while the error of `emit` is handled."""
         raise  # noqa: PLE0704
 
 

@@ -254,7 +254,7 @@ def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
 
 @contextmanager
 def _run_folder(cfg: RunConfig) -> Iterator[None]:
-    """Create or re-open the run folder and hold its lock (rank 0); refuse another run's folder."""
+    """The run folder, made or opened again and locked (by rank 0); another run's is refused."""
     if distributed.environment()["RANK"] != "0":
         yield
         return

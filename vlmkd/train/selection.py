@@ -39,15 +39,15 @@ class Selection:
 
     def weights(self) -> Weights:
         """What was kept; empty as long as there is nothing."""
-        raise AssertionError(f"{type(self).__name__} does not define weights()")
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Plain data for `load_state`."""
-        raise AssertionError(f"{type(self).__name__} does not define state()")
+        raise NotImplementedError
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        raise AssertionError(f"{type(self).__name__} does not define load_state()")
+        raise NotImplementedError
 
 
 class MovingAverage(Selection):
@@ -59,7 +59,6 @@ class MovingAverage(Selection):
 
     @torch.no_grad()
     def after_update(self, student: nn.Module, step: int) -> None:
-        """Take in the trained weights."""
         current = {name: value.float() for name, value in trainable(student).items()}
         if not self._average:
             self._average = {name: value.clone() for name, value in current.items()}
@@ -71,15 +70,12 @@ class MovingAverage(Selection):
         )
 
     def weights(self) -> Weights:
-        """The average."""
         return self._average
 
     def state(self) -> dict[str, Any]:
-        """The average."""
         return dict(self._average)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
         self._average = dict(state)
 
 
@@ -105,7 +101,6 @@ class Best(Selection):
         """Steps done at the best evaluation."""
 
     def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
-        """Keep the weights when none was better, nor as good and kept by the rule for ties."""
         if step <= self._after:
             return False
         score = self._rule(results)
@@ -117,15 +112,12 @@ class Best(Selection):
         return False
 
     def weights(self) -> Weights:
-        """Those of the best evaluation so far."""
         return self._weights
 
     def state(self) -> dict[str, Any]:
-        """Plain data for `load_state`."""
         return {"weights": self._weights, "score": self.score, "step": self.step}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
         self._weights = dict(state["weights"])
         self.score, self.step = float(state["score"]), int(state["step"])
 

@@ -59,7 +59,7 @@ class Task:
         Every trained parameter takes part in every micro-batch, because ZeRO waits for its gradient on all ranks: what a
         micro-batch has no input for gets a blank one, times zero.
         """
-        raise AssertionError(f"{type(self).__name__} does not define step()")
+        raise NotImplementedError
 
     def weight(self, batch: Batch) -> float:
         """What a micro-batch's loss is a mean over: its rows, or e.g. the tokens that are learned.
@@ -113,7 +113,7 @@ class Task:
 
     def predictor(self) -> Any:
         """What evaluators receive (see vlmkd.predictors): the student with the weights that it holds at the call."""
-        raise AssertionError(f"{type(self).__name__} does not define predictor()")
+        raise NotImplementedError
 
     def teacher_predictors(self) -> dict[str, Any]:
         """Predictors of the loaded teachers by name, evaluated once beside the student."""
@@ -136,11 +136,11 @@ class Task:
 
         Returns what `check_exports` compares with the folder.
         """
-        raise AssertionError(f"{type(self).__name__} does not define export()")
+        raise NotImplementedError
 
     def check_exports(self, written: dict[Path, Any]) -> None:
         """Reload the folders with an outside library in a fresh process and compare outputs with what `export` returned."""
-        raise AssertionError(f"{type(self).__name__} does not define check_exports()")
+        raise NotImplementedError
 
 
 @torch.no_grad()
