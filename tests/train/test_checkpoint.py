@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_survives(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000010"]
 
 
-@pytest.mark.parametrize("place", ["mkdir", "manifest"])
+@pytest.mark.parametrize("place", ["mkdir", "write_text"])
 def test_a_disk_that_is_full_before_or_after_the_weights_is_one_line(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +174,7 @@ def test_a_disk_that_is_full_before_or_after_the_weights_is_one_line(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((Path, "mkdir") if place == "mkdir" else (checkpoint, "_write_synced")), full)
+    monkeypatch.setattr(Path, place, full)
     with pytest.raises(UserError, match="step_000020 could not be written .*No space left.*free disk space"):
         _save(tmp_path, 20)
     monkeypatch.undo()
