@@ -225,6 +225,7 @@ def promptkd(models: Models, folder: Path, args: argparse.Namespace) -> Iterator
     sets = {count: class_folders(folder / f"set_{count}", count, 2 * batch) for count in args.classes}
     fields = [
         "steps=1ep",
+        "batch_size=1",
         "shots=0",
         "average.std=0",
         f"data.set={sets[min(sets)]}",
@@ -233,7 +234,7 @@ def promptkd(models: Models, folder: Path, args: argparse.Namespace) -> Iterator
     ]
     stage_1 = config.load(TeacherConfig, [*_files(emoji / "base", emoji / "teacher"), *fields])
     task = teacher_job(stage_1).task
-    task.export(folder / "teacher", dict(task.student.state_dict()))
+    task.export(folder / "teacher", dict(task.student.state_dict()), "teacher")
     source = TeacherSource(prompts=str(folder / "teacher"))
     for count, name in sets.items():
         teacher, dataset = load_teacher(source, name, "base_to_novel"), load_set(name)
