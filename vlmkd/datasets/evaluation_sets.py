@@ -1,7 +1,4 @@
-"""Evaluation sets on disk: class folders, captioned image folders, and webdataset shards.
-
-Of shards, which are uncompressed tars (remote ones are fetched into the cache first), the headers are read once.
-"""
+"""Evaluation sets: class folders, captioned image folders, and uncompressed shards (remote ones go to the cache)."""
 
 from __future__ import annotations
 

@@ -32,14 +32,12 @@ from vlmkd.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FOLDER = "folder:"
-"""Before the path of a user's own class folders."""
-DOMAINS = "domains:"
-"""Before the path of a user's own `<domain>/<class>` folders."""
+FOLDER, DOMAINS = "folder:", "domains:"
+"""Before the path of a user's own folders: `<class>/*`, or `<domain>/<class>/*`."""
 _EMBEDDED = {"emoji": emoji.load_emoji, "emoji-domains": emoji.load_emoji_domains}
 _NAMES = [*published_sets.SETS, *_EMBEDDED]
 _HELD_OUT = {"test": 0.2, "val": 0.1}
-"""Shares of a folder's images that are held out where it has no test or val folder."""
+"""Shares of a folder's images, where it has no test or val folder."""
 _FEWEST = {"test": 2, "val": 5}
 """From so many images on every class has one held out."""
 _UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")

@@ -233,7 +233,7 @@ def _read_variants(described: PublishedSet, folder: Path) -> Found:
 
 
 def _checked(described: PublishedSet, folder: Path, names: list[str], splits: dict[str, list[Item]]) -> Found:
-    """Names in words and the splits, once every image is there, every class is trained on, and the names are the set's."""
+    """Names in words and the splits; every image is there, every class is trained on, and the names are the set's."""
     listed = folder / (described.split_file or "images_variant_*.txt")
     images = folder / described.images
     if not images.is_dir():
