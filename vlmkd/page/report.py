@@ -43,17 +43,14 @@ def read_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON (the last one may
-            be torn by a kill).
+        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(
             f"{folder} has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
         )
     run = Run(folder)
-    assert (
-        run.train is not None
-    )  # read now, so that a mistake in it is told before anything is made of the run
+    _ = run.train  # read now, so that a mistake in it is told before anything is made of the run
     return run
 
 
@@ -119,10 +116,7 @@ def markdown_table(run_dirs: Sequence[Path]) -> str:
 def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
     """Write one HTML page about `run_dirs` to `out`; it loads nothing from outside. Returns `out`.
 
-    Args:
-        run_dirs: run folders; each is one line in the curves and one row of the table.
-        title: heading of the page.
-        samples: a gallery file instead of the runs' own `eval/gallery.json`.
+    `samples` is a gallery file instead of the runs' own `eval/gallery.json`.
 
     Raises:
         UserError: no run, a folder without metrics, or a gallery that is not one.
