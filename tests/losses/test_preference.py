@@ -138,3 +138,19 @@ def test_bad_arguments_are_named() -> None:
         pair_loss("simpo", x, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="label_smoothing is 0.1; only"):
         pair_loss("ipo", x, x, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
+def test_equals_liger(kind: PreferenceKind) -> None:
+    losses = pytest.importorskip("liger_kernel.chunked_loss")
+    logps = [draw(seed, 4) for seed in range(4)]
+    dpo = losses.dpo_loss.LigerFusedLinearDPOFunction.preference_loss_fn
+    theirs = dpo(*logps[:2], torch.zeros(8), *logps[2:], beta=0.3, loss_type=kind)
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    found = pair_loss(kind, logps[0] - logps[2], logps[1] - logps[3], beta=0.3).mean()
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-12)
+    good, point = torch.tensor([True, False, False, True]), torch.tensor(0.4, dtype=torch.float64)
+    kto = losses.kto_loss.LigerFusedLinearKTOFunction.preference_loss_fn
+    theirs = kto(logps[0], good, torch.zeros(4), logps[2], beta=0.3, kl=point)[0]
+    found = kto_loss(logps[0] - logps[2], good, point, beta=0.3).mean()
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-12)

@@ -50,7 +50,7 @@ class TokenObjective:
     """weight * temperature^2 * D + ce_weight * cross entropy, of the teacher's p and the student's q.
 
     D: `forward` KL(p || q) (Hinton et al. 2015), `reverse` KL(q || p) (MiniLLM, Gu et al. 2024), `symmetric` half of
-    each, or `jsd`, beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al. 2024, eq. 1),
+    each, `jsd` beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, Agarwal et al. 2024, eq. 1),
     the forward and the reverse one at beta 0 and 1.
     """
 
