@@ -26,7 +26,7 @@ from vlmkd.class_names import fill
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.errors import UserError
 from vlmkd.evaluation.classify import ZeroShotClassifier
-from vlmkd.export.folder import Probe, check_main, probe_images, replacing, stored, write_tensors
+from vlmkd.export.folder import Probe, check_main, probe_images, replacing, write_tensors
 from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
@@ -118,7 +118,7 @@ def export_teacher(folder: Path, teacher: Teacher, clip: ClipConfig, class_names
         "vlmkd": __version__,
     }
     with replacing(folder, [TEACHER_JSON]) as partial:
-        write_tensors(partial / _PROMPTS, {name: stored(value) for name, value in prompts.items()})
+        write_tensors(partial / _PROMPTS, prompts)
         write_json(partial / TEACHER_JSON, facts)
     return teacher.probe(probe_images(teacher.clip.image_spec))
 

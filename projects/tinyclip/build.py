@@ -41,8 +41,7 @@ def distill_job(cfg: DistillConfig) -> Job:
     scale = cfg.logit_scale
     encoder = CLIPEncoder(
         source.module,
-        scale_mode=scale.mode,
-        scale=scale.value if scale.mode == "fixed" else None,
+        fixed_scale=scale.value if scale.mode == "fixed" else None,
         activation_checkpointing=cfg.deepspeed.activation_checkpointing,
     )
     return _job(cfg, DistillTask, encoder, source)

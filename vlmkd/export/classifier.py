@@ -1,7 +1,7 @@
-"""Exported classifiers: a folder with weights and one JSON file, loaded without any download, and as ONNX or timm weights.
+"""Exported classifiers: a folder that is loaded without any download, and ONNX.
 
 `model.safetensors`, `classifier.json` (backbone, head, class names, pixel statistics), `provenance.json`, and, where
-one linear layer says the same, `timm.safetensors` for `timm.create_model(NAME, num_classes=C)`.
+one linear layer says the same, `timm.safetensors`.
 
 `python -m vlmkd.export.classifier FOLDER PROBE ...` is the process that `verify_classifiers` starts.
 """
@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +25,9 @@ from vlmkd.errors import UserError
 from vlmkd.export.folder import (
     Probe,
     check_main,
+    compare,
     probe_images,
     replacing,
-    stored,
     verify,
     write_provenance,
     write_tensors,
@@ -44,7 +43,7 @@ CONFIG, WEIGHTS = "classifier.json", "model.safetensors"
 TIMM_WEIGHTS, ONNX = "timm.safetensors", "model.onnx"
 _FORMAT = 1
 _ONNX_TOLERANCE = 1e-3
-"""Largest difference of a logit, relative to the largest one where that is above 1; onnxruntime fuses other operations."""
+"""onnxruntime fuses other operations."""
 
 
 def export_classifier(
@@ -63,126 +62,87 @@ def export_classifier(
     """
     module = _filled(config, weights, str(folder))
     with replacing(folder, [CONFIG]) as partial:
-        write_tensors(partial / WEIGHTS, _as_stored(module.state_dict()))
+        write_tensors(partial / WEIGHTS, module.state_dict())
         write_json(partial / CONFIG, {"format": _FORMAT, **dataclasses.asdict(config)})
         _write_timm(partial / TIMM_WEIGHTS, config, module)
         write_provenance(partial / WEIGHTS, config.source, module.parameters(), provenance or {})
 
 
-def _as_stored(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: stored(tensor) for name, tensor in state.items()}
-
-
 def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
-    """The ImageClassifier in an export folder, called `name` or by the folder, in eval mode on the CPU.
-
-    Raises:
-        UserError: no export there, or a damaged one.
-    """
+    """The ImageClassifier in an export folder, called `name` or by the folder, in eval mode on the CPU."""
     config = read_config(folder)
     module = _filled(config, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return ClassifierPredictor.of(name or str(folder), module, config)
 
 
 def read_config(folder: Path) -> ClassifierConfig:
-    """The config of an export folder.
-
-    Raises:
-        UserError: no export there, one of a newer version, or an edited one with missing or unknown fields.
-    """
-    if not (folder / CONFIG).is_file():
+    """The config of an export folder."""
+    path = folder / CONFIG
+    if not path.is_file():
         raise UserError(
             f"{folder} has no {CONFIG}; name the folder of an exported classifier (a run's export/)"
         )
-    content = read_object(folder / CONFIG, "classifier config")
+    content = read_object(path, "classifier config")
     if content.pop("format", None) != _FORMAT:
-        raise UserError(
-            f"{folder / CONFIG} is of another format than {_FORMAT}; update vlmkd or export again"
-        )
+        raise UserError(f"{path} is of another format than {_FORMAT}; update vlmkd or export again")
     try:
-        fields: Any = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in content["image_spec"].items()
-        }
-        content["image_spec"] = ImageSpec(**fields)
-        content["mix"] = tuple(content["mix"]) if content["mix"] is not None else None
-        return ClassifierConfig(**content)
+        spec: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in content["image_spec"].items()}
+        mix = content["mix"] and tuple(content["mix"])
+        return ClassifierConfig(**content | {"image_spec": ImageSpec(**spec), "mix": mix})
     except (TypeError, KeyError) as error:
-        raise UserError(f"{folder / CONFIG} lacks or has an unknown field ({error}); export again") from None
+        raise UserError(f"{path} lacks or has an unknown field ({error}); export again") from None
 
 
 def _filled(config: ClassifierConfig, weights: Mapping[str, Tensor], origin: str) -> Classifier:
     module = config.build()
-    problems = differences(module.state_dict(), weights)
-    if problems:
+    if problems := differences(module.state_dict(), weights):
         raise UserError(f"weights {origin} are of another classifier: {problems}")
     module.load_state_dict(dict(weights))
     return module.eval()
-
-
-# ----------------------------------------------------------------------------------------------------- timm weights
 
 
 def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> None:
     """Weights that timm.create_model(NAME, num_classes=C) loads strictly, where a linear layer is enough.
 
     A linear head gives the same logits. Class vectors behind a one-layer projector are folded into one layer, whose
-    logits have the same order but another scale in each image, because the length of the embedding is left out. Other
-    heads (two mixed ones, a projector with BatchNorm and ReLU) are no linear layer: nothing is written.
+    logits have the same order but another scale in each image, because the length of the embedding is left out. Of
+    other heads (two mixed ones, a projector with BatchNorm and ReLU) nothing is written.
     """
-    folded = _folded(module)
-    if config.backbone["kind"] != "timm" or folded is None:
+    head: Any = module.head
+    layers: Any = () if module.projector is None else module.projector.layers
+    exact = isinstance(head, LinearHead) and not layers
+    folds = isinstance(head, TextClassifier) and len(layers) < 2
+    if config.backbone["kind"] != "timm" or not (exact or folds):
         return
-    weight, bias, exact = folded
+    weight, bias = (head.weight, head.bias) if exact else (head.logit_scale * head.vectors, None)
+    if bias is None:
+        bias = weight @ layers[0].bias if layers else torch.zeros(len(weight))
+        weight = weight @ layers[0].weight if layers else weight
     backbone: Any = module.backbone
     names = backbone.pretrained_cfg["classifier"]
-    names = [names] if isinstance(names, str) else names
+    heads: dict[str, Tensor] = {}
     # The distilled DeiT has two heads, whose mean on two tokens is one head on their mean.
-    heads = {f"{name}.weight": weight for name in names} | {f"{name}.bias": bias for name in names}
+    for name in [names] if isinstance(names, str) else names:
+        heads |= {f"{name}.weight": weight, f"{name}.bias": bias}
     create: dict[str, Any] = {"model_name": config.backbone["name"], "num_classes": len(bias)}
     if config.backbone["image_size"] and backbone.pretrained_cfg.get("fixed_input_size"):
         create["img_size"] = config.backbone["image_size"]
     facts = {"create_model": json.dumps(create), "logits": "equal" if exact else "same order"}
-    write_tensors(path, _as_stored(module.backbone.state_dict() | heads), facts)
-
-
-def _folded(module: Classifier) -> tuple[Tensor, Tensor, bool] | None:
-    """Weight [C,d] and bias [C] of a linear layer with the classifier's predictions, and whether its logits are equal."""
-    head, projector = module.head, module.projector
-    if isinstance(head, LinearHead) and projector is None:
-        return head.weight, head.bias, True
-    if isinstance(head, TextClassifier):
-        vectors = head.logit_scale * head.vectors
-        if projector is None:
-            return vectors, torch.zeros(len(vectors)), False
-        layers: Any = projector.layers
-        if len(layers) == 1:
-            return vectors @ layers[0].weight, vectors @ layers[0].bias, False
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------ check
+    write_tensors(path, backbone.state_dict() | heads, facts)
 
 
 def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
-    """Reload folders in one fresh process without the network and compare their outputs with those of their modules.
-
-    A module is the exported Classifier, or any with the same forward.
-
-    Raises:
-        UserError: a reloaded classifier differs, or cannot be loaded.
-    """
+    """Reload folders in one fresh process and compare with their modules: the exported Classifier, or any with its forward."""
     probes = {folder: probe_of(module, read_config(folder)) for folder, module in exports.items()}
     verify("vlmkd.export.classifier", probes)
 
 
 def probe_of(module: nn.Module, config: ClassifierConfig) -> Probe:
-    """Pixels and what `module` makes of them, in fp32 on the CPU."""
     images = probe_images(config.image_spec)
     return Probe({"images": images}, _outputs(copy.deepcopy(module).cpu().float(), config, images))
 
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """What the classifier in `folder` makes of a probe's pixels."""
     return _outputs(load_classifier(folder).module, read_config(folder), probe.inputs["images"])
 
 
@@ -194,16 +154,12 @@ def _outputs(module: nn.Module, config: ClassifierConfig, images: Tensor) -> dic
     return {**named, "prediction": ClassifierPredictor.of("", module, config).classify(images)}
 
 
-# ------------------------------------------------------------------------------------------------------------- ONNX
-
-
 class _Prediction(nn.Module):
     """images -> logits as one tensor, those of a dual head mixed."""
 
     def __init__(self, predictor: ClassifierPredictor) -> None:
         super().__init__()
-        self.module = predictor.module
-        self.mix = predictor.mix
+        self.module, self.mix = predictor.module, predictor.mix
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.module(images)
@@ -215,21 +171,16 @@ def missing_for_onnx() -> list[str]:
     return [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 
 
-def to_onnx(folder: Path, path: Path | None = None) -> Path:
-    """Write an exported classifier as ONNX (`images` [B,3,H,W] -> `logits` [B,C], any B), and compare it with onnxruntime.
+def to_onnx(folder: Path) -> Path:
+    """Write FOLDER/model.onnx (`images` [B,3,H,W] -> `logits` [B,C], any B), and compare it with onnxruntime.
 
-    The input is in the statistics of classifier.json's image_spec. Default file: FOLDER/model.onnx. Returns its path.
-
-    Raises:
-        UserError: the extra `export` is not installed, or onnxruntime computes something else.
+    The input is in the statistics of classifier.json's image_spec. Returns the file's path.
     """
     if missing := missing_for_onnx():
         raise UserError(f"ONNX export needs {', '.join(missing)}; run: pip install 'vlmkd[export]'")
     predictor = load_classifier(folder)
-    model = _Prediction(predictor).eval()
-    path = path or folder / ONNX
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    spec = predictor.image_spec
+    model, spec = _Prediction(predictor).eval(), predictor.image_spec
+    partial = folder / f".{ONNX}.partial.onnx"
     torch.onnx.export(
         model,
         (probe_images(spec),),
@@ -241,29 +192,19 @@ def to_onnx(folder: Path, path: Path | None = None) -> Path:
         external_data=False,
         verbose=False,
     )
-    difference = _onnx_difference(partial, model, spec)
-    if difference:
-        partial.unlink()
-        raise UserError(
-            f"ONNX export of {folder} does not reproduce the classifier: {difference}; report this"
-        )
-    os.replace(partial, path)
-    return path
-
-
-def _onnx_difference(path: Path, model: nn.Module, spec: ImageSpec) -> str:
-    """What onnxruntime makes different, for batches of one and of three; empty when nothing is."""
     onnxruntime = importlib.import_module("onnxruntime")  # of the extra `export`
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
     for count in (1, 3):
         images = probe_images(spec, count)
         with torch.no_grad():
-            expected = model(images)
-        found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-        difference = (found - expected).abs().max().item()
-        if not difference <= _ONNX_TOLERANCE * max(1.0, expected.abs().max().item()):  # also true for NaN
-            return f"logits of {count} images differ by {difference:.2e}"
-    return ""
+            expected = {"logits": model(images)}
+        found = {"logits": torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])}
+        if difference := compare(found, expected, _ONNX_TOLERANCE):
+            partial.unlink()
+            raise UserError(
+                f"ONNX export of {folder} does not reproduce the classifier: of {count} images {difference}; report this"
+            )
+    return partial.replace(folder / ONNX)
 
 
 if __name__ == "__main__":

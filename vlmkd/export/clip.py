@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmkd.errors import UserError
 from vlmkd.export.folder import (
@@ -33,22 +32,16 @@ from vlmkd.export.folder import (
 from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import normalise_names
-from vlmkd.models.clip import OPEN_CLIP_CONFIG, ClipModel, Tokenizer, load_clip
+from vlmkd.models.clip import OPEN_CLIP_CONFIG, ClipModel, load_clip
 from vlmkd.models.convert import to_hf_config, to_hf_processor, to_hf_state
 
 Layout = Literal["open_clip", "hf"]
 
 _WEIGHTS = {"open_clip": "open_clip_model.safetensors", "hf": "model.safetensors"}
 _CONFIG = {"open_clip": OPEN_CLIP_CONFIG, "hf": "config.json"}
-_SCALARS = ("logit_scale", "logit_bias")
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
 _PROBE_TEXTS = [
     "a photo of a cat",
@@ -67,33 +60,27 @@ def export_clip(
 ) -> None:
     """Write `clip` into `folder`, which appears complete or not at all; an older export there is replaced.
 
-    Layout `open_clip` is what open_clip's `local-dir:` reads (a PrunedCLIP in that layout is read by our load_clip
-    only), `hf` what transformers' CLIPModel reads. `half` stores fp16. provenance.json also gets the fields of
-    `provenance`.
+    Layout `open_clip` is what open_clip's `local-dir:` reads (a PrunedCLIP there is read by our load_clip only), `hf` what
+    transformers' CLIPModel reads. `half` stores fp16. `provenance` is added to provenance.json.
 
     Raises:
         UserError: an architecture that the layout cannot hold, a foreign folder in the way, or no space.
     """
     with replacing(folder, list(_CONFIG.values())) as partial:
+        weights = partial / _WEIGHTS[layout]
         state = _write_open_clip(partial, clip) if layout == "open_clip" else _write_hf(partial, clip, half)
-        write_tensors(partial / _WEIGHTS[layout], _as_stored(state, half))
-        facts = {"half": half, **(provenance or {})}
-        write_provenance(partial / _WEIGHTS[layout], clip.source, clip.module.parameters(), facts)
-
-
-def _as_stored(state: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """Scale and bias stay fp32."""
-    return {name: stored(tensor, half=half and name not in _SCALARS) for name, tensor in state.items()}
+        write_tensors(weights, state, half=half)
+        write_provenance(weights, clip.source, clip.module.parameters(), {"half": half, **(provenance or {})})
 
 
 def _write_open_clip(folder: Path, clip: ClipModel) -> dict[str, Tensor]:
-    """Write config and tokenizer; returns the weights under their names."""
+    """Write config and tokenizer; returns the weights."""
     config, state = copy.deepcopy(clip.config), clip.module.state_dict()
     config["text_cfg"].pop("hf_tokenizer_name", None)
     if _write_tokenizer(folder, clip):  # any name makes open_clip read the files of this folder
         config["text_cfg"]["hf_tokenizer_name"] = "."
     if not config.get("nonscalar_logit_scale"):
-        state |= {name: state[name].reshape(()) for name in _SCALARS if name in state}
+        state |= {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in state}
     spec = dataclasses.asdict(clip.image_spec)
     fill = spec.pop("fill")
     preprocess = spec | {"fill_color": fill[0] if len(set(fill)) == 1 else fill}
@@ -124,11 +111,10 @@ def _write_tokenizer(folder: Path, clip: ClipModel) -> bool:
             if (clip.tokenizer_folder / name).is_file():
                 shutil.copyfile(clip.tokenizer_folder / name, folder / name)
         return True
-    inner = clip.tokenizer.encode if isinstance(clip.tokenizer, Tokenizer) else clip.tokenizer
+    inner = getattr(clip.tokenizer, "encode", clip.tokenizer)
     if isinstance(inner, HFTokenizer):
         inner.save_pretrained(folder)
-        return True
-    return False
+    return isinstance(inner, HFTokenizer)
 
 
 def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
@@ -147,24 +133,17 @@ def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
     write_json(folder / "tokenizer_config.json", settings | special)
 
 
-# ------------------------------------------------------------------------------------------------------------ check
-
-
 def verify_export(folder: Path, clip: ClipModel) -> None:
     """Reload `folder` in a fresh process and compare with `clip`: embeddings, logit scale, token ids, statistics.
 
     The process uses plain open_clip or transformers (load_clip for a PrunedCLIP) and no network.
-
-    Raises:
-        UserError: the reloaded model differs, or cannot be loaded.
     """
     if read_object(folder / PROVENANCE, "provenance")["half"]:
-        clip = clip.with_weights(_as_stored(clip.module.state_dict(), half=True))
+        clip = clip.with_weights({k: stored(v, half=True) for k, v in clip.module.state_dict().items()})
     verify("vlmkd.export.clip", {folder: probe_of(clip)})
 
 
 def probe_of(clip: ClipModel) -> Probe:
-    """Pixels, token ids and what `clip` makes of them, in fp32 on the CPU."""
     module = copy.deepcopy(clip.module).cpu().float().eval()
     images, tokens = probe_images(clip.image_spec), clip.tokenizer(_PROBE_TEXTS)
     facts = {"image_spec": dataclasses.asdict(clip.image_spec)}
@@ -172,28 +151,24 @@ def probe_of(clip: ClipModel) -> Probe:
 
 
 @torch.no_grad()
-def _outputs(module: nn.Module, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    towers: Any = module
-    return {
-        "tokens": tokens,
-        "image_embeds": towers.encode_image(images, normalize=True),
-        "text_embeds": towers.encode_text(tokens, normalize=True),
-        "logit_scale": towers.logit_scale.exp().reshape(1),
-    }
+def _outputs(module: Any, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    embeds = module.encode_image(images, normalize=True), module.encode_text(tokens, normalize=True)
+    return _named(tokens, *embeds, module)
+
+
+def _named(tokens: Tensor, image_embeds: Tensor, text_embeds: Tensor, module: Any) -> dict[str, Tensor]:
+    scale = module.logit_scale.exp().reshape(1)
+    return {"tokens": tokens, "image_embeds": image_embeds, "text_embeds": text_embeds, "logit_scale": scale}
 
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """What the model in `folder`, read by the library that it is for, makes of a probe's pixels and of its texts.
-
-    Raises:
-        UserError: it is read with other pixel statistics than the probe's.
-    """
+    """What the model in `folder`, read by the library that it is for, makes of a probe's pixels and of its texts."""
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         return _transformers_outputs(folder, probe)
     wanted = probe.facts["image_spec"]
     if read_object(folder / OPEN_CLIP_CONFIG, "model config")["model_cfg"].get("pruned"):
         clip = load_clip(f"local-dir:{folder}")
-        if json.loads(json.dumps(dataclasses.asdict(clip.image_spec))) != wanted:
+        if dataclasses.asdict(clip.image_spec) != wanted:
             raise UserError(f"load_clip reads {clip.image_spec} instead of {ImageSpec(**wanted)}")
         return _outputs(clip.module, probe.inputs["images"], clip.tokenizer(_PROBE_TEXTS))
     import open_clip  # plain open_clip, which knows nothing of this package
@@ -202,7 +177,7 @@ def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
     model = open_clip.create_model_from_pretrained(name, return_transform=False).eval()
     used = model.visual.preprocess_cfg
     for field in ("mean", "std", "interpolation", "resize_mode"):
-        if json.loads(json.dumps(used[field])) != wanted[field]:
+        if list(used[field]) != list(wanted[field]):
             raise UserError(f"open_clip reads {field} {used[field]} instead of {wanted[field]}")
     return _outputs(model, probe.inputs["images"], open_clip.get_tokenizer(name)(_PROBE_TEXTS))
 
@@ -222,15 +197,7 @@ def _transformers_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
         texts, padding="max_length", truncation=True, max_length=tokens.shape[1], return_tensors="pt"
     ).input_ids
     outputs = [model(input_ids=ids, pixel_values=images) for ids in (tokens, own)]
-    found = [
-        {
-            "tokens": tokens,
-            "image_embeds": output.image_embeds,
-            "text_embeds": output.text_embeds,
-            "logit_scale": model.logit_scale.exp().reshape(1),
-        }
-        for output in outputs
-    ]
+    found = [_named(tokens, output.image_embeds, output.text_embeds, model) for output in outputs]
     if difference := compare(found[0], probe.outputs):
         raise UserError(f"of the same token ids {difference}")
     return found[1]

@@ -1,14 +1,13 @@
 """An exported model's folder, whatever is in it: written whole or not at all, described, and checked in a fresh process.
 
 A format (clip.py, classifier.py, a project's own) says what a Probe of its model is, and what a reloaded folder makes
-of that Probe's inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is the checking process (`check_main`).
+of its inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is that process (`check_main`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,28 +28,19 @@ from vlmkd import __version__
 from vlmkd.errors import UserError
 from vlmkd.files import write_json
 from vlmkd.image_spec import ImageSpec
-from vlmkd.tensor_files import read_safetensors
-from vlmkd.zoo import sha256_of
+from vlmkd.zoo import REPOSITORY, sha256_of
 
 PROVENANCE = "provenance.json"
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _SEED = 20231001
 _TOLERANCE = 1e-4
-"""Largest difference of an output's number, relative to the largest one where that is above 1; fp32 on another kernel
-differs by less than 1e-5."""
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
+"""fp32 on another kernel differs by less than 1e-5."""
 
 
 @contextlib.contextmanager
 def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` when the block ends without an error.
 
-    An older folder there is replaced if it holds one of the files `marks`.
-
-    Raises:
-        UserError: a foreign folder in the way, or no space.
+    An older folder there is replaced if it holds one of the files `marks`, else refused.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
@@ -78,20 +68,19 @@ def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
 
 
 def stored(tensor: Tensor, *, half: bool = False) -> Tensor:
-    """A tensor as a file has it: on the CPU, whole, of its own memory; floats as fp32, or fp16 where `half`."""
+    """A tensor as a file has it: on the CPU, of its own memory; floats as fp32, with `half` fp16 but for single numbers."""
     if tensor.is_floating_point():
-        tensor = tensor.to(torch.float16 if half else torch.float32)
+        tensor = tensor.to(torch.float16 if half and tensor.numel() > 1 else torch.float32)
     return tensor.detach().cpu().contiguous().clone()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with `facts` as its metadata.
-
-    Raises:
-        UserError: the disk refuses.
-    """
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None, *, half: bool = False
+) -> None:
+    """Write tensors, as `stored` makes them, into a safetensors file with `facts` as its metadata."""
+    held = {name: stored(tensor, half=half) for name, tensor in tensors.items()}
     try:
-        save_file(dict(tensors), path, {"format": "pt", **(facts or {})})
+        save_file(held, path, {"format": "pt", **(facts or {})})
     except SafetensorError as error:  # its form of every failure of the disk
         raise UserError(f"cannot write {path}: {error}; free space or choose another folder") from None
 
@@ -100,6 +89,10 @@ def write_provenance(
     weights: Path, source: str, parameters: Iterable[Tensor], facts: Mapping[str, Any]
 ) -> None:
     """Write provenance.json beside `weights`: their sha256, source and size of the model, versions, commit, command, `facts`."""
+    commit = ""
+    if (REPOSITORY / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     content = {
         "file": weights.name,
         "sha256": sha256_of(weights),
@@ -107,21 +100,10 @@ def write_provenance(
         "parameters": sum(parameter.numel() for parameter in parameters),
         "vlmkd": __version__,
         "torch": str(torch.__version__),
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     write_json(weights.with_name(PROVENANCE), content | dict(facts))
-
-
-def _git_commit() -> str:
-    """Commit of the repository that this code is in; empty outside one, or without git."""
-    if not (_REPOSITORY / ".git").exists() or shutil.which("git") is None:
-        return ""
-    command = ["git", "-C", str(_REPOSITORY), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-# --------------------------------------------------------------------------------------------------------- checking
 
 
 @dataclass
@@ -134,20 +116,13 @@ class Probe:
     """Plain data that a reload must know."""
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        tensors = {f"inputs.{name}": value for name, value in self.inputs.items()}
-        tensors |= {f"outputs.{name}": stored(value) for name, value in self.outputs.items()}
-        write_tensors(path, tensors, {"facts": json.dumps(self.facts)})
+        torch.save(
+            vars(self) | {"outputs": {name: stored(value) for name, value in self.outputs.items()}}, path
+        )
 
     @classmethod
     def load(cls, path: Path) -> Probe:
-        """Read it back."""
-        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "outputs": {}}
-        for name, value in read_safetensors(path).items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        with safe_open(path, "pt") as stream:
-            return cls(**parts, facts=json.loads(stream.metadata()["facts"]))
+        return cls(**torch.load(path, weights_only=True))
 
 
 def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
@@ -158,21 +133,19 @@ def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
 def verify(module: str, probes: Mapping[Path, Probe]) -> None:
     """Run `python -m MODULE FOLDER PROBE ...` in a fresh process on the CPU, without the network.
 
-    One process for all the exports of a run, because most of its seconds are those of its imports.
-
-    Raises:
-        UserError: a reloaded model differs or cannot be loaded; quotes the process' last line.
+    One process for all the exports of a run, because most of its seconds are those of its imports. A UserError quotes
+    its last line.
     """
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
-    threads = str(torch.get_num_threads())
-    env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_REPOSITORY), env.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", module]
     with tempfile.TemporaryDirectory() as scratch:
         for number, (folder, probe) in enumerate(probes.items()):
-            file = Path(scratch) / f"probe_{number}.safetensors"
+            file = Path(scratch) / f"probe_{number}.pt"
             probe.save(file)
             command += [str(folder.absolute()), str(file)]
         child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -185,7 +158,7 @@ def verify(module: str, probes: Mapping[Path, Probe]) -> None:
 
 
 def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Sequence[str]) -> int:
-    """The checking process: `outputs` of every folder and its probe's inputs; tells the first that differ and returns 1."""
+    """The checking process: tells the first folder whose `outputs` are not its probe's, and returns 1."""
     folders = [Path(folder) for folder in argv[::2]]
     for folder, file in zip(folders, argv[1::2], strict=True):
         try:
@@ -199,15 +172,20 @@ def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Seq
     return 0
 
 
-def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What differs between two models' outputs; empty when nothing does."""
+def compare(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = _TOLERANCE
+) -> str:
+    """What differs between two models' outputs; empty when nothing does.
+
+    `tolerance` is relative to an output's largest number where that is above 1.
+    """
     if found.keys() != expected.keys():
         return f"outputs {sorted(found)} instead of {sorted(expected)}"
     for name, value in found.items():
         if value.shape != expected[name].shape:
             return f"{name} is {list(value.shape)} instead of {list(expected[name].shape)}"
         difference = (value.double() - expected[name].double()).abs().max().item()
-        limit = _TOLERANCE * max(1.0, expected[name].double().abs().max().item())
+        limit = tolerance * max(1.0, expected[name].double().abs().max().item())
         if not difference <= limit:  # also true for NaN
             return f"{name} differs by {difference:.2e}, more than {limit:.0e}"
     return ""

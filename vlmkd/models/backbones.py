@@ -1,8 +1,6 @@
 """Image backbones of classifiers: timm, torchvision, CLIP image towers and EfficientNet-Lite0, by name.
 
 A backbone gives pooled features without a head. Its `config` rebuilds the same module later without any download.
-
-Letters: B batch, d feature width.
 """
 
 from __future__ import annotations
@@ -44,11 +42,10 @@ class Backbone:
     """A pooled image encoder."""
 
     module: nn.Module
-    """images [B, 3, h, w] in `image_spec`'s statistics -> features [B, d], not normalised; every parameter trains."""
+    """images [B, 3, h, w] in `image_spec`'s statistics -> features [B, dim], not normalised; every parameter trains."""
     dim: int
-    """d."""
     image_spec: ImageSpec
-    """Size and statistics of the weights. A crop share (timm's crop_pct) is not kept: size is what is cropped."""
+    """Of the weights. A crop share (timm's crop_pct) is not kept: size is what is cropped."""
     source: str
     """What the user named."""
     config: Config
@@ -70,13 +67,8 @@ def load_backbone(
     load_clip takes (`clip:ViT-B-16-quickgelu@openai`, `clip:model.json@weights.safetensors`, `clip:zoo:NAME`,
     `clip:local-dir:PATH`), or `efficientnet-lite0`, whose weights come inside a package.
 
-    Args:
-        name: see above.
-        pretrained: False leaves the weights random, drawn from `seed` where it is given.
-        weights: a file or `zoo:NAME` instead of the library's weights; the backbone of a training checkpoint is found
-            in it, and layers of a head are left out.
-        image_size: input size instead of the weights' own; a CLIP has its own only.
-        seed: see `pretrained`.
+    `pretrained` False leaves the weights random, drawn from `seed` where it is given. `weights` is a file or `zoo:NAME`
+    instead of the library's (see `load_backbone_weights`), `image_size` an input size instead of the weights' own.
 
     Raises:
         UserError: an unknown name, weights that cannot be fetched or are of another architecture.
@@ -255,9 +247,6 @@ def load_backbone_weights(backbone: Backbone, state: Mapping[str, Tensor], origi
 
     Prefixes of wrappers and of the places where checkpoints keep the backbone are taken off, layers of a head are
     left out, and torchvision's children by number (`0.weight`, DHO's CNN files) get their names.
-
-    Raises:
-        UserError: weights of another architecture; names `origin` and the first tensors that differ.
     """
     module: Any = backbone.module
     named = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -280,10 +269,7 @@ def load_backbone_weights(backbone: Backbone, state: Mapping[str, Tensor], origi
 
 
 def freeze_batch_norm(module: nn.Module) -> int:
-    """Keep every BatchNorm of `module` in eval mode for good, whatever `train` says; returns their number.
-
-    Their statistics never move and are what normalises, while their affine parameters still train (VL2V-ADiP b.4).
-    """
+    """Keep every BatchNorm of `module` in eval mode for good, while its affine parameters still train; returns their number."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.eval()
@@ -296,5 +282,5 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def with_spec(backbone: Backbone, **changes: Any) -> Backbone:
-    """The same backbone with some fields of its ImageSpec changed (VL2V-ADiP evaluates with resize_mode squash)."""
+    """The same backbone with some fields of its ImageSpec changed."""
     return replace(backbone, image_spec=replace(backbone.image_spec, **changes))

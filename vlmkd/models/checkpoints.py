@@ -1,13 +1,12 @@
 """Weights files of every layout we know, read without running anything that a file carries.
 
 TinyCLIP's two training layouts, automatic (fused) files, plain open_clip, transformers' CLIPModel, OpenAI's archives;
-half or single precision. Names come out as open_clip.CLIP's, with the text tower at the top level.
+half or single precision.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.models.convert import from_hf_state, is_hf_state, mlp_ratio
 from vlmkd.models.pruned_clip import Config, PrunedCLIP, State, config_from_state_dict
 from vlmkd.tensor_files import read_torch, zip_members
+from vlmkd.zoo import sha256_of
 
 _NESTED = ("state_dict", "model_state_dict", "model_dict", "model", "module")
 """Entries of a training checkpoint that may hold the weights, first match wins."""
@@ -34,7 +33,7 @@ _NAMES_SHOWN = 3
 
 
 def read_state_dict(path: str | Path) -> State:
-    """The weights in `path` as fp32, under open_clip.CLIP's names; errors as `read_tensors`."""
+    """The weights in `path` as fp32, under open_clip.CLIP's names."""
     return normalise_names(read_tensors(path))
 
 
@@ -91,7 +90,7 @@ def _read_openai_archive(path: Path) -> State:
     """The tensors of one of OpenAI's published archives; any other TorchScript program is refused unread."""
     from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
 
-    digest = zoo.sha256_of(path)
+    digest = sha256_of(path)
     urls = [get_pretrained_url(name, "openai") for name in list_pretrained_models_by_tag("openai")]
     if not any(f"/{digest}/" in url for url in urls):  # the digest is a part of OpenAI's addresses
         raise UserError(
@@ -105,8 +104,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     """Fill `module` (open_clip model or PrunedCLIP) from `state` of any known layout, strictly.
 
     Raises:
-        UserError: weights of another architecture; names `origin`, the first missing, unexpected and resized tensors
-            and, where there is one, the known architecture that these weights do fit.
+        UserError: weights of another architecture; names `origin` and the first tensors that differ.
     """
     from open_clip.convert import convert_state_dict
 
@@ -126,13 +124,14 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """The first missing, unexpected and resized tensors in words; empty when all of `wanted` and nothing else is given."""
+    want, have = ({name: list(tensor.shape) for name, tensor in held.items()} for held in (wanted, given))
     groups = {
-        "missing": [f"{name} {list(wanted[name].shape)}" for name in wanted if name not in given],
-        "unexpected": [f"{name} {list(given[name].shape)}" for name in given if name not in wanted],
+        "missing": [f"{name} {shape}" for name, shape in want.items() if name not in have],
+        "unexpected": [f"{name} {shape}" for name, shape in have.items() if name not in want],
         "resized": [
-            f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-            for name in wanted
-            if name in given and given[name].shape != wanted[name].shape
+            f"{name} {have[name]} instead of {shape}"
+            for name, shape in want.items()
+            if have.get(name, shape) != shape
         ],
     }
     return "; ".join(
@@ -144,50 +143,26 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
 
 def _suggestion(named: State) -> str:
     """What `named` is instead, where its shapes tell."""
-    import open_clip
-
     try:
         config = identify(named)
     except UserError:  # no CLIP that shapes can describe: there is nothing to suggest
         return ""
     if config.get("pruned"):
         return "; they are a pruned CLIP with ragged layers: write identify()'s config as JSON and name that file as the model"
-    known = {f"zoo:{item.name}": item.architecture for item in zoo.entries().values() if item.architecture}
-    known |= {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    if names := [name for name, other in known.items() if _sizes(other) == _sizes(config)]:
-        return f"; they fit {' or '.join(names[:_NAMES_SHOWN])}"
     image, text = config["vision_cfg"], config["text_cfg"]
-    patch = f", patch {image['patch_size']}" if image.get("patch_size") else ""
     return (
-        f"; their shapes are vision {image['layers']} layers x {image['width']}{patch}, "
+        f"; their shapes are vision {image['layers']} layers x {image['width']}, patch {image['patch_size']}, "
         f"text {text['layers']} layers x {text['width']}, embedding {config['embed_dim']}"
     )
 
 
-def _sizes(config: Config) -> list[Any]:
-    """What shapes tell of a standard config."""
-    image, text = ({"mlp_ratio": 4.0, **config[section]} for section in ("vision_cfg", "text_cfg"))
-    image_sizes = ("image_size", "layers", "width", "patch_size", "timm_model_name", "mlp_ratio")
-    text_sizes = ("context_length", "vocab_size", "width", "layers", "hf_model_name", "mlp_ratio")
-    return [config["embed_dim"], *map(image.get, image_sizes), *map(text.get, text_sizes)]
-
-
-# ------------------------------------------------------------------------------------------------ what a file holds
-
-
 def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
-    """The model config that fits `state` (any layout of `read_state_dict`), read from its shapes.
+    """The model config that fits the ViT CLIP in `state` (any layout of `read_state_dict`), read from its shapes.
 
     A standard open_clip config where one can say it, else the pruned config of the ragged shapes. The activation is
     not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
-
-    Raises:
-        UserError: neither a ViT nor a ResNet CLIP, or shapes that do not fit `head_width`.
     """
-    named = normalise_names(state)
-    if "visual.layer1.0.conv1.weight" in named:
-        return _resnet_config(named, head_width)
-    pruned = config_from_state_dict(named, head_width=head_width)
+    pruned = config_from_state_dict(normalise_names(state), head_width=head_width)
     image, text = pruned["vision_cfg"], pruned["text_cfg"]
     sections = {
         "vision_cfg": {name: image[name] for name in ("image_size", "width", "patch_size")},
@@ -205,31 +180,3 @@ def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
         sections["vision_cfg"]["head_width"] = head_width
     bias = {"init_logit_bias": -10.0} if pruned.get("logit_bias") else {}
     return {"embed_dim": pruned["embed_dim"], **sections, **bias}
-
-
-def _resnet_config(named: State, head_width: int) -> Config:
-    positions = "visual.attnpool.positional_embedding"
-    for name in (positions, "positional_embedding", "token_embedding.weight", "text_projection"):
-        if name not in named:
-            raise UserError(f"weights: {name} is missing, so this is no ResNet and text transformer CLIP")
-
-    def depth(prefix: str) -> int:
-        return len({name[len(prefix) :].split(".")[0] for name in named if name.startswith(prefix)})
-
-    vocabulary, width = named["token_embedding.weight"].shape
-    return {
-        "embed_dim": named["text_projection"].shape[1],
-        "vision_cfg": {
-            "image_size": 32 * math.isqrt(len(named[positions]) - 1),
-            "layers": [depth(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-            "width": len(named["visual.layer1.0.conv1.weight"]),
-            "patch_size": None,
-        },
-        "text_cfg": {
-            "context_length": len(named["positional_embedding"]),
-            "vocab_size": vocabulary,
-            "width": width,
-            "heads": width // head_width,
-            "layers": depth("transformer.resblocks."),
-        },
-    }

@@ -62,7 +62,7 @@ class ClassVectors:
 
     @property
     def digest(self) -> str:
-        """sha256 over the class names in order, the prompts, the teacher's digest and the normalisation."""
+        """sha256 over all that makes the vectors."""
         facts = [self.class_names, self.templates, self.teacher_digest, self.normalise]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -71,7 +71,7 @@ class ClassVectors:
         return self.logit_scale * image_embeds.float() @ self.vectors.to(image_embeds.device).T
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with the facts as its metadata; it appears complete or not at all."""
+        """Write a safetensors file with the facts as its metadata."""
         from safetensors.torch import save_file
 
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "vectors"}

@@ -5,7 +5,7 @@ Letters: B batch, C classes, d feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from vlmkd.models.heads import DualHead, DualLogits, Projector, build_head, mix_
 from vlmkd.models.towers import compute_dtype, evaluating
 
 DEFAULT_MIX = (0.5, 0.5)
-"""Alpha and beta of a dual head where nobody chose them (DHO's low-shot runs)."""
+"""DHO's low-shot runs."""
 
 
 class Classifier(nn.Module):
@@ -56,10 +56,8 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         if self.head["classes"] != len(self.class_names):
-            raise UserError(
-                f"classifier config: the head has {self.head['classes']} classes, but there are "
-                f"{len(self.class_names)} class names; give one name per class"
-            )
+            counts = f"the head has {self.head['classes']} classes, but there are {len(self.class_names)} class names"
+            raise UserError(f"classifier config: {counts}; give one name per class")
         if (self.head["kind"] == "dual") != (self.mix is not None):
             raise UserError(
                 f"classifier config: mix is {self.mix} with a {self.head['kind']} head; a dual head needs one"
@@ -95,21 +93,18 @@ class ClassifierConfig:
 
 
 class ClassifierPredictor:
-    """The ImageClassifier that evaluators call, around any module with Classifier's forward (an engine's wrapper too).
-
-    `mix` is read at every call, so that a search may set it.
-    """
+    """The ImageClassifier that evaluators call, around any module with Classifier's forward (an engine's wrapper too)."""
 
     def __init__(
         self,
         name: str,
-        module: Callable[[Tensor], Any],
+        module: nn.Module,
         image_spec: ImageSpec,
         class_names: Sequence[str],
         mix: tuple[float, float] | None = None,
     ) -> None:
-        self.name, self.image_spec, self.class_names, self.mix = name, image_spec, list(class_names), mix
-        self.module: Any = module
+        self.name, self.module = name, module
+        self.image_spec, self.class_names, self.mix = image_spec, list(class_names), mix
 
     @classmethod
     def of(cls, name: str, module: nn.Module, config: ClassifierConfig) -> ClassifierPredictor:
@@ -118,7 +113,7 @@ class ClassifierPredictor:
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] in `image_spec`'s statistics -> logits [B, C], fp32; those of a dual head are mixed."""
+        """images [B, 3, h, w] -> logits [B, C], fp32; those of a dual head are mixed."""
         device = next(self.module.parameters()).device
         with evaluating(self.module):
             output = self.module(images.to(device))

@@ -36,7 +36,7 @@ from vlmkd.tensor_files import reading
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _FOLDERS = {"local-dir": OPEN_CLIP_CONFIG, "hf": "config.json"}
-"""What a name of a folder begins with, and the file that such a folder has."""
+"""How a folder is named, and the file that it has."""
 _FOLDER_WEIGHTS = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
     *("open_clip_pytorch_model.bin", "pytorch_model.bin"),
@@ -73,16 +73,12 @@ class ClipModel:
         return dataclasses.replace(self, module=module.eval(), digest=weights_digest(module.state_dict()))
 
 
-def load_clip(
-    model: str, pretrained: str = "", *, seed: int | None = None, tokenizer_folder: Path | None = None
-) -> ClipModel:
+def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> ClipModel:
     """Load the CLIP that a user names.
 
     `model` is an open_clip architecture, a JSON model config, `local-dir:PATH` (open_clip folder or our export),
     `hf:PATH` (transformers CLIPModel folder) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a
     weights file of any layout, or empty for a random initialisation, drawn from `seed` where it is given.
-    `tokenizer_folder` is for an architecture whose tokenizer.json does not lie beside its JSON config.
-
     Activation and pixel statistics are those of the weights: of the tag, or of the config beside the weights file.
 
     Raises:
@@ -95,26 +91,21 @@ def load_clip(
         return _load_zoo(rest) if scheme == "zoo" else _load_folder(_folder(scheme, rest), model)
     import open_clip
 
-    architecture, folder = model.replace("/", "-"), tokenizer_folder
+    architecture, folder = model.replace("/", "-"), None
     if model.endswith(".json"):
-        config, folder = read_object(Path(model), "model config"), folder or Path(model).parent
+        config, folder = read_object(Path(model), "model config"), Path(model).parent
         config = config.get("model_cfg", config)
     elif (config := open_clip.get_model_config(architecture)) is None:
-        hint = did_you_mean(
-            model, open_clip.list_models(), "give a name, a .json file, local-dir:, hf: or zoo:"
-        )
+        known, otherwise = open_clip.list_models(), "give a name, a .json file, local-dir:, hf: or zoo:"
+        hint = did_you_mean(model, known, otherwise)
         raise UserError(f"model {model} is no open_clip architecture; {hint}")
     if not pretrained:
-        return dataclasses.replace(
-            _loaded(build_clip(config, seed=seed), config, {}, model, folder), digest=""
-        )
+        return _loaded(build_clip(config, seed=seed), config, {}, model, folder, trained=False)
     source = f"{model}@{pretrained}"
     if tag := open_clip.get_pretrained_cfg(architecture, pretrained):
-        place = (
-            f"hub repository {tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url", "a file")
-        )
+        hub, url = tag.get("hf_hub", "").strip("/"), tag.get("url", "")
         hint = ", or give a weights file as pretrained; models of the zoo come by scripts/download.py"
-        with downloading(f"weights {source}: {place}", hint):
+        with downloading(f"weights {source}: {f'hub repository {hub}' if hub else url}", hint):
             weights, preprocess = Path(open_clip.download_pretrained(tag)), tag
     elif Path(pretrained).is_file():
         weights, preprocess = Path(pretrained), _beside(Path(pretrained))
@@ -137,18 +128,14 @@ def load_clip(
 
 
 def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Module:
-    """A randomly initialised open_clip model, or PrunedCLIP when `config["pruned"]`; no weights are downloaded.
-
-    Raises:
-        UserError: the config lacks a field, or has one that nobody reads.
-    """
+    """A randomly initialised open_clip model, or PrunedCLIP when `config["pruned"]`; no weights are downloaded."""
     with drawn_from(seed):
         return PrunedCLIP(dict(config)) if config.get("pruned") else _build_open_clip(config)
 
 
 @contextlib.contextmanager
 def drawn_from(seed: int | None) -> Iterator[None]:
-    """Random initialisation from `seed` that leaves the global random state as it was; from that state without a seed."""
+    """Random initialisation from `seed`, the global random state left as it was; from that state without a seed."""
     if seed is None:
         yield
         return
@@ -204,9 +191,6 @@ def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
     config["text_cfg"]["hf_model_pretrained"] = False
     with downloading(f"text tower {foreign}: its config"):
         return kind(**config)
-
-
-# ----------------------------------------------------------------------------------------- folders and the zoo
 
 
 def _folder(scheme: str, path: str) -> Path:
@@ -272,7 +256,12 @@ def _load_zoo(name: str) -> ClipModel:
 
 
 def _loaded(
-    module: nn.Module, config: Config, preprocess: Mapping[str, Any], source: str, folder: Path | None
+    module: nn.Module,
+    config: Config,
+    preprocess: Mapping[str, Any],
+    source: str,
+    folder: Path | None,
+    trained: bool = True,
 ) -> ClipModel:
     """The model with what belongs to its weights; fields that an open_clip preprocess config lacks are open_clip's own."""
     size = getattr(module.visual, "image_size", None) or config["vision_cfg"].get("image_size", 224)
@@ -285,20 +274,19 @@ def _loaded(
         "fill": (fill, fill, fill) if isinstance(fill, int) else tuple(fill),
     }
     tokenizer, tokenizer_folder = _tokenizer(config, source, folder)
-    digest = weights_digest(module.state_dict())
+    digest = weights_digest(module.state_dict()) if trained else ""
     return ClipModel(module.eval(), config, ImageSpec(**spec), tokenizer, source, digest, tokenizer_folder)
 
 
 @dataclass
 class Tokenizer:
-    """A text encoder whose ids are checked against the model's token table."""
+    """N texts -> ids int64 [N, T], checked against the model's token table."""
 
     encode: Callable[[list[str]], Tensor]
     vocab_size: int
     source: str
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """N texts -> int64 [N, T]."""
         ids = self.encode(texts)
         if ids.numel() and int(ids.max()) >= self.vocab_size:
             raise UserError(
@@ -311,8 +299,8 @@ class Tokenizer:
 def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> tuple[Tokenizer, Path | None]:
     """The tokenizer of a model, and the folder of its files when it is not open_clip's own.
 
-    A `hf_tokenizer_name` is looked up beside the config first: there as a sub-folder of that name, or in the config's
-    own folder when that has a tokenizer.json; else it is a hub repository.
+    A `hf_tokenizer_name` is a sub-folder beside the config, or that folder itself where it has a tokenizer.json, else a
+    hub repository.
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 

@@ -21,13 +21,10 @@ from vlmkd.models.pruned_clip import Config, State
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_VOCABULARY = 49408
-"""Size of CLIP's own vocabulary; its last two ids are start and end of text."""
+"""Its last two ids are start and end of text."""
 ARGMAX_EOS = 2
 """The end-of-text id with which transformers pools at the highest id, as open_clip does."""
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}
-"""PIL's numbers."""
-
-# ----------------------------------------------------------------------------------------------------------- weights
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
 
 _TOP = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -108,8 +105,6 @@ def from_hf_state(state: Mapping[str, Tensor]) -> State:
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------- configs
-
 _SIZES: dict[str, dict[str, tuple[int, str]]] = {
     "vision_cfg": {
         "image_size": (224, "image_size"),
@@ -137,10 +132,7 @@ def to_hf_config(config: Mapping[str, Any]) -> Config:
     """The config.json of a CLIPModel that computes what open_clip's `config` computes.
 
     The end-of-text id is 49407 with CLIP's vocabulary; with another one it is 2, with which transformers pools at the
-    highest id, as open_clip does.
-
-    Raises:
-        UserError: a part that CLIPModel does not have; names the field.
+    highest id, as open_clip does. A part that CLIPModel does not have is refused.
     """
     _refuse_foreign_parts(config)
     towers: list[Config] = []
@@ -207,11 +199,7 @@ def _refuse_foreign_parts(config: Mapping[str, Any]) -> None:
 
 
 def from_hf_config(hf: Mapping[str, Any], origin: str) -> Config:
-    """The open_clip config of a CLIPModel's config.json; `origin` names it in errors.
-
-    Raises:
-        UserError: another model type, or an activation that open_clip's CLIP does not have.
-    """
+    """The open_clip config of a CLIPModel's config.json; `origin` names it in errors."""
     from transformers import CLIPConfig
 
     if hf.get("model_type") != "clip":
@@ -246,9 +234,6 @@ def mlp_ratio(channels: int, width: int) -> float:
     """The ratio from which open_clip's int(width * ratio) gives exactly `channels`."""
     ratio = channels / width
     return ratio if int(width * ratio) == channels else (channels + 0.5) / width
-
-
-# --------------------------------------------------------------------------------------------------- pixel statistics
 
 
 def to_hf_processor(spec: ImageSpec) -> Config:

@@ -22,13 +22,16 @@ KD_SCALE = 100.0
 """Factor of the aligned KD heads, 1/zeta of DHO's paper (zeta 0.01)."""
 
 
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(features.float(), weight.float(), None if bias is None else bias.float())
+
+
 class LinearHead(nn.Linear):
     """features [B, d] -> logits [B, C], fp32."""
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(features.float(), self.weight.float(), bias)
+        return _linear(features, self.weight, self.bias)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -43,8 +46,7 @@ class CosineHead(LinearHead):
         super().__init__(width, num_classes, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(F.normalize(features.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
+        return _linear(F.normalize(features.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
 
 
 class DualLogits(NamedTuple):
@@ -55,11 +57,10 @@ class DualLogits(NamedTuple):
 
 
 class DualHead(nn.Module):
-    """A head for labels and a head for a teacher on one feature (docs/papers/dho.md, eq. 1 and 9).
+    """features [B, d] -> logits of a head for labels and a head for a teacher (docs/papers/dho.md, eq. 1 and 9).
 
-    The label head is linear on the feature as it is. The teacher head, by `kd`:
-    `linear`: W z + b; `scaled_linear`: 100 (W n(z) + b), the reference's code, which its released weights need;
-    `cosine`: 100 cos(z, w_c), the paper's formula, without a bias.
+    The label head is linear. The teacher head, by `kd`: `linear`: W z + b; `scaled_linear`: 100 (W n(z) + b), the
+    reference's code, which its released weights need; `cosine`: 100 cos(z, w_c), the paper's formula.
     """
 
     def __init__(self, width: int, num_classes: int, *, kd: KdHead = "linear") -> None:
@@ -79,10 +80,10 @@ class DualHead(nn.Module):
     def init_from_text(self, vectors: Tensor) -> None:
         """Both weights become the class vectors [C, d] (DHO: un-normalised, of the student's own text tower), biases 0."""
         if vectors.shape != self.ce_head.weight.shape:
+            given, wanted = list(vectors.shape), list(self.ce_head.weight.shape)
             raise UserError(
-                f"text initialisation: class vectors are {list(vectors.shape)}, but the heads need "
-                f"{list(self.ce_head.weight.shape)}; take the text tower that belongs to this backbone, or "
-                "head_init=default"
+                f"text initialisation: class vectors are {given}, but the heads need {wanted}; take the text tower that "
+                "belongs to this backbone, or head_init=default"
             )
         for head in (self.ce_head, self.kd_head):
             head.weight.copy_(vectors)
@@ -140,8 +141,7 @@ class TextClassifier(nn.Module):
         self.register_buffer("vectors", vectors.detach().float().clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return self.logit_scale * F.linear(F.normalize(features.float(), dim=-1), self.vectors)
+        return self.logit_scale * _linear(F.normalize(features.float(), dim=-1), self.vectors)
 
     def swap(self, vectors: Tensor) -> None:
         """Classify among other classes from now on: `vectors` [C', D]."""
@@ -153,7 +153,7 @@ class TextClassifier(nn.Module):
         self.vectors = vectors.detach().float().to(self.vectors.device).clone()
 
     def _apply(self, fn: Any, recurse: bool = True) -> TextClassifier:
-        """Follow the module to its device, but stay fp32 when the other weights are made half precision."""
+        # Follows the module to its device, but stays fp32 when the other weights are made half precision.
         exact = self.vectors
         super()._apply(fn, recurse)
         self.vectors = exact.to(self.vectors.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmkd.errors import UserError
+from vlmkd.models.pruned_clip import embed_patches
 
 INIT_STD = 0.02
 """Standard deviation of new prompts, CoOp's and MaPLe's."""
@@ -56,9 +57,7 @@ class PromptedImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in the tower's statistics -> [B,D], not normalised."""
         tower = self.tower
-        patches = tower.conv1(images.to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        first = tower.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
-        x = torch.cat([first, patches], dim=1) + tower.positional_embedding.to(patches.dtype)
+        x = embed_patches(tower, images)
         tokens = x.shape[1]
 
         def prompted(x: Tensor, block: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""CLIP with ragged layers: every layer has its own number of heads and FFN channels, every tower its own width.
+"""CLIP with ragged layers, as automatic TinyCLIP inheritance leaves it and the published `auto` checkpoints hold it.
 
-What automatic TinyCLIP inheritance leaves after fusing, and what the published `auto` checkpoints hold. A layer may
-have lost all heads or its whole FFN; the bias that its output projection added stays. The head width does not shrink,
-so heads * head_width differs from the width of the tower.
+Every layer has its own number of heads and FFN channels, every tower its own width. A layer may have lost all of them;
+the bias that its output projection added stays. The head width does not shrink.
 
 Letters: B batch, T tokens, D width of the tower, H heads of the layer, F FFN channels of the layer, E embedding.
 """
@@ -35,19 +34,19 @@ _FIELDS = {
 
 
 class OutputBias(nn.Module):
-    """What is left of an output projection without inputs: its bias."""
+    """What is left of an output projection without inputs: its bias [1, 1, D]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self) -> Tensor:
-        """The bias as [1, 1, D]; a copy, because ZeRO 3 frees the parameter's memory after this call."""
+        # A copy, because ZeRO 3 frees the parameter's memory after this call.
         return self.bias.view(1, 1, -1).clone()
 
 
 class PrunedAttention(nn.Module):
-    """Self-attention with `heads` heads of `head_width` channels inside a width-D stream."""
+    """x [B, T, D] -> self-attention [B, T, D] by `heads` heads of `head_width` channels; [1, 1, D] without heads."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -58,20 +57,19 @@ class PrunedAttention(nn.Module):
             self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner))
 
     def attend(self, x: Tensor, causal: bool) -> Tensor:
-        """Attention output of every head before the output projection, [B, H, T, head_width]."""
+        """What each head gives to the output projection, [B, H, T, head_width]."""
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = rearrange(projected, "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.heads)
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """x [B, T, D] -> [B, T, D], or [1, 1, D] without heads."""
         if not self.heads:
             return self.out_proj()
         return self.out_proj(rearrange(self.attend(x, causal), "b h t d -> b t (h d)"))
 
 
 class PrunedMLP(nn.Module):
-    """Feed-forward layer with `channels` hidden channels."""
+    """x [B, T, D] -> feed-forward layer [B, T, D] of `channels` hidden channels; [1, 1, D] without channels."""
 
     def __init__(self, width: int, channels: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -86,7 +84,6 @@ class PrunedMLP(nn.Module):
         return hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D], or [1, 1, D] without channels."""
         return self.c_proj(self.activate(x)) if self.channels else self.c_proj()
 
 
@@ -103,14 +100,11 @@ class PrunedBlock(nn.Module):
         self.mlp = PrunedMLP(width, channels, quick_gelu)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
         x = x + self.attn(self.ln_1(x) if self.attn.heads else x, causal)
         return x + self.mlp(self.ln_2(x) if self.mlp.channels else x)
 
 
 class PrunedTransformer(nn.Module):
-    """A stack of PrunedBlocks."""
-
     def __init__(self, tower: Config, quick_gelu: bool) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -120,7 +114,6 @@ class PrunedTransformer(nn.Module):
         )
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, causal, use_reentrant=False)
@@ -130,7 +123,7 @@ class PrunedTransformer(nn.Module):
 
 
 class PrunedImageTower(nn.Module):
-    """Vision transformer with a class token."""
+    """images [B, 3, h, w] -> class token of a vision transformer [B, E], not normalised."""
 
     def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -146,19 +139,24 @@ class PrunedImageTower(nn.Module):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patch and class tokens with their positions, [B, T, D]."""
-        patches = rearrange(self.conv1(images.to(self.conv1.weight.dtype)), "b d h w -> b (h w) d")
-        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)
+        """See `embed_patches`."""
+        return embed_patches(self, images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] -> [B, E], not normalised."""
         x = self.transformer(self.ln_pre(self.embed(images)), causal=False)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+def embed_patches(tower: Any, images: Tensor) -> Tensor:
+    """Class and patch tokens with their positions [B, T, D], of our image tower or open_clip's."""
+    patches = tower.conv1(images.to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+    # Not len(patches), which would fix the batch size of an exported graph.
+    first = tower.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+    return torch.cat([first, patches], dim=1) + tower.positional_embedding.to(patches.dtype)
+
+
 class PrunedTextTower(nn.Module):
-    """Causal text transformer pooled at the highest token id (end of text)."""
+    """tokens [B, T] -> causal text transformer at the highest id, the end of text [B, E], not normalised."""
 
     def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -180,16 +178,14 @@ class PrunedTextTower(nn.Module):
         return x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] -> [B, E], not normalised."""
         x = self.transformer(self.embed(tokens), causal=True)
         return self.ln_final(self.pool(x, tokens)) @ self.text_projection
 
 
 class PrunedCLIP(nn.Module):
-    """A CLIP built from a pruned config (see `check_config`), with open_clip's encode interface.
+    """A CLIP built from a pruned config (see `check_config`), with open_clip's interface and its names inside the towers.
 
-    The state dict has `visual.*`, `text.*` and `logit_scale`; inside the towers the names are open_clip's. The text
-    tower is a module of its own, so that sharded parameters (ZeRO 3) are gathered around its forward pass.
+    The text tower is a module of its own, so that sharded parameters (ZeRO 3) are gathered around its forward pass.
     """
 
     def __init__(self, config: Config) -> None:
@@ -203,12 +199,10 @@ class PrunedCLIP(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.get("logit_bias") else None
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """images [B, 3, h, w] -> [B, E]."""
         features = self.visual(images)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """tokens [B, T] -> [B, E]."""
         features = self.text(tokens)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -227,8 +221,8 @@ class PrunedCLIP(nn.Module):
     def completed(self, state: Mapping[str, Tensor]) -> State:
         """`state` under this model's names, with what files of pruned models lack and without what they have too much.
 
-        A file lacks the output bias of a removed block, which adds nothing: it is zero. It may keep tensors without
-        elements, and the LayerNorm before a part that is gone.
+        A file may lack the output bias of a removed part: it is zero. It may keep tensors without elements, and the
+        LayerNorm before such a part.
         """
         wanted = self.state_dict()
         given = {
@@ -250,9 +244,8 @@ def own_names(state: Mapping[str, Tensor]) -> State:
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a pruned config that lacks a field or contradicts itself.
 
-    Layout: embed_dim, pruned (true), activation ("gelu" or "quick_gelu"), optional logit_bias (bool); vision_cfg with
-    image_size, patch_size, width, heads (one number a layer), mlp (FFN channels, one number a layer), head_width;
-    text_cfg with context_length, vocab_size, width, heads, mlp, head_width. Other fields are left to their owners.
+    Its fields are those above, `pruned` (true) and, where there is one, `logit_bias` (bool); `heads` and `mlp` (FFN
+    channels) have one number a layer. Others are left to their owners.
     """
     for section, fields in _FIELDS.items():
         for field in fields:
@@ -284,9 +277,6 @@ def config_from_state_dict(
 
     Parts whose keys are absent or empty have 0 heads or channels; the grid of patches is taken for a square. Head width
     (`text_head_width` where the text tower's differs) and activation are not in a file and must be told.
-
-    Raises:
-        UserError: the file is no ViT + text transformer CLIP, or its shapes do not fit `head_width`.
     """
     named = own_names(state)
     for name in (

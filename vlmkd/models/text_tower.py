@@ -20,8 +20,7 @@ from vlmkd.models.pruned_clip import PrunedTextTower
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """`model.encode_text(tokens)` of an open_clip model or PrunedCLIP: tokens int64 [N,T] -> [N,D], not normalised.
 
-    Tokens on a CPU are cut by `needed`. On a GPU that would make the host wait within a training step, so that they are
-    taken as they come: whoever has them on the CPU first may cut them there.
+    Tokens on a CPU are cut by `needed`; on a GPU that would make the host wait, so that they are taken as they come.
     """
     if tokens.device.type == "cpu":
         tokens = needed(model, tokens)
@@ -37,7 +36,7 @@ def needed(model: nn.Module, tokens: Tensor) -> Tensor:
     """tokens [N,T] up to the last position that can reach a feature of `model`'s text tower: [N,L].
 
     They stay whole where padding may count: in towers that see both ways, read another position than the end token, or
-    put a class token behind the text, and in Hugging Face towers in training, whose dropout draws a number per position.
+    put a class token behind the text, and in Hugging Face towers in training, for their dropout's random numbers.
     """
     from open_clip import CustomTextCLIP
     from open_clip.hf_model import HFTextEncoder
@@ -69,7 +68,7 @@ def _is_causal_open_clip(model: nn.Module, text: Any) -> bool:
 
 
 def pool_type(text: Any) -> str | None:
-    """How open_clip names the position that is read: on a text tower, or on a CLIP that holds its parts."""
+    """How open_clip names the position that is read, on a text tower or on a CLIP that holds its parts."""
     return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
 
 
@@ -91,8 +90,7 @@ def encode_causal(
 ) -> Tensor:
     """The feature [N,D] at the positions `ends` [N] of tokens [N,T], with the parts of an open_clip text transformer.
 
-    `blocks` takes the embedded tokens [N,T,w] with their positions, and the attention mask [T,T], through the blocks.
-    T may be shorter than the tower's context.
+    `blocks` takes the embedded tokens [N,T,w] and the attention mask [T,T] through the blocks.
     """
     length, dtype = tokens.shape[1], text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)

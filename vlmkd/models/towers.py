@@ -9,19 +9,15 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel
 from vlmkd.models.text_tower import encode_text, needed
-
-MAX_LOGIT_SCALE = 100.0
-"""Learned scales are clamped to [1, 100], as OpenAI's CLIP did."""
 
 
 class ClipOutput(NamedTuple):
@@ -40,8 +36,7 @@ class ClipOutput(NamedTuple):
 class ClipTowers(nn.Module):
     """Any CLIP with this module's forward, otherwise left as it is."""
 
-    fixed_scale: float | None = None
-    """What stands for the model's own scale."""
+    fixed_scale: float | None = None  # what stands for the model's own
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -63,35 +58,23 @@ class ClipTowers(nn.Module):
 
 
 class CLIPEncoder(ClipTowers):
-    """A trainable CLIP: one forward call does all gradient work.
+    """A trainable CLIP, whose scale and bias become vectors of one element.
 
-    `scale_mode` fixed holds the logit scale at `scale` (its own, without one): it is no trained parameter, and exact
-    in any precision. `learned` trains it, from `scale` where that is given; its log is kept in [0, ln 100] by the
-    task's bounds. The model's scale and bias become vectors of one element.
+    A `fixed_scale` stands for the trained one, exact in any precision; of a trained one the task's bounds hold the log.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        scale_mode: Literal["fixed", "learned"] = "learned",
-        scale: float | None = None,
-        activation_checkpointing: bool = False,
+        self, model: nn.Module, *, fixed_scale: float | None = None, activation_checkpointing: bool = False
     ) -> None:
         super().__init__(model)
         for name in ("logit_scale", "logit_bias"):
             scalar = getattr(model, name)
             if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast these
                 setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
-        learned = scale_mode == "learned"
-        if scale is not None:
-            if not (1.0 <= scale <= MAX_LOGIT_SCALE if learned else 0.0 < scale <= math.inf):
-                limits = f"from 1 to {MAX_LOGIT_SCALE:g}" if learned else "above 0"
-                raise UserError(f"logit_scale.value is {scale}; with mode {scale_mode} it must be {limits}")
-            self.logit_scale.data.fill_(math.log(scale))
-        self.logit_scale.requires_grad_(learned)
-        if not learned:
-            self.fixed_scale = float(self.logit_scale.detach().double().exp()) if scale is None else scale
+        self.fixed_scale = fixed_scale
+        if fixed_scale is not None:
+            self.logit_scale.data.fill_(math.log(fixed_scale))
+        self.logit_scale.requires_grad_(fixed_scale is None)
         if activation_checkpointing:
             if type(self.model.visual).__name__ == "ModifiedResNet":
                 told = "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it"
@@ -100,7 +83,6 @@ class CLIPEncoder(ClipTowers):
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the scale [1], as open_clip names it."""
         return self.model.logit_scale
 
 
@@ -112,7 +94,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 class ClipTeacher(ClipTowers):
     """A frozen CLIP that accepts images in `student_spec`'s statistics, in eval mode whatever `train` says.
 
-    Runs without gradients, but not in inference mode, because losses keep its outputs for their backward pass.
+    Not in inference mode, because losses keep its outputs for their backward pass.
     """
 
     def __init__(self, clip: ClipModel, student_spec: ImageSpec) -> None:
@@ -120,17 +102,15 @@ class ClipTeacher(ClipTowers):
         self.clip, self.student_spec = clip, student_spec
 
     def train(self, mode: bool = True) -> ClipTeacher:
-        """Stay in eval mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(
         self, images: Tensor | None = None, tokens: Tensor | None = None, own_statistics: bool = False
     ) -> ClipOutput:
-        """images [B, 3, h, w] in the student's statistics, tokens [B, T] of the teacher's tokenizer -> ClipOutput.
+        """As ClipTowers', with images in the student's statistics; `own_statistics`: they are a view of the teacher's own.
 
-        `own_statistics` says that the images are a view of the teacher's own: its size, its statistics. Either input
-        may be left out. Everything goes through this call, because ZeRO 3 gathers a sharded teacher's weights in it.
+        Everything goes through this call, because ZeRO 3 gathers a sharded teacher's weights in it.
         """
         if images is not None and not own_statistics:
             images = convert_images(images, self.student_spec, self.clip.image_spec)
@@ -140,15 +120,14 @@ class ClipTeacher(ClipTowers):
 def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
     """images [B, 3, h, w] from `source`'s statistics and size to `target`'s; returned as they are when both agree.
 
-    The change of statistics is exact. Another size is interpolated with antialiasing: an enlarged view is not what the
-    teacher would see of the original, so the loader makes a view of its own where sizes differ, and this is the fallback.
+    The change of statistics is exact, another size is interpolated. An enlarged view is not what the teacher would see of
+    the original, so that the loader makes a view of its own where sizes differ, and this is the fallback.
     """
     if source.mean != target.mean or source.std != target.std:
         # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
         statistics = (source.mean, source.std, target.mean, target.std)
-        mean, std, new_mean, new_std = torch.tensor(
-            statistics, dtype=torch.float32, device=images.device
-        ).view(4, 3, 1, 1)
+        facts = torch.tensor(statistics, dtype=torch.float32, device=images.device)
+        mean, std, new_mean, new_std = facts.view(4, 3, 1, 1)
         images = torch.addcmul((mean - new_mean) / new_std, images.float(), std / new_std)
     if tuple(images.shape[-2:]) != target.size:
         images = F.interpolate(
@@ -161,11 +140,7 @@ class ClipPredictor:
     """The DualEncoder that evaluators call, around any module with ClipTowers' forward (an engine's wrapper too)."""
 
     def __init__(
-        self,
-        name: str,
-        encoder: nn.Module,
-        image_spec: ImageSpec,
-        tokenizer: Callable[[list[str]], Tensor],
+        self, name: str, encoder: nn.Module, image_spec: ImageSpec, tokenizer: Callable[[list[str]], Tensor]
     ) -> None:
         self.name, self.image_spec = name, image_spec
         self._encoder, self._tokenizer = encoder, tokenizer
@@ -176,11 +151,9 @@ class ClipPredictor:
         return cls(name or clip.source, ClipTowers(clip.module), clip.image_spec, clip.tokenizer)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] in `image_spec`'s statistics -> unit vectors [B, D], fp32."""
         return self._run(images.to(next(self._encoder.parameters()).device)).image_embeds
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """N texts -> unit vectors [N, D], fp32."""
         return self._run(tokens=self._tokens(texts)).text_embeds
 
     @torch.no_grad()
@@ -192,7 +165,6 @@ class ClipPredictor:
 
     @property
     def logit_scale(self) -> float:
-        """The factor of the cosines in the model's logits."""
         return float(self._run().logit_scale)
 
     def _tokens(self, texts: list[str]) -> Tensor:
@@ -208,7 +180,7 @@ class ClipPredictor:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards each part in its own former mode: a frozen tower in a new wrapper stays in eval mode."""
+    """Eval mode inside, afterwards each part in its own former mode, which may differ from its parent's."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
