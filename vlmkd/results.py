@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,11 @@ class Number:
         return show(self.value, self.unit, digits)
 
 
+_KINDS: dict[str, Any] = {
+    "str": str, "float": (int, float), "int": int, "bool": bool, "bool | None": (bool, type(None)), "Tags": dict,
+}  # fmt: skip
+
+
 def numbers_of(
     results: Iterable[Result], *, run: str, model: str, tags: Mapping[str, Any] | None = None, step: int = 0
 ) -> list[Number]:
@@ -135,7 +140,11 @@ def write_results(
 
 
 def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each line of a file; a last one that a kill has torn off is left out, others are a UserError."""
+    """Number and object of each line of a file; a last line that a kill has torn off is left out.
+
+    Raises:
+        UserError: no such file, or another line that is no JSON object.
+    """
     text = read_text(path, what).splitlines()
     for number, line in enumerate(text, start=1):
         try:
@@ -149,7 +158,11 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_results(path: Path) -> list[Number]:
-    """The lines of a results file; lines of something else, and those of an earlier version's run, are a UserError."""
+    """The lines of a results file.
+
+    Raises:
+        UserError: as `json_lines`, or lines of something else; of an earlier version's run the line says so.
+    """
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
         raise UserError(
             f"{path.parent} was written by an earlier version; read it with that one, or run it again"
@@ -158,19 +171,12 @@ def read_results(path: Path) -> list[Number]:
     for line, content in json_lines(path, "results file"):
         try:
             number = Number(**content)
-            texts = (
-                number.run,
-                number.model,
-                number.metric,
-                number.evaluator,
-                number.dataset,
-                number.label,
-                number.unit,
+            fits = all(
+                isinstance(getattr(number, item.name), _KINDS[str(item.type)]) for item in fields(Number)
             )
-            figures = [number.value, number.step, number.count]
-            fits = all(isinstance(text, str) for text in texts) and all(map(math.isfinite, figures))
             fits = fits and all(isinstance(value, (str, int, float)) for value in number.tags.values())
-        except (AttributeError, TypeError, OverflowError):
+            fits = fits and math.isfinite(number.value)
+        except (TypeError, OverflowError):
             fits = False
         if not fits:
             raise UserError(

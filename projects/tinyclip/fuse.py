@@ -24,6 +24,7 @@ _ENTER_THE_STREAM = (
     *("conv1.weight", "class_embedding", "positional_embedding", "token_embedding.weight"),
     *("out_proj.weight", "out_proj.bias", "c_proj.weight", "c_proj.bias"),
 )
+_PROJECTIONS = ("visual.proj", "text_projection")
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _fuse_tower(weights: State, head_width: int, mask: Mask, legacy: bool) -> St
         ]
         axes = [axis if axis.group in units else Axis("fixed") for axis in axes]
         value = cut_units(value, tuple(axes), units)
-        if name.endswith(_ENTER_THE_STREAM + (("visual.proj", "text_projection") if legacy else ())):
+        if name.endswith((*_ENTER_THE_STREAM, *(_PROJECTIONS if legacy else ()))):
             for dim, axis in reversed([*enumerate(axes)]):
                 if axis.group in units:
                     scale = factors[axis.group][units[axis.group]].repeat_interleave(axis.unit)

@@ -216,6 +216,7 @@ class _Cut:
         }
 
     def _axes(self, name: str, origin: str) -> tuple[Axis, ...]:
+        """Axes of the student's tensor `name`, whose source is `origin`."""
         self._refuse(
             origin not in self.source, f"the source has no {origin}, which the student's {name} needs"
         )
@@ -245,7 +246,8 @@ class _Cut:
     def _sizes(
         self, origins: Mapping[str, str], axes: Mapping[str, tuple[Axis, ...]], source: State
     ) -> dict[str, tuple[int, int]]:
-        sizes: dict[str, tuple[int, int]] = {}  # in the student and in the teacher, by group
+        """Units of every group in the student and in the teacher."""
+        sizes: dict[str, tuple[int, int]] = {}
         for name, origin in origins.items():
             for axis, *entries in zip(axes[name], self.shapes[name], source[origin].shape, strict=True):
                 small, big = (number // axis.parts // axis.unit for number in entries)
@@ -269,6 +271,7 @@ class _Cut:
         scores: Mapping[str, Tensor],
         select: WidthSelect,
     ) -> dict[str, Tensor]:
+        """Teacher units of every group."""
         units = {group: torch.arange(small) for group, (small, _) in sizes.items()}
         for group in scores.keys() & sizes.keys():
             small, big = sizes[group]
@@ -297,6 +300,7 @@ class _Cut:
 
 
 def _source_name(name: str, layers: Mapping[str, list[int]]) -> str:
+    """The teacher's name of student tensor `name`."""
     match = _STACKS.fullmatch(name)
     if not match:
         return name
@@ -304,6 +308,7 @@ def _source_name(name: str, layers: Mapping[str, list[int]]) -> str:
 
 
 def _depths(names: Mapping[str, Any]) -> dict[str, int]:
+    """Number of layers of each stack, in order."""
     depths: dict[str, int] = {}
     for match in filter(None, map(_STACKS.fullmatch, names)):
         depths[match["stack"]] = max(depths.get(match["stack"], 0), int(match["index"]) + 1)

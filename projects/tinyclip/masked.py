@@ -48,6 +48,7 @@ class MaskedOutput(NamedTuple):
     image_sparsity: Tensor
     text_sparsity: Tensor
     joint_sparsity: Tensor
+    """Expected sparsity of both towers together."""
     penalty: Tensor | None
     """Sparsity penalty at the target that was given."""
 

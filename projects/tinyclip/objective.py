@@ -27,6 +27,7 @@ class StudentEmbeds:
     projected: Sequence[tuple[Tensor, Tensor]] = ()
     """Image and text embeddings [b, D'] in each teacher's space (the plain ones when the widths agree)."""
     interactive_scale: Tensor | float = 1.0
+    """Scale of the interactive contrastive logits."""
 
 
 def objective(

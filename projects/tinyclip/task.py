@@ -122,6 +122,7 @@ class TinyCLIPTask(Task):
 
     @torch.no_grad()
     def _teacher_embeds(self, batch: Batch) -> list[PairEmbeds]:
+        """Unit embeddings of every teacher, loaded or stored, gathered over the ranks."""
         if "teacher_image_embeds" in batch:
             pairs = list(zip(batch["teacher_image_embeds"], batch["teacher_text_embeds"], strict=True))
         else:

@@ -161,6 +161,7 @@ class HttpTeacher:
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next try: as many as the service asked for, or one, two, four ..."""
     asked: float = state.outcome.exception().pause  # type: ignore[union-attr]
     return min(asked or _PAUSE * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE)
 

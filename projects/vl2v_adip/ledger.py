@@ -255,6 +255,7 @@ class Ledger:
         return False
 
     def _checked(self, values: list[float]) -> tuple[Tensor | None, str]:
+        """The vector in fp32, and what is wrong with it, if anything."""
         try:
             vector = torch.tensor(values, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -310,6 +311,7 @@ def report(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_dead(owner: str) -> bool:
+    """Whether the owner was a process of this machine that has ended."""
     host, _, process = owner.rpartition(":")
     return host == socket.gethostname() and not psutil.pid_exists(int(process))
 

@@ -157,6 +157,7 @@ class Vl2vTask(Task):
 
 
 def _mean(results: list[Result], names: set[str], metric: str) -> float:
+    """Mean over the source domains."""
     own = [result.metrics[metric] for result in results if result.dataset in names]
     assert len(own) == len(names), "every source domain is evaluated"
     return sum(own) / len(own)

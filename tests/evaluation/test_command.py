@@ -6,7 +6,6 @@ import json
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from safetensors.torch import save_file
 from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
-from vlmkd.evaluation.command import model_name, per_set, table
+from vlmkd.evaluation.command import Evaluated, model_name, per_set, table
 from vlmkd.models.clip import build_clip
-from vlmkd.results import UNREADABLE, Meaning, Number, numbers_of, parameters, read_results, share
+from vlmkd.results import UNREADABLE, Meaning, Number, read_results, share
 
 from .conftest import encoded, write_tar
 
@@ -101,12 +100,12 @@ def test_table() -> None:
     more = [
         Result("zero_shot", "a_set_with_a_long_name", {"top1": 1.0, "unreadable": 2.0}, 3, meanings=meanings)
     ]
-    numbers: list[Number] = []
-    for model, macs, own in (("one", 1.5, results + more), ("two", 2.0, more)):
-        size = parameters(1_234_567, run=model, model=model)
-        cost = replace(size, metric="multiply-adds", label="multiply-adds", value=macs, unit="G")
-        numbers += [size, cost, *numbers_of(own, run=model, model=model)]
-    text = table(numbers)
+    parameters = {"total": 1_234_567}
+    models = [
+        Evaluated("one", "", parameters, {"multiply-adds": (1.5, "G")}, results + more),
+        Evaluated("two", "", parameters, {"multiply-adds": (2, "G")}, more),
+    ]
+    text = table([number for model in models for number in model.numbers()])
     assert text.splitlines() == [
         "                                                 birds          a_set_with_a_long_name",
         "model  parameters (M)  multiply-adds (G)  top-1  top-5      KL   top-1      unreadable",

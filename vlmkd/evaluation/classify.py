@@ -40,16 +40,17 @@ class ZeroShotClassifier:
 class Classification:
     """Top-1, top-5, mean over classes; with domains top-1 of each and their mean; base, novel and harmonic mean.
 
-    An ImageClassifier answers by its logits; a DualEncoder, where `templates` are given, zero-shot: by its scaled cosines
-    with the mean embedding of each class's prompts.
+    An ImageClassifier answers by its logits; a DualEncoder, where `templates` are given, by its scaled cosines with the
+    mean embedding of each class's prompts (zero-shot).
 
-    Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (over the classes that occur); with several domains
-    `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and `harmonic_mean`:
-    those of a group compete with each other (as in PromptKD), or, with `rivals="all"`, with every class (the open set of
-    VL2V-ADiP).
+    Metrics: `top1`, `top5` (where C > 5; ties are broken by torch.topk, as in open_clip), `mean_per_class` (macro average
+    over the classes that occur); with several domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel`
+    classes `base_top1`, `novel_top1` and `harmonic_mean`. The classes of a group compete only with each other (as in
+    PromptKD), or, with `rivals="all"`, with every class (the open set of VL2V-ADiP); all in the same forward pass.
 
-    Details: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the matrix that are not
-    0, as (class, predicted class, images); `mistakes`, the wrong answers of the highest probability; `unreadable` files.
+    Details, plain data: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion
+    matrix that are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest
+    probability, as {key, label, predicted, probability}; the unreadable files.
     """
 
     name = "classification"
@@ -149,22 +150,20 @@ class Classification:
         if count > TOP_K:
             metrics["top5"] = int(in_top.sum()) / len(items)
         metrics["mean_per_class"] = _mean([hits / seen for hits, seen in per_class if seen])
-        domains = torch.tensor([item.domain for item in items])
-        compared = self.domains if len(self.domains) > 1 else []
-        groups = {name: (domains == index, right) for index, name in enumerate(compared)}
+        per_group: dict[str, list[int]] = {}
+        if len(self.domains) > 1:
+            found = _by_group(right, torch.tensor([item.domain for item in items]), len(self.domains))
+            per_group |= dict(zip(self.domains, found, strict=True))
+            shares = {f"{name}_top1": hits / seen for name, (hits, seen) in per_group.items() if seen}
+            metrics |= shares | {"mean_domain_top1": _mean(list(shares.values()))}
         for name, classes in self.groups.items():
-            groups[name] = torch.isin(labels, torch.tensor(classes)), first_in_group > 0
-        per_group = {name: [int(hits[own].sum()), int(own.sum())] for name, (own, hits) in groups.items()}
-        metrics |= {f"{name}_top1": hits / seen for name, (hits, seen) in per_group.items() if seen}
-        if compared:
-            metrics["mean_domain_top1"] = _mean(
-                [metrics[f"{name}_top1"] for name in compared if per_group[name][1]]
-            )
-        for name in self.groups:
-            if not per_group[name][1]:
+            inside = torch.isin(labels, torch.tensor(classes))
+            hits, seen = per_group[name] = [int(first_in_group[inside].sum()), int(inside.sum())]
+            if not seen:
                 raise UserError(
                     f"classification set {self.dataset} has no readable image of a {name} class; choose another split"
                 )
+            metrics[f"{name}_top1"] = hits / seen
         if self.groups:
             metrics["harmonic_mean"] = harmonic_mean(metrics["base_top1"], metrics["novel_top1"])
         cells, numbers = torch.unique(labels * count + predicted, return_counts=True)

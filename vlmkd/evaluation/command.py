@@ -7,10 +7,10 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable
 from vlmkd.models.clip import load_clip, weights_digest
 from vlmkd.models.towers import ClipPredictor
-from vlmkd.results import Number, details_of, numbers_of, parameters, title_of, write_results
+from vlmkd.results import Number, Tags, details_of, numbers_of, parameters, title_of, write_results
 
 MODEL_HELP = """model names:
   ViT-B-32/laion2b_s34b_b79k, ViT-B-32@openai   open_clip architecture and tag (or @weights file)
@@ -115,14 +115,28 @@ def model_name(name: str) -> tuple[str, str]:
     return model, pretrained
 
 
-class Evaluated(NamedTuple):
+@dataclass
+class Evaluated:
     """One evaluated model."""
 
-    numbers: list[Number]
-    """Its lines of results.jsonl: size and cost, then what was measured."""
+    name: str
+    digest: str
     parameters: dict[str, int]
     """By part, and `total`."""
+    cost: dict[str, tuple[float, str]]
+    """Value and unit by name."""
     results: list[Result]
+
+    def numbers(self) -> list[Number]:
+        """The model's lines of results.jsonl: size and cost, then what was measured."""
+        tags: Tags = {"digest": self.digest}
+        costs = [
+            Number(run=self.name, model=self.name, tags=tags, metric=name, value=value, label=name, unit=unit,
+                   higher_is_better=False)
+            for name, (value, unit) in self.cost.items()
+        ]  # fmt: skip
+        size = parameters(self.parameters["total"], run=self.name, model=self.name, tags=tags)
+        return [size, *costs, *numbers_of(self.results, run=self.name, model=self.name, tags=tags)]
 
 
 def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Evaluator]]) -> int:
@@ -131,20 +145,20 @@ def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Eval
     All names and data are checked before the first model is loaded. A model that fails ends the evaluation; those
     before it are in the table and the file.
     """
-    found: dict[str, Evaluated] = {}
+    found: list[Evaluated] = []
     mistake = None
     try:
         context = _start(args)
         models = [model_name(name) for name in args.model]
         evaluators = make_evaluators(context)
         for name, (model, pretrained) in zip(args.model, models, strict=True):
-            found[name] = _evaluate(name, model, pretrained, evaluators, context, cost=args.cost)
+            found.append(_evaluate(name, model, pretrained, evaluators, context, cost=args.cost))
             if args.results and distributed.is_main():
                 _write(Path(args.results), found)
     except UserError as error:
         mistake = error
     if found and distributed.is_main():
-        print(table([number for one in found.values() for number in one.numbers]))
+        print(table([number for one in found for number in one.numbers()]))
     if mistake:
         print(f"{Path(sys.argv[0]).name}: {mistake}", file=sys.stderr)
     if dist.is_initialized():
@@ -181,9 +195,7 @@ def _evaluate(
         module = clip.module.to(context.device)
         predictor, counted = ClipPredictor.of(clip, name), count_parameters(module)
         digest, towers = clip.digest, {"image": module.encode_image, "text": module.encode_text}
-    tags = {"digest": digest}
-    size = parameters(counted.total, run=name, model=name, tags=tags)
-    numbers = [size]
+    costs = {}
     if cost:
         inputs = {"image": torch.zeros(1, 3, *predictor.image_spec.size, device=context.device)}
         if "text" in towers:
@@ -191,12 +203,8 @@ def _evaluate(
         macs = sum(macs_of(module, encode, inputs[tower]) for tower, encode in towers.items())
         costs = {"multiply-adds": (macs / 1e9, "G")}
         costs |= {tower: (latency_ms(encode, inputs[tower]), "ms") for tower, encode in towers.items()}
-        numbers += [
-            replace(size, metric=m, label=m, value=value, unit=unit) for m, (value, unit) in costs.items()
-        ]
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
-    numbers += numbers_of(results, run=name, model=name, tags=tags)
-    return Evaluated(numbers, counted._asdict() | {"total": counted.total}, results)
+    return Evaluated(name, digest, counted._asdict() | {"total": counted.total}, costs, results)
 
 
 def table(numbers: Sequence[Number]) -> str:
@@ -222,11 +230,11 @@ def table(numbers: Sequence[Number]) -> str:
     return "\n".join([above.rstrip(), *rows])
 
 
-def _write(path: Path, found: dict[str, Evaluated]) -> None:
+def _write(path: Path, found: list[Evaluated]) -> None:
     details = {
         "command": sys.argv,
         "torch": torch.__version__,
-        "parameters": {name: one.parameters for name, one in found.items()},
-        "models": details_of({name: one.results for name, one in found.items()}),
+        "parameters": {one.name: one.parameters for one in found},
+        "models": details_of({one.name: one.results for one in found}),
     }
-    write_results(path, [number for one in found.values() for number in one.numbers], details, "--results")
+    write_results(path, [number for one in found for number in one.numbers()], details, "--results")

@@ -23,8 +23,11 @@ from vlmkd.predictors import DualEncoder
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
 _NAMED = 3  # unreadable files that an error line names
-_Outputs = tuple[Tensor, Tensor, list[str]]
-_Reduce = Callable[[Tensor, Tensor], Tensor]
+_Batch = tuple[Tensor, Tensor, list[str]]
+Outputs = tuple[Tensor, Tensor, list[str]]
+"""Indices [n] of the readable images of all ranks, sorted; their rows [n,...] on the CPU; names of the unreadable ones."""
+Reduce = Callable[[Tensor, Tensor], Tensor]
+"""What is kept of a batch [b,...], from its indices [b] and rows [b,...] on the CPU."""
 
 
 class _Decoded(Dataset[tuple[int, Tensor, bool]]):
@@ -52,12 +55,9 @@ def image_outputs(
     images: Sequence[ImageRef],
     title: str,
     context: Context,
-    reduce: _Reduce | None = None,
-) -> _Outputs:
-    """Indices [n] of the readable images of all ranks, sorted, their rows [n,...] (CPU, fp32), and the unreadable ones.
-
-    Rows are what `run` makes of images after the evaluation transform of `spec`, or what `reduce` makes of a batch's
-    indices [b] and rows [b,...].
+    reduce: Reduce | None = None,
+) -> Outputs:
+    """`run` on batches of images after the evaluation transform of `spec`.
 
     Raises:
         UserError: more images cannot be read than the context's share.
@@ -70,10 +70,10 @@ def embeddings(
     images: Sequence[ImageRef],
     title: str,
     context: Context,
-    reduce: _Reduce | None = None,
-) -> _Outputs:
+    reduce: Reduce | None = None,
+) -> Outputs:
     """As `image_outputs`, of unit vectors; a context that remembers them decodes and embeds once for each encoder."""
-    batches: Iterable[_Outputs] = _batches(encoder.encode_image, encoder.image_spec, images, title, context)
+    batches: Iterable[_Batch] = _batches(encoder.encode_image, encoder.image_spec, images, title, context)
     if context.embedded is not None:
         key = (id(encoder), tuple(images))
         batches = context.embedded[key] = context.embedded.get(key) or list(batches)
@@ -82,7 +82,8 @@ def embeddings(
 
 def _batches(
     run: Callable[[Tensor], Tensor], spec: ImageSpec, images: Sequence[ImageRef], title: str, context: Context
-) -> Iterator[_Outputs]:
+) -> Iterator[_Batch]:
+    """Indices, rows and unreadable images of each batch of this rank."""
     loader: Any = DataLoader(_Decoded(images, spec), context.batch_size, num_workers=context.workers)
     for indices, pixels, readable in progress(loader, len(loader), title, context):
         with torch.no_grad():
@@ -91,12 +92,8 @@ def _batches(
 
 
 def _gathered(
-    batches: Iterable[_Outputs],
-    images: Sequence[ImageRef],
-    title: str,
-    context: Context,
-    reduce: _Reduce | None,
-) -> _Outputs:
+    batches: Iterable[_Batch], images: Sequence[ImageRef], title: str, context: Context, reduce: Reduce | None
+) -> Outputs:
     parts, own = [(torch.empty(0, dtype=torch.long), torch.empty(0))], []  # for a rank without images
     for indices, rows, unreadable in batches:
         parts.append((indices, rows if reduce is None else reduce(indices, rows)))

@@ -60,11 +60,7 @@ class Retrieval:
         meanings = {"unreadable": UNREADABLE}
         details: dict[str, Any] = {"texts": len(kept)}
         for name, (queries, candidates, positives) in directions.items():
-            mine = distributed.rank_share(len(queries))
-            found = first_positive(
-                queries[mine.start :: mine.step], candidates, [positives[index] for index in mine]
-            )
-            places = [place for part in distributed.gather_objects(found.tolist()) for place in part]
+            places = all_places(queries, candidates, positives)
             for k in RECALL_AT:
                 if k == 1 or k < len(candidates):
                     metrics[f"{name}_r{k}"] = sum(place < k for place in places) / len(places)
@@ -77,6 +73,18 @@ class Retrieval:
         if unreadable:
             metrics["unreadable"], details["unreadable"] = float(len(unreadable)), unreadable
         return [Result(self.name, data.name, metrics, len(ids), details, meanings=meanings)]
+
+
+def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:
+    """Place (0 = first) of the first positive of each of queries [Q,D] among candidates [N,D], in any order.
+
+    Ranks of a run share the queries, and every rank gets the places of all.
+    """
+    share = distributed.rank_share(len(queries))
+    found = first_positive(
+        queries[share.start :: share.step], candidates, [positives[index] for index in share]
+    )
+    return [place for part in distributed.gather_objects(found.tolist()) for place in part]
 
 
 def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> Tensor:

@@ -34,10 +34,14 @@ def write_gallery(
     top: int = 5,
     device: torch.device | None = None,
 ) -> None:
-    """Write how each model (teachers first) relates `texts` to `images`: affinities, and the `top` images of a text.
+    """Write how each model relates `texts` to `images`: affinities, and the `top` images it retrieves for a text.
 
     The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
-    `targets` are the indexes of each text's right images; None: text i belongs to image i.
+
+    Args:
+        predictors: models by name, teachers first.
+        targets: for each text the indexes of its right images; None: text i belongs to image i.
+        device: where the models are; None: the CPU.
 
     Raises:
         ValueError: N texts without as many targets, or an index outside the images.

@@ -43,14 +43,17 @@ def read_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON.
+        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON (the last one may
+            be torn by a kill).
     """
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(
             f"{folder} has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
         )
     run = Run(folder)
-    _ = run.train  # read now, so that a mistake in it is told before anything is made of the run
+    assert (
+        run.train is not None
+    )  # read now, so that a mistake in it is told before anything is made of the run
     return run
 
 
@@ -116,7 +119,10 @@ def markdown_table(run_dirs: Sequence[Path]) -> str:
 def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
     """Write one HTML page about `run_dirs` to `out`; it loads nothing from outside. Returns `out`.
 
-    `samples` is a gallery file instead of the runs' own `eval/gallery.json`.
+    Args:
+        run_dirs: run folders; each is one line in the curves and one row of the table.
+        title: heading of the page.
+        samples: a gallery file instead of the runs' own `eval/gallery.json`.
 
     Raises:
         UserError: no run, a folder without metrics, or a gallery that is not one.
