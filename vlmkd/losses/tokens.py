@@ -1,4 +1,4 @@
-"""Token losses of language models, from hidden states: logits exist for a few rows at a time.
+"""Token losses of language models from hidden states, with logits for a few rows at a time.
 
 Letters: N positions that are learned, D and D' widths of student and teacher, V entries of the vocabulary. Products are in
 the precision of the hidden states, softmax and sums in float32 (float64 stays). No gradient reaches the teacher.
@@ -33,8 +33,8 @@ class TopK(NamedTuple):
     """A cached teacher: largest log-probabilities [N, k] at the loss's temperature, their entries, below the student's
     V, and the logarithm [N] of the mass of the others.
 
-    The divergence is that of k + 1 events, a lower bound that is exact at k = V. Without the tail the k are scaled to sum
-    to one, which overestimates.
+    The divergence is that of k + 1 events, a lower bound, exact at k = V. Without the tail the k are scaled to sum to
+    one, which overestimates.
     """
 
     log_probs: Tensor
@@ -62,11 +62,11 @@ class TokenObjective:
     """a of KL(p || a p + (1 - a) q), or of KL(q || a q + (1 - a) p) (DistiLLM, Ko et al. 2024)."""
     beta: float = 0.5
     taid: float = 1.0
-    """t of a target softmax((1 - t) student + t teacher), which has no gradient (TAID, Shing et al. 2025)."""
+    """t of a target softmax((1 - t) student + t teacher), without gradient (TAID, Shing et al. 2025)."""
     vocabulary: int = 0
     """First entries that the divergence is over; 0: those that both models have."""
     chunk: int = 128
-    """Rows at a time; at most six blocks [chunk, V] are alive, of a mixture eight."""
+    """Rows at a time; six blocks [chunk, V] are alive, of a mixture eight."""
 
     def __post_init__(self) -> None:
         if self.divergence not in ("forward", "reverse", "symmetric", "jsd"):
@@ -107,7 +107,7 @@ def token_loss(
     A chunk's gradient is taken in the forward pass, while its logits are at hand (Liger Kernel, Hsu et al. 2024).
 
     Args:
-        hidden: [N, D], the student's last hidden states at the rows that are learned .
+        hidden: [N, D], the student's last hidden states at the rows that are learned.
         head: [V, D], its output embedding, trained or frozen; `bias` [V].
         teacher: None for cross entropy alone.
         labels: [N], the next tokens; IGNORED rows have no cross entropy.
@@ -151,21 +151,19 @@ def token_log_probs(
 
 
 class Taid(NamedTuple):
-    """State of TAID's schedule (Algorithm 1), which belongs into a checkpoint."""
+    """State of TAID's schedule, for a checkpoint."""
 
     t: float
     momentum: float = 0.0
     loss: float | None = None
 
-    def after(
-        self, loss: float, progress: float, *, start: float, end: float = 1.0, rate: float = 5e-4
-    ) -> Taid:
-        """After a step at the run's share `progress`, whose loss over all ranks was `loss`."""
+    def after(self, loss: float, progress: float, *, start: float, rate: float = 5e-4) -> Taid:
+        """After a step at the run's share `progress`, with `loss` over all ranks."""
         if self.loss is None:
             return self._replace(loss=loss)
         momentum = 0.99 * self.momentum + 0.01 * (self.loss - loss) / (self.loss + 1e-15)
         t = self.t + rate / (1 + math.exp(-momentum)) * (1 - self.t)
-        return Taid(min(end, max(start + (end - start) * progress, t)), momentum, loss)
+        return Taid(min(1, max(start + (1 - start) * progress, t)), momentum, loss)
 
 
 class _Chunked(torch.autograd.Function):
@@ -201,7 +199,9 @@ class _Chunked(torch.autograd.Function):
                 grad_head.addmm_(slope.T, rows)
             elif grad_head is not None:
                 grad_head += slope.T @ rows
-            del slope  # before the next chunk is made
+            del slope
+        if grad_head is not None and head.dtype == torch.bfloat16:  # of float32's range
+            grad_head = grad_head.bfloat16()
         ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         ctx.mark_non_differentiable(sums)
         return o.weight * sums[0] + o.ce_weight * sums[1], sums
@@ -229,7 +229,7 @@ def _rows(teacher: Teacher | None, part: slice) -> Tensor | TopK | None:
 def _terms(
     logits: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, weights: Tensor, o: TokenObjective
 ) -> tuple[Tensor, Tensor]:
-    """The sums of a TokenLoss behind its total, and the total's gradient to the logits [rows, V]."""
+    """The sums of a TokenLoss behind its total, and that one's gradient by logits [rows, V]."""
     size = min(logits.shape[1], o.vocabulary or logits.shape[1])
     if teacher is None:
         stats, slope = weights.new_zeros(3, len(weights)), torch.zeros_like(logits)
@@ -272,7 +272,7 @@ def _coarse(logits: Tensor, teacher: TopK, o: TokenObjective) -> tuple[Tensor, T
     q = _log_softmax(logits, o.temperature)
     kept = q.gather(1, indices)
     q.exp_().scatter_(1, indices, 0)
-    rest = q.sum(-1, keepdim=True).clamp_min_(floor)  # not 1 - the others, which cancels
+    rest = q.sum(-1, keepdim=True).clamp_min_(floor)  # 1 - the others would cancel
     log_p = teacher.log_probs.to(q.dtype)
     same = indices.gather(1, log_p.argmax(-1, keepdim=True))[:, 0] == logits.argmax(-1)
     tail = log_p.new_full((len(q),), -torch.inf) if teacher.log_tail is None else teacher.log_tail.to(q.dtype)
