@@ -1,7 +1,7 @@
 """Tensor files of unknown origin, read as data: nothing that a file carries is run, and what is wrong is one line.
 
-safetensors, and what `torch.save` writes (its zip archives and the format before them) through torch's restricted
-reader. The other readers of weights stand on these two functions.
+safetensors, and what `torch.save` writes (its zip archives and the format before them) through torch's
+restricted reader. The other readers of weights stand on these two functions.
 """
 
 from __future__ import annotations
@@ -48,13 +48,9 @@ def read_torch(
     """The content of a file of `torch.save` (or, by its ending, of safetensors): tensors on the CPU in plain containers.
 
     Args:
-        path: the file.
-        what: its name in errors.
+        what: the file's name in errors.
         plain: classes, or (stand-in, "module.name") pairs, that the file may make beside tensors; harmless ones only.
         inert: every other object of a zip archive is read as a dictionary that means nothing, instead of refused.
-
-    Raises:
-        UserError: no such file, unreadable, damaged, of another kind, or one that names code.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

@@ -1,8 +1,7 @@
 """Named models: what they are, where they come from, and a verified local copy of each.
 
-Each paper's models are listed in `projects/<paper>/zoo.yaml`, those that the recipes start from in `zoo.yaml` beside this
-file. MODEL_ZOO.md is written from these lists by `scripts/check_zoo.py --write`. This module needs no torch, so that
-listing and downloading start at once.
+They are listed in `projects/<paper>/zoo.yaml`, those that the recipes start from in `zoo.yaml` beside this
+file. This module needs no torch, so that listing and downloading start at once.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ if TYPE_CHECKING:
 PIN_AT_FIRST_DOWNLOAD = "pinned at first download"
 REPOSITORY = Path(__file__).resolve().parents[1]
 HUB = "https://huggingface.co"
-TIMEOUT_S = 30.0
 ATTEMPTS = 4  # each continues where the last one broke off
 BACKOFF_S = 0.5  # before the second try; doubled each time
-PROBE_S = 5.0  # longest wait for a connection that only tells whether there is a network
 _PINS = "list of pinned digests"
 
 
@@ -84,11 +81,7 @@ def entries() -> dict[str, Entry]:
 
 
 def entry(name: str) -> Entry:
-    """The entry called `name` (a leading `zoo:` is dropped).
-
-    Raises:
-        UserError: no such entry; the nearest names are suggested.
-    """
+    """The entry called `name` or `zoo:name`; an error suggests the nearest names."""
     name = name.removeprefix("zoo:")
     if name in entries():
         return entries()[name]
@@ -104,11 +97,7 @@ def cache_folder() -> Path:
 
 
 def weights_file(name: str) -> Path:
-    """The file that the name of a checkpoint means: of `zoo:NAME` the verified local copy, else the path itself.
-
-    Raises:
-        UserError: as `fetch`.
-    """
+    """The file that the name of a checkpoint means: of `zoo:NAME` the verified local copy, else the path itself."""
     return _weights(fetch(name)) if name.startswith("zoo:") else Path(name).expanduser()
 
 
@@ -136,14 +125,9 @@ def sha256_of(path: Path) -> str:
 def fetch(name: str, *, offline: bool | None = None) -> Path:
     """A verified local copy of `name`: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
 
-    The sha256 is compared with the entry's, or with the one pinned at this user's first download. Hub repositories lie in
-    the cache of huggingface_hub (HF_HOME), everything else in `cache_folder()`. `offline` defaults to the variables
-    VLMKD_OFFLINE and HF_HUB_OFFLINE; VLMKD_MIRROR (a base URL under which release files lie by their names in the
-    cache) and HF_ENDPOINT replace the hosts; proxies come from the usual variables.
-
-    Raises:
-        UserError: unknown name, unreachable source, missing disk space, a file that is not the pinned one, or one
-            that must be put there by hand and is not there.
+    The sha256 is compared with the entry's, or with the one pinned at this user's first download. Hub
+    repositories lie in the cache of huggingface_hub, everything else in `cache_folder()`. The variables are
+    those of scripts/download.py --help.
     """
     item = entry(name)
     if item.kind == "local":
@@ -202,7 +186,7 @@ def _cached(item: Entry, folder: Path, offline: bool) -> Path:
 def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None:
     """Compare the digest of `path` with the known one; pin it, and `revision`, where there is none.
 
-    A file that differs is set aside as a rejected `name`; without a name it stays.
+    A file that differs is set aside as a rejected `name`, if there is one.
     """
     digest, pins_file = sha256_of(_weights(path)), cache_folder() / "pins.json"
     pins = _read_pins()
@@ -215,8 +199,8 @@ def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None
             os.replace(path, aside)
         origin = "of zoo.yaml" if stated else "pinned at the first download"
         raise UserError(
-            f"zoo:{item.name} has sha256 {digest}, not the {expected} {origin}; kept as {aside}: delete it and fetch again, "
-            f"from another mirror if it happens twice, or delete its line in {pins_file} if you trust the new file"
+            f"zoo:{item.name} has sha256 {digest}, not the {expected} {origin}; kept as {aside}: delete it and fetch "
+            f"again, from another mirror if it happens twice, or, if you trust it, delete its line in {pins_file}"
         )
     new = pin | ({} if stated else {"sha256": digest}) | ({"revision": revision} if revision else {})
     if new != pin:
@@ -233,11 +217,7 @@ def _read_pins() -> dict[str, dict[str, str]]:
 
 
 def _download(url: str, part: Path, by_hand: str) -> None:
-    """Fetch `url` into `part`, continuing what an earlier try or call left there.
-
-    Raises:
-        UserError: the server refuses, cannot be reached, or keeps breaking off.
-    """
+    """Fetch `url` into `part`, continuing what an earlier try or call left there."""
     import httpx
     import tenacity
 
@@ -257,7 +237,7 @@ def _download(url: str, part: Path, by_hand: str) -> None:
     )  # fmt: skip
     headers = {"User-Agent": "vlmkd", "Accept-Encoding": "identity"}
     try:
-        with httpx.Client(headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as client:
+        with httpx.Client(headers=headers, follow_redirects=True, timeout=30) as client:
             tries(_transfer, client, url, part)
         return
     except httpx.HTTPStatusError as error:
@@ -336,11 +316,10 @@ def _is_offline() -> bool:
 
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
-    """What huggingface_hub (and open_clip, timm, transformers by it) fetches within.
+    """What huggingface_hub (and open_clip, timm, transformers by it) fetches within; gives what is wrong with the connection.
 
-    Where the hub cannot be reached it then looks into its cache only, at once: it would ask six times for each file, with
-    pauses of up to eight seconds. Gives what is wrong with the connection, empty where nothing is known to be. Errors of
-    its HTTP library come out as OSError.
+    Where the hub cannot be reached it then looks into its cache only, at once: it would ask six times for
+    each file, with pauses of up to eight seconds. Errors of its HTTP library come out as OSError.
     """
     from huggingface_hub import constants
 
@@ -358,7 +337,7 @@ def hub_or_cache() -> Iterator[str]:
 
 
 def _hub_error() -> type[Exception]:
-    """The base error of huggingface_hub's HTTP library, which is httpx or httpx2 by the version."""
+    """Of huggingface_hub's HTTP library, which is httpx or httpx2 by the version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -370,7 +349,7 @@ def _trouble_with(address: str) -> str:
     from huggingface_hub.utils import get_session
 
     try:
-        get_session().head(address, timeout=PROBE_S)
+        get_session().head(address, timeout=5)
     except (_hub_error(), OSError, ValueError) as error:
         return f"{address} cannot be reached: {one_line(error)}"
     return ""

@@ -2,7 +2,8 @@
 
 Letters: b local rows, B gathered columns (B = b without gathering), D student width, D' teacher width.
 
-Both forms compute the same number: the dense one holds several [b, B] blocks, the chunked one tiles of their rows.
+Both forms compute the same number: the dense one holds several [b, B] blocks, the chunked one tiles of their
+rows.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from vlmkd.losses.precision import wide
 class AffinityLoss(NamedTuple):
     """Two scalars with the same gradient; `ce` is trained on by the paper, `kl` reaches 0 and is easier to read.
 
-    `ce` is the cross entropy of the student's affinities under the teachers', `kl` that minus the entropy of the
-    teachers', and `directions` [2] the `kl` of image-to-text and of text-to-image before they are weighed, detached.
+    `ce` is the cross entropy of the student's affinities under the teachers', `kl` that minus the entropy of
+    the teachers', and `directions` [2] the `kl` of image-to-text and of text-to-image before they are
+    weighed, detached.
     """
 
     ce: Tensor
@@ -53,8 +55,8 @@ def affinity_loss(
 ) -> AffinityLoss:
     """Cross entropy between teacher and student affinities, image-to-text and text-to-image, mean over local rows.
 
-    With several teachers the target is the mean of their softmax matrices (MobileCLIP). The mean over ranks of the
-    loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
+    With several teachers the target is the mean of their softmax matrices (MobileCLIP). The mean over ranks
+    of the loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
 
     Args:
         image_embeds, text_embeds: unit vectors [b, D] of the student; the columns too unless gathered ones follow.
@@ -137,8 +139,9 @@ def _dense(models: list[Triple], dims: tuple[int, ...]) -> Triple:
 class _Chunked(torch.autograd.Function):
     """`_dense` over tiles of rows: a tile sees all columns, so its row softmax is final and its gradient too.
 
-    The gradient of a tile is therefore taken in the forward pass while its logits are at hand; [b, D] and [B, D]
-    gradients are all that is kept. With `both`, the softmax over rows needs the normaliser of each column beforehand.
+    The gradient of a tile is therefore taken in the forward pass while its logits are at hand; [b, D] and
+    [B, D] gradients are all that is kept. With `both`, the softmax over rows needs the normaliser of each
+    column beforehand.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
 """Contrastive losses over unit embeddings: CLIP, SigLIP, interactive (student against teacher).
 
-Letters: b local rows, B gathered columns (B = b without gathering), D width. Row i of images belongs to row i of texts;
-`logit_scale` is already exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the local rows are the
-batch), and `offset` is the position of the first local row among them.
+Letters: b local rows, B gathered columns (B = b without gathering), D width. Row i of images belongs to row i
+of texts; `logit_scale` is already exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the
+local rows are the batch), and `offset` is the position of the first local row among them.
 
-Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean over
-ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries gradients, so
-gathered student columns without a gradient are refused.
+Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean
+over ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries
+gradients, so gathered student columns without a gradient are refused.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def interactive_contrastive_loss(
 ) -> Tensor:
     """Student anchors against teacher keys of the other modality, half each way, mean over local rows (CLIP-KD, ICL).
 
-    The student's embeddings are projected to the teacher's width if they differ; no gradient reaches the teacher's. The
-    scale is that of these logits, not the student's own.
+    The student's embeddings are projected to the teacher's width if they differ; no gradient reaches the
+    teacher's. The scale is that of these logits, not the student's own.
     """
     if (all_teacher_image_embeds is None) != (all_teacher_text_embeds is None):
         raise ValueError("all_teacher_image_embeds and all_teacher_text_embeds must be given together")

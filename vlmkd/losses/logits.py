@@ -22,8 +22,8 @@ def kl_divergence(
 ) -> Tensor:
     """KL(teacher || student) of tempered softmax distributions, times temperature^2 (Hinton et al. 2015).
 
-    The factor keeps the size of the gradient independent of the temperature. Computed in float32 (float64 stays).
-    Other divergences, and vocabularies whose logits do not fit, are in `vlmkd/losses/tokens.py`.
+    The factor keeps the size of the gradient independent of the temperature. Computed in float32 (float64
+    stays). Other divergences, and vocabularies whose logits do not fit, are in `vlmkd/losses/tokens.py`.
 
     Args:
         student_logits: [..., C].

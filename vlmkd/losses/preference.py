@@ -1,8 +1,8 @@
 """Preference losses over pairs of answers, from log-probabilities of whole answers.
 
-Letters: B pairs. A log-ratio x = log pi(y) - log pi_ref(y) is of the policy over the reference, which in LLaVA-MoD is the
-frozen teacher (Shu et al. 2025). Every loss is one number a pair, [B], so that means over a whole optimiser
-step can be formed.
+Letters: B pairs. A log-ratio x = log pi(y) - log pi_ref(y) is of the policy over the reference, which in
+LLaVA-MoD is the frozen teacher (Shu et al. 2025). Every loss is one number a pair, [B], so that means over a
+whole optimiser step can be formed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AnswerLogProbs(NamedTuple):
 def answer_log_probs(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int = 256
 ) -> AnswerLogProbs:
-    """Log-probabilities of the answers in `labels` [B, T], IGNORED elsewhere; a label is predicted a position before it.
+    """Log-probabilities of the answers in `labels` [B, T], each predicted a position before it; the rest IGNORED.
 
     Args:
         hidden: [B, T, D], last hidden states.
@@ -52,10 +52,10 @@ def pair_loss(
 ) -> Tensor:
     """Loss [B] of pairs with the log-ratios `chosen` and `rejected` [B].
 
-    `kto_pair` (LLaVA-MoD's: KTO, Ethayarajh et al. 2024, with the pairs' own mean ratios, whose gradient counts, for
-    its reference point), `sigmoid` (DPO, Rafailov et al. 2023, eq. 7; `label_smoothing` as in its conservative form,
-    Mitchell 2023), `hinge` (SLiC-HF, Zhao et al. 2023), `ipo` (Azar et al. 2024, eq. 17), `bco_pair` (BCO, Jung et al. 2024,
-    without its shift).
+    `kto_pair` (LLaVA-MoD's: KTO, Ethayarajh et al. 2024, with the pairs' own mean ratios, whose gradient
+    counts, for its reference point), `sigmoid` (DPO, Rafailov et al. 2023, eq. 7; `label_smoothing` as in its
+    conservative form, Mitchell 2023), `hinge` (SLiC-HF, Zhao et al. 2023), `ipo` (Azar et al. 2024, eq. 17),
+    `bco_pair` (BCO, Jung et al. 2024, without its shift).
     """
     if label_smoothing and kind != "sigmoid":
         raise ValueError(f"label_smoothing is {label_smoothing}; only the sigmoid loss has one")
@@ -91,7 +91,7 @@ def kto_loss(
     Args:
         ratios: log-ratios [B].
         desirable: bool [B].
-        divergence: scalar, the mean log-ratio of mismatched pairs over all ranks; clamped at 0 and without gradient.
+        divergence: scalar, the mean log-ratio of mismatched pairs over all ranks; clamped at 0, no gradient.
     """
     point = divergence.detach().clamp_min(0)
     good = desirable_weight * (1 - torch.sigmoid(beta * (ratios - point)))
@@ -118,7 +118,7 @@ def preference_loss(
     label_smoothing: float = 0.0,
     by_length: bool = False,
 ) -> PreferenceLoss:
-    """A weighted mixture of losses over pairs (chosen, rejected); MPO is sigmoid 0.8, bco_pair 0.2, sft 1 (Wang et al. 2024).
+    """Weighted mixture over pairs (chosen, rejected); MPO is sigmoid 0.8, bco_pair 0.2, sft 1 (Wang et al. 2024).
 
     Args:
         weights: of the kinds of `pair_loss`, and of `sft`, the chosen answer's cross entropy a token.

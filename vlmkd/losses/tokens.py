@@ -1,7 +1,8 @@
 """Token losses of language models from hidden states, with logits for a few rows at a time.
 
-Letters: N positions that are learned, D and D' widths of student and teacher, V entries of the vocabulary. Products are in
-the precision of the hidden states, softmax and sums in float32 (float64 stays). No gradient reaches the teacher.
+Letters: N positions that are learned, D and D' widths of student and teacher, V entries of the vocabulary.
+Products are in the precision of the hidden states, softmax and sums in float32 (float64 stays). No gradient
+reaches the teacher.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class TeacherStates(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A cached teacher: largest log-probabilities [N, k] at the loss's temperature, their entries, below the student's
-    V, and the logarithm [N] of the mass of the others.
+    """A cached teacher: largest log-probabilities [N, k] at the loss's temperature, their entries (below the
+    student's V) and the logarithm [N] of the mass of the others.
 
-    The divergence is that of k + 1 events, a lower bound, exact at k = V. Without the tail the k are scaled to sum to
-    one, which overestimates.
+    The divergence is that of k + 1 events, a lower bound, exact at k = V. Without the tail the k are scaled
+    to sum to one, which overestimates.
     """
 
     log_probs: Tensor
@@ -49,9 +50,9 @@ Teacher = Tensor | TeacherStates | TopK  # a tensor: dense logits [N, V']
 class TokenObjective:
     """weight * temperature^2 * D + ce_weight * cross entropy, of the teacher's p and the student's q.
 
-    D: `forward` KL(p || q) (Hinton et al. 2015), `reverse` KL(q || p) (MiniLLM, Gu et al. 2024), `symmetric` half of
-    each, `jsd` beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, Agarwal et al. 2024, eq. 1),
-    the forward and the reverse one at beta 0 and 1.
+    D: `forward` KL(p || q) (Hinton et al. 2015), `reverse` KL(q || p) (MiniLLM, Gu et al. 2024), `symmetric`
+    half of each, `jsd` beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, Agarwal et
+    al. 2024, eq. 1), the forward and the reverse one at beta 0 and 1.
     """
 
     divergence: Literal["forward", "reverse", "symmetric", "jsd"] = "forward"
@@ -104,7 +105,8 @@ def token_loss(
 ) -> TokenLoss:
     """Divergence from the teacher and cross entropy with the labels, in one walk over chunks of rows.
 
-    A chunk's gradient is taken in the forward pass, while its logits are at hand (Liger Kernel, Hsu et al. 2024).
+    A chunk's gradient is taken in the forward pass, while its logits are at hand (Liger Kernel, Hsu et al.
+    2024).
 
     Args:
         hidden: [N, D], the student's last hidden states at the rows that are learned.
@@ -285,7 +287,7 @@ def _coarse(logits: Tensor, teacher: TopK, o: TokenObjective) -> tuple[Tensor, T
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, o: TokenObjective) -> tuple[Tensor, Tensor]:
-    """D [rows], and its derivative by log q [rows, events], up to a multiple of q, which softmax takes out."""
+    """D [rows] and its derivative by log q [rows, events], up to a multiple of q, which softmax removes."""
     kind, a, p = o.divergence, o.skew, log_p.exp()
     if kind == "jsd" and o.beta in (0, 1):
         kind = "reverse" if o.beta else "forward"
