@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{args.outputs} and {args.classes} are of two teachers; make both with one model")
     name = stored.info.set_name
     found = [(item.label, stored.get(item.key)) for item in items_of(load_set(name), "test")]
-    labels, embeds = zip(*((label, one.image_embeds[0]) for label, one in found if one), strict=True)
+    labels, embeds = zip(
+        *((label, one.columns["image_embeds"][0].float()) for label, one in found if one), strict=True
+    )
     right = vectors.logits(torch.stack(embeds)).argmax(dim=-1) == torch.tensor(labels)
     top1, meanings = float(right.float().mean()), {"top1": share("top-1", main=True)}
     print(f"{name}: top-1 {100 * top1:.1f} % of {len(labels)} images")
