@@ -258,9 +258,15 @@ def kernels() -> tuple[dict[str, Callable[..., Any]], str]:
     return {}, error
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _kernel(name: str, backend: Backend, device: str) -> Callable[..., Any] | None:
-    """Which path runs on such a device, said once in the log; none: PyTorch's."""
+    """Which path runs on such a device; none: PyTorch's. A constant to torch.compile."""
+    return _chosen(name, backend, device)
+
+
+@cache
+def _chosen(name: str, backend: Backend, device: str) -> Callable[..., Any] | None:
+    """`_kernel`'s answer, said once in the log."""
     found, why = kernels() if backend != "torch" else ({}, "backend=torch")
     if backend == "mamba_ssm" and (not found or device != "cuda"):
         raise UserError(

@@ -37,6 +37,7 @@ print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs(), 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
 def test_the_kernels_compute_the_same() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

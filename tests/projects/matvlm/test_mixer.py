@@ -232,7 +232,7 @@ def test_the_log_says_which_path_runs(
     for importer, tries, on_gpu in ((broken, 1, None), (second_time, 3, "scan")):
         imported.clear()
         mixers.kernels.cache_clear()
-        mixers._kernel.cache_clear()
+        mixers._chosen.cache_clear()
         monkeypatch.setattr(mixers.importlib, "import_module", importer)
         assert mixers._kernel("scan", "auto", "cuda") == on_gpu and len(imported) == tries
         assert (
@@ -251,4 +251,11 @@ def test_the_log_says_which_path_runs(
     ]
     monkeypatch.undo()
     mixers.kernels.cache_clear()
-    mixers._kernel.cache_clear()
+    mixers._chosen.cache_clear()
+
+
+def test_it_compiles_as_one_graph() -> None:
+    mixer, given = made(dtype=torch.float32), tokens(20, dtype=torch.float32)
+    mask = torch.arange(20) >= torch.tensor([[0], [5], [18]])
+    compiled = torch.compile(mixer, backend="eager", fullgraph=True)
+    close(compiled(given, token_mask=mask)[0], mixer(given, token_mask=mask)[0], 1e-6)
