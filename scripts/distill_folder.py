@@ -37,12 +37,13 @@ from torch import Tensor, nn
 from projects.dho.config import DhoConfig
 from projects.promptkd.config import StudentConfig, TeacherConfig
 from projects.vl2v_adip.config import AlignConfig, DistillConfig
+from scripts.evaluation_command import model_name
+from scripts.to_onnx import ONNX, missing_for_onnx, to_onnx
 from vlmkd import config, memory
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.datasets.labelled_sets import DOMAINS, FOLDER, load_set
 from vlmkd.errors import UserError, run_tool
-from vlmkd.evaluation.command import model_name
-from vlmkd.export.classifier import ONNX, TIMM_WEIGHTS, WEIGHTS, missing_for_onnx, to_onnx
+from vlmkd.export.classifier import TIMM_WEIGHTS, WEIGHTS
 from vlmkd.files import write_json
 from vlmkd.models.backbones import load_backbone
 from vlmkd.page.report import build_report, main_set, read_run, rows_of

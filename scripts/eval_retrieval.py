@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts import evaluation_command as command
 from vlmkd.datasets.evaluation_sets import retrieval_set
 from vlmkd.errors import run_tool
-from vlmkd.evaluation import command
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.retrieval import Retrieval
 

@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scripts.to_onnx import to_onnx
 from vlmkd.errors import UserError
 from vlmkd.export import classifier as classifier_export
-from vlmkd.export.classifier import export_classifier, load_classifier, to_onnx, verify_classifiers
+from vlmkd.export.classifier import export_classifier, load_classifier, verify_classifiers
 from vlmkd.export.folder import compare
 from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.classifier import Classifier, ClassifierConfig

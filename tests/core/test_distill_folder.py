@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from scripts.to_onnx import missing_for_onnx
 from tests.projects.vl2v_adip.tiny import CLASSES, domain_tree, export_teacher
 from vlmkd.errors import UserError
-from vlmkd.export.classifier import load_classifier, missing_for_onnx
+from vlmkd.export.classifier import load_classifier
 from vlmkd.train.durations import in_steps
 
 ROOT = Path(__file__).parents[2]

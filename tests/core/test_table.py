@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from scripts.table import main, read_spec, sources_in, write_tables
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
-from vlmkd.page.table import read_spec, sources_in, write_tables
 from vlmkd.results import FILE, Meaning, Number, numbers_of, parameters, share, write_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +177,6 @@ def test_held_out_domains_and_their_average(tmp_path: Path) -> None:
 def test_any_folder_has_a_table_and_a_metric_brings_its_unit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(ROOT / "scripts/table.py"))["main"]
     for seed, speed in ((0, 20.0), (1, 30.0)):
         meanings = {"speed": Meaning("tokens per second", "1/s", higher_is_better=True)}
         result = Result("clock", "chat", {"speed": speed}, 7, chosen={"alpha": 1.0}, meanings=meanings)

@@ -46,9 +46,8 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         },
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
-    "evaluation/command": ("what the evaluation commands in scripts share", {"model_name", "per_set"}),
+    "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
     "export/clip": ("type of an option that tools pass as text", {"Layout"}),
-    "export/classifier": ("what scripts/export.py calls", {"missing_for_onnx", "to_onnx"}),
     "losses/contrastive": (
         "losses are offered to every project",
         {"interactive_contrastive_loss", "sigmoid_loss"},
@@ -87,10 +86,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "what scripts/report.py and scripts/distill_folder.py call",
         {*("Row", "main_set", "markdown_table", "read_run", "rows_of")},
     ),
-    "page/table": (
-        "what scripts/table.py calls for every project's specification",
-        {"PLAIN", "read_spec", "sources_in", "write_tables"},
-    ),
+    "results": ("how a number is written in every table", {"show"}),
     "train/engine": ("a list of choices, for the tools", {"PRECISIONS"}),
     "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
     "train/teacher_check": ("a limit that a tool keeps too", {"FEWEST_IMAGES"}),

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from scripts.evaluation_command import Evaluated, model_name, per_set, table
 from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
-from vlmkd.evaluation.command import Evaluated, model_name, per_set, table
 from vlmkd.models.clip import build_clip
 from vlmkd.results import UNREADABLE, Meaning, Number, read_results, share
 

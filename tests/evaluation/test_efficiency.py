@@ -6,8 +6,9 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
+from scripts.evaluation_command import count_parameters, latency_ms
 from vlmkd import zoo
-from vlmkd.evaluation.efficiency import count_parameters, latency_ms, macs_of
+from vlmkd.evaluation.efficiency import macs_of
 
 
 @pytest.mark.parametrize(

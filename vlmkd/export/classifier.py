@@ -1,4 +1,4 @@
-"""Exported classifiers: a folder that is loaded without any download, and ONNX.
+"""Exported classifiers: a folder that is loaded without any download.
 
 `model.safetensors`, `classifier.json` (backbone, head, class names, pixel statistics), `provenance.json`, and, where
 one linear layer says the same, `timm.safetensors`.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Mapping
@@ -25,7 +23,6 @@ from vlmkd.errors import UserError
 from vlmkd.export.folder import (
     Probe,
     check_main,
-    compare,
     probe_images,
     replacing,
     verify,
@@ -36,14 +33,12 @@ from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
-from vlmkd.models.heads import DualLogits, LinearHead, TextClassifier, mix_heads
+from vlmkd.models.heads import DualLogits, LinearHead, TextClassifier
 from vlmkd.tensor_files import read_safetensors
 
 CONFIG, WEIGHTS = "classifier.json", "model.safetensors"
-TIMM_WEIGHTS, ONNX = "timm.safetensors", "model.onnx"
+TIMM_WEIGHTS = "timm.safetensors"
 _FORMAT = 1
-_ONNX_TOLERANCE = 1e-3
-"""onnxruntime fuses other operations."""
 
 
 def export_classifier(
@@ -152,59 +147,6 @@ def _outputs(module: nn.Module, config: ClassifierConfig, images: Tensor) -> dic
         output = module.eval()(images)
     named = output._asdict() if isinstance(output, DualLogits) else {"logits": output}
     return {**named, "prediction": ClassifierPredictor.of("", module, config).classify(images)}
-
-
-class _Prediction(nn.Module):
-    """images -> logits as one tensor, those of a dual head mixed."""
-
-    def __init__(self, predictor: ClassifierPredictor) -> None:
-        super().__init__()
-        self.module, self.mix = predictor.module, predictor.mix
-
-    def forward(self, images: Tensor) -> Tensor:
-        output = self.module(images)
-        return output if self.mix is None else mix_heads(output, *self.mix)
-
-
-def missing_for_onnx() -> list[str]:
-    """Packages of the extra `export` that are not installed."""
-    return [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-
-
-def to_onnx(folder: Path) -> Path:
-    """Write FOLDER/model.onnx (`images` [B,3,H,W] -> `logits` [B,C], any B), and compare it with onnxruntime.
-
-    The input is in the statistics of classifier.json's image_spec. Returns the file's path.
-    """
-    if missing := missing_for_onnx():
-        raise UserError(f"ONNX export needs {', '.join(missing)}; run: pip install 'vlmkd[export]'")
-    predictor = load_classifier(folder)
-    model, spec = _Prediction(predictor).eval(), predictor.image_spec
-    partial = folder / f".{ONNX}.partial.onnx"
-    torch.onnx.export(
-        model,
-        (probe_images(spec),),
-        str(partial),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    onnxruntime = importlib.import_module("onnxruntime")  # of the extra `export`
-    session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-    for count in (1, 3):
-        images = probe_images(spec, count)
-        with torch.no_grad():
-            expected = {"logits": model(images)}
-        found = {"logits": torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])}
-        if difference := compare(found, expected, _ONNX_TOLERANCE):
-            partial.unlink()
-            raise UserError(
-                f"ONNX export of {folder} does not reproduce the classifier: of {count} images {difference}; report this"
-            )
-    return partial.replace(folder / ONNX)
 
 
 if __name__ == "__main__":

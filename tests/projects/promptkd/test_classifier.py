@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from projects.promptkd.student import PromptedStudent, as_classifier, student_classifier
+from scripts.to_onnx import Prediction, missing_for_onnx, to_onnx
 from tests.projects.promptkd import tiny
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import (
-    _Prediction,
     export_classifier,
     load_classifier,
-    missing_for_onnx,
-    to_onnx,
     verify_classifiers,
 )
 from vlmkd.models.class_vectors import ClassVectors
@@ -54,7 +52,7 @@ def test_the_export_answers_as_the_student(depth: int, tmp_path: Path) -> None:
     torch.testing.assert_close(again.classify(pixels(3)), student.classify(pixels(3)), rtol=1e-5, atol=1e-5)
     assert (again.class_names, again.image_spec) == (NAMES, student.image_spec)
     # What ONNX is made from: the traced graph, for another number of images.
-    model = _Prediction(again).eval()
+    model = Prediction(again).eval()
     shapes = {"images": {0: torch.export.Dim("batch")}}
     graph = torch.export.export(model, (pixels(2),), dynamic_shapes=shapes).module()
     torch.testing.assert_close(graph(pixels(5)), student.classify(pixels(5)), rtol=1e-5, atol=1e-5)

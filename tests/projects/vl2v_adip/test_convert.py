@@ -22,6 +22,7 @@ from projects.vl2v_adip.build import job
 from projects.vl2v_adip.config import DistillConfig
 from projects.vl2v_adip.convert_vl2v import convert, main, read_checkpoint, student_weights
 from projects.vl2v_adip.folds import FACTS
+from scripts.table import Pivot, read_spec, scores_of, sources_in
 from tests.projects.vl2v_adip import tiny
 from vlmkd import config as configs
 from vlmkd.errors import UserError
@@ -30,7 +31,6 @@ from vlmkd.models.backbones import load_backbone, with_spec
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
-from vlmkd.page.table import Pivot, read_spec, scores_of, sources_in
 
 SPEC = Path(__file__).parents[3] / "projects/vl2v_adip/table.yaml"
 CLASSES = ["cat", "dog", "red fox"]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from projects.vl2v_adip.config import FROZEN_BACKBONE, WITHOUT_TEACHER, DistillConfig
 from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.task import BEST, BEST_EXPORT, SWAD
+from scripts.table import Pivot, read_spec, scores_of, sources_in
 from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
 from tests.projects.zygote import Zygote
 from vlmkd.data.teacher_outputs import CLEAN, embed_items
@@ -27,7 +28,6 @@ from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
-from vlmkd.page.table import Pivot, read_spec, scores_of, sources_in
 from vlmkd.results import FILE, last_of, read_results
 
 SPEC = Path(__file__).parents[3] / "projects/vl2v_adip/table.yaml"

@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import statistics
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from vlmkd import distributed, zoo
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.errors import UserError, at_least
 from vlmkd.evaluation.base import Context, Evaluator, Result
-from vlmkd.evaluation.efficiency import ParameterCount, count_parameters, latency_ms, macs_of
+from vlmkd.evaluation.efficiency import macs_of
 from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable
 from vlmkd.models.clip import load_clip, weights_digest
@@ -38,6 +42,9 @@ MODEL_HELP = """model names:
 Under torchrun (or scripts/launch.sh) the ranks share the work. Exit code 2: bad input, told in one line."""
 _LAYOUTS = {"open_clip_config.json": "local-dir", "config.json": "hf", "classifier.json": "classifier"}
 """File that a model's folder has -> scheme of its name."""
+_TOKEN_TABLES = ("token_embedding.weight", "word_embeddings.weight", "shared.weight", "wte.weight")
+"""Endings of the names of token tables: open_clip's own, and those of Hugging Face text towers."""
+_WARM_UP, _REPEATS = 3, 10
 _GAP = 2  # spaces between columns
 _DIGITS = {"share": 2, "": 4, "nats": 4}
 
@@ -106,9 +113,8 @@ def model_name(name: str) -> tuple[str, str]:
     if "/" not in name:
         zoo.entry(name)  # raises, because it is none, with the nearest names
     model, _, pretrained = name.rpartition("/")
-    if not difflib.get_close_matches(
-        model, known, n=1
-    ):  # of one that is close, load_clip suggests the right name
+    # Of one that is close, load_clip suggests the right name.
+    if not difflib.get_close_matches(model, known, n=1):
         raise UserError(
             f"--model {name}: no such folder, nor ARCHITECTURE/TAG of open_clip; correct the path"
         )
@@ -146,7 +152,7 @@ def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Eval
     before it are in the table and the file.
     """
     found: list[Evaluated] = []
-    mistake = None
+    told, code = "", 0
     try:
         context = _start(args)
         models = [model_name(name) for name in args.model]
@@ -156,14 +162,18 @@ def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Eval
             if args.results and distributed.is_main():
                 _write(Path(args.results), found)
     except UserError as error:
-        mistake = error
+        told, code = f"{Path(sys.argv[0]).name}: {error}", 2
+    except RuntimeError:
+        if not distributed.mistake_told():
+            raise
+        code = 2  # another rank has said it, and left; what broke here was the connection to it
     if found and distributed.is_main():
         print(table([number for one in found for number in one.numbers()]))
-    if mistake:
-        print(f"{Path(sys.argv[0]).name}: {mistake}", file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 2 if mistake else 0
+    if told:
+        print(told, file=sys.stderr)
+        distributed.tell_mistake()
+    distributed.leave(together=not code)
+    return code
 
 
 def _start(args: argparse.Namespace) -> Context:
@@ -205,6 +215,46 @@ def _evaluate(
         costs |= {tower: (latency_ms(encode, inputs[tower]), "ms") for tower, encode in towers.items()}
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
     return Evaluated(name, digest, counted._asdict() | {"total": counted.total}, costs, results)
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a CLIP by part."""
+
+    vision: int
+    text: int
+    """Without the token table."""
+    token_table: int
+    other: int
+    """Logit scale and bias."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self)
+
+
+def count_parameters(module: nn.Module) -> ParameterCount:
+    """Parameters of a module whose image tower is `visual`, as in open_clip; shared tensors count once."""
+    found: Counter[str] = Counter()
+    for name, parameter in module.named_parameters():
+        table, scale = name.endswith(_TOKEN_TABLES), name in ("logit_scale", "logit_bias")
+        rest = "token_table" if table else "other" if scale else "text"
+        found["vision" if name.startswith("visual.") else rest] += parameter.numel()
+    return ParameterCount(*(found[part] for part in ParameterCount._fields))
+
+
+@torch.no_grad()
+def latency_ms(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> float:
+    """Median milliseconds of `encode(inputs)` over 10 calls after 3 unmeasured ones."""
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda device: None
+    spent = []
+    for _ in range(_WARM_UP + _REPEATS):
+        wait(inputs.device)
+        start = time.perf_counter()
+        encode(inputs)
+        wait(inputs.device)
+        spent.append(time.perf_counter() - start)
+    return 1000 * statistics.median_high(spent[_WARM_UP:])
 
 
 def table(numbers: Sequence[Number]) -> str:
