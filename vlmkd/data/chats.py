@@ -1,0 +1,347 @@
+"""Conversations about images: records, chat templates, and the pipeline that makes batches of tokens of them.
+
+R rows, T tokens, I images of a batch. A record is LLaVA's: `id`, `conversations` (turns with `from` human or gpt, and `value`),
+and `image`, a path or several, one for each `<image>` in the text; a preference record has `chosen` and `rejected`,
+conversations that differ in their last answer, in place of `conversations`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmkd.data.decode import BadImageError
+from vlmkd.data.samples import BadSample, RawSample, checked_size
+from vlmkd.data.transforms import eval_transform
+from vlmkd.errors import UserError
+from vlmkd.files import read_json
+from vlmkd.image_spec import ImageSpec
+
+log = logging.getLogger(__name__)
+
+IMAGE = "<image>"
+IMAGE_ID = -200
+"""Token id in the place of each feature of an image."""
+IGNORED = -100
+"""Target of a position that is not learned."""
+MOST_IMAGES = 16
+REASONS = ("bad_record", "image_count", "nothing_to_learn", "too_long")
+"""Why a chat may be dropped, beside the reasons of images."""
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written; tokens come piece by piece, so that what is learned is known, never searched for."""
+
+    system: str
+    turn: str
+    """Around a question `{}`, up to where the answer begins."""
+    answer: str = "{}"
+    """Around an answer; learned."""
+    end: str = ""
+    """Behind an answer, learned too; empty: the tokenizer's end-of-sequence token."""
+    after: str = ""
+    """Behind that, not learned."""
+
+
+TEMPLATES = {
+    # LLaVA v1 on decoders without a BOS token: Qwen in LLaVA-MoD, Phi-2 in MaTVLM.
+    "llava": Template(f"{_SYSTEM} ", "USER: {} ASSISTANT:", " {}"),
+    "chatml": Template(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        end="<|im_end|>",
+        after="\n",
+    ),
+    "plain": Template("", "{}", "{}\n"),
+}
+
+
+@dataclass(frozen=True)
+class ChatItem:
+    """A record as an item of a stream."""
+
+    key: str
+    record: dict[str, Any]
+    folder: str
+    """Where its images lie."""
+
+    def members(self) -> dict[str, bytes]:
+        """The record, and its images as `0`, `1`, ...
+
+        Raises:
+            UserError: an image file is missing or cannot be read.
+        """
+        files = {"json": json.dumps(self.record).encode()}
+        for number, name in enumerate(_paths(self.record)):
+            path = Path(self.folder, name)
+            try:
+                files[f"{number}.png"] = path.read_bytes()
+            except OSError as error:
+                raise UserError(
+                    f"image {path} of chat {self.key} cannot be read ({error.strerror}); mend the record or data.images"
+                ) from None
+        return files
+
+
+def read_chats(path: str, images: str) -> list[ChatItem]:
+    """The records of a LLaVA JSON (or JSONL) file.
+
+    Raises:
+        UserError: no such file, or no list of records.
+    """
+    content = read_json(path, "chats")
+    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
+        raise UserError(f"chats {path} must be a list of records with `conversations`; correct the file")
+    return [ChatItem(str(record.get("id", number)), record, images) for number, record in enumerate(content)]
+
+
+def _paths(record: dict[str, Any]) -> list[str]:
+    image = record.get("image") or []
+    return [image] if isinstance(image, str) else list(image)
+
+
+class BadChatError(ValueError):
+    """A record that cannot be used; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def turns_of(conversation: Any) -> list[tuple[str, str]]:
+    """(question, answer) of each turn; an answer that comes before any question is dropped.
+
+    Raises:
+        BadChatError: turns that do not alternate, or hold something else than texts.
+    """
+    try:
+        said = [(str(turn["from"]), str(turn["value"])) for turn in conversation]
+    except (TypeError, KeyError):
+        raise BadChatError("bad_record", "has no list of turns with `from` and `value`") from None
+    if said and said[0][0] == "gpt":
+        said = said[1:]
+    for number, (who, _) in enumerate(said):
+        expected = ("human", "gpt")[number % 2]
+        if who != expected:
+            raise BadChatError("bad_record", f"turn {number} is from {who!r} where {expected} must speak")
+    if len(said) < 2 or len(said) % 2:
+        raise BadChatError("nothing_to_learn", "ends without an answer")
+    return [(said[index][1], said[index + 1][1]) for index in range(0, len(said), 2)]
+
+
+class ChatTokens:
+    """Token ids of conversations by one tokenizer and template."""
+
+    def __init__(self, tokenizer: Any, template: str, image_tokens: int) -> None:
+        """`tokenizer` of transformers; `image_tokens` features stand for each image."""
+        if template not in TEMPLATES:
+            raise UserError(
+                f"config field data.template is {template!r}; choose one of {', '.join(TEMPLATES)}"
+            )
+        self.tokenizer, self.template, self.image_tokens = tokenizer, TEMPLATES[template], image_tokens
+
+    def prompt(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
+        """Ids up to where the answer to `question` begins, after `turns`."""
+        ids, _ = self.encode(turns) if turns else (self._ids(self.template.system), [])
+        return ids + self._ids(self.template.turn.format(question))
+
+    def encode(self, turns: Iterable[tuple[str, str]]) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and which of them are learned: answers with their ends."""
+        shape = self.template
+        ids = self._ids(shape.system)
+        learned = [False] * len(ids)
+        for question, answer in turns:
+            end = self._ids(shape.end) if shape.end else [self.tokenizer.eos_token_id]
+            for part, counts in (
+                (self._ids(shape.turn.format(question)), False),
+                (self._ids(shape.answer.format(answer)) + end, True),
+                (self._ids(shape.after), False),
+            ):
+                ids += part
+                learned += [counts] * len(part)
+        return ids, learned
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for number, piece in enumerate(text.split(IMAGE)):
+            ids += [IMAGE_ID] * (self.image_tokens if number else 0)
+            if piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def shown(self, ids: Sequence[int], targets: Sequence[int]) -> str:
+        """A row as text, images as [image], what is learned in << >>: target t is what position t predicts."""
+        text, run, marked = "", [], False
+        learned = [False, *(target != IGNORED for target in targets[:-1])]
+        for token, counts in [*zip(ids, learned, strict=True), (None, False)]:
+            if counts != marked or token is None or token == IMAGE_ID:
+                piece = self.tokenizer.decode(run)
+                text += f"<<{piece}>>" if marked and run else piece
+                run, marked = [], counts
+            if token == IMAGE_ID:
+                text += "" if text.endswith("[image]") else "[image]"
+            elif token is not None:
+                run.append(token)
+        return text
+
+
+@dataclass(slots=True)
+class Chat:
+    """A chat, or a pair of preferred and rejected ones about the same images, ready to be collated."""
+
+    name: str
+    rows: list[tuple[list[int], list[int]]]
+    """Ids and targets of each conversation."""
+    images: list[Tensor]
+    """float32 [3,h,w]."""
+    cut: int = 0
+    """Rows that were longer than the limit."""
+
+
+class ChatPipeline:
+    """Chats with images and without; rows are padded on the right, or packed."""
+
+    def __init__(
+        self,
+        tokens: ChatTokens,
+        image_spec: ImageSpec,
+        *,
+        max_length: int = 2048,
+        pack: bool = False,
+        max_pixels: int = 89_478_485,
+    ) -> None:
+        """A longer conversation loses the tail of its last answer; one whose prompt alone is longer is dropped.
+
+        `pack`: several chats share a row of at most `max_length` tokens; see `Batch` in `collate`.
+        """
+        self.tokens, self._spec, self._length, self._pack = tokens, image_spec, max_length, pack
+        self._max_pixels, self._transform = max_pixels, eval_transform(image_spec)
+
+    def process(self, raw: RawSample) -> Chat | BadSample:
+        """A chat's ids, targets and images, or why it is dropped."""
+        if raw.reason:
+            return BadSample(raw.reason, raw.name, raw.detail)
+        try:
+            record = json.loads(raw.members.get("json", b"null"))
+            if not isinstance(record, dict):
+                raise BadChatError("bad_record", "has no record in json")
+            names = ("chosen", "rejected") if "chosen" in record else ("conversations",)
+            talks = [turns_of(record.get(name)) for name in names]
+            images = [data for name, data in raw.members.items() if name.rpartition(".")[2] in _PICTURES]
+            for turns in talks:
+                asked = sum(text.count(IMAGE) for turn in turns for text in turn)
+                if asked != len(images) or asked > MOST_IMAGES:
+                    raise BadChatError("image_count", f"has {asked} {IMAGE} and {len(images)} images")
+            rows = [self._row(turns) for turns in talks]
+            pictures = [self._picture(data) for data in images]
+        except (BadChatError, BadImageError) as error:
+            return BadSample(error.reason, raw.name, str(error))
+        except ValueError as error:
+            return BadSample("bad_record", raw.name, str(error))
+        cut = sum(was_cut for _, _, was_cut in rows)
+        return Chat(raw.name, [(ids, targets) for ids, targets, _ in rows], pictures, cut)
+
+    def _row(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], bool]:
+        ids, learned = self.tokens.encode(turns)
+        cut = len(ids) > self._length
+        ids, learned = ids[: self._length], learned[: self._length]
+        if not any(learned[1:]):
+            where = f"within the first {self._length} tokens" if cut else "in its answers"
+            raise BadChatError("too_long" if cut else "nothing_to_learn", f"has nothing to learn {where}")
+        targets = [token if counts else IGNORED for token, counts in zip(ids[1:], learned[1:], strict=True)]
+        return ids, [*targets, IGNORED], cut
+
+    def _picture(self, data: bytes) -> Tensor:
+        checked_size(data, self._max_pixels)
+        try:
+            return self._transform(Image.open(io.BytesIO(data)))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadImageError("undecodable_image", f"{type(error).__name__}: {error}") from None
+
+    def collate(self, samples: list[Chat]) -> dict[str, Any]:
+        """`input_ids`, `targets` int64 [R,T]; `segments` int64 [R,T]: 1, 2, ... for the chats of a row, 0 for padding.
+
+        `images` float32 [I,3,h,w], and `image_rows` int64: which of them stands at each place of an image, in the order
+        of the places. Rows of pairs: all that are preferred, then all that are rejected.
+        """
+        starts = [0]
+        for sample in samples:
+            starts.append(starts[-1] + len(sample.images))
+        rows, image_rows = [], []
+        for number in range(len(samples[0].rows)):
+            for start, sample in zip(starts, samples, strict=False):
+                rows.append(sample.rows[number])
+                image_rows.append(range(start, start + len(sample.images)))
+        bins = (
+            _packed([len(ids) for ids, _ in rows], self._length)
+            if self._pack
+            else [[n] for n in range(len(rows))]
+        )
+        width = max(sum(len(rows[n][0]) for n in members) for members in bins)
+        pad = self.tokens.tokenizer.pad_token_id or 0
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "targets": [], "segments": []}
+        for members in bins:
+            ids = [token for n in members for token in rows[n][0]]
+            targets = [token for n in members for token in rows[n][1]]
+            segments = [place for place, n in enumerate(members, 1) for _ in rows[n][0]]
+            rest = width - len(ids)
+            for name, values, filler in (
+                ("input_ids", ids, pad), ("targets", targets, IGNORED), ("segments", segments, 0),
+            ):  # fmt: skip
+                columns[name].append(values + [filler] * rest)
+        order = [index for members in bins for n in members for index in image_rows[n]]
+        height, breadth = self._spec.size
+        images = [image for sample in samples for image in sample.images]
+        return {
+            "keys": [sample.name for sample in samples],
+            **{name: torch.tensor(values) for name, values in columns.items()},
+            "images": torch.stack(images) if images else torch.zeros(0, 3, height, breadth),
+            "image_rows": torch.tensor(order, dtype=torch.int64),
+            "cut": sum(sample.cut for sample in samples),
+        }
+
+    def check(self, batch: dict[str, Any], size: int) -> None:
+        """See `Pipeline`; shows the first row with what is learned marked."""
+        ids = batch["input_ids"]
+        places = int((ids == IMAGE_ID).sum())
+        assert places == len(batch["image_rows"]) * self.tokens.image_tokens, (
+            "an image lost some of its places"
+        )
+        assert len(batch["keys"]) == size and ids.shape == batch["targets"].shape == batch["segments"].shape
+        length = int((batch["segments"][0] > 0).sum())
+        row = self.tokens.shown(ids[0, :length].tolist(), batch["targets"][0, :length].tolist())
+        log.info("the first row, what is learned in << >>:\n%s", row)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Pipeline`."""
+        return {"max_length": self._length, "pack": self._pack, "image_tokens": self.tokens.image_tokens}
+
+
+_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+
+def _packed(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """First fit: the members of each row, every row at most `room` long."""
+    bins: list[tuple[int, list[int]]] = []
+    for number, length in enumerate(lengths):
+        place = next((n for n, (used, _) in enumerate(bins) if used + length <= room), None)
+        if place is None:
+            bins.append((length, [number]))
+        else:
+            used, members = bins[place]
+            bins[place] = (used + length, [*members, number])
+    return [members for _, members in bins]
