@@ -113,23 +113,24 @@ def _photographs() -> tuple[Image.Image, ...]:
     return tuple(loaded)
 
 
-def _background(rng: random.Random) -> Image.Image:
+def background(rng: random.Random, side: int = PIXELS) -> Image.Image:
+    """A plain, gradient, white or photographic ground, RGB."""
     kind = rng.random()
     if kind < 0.4:
-        return Image.new("RGB", (PIXELS, PIXELS), tuple(rng.randrange(256) for _ in range(3)))
+        return Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
     if kind < 0.6:
         ends = np.array([[rng.randrange(256) for _ in range(3)] for _ in range(2)], dtype=np.float64)
-        across = np.linspace(0.0, 1.0, PIXELS)[None, :] * rng.uniform(-1, 1)
-        down = np.linspace(0.0, 1.0, PIXELS)[:, None] * rng.uniform(-1, 1)
+        across = np.linspace(0.0, 1.0, side)[None, :] * rng.uniform(-1, 1)
+        down = np.linspace(0.0, 1.0, side)[:, None] * rng.uniform(-1, 1)
         ramp = across + down
         ramp = ((ramp - ramp.min()) / max(float(np.ptp(ramp)), 1e-6))[..., None]
         return Image.fromarray(np.rint(ends[0] * (1 - ramp) + ends[1] * ramp).astype(np.uint8))
     if kind < 0.75:
-        return Image.new("RGB", (PIXELS, PIXELS), (255, 255, 255))
+        return Image.new("RGB", (side, side), (255, 255, 255))
     # A crop too small and too soft to show a nameable thing (a cat, a rocket) that the caption would miss.
     photo = rng.choice(_photographs())
-    left, top = rng.randrange(photo.width - PIXELS), rng.randrange(photo.height - PIXELS)
-    crop = photo.crop((left, top, left + PIXELS, top + PIXELS)).filter(
+    left, top = rng.randrange(photo.width - side), rng.randrange(photo.height - side)
+    crop = photo.crop((left, top, left + side, top + side)).filter(
         ImageFilter.GaussianBlur(rng.uniform(0.5, 2.0))
     )
     if rng.random() < 0.5:
@@ -137,13 +138,13 @@ def _background(rng: random.Random) -> Image.Image:
     return crop
 
 
-def _boxes(sizes: list[int], rng: random.Random) -> list[tuple[int, int, int, int]]:
+def free_boxes(sizes: list[int], rng: random.Random, side: int = PIXELS) -> list[tuple[int, int, int, int]]:
     """Random square boxes without overlap; all sizes shrink a little each time that no place is found."""
     while True:
         for _ in range(40):
             boxes: list[tuple[int, int, int, int]] = []
             for size in sizes:
-                left, top = rng.randint(0, PIXELS - size), rng.randint(0, PIXELS - size)
+                left, top = rng.randint(0, side - size), rng.randint(0, side - size)
                 boxes.append((left, top, left + size, top + size))
             if not any(_overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
                 return boxes
@@ -159,22 +160,27 @@ _SIZES = {1: (44, 72), 2: (28, 40), 3: (22, 32)}
 
 def compose(items: list[tuple[Concept, str]], rng: random.Random) -> tuple[Image.Image, list[Placed]]:
     """Place one to three emoji without overlap on a plain, gradient, white or photographic background."""
-    canvas = _background(rng)
+    canvas = background(rng)
     low, high = _SIZES[len(items)]
-    boxes = _boxes([rng.randint(low, high) for _ in items], rng)
+    boxes = free_boxes([rng.randint(low, high) for _ in items], rng)
     placed = []
     for (concept, style), box in zip(items, boxes, strict=True):
         weight = rng.choice(NOTO_WEIGHTS) if style == "noto" else TEST_NOTO_WEIGHT
         picture = drawing(concept.code, concept.text, style, weight)
         if rng.random() < 0.5:
             picture = picture.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
-        side = box[2] - box[0]
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-        if style == "noto" and float(np.asarray(canvas.crop(box).convert("L")).mean()) < 110:
-            # White ink where black would vanish.
-            ink = Image.new("RGBA", picture.size, (255, 255, 255, 0))
-            ink.putalpha(picture.getchannel("A"))
-            picture = ink
-        canvas.paste(picture, box[:2], picture.getchannel("A"))
+        paste(canvas, picture, style, box)
         placed.append(Placed(concept, style, box))
     return canvas, placed
+
+
+def paste(canvas: Image.Image, picture: Image.Image, style: str, box: tuple[int, int, int, int]) -> None:
+    """Put a drawing into its box."""
+    side = box[2] - box[0]
+    picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    if style == "noto" and float(np.asarray(canvas.crop(box).convert("L")).mean()) < 110:
+        # White ink where black would vanish.
+        ink = Image.new("RGBA", picture.size, (255, 255, 255, 0))
+        ink.putalpha(picture.getchannel("A"))
+        picture = ink
+    canvas.paste(picture, box[:2], picture.getchannel("A"))
