@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.chat_parts import byte_tokenizer
 from vlmkd.chat_ids import IGNORED, IMAGE_ID
 from vlmkd.data.chats import ChatItem, ChatPipeline, ChatTokens, read_chats
 from vlmkd.data.samples import BadSample, RawSample
@@ -17,17 +17,7 @@ from vlmkd.errors import UserError
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, one token a byte, with ChatML's and Qwen's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    made.add_special_tokens({"additional_special_tokens": special})
-    return made
+    return byte_tokenizer()
 
 
 def raw(turns, images=(), **more) -> RawSample:

@@ -49,7 +49,7 @@ class Template:
     answer: str = "{}"
     """Around an answer; learned."""
     end: str = ""
-    """Behind an answer, learned too; empty: the tokenizer's end-of-sequence token."""
+    """Token behind an answer, learned too; empty: the tokenizer's end-of-sequence token."""
     after: str = ""
     """Behind that, not learned."""
 
@@ -150,6 +150,9 @@ class ChatTokens:
                 f"config field data.template is {template!r}; choose one of {', '.join(TEMPLATES)}"
             )
         self.tokenizer, self.template, self.image_tokens = tokenizer, TEMPLATES[template], image_tokens
+        end = self.template.end
+        self.end: int = tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
+        """Id behind every answer."""
 
     def prompt(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
         """Ids up to where the answer to `question` begins, after `turns`."""
@@ -162,10 +165,9 @@ class ChatTokens:
         ids = self._ids(shape.system)
         learned = [False] * len(ids)
         for question, answer in turns:
-            end = self._ids(shape.end) if shape.end else [self.tokenizer.eos_token_id]
             for part, counts in (
                 (self._ids(shape.turn.format(question)), False),
-                (self._ids(shape.answer.format(answer)) + end, True),
+                ([*self._ids(shape.answer.format(answer)), self.end], True),
                 (self._ids(shape.after), False),
             ):
                 ids += part

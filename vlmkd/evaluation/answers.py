@@ -1,0 +1,209 @@
+"""Answers of a multimodal model to questions about images: how it is asked, and how what it says is scored.
+
+A question is a record as in `vlmkd.data.chats` whose last turn is the true answer. `kind` says how it is scored: `exists`
+by POPE's rule, `caption` by CHAIR against the record's `things`, everything else by equal words.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmkd import distributed
+from vlmkd.data.chats import ChatItem, ChatTokens, turns_of
+from vlmkd.data.transforms import eval_transform
+from vlmkd.evaluation.base import Context, Result, progress
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.mllm import Mllm
+from vlmkd.results import Meaning, share
+
+_MOST_TOKENS = {"caption": 64}
+_TOKENS = 16
+
+
+class ChatModel:
+    """A multimodal model that is asked by text."""
+
+    def __init__(self, name: str, model: Mllm, tokens: ChatTokens, image_spec: ImageSpec) -> None:
+        self.name, self.model, self.tokens, self.image_spec = name, model, tokens, image_spec
+        self._transform = eval_transform(image_spec)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        asked: Sequence[tuple[Sequence[bytes], Sequence[tuple[str, str]], str]],
+        *,
+        most_tokens: int,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[str]:
+        """Answers to (images, turns before, question), together: rows are padded on the left, each has its own end.
+
+        `temperature` 0 is greedy. `options` go to `generate` of transformers, e.g. a streamer.
+        """
+        device = next(self.model.parameters()).device
+        pad = self.tokens.tokenizer.pad_token_id or 0
+        rows = [self.tokens.prompt(turns, question) for _, turns, question in asked]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        pictures = [
+            self._transform(Image.open(io.BytesIO(data))) for images, _, _ in asked for data in images
+        ]
+        height, breadth = self.image_spec.size
+        images = (
+            torch.stack(pictures).to(device)
+            if pictures
+            else torch.zeros(0, 3, height, breadth, device=device)
+        )
+        embeds = self.model.embed(ids, images, torch.arange(len(images), device=device))
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        end = self.tokens.end
+        said = self.model.decoder.generate(  # type: ignore[operator]
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=most_tokens, eos_token_id=end,
+            pad_token_id=pad, **sampling, **options,
+        )  # fmt: skip
+        return [self._text(row, end) for row in said.tolist()]
+
+    def _text(self, row: list[int], end: int) -> str:
+        row = row[: row.index(end)] if end in row else row
+        text: str = self.tokens.tokenizer.decode(row, skip_special_tokens=True)
+        return text.strip()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record whose last answer is known."""
+
+    item: ChatItem
+    turns: list[tuple[str, str]]
+    text: str
+    truth: str
+
+    @classmethod
+    def of(cls, item: ChatItem) -> Question:
+        """The last turn of a record as a question."""
+        *before, (text, truth) = turns_of(item.record["conversations"])
+        return cls(item, before, text, truth)
+
+    @property
+    def kind(self) -> str:
+        """How it is scored."""
+        return str(self.item.record.get("kind", "answer"))
+
+
+class Answers:
+    """Asks every question of a file, and scores by kind."""
+
+    name = "answers"
+
+    def __init__(self, items: Sequence[ChatItem], dataset: str, *, vocabulary: Iterable[str] = ()) -> None:
+        """`vocabulary`: all things that a caption may name."""
+        self.dataset, self._vocabulary = dataset, list(vocabulary)
+        # Questions of about one length are asked together.
+        self.questions = sorted(
+            (Question.of(item) for item in items), key=lambda one: (one.kind, len(one.text))
+        )
+
+    def run(self, predictor: ChatModel, context: Context) -> list[Result]:
+        """Each rank asks its share; all have all answers."""
+        own = [self.questions[index] for index in distributed.rank_share(len(self.questions))]
+        groups = [own[start : start + context.batch_size] for start in range(0, len(own), context.batch_size)]
+        said: dict[str, str] = {}
+        for group in progress(groups, len(groups), self.dataset, context):
+            most = max(_MOST_TOKENS.get(one.kind, _TOKENS) for one in group)
+            asked = [(_images(one.item), one.turns, one.text) for one in group]
+            answers = predictor.answer(asked, most_tokens=most)
+            said |= {one.item.key: answer for one, answer in zip(group, answers, strict=True)}
+        said = {key: text for part in distributed.gather_objects(said) for key, text in part.items()}
+        pairs = [(one, said[one.item.key]) for one in self.questions]
+        metrics, meanings = scores(pairs, self._vocabulary)
+        details = [
+            {"key": one.item.key, "kind": one.kind, "question": one.text, "truth": one.truth, "said": text}
+            for one, text in pairs
+        ]
+        return [Result(self.name, self.dataset, metrics, len(pairs), {"answers": details}, meanings=meanings)]
+
+
+def _images(item: ChatItem) -> list[bytes]:
+    return [data for name, data in item.members().items() if name != "json"]
+
+
+def scores(
+    pairs: Sequence[tuple[Question, str]], vocabulary: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Meaning]]:
+    """Metrics of (question, answer) by kind, and what each is."""
+    metrics: dict[str, float] = {}
+    meanings: dict[str, Meaning] = {}
+    kinds = sorted({one.kind for one, _ in pairs})
+    for kind in kinds:
+        of_kind = [(one, text) for one, text in pairs if one.kind == kind]
+        if kind == "exists":
+            found = pope([(one.truth, text) for one, text in of_kind])
+            meanings |= {name: share(main=name == "f1") for name in found} | {
+                "yes_ratio": Meaning(unit="share")
+            }
+        elif kind == "caption":
+            found = chair([(one.item.record["things"], text) for one, text in of_kind], vocabulary)
+            lower = Meaning(unit="share", higher_is_better=False, main=True)
+            meanings |= {"chair_i": lower, "chair_s": lower, "cover": share()}
+        else:
+            found = {kind: sum(plain(one.truth) == plain(text) for one, text in of_kind) / len(of_kind)}
+            meanings |= {kind: share(main=len(kinds) == 1)}
+        metrics |= found
+    rest = [kind for kind in kinds if kind not in ("exists", "caption")]
+    if len(rest) > 1:
+        metrics["accuracy"] = sum(metrics[kind] for kind in rest) / len(rest)
+        meanings["accuracy"] = share("mean of kinds", main=True)
+    return metrics, meanings
+
+
+def plain(text: str) -> str:
+    """Lower-case words without the full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(".").strip()
+
+
+def pope(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Accuracy, precision, recall, F1 of "yes", and share of "yes" among the answers, of (truth, answer).
+
+    POPE's rule: of the text before the first full stop, without commas, "no" if it has the word No, no or not, else "yes".
+    """
+    truths = [plain(truth).startswith("yes") for truth, _ in pairs]
+    said = [not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split()) for _, text in pairs]
+    both = sum(truth and answer for truth, answer in zip(truths, said, strict=True))
+    precision, recall = both / max(1, sum(said)), both / max(1, sum(truths))
+    return {
+        "accuracy": sum(truth == answer for truth, answer in zip(truths, said, strict=True)) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / max(1e-9, precision + recall),
+        "yes_ratio": sum(said) / len(pairs),
+    }
+
+
+def chair(pairs: Sequence[tuple[Sequence[str], str]], vocabulary: Sequence[str]) -> dict[str, float]:
+    """CHAIR of (things that are there, caption): how much of what is said is not there, and `cover`.
+
+    `chair_i`: share of mentions; `chair_s`: share of captions with one; `cover`: share of the things that are named. A
+    mention is the longest name of `vocabulary` at its place.
+    """
+    names = sorted(vocabulary, key=len, reverse=True)
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})s?\b") if names else re.compile(r"(?!)")
+    mentions = wrong = bad = there = named = 0
+    for things, text in pairs:
+        found = [match.group() for match in pattern.finditer(text.lower())]
+        found = [name if name in vocabulary else name.removesuffix("s") for name in found]
+        false = [name for name in found if name not in things]
+        mentions, wrong, bad = mentions + len(found), wrong + len(false), bad + bool(false)
+        there, named = there + len(things), named + len(set(found) & set(things))
+    return {
+        "chair_i": wrong / max(1, mentions),
+        "chair_s": bad / max(1, len(pairs)),
+        "cover": named / max(1, there),
+    }
