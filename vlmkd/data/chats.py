@@ -184,7 +184,8 @@ class ChatTokens:
 
     def shown(self, ids: Sequence[int], targets: Sequence[int]) -> str:
         """A row as text, images as [image], what is learned in << >>: target t is what position t predicts."""
-        text, run, marked = "", [], False
+        text, marked = "", False
+        run: list[int] = []
         learned = [False, *(target != IGNORED for target in targets[:-1])]
         for token, counts in [*zip(ids, learned, strict=True), (None, False)]:
             if counts != marked or token is None or token == IMAGE_ID:

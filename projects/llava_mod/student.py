@@ -1,0 +1,79 @@
+"""The student: dense or sparse, and which of its parameters a stage trains."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from projects.llava_mod.config import SPARSE, LlavaModConfig
+from projects.llava_mod.experts import moe_layers, sparse_layers, upcycle
+from vlmkd.config import require
+from vlmkd.errors import UserError
+from vlmkd.export.mllm import ChatParts, build_mllm, reloaded
+
+SPARSE_FACTS = "sparse"
+
+
+def surgery(decoder: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Make the layers sparse that an export says are."""
+    if SPARSE_FACTS in facts:
+        upcycle(decoder, **facts[SPARSE_FACTS])
+
+
+def build_student(cfg: LlavaModConfig) -> ChatParts:
+    """The student of a run, up-cycled where the config says so; the export before may be sparse already.
+
+    Raises:
+        UserError: a sparse export where a dense one is asked for, or the reverse.
+    """
+    parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery)
+    decoder: Any = parts.module.decoder
+    sparse = bool(sparse_layers(decoder))
+    if cfg.stage == "prefer" and cfg.moe.mode != "none":
+        require(sparse, "student.init_from", "is a dense export, but moe.mode says sparse; set moe.mode=none")
+    elif cfg.moe.mode != "none":
+        require(
+            not sparse, "student.init_from", "is a sparse export already; set moe.mode=none to go on from it"
+        )
+        layers = moe_layers(cfg.moe.mode, len(decoder.model.layers), cfg.moe.layers)
+        facts = {"layers": layers, "experts": cfg.moe.experts, "top_k": cfg.moe.top_k}
+        with torch.random.fork_rng(devices=[]):  # the routers depend on the run's seed alone
+            torch.manual_seed(cfg.seed)
+            upcycle(decoder, **facts)
+        parts.facts = parts.facts | {SPARSE_FACTS: facts}
+    elif sparse and cfg.stage not in ("sft", *SPARSE):
+        raise UserError(
+            f"config field student.init_from is a sparse export; stage {cfg.stage} trains dense students"
+        )
+    for layer in sparse_layers(decoder):
+        layer.second, layer.capacity = cfg.parity.second_expert, cfg.parity.capacity
+    train_parts(parts.module.train(), cfg)
+    trained = {name for name, p in parts.module.named_parameters() if p.requires_grad}
+    parts.trained = parts.trained | trained
+    return parts
+
+
+def train_parts(module: nn.Module, cfg: LlavaModConfig) -> None:
+    """Freeze what the stage does not train (docs/papers/llava_mod.md, trainable parameters)."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(is_trained(name, cfg))
+
+
+def is_trained(name: str, cfg: LlavaModConfig) -> bool:
+    """Whether a parameter of this name trains: the tower never, the projector always."""
+    part = name.partition(".")[0]
+    if part == "projector":
+        return True
+    if part == "tower" or cfg.train == "projector" or (cfg.train == "stage" and cfg.stage == "adapt"):
+        return False
+    if cfg.train == "all" or cfg.stage in ("sft", "d2d"):
+        return True
+    return ".mlp." in name
+
+
+if __name__ == "__main__":
+    sys.exit(reloaded(surgery, sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""One step of each stage: cross entropy, mimic distillation, preference distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from projects.llava_mod.config import LlavaModConfig
+from projects.llava_mod.experts import balance, routed, sparse_layers
+from vlmkd.chat_ids import IGNORED
+from vlmkd.data.chats import ChatTokens
+from vlmkd.evaluation.answers import ChatModel
+from vlmkd.export.folder import Probe
+from vlmkd.export.mllm import ChatParts, check_mllms, export_mllm
+from vlmkd.losses.preference import AnswerLogProbs, pair_loss
+from vlmkd.losses.tokens import TeacherStates, TokenObjective, token_log_probs, token_loss
+from vlmkd.models.mllm import Mllm
+from vlmkd.train.task import Batch, StepOutput, Task, combine
+from vlmkd.train.timing import Stopwatch
+
+
+class LlavaModTask(Task):
+    """A student, and from d2d on the frozen teacher."""
+
+    def __init__(
+        self, cfg: LlavaModConfig, parts: ChatParts, tokens: ChatTokens, teacher: ChatParts | None
+    ) -> None:
+        self.cfg, self.parts, self.tokens, self.teacher = cfg, parts, tokens, teacher
+        self.core: Mllm = parts.module
+        self.student: nn.Module = self.core
+        self.teachers: list[nn.Module] = [] if teacher is None else [teacher.module]
+        self.watch = Stopwatch()
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4 and 5 (d2d, d2s), 6 (prefer)."""
+        valid = batch["segments"] > 0
+        with routed(self.core, valid):
+            hidden = self.student(batch)
+        with self.watch.span("teacher"):
+            seen = self._teacher_hidden(batch)
+        with self.watch.span("loss"):
+            terms, weights, metrics = self._terms(batch, hidden, seen)
+            if sparse_layers(self.core) and self.cfg.moe.aux:
+                terms["balance"] = balance(self.core, valid, self.cfg.parity.aux_counts)
+                weights["balance"] = self.cfg.moe.aux
+        output = combine(terms, weights)
+        output.metrics = metrics
+        return output
+
+    def _teacher_hidden(self, batch: Batch) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            hidden: Tensor = self.teacher.module(batch)
+        return hidden
+
+    def _terms(
+        self, batch: Batch, hidden: Tensor, seen: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
+        """Losses by name, their weights, and numbers for the log."""
+        if self.cfg.stage == "prefer":
+            assert seen is not None and self.teacher is not None
+            return self._preference(batch, hidden, seen)
+        loss = self.cfg.loss
+        learned = self._learned(batch)
+        alone = seen is None
+        objective = TokenObjective(
+            divergence=loss.divergence, temperature=loss.temperature, vocabulary=loss.vocabulary, chunk=loss.chunk,
+            weight=0.0 if alone else loss.kd, ce_weight=1.0 if alone else loss.ce,
+        )  # fmt: skip
+        teacher = None
+        if seen is not None and self.teacher is not None:
+            head = self.teacher.module.head
+            teacher = TeacherStates(seen[learned], head.weight, head.bias)
+        head = self.core.head
+        found = token_loss(
+            hidden[learned], head.weight, teacher, objective, labels=batch["targets"][learned], bias=head.bias
+        )
+        rows = found.num_rows.clamp_min(1)
+        labels = found.num_labels.clamp_min(1)
+        metrics = {"next_token": found.ce / labels}
+        if not alone:
+            metrics |= {
+                "kl": found.divergence / rows,
+                "soft_ce": (found.divergence + found.entropy) / rows,
+                "agreement": found.agreement / rows,
+            }
+        name = "next_token" if alone else "mimic"
+        return {name: found.total / rows}, {name: 1.0}, metrics
+
+    def _learned(self, batch: Batch) -> Tensor:
+        """bool [R, T]: positions that predict a token of an answer (released: whose input is one)."""
+        learned: Tensor = batch["targets"] != IGNORED
+        if self.cfg.parity.unshifted_mask:
+            return torch.cat([torch.zeros_like(learned[:, :1]), learned[:, :-1]], dim=1)
+        return learned
+
+    def _preference(
+        self, batch: Batch, hidden: Tensor, seen: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
+        """The first half of the rows is preferred, the second rejected."""
+        assert self.teacher is not None
+        own = answer_sums(self.core, hidden, batch["targets"], self.cfg.loss.chunk)
+        with torch.no_grad():
+            reference = answer_sums(self.teacher.module, seen, batch["targets"], self.cfg.loss.chunk)
+        chosen, rejected = (own.sums - reference.sums).chunk(2)
+        beta = self.cfg.loss.beta
+        loss = pair_loss(self.cfg.loss.preference, chosen, rejected, beta=beta).mean()
+        chosen, rejected = chosen.detach(), rejected.detach()
+        metrics = {
+            "reward_chosen": beta * chosen.mean(),
+            "reward_rejected": beta * rejected.mean(),
+            "reward_margin": beta * (chosen - rejected).mean(),
+            "preferred": (chosen > rejected).float().mean(),
+            "saturated": (beta * torch.cat([chosen, rejected]).abs() > 5).float().mean(),
+        }
+        return {"preference": loss}, {"preference": 1.0}, metrics
+
+    def weight(self, batch: Batch) -> float:
+        """Tokens that are learned, or pairs."""
+        if self.cfg.stage == "prefer":
+            return len(batch["keys"])
+        return float((batch["targets"] != IGNORED).sum())
+
+    def items(self, batch: Batch) -> dict[str, float]:
+        """Chats, and tokens of all kinds."""
+        return {"samples": len(batch["keys"]), "tokens": float((batch["segments"] > 0).sum())}
+
+    def predictor(self) -> ChatModel:
+        """The student as it answers."""
+        return ChatModel("student", self.core, self.tokens, self.parts.image_spec)
+
+    def teacher_predictors(self) -> dict[str, ChatModel]:
+        """The teacher as it answers."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": ChatModel("teacher", self.teacher.module, self.tokens, self.teacher.image_spec)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of student and teacher."""
+        found = {"student": self.core}
+        if self.teacher is not None:
+            found["teacher"] = self.teacher.module
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
+
+    def tags(self) -> dict[str, str | int | float]:
+        """Stage and sparse layers."""
+        return {"stage": self.cfg.stage, "moe": self.cfg.moe.mode}
+
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Probe:
+        """What was trained in this run or one before it."""
+        return export_mllm(folder, self.parts, weights)
+
+    def check_exports(self, written: dict[Path, Probe]) -> None:
+        """Reload and compare."""
+        check_mllms(written, "projects.llava_mod.student")
+
+
+def answer_sums(model: Mllm, hidden: Tensor, targets: Tensor, chunk: int) -> AnswerLogProbs:
+    """Log-probability of each row's learned tokens."""
+    learned = targets != IGNORED
+    tokens = token_log_probs(
+        hidden[learned], model.head.weight, targets[learned], bias=model.head.bias, chunk=chunk
+    )
+    row = learned.nonzero()[:, 0]
+    return AnswerLogProbs(tokens.new_zeros(len(targets)).index_add(0, row, tokens), learned.sum(1))

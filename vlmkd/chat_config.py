@@ -1,0 +1,110 @@
+"""Config of runs on chats: data, multimodal models, and what they are asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vlmkd.config import Count, EvaluationConfig, Positive, Processes, RunConfig, Share, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatDataConfig:
+    """Conversations to train on."""
+
+    chats: list[str] = field(default_factory=list)
+    """LLaVA JSON files; preference records where the stage takes pairs."""
+    images: str = ""
+    """Folder that the records' image paths are below."""
+    template: str = "llava"
+    """How a conversation is written: `llava` (USER: ... ASSISTANT: ...), `chatml`, or `plain` (image and caption)."""
+    max_length: Positive = 2048
+    """Tokens of a row, those of images included; a longer chat loses the tail of its last answer, and is counted."""
+    pack: bool = False
+    """Put several chats into a row."""
+    workers: Processes = 2
+    """Loader processes per rank."""
+    max_pixels: Positive = 89_478_485
+    """Images with more pixels than this are refused before they are decoded."""
+    max_bad_share: Share = 0.0
+    """The run stops when more than this share of the chats cannot be used; 0: at the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MllmConfig:
+    """A multimodal model: what it is made of, or the export of an earlier run."""
+
+    init_from: str = ""
+    """Export folder of a run; the other fields are then its own and stay empty."""
+    tower: str = ""
+    """Vision tower, as load_backbone takes it: `clip:ViT-L-14-336@openai`, `timm:NAME`, `efficientnet-lite0`."""
+    tower_layers: list[int] = field(default_factory=lambda: [-2])
+    """Blocks or stages whose outputs, side by side, are the features."""
+    grid: Count = 0
+    """Pool the features to so many places each way; 0: as the last of the layers has."""
+    image_size: Count = 0
+    """Side of the input in pixels; 0: the weights' own."""
+    resize: Literal["shortest", "longest", "squash"] = "longest"
+    """How an image becomes square: cropped, padded with the mean colour (LLaVA's `pad`), or not kept in ratio."""
+    decoder: str = ""
+    """Language model: `hf:FOLDER_OR_NAME`, or `smollm2`, which a package carries."""
+    decoder_layers: list[int] = field(default_factory=list)
+    """Layers of it that are kept; empty: all."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of a teacher's weights; a student's are those of deepspeed.precision."""
+
+    def __post_init__(self) -> None:
+        made = bool(self.tower and self.decoder)
+        require(
+            not (self.init_from and (self.tower or self.decoder)),
+            "init_from",
+            "leaves no choice of tower and decoder",
+        )
+        require(
+            made or bool(self.init_from) or not (self.tower or self.decoder),
+            "tower",
+            "and decoder go together",
+        )
+
+    @property
+    def named(self) -> bool:
+        """Whether it says anything."""
+        return bool(self.init_from or self.tower)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsConfig:
+    """A file of questions with known answers."""
+
+    name: str = ""
+    """Name in tables and logs; empty: the file's."""
+    data: str = ""
+    """LLaVA JSON whose last turn is asked; `kind` of a record says how the answer is scored."""
+    images: str = ""
+    """Folder of the images."""
+    vocabulary: str = ""
+    """JSON list of all things that a caption may name."""
+    most: Count = 0
+    """Ask so many of them, spread over the file; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatEvaluationConfig(EvaluationConfig):
+    """What the model is asked."""
+
+    questions: list[QuestionsConfig] = field(default_factory=list)
+    """Files of questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRunConfig(RunConfig):
+    """A run on chats."""
+
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    """Conversations to train on."""
+    student: MllmConfig = field(default_factory=MllmConfig)
+    """The model that is trained."""
+    teacher: MllmConfig = field(default_factory=MllmConfig)
+    """The model that it learns from, where the stage has one."""
+    evaluation: ChatEvaluationConfig = field(default_factory=ChatEvaluationConfig)
+    """Evaluations."""

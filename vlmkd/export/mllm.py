@@ -1,0 +1,189 @@
+"""Exported multimodal models: what is not stock weights, and how to find those.
+
+`mllm.json` names tower, decoder, template and image statistics; `model.safetensors` holds the tensors that were trained, so
+that a projector on a frozen language model is a small file; the rest comes from where `mllm.json` says, and has the sha256
+that it says. `python -m vlmkd.export.mllm FOLDER PROBE ...` is the process that `check_mllms` starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmkd.chat_config import MllmConfig
+from vlmkd.errors import UserError
+from vlmkd.export.folder import (
+    Probe,
+    check_main,
+    probe_images,
+    replacing,
+    stored,
+    verify,
+    write_provenance,
+    write_tensors,
+)
+from vlmkd.files import read_object, write_json
+from vlmkd.image_spec import ImageSpec
+from vlmkd.models.backbones import load_backbone
+from vlmkd.models.mllm import Mllm, Projector, VisionTower, load_decoder
+from vlmkd.tensor_files import read_safetensors
+
+CONFIG, WEIGHTS = "mllm.json", "model.safetensors"
+_FORMAT = 1
+
+Surgery = Callable[[nn.Module, Mapping[str, Any]], None]
+"""Makes the decoder what a project's facts say, before weights are loaded."""
+
+
+@dataclass
+class ChatParts:
+    """A multimodal model and what goes with it."""
+
+    module: Mllm
+    tokenizer: Any
+    image_spec: ImageSpec
+    config: MllmConfig
+    """What it is made of, without `init_from`."""
+    facts: dict[str, Any]
+    """What a project says of it, e.g. which layers are sparse."""
+    base_digest: str
+    """sha256 over the weights as they came from tower and decoder."""
+    trained: set[str] = field(default_factory=set)
+    """Names of the tensors that are no longer stock: those of an export, and what a run trains."""
+
+
+def build_mllm(cfg: MllmConfig, *, seed: int = 0, surgery: Surgery | None = None) -> ChatParts:
+    """The model of a config; new parts are drawn from `seed`.
+
+    Raises:
+        UserError: parts that cannot be had, an export that is damaged, of another project, or whose stock weights differ.
+    """
+    if cfg.init_from:
+        return load_mllm(Path(cfg.init_from), surgery=surgery)
+    return _assemble(replace(cfg), seed)
+
+
+def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
+    backbone = load_backbone(cfg.tower, image_size=cfg.image_size or None, seed=seed)
+    spec = backbone.image_spec
+    fill = tuple(int(255 * mean) for mean in spec.mean)
+    backbone.image_spec = replace(spec, resize_mode=cfg.resize, fill=fill)  # type: ignore[arg-type]
+    tower = VisionTower(backbone, layers=cfg.tower_layers, grid=cfg.grid)
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    decoder, tokenizer = load_decoder(cfg.decoder, dtype=dtype, layers=cfg.decoder_layers)
+    digest = _digest([*tower.state_dict().values(), *decoder.state_dict().values()])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = Projector(tower.dim, decoder.config.hidden_size).to(dtype)
+    module = Mllm(tower.to(dtype), projector, decoder)
+    return ChatParts(module, tokenizer, backbone.image_spec, cfg, {}, digest)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = "") -> ChatParts:
+    """What `export_mllm` wrote."""
+    content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
+    if content.get("format") != _FORMAT:
+        raise UserError(f"{folder / CONFIG} is of format {content.get('format')}, this code reads {_FORMAT}")
+    try:
+        cfg = MllmConfig(**content["model"] | ({"precision": precision} if precision else {}))
+        facts, digest = dict(content["facts"]), str(content["base_sha256"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} is damaged ({error}); export the run again") from None
+    parts = _assemble(replace(cfg, precision="fp32"), 0)
+    if parts.base_digest != digest:
+        raise UserError(
+            f"{folder} was made with other weights of {cfg.tower} and {cfg.decoder} than this machine has (sha256 "
+            f"{parts.base_digest[:12]}..., not {digest[:12]}...); install the same versions"
+        )
+    if facts and surgery is None:
+        raise UserError(
+            f"{folder} has {', '.join(facts)}, which a plain model has not; load it with its project's command"
+        )
+    if surgery is not None:
+        surgery(parts.module.decoder, facts)
+    weights = read_safetensors(folder / WEIGHTS)
+    unknown = weights.keys() - parts.module.state_dict().keys()
+    if unknown:
+        raise UserError(
+            f"{folder / WEIGHTS} has tensors of another model (first: {min(unknown)}); export the run again"
+        )
+    parts.module.load_state_dict(weights, strict=False)
+    if precision == "bf16":
+        parts.module.to(torch.bfloat16)
+    return replace(parts, config=cfg, facts=facts, trained=set(weights))
+
+
+def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -> Probe:
+    """Write the tensors of `weights` that are no longer stock; returns a probe of the whole."""
+    kept = {name: stored(value) for name, value in weights.items() if name in parts.trained}
+    with replacing(folder, [CONFIG]) as partial:
+        write_tensors(partial / WEIGHTS, kept)
+        facts = {
+            "format": _FORMAT,
+            "model": asdict(parts.config),
+            "facts": parts.facts,
+            "base_sha256": parts.base_digest,
+        }
+        write_json(partial / CONFIG, facts)
+        write_provenance(partial / WEIGHTS, parts.config.decoder, kept.values(), {})
+    whole = {name: value for name, value in weights.items() if name in parts.module.state_dict()}
+    inputs = probe_inputs(parts)
+    before = {name: value.clone() for name, value in parts.module.state_dict().items()}
+    training, dtype = parts.module.training, next(parts.module.parameters()).dtype
+    try:
+        parts.module.float().eval().load_state_dict({name: value.float() for name, value in whole.items()})
+        outputs = _outputs(parts.module, inputs)
+    finally:
+        parts.module.to(dtype).load_state_dict(before)
+        parts.module.train(training)
+    return Probe(inputs, outputs)
+
+
+def probe_inputs(parts: ChatParts) -> dict[str, Tensor]:
+    """One row with an image and one without."""
+    tower: Any = parts.module.tower
+    text = torch.arange(3, 11)
+    row = torch.cat([text[:2], torch.full((tower.tokens,), -200), text[2:]])
+    ids = torch.stack([row, torch.arange(5, 5 + len(row))])
+    images = probe_images(parts.image_spec, 1)
+    return {
+        "input_ids": ids,
+        "segments": torch.ones_like(ids),
+        "images": images,
+        "image_rows": torch.zeros(1).long(),
+    }
+
+
+@torch.no_grad()
+def _outputs(module: Mllm, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": module.head(module(inputs))[:, -4:]}
+
+
+def check_mllms(written: Mapping[Path, Probe], module: str = "vlmkd.export.mllm") -> None:
+    """Reload the folders in a fresh process, by `module`, and compare."""
+    verify(module, written)
+
+
+def reloaded(surgery: Surgery | None, argv: Sequence[str]) -> int:
+    """The checking process of a project."""
+    return check_main(
+        lambda folder, probe: _outputs(load_mllm(folder, surgery=surgery).module.eval(), probe.inputs), argv
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(reloaded(None, sys.argv[1:]))
