@@ -15,7 +15,7 @@ SPARSE: tuple[Stage, ...] = ("d2s", "prefer")
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """How the feed-forward layers become sparse (docs/papers/llava_mod.md, Architecture)."""
+    """How the feed-forward layers become sparse (docs/papers/llava_mod.md#architecture)."""
 
     mode: Literal["none", "sparse", "dense", "first_half", "second_half", "list"] = "none"
     """Which layers: even ones (published), all, a half, or `layers`; none: the student stays dense."""

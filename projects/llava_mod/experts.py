@@ -1,7 +1,7 @@
 """Sparse feed-forward layers: a router, experts that are copies of the dense layer at first, and what balances them.
 
 S tokens of a micro-batch, E experts, K of them for each token, D width, I width inside an expert.
-See docs/papers/llava_mod.md, Architecture.
+See docs/papers/llava_mod.md#architecture.
 """
 
 from __future__ import annotations

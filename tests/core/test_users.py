@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-USERS = ("dho", "promptkd", "tinyclip", "vl2v_adip")
+USERS = ("dho", "llava_mod", "promptkd", "tinyclip", "vl2v_adip")
 
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (
@@ -53,13 +53,25 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"interactive_contrastive_loss", "sigmoid_loss"},
     ),
     "losses/preference": (
-        "for the projects on chats that come",
-        {"answer_log_probs", "kto_loss", "preference_loss"},
+        "preference losses are offered to every project on chats",
+        {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
     ),
-    "losses/tokens": (
-        "for the projects on chats that come",
-        {"TeacherStates", "TokenObjective", "TopK", "token_loss"},
+    "losses/tokens": ("a stored teacher's form, for the runs that come", {"Taid", "TopK"}),
+    "chat_config": (
+        "what every run on chats has; MaTVLM is its second user",
+        {"ChatRunConfig", "QuestionsConfig"},
     ),
+    "data/chats": (
+        "chats of every project; MaTVLM is its second user",
+        {"ChatPipeline", "REASONS", "read_chats"},
+    ),
+    "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
+    "evaluation/answers": ("how every chat model is asked", {"Answers", "ChatModel"}),
+    "export/mllm": (
+        "how every chat model is built and exported",
+        {"ChatParts", "build_mllm", "check_mllms", "export_mllm", "reloaded"},
+    ),
+    "models/mllm": ("part of the model's forward pass", {"masks"}),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",

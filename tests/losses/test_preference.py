@@ -111,17 +111,19 @@ def test_a_mixture_is_the_weighted_sum_and_tells_its_terms() -> None:
     torch.testing.assert_close(by_length, pair_loss("ipo", chosen / counts, rejected / (counts + 1)))
 
 
-def test_log_probabilities_of_answers_are_shifted_sums() -> None:
+def test_log_probabilities_of_answers_are_sums_over_what_is_learned() -> None:
     hidden, head, bias = draw(0, 3, 6, 4).requires_grad_(), draw(1, 9, 4).requires_grad_(), draw(2, 9)
     labels = torch.randint(9, (3, 6), generator=torch.Generator().manual_seed(0))
     labels[0, :3] = labels[1, :2] = labels[1, 4:] = IGNORED
     labels[2] = IGNORED  # nothing to learn
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]  # a label is predicted a position before it
     logs = (hidden @ head.T + bias).log_softmax(-1)
     expected = [
         sum(logs[b, t - 1, labels[b, t]] for t in range(1, 6) if labels[b, t] != IGNORED) for b in range(3)
     ]
     for chunk in (1, 2, 100):
-        found = answer_log_probs(hidden, head, labels, bias=bias, chunk=chunk)
+        found = answer_log_probs(hidden, head, targets, bias=bias, chunk=chunk)
         assert found.counts.tolist() == [3, 2, 0] and found.means()[2] == 0
         assert found.sums.tolist() == pytest.approx(
             [x.item() if x else 0.0 for x in map(torch.as_tensor, expected)], rel=1e-12

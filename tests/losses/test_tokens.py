@@ -17,7 +17,6 @@ from vlmkd.losses.tokens import (
     TeacherStates,
     TokenObjective,
     TopK,
-    next_labels,
     token_log_probs,
     token_loss,
 )
@@ -278,12 +277,6 @@ def test_log_probabilities_of_labels() -> None:
         torch.autograd.grad(found, (hidden, head, bias), slopes),
         torch.autograd.grad(expected, (hidden, head, bias), slopes),
     )
-
-
-def test_the_first_answer_token_is_learned_where_it_is_predicted() -> None:
-    # prompt, prompt, answer 5, end 6; the row that predicts 5 is the last of the prompt.
-    given = torch.tensor([[IGNORED, IGNORED, 5, 6], [IGNORED, 4, IGNORED, 7]])
-    assert next_labels(given).tolist() == [[IGNORED, 5, 6, IGNORED], [4, IGNORED, 7, IGNORED]]
 
 
 def test_taid_by_hand() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vlmkd.losses.tokens import IGNORED, next_labels, token_log_probs
+from vlmkd.losses.tokens import IGNORED, token_log_probs
 
 PreferenceKind = Literal["kto_pair", "sigmoid", "hinge", "ipo", "bco_pair", "sft"]
 
@@ -31,20 +31,19 @@ class AnswerLogProbs(NamedTuple):
 
 
 def answer_log_probs(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int = 256
+    hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk: int = 256
 ) -> AnswerLogProbs:
-    """Log-probabilities of the answers in `labels` [B, T], each predicted a position before it; the rest IGNORED.
+    """Log-probabilities of the answers in `targets` [B, T]: what each position predicts, IGNORED elsewhere.
 
     Args:
         hidden: [B, T, D], last hidden states.
         head: [V, D], the output embedding; `bias` [V].
         chunk: rows whose logits are held at a time.
     """
-    wanted = next_labels(labels)
-    learned = wanted != IGNORED
-    tokens = token_log_probs(hidden[learned], head, wanted[learned], bias=bias, chunk=chunk)
+    learned = targets != IGNORED
+    tokens = token_log_probs(hidden[learned], head, targets[learned], bias=bias, chunk=chunk)
     answer = learned.nonzero()[:, 0]
-    return AnswerLogProbs(tokens.new_zeros(len(labels)).index_add(0, answer, tokens), learned.sum(1))
+    return AnswerLogProbs(tokens.new_zeros(len(targets)).index_add(0, answer, tokens), learned.sum(1))
 
 
 def pair_loss(

@@ -132,11 +132,6 @@ def token_loss(
     return TokenLoss(total, *sums)
 
 
-def next_labels(labels: Tensor) -> Tensor:
-    """What each position of [B, T] predicts, the label after it; those that are not IGNORED are learned."""
-    return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], 1)
-
-
 def token_log_probs(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, chunk: int = 256
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run one stage: `bash scripts/launch.sh projects/llava_mod/train.py CONFIG ... [field=value ...]`."""
+"""Run one stage: `bash scripts/launch.sh projects/llava_mod/train_stage.py CONFIG ... [field=value ...]`."""
 
 from projects.llava_mod.build import job
 from projects.llava_mod.config import LlavaModConfig
