@@ -1,0 +1,173 @@
+"""Every stage as its command, chained: a tiny decoder in a folder, real pictures' backbone, eight chats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from projects.llava_mod.config import LlavaModConfig
+from projects.llava_mod.experts import sparse_layers
+from projects.llava_mod.student import is_trained, surgery
+from tests.chat_parts import byte_tokenizer, picture
+from tests.projects.zygote import Zygote
+from vlmkd import config
+from vlmkd.errors import UserError
+from vlmkd.export.mllm import load_mllm
+
+pytestmark = pytest.mark.slow
+
+SHARED = [
+    "data.template=plain", "data.max_length=60", "data.workers=0", "batch_size=4", "steps=4", "threads=1",
+    "optim.warmup_steps=0", "optim.lr=1e-3", "log.every_steps=1", "checkpoint.every_steps=2", "evaluation.batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder, and chats, pairs and questions about eight pictures."""
+    folder = tmp_path_factory.mktemp("chats")
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(sizes).save_pretrained(folder / "decoder")
+    byte_tokenizer().save_pretrained(folder / "decoder")
+    chats, pairs = [], []
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(picture(number))
+        asked = {"from": "human", "value": "<image>there?"}
+        said = [{"from": "gpt", "value": text} for text in ("Yes.", "No.")]
+        shared = {"id": str(number), "image": f"{number}.png", "kind": "exists"}
+        chats.append({**shared, "conversations": [asked, said[number % 2]]})
+        pairs.append(
+            {**shared, "chosen": [asked, said[number % 2]], "rejected": [asked, said[1 - number % 2]]}
+        )
+    (folder / "chats.json").write_text(json.dumps(chats))
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return folder
+
+
+def model(place: Path, who: str) -> list[str]:
+    return [
+        f"{who}.tower=efficientnet-lite0", f"{who}.tower_layers=[-1]", f"{who}.grid=2", f"{who}.image_size=64",
+        f"{who}.decoder=hf:{place / 'decoder'}",
+    ]  # fmt: skip
+
+
+def run(zygote: Zygote, place: Path, name: str, *arguments: str, ranks: int = 1) -> tuple[int, str]:
+    given = [*SHARED, f"data.chats=[{place / 'chats.json'}]", f"run_dir={place / name}", *arguments]
+    return zygote.run("projects.llava_mod.train_stage", given, place / f"{name}.out", ranks=ranks)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_the_stages_follow_one_another(zygote: Zygote, place: Path) -> None:
+    questions = f"evaluation.questions=[{{data: {place / 'chats.json'}}}]"
+    from_teacher = [f"teacher.init_from={place / 'teacher' / 'export'}"]
+    steps = {
+        "teacher": ["stage=sft", "steps=20", "optim.lr=1e-2", *model(place, "student"), questions],
+        "adapt": ["stage=adapt", *model(place, "student"), "student.decoder_layers=[0,1,3]"],
+        "d2d": ["stage=d2d", f"student.init_from={place / 'adapt' / 'export'}", *from_teacher, "data.pack=true"],
+        "d2s": ["stage=d2s", "moe.mode=sparse", f"student.init_from={place / 'd2d' / 'export'}", *from_teacher, "loss.ce=1"],
+        "prefer": [
+            "stage=prefer", f"student.init_from={place / 'd2s' / 'export'}", *from_teacher,
+            f"data.chats=[{place / 'pairs.json'}]", questions,
+        ],
+    }  # fmt: skip
+    for name, arguments in steps.items():
+        code, said = run(zygote, place, name, *arguments)
+        assert code == 0, said
+        assert "reloaded in a fresh process with equal outputs" in said
+    assert "[image]there?<<" in (place / "teacher.out").read_text()
+    found = losses(place / "teacher")
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+    first = json.loads((place / "d2s" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0.018 < first["loss/balance"] < 0.03  # 0.01 x two sparse layers, nearly even
+    dense, sparse = (load_mllm(place / name / "export", surgery=surgery).module for name in ("d2d", "prefer"))
+    assert len(sparse_layers(sparse.decoder)) == 2 and not sparse_layers(dense.decoder)
+    assert torch.equal(sparse.decoder.model.embed_tokens.weight, dense.decoder.model.embed_tokens.weight)
+    assert not torch.equal(sparse.projector[0].weight, dense.projector[0].weight)
+    results = [json.loads(line) for line in (place / "prefer" / "results.jsonl").read_text().splitlines()]
+    assert {"f1", "yes_ratio"} <= {line["metric"] for line in results if line["model"] == "student"}
+    with pytest.raises(UserError, match="has sparse, which a plain model has not"):
+        load_mllm(place / "d2s" / "export")
+    code, said = run(
+        zygote, place, "again", "stage=d2d", f"student.init_from={place / 'd2s' / 'export'}", *from_teacher
+    )
+    assert (
+        code == 2
+        and "is a sparse export; stage d2d trains dense students" in said
+        and "Traceback" not in said
+    )
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(zygote: Zygote, place: Path) -> None:
+    arguments = ["stage=sft", "moe.mode=dense", *model(place, "student")]
+    for name in ("straight", "resumed"):
+        assert run(zygote, place, name, *arguments)[0] == 0
+    for gone in ("done.json", "export/model.safetensors"):
+        (place / "resumed" / gone).unlink()
+    for folder in (place / "resumed" / "state").glob("step_000004"):
+        (folder / "manifest.json").unlink()
+    code, said = run(zygote, place, "resumed", *arguments)
+    assert code == 0 and "resumed from" in said, said
+    one, other = (load_mllm(place / name / "export", surgery=surgery) for name in ("straight", "resumed"))
+    assert all(
+        torch.equal(value, other.module.state_dict()[name]) for name, value in one.module.state_dict().items()
+    )
+
+
+def test_two_ranks_and_micro_batches_train_what_one_does(zygote: Zygote, place: Path) -> None:
+    arguments = ["stage=sft", "optim.name=sgd", "optim.lr=0.1", *model(place, "student")]
+    assert run(zygote, place, "one", *arguments)[0] == 0
+    code, said = run(zygote, place, "many", *arguments, "micro_batch_size=1", ranks=2)
+    assert code == 0, said
+    assert losses(place / "many") == pytest.approx(losses(place / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained"),
+    [
+        ("adapt", set()),
+        ("d2d", {"embed", "attention", "dense", "norm"}),
+        ("d2s", {"dense", "experts", "gate"}),
+        ("prefer", {"dense", "experts", "gate"}),
+    ],
+)
+def test_each_stage_trains_its_part(stage: str, trained: set[str]) -> None:
+    names = {
+        "embed": "decoder.model.embed_tokens.weight",
+        "attention": "decoder.model.layers.0.self_attn.q_proj.weight",
+        "dense": "decoder.model.layers.1.mlp.gate_proj.weight",
+        "experts": "decoder.model.layers.0.mlp.experts.down_proj",
+        "gate": "decoder.model.layers.0.mlp.gate.weight",
+        "norm": "decoder.model.norm.weight",
+    }
+    arguments = [f"stage={stage}", "student.init_from=x", "data.chats=[x]", "run_dir=r"]
+    cfg = config.load(LlavaModConfig, [*arguments, *(["teacher.init_from=y"] if stage != "adapt" else [])])
+    found = {part for part, name in names.items() if is_trained(name, cfg)}
+    assert found - ({"experts", "gate"} if stage == "d2d" else set()) == trained
+    assert is_trained("projector.0.weight", cfg) and not is_trained("tower.backbone.conv_stem.weight", cfg)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["stage=d2d"], "config field teacher goes with d2d, d2s, prefer, and only with them"),
+        (["stage=sft", "teacher.init_from=y"], "config field teacher goes with d2d, d2s, prefer"),
+        (["stage=adapt", "deepspeed.zero_stage=3"], "config field deepspeed.zero_stage is 3"),
+        (["stage=adapt", "moe.mode=sparse"], "config field moe.mode goes with sft, d2s and prefer only"),
+        (["stage=adapt", "student.decoder=smollm2"], "config field init_from leaves no choice"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        config.load(LlavaModConfig, ["student.init_from=x", "data.chats=[x]", "run_dir=r", *arguments])
