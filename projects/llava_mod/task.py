@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import balance, routed, sparse_layers
 from vlmkd.chat_ids import IGNORED
+from vlmkd.chat_runs import ChatTask
 from vlmkd.data.chats import ChatTokens
-from vlmkd.evaluation.answers import ChatModel
-from vlmkd.export.folder import Probe
-from vlmkd.export.mllm import ChatParts, check_mllms, export_mllm
+from vlmkd.export.mllm import ChatParts
 from vlmkd.losses.preference import AnswerLogProbs, pair_loss
 from vlmkd.losses.tokens import TeacherStates, TokenObjective, token_log_probs, token_loss
 from vlmkd.models.mllm import Mllm
-from vlmkd.train.task import Batch, StepOutput, Task, combine
-from vlmkd.train.timing import Stopwatch
+from vlmkd.train.task import Batch, StepOutput, combine
 
 
-class LlavaModTask(Task):
+class LlavaModTask(ChatTask):
     """A student, and from d2d on the frozen teacher."""
+
+    checker = "projects.llava_mod.student"
 
     def __init__(
         self, cfg: LlavaModConfig, parts: ChatParts, tokens: ChatTokens, teacher: ChatParts | None
     ) -> None:
-        self.cfg, self.parts, self.tokens, self.teacher = cfg, parts, tokens, teacher
-        self.core: Mllm = parts.module
-        self.student: nn.Module = self.core
-        self.teachers: list[nn.Module] = [] if teacher is None else [teacher.module]
-        self.watch = Stopwatch()
+        super().__init__(parts, tokens, teacher)
+        self.cfg = cfg
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4 and 5 (d2d, d2s), 6 (prefer)."""
@@ -124,38 +119,9 @@ class LlavaModTask(Task):
             return len(batch["keys"])
         return float((batch["targets"] != IGNORED).sum())
 
-    def items(self, batch: Batch) -> dict[str, float]:
-        """Chats, and tokens of all kinds."""
-        return {"samples": len(batch["keys"]), "tokens": float((batch["segments"] > 0).sum())}
-
-    def predictor(self) -> ChatModel:
-        """The student as it answers."""
-        return ChatModel("student", self.core, self.tokens, self.parts.image_spec)
-
-    def teacher_predictors(self) -> dict[str, ChatModel]:
-        """The teacher as it answers."""
-        if self.teacher is None:
-            return {}
-        return {"teacher": ChatModel("teacher", self.teacher.module, self.tokens, self.teacher.image_spec)}
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Of student and teacher."""
-        found = {"student": self.core}
-        if self.teacher is not None:
-            found["teacher"] = self.teacher.module
-        return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
-
     def tags(self) -> dict[str, str | int | float]:
         """Stage and sparse layers."""
         return {"stage": self.cfg.stage, "moe": self.cfg.moe.mode}
-
-    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Probe:
-        """What was trained in this run or one before it."""
-        return export_mllm(folder, self.parts, weights)
-
-    def check_exports(self, written: dict[Path, Probe]) -> None:
-        """Reload and compare."""
-        check_mllms(written, "projects.llava_mod.student")
 
 
 def answer_sums(model: Mllm, hidden: Tensor, targets: Tensor, chunk: int) -> AnswerLogProbs:

@@ -20,7 +20,7 @@ from projects.matvlm.config import HybridConfig
 from projects.matvlm.mixer import Mamba2Mixer, MixerShape
 from vlmkd.errors import UserError
 
-PRESETS: dict[str, tuple[int, int]] = {"12.5": (6, 8), "25": (4, 4), "50": (2, 2)}
+PRESETS: dict[float, tuple[int, int]] = {12.5: (6, 8), 25: (4, 4), 50: (2, 2)}
 """Every how many layers, from layer 0 on, and one of how many at most: 12.5 % of 32 are 0, 6, 12 and 18."""
 OTHER_ATTENTION = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 """What an attention may have that no part of a mixer could start from."""
@@ -28,7 +28,7 @@ OTHER_ATTENTION = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 def chosen_layers(options: HybridConfig, num_layers: int) -> tuple[int, ...]:
     """The layers that become Mamba-2, in order; a UserError where the list does not fit the decoder."""
-    if bool(options.preset) == bool(options.layers):
+    if bool(options.preset) == bool(options.layers) or options.preset not in (0, *PRESETS):
         raise UserError("give either preset (12.5, 25 or 50) or layers")
     if options.preset:
         every, share = PRESETS[options.preset]
@@ -70,7 +70,7 @@ def to_hybrid(
     config = decoder.config
     types = getattr(config, "layer_types", None) or ["full_attention"] * len(mamba)
     config.layer_types = ["linear_attention" if one else kind for one, kind in zip(mamba, types, strict=True)]
-    config.matvlm = {**asdict(options), "preset": "", "layers": [i for i, one in enumerate(mamba) if one]}
+    config.matvlm = {**asdict(options), "preset": 0.0, "layers": [i for i, one in enumerate(mamba) if one]}
     model._is_stateful = True  # generate then refuses what would take tokens back
     if not any(hook is pass_masks for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(pass_masks, with_kwargs=True)

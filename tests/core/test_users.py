@@ -1,6 +1,6 @@
 """The core is what at least two use: names that fewer use are listed here, each module's with the reason.
 
-Users are the four projects and, counted as one, the tools (data_tools, scripts, benchmarks). A name that another module
+Users are the projects and, counted as one, the tools (data_tools, scripts, benchmarks). A name that another module
 of the core mentions, or that nothing but its own module does, is not looked at here: there it is a part of something.
 """
 
@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-USERS = ("dho", "llava_mod", "promptkd", "tinyclip", "vl2v_adip")
+USERS = ("dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
 
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (
@@ -56,22 +56,8 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "preference losses are offered to every project on chats",
         {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
     ),
-    "losses/tokens": ("a stored teacher's form, for the runs that come", {"Taid", "TopK"}),
-    "chat_config": (
-        "what every run on chats has; MaTVLM is its second user",
-        {"ChatRunConfig", "QuestionsConfig"},
-    ),
-    "data/chats": (
-        "chats of every project; MaTVLM is its second user",
-        {"ChatPipeline", "REASONS", "read_chats"},
-    ),
+    "data/chats": ("as in data/samples", {"REASONS"}),
     "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
-    "evaluation/answers": ("how every chat model is asked", {"Answers", "ChatModel"}),
-    "export/mllm": (
-        "how every chat model is built and exported",
-        {"ChatParts", "build_mllm", "check_mllms", "export_mllm", "reloaded"},
-    ),
-    "models/mllm": ("part of the model's forward pass", {"masks"}),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",

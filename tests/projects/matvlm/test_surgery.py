@@ -62,7 +62,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-11) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "layers"),
-    [("12.5", [0, 6, 12, 18]), ("25", [0, 4, 8, 12, 16, 20, 24, 28]), ("50", list(range(0, 31, 2)))],
+    [(12.5, [0, 6, 12, 18]), (25, [0, 4, 8, 12, 16, 20, 24, 28]), (50, list(range(0, 31, 2)))],
 )
 def test_presets_are_the_paper_s_lists(preset: Any, layers: list[int]) -> None:
     assert list(chosen_layers(HybridConfig(preset=preset), 32)) == layers
@@ -78,7 +78,7 @@ def test_presets_are_the_paper_s_lists(preset: Any, layers: list[int]) -> None:
         (HybridConfig(layers=[2, 2]), r"layers \[2, 2\] name a layer twice"),
         (HybridConfig(layers=[0, 1, 2, 3]), "all 4 layers are to become Mamba-2; one has to stay attention"),
         (HybridConfig(), "give either preset .* or layers"),
-        (HybridConfig(preset="25", layers=[1]), "give either preset .* or layers"),
+        (HybridConfig(preset=25, layers=[1]), "give either preset .* or layers"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(options: HybridConfig, message: str) -> None:
@@ -145,9 +145,7 @@ def test_a_higher_share_keeps_the_mixers_of_the_lower_one() -> None:
     assert model.config.matvlm["layers"] == [0, 2] and len(model.model._forward_pre_hooks) == 1
 
 
-@pytest.mark.parametrize(
-    ("preset", "trained"), [("12.5", 131_563_904), ("25", 263_127_808), ("50", 526_255_616)]
-)
+@pytest.mark.parametrize(("preset", "trained"), [(12.5, 131_563_904), (25, 263_127_808), (50, 526_255_616)])
 def test_the_paper_s_counts_on_the_meta_device(preset: Any, trained: int) -> None:
     config = PhiConfig(
         hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32

@@ -1,0 +1,128 @@
+"""One step: the student's answers, and its replaced layers on the teacher's inputs, against the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from projects.matvlm.config import MatvlmConfig
+from projects.matvlm.mixer import Mamba2Mixer
+from projects.matvlm.objective import layer_loss, logit_loss
+from vlmkd.chat_ids import IGNORED
+from vlmkd.chat_runs import ChatTask
+from vlmkd.data.chats import ChatTokens
+from vlmkd.export.mllm import ChatParts
+from vlmkd.losses.tokens import TeacherStates
+from vlmkd.train.task import Batch, StepOutput, combine
+
+
+class MatvlmTask(ChatTask):
+    """A hybrid, and the frozen model that it was."""
+
+    checker = "projects.matvlm.student"
+    teacher: ChatParts
+
+    def __init__(self, cfg: MatvlmConfig, parts: ChatParts, tokens: ChatTokens, teacher: ChatParts) -> None:
+        super().__init__(parts, tokens, teacher)
+        self.cfg = cfg
+        self.body: Any = parts.module.decoder.model
+        self.mamba = [
+            index for index, layer in enumerate(self.body.layers) if isinstance(layer.self_attn, Mamba2Mixer)
+        ]
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """docs/papers/matvlm.md, eq. 12."""
+        loss = self.cfg.loss
+        masks = mixer_masks(batch["segments"])
+        counted = None if loss.padding else batch["segments"] > 0
+        with self.watch.span("teacher"), torch.no_grad():
+            module = self.teacher.module
+            with layers_seen(module.decoder.model, self.mamba if loss.layer else []) as seen:
+                wanted = module(batch)
+        hidden = self.student(batch, **masks)
+        terms, weights, metrics = {}, {}, {}
+        with self.watch.span("loss"):
+            head = self.core.head
+            found = logit_loss(
+                hidden, head.weight, TeacherStates(wanted, module.head.weight, module.head.bias), batch["targets"],
+                reduction=loss.logit_reduction, samples=len(batch["keys"]), counted=counted,
+                divergence=loss.divergence, temperature=loss.temperature, weight=loss.logits, ce_weight=loss.ce,
+                bias=head.bias, chunk=loss.chunk,
+            )  # fmt: skip
+            terms["token"], weights["token"] = found.total, 1.0
+            metrics |= {"kl": found.divergence, "next_token": found.ce, "agreement": found.agreement}
+        if loss.layer:
+            pairs = teacher_forced(self.body, module.decoder.model, seen, masks)
+            terms["layer"], weights["layer"] = layer_loss(pairs, loss.layer_reduction, counted), loss.layer
+            with torch.no_grad():
+                metrics["layer_error"] = layer_loss(pairs, "rel_mse", counted) / len(pairs)
+        output = combine(terms, weights)
+        output.metrics = metrics
+        return output
+
+    def weight(self, batch: Batch) -> float:
+        """What the divergence is divided by: chats, tokens, or tokens of answers."""
+        reduction = self.cfg.loss.logit_reduction
+        if reduction == "batch_sum":
+            return len(batch["keys"])
+        if reduction == "answer_mean":
+            return float((batch["targets"] != IGNORED).sum())
+        return float(batch["segments"].numel() if self.cfg.loss.padding else (batch["segments"] > 0).sum())
+
+    def tags(self) -> dict[str, str | int | float]:
+        """Share of replaced layers, in per cent, and what they started from."""
+        share = round(100 * len(self.mamba) / len(self.body.layers), 1)
+        return {"mamba": share, "start": self.cfg.hybrid.start}
+
+
+def mixer_masks(segments: Tensor) -> dict[str, Tensor]:
+    """What mixers need of rows of chats [R, T]: where their tokens are, and which chat each is of where rows are packed."""
+    masks = {"token_mask": segments > 0}
+    return masks | ({"seq_idx": segments} if int(segments.max()) > 1 else {})
+
+
+@contextmanager
+def layers_seen(body: Any, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Inside, a forward pass of `body` leaves input and output [R, T, D] of each of these layers."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen[index] = (args[0] if args else kwargs["hidden_states"], _states(output))
+
+        return hook
+
+    handles = [body.layers[index].register_forward_hook(keep(index), with_kwargs=True) for index in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def teacher_forced(
+    student: Any, teacher: Any, seen: Mapping[int, tuple[Tensor, Tensor]], masks: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Outputs [R, T, D] of the student's layers on what the teacher's got, and the teacher's; of the last one normed."""
+    pairs = []
+    for index, (given, wanted) in sorted(seen.items()):
+        found = _states(student.layers[index](given, **masks))
+        if index == len(student.layers) - 1:
+            found, wanted = _norm(student)(found), _norm(teacher)(wanted)
+        pairs.append((found, wanted))
+    return pairs
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
+def _norm(body: Any) -> nn.Module:
+    """The final norm, which Phi calls otherwise."""
+    norm: nn.Module = body.final_layernorm if hasattr(body, "final_layernorm") else body.norm
+    return norm

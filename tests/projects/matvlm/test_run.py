@@ -1,0 +1,130 @@
+"""Whole runs on a tiny Llama: resume, exports that answer when they are loaded again, and a chain of two shares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from projects.matvlm.mixer import Mamba2Mixer
+from projects.matvlm.student import surgery
+from tests.chat_parts import picture
+from tests.projects.matvlm.models import fields
+from tests.projects.zygote import Zygote
+from vlmkd.data.chats import ChatTokens
+from vlmkd.evaluation.answers import ChatModel
+from vlmkd.export.mllm import ChatParts, load_mllm
+from vlmkd.tensor_files import read_safetensors
+
+pytestmark = pytest.mark.slow
+
+
+def train(zygote: Zygote, run_dir: Path, *arguments: str) -> str:
+    """A run: what it said."""
+    words = [*arguments, f"run_dir={run_dir}"]
+    code, said = zygote.run("projects.matvlm.train_distill", words, run_dir.with_suffix(".out"))
+    assert code == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return fields(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def first(zygote: Zygote, given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two of the eight layers."""
+    run_dir = tmp_path_factory.mktemp("runs") / "quarter"
+    train(zygote, run_dir, *given, "hybrid.preset=25")
+    return run_dir
+
+
+def mamba_of(parts: ChatParts) -> list[int]:
+    body: Any = parts.module.decoder.model
+    return [i for i, layer in enumerate(body.layers) if isinstance(layer.self_attn, Mamba2Mixer)]
+
+
+def test_a_run_resumes_to_the_same_export(zygote: Zygote, given: list[str], first: Path) -> None:
+    again = first.with_name("again")
+    killed = [*given, f"run_dir={again}", "hybrid.preset=25"]
+    saved = again / "state" / "step_000001"
+    zygote.kill("projects.matvlm.train_distill", killed, again.with_suffix(".out"), saved.is_dir)
+    assert not (again / "done.json").exists()
+    assert "resumed from" in train(zygote, again, *given, "hybrid.preset=25")
+    found, wanted = (read_safetensors(run / "export" / "model.safetensors") for run in (again, first))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_an_export_holds_what_was_trained_and_answers_as_the_uncached_forward(first: Path) -> None:
+    parts = load_mllm(first / "export", surgery=surgery)
+    assert mamba_of(parts) == [0, 4]
+    names = read_safetensors(first / "export" / "model.safetensors").keys()
+    assert {name.split(".self_attn.")[0] for name in names if "projector" not in name} == {
+        "decoder.model.layers.0", "decoder.model.layers.4",
+    }  # fmt: skip
+    module = parts.module.eval()
+    tokens = ChatTokens(parts.tokenizer, "plain", module.tower.tokens)  # type: ignore[arg-type]
+    model = ChatModel("student", module, tokens, parts.image_spec)
+    asked = [([picture(1)], [], "<image>\nWhat is it?"), ([picture(2)], [], "<image>\nWhat?")]
+    said = model.answer(asked, most_tokens=6)  # type: ignore[arg-type]
+    for one, text in zip(asked, said, strict=True):
+        row = tokens.prompt([], one[2])
+        images = torch.stack([model._transform(_image(one[0][0]))])
+        with torch.no_grad():
+            for _ in range(6):
+                ids = torch.tensor([row])
+                batch = {
+                    "input_ids": ids, "segments": torch.ones_like(ids), "images": images,
+                    "image_rows": torch.zeros(1, dtype=torch.int64),
+                }  # fmt: skip
+                row = [*row, int(module.head(module(batch))[0, -1].argmax())]
+        assert text == model._text(row[-6:], tokens.end)
+
+
+def _image(data: bytes) -> Any:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data))
+
+
+def test_a_chain_keeps_the_mixers_of_layers_that_stay_mamba_and_gives_the_others_their_attention_back(
+    zygote: Zygote, given: list[str], first: Path
+) -> None:
+    data = [one for one in given if not one.startswith("student.")]
+    teacher = [one.replace("student.", "teacher.") for one in given if one.startswith("student.")]
+    chained = [*data, *teacher, f"student.init_from={first / 'export'}"]
+    untrained = [*chained, "optim.lr=0"]
+    run_dir = first.with_name("half")
+    train(zygote, run_dir, *untrained, "hybrid.layers=[0,2,6]")
+    before, after = (load_mllm(run / "export", surgery=surgery) for run in (first, run_dir))
+    assert mamba_of(after) == [0, 2, 6]
+    old, new = before.module.state_dict(), after.module.state_dict()
+    for name, value in old.items():
+        if ".layers.0.self_attn." in name or "projector" in name:
+            assert torch.equal(new[name], value), name
+    stock: Any = load_decoder_of(given).state_dict()
+    for name, value in stock.items():
+        if ".layers.4.self_attn." in name:
+            assert torch.equal(new[f"decoder.{name}"], value), name
+    results = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    shares = {line["tags"]["mamba"] for line in results if line["model"] == "student"}
+    assert shares == {37.5} and any(line["model"] == "teacher" for line in results)
+    code, said = zygote.run(
+        "projects.matvlm.train_distill", [*data, f"student.init_from={first / 'export'}", "hybrid.preset=50", "run_dir=r"],
+        first.with_name("refused.out"),
+    )  # fmt: skip
+    assert code == 2 and "student.init_from is a hybrid; set teacher.init_from" in said
+
+
+def load_decoder_of(given: list[str]) -> Any:
+    from vlmkd.models.mllm import load_decoder
+
+    name = next(one for one in given if one.startswith("student.decoder="))
+    return load_decoder(name.partition("=")[2])[0]

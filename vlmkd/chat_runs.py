@@ -1,0 +1,115 @@
+"""What runs on chats have in common: the loader of a config's chats, its questions, and the task around two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmkd import distributed
+from vlmkd.chat_config import ChatRunConfig, QuestionsConfig
+from vlmkd.data.chats import ChatPipeline, ChatTokens, read_chats
+from vlmkd.data.loader import Loader
+from vlmkd.data.sources import ItemSource, Stream
+from vlmkd.errors import UserError
+from vlmkd.evaluation.answers import Answers, ChatModel
+from vlmkd.export.folder import Probe
+from vlmkd.export.mllm import ChatParts, check_mllms, export_mllm
+from vlmkd.files import read_json
+from vlmkd.models.mllm import Mllm
+from vlmkd.train.engine import batch_triple
+from vlmkd.train.task import Batch, Task
+from vlmkd.train.timing import Stopwatch
+
+
+def check_pair(student: ChatParts, teacher: ChatParts) -> None:
+    """Refuse a teacher that does not read what the student reads.
+
+    Raises:
+        UserError: another vocabulary, other features an image, or other pixels.
+    """
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise UserError(
+            f"the vocabularies of student {student.config.decoder} and teacher {teacher.config.decoder} differ; distil "
+            "between models of one tokenizer"
+        )
+    ours, theirs = ((one.module.tower.tokens, one.image_spec) for one in (student, teacher))
+    if ours != theirs:
+        raise UserError(
+            f"the student has {ours[0]} features an image of {ours[1].size}, the teacher {theirs[0]} of {theirs[1].size}; "
+            "give both the same tower, grid and image_size"
+        )
+
+
+def chat_tokens(cfg: ChatRunConfig, student: ChatParts) -> ChatTokens:
+    """The config's template in the student's tokens."""
+    places: Any = student.module.tower.tokens
+    return ChatTokens(student.tokenizer, cfg.data.template, places)
+
+
+def chat_loader(cfg: ChatRunConfig, student: ChatParts, tokens: ChatTokens) -> Loader:
+    """Every chat once an epoch."""
+    data = cfg.data
+    items = [item for path in data.chats for item in read_chats(path, data.images or str(Path(path).parent))]
+    _, accumulation = batch_triple(cfg, distributed.world_size())
+    source = ItemSource(
+        {"chats": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=distributed.rank(),
+        world_size=distributed.world_size(), accumulation=accumulation,
+    )  # fmt: skip
+    pipeline = ChatPipeline(
+        tokens, student.image_spec, max_length=data.max_length, pack=data.pack, max_pixels=data.max_pixels
+    )
+    return Loader(source, pipeline, workers=data.workers, max_bad_share=data.max_bad_share)
+
+
+def questions(cfg: QuestionsConfig) -> Answers:
+    """The evaluator of a file of questions."""
+    items = read_chats(cfg.data, cfg.images or str(Path(cfg.data).parent))
+    if cfg.most and cfg.most < len(items):
+        items = [items[index * len(items) // cfg.most] for index in range(cfg.most)]
+    vocabulary: Any = read_json(cfg.vocabulary, "vocabulary") if cfg.vocabulary else []
+    return Answers(items, cfg.name or Path(cfg.data).stem, vocabulary=vocabulary)
+
+
+class ChatTask(Task):
+    """A multimodal student, and the frozen teacher where there is one; a project adds `step` and `weight`."""
+
+    checker: str
+    """The module that reloads this project's exports: `vlmkd.export.mllm.check_mllms`."""
+
+    def __init__(self, parts: ChatParts, tokens: ChatTokens, teacher: ChatParts | None) -> None:
+        self.parts, self.tokens, self.teacher = parts, tokens, teacher
+        self.core: Mllm = parts.module
+        self.student: nn.Module = self.core
+        self.teachers: list[nn.Module] = [] if teacher is None else [teacher.module]
+        self.watch = Stopwatch()
+
+    def items(self, batch: Batch) -> dict[str, float]:
+        """Chats, and tokens of all kinds."""
+        return {"samples": len(batch["keys"]), "tokens": float((batch["segments"] > 0).sum())}
+
+    def predictor(self) -> ChatModel:
+        """The student as it answers."""
+        return ChatModel("student", self.core, self.tokens, self.parts.image_spec)
+
+    def teacher_predictors(self) -> dict[str, ChatModel]:
+        """The teacher as it answers."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": ChatModel("teacher", self.teacher.module, self.tokens, self.teacher.image_spec)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of student and teacher."""
+        found = {"student": self.core}
+        if self.teacher is not None:
+            found["teacher"] = self.teacher.module
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in found.items()}
+
+    def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Probe:
+        """What was trained in this run or one before it."""
+        return export_mllm(folder, self.parts, weights)
+
+    def check_exports(self, written: dict[Path, Probe]) -> None:
+        """Reload and compare."""
+        check_mllms(written, self.checker)
