@@ -298,13 +298,20 @@ def test_a_short_run_is_judged_at_its_end(make_shards, spec, tokenizer):
     def loader(share: float):
         return build(make_shards([10] * 2, spoil), spec, tokenizer, max_bad_share=share, batch_size=4)
 
-    lenient, strict = loader(0.5), loader(0.0)
+    lenient, strict = loader(0.5), loader(0.01)
     for one in (lenient, strict):
         while not one.skipped:
             take(one, 1)
     lenient.check_bad_share()
-    with pytest.raises(UserError, match=r"data.max_bad_share=0.0: \d of \d+ samples were bad"):
+    with pytest.raises(UserError, match=r"data.max_bad_share=0.01: \d of \d+ samples were bad"):
         strict.check_bad_share()
+
+
+def test_where_none_may_be_bad_the_first_ends_the_run(make_shards, spec, tokenizer):
+    loader = build(make_shards([10] * 2, spoil), spec, tokenizer, max_bad_share=0.0, batch_size=4)
+    with pytest.raises(UserError, match=r"data.max_bad_share=0.0: 1 of \d+ samples were bad"):
+        take(loader, 20)
+    assert sum(loader.skipped.values()) == 1
 
 
 def test_a_command_is_shown_before_a_shell_runs_it(make_shards, spec, tokenizer, caplog):

@@ -149,7 +149,7 @@ class Loader:
             if count == 1 or count % _LOG_EVERY == 0:
                 told = "skipped %s: %s %s (%d such on rank %d so far)"
                 log.warning(told, bad.name, bad.reason, bad.detail, count, self.source.rank)
-        if self._read >= _MIN_READ:
+        if self._read >= _MIN_READ or not self._max_bad_share:
             self.check_bad_share()
         firsts = [state["first_pass"] for state in self._states if state and state["first_pass"]]
         if len(firsts) == len(self._states):  # a small set is judged by one whole pass
