@@ -39,6 +39,7 @@ _SMALLEST = 1e-30  # below any probability that fp32 softmax tells from 0
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,6 +17,7 @@ from vlmkd.files import write_text
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="+", metavar="CONFIG.yaml or field=value")
     parser.add_argument("--out", type=Path, required=True, help="text file, one key a line")

@@ -68,6 +68,7 @@ def load_teacher(
 
 
 def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
+    """The templates that a teacher is asked with; `own` are the data set's."""
     return cfg.templates or (read_templates("simple") if cfg.prompts == "ensemble" else own)
 
 

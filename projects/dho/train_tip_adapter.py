@@ -132,6 +132,7 @@ def _clean(clip: ClipModel, items: Sequence[Item], device: torch.device) -> tupl
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         config.print_help(TipAdapterConfig)
         return 0

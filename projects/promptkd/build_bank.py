@@ -24,6 +24,7 @@ from vlmkd.errors import run_tool
 
 
 def build_bank(cfg: BankConfig) -> None:
+    """Write the class vectors of a set, and its images' embeddings where they are asked for."""
     dataset, device = configured_set(cfg.data), distributed.device()
     teacher = load_teacher(cfg.teacher, cfg.data.set, cfg.protocol)
     teacher.module.to(device)
@@ -56,6 +57,7 @@ def build_bank(cfg: BankConfig) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         config.print_help(BankConfig)
         return 0

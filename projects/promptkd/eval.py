@@ -172,6 +172,7 @@ def _clip(name: str) -> ClipConfig:
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -133,11 +133,13 @@ def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
 
 
 def probe_of(module: nn.Module, config: ClassifierConfig) -> Probe:
+    """Logits and prediction of random images."""
     images = probe_images(config.image_spec)
     return Probe({"images": images}, _outputs(copy.deepcopy(module).cpu().float(), config, images))
 
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
+    """What the classifier in `folder` makes of a probe's images."""
     return _outputs(load_classifier(folder).module, read_config(folder), probe.inputs["images"])
 
 

@@ -144,6 +144,7 @@ def verify_export(folder: Path, clip: ClipModel) -> None:
 
 
 def probe_of(clip: ClipModel) -> Probe:
+    """Embeddings and scale for random images and fixed texts."""
     module = copy.deepcopy(clip.module).cpu().float().eval()
     images, tokens = probe_images(clip.image_spec), clip.tokenizer(_PROBE_TEXTS)
     facts = {"image_spec": dataclasses.asdict(clip.image_spec)}

@@ -105,6 +105,8 @@ class PrunedBlock(nn.Module):
 
 
 class PrunedTransformer(nn.Module):
+    """Blocks of unequal numbers of heads and units, which share the stream's width."""
+
     def __init__(self, tower: Config, quick_gelu: bool) -> None:
         super().__init__()
         self.grad_checkpointing = False
