@@ -58,6 +58,10 @@ def rows() -> Iterator[Row]:
     yield "tinyclip/scripts/emoji_table.sh", (), {"SEEDS": "0"}
     yield "tinyclip/scripts/emoji_teacher.sh", (), {}
 
+    for model in ("qwen1.5_0.5b", "qwen2_0.5b", "qwen2_1.5b", "qwen1.5_1.8b"):
+        yield "llava_mod/scripts/recipe.sh", ("all", model), {}
+    yield "llava_mod/scripts/recipe.sh", ("d2s", "qwen2_0.5b", "moe.aux=0.02"), {"RUNS": "/out"}
+
     for stage in BASELINES.split():
         yield "vl2v_adip/scripts/run.sh", (stage, "resnet50", "office_home", "Art", "data.root=/data"), {}
     for key, domains in DOMAINS.items():
