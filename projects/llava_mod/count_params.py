@@ -17,7 +17,7 @@ from torch import nn
 from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import moe_layers, sparse_layers, upcycle
 from projects.llava_mod.student import is_trained
-from vlmkd.chat_config import ChatDataConfig, MllmConfig
+from vlmkd.config import load
 from vlmkd.errors import at_least, run_tool
 from vlmkd.models.mllm import Projector
 
@@ -65,10 +65,8 @@ def count(name: str, *, mode: str = "sparse", experts: int = 4, top_k: int = 2) 
         upcycle(decoder, moe_layers(mode, len(decoder.model.layers)), experts, top_k=top_k)
         projector = Projector(TOWER_WIDTH, decoder.config.hidden_size)
     whole = nn.ModuleDict({"projector": projector, "decoder": decoder})
-    stock = MllmConfig(tower="-", decoder="-")
-    cfg = LlavaModConfig(
-        run_dir="-", stage="d2s", student=stock, teacher=stock, data=ChatDataConfig(chats=["-"])
-    )
+    given = ("run_dir=x", "stage=d2s", "student.init_from=x", "teacher.init_from=x", "data.chats=[x]")
+    cfg = load(LlavaModConfig, list(given))
     trained = sum(p.numel() for name, p in whole.named_parameters() if is_trained(name, cfg))
     idle = sum(_size(layer.experts) * (experts - top_k) // experts for layer in sparse_layers(decoder))
     sparse = _size(decoder)

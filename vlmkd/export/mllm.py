@@ -66,7 +66,8 @@ def build_mllm(cfg: MllmConfig, *, seed: int = 0, surgery: Surgery | None = None
         UserError: parts that cannot be had, an export that is damaged, of another project, or whose stock weights differ.
     """
     if cfg.init_from:
-        return load_mllm(Path(cfg.init_from), surgery=surgery)
+        half = "bf16" if cfg.precision == "bf16" else ""
+        return load_mllm(Path(cfg.init_from), surgery=surgery, precision=half)
     return _assemble(replace(cfg), seed)
 
 

@@ -234,6 +234,8 @@ def test_a_foreign_folder_becomes_an_export_with_the_tensors_that_differ(
         read_folder(tmp_path / "back")[0].weights.keys()
         == read_folder(tmp_path / "any_name")[0].weights.keys()
     )
+    half = build_mllm(MllmConfig(init_from=str(tmp_path / "back"), precision="bf16"), surgery=surgery)
+    equal(half.module.state_dict(), {n: v.bfloat16() for n, v in parts.module.state_dict().items()})
     with pytest.raises(UserError, match="needs --decoder"):
         main(args[:4])
     other = stock_decoder(tmp_path / "other", tied=False)
