@@ -152,23 +152,35 @@ def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Eval
     before it are in the table and the file.
     """
     found: list[Evaluated] = []
-    told, code = "", 0
-    try:
-        context = _start(args)
+
+    def evaluate() -> None:
+        context = start(args)
         models = [model_name(name) for name in args.model]
         evaluators = make_evaluators(context)
         for name, (model, pretrained) in zip(args.model, models, strict=True):
             found.append(_evaluate(name, model, pretrained, evaluators, context, cost=args.cost))
             if args.results and distributed.is_main():
                 _write(Path(args.results), found)
+
+    def show() -> None:
+        if found and distributed.is_main():
+            print(table([number for one in found for number in one.numbers()]))
+
+    return on_ranks(evaluate, show)
+
+
+def on_ranks(work: Callable[[], None], after: Callable[[], None] = lambda: None) -> int:
+    """Do `work`, which calls `start`, and `after` it in any case; the exit code, once a mistake is told to all ranks."""
+    told, code = "", 0
+    try:
+        work()
     except UserError as error:
         told, code = f"{Path(sys.argv[0]).name}: {error}", 2
     except RuntimeError:
         if not distributed.mistake_told():
             raise
         code = 2  # another rank has said it, and left; what broke here was the connection to it
-    if found and distributed.is_main():
-        print(table([number for one in found for number in one.numbers()]))
+    after()
     if told:
         print(told, file=sys.stderr)
         distributed.tell_mistake()
@@ -176,7 +188,7 @@ def run(args: argparse.Namespace, make_evaluators: Callable[[Context], list[Eval
     return code
 
 
-def _start(args: argparse.Namespace) -> Context:
+def start(args: argparse.Namespace) -> Context:
     """Start the ranks that a launcher asked for."""
     if args.results:
         check_writable(args.results, "--results")

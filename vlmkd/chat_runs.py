@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ class ChatTask(Task):
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Probe:
         """What was trained in this run or one before it."""
-        return export_mllm(folder, self.parts, weights)
+        project = self.checker.split(".")[1]
+        parts = replace(self.parts, project=project, template=self.tokens.template_name)
+        return export_mllm(folder, parts, weights)
 
     def check_exports(self, written: dict[Path, Probe]) -> None:
         """Reload and compare."""

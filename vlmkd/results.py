@@ -145,7 +145,7 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: no such file, or another line that is no JSON object.
     """
-    text = read_text(path, what).splitlines()
+    text = read_text(path, what).rstrip("\n").split("\n")  # a text in JSON may hold other ends of lines
     for number, line in enumerate(text, start=1):
         try:
             content = json.loads(line)

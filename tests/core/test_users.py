@@ -45,8 +45,14 @@ ALONE: dict[str, tuple[str, set[str]]] = {
             "LIST_MARK",
         },
     ),
+    "evaluation/answers": ("one record as a question, which scripts/eval_chat.py asks too", {"Question"}),
+    "evaluation/benchmarks": (
+        "benchmarks of the field by name, which scripts/eval_chat.py asks of any project's model",
+        {"BENCHMARKS", "read_answers", "read_benchmark", "read_judge", "write_answers"},
+    ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
+    "export/mllm": ("what scripts/chat.py loads any project's export with", {"Surgery", "load_mllm"}),
     "export/clip": ("type of an option that tools pass as text", {"Layout"}),
     "losses/contrastive": (
         "losses are offered to every project",
@@ -56,7 +62,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "preference losses are offered to every project on chats",
         {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
     ),
-    "data/chats": ("as in data/samples", {"REASONS"}),
+    "data/chats": ("as in data/samples, and the templates for the tools' options", {"REASONS", "TEMPLATES"}),
     "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (

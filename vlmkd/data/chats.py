@@ -150,6 +150,7 @@ class ChatTokens:
                 f"config field data.template is {template!r}; choose one of {', '.join(TEMPLATES)}"
             )
         self.tokenizer, self.template, self.image_tokens = tokenizer, TEMPLATES[template], image_tokens
+        self.template_name = template
         end = self.template.end
         self.end: int = tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
         """Id behind every answer."""

@@ -18,7 +18,9 @@ from PIL import Image
 from vlmkd import distributed
 from vlmkd.data.chats import ChatItem, ChatTokens, turns_of
 from vlmkd.data.transforms import eval_transform
+from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, progress
+from vlmkd.files import one_line
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.mllm import Mllm
 from vlmkd.results import Meaning, share
@@ -46,6 +48,9 @@ class ChatModel:
         """Answers to (images, turns before, question), together: rows are padded on the left, each has its own end.
 
         `temperature` 0 is greedy. `options` go to `generate` of transformers, e.g. a streamer.
+
+        Raises:
+            UserError: an image that cannot be read.
         """
         device = next(self.model.parameters()).device
         pad = self.tokens.tokenizer.pad_token_id or 0
@@ -53,9 +58,7 @@ class ChatModel:
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        pictures = [
-            self._transform(Image.open(io.BytesIO(data))) for images, _, _ in asked for data in images
-        ]
+        pictures = [self._picture(data) for images, _, _ in asked for data in images]
         height, breadth = self.image_spec.size
         images = (
             torch.stack(pictures).to(device)
@@ -70,6 +73,14 @@ class ChatModel:
             pad_token_id=pad, **sampling, **options,
         )  # fmt: skip
         return [self._text(row, end) for row in said.tolist()]
+
+    def _picture(self, data: bytes) -> torch.Tensor:
+        try:
+            return self._transform(Image.open(io.BytesIO(data)))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"the image cannot be read ({one_line(error).partition(' <')[0]}); name another"
+            ) from None
 
     def _text(self, row: list[int], end: int) -> str:
         row = row[: row.index(end)] if end in row else row
@@ -112,16 +123,8 @@ class Answers:
         )
 
     def run(self, predictor: ChatModel, context: Context) -> list[Result]:
-        """Each rank asks its share; all have all answers."""
-        own = [self.questions[index] for index in distributed.rank_share(len(self.questions))]
-        groups = [own[start : start + context.batch_size] for start in range(0, len(own), context.batch_size)]
-        said: dict[str, str] = {}
-        for group in progress(groups, len(groups), self.dataset, context):
-            most = max(_MOST_TOKENS.get(one.kind, _TOKENS) for one in group)
-            asked = [(_images(one.item), one.turns, one.text) for one in group]
-            answers = predictor.answer(asked, most_tokens=most)
-            said |= {one.item.key: answer for one, answer in zip(group, answers, strict=True)}
-        said = {key: text for part in distributed.gather_objects(said) for key, text in part.items()}
+        """See `Evaluator`."""
+        said = ask(predictor, self.questions, context, self.dataset)
         pairs = [(one, said[one.item.key]) for one in self.questions]
         metrics, meanings = scores(pairs, self._vocabulary)
         details = [
@@ -129,6 +132,29 @@ class Answers:
             for one, text in pairs
         ]
         return [Result(self.name, self.dataset, metrics, len(pairs), {"answers": details}, meanings=meanings)]
+
+
+def ask(
+    predictor: ChatModel, questions: Sequence[Question], context: Context, title: str, most_tokens: int = 0
+) -> dict[str, str]:
+    """Key -> answer. Each rank asks its share; all have all answers. `most_tokens` 0: as the kind of question needs.
+
+    Raises:
+        UserError: an image that cannot be read, with the question's key.
+    """
+    own = [questions[index] for index in distributed.rank_share(len(questions))]
+    groups = [own[start : start + context.batch_size] for start in range(0, len(own), context.batch_size)]
+    said: dict[str, str] = {}
+    for group in progress(groups, len(groups), title, context):
+        most = most_tokens or max(_MOST_TOKENS.get(one.kind, _TOKENS) for one in group)
+        asked = [(_images(one.item), one.turns, one.text) for one in group]
+        try:
+            answers = predictor.answer(asked, most_tokens=most)
+        except UserError as error:
+            keys = ", ".join(one.item.key for one in group)
+            raise UserError(f"{title}, question {keys}: {error}") from None
+        said |= {one.item.key: answer for one, answer in zip(group, answers, strict=True)}
+    return {key: text for part in distributed.gather_objects(said) for key, text in part.items()}
 
 
 def _images(item: ChatItem) -> list[bytes]:

@@ -57,6 +57,10 @@ class ChatParts:
     """sha256 over the weights as they came from tower and decoder."""
     trained: set[str] = field(default_factory=set)
     """Names of the tensors that are no longer stock: those of an export, and what a run trains."""
+    project: str = ""
+    """Which project made it, and knows its `facts`."""
+    template: str = "llava"
+    """How the conversations were written that it learned from."""
 
 
 def build_mllm(cfg: MllmConfig, *, seed: int = 0, surgery: Surgery | None = None) -> ChatParts:
@@ -125,7 +129,8 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
     parts.module.load_state_dict(weights, strict=False)
     if precision == "bf16":
         parts.module.to(torch.bfloat16)
-    return replace(parts, config=cfg, facts=facts, trained=set(weights))
+    project, template = str(content.get("project", "")), str(content.get("template", parts.template))
+    return replace(parts, config=cfg, facts=facts, trained=set(weights), project=project, template=template)
 
 
 def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -> Probe:
@@ -137,6 +142,8 @@ def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -
             "format": _FORMAT,
             "model": asdict(parts.config),
             "facts": parts.facts,
+            "project": parts.project,
+            "template": parts.template,
             "base_sha256": parts.base_digest,
         }
         write_json(partial / CONFIG, facts)

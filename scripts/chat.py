@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Talk with an exported multimodal model about a picture; answers come word by word.
+
+  python scripts/chat.py --model runs/chat/teacher --image photo.jpg
+  python scripts/chat.py --model runs/chat/prefer --image photo.jpg --question "What is at the top left?"
+
+Each question sees the turns before it. `/image FILE` begins anew with another picture, `/new` with the same one; an
+empty line or Ctrl-D ends. Without --image the model is asked by text alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+
+from vlmkd import distributed
+from vlmkd.data.chats import IMAGE, TEMPLATES, ChatTokens
+from vlmkd.data.decode import BadImageError, image_size
+from vlmkd.errors import UserError, at_least, did_you_mean, run_tool
+from vlmkd.evaluation.answers import ChatModel
+from vlmkd.export.mllm import CONFIG, Surgery, load_mllm
+from vlmkd.files import read_object, unreadable
+
+PROJECTS = Path(__file__).resolve().parents[1] / "projects"
+NEW, OTHER = "/new", "/image "
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """The options that `load` reads."""
+    add = parser.add_argument
+    add("--model", required=required, default="", metavar="EXPORT", help="a run, or its `export` folder")
+    add("--project", default="", help="whose model it is (default: as the export says)")
+    add("--template", choices=list(TEMPLATES), help="how a conversation is written (default: as in training)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")
+    add("--device", default="", help="cpu, cuda, cuda:1 (default: a GPU when there is one)")
+
+
+def load(args: argparse.Namespace) -> ChatModel:
+    """The model that the options name.
+
+    Raises:
+        UserError: no export, or one of a project that is not here.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(args.model).expanduser()
+    folder = folder if (folder / CONFIG).is_file() else folder / "export"
+    content = read_object(folder / CONFIG, "--model", "name a run, or its `export` folder")
+    owner = args.project or content.get("project", "")
+    parts = load_mllm(folder, surgery=_surgery(owner) if owner else None, precision=args.precision)
+    module: Any = parts.module.eval().to(distributed.device_named(args.device))
+    tokens = ChatTokens(parts.tokenizer, args.template or parts.template, module.tower.tokens)
+    return ChatModel(args.model, module, tokens, parts.image_spec)
+
+
+def _surgery(owner: str) -> Surgery:
+    """`surgery` of a project's `student.py`; a file's word is looked up among the projects, never imported as it is."""
+    known = [path.parent.name for path in PROJECTS.glob("*/student.py") if "def surgery(" in path.read_text()]
+    if owner not in known:
+        raise UserError(
+            f"--project {owner} is no project with chat models; {did_you_mean(owner, known, 'leave it out')}"
+        )
+    found: Surgery = importlib.import_module(f"projects.{owner}.student").surgery
+    return found
+
+
+class Conversation:
+    """Turns about one picture, or none."""
+
+    def __init__(self, image: str, *, most_tokens: int, temperature: float) -> None:
+        self.most_tokens, self.temperature = most_tokens, temperature
+        self.begin(image)
+
+    def begin(self, image: str) -> None:
+        """Forget the turns; look at `image`."""
+        try:
+            self.images = [Path(image).expanduser().read_bytes()] if image else []
+            for data in self.images:
+                image_size(data)
+        except OSError as error:
+            raise unreadable(error, image, "image") from None
+        except BadImageError:
+            raise UserError(f"image {image} is no picture that can be read; name another") from None
+        self.image, self.turns = image, list[tuple[str, str]]()
+
+    def ask(self, model: ChatModel, question: str) -> str:
+        """The answer, which is printed while it comes."""
+        text = question if self.turns or not self.images else f"{IMAGE}\n{question}"
+        streamer = transformers.TextStreamer(model.tokens.tokenizer, skip_special_tokens=True)
+        (said,) = model.answer(
+            [(self.images, self.turns, text)], most_tokens=self.most_tokens, temperature=self.temperature,
+            streamer=streamer,
+        )  # fmt: skip
+        self.turns.append((text, said))
+        return said
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser, required=True)
+    parser.add_argument("--image", default="", metavar="FILE", help="the picture")
+    parser.add_argument("--question", default="", help="ask this alone")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest words")
+    parser.add_argument("--most-tokens", type=at_least(1), default=256, help="longest answer (default 256)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of sampled answers (default 0)")
+    args = parser.parse_args(argv)
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature {args.temperature} is not 0 or more")
+    talk = Conversation(args.image, most_tokens=args.most_tokens, temperature=args.temperature)
+    model = load(args)
+    torch.manual_seed(args.seed)
+    if args.question:
+        talk.ask(model, args.question)
+        return 0
+    while question := _next():
+        try:
+            if question == NEW:
+                talk.begin(talk.image)
+            elif question.startswith(OTHER):
+                talk.begin(question.removeprefix(OTHER).strip())
+            else:
+                talk.ask(model, question)
+        except UserError as error:  # a typing mistake ends no conversation
+            print(error, file=sys.stderr)
+    return 0
+
+
+def _next() -> str:
+    """What is typed next; empty at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+if __name__ == "__main__":
+    run_tool(main)
