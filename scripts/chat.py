@@ -54,18 +54,30 @@ def load(args: argparse.Namespace) -> ChatModel:
     folder = folder if (folder / CONFIG).is_file() else folder / "export"
     content = read_object(folder / CONFIG, "--model", "name a run, or its `export` folder")
     owner = args.project or content.get("project", "")
+    if content.get("facts") and not owner:
+        raise UserError(
+            f"--model {args.model} does not say whose model it is; give --project, one of {', '.join(_owners())}"
+        )
     parts = load_mllm(folder, surgery=_surgery(owner) if owner else None, precision=args.precision)
     module: Any = parts.module.eval().to(distributed.device_named(args.device))
     tokens = ChatTokens(parts.tokenizer, args.template or parts.template, module.tower.tokens)
     return ChatModel(args.model, module, tokens, parts.image_spec)
 
 
+def _owners() -> list[str]:
+    """The projects with chat models."""
+    return sorted(
+        path.parent.name for path in PROJECTS.glob("*/student.py") if "def surgery(" in path.read_text()
+    )
+
+
 def _surgery(owner: str) -> Surgery:
     """`surgery` of a project's `student.py`; a file's word is looked up among the projects, never imported as it is."""
-    known = [path.parent.name for path in PROJECTS.glob("*/student.py") if "def surgery(" in path.read_text()]
+    known = _owners()
     if owner not in known:
+        otherwise = f"one of {', '.join(known)}"
         raise UserError(
-            f"--project {owner} is no project with chat models; {did_you_mean(owner, known, 'leave it out')}"
+            f"--project {owner} is no project with chat models; {did_you_mean(owner, known, otherwise)}"
         )
     found: Surgery = importlib.import_module(f"projects.{owner}.student").surgery
     return found

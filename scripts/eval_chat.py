@@ -7,7 +7,8 @@
 
 The second form asks nothing: it scores the answers in --out again. --data takes the published files, see `read_...` in
 vlmkd/evaluation/questions.py and vlmkd/evaluation/hallucination.py; --images the folder of the images (default: that
-of the first file). Answers to benchmarks with a judge are scored once --judge-file has what the judge said.
+of the first file). A run that was stopped goes on with the same command. Answers to benchmarks with a judge are scored
+once --judge-file has what the judge said.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from scripts import evaluation_command as command
 from vlmkd import distributed
 from vlmkd.data.chats import ChatItem
 from vlmkd.errors import at_least, run_tool
-from vlmkd.evaluation.answers import Question, ask
+from vlmkd.evaluation.answers import ChatModel, Question, ask
+from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.benchmarks import (
     BENCHMARKS,
     read_answers,
@@ -36,6 +38,9 @@ from vlmkd.evaluation.benchmarks import (
 )
 from vlmkd.files import check_writable, write_json
 from vlmkd.results import Number, numbers_of, parameters, write_results
+
+KEPT_EVERY = 1000
+"""Questions after which the answers are saved."""
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     context = command.start(args)
-    benchmark, name = BENCHMARKS[args.benchmark], args.name or args.benchmark
+    name = args.name or args.benchmark
     images = args.images or str(args.data[0] if args.data[0].is_dir() else args.data[0].parent)
     items = read_benchmark(args.benchmark, args.data, images)
     if args.most and args.most < len(items):
@@ -75,12 +80,39 @@ def _evaluate(args: argparse.Namespace) -> None:
         size = [
             parameters(sum(p.numel() for p in model.model.parameters()), run=args.model, model=args.model)
         ]
-        order = sorted(map(Question.of, items), key=lambda one: len(one.text))  # of about one length together
-        said = ask(model, order, context, name, benchmark.most_tokens)
+        said = _asked(args, name, model, items, context)
         if distributed.is_main():
             write_answers(args.out, args.benchmark, args.model, items, said)
+            _partial(args).unlink(missing_ok=True)
     if distributed.is_main():
         _score(args, name, items, size)
+
+
+def _asked(
+    args: argparse.Namespace, name: str, model: ChatModel, items: list[ChatItem], context: Context
+) -> dict[str, str]:
+    """Key -> answer; those of a run that was stopped are kept beside --out, and not asked for again."""
+    said: dict[str, str] = {}
+    if distributed.is_main() and _partial(args).is_file():
+        told, kept = read_answers(_partial(args), args.benchmark, [])
+        said = kept if told == args.model else {}
+    said = distributed.broadcast_object(said)
+    order = sorted(map(Question.of, items), key=lambda one: len(one.text))  # of about one length together
+    rest = [one for one in order if one.item.key not in said]
+    for start in range(0, len(rest), KEPT_EVERY):
+        own = rest[start : start + KEPT_EVERY]
+        said |= ask(
+            model, own, context, f"{name} {start}/{len(rest)}", BENCHMARKS[args.benchmark].most_tokens
+        )
+        if distributed.is_main():
+            done = [item for item in items if item.key in said]
+            write_answers(_partial(args), args.benchmark, args.model, done, said)
+    return said
+
+
+def _partial(args: argparse.Namespace) -> Path:
+    out: Path = args.out
+    return out.with_suffix(".partial.jsonl")
 
 
 def _score(args: argparse.Namespace, name: str, items: list[ChatItem], size: list[Number]) -> None:

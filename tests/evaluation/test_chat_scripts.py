@@ -138,7 +138,7 @@ def test_a_sparse_export_finds_its_project(run: Path, tmp_path: Path, capsys) ->
     with pytest.raises(UserError, match="os is no project with chat models"):
         chat.main(arguments)
     (tmp_path / "export" / "mllm.json").write_text(json.dumps(content | {"project": ""}))
-    with pytest.raises(UserError, match="has sparse, which a plain model has not"):
+    with pytest.raises(UserError, match="does not say whose model it is; give --project, one of llava_mod"):
         chat.main(arguments)
     assert chat.main([*arguments, "--project", "llava_mod"]) == 0
 
@@ -183,6 +183,27 @@ def test_answers_are_saved_and_scored_again(run: Path, tmp_path: Path, model: Ch
     assert "none.jsonl does not exist; give --model" in capsys.readouterr().err
 
 
+def test_a_stopped_run_goes_on(run: Path, tmp_path: Path, monkeypatch) -> None:
+    options = [*pope_files(run), "--model", str(run), "--batch-size", "1", "--out"]
+    assert eval_chat.main([*options, str(tmp_path / "whole.jsonl")]) == 0
+    monkeypatch.setattr(eval_chat, "KEPT_EVERY", 2)
+    whole, asked = ChatModel.answer, []
+
+    def answer(self: ChatModel, questions: list, **named: object) -> list[str]:
+        asked.append(questions[0][2])
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return whole(self, questions, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ChatModel, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        eval_chat.main([*options, str(tmp_path / "cut.jsonl")])
+    assert not (tmp_path / "cut.jsonl").exists()
+    assert eval_chat.main([*options, str(tmp_path / "cut.jsonl")]) == 0
+    assert len(asked) == 4 + 3 and not list(tmp_path.glob("*.partial*"))  # two of five were kept
+    assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
 def test_a_judge_is_waited_for(run: Path, tmp_path: Path, capsys) -> None:
     content = [
         {
@@ -220,7 +241,7 @@ def test_an_image_that_cannot_be_read_is_named(run: Path, tmp_path: Path, capsys
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(b"torn")
     assert eval_chat.main(options) == 2
-    assert "pope, question random/0: the image cannot be read (cannot identify" in capsys.readouterr().err
+    assert "question random/0: the image cannot be read (cannot identify" in capsys.readouterr().err
 
 
 @pytest.mark.slow
