@@ -178,6 +178,11 @@ def test_records_of_a_file(tmp_path, encoded_image):
     with pytest.raises(UserError, match="gone.png of chat 1 cannot be read .*mend the record or data.images"):
         items[1].members()
     assert items[2].members().keys() == {"json"} and isinstance(items[2], ChatItem)
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(record)}\n\n{{}}\n")
+    assert [item.key for item in read_chats(str(tmp_path / "chats.jsonl"), "")] == ["x/1", "1"]
+    (tmp_path / "chats.jsonl").write_text("{}\n{,")
+    with pytest.raises(UserError, match="chats.jsonl: line 2 is no JSON"):
+        read_chats(str(tmp_path / "chats.jsonl"), "")
     (tmp_path / "chats.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="must be a list of records"):
         read_chats(str(tmp_path / "chats.json"), "")

@@ -24,7 +24,7 @@ from vlmkd.data.decode import BadImageError
 from vlmkd.data.samples import BadSample, RawSample, checked_size
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
-from vlmkd.files import read_json
+from vlmkd.files import one_line, read_json, read_text
 from vlmkd.image_spec import ImageSpec
 
 log = logging.getLogger(__name__)
@@ -100,10 +100,23 @@ def read_chats(path: str, images: str) -> list[ChatItem]:
     Raises:
         UserError: no such file, or no list of records.
     """
-    content = read_json(path, "chats")
+    content = _lines(path) if path.endswith(".jsonl") else read_json(path, "chats")
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise UserError(f"chats {path} must be a list of records with `conversations`; correct the file")
     return [ChatItem(str(record.get("id", number)), record, images) for number, record in enumerate(content)]
+
+
+def _lines(path: str) -> list[Any]:
+    """A record a line."""
+    found = []
+    for number, line in enumerate(read_text(path, "chats").splitlines(), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"chats {path}: line {number} is no JSON ({one_line(error)}); correct it"
+            ) from None
+    return found
 
 
 def _paths(record: dict[str, Any]) -> list[str]:
