@@ -6,7 +6,7 @@
 
 `vendor.yaml` may hold what stays the same, as `url`, `teacher_id`, `dim` and `ledger`; `--help` shows every
 field. Training names the files in `teacher.class_vectors` and `data.teacher_outputs`. The address speaks the
-protocol of black_box.py. An interrupted command continues when it is given again.
+protocol of black_box.py. An interrupted command goes on when it is given again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 from collections import Counter
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,23 +63,21 @@ class AskConfig(Terms, Service):
 
 def ask_classes(cfg: AskConfig) -> str:
     """Write the class vectors of the set; returns what was done."""
-    require(Path(cfg.out).suffix == ".safetensors", "out", f"is {cfg.out}; it must end in .safetensors")
+    require(cfg.out.endswith(".safetensors"), "out", f"is {cfg.out}; it must end in .safetensors")
     check_writable(cfg.out, "config field out:")
     dataset = configured_set(cfg.data)
     names, templates = dataset.class_names, cfg.templates or dataset.templates
     ledger = Ledger(cfg, HttpTeacher(cfg))
     asked = ledger.require_budget(map(text_query, class_prompts(names, templates)))
-    vectors = encode_classes(
-        ledger, names, templates, teacher_digest=ledger.digest, batch_size=cfg.batch_size
-    )
-    vectors.save(Path(cfg.out))
+    size, digest = cfg.batch_size, ledger.digest
+    encode_classes(ledger, names, templates, teacher_digest=digest, batch_size=size).save(Path(cfg.out))
     return f"{cfg.out}: {len(names)} classes, {len(templates)} prompts each, {asked} texts asked"
 
 
 def ask_images(cfg: AskConfig) -> str:
-    """Store the embeddings of the set's images, as `embed_items` does with a loaded teacher; returns what was left out.
+    """Store the embeddings of the set's images, zeros for a view without a vector; returns what was left out.
 
-    Every image is decoded before the first query. A view that got no usable vector is stored as zeros.
+    Every image is decoded before the first query.
     """
     dataset = configured_set(cfg.data)
     names = cfg.splits or ["train" if "train" in dataset.splits else "all"]
@@ -92,53 +91,45 @@ def ask_images(cfg: AskConfig) -> str:
         views=view_config(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
     workers, max_pixels = cfg.data.workers, cfg.data.max_pixels
-    todo = missing_items(items, Path(cfg.out))
-    ready = (one for one in prepare(todo, info, max_pixels, workers) if not isinstance(one, BadSample))
-    ledger.require_budget(query for one in ready for query in image_queries(one, info))
-    masked = 0
+    ready = prepare(missing_items(items, Path(cfg.out)), info, max_pixels, workers)
+    good = (one for one in ready if not isinstance(one, BadSample))
+    ledger.require_budget(query for one in good for query in image_queries(one, info))
+    left_out: Counter[str] = Counter()
 
     def embed(batch: list[Prepared]) -> dict[str, Tensor]:
-        nonlocal masked
         vectors = ledger.ask([query for one in batch for query in image_queries(one, info)])
-        masked += vectors.count(None)
+        left_out["masked_view"] += vectors.count(None)
         rows = [torch.zeros(ledger.dim) if vector is None else vector for vector in vectors]
-        vectors_of_views = F.normalize(torch.stack(rows), dim=-1)
-        return {"image_embeds": vectors_of_views.view(len(batch), info.crops, -1)}
+        return {"image_embeds": F.normalize(torch.stack(rows), dim=-1).view(len(batch), info.crops, -1)}
 
-    skipped = write_parts(
+    left_out += write_parts(
         embed, items, cfg.out, info, cfg.batch_size, part_size=2000, max_pixels=max_pixels, workers=workers,
         progress=lambda line: print(line, flush=True),
     )  # fmt: skip
-    left_out = skipped + Counter(masked_view=masked)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
     return f"{cfg.out} is complete" + (f"; left out: {reasons}" if reasons else "")
 
 
 def image_queries(prepared: Prepared, info: OutputsInfo) -> list[Query]:
     """The queries of an image: its file as it is where `info` asks for clean views, else a PNG of each view."""
-    content = sha256(prepared.image)
-    alike = [sha256(pixels.contiguous().numpy().tobytes()) for pixels in prepared.pixels]
-    if info.views == CLEAN:
-        return [Query("image", prepared.image, content, alike[0])]
-    spec = info.image_spec
+    content, spec = sha256(prepared.image), info.image_spec
     made = f"png {spec.size[0]}x{spec.size[1]} {spec.interpolation} on {spec.fill}"
-    return [
-        Query("image", _png(pixels), json.dumps([content, made, astuple(view)]), same)
-        for view, pixels, same in zip(prepared.views, prepared.pixels, alike, strict=True)
-    ]
+    queries = []
+    for view, pixels in zip(prepared.views, prepared.pixels, strict=True):
+        array, file = pixels.contiguous().numpy(), io.BytesIO()
+        alike = sha256(array.tobytes())
+        if info.views == CLEAN:
+            return [Query("image", prepared.image, content, alike)]
+        Image.fromarray(array).save(file, "PNG")
+        queries.append(Query("image", file.getvalue(), json.dumps([content, made, astuple(view)]), alike))
+    return queries
 
 
-def _png(pixels: Tensor) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels.contiguous().numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
-def told(figures: dict[str, float | str | None]) -> str:
+def told(figures: dict[str, Any]) -> str:
     """One teacher's figures in a line."""
-    numbers = {name.replace("_", " "): value for name, value in figures.items() if name != "teacher"}
-    shown = (f"{name} {'no limit' if value is None else f'{value:g}'}" for name, value in numbers.items())
-    return f"{figures['teacher']}: {', '.join(shown)}"
+    teacher, *numbers = figures.items()
+    shown = (f"{name} {'no limit' if value is None else f'{value:g}'}" for name, value in numbers)
+    return f"{teacher[1]}: {', '.join(shown).replace('_', ' ')}"
 
 
 def main(argv: list[str]) -> int:

@@ -7,18 +7,16 @@ The protocol is one call, POST to the address as it is given, JSON both ways:
 
 with `Authorization: Bearer <token>` where a token is given. Only status 200 is a served call. 400, 413, 415 and 422
 mean that this content is not accepted, 429, 500 and 503 (with `Retry-After` in seconds, if any) that the call may be
-repeated.
-
-No text of ours holds the token, what stands before `@` or behind `?` in the address, or words of the server, which
-may repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
+repeated. No message of ours holds the token, what stands behind `?` in the address, or words of the server, which may
+repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
 """
 
 from __future__ import annotations
 
 import base64
-import ipaddress
 import json
 import os
+import re
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,16 +30,12 @@ from vlmkd.files import one_line
 
 Kind = Literal["image", "text"]
 
-_PAUSE = 1.0  # seconds before the first repetition; doubled for each further one
-_LONGEST_PAUSE = 60.0
+_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before the first repetition, doubled for each further one
 _LARGEST_ANSWER = 1 << 20  # bytes for one input: some 50,000 numbers
 
 
 class NotServed(Exception):
-    """The teacher did not serve the call and charges nothing for it.
-
-    `refused`: it will not serve this content; else it was busy or out of reach, for `pause` seconds (0: it did not say).
-    """
+    """Nothing was served or charged: this content is `refused`, or the teacher is busy, for `pause` seconds if it said so."""
 
     def __init__(self, told: str, *, refused: bool = False, pause: float = 0.0) -> None:
         super().__init__(told)
@@ -49,7 +43,7 @@ class NotServed(Exception):
 
 
 class AnswerLost(Exception):
-    """The call was sent and no usable answer came back: the teacher may have charged for it."""
+    """The call was sent and no usable answer came: the teacher may have charged for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +65,14 @@ class HttpTeacher:
 
     def __init__(self, cfg: Service) -> None:
         self._url, self._shown = _checked_address(cfg.url)
-        local = _is_loopback(self._url.host)
+        local = re.fullmatch(r"localhost|127(\.\d+){3}|::1", self._url.host) is not None
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if cfg.token_env:
             token = os.environ.get(cfg.token_env, "")
             if not token or not all("!" <= character <= "~" for character in token):
                 raise UserError(
                     f"environment variable {cfg.token_env} is empty or has spaces, line ends or other characters that no "
-                    "header can carry; it must hold the black box's token alone"
+                    "header can carry; put the token alone into it"
                 )
             if self._url.scheme == "http" and not local:
                 raise UserError(
@@ -86,9 +80,8 @@ class HttpTeacher:
                 )
             headers["Authorization"] = f"Bearer {token}"
         try:
-            # A proxy has no business between two programs of this machine, and would get the token in clear; a
-            # redirection would hand it to another address. A kept connection may be closed under a call, which would
-            # then count as sent.
+            # A proxy to this very machine would get the token in clear, another address by a redirection. A kept
+            # connection may be closed under a call, which would then count as sent.
             self._client = httpx.Client(
                 headers=headers, timeout=cfg.timeout, trust_env=not local, follow_redirects=False,
                 limits=httpx.Limits(max_keepalive_connections=0),
@@ -105,7 +98,7 @@ class HttpTeacher:
 
         Raises:
             NotServed, AnswerLost: no answer.
-            UserError: no call of this kind can succeed (wrong address, no permission).
+            UserError: no call can succeed (wrong address, no permission).
         """
         sent = [base64.b64encode(part).decode("ascii") for part in inputs] if kind == "image" else inputs
         body = json.dumps({"kind": kind, "inputs": sent}).encode()
@@ -114,9 +107,9 @@ class HttpTeacher:
             vectors = json.loads(answer)["vectors"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise AnswerLost(f"the answer has no vectors ({type(error).__name__})") from None
-        if not isinstance(vectors, list) or len(vectors) != len(inputs):
-            raise AnswerLost(f"the answer does not have one vector for each of {len(inputs)} inputs")
-        return vectors
+        if isinstance(vectors, list) and len(vectors) == len(inputs):
+            return vectors
+        raise AnswerLost(f"the answer does not have one vector for each of {len(inputs)} inputs")
 
     def _post(self, body: bytes, largest: int) -> bytes:
         sent = False
@@ -141,8 +134,8 @@ class HttpTeacher:
                 raise AnswerLost(f"{self._shown}: {told}") from None
             if "CERTIFICATE_VERIFY_FAILED" in told:
                 raise UserError(
-                    f"black box {self._shown} shows a certificate that is not valid ({told}); check the address, or name "
-                    "its authority in SSL_CERT_FILE"
+                    f"black box {self._shown} shows a certificate that is not valid ({told}); check the address, or name its "
+                    "authority in SSL_CERT_FILE"
                 ) from None
             raise NotServed(f"{self._shown} cannot be reached ({told})") from None
         return bytes(answer)
@@ -161,9 +154,8 @@ class HttpTeacher:
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next try: as many as the service asked for, or one, two, four ..."""
-    asked: float = state.outcome.exception().pause  # type: ignore[union-attr]
-    return min(asked or _PAUSE * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE)
+    told: Any = state.outcome and state.outcome.exception()
+    return min(told.pause or _PAUSE * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE)
 
 
 def _checked_address(url: str) -> tuple[httpx.URL, str]:
@@ -179,14 +171,5 @@ def _checked_address(url: str) -> tuple[httpx.URL, str]:
     if address.scheme not in ("http", "https") or not address.host:
         raise UserError(f"black-box address {shown!r} is not a http:// or https:// address")
     if address.userinfo:
-        raise UserError(
-            f"black-box address {shown} has a user name or password, which are not sent; use token_env"
-        )
+        raise UserError(f"black-box address {shown} has a user name or password; use token_env")
     return address, shown
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,6 @@ _SAME_VECTORS = 0.999
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-class Teacher(NamedTuple):
-    """Class vectors, and the loaded model where the run asks it for image embeddings."""
-
-    vectors: ClassVectors
-    clip: ClipModel | None
-
-
 def job(cfg: Vl2vConfig) -> Job:
     """The run of any stage or baseline."""
     dataset = configured_set(cfg.data)
@@ -65,166 +58,138 @@ def job(cfg: Vl2vConfig) -> Job:
     pool = sum(len(fold.splits[domain].inside) for domain in fold.sources)
     cfg = in_steps(cfg, math.ceil(pool / cfg.batch_size))
     backbone = student_backbone(cfg)
-    teacher = None if cfg.method in WITHOUT_TEACHER else load_teacher(cfg, dataset)
-    vectors = None if teacher is None else teacher.vectors
-    facts = facts_of(cfg, vectors.teacher_digest if vectors else "", vectors.templates if vectors else [])
+    has_teacher = cfg.method not in WITHOUT_TEACHER
+    vectors, clip = load_teacher(cfg, dataset) if has_teacher else (None, None)
+    facts = facts_of(cfg, vectors.teacher_digest, vectors.templates) if vectors else facts_of(cfg)
     with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
         torch.manual_seed(cfg.seed)
-        student, exported = build_student(cfg, backbone, teacher, dataset)
+        student, exported = build_student(cfg, backbone, vectors, dataset)
     if cfg.method in CONTINUES:
         folder = earlier_stage(cfg, facts)
         fill(student, read_safetensors(folder / WEIGHTS), f"config field init_from: {folder}")
         log.info("started from %s", folder)
-    clip = None if teacher is None else teacher.clip
-    judged = clip is not None or (teacher is not None and cfg.teacher.model and cfg.evaluation.teacher)
     frozen: nn.Module | None = Pretrained(backbone.module) if cfg.method == "miro" else None
     if clip is not None:
         frozen = ClipTeacher(clip, backbone.image_spec)
+    validation, target = validation_of(fold), target_of(cfg, fold)
+    judged = clip is not None or (has_teacher and cfg.teacher.model and cfg.evaluation.teacher)
     task = Vl2vTask(
-        cfg,
-        student,
-        exported,
-        facts,
-        validation=[f"{fold.name(domain)}_out" for domain in fold.sources],
-        teacher=frozen,
-        vectors=vectors,
-        judged=(lambda: clip or load_model(cfg)) if judged else None,
-    )
-    target = target_of(cfg, fold)
+        cfg, student, exported, facts, validation=[one.dataset for one in validation], teacher=frozen,
+        vectors=vectors, judged=(lambda: clip or load_model(cfg)) if judged else None,
+    )  # fmt: skip
     watched = target[:1] if cfg.watch_target else []
-    loader = _loader(cfg, fold, backbone, teacher)
-    return Job(cfg, task, loader, [*validation_of(fold), *watched], target[len(watched) :])
+    loader = _loader(cfg, fold, backbone, vectors, clip)
+    return Job(cfg, task, loader, [*validation, *watched], target[len(watched) :])
 
 
-def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> Teacher:
-    """Class vectors, and the model itself where its image embeddings are not stored."""
+def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> tuple[ClassVectors, ClipModel | None]:
+    """Class vectors, and the loaded model where the run asks it for image embeddings."""
     clip = load_model(cfg) if cfg.teacher.model else None
     if cfg.teacher.class_vectors:
         vectors = ClassVectors.load(Path(cfg.teacher.class_vectors), expect_class_names=dataset.class_names)
     else:
         assert clip is not None
-        templates = cfg.teacher.templates or dataset.templates
-        vectors = encode_classes(
-            ClipPredictor.of(clip), dataset.class_names, templates, teacher_digest=clip.digest
-        )
+        prompts, predictor = cfg.teacher.templates or dataset.templates, ClipPredictor.of(clip)
+        vectors = encode_classes(predictor, dataset.class_names, prompts, teacher_digest=clip.digest)
     stored = TeacherOutputs(cfg.data.teacher_outputs, cfg.data.teacher_view).info if cfg.stored else None
     of_images = stored or clip
     if of_images is not None and vectors.teacher_digest != of_images.digest:
         raise UserError(
-            f"class vectors are of {vectors.teacher}, the image embeddings of {of_images.source}: other weights; make "
-            "both with one model"
+            f"class vectors are of {vectors.teacher}, image embeddings of other weights, {of_images.source}; make both "
+            "with one model"
         )
     asked = needs_images(cfg.method, cfg.loss) and stored is None
-    return Teacher(vectors, clip if asked else None)
+    return vectors, clip if asked else None
 
 
 def load_model(cfg: Vl2vConfig) -> ClipModel:
     """The CLIP that `teacher.model` names."""
     clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained)
-    if not cfg.legacy_norm:
-        return clip
-    return replace(clip, image_spec=replace(clip.image_spec, **IMAGENET))
+    return replace(clip, image_spec=replace(clip.image_spec, **IMAGENET if cfg.legacy_norm else {}))
 
 
 def student_backbone(cfg: Vl2vConfig) -> Backbone:
     """The student's backbone with the protocol's evaluation resize (aspect ratio not kept) and its statistics."""
+    given = cfg.student
     backbone = load_backbone(
-        cfg.student.backbone,
-        cfg.student.pretrained,
-        weights=cfg.student.weights,
-        image_size=cfg.student.image_size or None,
-        seed=cfg.seed,
-    )
+        given.backbone, given.pretrained, weights=given.weights, image_size=given.image_size or None, seed=cfg.seed
+    )  # fmt: skip
     changes = {"resize_mode": "squash"} | (IMAGENET if cfg.legacy_norm else {})
     if cfg.data.interpolation != "model":
         changes["interpolation"] = cfg.data.interpolation
     backbone = with_spec(backbone, **changes)
     norms = [part for part in backbone.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    require(
-        not norms or cfg.deepspeed.precision == "fp32",
-        "deepspeed.precision",
-        f"is {cfg.deepspeed.precision}, but {backbone.source} has BatchNorm, whose statistics are fp32; use fp32, or a "
-        "student without BatchNorm, such as a ViT",
-    )
-    if cfg.student.freeze_bn:
+    told = f"is {cfg.deepspeed.precision}, but {backbone.source} has BatchNorm, whose statistics are fp32; use fp32, or a ViT"
+    require(not norms or cfg.deepspeed.precision == "fp32", "deepspeed.precision", told)
+    if given.freeze_bn:
         freeze_batch_norm(backbone.module)
     return backbone
 
 
 def build_student(
-    cfg: Vl2vConfig, backbone: Backbone, teacher: Teacher | None, dataset: LabelledSet
+    cfg: Vl2vConfig, backbone: Backbone, vectors: ClassVectors | None, dataset: LabelledSet
 ) -> tuple[Student, ClassifierConfig]:
     """The student of the method, what is trained of it, and what its export says."""
+    names, templates = dataset.class_names, []
     projector: Projector | None = None
     head: nn.Module
-    if teacher is None or cfg.method in LINEAR_HEAD:
-        head, templates = LinearHead(backbone.dim, len(dataset.class_names)), []
+    if vectors is None or cfg.method in LINEAR_HEAD:
+        head = LinearHead(backbone.dim, len(names))
     else:
-        vectors = teacher.vectors
         head, templates = TextClassifier(vectors.vectors, vectors.logit_scale), vectors.templates
         width = vectors.vectors.shape[1]
         if cfg.method != "vl2v_sd":
             projector = Projector(backbone.dim, width)
-        require(
-            projector is not None or backbone.dim == width,
-            "student.backbone",
-            f"gives {backbone.dim} features, the teacher {width}: with method=vl2v_sd it is the teacher's own tower",
-        )
-    student = (
-        MiroStudent(backbone, head) if cfg.method == "miro" else Student(backbone.module, head, projector)
-    )
+        elif backbone.dim != width:
+            raise UserError(
+                f"config field student.backbone gives {backbone.dim} features, the teacher {width}: with method=vl2v_sd "
+                "it is the teacher's own tower"
+            )
+    miro = cfg.method == "miro"
+    student = MiroStudent(backbone, head) if miro else Student(backbone.module, head, projector)
     student.requires_grad_(cfg.method != "distill")
     student.backbone.requires_grad_(cfg.method not in FROZEN_BACKBONE)
     student.train()
-    exported = ClassifierConfig.of(
-        backbone, head, projector, class_names=dataset.class_names, templates=templates
-    )
-    return student, exported
+    return student, ClassifierConfig.of(backbone, head, projector, class_names=names, templates=templates)
 
 
 def fill(student: Student, weights: dict[str, Tensor], origin: str) -> None:
     """Load `weights`, of `origin` in errors, into the student; class vectors stay its own, and must agree up to rounding."""
-    problems = differences(student.state_dict(), weights)
-    if problems:
+    state = student.state_dict()
+    if problems := differences(state, weights):
         raise UserError(f"{origin} is of another student: {problems}")
-    own = {name: value for name, value in student.state_dict().items() if name == VECTORS}  # the loss's
+    own = {VECTORS: state[VECTORS]} if VECTORS in state else {}  # the loss's
     if own and F.cosine_similarity(weights[VECTORS], own[VECTORS]).min() < _SAME_VECTORS:
         raise UserError(
-            f"{origin} has other class vectors than this run's teacher and prompts give; take the teacher, prompts "
-            "and teacher.class_vectors that it was made with"
+            f"{origin} has other class vectors than this run's teacher and prompts give; take those that it was made with"
         )
     student.load_state_dict(weights | own)
 
 
-def _loader(cfg: Vl2vConfig, fold: Fold, backbone: Backbone, teacher: Teacher | None) -> Loader:
-    sources = fold.sources
-    require(
-        cfg.batch_size % len(sources) == 0,
-        "batch_size",
-        f"is {cfg.batch_size}; the {len(sources)} source domains share it equally (32 each in the paper)",
+def _loader(
+    cfg: Vl2vConfig, fold: Fold, backbone: Backbone, vectors: ClassVectors | None, clip: ClipModel | None
+) -> Loader:
+    share, rest = divmod(cfg.batch_size, len(fold.sources))
+    told = (
+        f"is {cfg.batch_size}; the {len(fold.sources)} source domains share it equally (32 each in the paper)"
     )
-    world_size = distributed.world_size()
-    streams = {
-        fold.name(domain): Stream(
-            fold.splits[domain].inside, cfg.batch_size // len(sources), sampling="replacement"
-        )
-        for domain in sources
-    }
-    asked = needs_images(cfg.method, cfg.loss)
+    require(not rest, "batch_size", told)
+    pools = {fold.name(domain): fold.splits[domain].inside for domain in fold.sources}
+    asked, ranks = needs_images(cfg.method, cfg.loss), distributed.world_size()
     return build_labelled_loader(
         cfg.data if asked else replace(cfg.data, teacher_outputs="", teacher_view="same"),
-        streams,
+        {name: Stream(items, share, sampling="replacement") for name, items in pools.items()},
         seed=cfg.seed,
         rank=distributed.rank(),
-        world_size=world_size,
-        accumulation=batch_triple(cfg, world_size)[1],
+        world_size=ranks,
+        accumulation=batch_triple(cfg, ranks)[1],
         image_spec=backbone.image_spec,
-        teacher_specs=[teacher.clip.image_spec] if teacher and teacher.clip else [],
-        teacher_digest=teacher.vectors.teacher_digest if asked and cfg.stored else None,  # type: ignore[union-attr]
+        teacher_specs=[clip.image_spec] if clip else [],
+        teacher_digest=vectors.teacher_digest if vectors and asked and cfg.stored else None,
     )
 
 
-def validation_of(fold: Fold) -> list[Evaluator]:
+def validation_of(fold: Fold) -> list[DomainAccuracy]:
     """The 20 % of every source domain."""
     return [DomainAccuracy(f"{fold.name(domain)}_out", fold.splits[domain].out) for domain in fold.sources]
 

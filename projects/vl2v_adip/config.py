@@ -41,7 +41,7 @@ class FoldConfig:
     trial_seed: Seed = 0
     """Seed of DomainBed's 80/20 split; the published tables average over 0, 1 and 2."""
     seen_classes: Count = 0
-    """Open-set preset: train on the first so many classes, test on all in the held-out domain; 0: all are seen."""
+    """Open set: train on the first so many classes, test on all in the held-out domain; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,11 @@ class TeacherConfig:
     """The frozen teacher."""
 
     model: str = ""
-    """Any name that vlmkd.models.clip.load_clip takes; empty: no weights, only stored outputs and class vectors."""
+    """Any name that vlmkd.models.clip.load_clip takes; empty: only stored outputs and class vectors."""
     pretrained: str = ""
     """open_clip tag or weights file."""
     class_vectors: str = ""
-    """File of class vectors (a black-box teacher has no other way); empty: the model's text tower makes them."""
+    """File of class vectors; empty: the model's text tower makes them."""
     templates: list[str] = field(default_factory=list)
     """Prompts with `{}` for the class name; empty: the data set's own, `a photo of a {}`."""
 
@@ -87,7 +87,7 @@ class LossConfig:
     miro_weight: Amount = 0.1
     """Weight of MIRO's regulariser (miro)."""
     legacy_kl: bool = False
-    """Replay the released kd_kl, which gives probabilities where logarithms belong; for comparison only."""
+    """Replay the released kd_kl: probabilities where logarithms belong; for comparison only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class SwadConfig:
     semantics: Literal["reference", "clean"] = "reference"
     """`reference` repeats the released code, `clean` takes every step of the chosen window once."""
     segment_reset: Literal["every_eval", "vl2v_default"] = "every_eval"
-    """`every_eval` (SWAD), or `vl2v_default`: after evaluations at multiples of 1000 above 2500 only (most released scripts)."""
+    """After `every_eval` (SWAD), or `vl2v_default`: those at multiples of 1000 above 2500 (most released scripts)."""
     n_converge: Positive = 3
     """Evaluations that a minimum must outlast."""
     n_tolerance: Positive = 6
@@ -108,11 +108,9 @@ class SwadConfig:
     """Threshold above the mean loss at convergence, as a share of it."""
 
     def __post_init__(self) -> None:
-        require(
-            self.semantics == "reference" or self.segment_reset == "every_eval",
-            "swad.segment_reset",
-            "is vl2v_default, whose segments overlap; it needs swad.semantics=reference",
-        )
+        apart = self.semantics == "reference" or self.segment_reset == "every_eval"
+        told = "is vl2v_default, whose segments overlap; it needs swad.semantics=reference"
+        require(apart, "swad.segment_reset", told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,44 +140,26 @@ class Vl2vConfig(RunConfig):
     watch_target: bool = False
     """Also evaluate the held-out domain during training; nothing is chosen by it."""
     legacy_norm: bool = False
-    """Feed student and teacher ImageNet's mean and std whatever their weights were trained with (released code)."""
+    """Feed student and teacher ImageNet's mean and std whatever their own are (released code)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, example in (
-            ("data.set", self.data.set, "office_home"),
-            ("fold.test_domain", self.fold.test_domain, "Art"),
-            ("student.backbone", self.student.backbone, "torchvision:resnet50"),
-        ):
-            require(bool(value), name, f"is empty; name one, e.g. {name}={example}")
-        method = self.method
-        if method in WITHOUT_TEACHER:
-            named = self.teacher.model or self.teacher.class_vectors or self.stored
-            require(
-                not named,
-                "teacher",
-                f"has no effect with method={method}; leave it and data.teacher_outputs out",
-            )
-        else:
-            require(
-                bool(self.teacher.model or self.teacher.class_vectors),
-                "teacher",
-                "is empty; name teacher.model, or teacher.class_vectors of a teacher whose weights you do not have",
-            )
-            require(
-                bool(self.teacher.model) or self.stored or method == "kd_text",
-                "data.teacher_outputs",
-                "is empty, but without teacher.model the image embeddings must be stored",
-            )
-        for name, fits, told in self._conditions():
-            require(fits, name, told)
-
-    def _conditions(self) -> list[tuple[str, bool, str]]:
-        """A field, what must hold, and what is said of the field where it does not."""
-        method, loss, swad = self.method, self.loss, self.swad
+        method, teacher, loss, swad = self.method, self.teacher, self.loss, self.swad
+        taught = method not in WITHOUT_TEACHER
+        named = bool(teacher.model or teacher.class_vectors)
         weighs = method in ("align", "distill", "one_stage", "vl2v_sd")
         no_effect = f"has no effect with method={method}"
-        return [
+        conditions: list[tuple[str, object, str]] = [
+            ("data.set", self.data.set, "is empty; name one, e.g. data.set=office_home"),
+            ("fold.test_domain", self.fold.test_domain, "is empty; name one, e.g. fold.test_domain=Art"),
+            ("student.backbone", self.student.backbone,
+             "is empty; name one, e.g. student.backbone=torchvision:resnet50"),
+            ("teacher", taught or not (named or self.stored),
+             f"{no_effect}; leave it and data.teacher_outputs out"),
+            ("teacher", named or not taught,
+             "is empty; name teacher.model, or teacher.class_vectors of a teacher whose weights you do not have"),
+            ("data.teacher_outputs", not taught or teacher.model or self.stored or method == "kd_text",
+             "is empty, but without teacher.model the image embeddings must be stored"),
             ("legacy_norm", not (self.legacy_norm and self.stored),
              "goes with a loaded teacher: stored outputs were made with the teacher's own statistics"),
             ("loss.image_weight", weighs or loss.image_weight == LossConfig().image_weight, no_effect),
@@ -196,12 +176,14 @@ class Vl2vConfig(RunConfig):
              "does not go with method=miro, which looks at every layer once"),
             ("deepspeed.zero_stage", self.deepspeed.zero_stage < 3,
              "is 3, but averages and best weights need whole weights on each rank; use 1 or 2"),
-            ("evaluation.every_steps", not swad.enabled or bool(self.evaluation.every_steps),
+            ("evaluation.every_steps", not swad.enabled or self.evaluation.every_steps,
              "is 0, but SWAD lives on evaluations; set it, or swad.enabled=false"),
             ("select_from_step",
              not in_steps_already(self.steps, self.select_from_step) or self.select_from_step < self.steps,
              f"is {self.select_from_step}; it must be below steps={self.steps}"),
         ]  # fmt: skip
+        for path, fits, told in conditions:
+            require(bool(fits), path, told)
 
     @property
     def stored(self) -> bool:
@@ -211,7 +193,7 @@ class Vl2vConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(Vl2vConfig):
-    """A first stage: the backbone is frozen, the projector (align) or a linear head (lp) is trained."""
+    """A first stage, which trains the projector (align) or a linear head (lp) alone."""
 
     method: Literal["align", "lp"] = "align"
     """The stage."""
@@ -225,8 +207,5 @@ class DistillConfig(Vl2vConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.method not in FROZEN_BACKBONE,
-            "method",
-            f"is {self.method}, which freezes the backbone; use train_align.py",
-        )
+        told = f"is {self.method}, which freezes the backbone; use train_align.py"
+        require(self.method not in FROZEN_BACKBONE, "method", told)

@@ -23,15 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.vl2v_adip.build import (
-    VECTORS,
-    build_student,
-    fill,
-    load_teacher,
-    student_backbone,
-    target_of,
-    validation_of,
-)
+from projects.vl2v_adip import build
+from projects.vl2v_adip.build import VECTORS
 from projects.vl2v_adip.config import LINEAR_HEAD, Vl2vConfig
 from projects.vl2v_adip.folds import FACTS, choose, facts_of, tags_of
 from projects.vl2v_adip.task import BEST
@@ -79,18 +72,13 @@ class Released(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Released:
-    """A released checkpoint.
-
-    Raises:
-        UserError: damaged, other content, or a pickle that names anything but what the code put there.
-    """
+    """A released checkpoint; refuses other content, and a pickle that names anything but what the code put there."""
     content = read_torch(path, what="checkpoint", plain=_PLAIN)
     state = content.get("model_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} has no model_dict of tensors; it is not of the released code")
-    weights = {
-        str(name).removeprefix("module."): value for name, value in state.items()
-    }  # DataParallel's prefix
+    # DataParallel has a prefix.
+    weights = {str(name).removeprefix("module."): value for name, value in state.items()}
     if not any(name.startswith(BACKBONE) for name in weights):
         raise UserError(
             f"checkpoint {path} has no model_dict with {BACKBONE}*; it is not of the released code"
@@ -103,34 +91,27 @@ def read_checkpoint(path: Path) -> Released:
 
 
 def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """A released `model_dict` in the names of our student; `backbone` is filled with the checkpoint's.
-
-    Raises:
-        UserError: another backbone, no scaled unit text classifier or two of them, or unknown tensors.
-    """
-    unknown = [name for name in state if not name.startswith((BACKBONE, PROJECTOR, *CLASSIFIERS))]
-    if unknown:
+    """A released `model_dict` in the names of our student; `backbone` is filled with the checkpoint's."""
+    if unknown := [name for name in state if not name.startswith((BACKBONE, PROJECTOR, *CLASSIFIERS))]:
         raise UserError(f"checkpoint has unknown tensors: {', '.join(unknown[:3])}")
-    heads = [state[f"{prefix}weight"].float() for prefix in CLASSIFIERS if f"{prefix}weight" in state]
-    if not heads or any(not torch.equal(heads[0], other) for other in heads[1:]):
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+
+    classifiers = [found for prefix in CLASSIFIERS if (found := below(prefix))]
+    heads = [found["weight"].float() for found in classifiers if "weight" in found]
+    if not heads or not torch.equal(heads[0], heads[-1]):
         raise UserError("checkpoint has no text classifier, or two that differ")
-    if any(bool(state[f"{prefix}bias"].any()) for prefix in CLASSIFIERS if f"{prefix}bias" in state):
+    if any(bool(found["bias"].any()) for found in classifiers if "bias" in found):
         raise UserError("checkpoint's text classifier has a bias, which the method does not train")
     shortest, longest = heads[0].norm(dim=-1).aminmax()
     if not math.isclose(float(shortest), float(longest), rel_tol=1e-2):
         raise UserError(
             "rows of the checkpoint's text classifier differ in length; it is not a scaled unit classifier"
         )
-    network = {
-        name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)
-    }
-    load_backbone_weights(backbone, network, f"checkpoint ({backbone.source})")
+    load_backbone_weights(backbone, below(BACKBONE), f"checkpoint ({backbone.source})")
     weights = {f"backbone.{name}": value for name, value in backbone.module.state_dict().items()}
-    weights |= {
-        f"projector.layers.0.{name.removeprefix(PROJECTOR)}": value.float()
-        for name, value in state.items()
-        if name.startswith(PROJECTOR)
-    }
+    weights |= {f"projector.layers.0.{name}": value.float() for name, value in below(PROJECTOR).items()}
     return weights | {VECTORS: F.normalize(heads[0], dim=1)}
 
 
@@ -139,44 +120,36 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
 
     `arguments` are those of the run. Raises UserError when the file does not fit them.
     """
-    released = read_checkpoint(path)
+    weights, test_env, told = read_checkpoint(path)
     fields = [f"run_dir={run_dir}", f"fold.test_domain={_OF_THE_FILE}", *arguments]
-    if "trial_seed" in released.facts:
-        fields.append(f"fold.trial_seed={released.facts['trial_seed']}")
-    if released.facts.get("algorithm") in _METHODS:
-        fields.append(f"method={_METHODS[released.facts['algorithm']]}")
+    if "trial_seed" in told:
+        fields.append(f"fold.trial_seed={told['trial_seed']}")
+    if told.get("algorithm") in _METHODS:
+        fields.append(f"method={_METHODS[told['algorithm']]}")
     cfg = load(Vl2vConfig, [*fields, "legacy_norm=true", "student.pretrained=false"])
     require(cfg.method not in LINEAR_HEAD, "method", f"is {cfg.method}, whose released files are not read")
     dataset = configured_set(cfg.data)
-    if not 0 <= released.test_env < len(dataset.domains):
-        raise UserError(
-            f"checkpoint {path} holds out domain {released.test_env}; {dataset.name} has {len(dataset.domains)}"
-        )
-    domain = dataset.domains[released.test_env]
-    require(
-        cfg.fold.test_domain in (_OF_THE_FILE, domain),
-        "fold.test_domain",
-        f"is {cfg.fold.test_domain!r}; {path} holds out {domain}",
-    )
+    count = len(dataset.domains)
+    if not 0 <= test_env < count:
+        raise UserError(f"checkpoint {path} holds out domain {test_env}; {dataset.name} has {count}")
+    domain, given = dataset.domains[test_env], cfg.fold.test_domain
+    require(given in (_OF_THE_FILE, domain), "fold.test_domain", f"is {given!r}; {path} holds out {domain}")
     cfg = replace(cfg, fold=replace(cfg.fold, test_domain=domain))
     fold = choose(dataset, cfg.fold)
-    teacher = load_teacher(cfg, dataset)
-    backbone = student_backbone(cfg)
-    student, exported = build_student(cfg, backbone, teacher, dataset)
-    fill(student, student_weights(released.weights, backbone), f"checkpoint {path}")
-    facts = facts_of(cfg, teacher.vectors.teacher_digest, teacher.vectors.templates)
+    vectors, backbone = build.load_teacher(cfg, dataset)[0], build.student_backbone(cfg)
+    student, exported = build.build_student(cfg, backbone, vectors, dataset)
+    build.fill(student, student_weights(weights, backbone), f"checkpoint {path}")
+    facts = facts_of(cfg, vectors.teacher_digest, vectors.templates)
     export = run_dir / "export"
     provenance = {"converted_from": path.name, "vl2v_adip": facts}
     export_classifier(export, exported, student.state_dict(), provenance=provenance)
     write_json(export / FACTS, facts)
-    print(
-        f"wrote {export}: {cfg.method}, held-out domain {domain}, trial seed {cfg.fold.trial_seed}",
-        flush=True,
-    )
+    seed = cfg.fold.trial_seed
+    print(f"wrote {export}: {cfg.method}, held-out domain {domain}, trial seed {seed}", flush=True)
     predictor = load_classifier(export)
     predictor.module.to(device := distributed.device())
     context = Context(device=device, batch_size=cfg.evaluation.batch_size)
-    evaluators: list[Evaluator] = [*validation_of(fold), *target_of(cfg, fold)]
+    evaluators: list[Evaluator] = [*build.validation_of(fold), *build.target_of(cfg, fold)]
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
     numbers = numbers_of(results, run=run_dir.resolve().name, model=BEST, tags=tags_of(facts))
     write_results(run_dir / FILE, numbers, details_of({BEST: results}))

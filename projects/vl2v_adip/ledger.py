@@ -1,14 +1,14 @@
 """The query ledger: what a paid teacher was asked, what it answered and what it cost, in one sqlite file.
 
-Every query has a key, sha256 over (teacher, kind, content, view), and a row. A row is reserved against the budget
-before the call and ends in one of four ways:
+Every query has a key, sha256 over (teacher, kind, content, view), and a row, which is reserved against the budget before
+the call and ends in one of four ways:
 
     answered   a valid vector; charged; never asked again, whoever asks
     rejected   an answer that cannot be right; charged; never asked again
     lost       sent, and no answer came (time-out, killed process); counted as charged, asked again only on demand
     failed     not served; not charged; asked again by the next call
 
-So a key is charged at most once, by any number of processes on this file, by restarts, and for copies of an image.
+So any number of processes, restarts and copies of an image charge a key at most once.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from vlmkd.errors import UserError
 from vlmkd.files import new_folder
 
 _VERSION = 2
-_LEASE = 900.0  # seconds after which a reservation of a process that cannot be asked for its health is lost
+_LEASE = 900.0  # seconds after which a reservation is lost even if its process is not known to have ended
 _POLL = 0.1  # seconds between looks at a query that another process is asking
 _UNIT_SLACK = 1e-2  # of a norm that is declared to be 1
+_END = """UPDATE queries SET status = ?, reason = ?, charged = charged + ?, vector = ?, vector_digest = ? WHERE key = ?"""
 _HINTS = {
     "failed": "start again when the teacher can be reached",
     "lost": "ask again by resend_lost=true, which may be charged twice",
@@ -64,6 +65,11 @@ SELECT *, max_queries - paid - under_way AS queries_left, max_cost - cost - rese
 """
 
 
+def sha256(data: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
 @dataclass(frozen=True)
 class Query:
     """One thing to ask."""
@@ -74,17 +80,12 @@ class Query:
     content: str
     """What it stands for: a digest of the user's file or text, and the view of it."""
     alike: str
-    """What queries have in common that may rightly get the same vector: the pixels, or the text in lower case."""
+    """Queries with the same may rightly get the same vector: the pixels, or the text in lower case."""
 
 
 def text_query(text: str) -> Query:
     """The query of a text."""
     return Query("text", text, sha256(text.encode()), " ".join(text.casefold().split()))
-
-
-def sha256(data: bytes) -> str:
-    """Hexadecimal sha256."""
-    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Terms:
     ledger: str = ""
     """The ledger: an sqlite file on a disk of this machine; made when absent."""
     teacher_id: str = ""
-    """Name and version of the teacher; another one is another teacher, which has to be paid again."""
+    """Name and version of the teacher; another one has to be paid again."""
     dim: Count = 0
     """Width of its vectors."""
     unit_norm: bool = False
@@ -106,7 +107,7 @@ class Terms:
     max_cost: Amount | None = None
     """Budget in money; null: no limit."""
     price: Amount = 0.0
-    """Cost of one of the queries that are asked now."""
+    """Cost of a query now."""
     batch_size: Positive = 32
     """Inputs of one call."""
     mask: bool = False
@@ -121,30 +122,28 @@ class Ledger:
     def __init__(self, terms: Terms, teacher: HttpTeacher) -> None:
         self.path, self.name = Path(terms.ledger), terms.teacher_id
         self.dim, self.logit_scale = terms.dim, terms.logit_scale
-        self.digest = sha256(f"black box {self.name}".encode())
-        """Stands for the digest of the teacher's weights, which nobody here has."""
-        self._terms, self._teacher = terms, teacher
-        self._base = _open(self.path)
+        self.digest = sha256(f"black box {self.name}".encode())  # for that of weights, which nobody here has
+        self._terms, self._teacher, self._base = terms, teacher, _open(self.path)
         budget = (self.name, terms.max_queries, terms.max_cost)
         self._base.execute("INSERT OR REPLACE INTO budgets VALUES (?, ?, ?)", budget)
 
     def require_budget(self, queries: Iterable[Query]) -> int:
         """How many of these would have to be asked; refused when they are more, or cost more, than what is left."""
-        new = {key for query in queries if self._to_ask(self._row(key := self._key(query)))}
-        self._check_left(len(new), "nothing was asked; raise the budget or ask for less")
-        return len(new)
+        new = sum(self._to_ask(self._row(key)) for key in {self._key(query) for query in queries})
+        self._check_left(new, "nothing was asked; raise the budget or ask for less")
+        return new
 
     def ask(self, queries: Sequence[Query]) -> list[Tensor | None]:
-        """The teacher's vector [dim] for each query, in fp32 as it came, from the file or by asking; None with `mask`.
+        """The teacher's vector [dim] for each query, in fp32 as it came, from the file or by asking; with `mask` or None.
 
         Raises:
-            UserError: the budget is used up, or a query got no vector without `mask`; what was paid is kept.
+            UserError: the budget is used up, or a query got no vector; what was paid is kept.
         """
         keys = [self._key(query) for query in queries]
         waiting = dict(zip(keys, queries, strict=True))
         found: dict[str, Tensor | None] = {}
         asked: set[str] = set()
-        alone: set[str] = set()  # of calls that were refused as a whole: one of the inputs is to blame
+        alone: set[str] = set()  # of calls that were refused as a whole, for one of the inputs
         while waiting:
             mine = self._reserve(waiting, asked, alone, found)
             waiting = {key: query for key, query in waiting.items() if key not in found}
@@ -153,33 +152,32 @@ class Ledger:
                 (alone if refused else asked).update(mine)
             elif waiting:
                 time.sleep(_POLL)  # another process is asking
-        reused = [
-            (number - (key in asked), key) for key, number in Counter(keys).items() if found[key] is not None
-        ]
+        counts = Counter(keys).items()
+        reused = [(count - (key in asked), key) for key, count in counts if found[key] is not None]
         with self._transaction() as base:
             base.executemany("UPDATE queries SET reused = reused + ? WHERE key = ?", reused)
         return [found[key] for key in keys]
 
     def encode_text(self, texts: list[str]) -> Tensor:
-        """N texts -> unit vectors [N, dim]; without one of them there is no classifier, so a failure always stops."""
-        vectors = self.ask([text_query(text) for text in texts])
-        for text, vector in zip(texts, vectors, strict=True):
+        """N texts -> unit vectors [N, dim]; a failure always stops."""
+        vectors = []
+        for text, vector in zip(texts, self.ask([text_query(text) for text in texts]), strict=True):
             if vector is None:
-                raise UserError(
-                    f"{self.name} gave no vector for the text {text!r}; see the report of {self.path}"
-                )
-        return F.normalize(torch.stack([vector for vector in vectors if vector is not None]), dim=-1)
+                raise UserError(f"{self.name} gave no vector for the text {text!r}; see {self.path}'s report")
+            vectors.append(vector)
+        return F.normalize(torch.stack(vectors), dim=-1)
 
     def _reserve(
         self, waiting: dict[str, Query], asked: set[str], alone: set[str], found: dict[str, Tensor | None]
     ) -> dict[str, Query]:
         """Put into `found` what is settled; reserve the next call's queries, of one kind."""
         mine: dict[str, Query] = {}
+        now, terms, kept = time.time(), self._terms, f"what was paid is kept in {self.path}"
         with self._transaction() as base:
             base.execute(  # whether the teacher served them, nobody knows
                 "UPDATE queries SET status = 'lost', charged = charged + 1, reason = 'the process ended during the call' "
                 "WHERE status = 'reserved' AND (until < ? OR is_dead(owner))",
-                (time.time(),),
+                (now,),
             )
             for key, query in waiting.items():
                 row = self._row(key)
@@ -188,27 +186,22 @@ class Ledger:
                 elif key not in asked and self._to_ask(row):
                     first = next(iter(mine), key)
                     joins = query.kind == waiting[first].kind and not {first, key} & alone
-                    if key == first or (joins and len(mine) < self._terms.batch_size):
+                    if key == first or (joins and len(mine) < terms.batch_size):
                         mine[key] = query
                 elif row is not None and row["status"] != "reserved":
                     found[key] = None
-                    if not self._terms.mask:
+                    if not terms.mask:
                         raise UserError(
-                            f"{self.name} gave no vector for a query ({row['status']}: {row['reason']}); what was paid "
-                            f"is kept in {self.path}; {_HINTS[row['status']]}, or leave it out by mask=true"
+                            f"{self.name} gave no vector for a query ({row['status']}: {row['reason']}); {kept}; "
+                            f"{_HINTS[row['status']]}, or leave it out by mask=true"
                         )
-            self._check_left(
-                len(mine), f"what was paid is kept in {self.path}; raise the budget and start again"
-            )
-            until, owner = time.time() + _LEASE, f"{socket.gethostname()}:{os.getpid()}"
+            self._check_left(len(mine), f"{kept}; raise the budget and start again")
+            own = (f"{socket.gethostname()}:{os.getpid()}", now + _LEASE, terms.price)
             base.executemany(
                 "INSERT INTO queries (key, teacher, kind, alike, status, owner, until, price) "
                 "VALUES (?, ?, ?, ?, 'reserved', ?, ?, ?) ON CONFLICT (key) DO UPDATE "
                 "SET status = 'reserved', owner = excluded.owner, until = excluded.until, price = excluded.price",
-                [
-                    (key, self.name, query.kind, query.alike, owner, until, self._terms.price)
-                    for key, query in mine.items()
-                ],
+                [(key, self.name, query.kind, query.alike, *own) for key, query in mine.items()],
             )
         return mine
 
@@ -219,65 +212,47 @@ class Ledger:
             vectors = self._teacher.embed(kind, [query.payload for query in mine.values()])
         except BaseException as error:
             # Whatever broke the call off (a signal, too) may have come after it was sent.
-            served = not isinstance(error, NotServed | UserError)
-            told = (
-                str(error)
-                if isinstance(error, NotServed | AnswerLost | UserError)
-                else "the call was broken off"
-            )
-            rows = [("lost" if served else "failed", told, int(served), key) for key in mine]
+            free = isinstance(error, NotServed | UserError)
+            told = str(error) if free or isinstance(error, AnswerLost) else "the call was broken off"
             with self._transaction() as base:
-                base.executemany(
-                    "UPDATE queries SET status = ?, reason = ?, charged = charged + ? WHERE key = ?", rows
-                )
+                end = ("failed" if free else "lost", told, not free, None, None)
+                base.executemany(_END, [(*end, key) for key in mine])
             if isinstance(error, NotServed | AnswerLost):
                 return isinstance(error, NotServed) and error.refused
             raise
         with self._transaction() as base:
             for (key, query), values in zip(mine.items(), vectors, strict=True):
-                vector, reason = self._checked(values)
-                data = b"" if vector is None else vector.numpy().tobytes()
+                data, reason = self._checked(values)
+                digest = sha256(data)
                 same = "teacher = ? AND kind = ? AND vector_digest = ? AND alike != ? AND status = 'answered'"
-                facts = (self.name, kind, sha256(data), query.alike)
+                facts = (self.name, kind, digest, query.alike)
                 if not reason and base.execute(f"SELECT 1 FROM queries WHERE {same}", facts).fetchone():
                     reason = f"it is the vector of another {kind}"
-                base.execute(
-                    "UPDATE queries SET status = ?, reason = ?, vector = ?, vector_digest = ?, charged = charged + 1 "
-                    "WHERE key = ?",
-                    (
-                        "rejected" if reason else "answered",
-                        reason,
-                        None if reason else data,
-                        sha256(data),
-                        key,
-                    ),
-                )
+                end = ("rejected", reason, 1, None, digest) if reason else ("answered", "", 1, data, digest)
+                base.execute(_END, (*end, key))
         return False
 
-    def _checked(self, values: list[float]) -> tuple[Tensor | None, str]:
+    def _checked(self, values: list[float]) -> tuple[bytes, str]:
         """The vector in fp32, and what is wrong with it, if anything."""
         try:
             vector = torch.tensor(values, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            return None, "it is no list of numbers"
-        if vector.shape != (self.dim,):
-            return None, f"its shape is {list(vector.shape)}, not [{self.dim}]"
+            return b"", "it is no list of numbers"
         norm = float(vector.double().norm())
-        if not math.isfinite(norm):
-            return None, "it is not finite"
-        if norm == 0:
-            return None, "it is zero"
-        if self._terms.unit_norm and abs(norm - 1) > _UNIT_SLACK:
-            return None, f"its length is {norm:.4f}, but unit vectors are declared"
-        return vector, ""
+        long = self._terms.unit_norm and abs(norm - 1) > _UNIT_SLACK
+        faults = {
+            f"its shape is {list(vector.shape)}, not [{self.dim}]": vector.shape != (self.dim,),
+            "it is not finite": not math.isfinite(norm),
+            "it is zero": norm == 0,
+            f"its length is {norm:.4f}, but unit vectors are declared": long,
+        }
+        return vector.numpy().tobytes(), next((reason for reason in faults if faults[reason]), "")
 
     def _check_left(self, number: int, hint: str) -> None:
-        """Refuse `number` more queries than the budget, less what was charged and is under way, has left."""
-        row = self._base.execute("SELECT * FROM figures WHERE teacher = ?", (self.name,)).fetchone()
-        queries, cost = (
-            math.inf if row[name] is None else row[name] for name in ("queries_left", "cost_left")
-        )
-        price = number * self._terms.price
+        """Refuse `number` more queries than the budget has left after what was charged and is under way."""
+        wanted = "IFNULL(queries_left, 9e999), IFNULL(cost_left, 9e999)"
+        row = self._base.execute(f"SELECT {wanted} FROM figures WHERE teacher = ?", (self.name,)).fetchone()
+        (queries, cost), price = row, number * self._terms.price
         if number > queries or price > cost + 1e-9:
             raise UserError(
                 f"{number} more queries to {self.name} are needed, which cost {price:g}; {queries:g} queries and a cost "
@@ -291,9 +266,8 @@ class Ledger:
         return self._base.execute("SELECT * FROM queries WHERE key = ?", (key,)).fetchone()
 
     def _to_ask(self, row: sqlite3.Row | None) -> bool:
-        if row is None or row["status"] == "failed":
-            return True
-        return row["status"] == "lost" and self._terms.resend_lost
+        again = ("failed", "lost") if self._terms.resend_lost else ("failed",)
+        return row is None or row["status"] in again
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -311,7 +285,7 @@ def report(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether the owner was a process of this machine that has ended."""
+    """Whether it was a process of this machine that has ended."""
     host, _, process = owner.rpartition(":")
     return host == socket.gethostname() and not psutil.pid_exists(int(process))
 
@@ -325,9 +299,7 @@ def _open(path: Path) -> sqlite3.Connection:
         base.execute("PRAGMA synchronous = EXTRA")  # a reservation must outlive a power cut after the call
         version = base.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, _VERSION):
-            raise UserError(
-                f"ledger {path} has version {version}, this code reads {_VERSION}; name another file"
-            )
+            raise UserError(f"ledger {path} has version {version}, this code reads {_VERSION}; name another")
         base.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;")
     except sqlite3.DatabaseError as error:
         told = "cannot be opened" if isinstance(error, sqlite3.OperationalError) else "is no query ledger"

@@ -1,6 +1,6 @@
 """MIRO (Cha et al., ECCV 2022, arXiv:2203.10789) as a baseline: every layer must still tell its pre-trained features.
 
-Letters: B images, d channels of a layer; a layer's output is [B, d, h, w] or [B, tokens, d].
+A layer's output is [B images, d channels, h, w] or [B, tokens, d].
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from projects.vl2v_adip.student import Student, StudentOutput
 from vlmkd.errors import UserError
 from vlmkd.models.backbones import Backbone
+from vlmkd.models.towers import evaluating
+from vlmkd.train.task import frozen
 
 VARIANCES = "variances."
 """Begins the names of the parameters that only training needs; an export has none of them."""
@@ -46,15 +48,10 @@ def layers_of(backbone: nn.Module) -> list[nn.Module]:
 def recorded(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what the layers give during the body."""
     found: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda module, inputs, output: found.append(output))
-        for layer in layers_of(backbone)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers_of(backbone):
+            hooks.enter_context(layer.register_forward_hook(lambda *call: found.append(call[-1])))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class MiroStudent(Student):
@@ -62,34 +59,26 @@ class MiroStudent(Student):
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__(backbone.module, head)
-        training = backbone.module.training
-        with recorded(backbone.module.eval()) as layers, torch.no_grad():
+        with evaluating(backbone.module), recorded(backbone.module) as layers, torch.no_grad():
             backbone.module(torch.zeros(1, 3, *backbone.image_spec.size))
-        backbone.module.train(training)
         start = math.log(math.expm1(_FIRST_VARIANCE - _EPS))
         self.variances = nn.ParameterList(
             [nn.Parameter(torch.full((layer.shape[_channels(layer)],), start)) for layer in layers]
         )
 
-    def forward(self, images: Tensor) -> StudentOutput:
-        """images [B, 3, h, w] -> embeddings, logits, and in training the layers' outputs."""
-        if not self.training:
-            return super().forward(images)
+    def forward(self, images: Tensor) -> StudentOutput | Tensor:
+        """As a Student's, in training with the layers' outputs."""
         with recorded(self.backbone) as layers:
             output = super().forward(images)
-        return output._replace(layers=tuple(layers))
+        return output._replace(layers=tuple(layers)) if isinstance(output, StudentOutput) else output
 
 
 class Pretrained(nn.Module):
-    """The backbone as it was before training, in eval mode for good: images -> its layers' outputs."""
+    """The backbone as it was before training: images -> its layers' outputs."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Pretrained:
-        """Does nothing."""
-        return self
+        self.backbone = frozen(copy.deepcopy(backbone))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -102,10 +91,7 @@ class Pretrained(nn.Module):
 def regulariser(
     layers: Sequence[Tensor], pretrained: Sequence[Tensor], variances: Sequence[Tensor]
 ) -> Tensor:
-    """Mean over the layers of mean((f - f0)^2 / v + log v) / 2, v = softplus(b) + 1e-5 a channel.
-
-    docs/papers/vl2v_adip.md, eq. 10.
-    """
+    """Mean over the layers of mean((f - f0)^2 / v + log v) / 2 (docs/papers/vl2v_adip.md, eq. 10)."""
     parts = []
     for layer, before, raw in zip(layers, pretrained, variances, strict=True):
         shape = [1] * layer.ndim

@@ -1,6 +1,6 @@
-"""VL2V-ADiP's loss and the baselines', as terms and weights; tensors in, tensors out.
+"""VL2V-ADiP's loss and the baselines', as terms and weights; terms are means over the rows that count.
 
-Letters: B images, C classes, D width of the teacher's space. Terms are means over the rows that count.
+Letters: B images, C classes, D width of the teacher's space.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Targets:
     valid: Tensor | None = None
     """bool [B]: rows of `image_embeds` that the teacher answered; None: all."""
     logit_scale: float = 1.0
-    """Factor of the teacher's cosines in its logits."""
+    """Factor of the teacher's cosines."""
 
     def logits(self) -> Tensor:
-        """The teacher's logits [B, C]."""
+        """The teacher's [B, C]."""
         assert self.image_embeds is not None and self.vectors is not None
         return self.logit_scale * F.normalize(self.image_embeds.float(), dim=-1) @ self.vectors.T
 
@@ -55,32 +55,43 @@ def objective(
     loss: LossConfig,
     miro: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Terms and weights of a method; a term whose weight is 0 is left out.
+    """Terms and weights of a method, from the student's embeddings [B, D] of any length and logits [B, C].
 
-    `embeds` are what the student's head sees [B, D], of any length; `miro` is the regulariser of that method. The
-    method's own loss is -lambda mean cos(z, I(x)) - (1 - lambda) mean cos(z, t_y) (docs/papers/vl2v_adip.md, eq. 3); rows
-    without an answer of the teacher keep the text term.
+    VL2V-ADiP's own is -lambda mean cos(z, I(x)) - (1 - lambda) mean cos(z, t_y) (docs/papers/vl2v_adip.md, eq. 3); rows
+    that the teacher has not answered keep the text term. `miro` is that method's regulariser.
     """
     if method in WITHOUT_TEACHER:
         terms = {"ce": F.cross_entropy(logits.float(), targets.labels)}
         terms |= {} if miro is None else {"miro": miro}
         return terms, {name: {"ce": 1.0, "miro": loss.miro_weight}[name] for name in terms}
-    rows = slice(None) if targets.valid is None or bool(targets.valid.all()) else targets.valid
-    if method in ("kd_kl", "kd_cos"):
-        return _softened(method, logits, targets, rows, loss)
-    if method == "simkd":
-        assert targets.image_embeds is not None
-        squared = (embeds[rows].float() - targets.image_embeds[rows].float()).square()
-        return {"mse": squared.sum() / max(squared.numel(), 1)}, {"mse": 1.0}
+    valid, images = targets.valid, targets.image_embeds
+    rows = slice(None) if valid is None or bool(valid.all()) else valid
     share = image_share(method, loss)
+    weights = {"ce": 1.0, "mse": 1.0, "miro": loss.miro_weight, "kl": loss.kd_weight, "cos": loss.kd_weight}
+    weights |= {"image": share, "text": 1.0 - share}
     terms = {}
-    if share > 0:
-        assert targets.image_embeds is not None
-        terms["image"] = negative_cosine(embeds[rows], targets.image_embeds[rows])
-    if share < 1:
-        assert targets.vectors is not None
-        terms["text"] = negative_cosine(embeds, targets.vectors[targets.labels])
-    return terms, {name: {"image": share, "text": 1.0 - share}[name] for name in terms}
+    if method in WITHOUT_TEACHER:
+        terms["ce"] = F.cross_entropy(logits.float(), targets.labels)
+        if miro is not None:
+            terms["miro"] = miro
+    elif method in ("kd_kl", "kd_cos"):
+        student = logits.float() / loss.temperature
+        terms["ce"] = F.cross_entropy(student, targets.labels)
+        if loss.kd_weight:
+            teacher = targets.logits()[rows] / loss.temperature
+            terms[method.removeprefix("kd_")] = _softened(method, student[rows], teacher, loss)
+    elif method == "simkd":
+        assert images is not None
+        squared = (embeds[rows].float() - images[rows].float()).square()
+        terms["mse"] = squared.sum() / max(squared.numel(), 1)
+    else:
+        if share > 0:
+            assert images is not None
+            terms["image"] = negative_cosine(embeds[rows], images[rows])
+        if share < 1:
+            assert targets.vectors is not None
+            terms["text"] = negative_cosine(embeds, targets.vectors[targets.labels])
+    return terms, {name: weights[name] for name in terms}
 
 
 def negative_cosine(embeds: Tensor, wanted: Tensor) -> Tensor:
@@ -89,20 +100,12 @@ def negative_cosine(embeds: Tensor, wanted: Tensor) -> Tensor:
     return -cosines.sum() / max(len(cosines), 1)
 
 
-def _softened(
-    method: Method, logits: Tensor, targets: Targets, rows: Tensor | slice, loss: LossConfig
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """CE(s / tau) + weight KL(teacher || student), without a factor tau^2, or CE - weight mean cos of both softmaxes."""
-    student = logits.float() / loss.temperature
-    terms = {"ce": F.cross_entropy(student, targets.labels)}
-    if loss.kd_weight:
-        own, teacher = student[rows], targets.logits()[rows] / loss.temperature
-        if method == "kd_cos":
-            terms["cos"] = negative_cosine(own.softmax(-1), teacher.softmax(-1))
-        elif loss.legacy_kl:
-            # Mean over B and C of p (log p - q), q where log q belongs: not 0 for equal distributions.
-            total = F.kl_div(own.softmax(-1), teacher.softmax(-1), reduction="sum")
-            terms["kl"] = total / max(teacher.numel(), 1)
-        else:
-            terms["kl"] = kl_divergence(own, teacher)
-    return terms, {name: 1.0 if name == "ce" else loss.kd_weight for name in terms}
+def _softened(method: Method, student: Tensor, teacher: Tensor, loss: LossConfig) -> Tensor:
+    """KL(teacher || student) of softened logits, without a factor tau^2, or -mean cos of both softmaxes."""
+    if method == "kd_cos":
+        return negative_cosine(student.softmax(-1), teacher.softmax(-1))
+    if loss.legacy_kl:
+        # Mean over B and C of p (log p - q), q where log q belongs: not 0 for equal distributions.
+        total = F.kl_div(student.softmax(-1), teacher.softmax(-1), reduction="sum")
+        return total / max(teacher.numel(), 1)
+    return kl_divergence(student, teacher)

@@ -14,7 +14,7 @@ from vlmkd.models.classifier import Classifier
 
 
 class StudentOutput(NamedTuple):
-    """What one call gives."""
+    """What a call gives in training."""
 
     embeds: Tensor
     """What the head sees [B, D], of any length."""
@@ -25,7 +25,7 @@ class StudentOutput(NamedTuple):
 
 
 class Student(Classifier):
-    """A Classifier that also gives its embeddings; a frozen backbone runs without gradients and in eval mode."""
+    """In eval mode a Classifier; a frozen backbone runs without gradients and stays in eval mode."""
 
     @property
     def trains_backbone(self) -> bool:
@@ -33,13 +33,14 @@ class Student(Classifier):
         return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Student:
-        """As usual, but a frozen backbone stays in eval mode."""
         super().train(mode)
         self.backbone.train(mode and self.trains_backbone)
         return self
 
-    def forward(self, images: Tensor) -> StudentOutput:
-        """images [B, 3, h, w] -> embeddings and logits."""
+    def forward(self, images: Tensor) -> StudentOutput | Tensor:
+        """images [B, 3, h, w] -> embeddings and logits, in eval mode logits alone."""
+        if not self.training:
+            return super().forward(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_backbone):
             features = self.backbone(images.to(next(self.backbone.parameters()).dtype))
         embeds = features if self.projector is None else self.projector(features)

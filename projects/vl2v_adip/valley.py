@@ -20,21 +20,21 @@ _FACTS, _MEANS = ("converge_step", "threshold", "dead_step", "_above"), ("_open"
 
 @dataclass
 class RunningMean:
-    """Arithmetic mean of the weights that it was given, on their device: one float32 copy."""
+    """Arithmetic mean in float32 of the weights that it was given, on their device."""
 
     mean: Weights = field(default_factory=dict)
     count: int = 0
 
     @torch.no_grad()
     def add(self, weights: Mapping[str, Tensor], count: int = 1) -> None:
-        """Take in `weights`, themselves a mean over `count`; the first ones are copied."""
+        """Take in `weights`, themselves a mean over `count`; the first ones replace what is there."""
         self.count += count
         for name, value in weights.items():
-            current = value.detach().float()
+            new = value.detach().float()
             if self.count == count:
-                self.mean[name] = current.clone()
+                self.mean[name] = new.clone()
             else:  # a restored mean comes from the CPU
-                self.mean[name] = self.mean[name].to(current.device).lerp_(current, count / self.count)
+                self.mean[name] = self.mean[name].to(new.device).lerp_(new, count / self.count)
 
 
 @dataclass
@@ -57,9 +57,8 @@ class LossValley(Selection):
 
     `reference` is the rule of docs/papers/vl2v_adip.md#the-released-codes-rule: each segment weighs 1 whatever its
     length, the converged one usually twice, and the oldest one more often when convergence comes before `n_tolerance`
-    evaluations.
-    `clean` takes every step once, from the converged segment to the last one whose loss is not above the threshold.
-    The open segment lies on the weights' device, everything else on the CPU.
+    evaluations. `clean` takes every step once, from the converged segment to the last one whose loss is not above the
+    threshold. The open segment lies on the weights' device, everything else on the CPU.
     """
 
     name = "SWAD"
@@ -77,27 +76,23 @@ class LossValley(Selection):
         self.converge_step: int | None = None
         self.threshold: float | None = None
         self.dead_step: int | None = None
-        self._open = RunningMean()
-        self._recent: deque[_Segment] = deque(
-            maxlen=swad.n_converge if self._clean else max(swad.n_converge, swad.n_tolerance)
-        )
-        self._final = RunningMean()
-        self._above = 0  # clean: evaluations in a row above the threshold, whose steps wait in _pending
-        self._pending = RunningMean()
-
-    def after_update(self, student: nn.Module, step: int) -> None:
-        """Feed the open segment."""
-        self.add_step(trainable(student, buffers=self._buffers))
-
-    def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
-        """Close the segment; a dead valley ends the run."""
-        self.close_segment(self._loss(results), step - 1)
-        return self.dead
+        kept = swad.n_converge if self._clean else max(swad.n_converge, swad.n_tolerance)
+        self._recent: deque[_Segment] = deque(maxlen=kept)
+        self._open, self._final = RunningMean(), RunningMean()
+        self._above, self._pending = 0, RunningMean()
+        """Of `clean`: evaluations in a row above the threshold, and their steps."""
 
     @property
     def dead(self) -> bool:
         """Whether the valley has ended; training may end too."""
         return self.dead_step is not None
+
+    def after_update(self, student: nn.Module, step: int) -> None:
+        self.add_step(trainable(student, buffers=self._buffers))
+
+    def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
+        self.close_segment(self._loss(results), step - 1)
+        return self.dead
 
     def add_step(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights after an optimiser step."""
@@ -113,16 +108,16 @@ class LossValley(Selection):
         segment = _Segment(mean, self._open.count, float(loss), step)
         if self.swad.segment_reset == "every_eval" or (step > 2500 and step % 1000 == 0):
             self._open = RunningMean()
-        if self.converge_step is None:
-            self._recent.append(segment)
-            self._look_for_convergence()
-        elif self._clean:
+        if self.converge_step is not None and self._clean:
             self._go_on(segment)
+            return
+        self._recent.append(segment)
+        if self.converge_step is None:
+            self._look_for_convergence()
         else:
-            self._recent.append(segment)
-            self._advance(step)
+            self._advance()
 
-    def _oldest(self) -> list[_Segment]:
+    def _queue(self) -> list[_Segment]:
         """The last `n_tolerance` segments, oldest first."""
         return list(self._recent)[-self.swad.n_tolerance :]
 
@@ -142,26 +137,24 @@ class LossValley(Selection):
         self._final.mean = dict(newest[0].mean)  # its count is 0: the first update replaces it
         joining = newest[1 : 1 + converge - tolerance] if tolerance < converge else []
         if tolerance > converge:
-            before = self._oldest()[: tolerance - converge + 1]
-            above = [index for index, segment in enumerate(before) if segment.loss > self.threshold]
-            joining = before[(above[-1] + 1 if above else 0) + 1 :]
+            before = self._queue()[: tolerance - converge + 1]
+            above = [index for index, segment in enumerate(before, 1) if segment.loss > self.threshold]
+            joining = before[max(above, default=0) + 1 :]
         for segment in joining:
             self._final.add(segment.mean)
 
-    def _advance(self, step: int) -> None:
+    def _advance(self) -> None:
         """Reference semantics after convergence: the oldest segment joins while any in the queue is low enough."""
-        assert self.converge_step is not None and self.threshold is not None
-        queue = self._oldest()
+        queue = self._queue()
         if queue[0].end < self.converge_step:
             return
         if min(segment.loss for segment in queue) > self.threshold:
-            self.dead_step, self._open = step, RunningMean()
+            self.dead_step, self._open = queue[-1].end, RunningMean()
         else:
             self._final.add(queue[0].mean)
 
     def _go_on(self, segment: _Segment) -> None:
         """Clean semantics: steps above the threshold wait until a later evaluation is below it again."""
-        assert self.threshold is not None
         if self.dead:
             return
         self._pending.add(segment.mean, segment.count)
@@ -174,32 +167,24 @@ class LossValley(Selection):
             self._open, self._pending = RunningMean(), RunningMean()
 
     def weights(self) -> Weights:
-        """The averaged weights as if training ended now; without convergence those of the newest segment.
-
-        Does not change the state, so that evaluations may go on.
-        """
+        """The averaged weights as if training ended now, without a change; before convergence the newest segment's."""
         if self.converge_step is None:
             return self._recent[-1].mean if self._recent else {}
-        assert self.threshold is not None
-        rest = [] if self._clean or self.dead else self._oldest()[1:]
-        final = RunningMean()
-        if self._final.count:
-            final.add(self._final.mean, self._final.count)
+        rest = [] if self._clean or self.dead else self._queue()[1:]
+        final = RunningMean(
+            {name: value.clone() for name, value in self._final.mean.items()}, self._final.count
+        )
         while rest and min(segment.loss for segment in rest) <= self.threshold:
             final.add(rest.pop(0).mean)
-        return final.mean or self._final.mean
+        return final.mean
 
     def state(self) -> dict[str, Any]:
-        """Plain data for `load_state`."""
         means = {name: vars(getattr(self, name)) for name in _MEANS}
         recent = [vars(segment) for segment in self._recent]
         return {name: getattr(self, name) for name in _FACTS} | means | {"recent": recent}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        for name in _FACTS:
-            setattr(self, name, state[name])
-        for name in _MEANS:
-            setattr(self, name, RunningMean(**state[name]))
+        vars(self).update({name: state[name] for name in _FACTS})
+        vars(self).update({name: RunningMean(**state[name]) for name in _MEANS})
         self._recent.clear()
         self._recent.extend(_Segment(**segment) for segment in state["recent"])

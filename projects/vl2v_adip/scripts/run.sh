@@ -66,7 +66,10 @@ runs="${RUNS:-runs/vl2v_adip}"
 domains=("$domain")
 if [ "$domain" = all ]; then
     python="$(bash scripts/setup.sh --python)"
-    list="$("$python" -m projects.vl2v_adip.folds "$set_name" ${root:+"$root"})"
+    print='from vlmkd.datasets.labelled_sets import load_set
+from vlmkd.errors import run_tool
+run_tool(lambda names: print(*load_set(*names).domains, sep="\n"))'
+    list="$("$python" -c "$print" "$set_name" ${root:+"$root"})"
     mapfile -t domains <<<"$list"
 fi
 for name in "${domains[@]}"; do

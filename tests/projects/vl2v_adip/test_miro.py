@@ -51,7 +51,7 @@ def test_untrained_layers_are_the_pretrained_ones(name: str, count: int) -> None
     assert value.item() == pytest.approx(0.5 * np.log(0.1), rel=1e-5)
     value.backward()
     assert all(variance.grad is not None for variance in student.variances)
-    assert student.eval()(images).layers == ()
+    assert isinstance(student.eval()(images), torch.Tensor)
 
 
 def test_a_backbone_without_known_layers_is_refused() -> None:

@@ -301,6 +301,6 @@ def test_legacy_norm_feeds_imagenets_statistics_to_both(folder: Path) -> None:
     from vlmkd import config as configs
 
     cfg = configs.load(DistillConfig, [str(config(folder)), "run_dir=x", "legacy_norm=true"])
-    teacher = load_teacher(cfg, load_set(cfg.data.set))
-    assert teacher.clip is not None
-    assert teacher.clip.image_spec.mean == student_backbone(cfg).image_spec.mean == IMAGENET["mean"]
+    _, clip = load_teacher(cfg, load_set(cfg.data.set))
+    assert clip is not None
+    assert clip.image_spec.mean == student_backbone(cfg).image_spec.mean == IMAGENET["mean"]
