@@ -50,9 +50,9 @@ class AskConfig(Terms, Service):
     out: str = ""
     """Folder of the image embeddings, or file of the class vectors (.safetensors)."""
     views: Count = 0
-    """Drawn views an image, each of which is paid; 0: the whole picture once, for data.teacher_view=clean."""
+    """Drawn views an image, all paid; 0: the whole picture once, for data.teacher_view=clean."""
     size: Positive = 224
-    """Side in pixels of the views that are sent; whole pictures are sent as they are."""
+    """Side in pixels of drawn views."""
     seed: Seed = 0
     """Seed of the views."""
 
@@ -62,7 +62,7 @@ class AskConfig(Terms, Service):
 
 
 def ask_classes(cfg: AskConfig) -> str:
-    """Write the class vectors of the set; returns what was done."""
+    """Write the set's class vectors; returns what was done."""
     require(cfg.out.endswith(".safetensors"), "out", f"is {cfg.out}; it must end in .safetensors")
     check_writable(cfg.out, "config field out:")
     dataset = configured_set(cfg.data)
@@ -111,7 +111,7 @@ def ask_images(cfg: AskConfig) -> str:
 
 
 def image_queries(prepared: Prepared, info: OutputsInfo) -> list[Query]:
-    """The queries of an image: its file as it is where `info` asks for clean views, else a PNG of each view."""
+    """The queries of an image: its file for clean views, else a PNG of each view."""
     content, spec = sha256(prepared.image), info.image_spec
     made = f"png {spec.size[0]}x{spec.size[1]} {spec.interpolation} on {spec.fill}"
     queries = []

@@ -7,8 +7,8 @@ The protocol is one call, POST to the address as it is given, JSON both ways:
 
 with `Authorization: Bearer <token>` where a token is given. Only status 200 is a served call. 400, 413, 415 and 422
 mean that this content is not accepted, 429, 500 and 503 (with `Retry-After` in seconds, if any) that the call may be
-repeated. No message of ours holds the token, what stands behind `?` in the address, or words of the server, which may
-repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
+repeated. No message holds the token, what stands behind `?` in the address, or words of the server, which may repeat
+them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LARGEST_ANSWER = 1 << 20  # bytes for one input: some 50,000 numbers
 
 
 class NotServed(Exception):
-    """Nothing was served or charged: this content is `refused`, or the teacher is busy, for `pause` seconds if it said so."""
+    """Nothing was charged: this content is `refused`, or the teacher is busy, for `pause` seconds if it says so."""
 
     def __init__(self, told: str, *, refused: bool = False, pause: float = 0.0) -> None:
         super().__init__(told)
@@ -53,15 +53,15 @@ class Service:
     url: str = ""
     """Address of the call."""
     token_env: str = ""
-    """Environment variable that holds the token; empty: none is sent."""
+    """Environment variable with the token; empty: none is sent."""
     timeout: AboveZero = 60.0
-    """Seconds for connecting, and for each wait for data."""
+    """Seconds for connecting and for each wait."""
     retries: Count = 2
-    """Repetitions of a call that was not served (busy, out of reach), with growing pauses."""
+    """Repetitions of a call that was not served, with growing pauses."""
 
 
 class HttpTeacher:
-    """A service that speaks the module's protocol; refuses an address or a token that cannot work."""
+    """A service that speaks the module's protocol."""
 
     def __init__(self, cfg: Service) -> None:
         self._url, self._shown = _checked_address(cfg.url)
@@ -71,8 +71,8 @@ class HttpTeacher:
             token = os.environ.get(cfg.token_env, "")
             if not token or not all("!" <= character <= "~" for character in token):
                 raise UserError(
-                    f"environment variable {cfg.token_env} is empty or has spaces, line ends or other characters that no "
-                    "header can carry; put the token alone into it"
+                    f"environment variable {cfg.token_env} is empty or has spaces, line ends or what else no header carries; "
+                    "put the token alone into it"
                 )
             if self._url.scheme == "http" and not local:
                 raise UserError(
@@ -80,14 +80,14 @@ class HttpTeacher:
                 )
             headers["Authorization"] = f"Bearer {token}"
         try:
-            # A proxy to this very machine would get the token in clear, another address by a redirection. A kept
+            # Within this machine a proxy would get the token in clear, by a redirection any address would. A kept
             # connection may be closed under a call, which would then count as sent.
             self._client = httpx.Client(
                 headers=headers, timeout=cfg.timeout, trust_env=not local, follow_redirects=False,
                 limits=httpx.Limits(max_keepalive_connections=0),
             )  # fmt: skip
         except (httpx.InvalidURL, ValueError, ImportError):
-            raise UserError("http_proxy or https_proxy is no valid address of a proxy; unset it") from None
+            raise UserError("http_proxy or https_proxy is no valid address; unset it") from None
         self._tries = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda told: isinstance(told, NotServed) and not told.refused),
             stop=tenacity.stop_after_attempt(cfg.retries + 1), wait=_pause, reraise=True,
@@ -98,7 +98,7 @@ class HttpTeacher:
 
         Raises:
             NotServed, AnswerLost: no answer.
-            UserError: no call can succeed (wrong address, no permission).
+            UserError: no call can succeed.
         """
         sent = [base64.b64encode(part).decode("ascii") for part in inputs] if kind == "image" else inputs
         body = json.dumps({"kind": kind, "inputs": sent}).encode()
@@ -134,8 +134,7 @@ class HttpTeacher:
                 raise AnswerLost(f"{self._shown}: {told}") from None
             if "CERTIFICATE_VERIFY_FAILED" in told:
                 raise UserError(
-                    f"black box {self._shown} shows a certificate that is not valid ({told}); check the address, or name its "
-                    "authority in SSL_CERT_FILE"
+                    f"black box {self._shown} shows a certificate that is not valid ({told}); check the address, or set SSL_CERT_FILE"
                 ) from None
             raise NotServed(f"{self._shown} cannot be reached ({told})") from None
         return bytes(answer)

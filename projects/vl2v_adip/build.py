@@ -47,32 +47,39 @@ log = logging.getLogger("vlmkd.vl2v_adip")
 VECTORS = "head.vectors"
 """Name of the class vectors in a student's weights."""
 _SAME_VECTORS = 0.999
-"""Cosine above which two class vectors are of one encoder and prompt, in whatever precision each was computed."""
+"""Cosine above which class vectors are of one encoder and prompt."""
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def job(cfg: Vl2vConfig) -> Job:
-    """The run of any stage or baseline."""
+    """The run of any stage or baseline; a second stage starts from the first one's export."""
+    made = assemble(cfg)
+    if cfg.method in CONTINUES:
+        task: Any = made.task
+        folder = earlier_stage(cfg, task.facts)
+        fill(task.core, read_safetensors(folder / WEIGHTS), f"config field init_from: {folder}")
+        log.info("started from %s", folder)
+    return made
+
+
+def assemble(cfg: Vl2vConfig) -> Job:
+    """The run, its student as it is before any stage."""
     dataset = configured_set(cfg.data)
     fold = choose(dataset, cfg.fold)
     pool = sum(len(fold.splits[domain].inside) for domain in fold.sources)
     cfg = in_steps(cfg, math.ceil(pool / cfg.batch_size))
     backbone = student_backbone(cfg)
-    has_teacher = cfg.method not in WITHOUT_TEACHER
-    vectors, clip = load_teacher(cfg, dataset) if has_teacher else (None, None)
+    taught = cfg.method not in WITHOUT_TEACHER
+    vectors, clip = load_teacher(cfg, dataset) if taught else (None, None)
     facts = facts_of(cfg, vectors.teacher_digest, vectors.templates) if vectors else facts_of(cfg)
     with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
         torch.manual_seed(cfg.seed)
         student, exported = build_student(cfg, backbone, vectors, dataset)
-    if cfg.method in CONTINUES:
-        folder = earlier_stage(cfg, facts)
-        fill(student, read_safetensors(folder / WEIGHTS), f"config field init_from: {folder}")
-        log.info("started from %s", folder)
     frozen: nn.Module | None = Pretrained(backbone.module) if cfg.method == "miro" else None
     if clip is not None:
         frozen = ClipTeacher(clip, backbone.image_spec)
-    validation, target = validation_of(fold), target_of(cfg, fold)
-    judged = clip is not None or (has_teacher and cfg.teacher.model and cfg.evaluation.teacher)
+    validation, target = [_left_out(fold, domain) for domain in fold.sources], _target(cfg, fold)
+    judged = clip is not None or (taught and cfg.teacher.model and cfg.evaluation.teacher)
     task = Vl2vTask(
         cfg, student, exported, facts, validation=[one.dataset for one in validation], teacher=frozen,
         vectors=vectors, judged=(lambda: clip or load_model(cfg)) if judged else None,
@@ -83,7 +90,7 @@ def job(cfg: Vl2vConfig) -> Job:
 
 
 def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> tuple[ClassVectors, ClipModel | None]:
-    """Class vectors, and the loaded model where the run asks it for image embeddings."""
+    """Class vectors, and the loaded model where the run asks it for embeddings."""
     clip = load_model(cfg) if cfg.teacher.model else None
     if cfg.teacher.class_vectors:
         vectors = ClassVectors.load(Path(cfg.teacher.class_vectors), expect_class_names=dataset.class_names)
@@ -103,13 +110,12 @@ def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> tuple[ClassVectors, C
 
 
 def load_model(cfg: Vl2vConfig) -> ClipModel:
-    """The CLIP that `teacher.model` names."""
     clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained)
     return replace(clip, image_spec=replace(clip.image_spec, **IMAGENET if cfg.legacy_norm else {}))
 
 
 def student_backbone(cfg: Vl2vConfig) -> Backbone:
-    """The student's backbone with the protocol's evaluation resize (aspect ratio not kept) and its statistics."""
+    """The student's backbone, its evaluation images resized without their aspect ratio, as the protocol has it."""
     given = cfg.student
     backbone = load_backbone(
         given.backbone, given.pretrained, weights=given.weights, image_size=given.image_size or None, seed=cfg.seed
@@ -141,10 +147,8 @@ def build_student(
         if cfg.method != "vl2v_sd":
             projector = Projector(backbone.dim, width)
         elif backbone.dim != width:
-            raise UserError(
-                f"config field student.backbone gives {backbone.dim} features, the teacher {width}: with method=vl2v_sd "
-                "it is the teacher's own tower"
-            )
+            told = f"gives {backbone.dim} features, the teacher {width}; name the teacher's own tower"
+            raise UserError(f"config field student.backbone {told}")
     miro = cfg.method == "miro"
     student = MiroStudent(backbone, head) if miro else Student(backbone.module, head, projector)
     student.requires_grad_(cfg.method != "distill")
@@ -154,14 +158,14 @@ def build_student(
 
 
 def fill(student: Student, weights: dict[str, Tensor], origin: str) -> None:
-    """Load `weights`, of `origin` in errors, into the student; class vectors stay its own, and must agree up to rounding."""
+    """Load `weights` into the student; class vectors stay its own, and must agree up to rounding."""
     state = student.state_dict()
     if problems := differences(state, weights):
         raise UserError(f"{origin} is of another student: {problems}")
     own = {VECTORS: state[VECTORS]} if VECTORS in state else {}  # the loss's
     if own and F.cosine_similarity(weights[VECTORS], own[VECTORS]).min() < _SAME_VECTORS:
         raise UserError(
-            f"{origin} has other class vectors than this run's teacher and prompts give; take those that it was made with"
+            f"{origin} has other class vectors than this run's; take the teacher and prompts that it is of"
         )
     student.load_state_dict(weights | own)
 
@@ -189,17 +193,17 @@ def _loader(
     )
 
 
-def validation_of(fold: Fold) -> list[DomainAccuracy]:
-    """The 20 % of every source domain."""
-    return [DomainAccuracy(f"{fold.name(domain)}_out", fold.splits[domain].out) for domain in fold.sources]
+def _left_out(fold: Fold, domain: int) -> DomainAccuracy:
+    names = fold.dataset.class_names
+    return DomainAccuracy(fold.splits[domain].out, names, dataset=f"{fold.name(domain)}_out")
 
 
-def target_of(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
-    """The held-out domain: its 80 %, which are reported, its 20 %, and seen against unseen classes."""
-    name, split = fold.name(fold.test_domain), fold.splits[fold.test_domain]
+def _target(cfg: Vl2vConfig, fold: Fold) -> list[Evaluator]:
+    """On the held-out domain: its 80 %, which are reported, seen against unseen classes; and its 20 %."""
     names, seen = fold.dataset.class_names, cfg.fold.seen_classes
     classes = range(len(names)) if seen else range(0)
     reported = Classification(
-        split.inside, names, dataset=f"{name}_in", base=classes[:seen], novel=classes[seen:], rivals="all"
-    )
-    return [reported, DomainAccuracy(f"{name}_out", split.out)]
+        fold.splits[fold.test_domain].inside, names, dataset=f"{cfg.fold.test_domain}_in", base=classes[:seen],
+        novel=classes[seen:], rivals="all",
+    )  # fmt: skip
+    return [reported, _left_out(fold, fold.test_domain)]

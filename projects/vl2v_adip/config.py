@@ -1,4 +1,4 @@
-"""VL2V-ADiP's configuration: the fold, student, teacher, method and its loss, and weight averaging."""
+"""VL2V-ADiP's configuration."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Method = Literal[
     "miro",
 ]  # fmt: skip
 FROZEN_BACKBONE: tuple[Method, ...] = ("align", "lp")
-"""Methods of train_align.py: only what lies behind the backbone is trained."""
+"""Methods of train_align.py, which train what lies behind the backbone."""
 LINEAR_HEAD: tuple[Method, ...] = ("erm", "lp", "lp_ft", "kd_kl", "kd_cos", "miro")
-"""Methods with a learned linear head; the others classify by the teacher's class vectors."""
+"""Methods with a linear head; the others classify by the teacher's class vectors."""
 WITHOUT_TEACHER: tuple[Method, ...] = ("erm", "lp", "lp_ft", "miro")
 CONTINUES: dict[Method, Method] = {"distill": "align", "lp_ft": "lp"}
 """Second stages, and the stage of the same fold that they start from."""
@@ -49,7 +49,7 @@ class StudentConfig:
     """The backbone that is distilled into."""
 
     backbone: str = ""
-    """Any name that vlmkd.models.backbones.load_backbone takes."""
+    """A name for vlmkd.models.backbones.load_backbone."""
     pretrained: bool = True
     """Start from the backbone's published weights; false: at random."""
     weights: str = ""
@@ -57,7 +57,7 @@ class StudentConfig:
     image_size: Count = 0
     """Input size; 0: that of the weights. A CLIP has its own only."""
     freeze_bn: bool = True
-    """BatchNorm statistics never move (released code); its affine parameters train."""
+    """BatchNorm statistics never move; its affine parameters train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,13 @@ class TeacherConfig:
     """The frozen teacher."""
 
     model: str = ""
-    """Any name that vlmkd.models.clip.load_clip takes; empty: only stored outputs and class vectors."""
+    """A name for vlmkd.models.clip.load_clip; empty: only stored outputs and class vectors."""
     pretrained: str = ""
     """open_clip tag or weights file."""
     class_vectors: str = ""
     """File of class vectors; empty: the model's text tower makes them."""
     templates: list[str] = field(default_factory=list)
-    """Prompts with `{}` for the class name; empty: the data set's own, `a photo of a {}`."""
+    """Prompts with `{}` for the class name; empty: the data set's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +79,11 @@ class LossConfig:
     """Weights of the losses."""
 
     image_weight: Share = 0.5
-    """lambda: weight of the image term, 1 - lambda of the text term (align, distill, one_stage, vl2v_sd)."""
+    """lambda, the image term's; 1 - lambda is the text term's (align, distill, one_stage, vl2v_sd)."""
     kd_weight: Amount = 0.5
-    """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos), as released."""
+    """Weight of the teacher's term beside the cross entropy (kd_kl, kd_cos)."""
     temperature: AboveZero = 0.1
-    """Divides the logits of kd_kl and kd_cos (released code; CLIP's logits are already times 100)."""
+    """Divides the logits of kd_kl and kd_cos, where CLIP's are already times 100."""
     miro_weight: Amount = 0.1
     """Weight of MIRO's regulariser (miro)."""
     legacy_kl: bool = False
@@ -92,7 +92,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwadConfig:
-    """Weight averaging over the loss valley (projects.vl2v_adip.valley.LossValley)."""
+    """Weight averaging over the loss valley (valley.py)."""
 
     enabled: bool = True
     """Average; false exports the best single weights only."""
@@ -132,7 +132,7 @@ class Vl2vConfig(RunConfig):
     swad: SwadConfig = field(default_factory=SwadConfig)
     """Weight averaging."""
     init_from: str = ""
-    """Export of the earlier stage; empty: the one of the same fold, student and teacher below `runs`."""
+    """Export of the earlier stage; empty: the fitting one below `runs`."""
     runs: str = "runs"
     """Folder that is searched for the earlier stage."""
     select_from_step: Duration = 100
@@ -157,11 +157,11 @@ class Vl2vConfig(RunConfig):
             ("teacher", taught or not (named or self.stored),
              f"{no_effect}; leave it and data.teacher_outputs out"),
             ("teacher", named or not taught,
-             "is empty; name teacher.model, or teacher.class_vectors of a teacher whose weights you do not have"),
+             "is empty; name teacher.model, or without its weights teacher.class_vectors"),
             ("data.teacher_outputs", not taught or teacher.model or self.stored or method == "kd_text",
              "is empty, but without teacher.model the image embeddings must be stored"),
             ("legacy_norm", not (self.legacy_norm and self.stored),
-             "goes with a loaded teacher: stored outputs were made with the teacher's own statistics"),
+             "goes with a loaded teacher: stored outputs have its own statistics"),
             ("loss.image_weight", weighs or loss.image_weight == LossConfig().image_weight, no_effect),
             ("loss.legacy_kl", not loss.legacy_kl or method == "kd_kl", "goes with method=kd_kl"),
             ("init_from", not self.init_from or method in CONTINUES,
@@ -203,7 +203,7 @@ class AlignConfig(Vl2vConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Vl2vConfig):
-    """Everything that trains the backbone: distill, one_stage, vl2v_sd and the baselines."""
+    """What trains the backbone: distill, one_stage, vl2v_sd and the baselines."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

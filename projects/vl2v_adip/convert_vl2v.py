@@ -3,9 +3,9 @@
     python -m projects.vl2v_adip.convert_vl2v TE0_best.pth RUN_FOLDER CONFIG.yaml [...] [field=value ...]
 
 CONFIG and fields are those of the run that could have made the file; held-out domain, trial seed and stage are the
-file's where it tells them. Distill starts from the folder (`init_from=RUN_FOLDER/export`, or found below `runs`) with
-`legacy_norm=true`, because the released code feeds everything ImageNet's statistics. Released files are
-`{args, model_hparams, test_envs, model_dict}`; nothing in them is executed.
+file's where it tells them. Distill starts from the folder with `legacy_norm=true`, because the released code feeds
+everything ImageNet's statistics. Released files are `{args, model_hparams, test_envs, model_dict}`; nothing in them is
+executed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.vl2v_adip import build
-from projects.vl2v_adip.build import VECTORS
+from projects.vl2v_adip.build import VECTORS, assemble, fill, student_backbone
 from projects.vl2v_adip.config import LINEAR_HEAD, Vl2vConfig
-from projects.vl2v_adip.folds import FACTS, choose, facts_of, tags_of
+from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.task import BEST
 from vlmkd import distributed
 from vlmkd.config import load, require
 from vlmkd.datasets.labelled_sets import configured_set
 from vlmkd.errors import UserError, run_tool
-from vlmkd.evaluation.base import Context, Evaluator
+from vlmkd.evaluation.base import Context
 from vlmkd.export.classifier import export_classifier, load_classifier
 from vlmkd.files import write_json
 from vlmkd.models.backbones import Backbone, load_backbone_weights
@@ -43,11 +42,7 @@ BACKBONE, PROJECTOR, CLASSIFIERS = "featurizer.network.", "proj_lyr.", ("clip_cl
 _METHODS = {"DFC_STAGE1": "align", "DFC_STAGE2": "distill", "DFC_CLIP_INIT": "vl2v_sd"}
 """The released code's class of each stage."""
 _OF_THE_FILE = "of the file"
-"""Stands for the held-out domain until the data set has told its name."""
-
-
-class _Number(float):
-    """A number of ruamel.yaml, which also remembers how it was written."""
+"""Stands for the held-out domain until its name is known."""
 
 
 _PLAIN = [
@@ -58,13 +53,16 @@ _PLAIN = [
     ),
     argparse.Namespace,
     (OrderedDict, "munch.Munch"),  # a dictionary whose keys are attributes too
-    (_Number, "ruamel.yaml.scalarfloat.ScalarFloat"),
+    (
+        type("Number", (float,), {}),
+        "ruamel.yaml.scalarfloat.ScalarFloat",
+    ),  # which remembers how it was written
 ]
-"""What a released file holds beside tensors and plain data; the classes' packages are not imported."""
+"""What a released file holds beside tensors and plain data; no package is imported for it."""
 
 
 class Released(NamedTuple):
-    """What is taken from a released file: `model_dict`, the index of the held-out domain, and `args` by name."""
+    """Of a released file: `model_dict`, the one of `test_envs`, and `args`."""
 
     weights: dict[str, Tensor]
     test_env: int
@@ -72,26 +70,23 @@ class Released(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Released:
-    """A released checkpoint; refuses other content, and a pickle that names anything but what the code put there."""
+    """A released checkpoint; refuses other content, and a pickle that names what the code never put there."""
     content = read_torch(path, what="checkpoint", plain=_PLAIN)
     state = content.get("model_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} has no model_dict of tensors; it is not of the released code")
     # DataParallel has a prefix.
     weights = {str(name).removeprefix("module."): value for name, value in state.items()}
-    if not any(name.startswith(BACKBONE) for name in weights):
-        raise UserError(
-            f"checkpoint {path} has no model_dict with {BACKBONE}*; it is not of the released code"
-        )
-    held_out = content.get("test_envs")
-    if not isinstance(held_out, list) or len(held_out) != 1 or not isinstance(held_out[0], int):
-        raise UserError(f"checkpoint {path} has test_envs {held_out!r}; it needs the one held-out domain")
     args = content.get("args", {})
-    return Released(weights, held_out[0], dict(args if isinstance(args, Mapping) else vars(args)))
+    match content.get("test_envs"):
+        case [int(held_out)]:
+            return Released(weights, held_out, dict(args if isinstance(args, Mapping) else vars(args)))
+        case other:
+            raise UserError(f"checkpoint {path} has test_envs {other!r}; it needs the one held-out domain")
 
 
 def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """A released `model_dict` in the names of our student; `backbone` is filled with the checkpoint's."""
+    """A released `model_dict` in the names of our student; `backbone` is filled with it."""
     if unknown := [name for name in state if not name.startswith((BACKBONE, PROJECTOR, *CLASSIFIERS))]:
         raise UserError(f"checkpoint has unknown tensors: {', '.join(unknown[:3])}")
 
@@ -107,7 +102,7 @@ def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str
     shortest, longest = heads[0].norm(dim=-1).aminmax()
     if not math.isclose(float(shortest), float(longest), rel_tol=1e-2):
         raise UserError(
-            "rows of the checkpoint's text classifier differ in length; it is not a scaled unit classifier"
+            "rows of the checkpoint's text classifier differ in length; they are no scaled unit vectors"
         )
     load_backbone_weights(backbone, below(BACKBONE), f"checkpoint ({backbone.source})")
     weights = {f"backbone.{name}": value for name, value in backbone.module.state_dict().items()}
@@ -116,10 +111,7 @@ def student_weights(state: Mapping[str, Tensor], backbone: Backbone) -> dict[str
 
 
 def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
-    """Write `run_dir`/export, then evaluate it and write the results where the table looks for them.
-
-    `arguments` are those of the run. Raises UserError when the file does not fit them.
-    """
+    """Write `run_dir`/export and the table's results; `arguments` are those of the run."""
     weights, test_env, told = read_checkpoint(path)
     fields = [f"run_dir={run_dir}", f"fold.test_domain={_OF_THE_FILE}", *arguments]
     if "trial_seed" in told:
@@ -135,32 +127,28 @@ def convert(path: Path, run_dir: Path, arguments: list[str]) -> None:
     domain, given = dataset.domains[test_env], cfg.fold.test_domain
     require(given in (_OF_THE_FILE, domain), "fold.test_domain", f"is {given!r}; {path} holds out {domain}")
     cfg = replace(cfg, fold=replace(cfg.fold, test_domain=domain))
-    fold = choose(dataset, cfg.fold)
-    vectors, backbone = build.load_teacher(cfg, dataset)[0], build.student_backbone(cfg)
-    student, exported = build.build_student(cfg, backbone, vectors, dataset)
-    build.fill(student, student_weights(weights, backbone), f"checkpoint {path}")
-    facts = facts_of(cfg, vectors.teacher_digest, vectors.templates)
+    job = assemble(cfg)
+    task: Any = job.task
+    fill(task.core, student_weights(weights, student_backbone(cfg)), f"checkpoint {path}")
     export = run_dir / "export"
-    provenance = {"converted_from": path.name, "vl2v_adip": facts}
-    export_classifier(export, exported, student.state_dict(), provenance=provenance)
-    write_json(export / FACTS, facts)
-    seed = cfg.fold.trial_seed
-    print(f"wrote {export}: {cfg.method}, held-out domain {domain}, trial seed {seed}", flush=True)
+    provenance = {"converted_from": path.name, "vl2v_adip": task.facts}
+    export_classifier(export, task.exported, task.core.state_dict(), provenance=provenance)
+    write_json(export / FACTS, task.facts)
+    print(f"wrote {export}: {cfg.method}, {domain} held out, trial seed {cfg.fold.trial_seed}", flush=True)
     predictor = load_classifier(export)
     predictor.module.to(device := distributed.device())
     context = Context(device=device, batch_size=cfg.evaluation.batch_size)
-    evaluators: list[Evaluator] = [*build.validation_of(fold), *build.target_of(cfg, fold)]
+    evaluators = [*job.evaluators, *job.final_evaluators]
     results = [result for evaluator in evaluators for result in evaluator.run(predictor, context)]
-    numbers = numbers_of(results, run=run_dir.resolve().name, model=BEST, tags=tags_of(facts))
+    numbers = numbers_of(results, run=run_dir.resolve().name, model=BEST, tags=task.tags())
     write_results(run_dir / FILE, numbers, details_of({BEST: results}))
     write_json(run_dir / "done.json", {"step": 0, "export": "export"})
 
 
 def main(argv: list[str]) -> int:
     """Parse arguments and convert; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("config", nargs="+", help="CONFIG.yaml or field=value")

@@ -17,12 +17,7 @@ from vlmkd.errors import UserError
 from vlmkd.files import read_object
 
 FACTS = "fold.json"
-"""File in an export that says which fold, student and teacher it is of."""
-
-
-def tags_of(facts: Mapping[str, Any]) -> dict[str, str | int | float]:
-    """What tables pivot a fold's results by."""
-    return {name: facts[name] for name in ("set", "student", "method", "test_domain", "trial_seed")}
+"""File of an export: its fold, student and teacher."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +31,9 @@ class Fold:
 
     @property
     def sources(self) -> list[int]:
-        """The training domains."""
         return [domain for domain in self.splits if domain != self.test_domain]
 
     def name(self, domain: int) -> str:
-        """The domain's name."""
         return self.dataset.domains[domain]
 
 
@@ -61,7 +54,7 @@ def choose(dataset: LabelledSet, cfg: FoldConfig) -> Fold:
 
 
 def facts_of(cfg: Vl2vConfig, teacher_digest: str = "", templates: Sequence[str] = ()) -> dict[str, Any]:
-    """What an export is of, `templates` being the class vectors' prompts; stages of one run differ in `method` alone."""
+    """What an export is of; `templates` are the class vectors'. Stages of one run differ in `method` alone."""
     student = cfg.student
     return {
         "method": cfg.method,
@@ -76,11 +69,7 @@ def facts_of(cfg: Vl2vConfig, teacher_digest: str = "", templates: Sequence[str]
 
 
 def earlier_stage(cfg: Vl2vConfig, facts: Mapping[str, Any]) -> Path:
-    """Export folder of the stage that this run starts from: `init_from`, or the one match below `runs`.
-
-    Raises:
-        UserError: none or several match, or the named one does not.
-    """
+    """Export folder of the stage that this run starts from: `init_from`, or the only match below `runs`."""
     wanted = {**facts, "method": CONTINUES[cfg.method]}
     below = Path(cfg.runs).glob(f"**/export/{FACTS}")
     paths = [Path(cfg.init_from) / FACTS] if cfg.init_from else sorted(below)

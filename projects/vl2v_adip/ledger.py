@@ -8,7 +8,7 @@ the call and ends in one of four ways:
     lost       sent, and no answer came (time-out, killed process); counted as charged, asked again only on demand
     failed     not served; not charged; asked again by the next call
 
-So any number of processes, restarts and copies of an image charge a key at most once.
+So processes, restarts and copies of an image charge a key at most once.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from vlmkd.errors import UserError
 from vlmkd.files import new_folder
 
 _VERSION = 2
-_LEASE = 900.0  # seconds after which a reservation is lost even if its process is not known to have ended
-_POLL = 0.1  # seconds between looks at a query that another process is asking
+_LEASE = 900.0  # seconds until a reservation is lost, of whatever process
+_POLL = 0.1  # seconds between looks at what another process is asking
 _UNIT_SLACK = 1e-2  # of a norm that is declared to be 1
-_END = """UPDATE queries SET status = ?, reason = ?, charged = charged + ?, vector = ?, vector_digest = ? WHERE key = ?"""
+_END = "UPDATE queries SET status = ?, reason = ?, charged = charged + ?, vector = ?, vector_digest = ? WHERE key = ?"
 _HINTS = {
     "failed": "start again when the teacher can be reached",
-    "lost": "ask again by resend_lost=true, which may be charged twice",
+    "lost": "ask again by resend_lost=true, maybe charged twice",
     "rejected": "report the answer to the teacher's owner",
 }
 _TABLES = """
@@ -66,7 +66,6 @@ SELECT *, max_queries - paid - under_way AS queries_left, max_cost - cost - rese
 
 
 def sha256(data: bytes) -> str:
-    """In hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -78,13 +77,12 @@ class Query:
     payload: bytes | str
     """What is sent: an encoded image, or a text."""
     content: str
-    """What it stands for: a digest of the user's file or text, and the view of it."""
+    """What it stands for: a digest of the file or text, and the view of it."""
     alike: str
     """Queries with the same may rightly get the same vector: the pixels, or the text in lower case."""
 
 
 def text_query(text: str) -> Query:
-    """The query of a text."""
     return Query("text", text, sha256(text.encode()), " ".join(text.casefold().split()))
 
 
@@ -101,9 +99,9 @@ class Terms:
     unit_norm: bool = False
     """It declares unit vectors."""
     logit_scale: AboveZero = 100.0
-    """Factor of its cosines in the softmax; 100 is that of OpenAI's models."""
+    """Factor of its cosines in the softmax."""
     max_queries: Count | None = None
-    """Budget in queries, images and texts together; null: no limit."""
+    """Budget in images and texts together; null: no limit."""
     max_cost: Amount | None = None
     """Budget in money; null: no limit."""
     price: Amount = 0.0
@@ -113,31 +111,31 @@ class Terms:
     mask: bool = False
     """Leave out images that get no vector, instead of stopping."""
     resend_lost: bool = False
-    """Ask again where an answer was lost; the teacher may then have charged twice, and both count."""
+    """Ask again where an answer was lost; both charges count."""
 
 
 class Ledger:
-    """One teacher's part of a ledger file; also a TextEncoder, for class vectors."""
+    """One teacher's part of a ledger file; also a TextEncoder."""
 
     def __init__(self, terms: Terms, teacher: HttpTeacher) -> None:
         self.path, self.name = Path(terms.ledger), terms.teacher_id
         self.dim, self.logit_scale = terms.dim, terms.logit_scale
-        self.digest = sha256(f"black box {self.name}".encode())  # for that of weights, which nobody here has
+        self.digest = sha256(f"black box {self.name}".encode())  # in the place of its weights'
         self._terms, self._teacher, self._base = terms, teacher, _open(self.path)
-        budget = (self.name, terms.max_queries, terms.max_cost)
+        budget = self.name, terms.max_queries, terms.max_cost
         self._base.execute("INSERT OR REPLACE INTO budgets VALUES (?, ?, ?)", budget)
 
     def require_budget(self, queries: Iterable[Query]) -> int:
-        """How many of these would have to be asked; refused when they are more, or cost more, than what is left."""
+        """How many of these would have to be asked; refused when the budget is too small for them."""
         new = sum(self._to_ask(self._row(key)) for key in {self._key(query) for query in queries})
         self._check_left(new, "nothing was asked; raise the budget or ask for less")
         return new
 
     def ask(self, queries: Sequence[Query]) -> list[Tensor | None]:
-        """The teacher's vector [dim] for each query, in fp32 as it came, from the file or by asking; with `mask` or None.
+        """The teacher's vector [dim] in fp32 for each query, all of one kind; from the file or by asking.
 
         Raises:
-            UserError: the budget is used up, or a query got no vector; what was paid is kept.
+            UserError: the budget is used up, or, without `mask`, a query got no vector; what was paid is kept.
         """
         keys = [self._key(query) for query in queries]
         waiting = dict(zip(keys, queries, strict=True))
@@ -170,7 +168,7 @@ class Ledger:
     def _reserve(
         self, waiting: dict[str, Query], asked: set[str], alone: set[str], found: dict[str, Tensor | None]
     ) -> dict[str, Query]:
-        """Put into `found` what is settled; reserve the next call's queries, of one kind."""
+        """Put into `found` what is settled; reserve the next call's queries."""
         mine: dict[str, Query] = {}
         now, terms, kept = time.time(), self._terms, f"what was paid is kept in {self.path}"
         with self._transaction() as base:
@@ -185,8 +183,7 @@ class Ledger:
                     found[key] = torch.frombuffer(bytearray(row["vector"]), dtype=torch.float32)
                 elif key not in asked and self._to_ask(row):
                     first = next(iter(mine), key)
-                    joins = query.kind == waiting[first].kind and not {first, key} & alone
-                    if key == first or (joins and len(mine) < terms.batch_size):
+                    if key == first or (len(mine) < terms.batch_size and not {first, key} & alone):
                         mine[key] = query
                 elif row is not None and row["status"] != "reserved":
                     found[key] = None
@@ -206,7 +203,7 @@ class Ledger:
         return mine
 
     def _call(self, mine: dict[str, Query]) -> bool:
-        """Ask for reserved queries of one kind and write down what came; True: they were refused."""
+        """Ask for reserved queries and write down what came; True: they were refused."""
         kind = next(iter(mine.values())).kind
         try:
             vectors = self._teacher.embed(kind, [query.payload for query in mine.values()])
@@ -249,14 +246,13 @@ class Ledger:
         return vector.numpy().tobytes(), next((reason for reason in faults if faults[reason]), "")
 
     def _check_left(self, number: int, hint: str) -> None:
-        """Refuse `number` more queries than the budget has left after what was charged and is under way."""
         wanted = "IFNULL(queries_left, 9e999), IFNULL(cost_left, 9e999)"
         row = self._base.execute(f"SELECT {wanted} FROM figures WHERE teacher = ?", (self.name,)).fetchone()
         (queries, cost), price = row, number * self._terms.price
         if number > queries or price > cost + 1e-9:
             raise UserError(
-                f"{number} more queries to {self.name} are needed, which cost {price:g}; {queries:g} queries and a cost "
-                f"of {cost:g} are left of the budget; {hint}"
+                f"{number} more queries to {self.name} are needed, which cost {price:g}; {queries:g} queries and a cost of "
+                f"{cost:g} are left of the budget; {hint}"
             )
 
     def _key(self, query: Query) -> str:
@@ -277,15 +273,16 @@ class Ledger:
 
 
 def report(path: str | Path) -> list[dict[str, Any]]:
-    """The figures of every teacher in a ledger file, by the columns of its view; None: no limit."""
-    if not Path(path).is_file():
+    """The figures of every teacher in a ledger file; None: no limit."""
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"ledger {path} does not exist")
-    with closing(_open(Path(path))) as base:
+    with closing(_open(path)) as base:
         return [dict(row) for row in base.execute("SELECT * FROM figures ORDER BY teacher")]
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether it was a process of this machine that has ended."""
+    """Whether it was a process here that has ended."""
     host, _, process = owner.rpartition(":")
     return host == socket.gethostname() and not psutil.pid_exists(int(process))
 

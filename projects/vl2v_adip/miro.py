@@ -22,16 +22,12 @@ from vlmkd.models.towers import evaluating
 from vlmkd.train.task import frozen
 
 VARIANCES = "variances."
-"""Begins the names of the parameters that only training needs; an export has none of them."""
+"""Begins the names of the parameters that an export has not."""
 _FIRST_VARIANCE, _EPS = 0.1, 1e-5
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks, or the stages of a convolutional net.
-
-    Raises:
-        UserError: a backbone whose layers are not known.
-    """
+    """The transformer's blocks, or the stages of a convolutional net."""
     named = dict(backbone.named_modules())
     for name, part in named.items():
         if name.rpartition(".")[2] in ("blocks", "resblocks"):
@@ -55,7 +51,7 @@ def recorded(backbone: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class MiroStudent(Student):
-    """A student that also gives its layers' outputs while it trains, and holds their learned variances."""
+    """A student that in training gives its layers' outputs too, and holds their learned variances."""
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__(backbone.module, head)
@@ -63,7 +59,10 @@ class MiroStudent(Student):
             backbone.module(torch.zeros(1, 3, *backbone.image_spec.size))
         start = math.log(math.expm1(_FIRST_VARIANCE - _EPS))
         self.variances = nn.ParameterList(
-            [nn.Parameter(torch.full((layer.shape[_channels(layer)],), start)) for layer in layers]
+            [
+                nn.Parameter(torch.full((layer.shape[1 if layer.ndim == 4 else -1],), start))
+                for layer in layers
+            ]
         )
 
     def forward(self, images: Tensor) -> StudentOutput | Tensor:
@@ -82,7 +81,6 @@ class Pretrained(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, h, w] in the student's statistics."""
         with recorded(self.backbone) as layers:
             self.backbone(images.to(next(self.backbone.parameters()).dtype))
         return layers
@@ -94,13 +92,7 @@ def regulariser(
     """Mean over the layers of mean((f - f0)^2 / v + log v) / 2 (docs/papers/vl2v_adip.md, eq. 10)."""
     parts = []
     for layer, before, raw in zip(layers, pretrained, variances, strict=True):
-        shape = [1] * layer.ndim
-        shape[_channels(layer)] = -1
-        variance = (F.softplus(raw.float()) + _EPS).view(shape)
+        variance = F.softplus(raw.float()) + _EPS
+        variance = variance[:, None, None] if layer.ndim == 4 else variance  # images have channels second
         parts.append(((layer.float() - before.float()).square() / variance + variance.log()).mean() / 2)
     return torch.stack(parts).mean()
-
-
-def _channels(layer: Tensor) -> int:
-    """The axis of the channels: images have them second, tokens last."""
-    return 1 if layer.ndim == 4 else -1

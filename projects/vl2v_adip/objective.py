@@ -42,9 +42,8 @@ def image_share(method: Method, loss: LossConfig) -> float:
 
 def needs_images(method: Method, loss: LossConfig) -> bool:
     """Whether the method asks the teacher for image embeddings."""
-    if method in WITHOUT_TEACHER:
-        return False
-    return method in ("kd_kl", "kd_cos", "simkd") or image_share(method, loss) > 0
+    by_images = method in ("kd_kl", "kd_cos", "simkd") or image_share(method, loss) > 0
+    return by_images and method not in WITHOUT_TEACHER
 
 
 def objective(
@@ -64,9 +63,8 @@ def objective(
         terms = {"ce": F.cross_entropy(logits.float(), targets.labels)}
         terms |= {} if miro is None else {"miro": miro}
         return terms, {name: {"ce": 1.0, "miro": loss.miro_weight}[name] for name in terms}
-    valid, images = targets.valid, targets.image_embeds
-    rows = slice(None) if valid is None or bool(valid.all()) else valid
-    share = image_share(method, loss)
+    images, share = targets.image_embeds, image_share(method, loss)
+    rows = slice(None) if targets.valid is None else targets.valid
     weights = {"ce": 1.0, "mse": 1.0, "miro": loss.miro_weight, "kl": loss.kd_weight, "cos": loss.kd_weight}
     weights |= {"image": share, "text": 1.0 - share}
     terms = {}

@@ -1,7 +1,4 @@
-"""The student: backbone, projector into the teacher's space, and head.
-
-Letters: B images, C classes, D width of the teacher's space.
-"""
+"""The student: backbone, projector into the teacher's space [D], and head."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ class StudentOutput(NamedTuple):
     """What a call gives in training."""
 
     embeds: Tensor
-    """What the head sees [B, D], of any length."""
+    """What the head sees, [B, D]."""
     logits: Tensor
     """[B, C], fp32."""
     layers: tuple[Tensor, ...] = ()
@@ -29,7 +26,7 @@ class Student(Classifier):
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether anything of the backbone trains."""
+        """Whether anything of it trains."""
         return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Student:

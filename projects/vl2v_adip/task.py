@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from projects.vl2v_adip.config import Vl2vConfig
-from projects.vl2v_adip.folds import FACTS, tags_of
+from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.miro import VARIANCES, MiroStudent, regulariser
 from projects.vl2v_adip.objective import Targets, needs_images, objective
 from projects.vl2v_adip.student import Student
@@ -32,11 +32,11 @@ from vlmkd.train.timing import Stopwatch
 
 BEST, SWAD = "best by source validation", "SWAD"
 BEST_EXPORT = "export_iid"
-"""Folder beside `export` with the best weights by source validation, where SWAD's lie in `export`."""
+"""Folder of the best weights, where SWAD's lie in `export`."""
 
 
 class Vl2vTask(Task):
-    """All stages and baselines; they differ in what is trained and in the objective."""
+    """All stages and baselines; what is trained and the objective differ."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Vl2vTask(Task):
         vectors: ClassVectors | None = None,
         judged: Callable[[], ClipModel] | None = None,
     ) -> None:
-        """`validation` names the source domains' out parts; `judged` gives the teacher to be evaluated."""
+        """`validation` names the source domains' out parts; `judged` loads the teacher to be evaluated."""
         self.cfg, self.core, self.exported, self.facts = cfg, student, exported, dict(facts)
         self.student: nn.Module = student
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher]
@@ -87,14 +87,13 @@ class Vl2vTask(Task):
 
     @torch.no_grad()
     def _targets(self, batch: Batch) -> Targets:
-        labels = batch["labels"]
-        if self._vectors is None:
+        labels, known = batch["labels"], self._vectors
+        if known is None:
             return Targets(labels)
         embeds: tuple[Tensor | None, Tensor | None] = (None, None)
         if needs_images(self.cfg.method, self.cfg.loss):
             embeds = teacher_image_embeds(batch, self.teachers[0] if self.teachers else None)
-        vectors = self._vectors.vectors.to(labels.device)
-        return Targets(labels, vectors, *embeds, logit_scale=self._vectors.logit_scale)
+        return Targets(labels, known.vectors.to(labels.device), *embeds, logit_scale=known.logit_scale)
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """MIRO's variances learn ten times as fast, without decay."""
@@ -108,7 +107,7 @@ class Vl2vTask(Task):
 
     @cached_property
     def _judged(self) -> ClipModel | None:
-        """The teacher as a model to be evaluated; only called after training."""
+        """The teacher to be evaluated, after training."""
         if self._load_judged is None:
             return None
         clip = self._load_judged()
@@ -125,10 +124,9 @@ class Vl2vTask(Task):
         return None if self._vectors is None else self._vectors.logits(embeds)
 
     def tags(self) -> dict[str, str | int | float]:
-        return tags_of(self.facts)
+        return {name: self.facts[name] for name in ("set", "student", "method", "test_domain", "trial_seed")}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the exported student (backbone, projector and head) and of an evaluated teacher."""
         models: dict[str, nn.Module] = {"student": self.exported.build()}
         if self._judged is not None:
             models[f"teacher {self._judged.source}"] = self._judged.module
@@ -136,11 +134,12 @@ class Vl2vTask(Task):
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Classifier:
         state = {key: value for key, value in weights.items() if not key.startswith(VARIANCES)}
-        selection: dict[str, Any] = {"selection": name if self.best.weights() else "last step"}
-        selection |= {"source_validation_top1": self.best.score, "best_step": self.best.step - 1}
-        if self.valley is not None:
-            selection |= {"converge_step": self.valley.converge_step, "dead_step": self.valley.dead_step}
-        export_classifier(folder, self.exported, state, provenance={"vl2v_adip": {**self.facts, **selection}})
+        best, valley = self.best, self.valley
+        facts = self.facts | {"selection": name if best.weights() else "last step"}
+        facts |= {"source_validation_top1": best.score, "best_step": best.step - 1}
+        if valley is not None:
+            facts |= {"converge_step": valley.converge_step, "dead_step": valley.dead_step}
+        export_classifier(folder, self.exported, state, provenance={"vl2v_adip": facts})
         write_json(folder / FACTS, self.facts)
         model = self.exported.build()
         model.load_state_dict(state)

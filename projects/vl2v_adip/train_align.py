@@ -1,4 +1,4 @@
-"""First stage of VL2V-ADiP (Align) or of LP-FT (LP): `bash scripts/launch.sh projects/vl2v_adip/train_align.py CONFIG.yaml [field=value ...]`."""
+"""Align or LP: `bash scripts/launch.sh projects/vl2v_adip/train_align.py CONFIG.yaml [field=value ...]`."""
 
 from projects.vl2v_adip.build import job
 from projects.vl2v_adip.config import AlignConfig

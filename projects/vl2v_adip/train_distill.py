@@ -1,4 +1,4 @@
-"""Distill, VL2V-SD and the baselines: `bash scripts/launch.sh projects/vl2v_adip/train_distill.py CONFIG.yaml [field=value ...]`."""
+"""Every other method: `bash scripts/launch.sh projects/vl2v_adip/train_distill.py CONFIG.yaml [field=value ...]`."""
 
 from projects.vl2v_adip.build import job
 from projects.vl2v_adip.config import DistillConfig

@@ -20,14 +20,14 @@ _FACTS, _MEANS = ("converge_step", "threshold", "dead_step", "_above"), ("_open"
 
 @dataclass
 class RunningMean:
-    """Arithmetic mean in float32 of the weights that it was given, on their device."""
+    """Arithmetic mean of weights in float32, on their device."""
 
     mean: Weights = field(default_factory=dict)
     count: int = 0
 
     @torch.no_grad()
     def add(self, weights: Mapping[str, Tensor], count: int = 1) -> None:
-        """Take in `weights`, themselves a mean over `count`; the first ones replace what is there."""
+        """Take in a mean over `count`; the first one replaces what is there."""
         self.count += count
         for name, value in weights.items():
             new = value.detach().float()
@@ -55,10 +55,9 @@ class LossValley(Selection):
     first segment whose loss is below those of the `n_converge - 1` evaluations after it; `threshold` is the mean of
     these losses times 1 + `tolerance_ratio`, and the valley is dead when `n_tolerance` evaluations in a row lie above.
 
-    `reference` is the rule of docs/papers/vl2v_adip.md#the-released-codes-rule: each segment weighs 1 whatever its
-    length, the converged one usually twice, and the oldest one more often when convergence comes before `n_tolerance`
-    evaluations. `clean` takes every step once, from the converged segment to the last one whose loss is not above the
-    threshold. The open segment lies on the weights' device, everything else on the CPU.
+    `reference` is the rule of docs/papers/vl2v_adip.md#the-released-codes-rule: each segment weighs 1, whatever its
+    length, and some more often. `clean` takes every step once, from the converged segment to the last one whose loss is
+    not above the threshold. The open segment lies on the weights' device, everything else on the CPU.
     """
 
     name = "SWAD"
@@ -70,7 +69,7 @@ class LossValley(Selection):
         *,
         buffers: bool = False,
     ) -> None:
-        """`loss` reads an evaluation's results; `buffers` are averaged too."""
+        """`loss` is that of an evaluation's results; `buffers` are averaged too."""
         self.swad, self._loss, self._buffers = swad, loss, buffers
         self._clean = swad.semantics == "clean"
         self.converge_step: int | None = None
@@ -80,11 +79,11 @@ class LossValley(Selection):
         self._recent: deque[_Segment] = deque(maxlen=kept)
         self._open, self._final = RunningMean(), RunningMean()
         self._above, self._pending = 0, RunningMean()
-        """Of `clean`: evaluations in a row above the threshold, and their steps."""
+        """Of `clean`: evaluations above the threshold, and their steps."""
 
     @property
     def dead(self) -> bool:
-        """Whether the valley has ended; training may end too."""
+        """Whether the valley has ended."""
         return self.dead_step is not None
 
     def after_update(self, student: nn.Module, step: int) -> None:
@@ -100,7 +99,7 @@ class LossValley(Selection):
             self._open.add(weights)
 
     def close_segment(self, loss: float, step: int) -> None:
-        """Take in the validation loss of the current weights, after optimiser step number `step` (from 0)."""
+        """Take in the validation loss of the weights after optimiser step `step` (from 0)."""
         if self.dead:
             return
         assert self._open.count, "no step since the last evaluation"
@@ -135,7 +134,7 @@ class LossValley(Selection):
             self._recent.clear()
             return
         self._final.mean = dict(newest[0].mean)  # its count is 0: the first update replaces it
-        joining = newest[1 : 1 + converge - tolerance] if tolerance < converge else []
+        joining = newest[1 : 1 + max(converge - tolerance, 0)]
         if tolerance > converge:
             before = self._queue()[: tolerance - converge + 1]
             above = [index for index, segment in enumerate(before, 1) if segment.loss > self.threshold]
@@ -144,7 +143,7 @@ class LossValley(Selection):
             self._final.add(segment.mean)
 
     def _advance(self) -> None:
-        """Reference semantics after convergence: the oldest segment joins while any in the queue is low enough."""
+        """Reference semantics after convergence: the oldest segment joins while any is low enough."""
         queue = self._queue()
         if queue[0].end < self.converge_step:
             return
@@ -154,7 +153,7 @@ class LossValley(Selection):
             self._final.add(queue[0].mean)
 
     def _go_on(self, segment: _Segment) -> None:
-        """Clean semantics: steps above the threshold wait until a later evaluation is below it again."""
+        """Clean semantics: steps above the threshold wait for an evaluation below it."""
         if self.dead:
             return
         self._pending.add(segment.mean, segment.count)
@@ -167,7 +166,7 @@ class LossValley(Selection):
             self._open, self._pending = RunningMean(), RunningMean()
 
     def weights(self) -> Weights:
-        """The averaged weights as if training ended now, without a change; before convergence the newest segment's."""
+        """The average as if training ended now; before convergence the newest segment's."""
         if self.converge_step is None:
             return self._recent[-1].mean if self._recent else {}
         rest = [] if self._clean or self.dead else self._queue()[1:]

@@ -112,18 +112,18 @@ class Classification:
             vectors = class_vectors(predictor, self.class_names, self.templates, self.dataset, context)
 
             def judge(indices: Tensor, rows: Tensor) -> Tensor:
-                return self._judge(indices, vectors.logits(rows))
+                return self.judge(indices, vectors.logits(rows))
 
             ids, judged, unreadable = embeddings(predictor, images, title, context, judge)
         else:
             require_protocol(self.name, predictor, ImageClassifier)
             require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
             ids, judged, unreadable = image_outputs(
-                predictor.classify, predictor.image_spec, images, title, context, self._judge
+                predictor.classify, predictor.image_spec, images, title, context, self.judge
             )
-        return [self._result([self.items[index] for index in ids.tolist()], judged, unreadable)]
+        return [self.result([self.items[index] for index in ids.tolist()], judged, unreadable)]
 
-    def _judge(self, indices: Tensor, logits: Tensor) -> Tensor:
+    def judge(self, indices: Tensor, logits: Tensor) -> Tensor:
         """Per image the predicted class, its probability, whether the label is in the top 5 and first in its group.
 
         [B,4] in fp32, which holds class numbers exactly.
@@ -140,7 +140,8 @@ class Classification:
         in_top = (order == labels[:, None]).any(dim=1)
         return torch.stack([part.float() for part in (predicted, probability, in_top, first_in_group)], dim=1)
 
-    def _result(self, items: list[Item], judged: Tensor, unreadable: list[str]) -> Result:
+    def result(self, items: list[Item], judged: Tensor, unreadable: list[str]) -> Result:
+        """What `judge` kept of the readable images, as metrics and details."""
         count, labels = len(self.class_names), torch.tensor([item.label for item in items])
         predicted, probability, in_top, first_in_group = judged.unbind(dim=1)
         predicted = predicted.long()

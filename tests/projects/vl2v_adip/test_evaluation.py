@@ -41,7 +41,7 @@ def items(folder: Path, reds: list[int], labels: list[int]) -> list[Item]:
 
 def test_top1_and_the_mean_cross_entropy(tmp_path: Path) -> None:
     reds, labels = [255, 51, 204, 0, 102], [0, 0, 0, 1, 1]
-    (result,) = DomainAccuracy("ink_out", items(tmp_path, reds, labels)).run(
+    (result,) = DomainAccuracy(items(tmp_path, reds, labels), ByRed.class_names, dataset="ink_out").run(
         ByRed(), Context(batch_size=2, progress=False)
     )
     losses = []
@@ -57,7 +57,7 @@ def test_an_unreadable_file_is_left_out_and_named_and_an_empty_part_refused(tmp_
     found = items(tmp_path, [255, 0], [0, 1])
     (tmp_path / "1.png").write_bytes(b"torn")
     context = Context(batch_size=2, progress=False, max_unreadable_share=0.6)
-    (result,) = DomainAccuracy("ink_out", found).run(ByRed(), context)
+    (result,) = DomainAccuracy(found, ByRed.class_names, dataset="ink_out").run(ByRed(), context)
     assert result.count == 1 and result.details["unreadable"] == [str(tmp_path / "1.png")]
     with pytest.raises(UserError, match="ink_out has no images"):
-        DomainAccuracy("ink_out", [])
+        DomainAccuracy([], ByRed.class_names, dataset="ink_out")
