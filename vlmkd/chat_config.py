@@ -42,6 +42,8 @@ class MllmConfig:
     """Blocks or stages whose outputs, side by side, are the features."""
     grid: Count = 0
     """Pool the features to so many places each way; 0: as the last of the layers has."""
+    drop_first: bool = False
+    """Leave out the first place, as TinyLLaVA does for a class token that SigLIP does not have."""
     image_size: Count = 0
     """Side of the input in pixels; 0: the weights' own."""
     resize: Literal["shortest", "longest", "squash"] = "longest"

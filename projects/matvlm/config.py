@@ -68,6 +68,8 @@ class MatvlmConfig(ChatRunConfig):
     """Losses."""
     train_projector: bool = True
     """The projector learns beside the mixers (published), or stays."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How `optim.schedule=wsd` falls over `optim.decay_steps` (published: cosine)."""
     dropout: bool = False
     """Keep the decoder's dropout in training (published: 0.1 in Phi-2, in frozen layers too)."""
 

@@ -72,6 +72,8 @@ def build_student(cfg: MatvlmConfig, teacher: ChatParts) -> ChatParts:
     facts = {**decoder.config.matvlm, "backend": "auto"}
     if not cfg.dropout:
         drop_nothing(decoder)
+    if cfg.deepspeed.activation_checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
     train_parts(parts.module.train(), cfg)
     # A projector that stays may have been drawn in this run.
     changed = {name for name, p in parts.module.named_parameters() if p.requires_grad}

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from projects.matvlm.config import MatvlmConfig
-from projects.matvlm.mixer import Mamba2Mixer
+from projects.matvlm.mixer import FLOAT32, Mamba2Mixer
 from projects.matvlm.objective import layer_loss, logit_loss
+from projects.matvlm.surgery import mixers_of
 from vlmkd.chat_ids import IGNORED
 from vlmkd.chat_runs import ChatTask
+from vlmkd.config import OptimConfig, RunConfig
 from vlmkd.data.chats import ChatTokens
 from vlmkd.export.mllm import ChatParts
 from vlmkd.losses.tokens import TeacherStates
+from vlmkd.train.optim import half_cosine
 from vlmkd.train.task import Batch, StepOutput, combine
 
 
@@ -72,6 +75,23 @@ class MatvlmTask(ChatTask):
         if reduction == "answer_mean":
             return float((batch["targets"] != IGNORED).sum())
         return float(batch["segments"].numel() if self.cfg.loss.padding else (batch["segments"] > 0).sum())
+
+    def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """As by default, but what stays float32 beside half precision has a group of its own, because ZeRO joins a group."""
+        exact = {id(getattr(mixer, name)) for mixer in mixers_of(self.core).values() for name in FLOAT32}
+        groups = []
+        for group in super().param_groups(optim):
+            for kind, apart in (("", False), ("/float32", True)):
+                members = [p for p in group["params"] if (id(p) in exact) == apart]
+                if members:
+                    groups.append({**group, "name": group["name"] + kind, "params": members})
+        return groups
+
+    def lr_factor(self, step: int, cfg: RunConfig) -> float:
+        """As by default; the fall of `wsd` is a cosine where `decay` says so."""
+        factor = super().lr_factor(step, cfg)
+        falls = cfg.optim.schedule == "wsd" and step >= cfg.optim.warmup_steps
+        return half_cosine(1 - factor) if falls and self.cfg.decay == "cosine" else factor
 
     def tags(self) -> dict[str, str | int | float]:
         """Share of replaced layers, in per cent, and what they started from."""

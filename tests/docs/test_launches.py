@@ -14,6 +14,7 @@ DHO = {"ROOT": "/data", "NPROC": "1", "METHODS": "dho ce kd ce_kd pcgrad kd_feat
 TIP = {"FEW_SHOT_TEACHER": "1"}
 TINYCLIP = {"DATA": "/data/{00000..00099}.tar", "IMAGENET": "/images/in 1k", "NPROC": "1", "RUNS": "/out"}
 PROMPTKD = {"DATA": "/data"}
+MATVLM = {"TEACHER": "/teacher", "DATA": "/data", "NPROC": "4"}
 SETS = [key for key, found in published_sets.SETS.items() if found.halves and key != "imagenet"]
 VARIANTS = [key for key, found in published_sets.SETS.items() if found.layout in ("wnids", "numbers")]
 DOMAINS = {key: found.domains for key, found in published_sets.SETS.items() if found.domains}
@@ -48,6 +49,9 @@ def rows() -> Iterator[Row]:
     published = {**PROMPTKD, "TEACHER": "/teachers", "RUNS": "published"}
     yield "promptkd/scripts/base_to_novel.sh", ("dtd", "1"), published
     yield "promptkd/scripts/nano.sh", (), {}
+
+    yield "matvlm/scripts/published.sh", (), MATVLM
+    yield "matvlm/scripts/published.sh", (), {**MATVLM, "CHAIN": "1"}
 
     for recipe in ("vit_b32_manual", "vit_b32_auto", "rn50_manual", "vit_b16_yfcc"):
         yield f"tinyclip/scripts/{recipe}.sh", (), {**TINYCLIP, "CACHE": "/cache", "YFCC": "/yfcc/*.tar"}

@@ -143,3 +143,15 @@ def test_decoders_that_are_not_there_are_named(tmp_path) -> None:
         load_decoder("qwen")
     with pytest.raises(UserError, match="cannot be loaded .*; name another folder"):
         load_decoder(f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_rotary_frequencies_stay_exact_in_half_precision(kind: str, tower: VisionTower) -> None:
+    model = model_of(kind, tower)
+    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("inv_freq")}
+    assert before
+    model.bfloat16()
+    for name, value in before.items():
+        assert torch.equal(model.get_buffer(name), value) and value.dtype == torch.float32
+    assert model.head.weight.dtype == torch.bfloat16
+    model.float()

@@ -55,6 +55,8 @@ class ChatParts:
     """What a project says of it, e.g. which layers are sparse."""
     base_digest: str
     """sha256 over the weights as they came from tower and decoder."""
+    rounded: bool = False
+    """Stock weights, too, are what a run in bfloat16 made of them."""
     trained: set[str] = field(default_factory=set)
     """Names of the tensors that are no longer stock: those of an export, and what a run trains."""
     project: str = ""
@@ -80,7 +82,7 @@ def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
     spec = backbone.image_spec
     fill = tuple(int(255 * mean) for mean in spec.mean)
     backbone.image_spec = replace(spec, resize_mode=cfg.resize, fill=fill)  # type: ignore[arg-type]
-    tower = VisionTower(backbone, layers=cfg.tower_layers, grid=cfg.grid)
+    tower = VisionTower(backbone, layers=cfg.tower_layers, grid=cfg.grid, drop_first=cfg.drop_first)
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     decoder, tokenizer = load_decoder(cfg.decoder, dtype=dtype, layers=cfg.decoder_layers)
     digest = _digest([*tower.state_dict().values(), *decoder.state_dict().values()])
@@ -106,6 +108,7 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
     try:
         cfg = MllmConfig(**content["model"] | ({"precision": precision} if precision else {}))
         facts, digest = dict(content["facts"]), str(content["base_sha256"])
+        rounded = bool(content.get("rounded", False))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is damaged ({error}); export the run again") from None
     parts = _assemble(replace(cfg, precision="fp32"), 0)
@@ -114,6 +117,8 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
             f"{folder} was made with other weights of {cfg.tower} and {cfg.decoder} than this machine has (sha256 "
             f"{parts.base_digest[:12]}..., not {digest[:12]}...); install the same versions"
         )
+    if rounded:
+        parts.module.bfloat16().float()
     if facts and surgery is None:
         raise UserError(
             f"{folder} has {', '.join(facts)}, which a plain model has not; load it with its project's command"
@@ -130,11 +135,21 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
     if precision == "bf16":
         parts.module.to(torch.bfloat16)
     project, template = str(content.get("project", "")), str(content.get("template", parts.template))
-    return replace(parts, config=cfg, facts=facts, trained=set(weights), project=project, template=template)
+    return replace(
+        parts,
+        config=cfg,
+        facts=facts,
+        rounded=rounded,
+        trained=set(weights),
+        project=project,
+        template=template,
+    )
 
 
 def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -> Probe:
     """Write the tensors of `weights` that are no longer stock; returns a probe of the whole."""
+    training, dtype = parts.module.training, next(parts.module.parameters()).dtype
+    parts.rounded |= dtype == torch.bfloat16
     kept = {name: stored(value) for name, value in weights.items() if name in parts.trained}
     with replacing(folder, [CONFIG]) as partial:
         write_tensors(partial / WEIGHTS, kept)
@@ -145,13 +160,13 @@ def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -
             "project": parts.project,
             "template": parts.template,
             "base_sha256": parts.base_digest,
+            "rounded": parts.rounded,
         }
         write_json(partial / CONFIG, facts)
         write_provenance(partial / WEIGHTS, parts.config.decoder, kept.values(), {})
     whole = {name: value for name, value in weights.items() if name in parts.module.state_dict()}
     inputs = probe_inputs(parts)
     before = {name: value.clone() for name, value in parts.module.state_dict().items()}
-    training, dtype = parts.module.training, next(parts.module.parameters()).dtype
     try:
         parts.module.float().eval().load_state_dict({name: value.float() for name, value in whole.items()})
         outputs = _outputs(parts.module, inputs)

@@ -5,7 +5,7 @@ R rows, T tokens, I images, N features an image, C their width, D width of the d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,19 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class VisionTower(nn.Module):
     """Features of an image by its place, from the maps or patches of a backbone."""
 
-    def __init__(self, backbone: Backbone, *, layers: Sequence[int] = (-2,), grid: int = 0) -> None:
+    def __init__(
+        self, backbone: Backbone, *, layers: Sequence[int] = (-2,), grid: int = 0, drop_first: bool = False
+    ) -> None:
         """`layers`: whose outputs, side by side, are the features; -1 is the last block.
 
-        `grid`: pool each to grid x grid places; 0: as many as the last of the layers has.
+        `grid`: pool each to grid x grid places; 0: as many as the last of the layers has. `drop_first`: without the first.
 
         Raises:
             UserError: a backbone without intermediate features, or without such a layer.
         """
         super().__init__()
         self.backbone, self.layers, self.grid = backbone.module.eval(), list(layers), grid
+        self.drop_first = drop_first
         self.image_spec = backbone.image_spec
         if not hasattr(self.backbone, "forward_intermediates"):
             raise UserError(
@@ -56,7 +59,7 @@ class VisionTower(nn.Module):
         maps = found["image_intermediates"] if isinstance(found, dict) else found
         size = (self.grid, self.grid) if self.grid else maps[-1].shape[-2:]
         pooled = [one if one.shape[-2:] == size else F.adaptive_avg_pool2d(one, size) for one in maps]
-        return rearrange(torch.cat(pooled, dim=1), "i c h w -> i (h w) c")
+        return rearrange(torch.cat(pooled, dim=1), "i c h w -> i (h w) c")[:, int(self.drop_first) :]
 
 
 class Projector(nn.Sequential):
@@ -78,6 +81,17 @@ class Mllm(nn.Module):
         """As any module's, but the tower, which no stage of either paper trains, stays in eval mode."""
         super().train(mode)
         self.tower.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mllm:
+        """As any module's, but that frequencies of rotary positions keep their precision: halved, they move far tokens."""
+        before = {name: value for name, value in self.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            owner, _, buffer = name.rpartition(".")
+            now = self.get_buffer(name)
+            if now.dtype != old.dtype:
+                setattr(self.get_submodule(owner), buffer, old.to(now.device))
         return self
 
     @property

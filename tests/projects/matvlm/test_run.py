@@ -60,6 +60,18 @@ def test_a_run_resumes_to_the_same_export(zygote: Zygote, given: list[str], firs
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+def test_a_run_in_bf16_keeps_what_is_float32_and_reloads(
+    zygote: Zygote, given: list[str], first: Path
+) -> None:
+    run_dir = first.with_name("bf16")
+    said = train(zygote, run_dir, *given, "hybrid.preset=25", "deepspeed.precision=bf16")
+    assert "reloaded in a fresh process with equal outputs" in said
+    found = read_safetensors(run_dir / "export" / "model.safetensors")
+    A_log = found["decoder.model.layers.0.self_attn.A_log"]
+    assert not torch.equal(A_log.bfloat16().float(), A_log)
+    assert json.loads((run_dir / "export" / "mllm.json").read_text())["rounded"]
+
+
 def test_an_export_holds_what_was_trained_and_answers_as_the_uncached_forward(first: Path) -> None:
     parts = load_mllm(first / "export", surgery=surgery)
     assert mamba_of(parts) == [0, 4]

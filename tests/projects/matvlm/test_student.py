@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from vlmkd.chat_ids import IGNORED
 from vlmkd.config import load
 from vlmkd.errors import UserError
 from vlmkd.models.mllm import Mllm, Projector
+from vlmkd.train.durations import in_steps
 from vlmkd.train.task import Batch
 
+ROOT = Path(__file__).parents[3]
 PUBLISHED = ["loss.layer_reduction=frob", "loss.logit_reduction=batch_sum", "loss.padding=true"]
 
 
@@ -101,6 +104,18 @@ def test_a_step_is_the_published_loss_in_plain_torch(given: list[str]) -> None:
     assert not any(p.grad is not None for p in teacher.parameters())
 
 
+def test_recomputed_activations_give_the_same_gradients(given: list[str]) -> None:
+    grads = []
+    for more in ([], ["deepspeed.activation_checkpointing=true"]):
+        task, (batch, _) = task_of(given, "hybrid.layers=[0,3,7]", *more)
+        task.step(batch, 0).loss.backward()
+        grads.append({name: p.grad for name, p in task.core.named_parameters() if p.grad is not None})
+    assert any(layer.gradient_checkpointing for layer in task.body.layers)
+    assert grads[0].keys() == grads[1].keys()
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_teacher_forcing_runs_the_replaced_layers_alone(given: list[str]) -> None:
     task, (batch, _) = task_of(given, "hybrid.preset=25")
     calls: list[int] = []
@@ -133,6 +148,21 @@ def test_packed_chats_are_those_that_stand_alone(given: list[str]) -> None:
     assert packing.weight(packed) == task.weight(batch)
     for name, value in packing.step(packed, 0).terms.items():
         assert value.item() == pytest.approx(task.step(batch, 0).terms[name].item(), rel=1e-4)
+
+
+def test_the_published_rate_by_samples(given: list[str]) -> None:
+    config = ROOT / "projects/matvlm/configs/published.yaml"
+    cfg = in_steps(load(MatvlmConfig, [str(config), "run_dir=r", "hybrid.preset=25"]), 665_000 // 64)
+    assert (cfg.steps, cfg.optim.warmup_steps, cfg.optim.decay_steps) == (10_390, 1000, 1000)
+    task = object.__new__(MatvlmTask)
+    task.cfg = cfg
+    for samples, factor in ((0, 0.001), (32_000, 0.501), (64_000, 1), (400_000, 1)):
+        assert task.lr_factor(samples // 64, cfg) == pytest.approx(factor)
+    for left, factor in ((1000, 1), (750, 0.5 + 0.5**1.5), (500, 0.5), (0, 0)):
+        assert task.lr_factor(cfg.steps - left, cfg) == pytest.approx(factor)
+    linear = load(MatvlmConfig, [*given, "optim.schedule=wsd", "optim.decay_steps=2", "decay=linear"])
+    task.cfg = linear
+    assert task.lr_factor(2, linear) == 0.5
 
 
 def test_wrong_pairs_are_refused_with_their_field(given: list[str]) -> None:

@@ -1,0 +1,279 @@
+"""The published layout of teacher and hybrids (TinyLLaVA's) -> an export of this code, and back.
+
+    python -m projects.matvlm.convert PUBLISHED EXPORT --tower timm:vit_so400m_patch14_siglip_384 --decoder hf:microsoft/phi-2
+    python -m projects.matvlm.convert --back EXPORT PUBLISHED
+
+Tower and decoder are what the published model was made of; the export holds the tensors that differ from theirs. Every
+tensor of the file has a place, the output head too, and every place a tensor, or nothing is written. Which layers are
+Mamba-2 is told by the tensors, and by `attn_layers` of mamba_config.json, and both have to agree. A file of text alone
+(MambaInLlama) has no such export; `from_published` and `to_hybrid` load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from projects.matvlm.config import HybridConfig
+from projects.matvlm.mixer import Mamba2Mixer
+from projects.matvlm.student import HYBRID_FACTS, surgery
+from projects.matvlm.surgery import to_hybrid
+from vlmkd.chat_config import MllmConfig
+from vlmkd.errors import UserError, run_tool
+from vlmkd.export.folder import replacing, write_tensors
+from vlmkd.export.mllm import ChatParts, build_mllm, export_mllm, load_mllm
+from vlmkd.files import read_object, write_json
+from vlmkd.tensor_files import read_safetensors
+
+CONFIG, MAMBA_CONFIG, WEIGHTS, INDEX = (
+    "config.json", "mamba_config.json", "model.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
+_TOWER, _CONNECTOR, _DECODER = "vision_tower._vision_tower.", "connector._connector.", "language_model."
+_LAYER = re.compile(r"layers\.(\d+)\.(mamba|self_attn)\.")
+# transformers' SigLIP -> timm's, but for the projections that timm joins.
+_SIGLIP = [
+    ("embeddings.patch_embedding.", "patch_embed.proj."),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("encoder.layers.", "blocks."),
+    (".layer_norm1.", ".norm1."),
+    (".layer_norm2.", ".norm2."),
+    (".self_attn.out_proj.", ".attn.proj."),
+    (".self_attn.", ".attn."),
+    ("post_layernorm.", "norm."),
+    ("head.probe", "attn_pool.latent"),
+    ("head.attention.out_proj.", "attn_pool.proj."),
+    ("head.attention.in_proj_", "attn_pool.in_proj_"),
+    ("head.layernorm.", "attn_pool.norm."),
+    ("head.mlp.", "attn_pool.mlp."),
+]
+
+State = dict[str, Tensor]
+
+
+def from_published(state: Mapping[str, Tensor]) -> State:
+    """A published state dict under the names of `Mllm`; a text model's under those of its decoder's part."""
+    found: State = {}
+    tower: State = {}
+    for name, value in state.items():
+        if name.startswith(_TOWER):
+            tower[name.removeprefix(_TOWER).removeprefix("vision_model.")] = value
+        elif name.startswith(_CONNECTOR):
+            found[f"projector.{name.removeprefix(_CONNECTOR)}"] = value
+        else:
+            found[f"decoder.{name.removeprefix(_DECODER).replace('.mamba.', '.self_attn.')}"] = value
+    return found | {f"tower.backbone.{name}": value for name, value in _to_timm(tower).items()}
+
+
+def to_published(state: Mapping[str, Tensor], mamba: list[int]) -> State:
+    """The other way: `mamba` are the layers that are."""
+    found: State = {}
+    tower: State = {}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        if part == "tower":
+            tower[rest.removeprefix("backbone.")] = value
+        elif part == "projector":
+            found[_CONNECTOR + rest] = value
+        else:
+            layer = _LAYER.search(rest)
+            if layer and int(layer[1]) in mamba:
+                rest = rest.replace(".self_attn.", ".mamba.")
+            found[_DECODER + rest] = value
+    return found | {f"{_TOWER}vision_model.{name}": value for name, value in _from_timm(tower).items()}
+
+
+def _to_timm(state: Mapping[str, Tensor]) -> State:
+    """transformers' SigLIP under timm's names, query, key and value joined."""
+    found: State = {}
+    for name, value in state.items():
+        for theirs, ours in _SIGLIP:
+            name = name.replace(theirs, ours)
+        found[name] = rearrange(value, "n d -> 1 n d") if name == "pos_embed" else value
+    for name in [name for name in found if ".q_proj." in name]:
+        parts = [found.pop(name.replace(".q_proj.", f".{one}_proj.")) for one in "qkv"]
+        found[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+    for kind in ("weight", "bias"):
+        joined = found.pop(f"attn_pool.in_proj_{kind}", None)
+        if joined is not None:
+            query, *key_value = joined.chunk(3)
+            found[f"attn_pool.q.{kind}"], found[f"attn_pool.kv.{kind}"] = query, torch.cat(key_value)
+    return found
+
+
+def _from_timm(state: Mapping[str, Tensor]) -> State:
+    """The other way."""
+    found: State = {}
+    for name, value in state.items():
+        if ".attn.qkv." in name:
+            for one, part in zip("qkv", value.chunk(3), strict=True):
+                found[name.replace(".qkv.", f".{one}_proj.")] = part
+        elif name.startswith("attn_pool.q."):
+            joined = torch.cat([value, state[name.replace(".q.", ".kv.")]])
+            found[name.replace(".q.", ".in_proj_")] = joined
+        elif not name.startswith("attn_pool.kv."):
+            found[name] = rearrange(value, "1 n d -> n d") if name == "pos_embed" else value
+    named: State = {}
+    for name, value in found.items():
+        for theirs, ours in _SIGLIP:
+            whole = ours in ("norm.", "blocks.")  # which end other names too
+            name = re.sub(rf"^{re.escape(ours)}", theirs, name) if whole else name.replace(ours, theirs)
+        named[name] = value
+    return named
+
+
+def read_published(folder: Path) -> tuple[State, list[int], bool]:
+    """The weights of a published folder, its Mamba-2 layers, and whether their projections have biases.
+
+    Raises:
+        UserError: files that are missing, or layers that mamba_config.json and the weights do not agree on.
+    """
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        content = read_object(folder / INDEX, "index of the weights").get("weight_map")
+        if not isinstance(content, dict):
+            raise UserError(f"{folder / INDEX} has no weight_map; download the folder again")
+        names = sorted({Path(str(name)).name for name in content.values()})
+    state: State = {}
+    for name in names:
+        state |= read_safetensors(folder / name)
+    kinds: dict[int, set[str]] = {}
+    for name in state:
+        found = _LAYER.search(name)
+        if found and not name.startswith(_TOWER):
+            kinds.setdefault(int(found[1]), set()).add(found[2])
+    both = sorted(layer for layer, kind in kinds.items() if len(kind) > 1)
+    if both:
+        raise UserError(f"{folder}: layers {both} have attention and a mixer; download the folder again")
+    mamba = sorted(layer for layer, kind in kinds.items() if kind == {"mamba"})
+    biased = any(".mamba.in_proj.bias" in name for name in state)
+    if (folder / MAMBA_CONFIG).is_file():
+        told = read_object(folder / MAMBA_CONFIG, "hybrid's config")
+        attention = sorted(kinds.keys() - set(mamba))
+        if sorted(told.get("attn_layers", [])) != attention or bool(told.get("is_bias", biased)) != biased:
+            raise UserError(
+                f"{folder / MAMBA_CONFIG}: attn_layers and is_bias are {told.get('attn_layers')} and {told.get('is_bias')}, "
+                f"the weights have attention in {attention} and is_bias={biased}; correct the file"
+            )
+    elif mamba:
+        raise UserError(f"{folder} has mixers and no {MAMBA_CONFIG}; download the whole folder")
+    return state, mamba, biased
+
+
+def fill(parts: ChatParts, folder: Path) -> None:
+    """Make `parts`, of stock tower and decoder, the model of a published folder.
+
+    Raises:
+        UserError: tensors without a place, places without a tensor, or of another shape.
+    """
+    published, mamba, biased = read_published(folder)
+    stock = parts.module.state_dict()
+    if mamba:
+        options = HybridConfig(layers=mamba, bias="auto" if biased else "never")
+        decoder: Any = to_hybrid(parts.module.decoder, options)  # type: ignore[arg-type]
+        parts.facts = parts.facts | {HYBRID_FACTS: decoder.config.matvlm}
+    state, own = from_published(published), parts.module.state_dict()
+    wrong = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
+    for names, what in (
+        (state.keys() - own.keys(), "tensors that the model has no place for"),
+        (own.keys() - state.keys(), "no tensors for places of the model"),
+        (wrong, "tensors of another shape"),
+    ):
+        if names:
+            raise UserError(
+                f"{folder} has {len(names)} {what} (first: {min(names)}); name its own --tower and --decoder"
+            )
+    # What was drawn here, mixers and projector, is no stock, whatever it equals.
+    parts.trained = {
+        name
+        for name, value in state.items()
+        if name not in stock
+        or name.startswith("projector.")
+        or not torch.equal(value.to(own[name].dtype), stock[name])
+    }
+    parts.module.load_state_dict(state)
+
+
+def write_published(folder: Path, parts: ChatParts) -> None:
+    """Write a model as the published code lays it out: weights, both configs, the tokenizer."""
+    decoder: Any = parts.module.decoder
+    mixers = {
+        index: layer.self_attn for index, layer in enumerate(decoder.model.layers)
+        if isinstance(layer.self_attn, Mamba2Mixer)
+    }  # fmt: skip
+    text = decoder.config.to_dict()
+    with replacing(folder, [WEIGHTS]) as partial:
+        write_tensors(partial / WEIGHTS, to_published(parts.module.state_dict(), list(mixers)))
+        write_json(
+            partial / CONFIG,
+            {
+                "model_type": "tinyllava", "llm_model_name_or_path": parts.config.decoder.removeprefix("hf:"),
+                "vision_model_name_or_path": parts.config.tower, "connector_type": "mlp2x_gelu",
+                "vision_feature_layer": parts.config.tower_layers[0],
+                "vision_feature_select_strategy": "patch" if parts.config.drop_first else "cls_patch",
+                "image_aspect_ratio": {"squash": "square", "longest": "pad"}.get(parts.config.resize, parts.config.resize),
+                "text_config": {name: value for name, value in text.items() if name not in ("matvlm", "layer_types")},
+            },
+        )  # fmt: skip
+        if mixers:
+            write_json(partial / MAMBA_CONFIG, mamba_config(decoder, mixers))
+        parts.tokenizer.save_pretrained(partial)
+
+
+def mamba_config(decoder: Any, mixers: Mapping[int, Mamba2Mixer]) -> dict[str, Any]:
+    """mamba_config.json of a hybrid."""
+    config, shape = decoder.config, next(iter(mixers.values())).shape
+    eps = "layer_norm_eps" if hasattr(config, "layer_norm_eps") else "rms_norm_eps"
+    return {
+        "d_model": shape.width,
+        "ssm_cfg": {"expand": 1, "ngroups": shape.heads, "d_state": shape.head_dim},
+        eps: getattr(config, eps),
+        "vocab_size": None,
+        "d_inner": shape.inner,
+        "d_xb": shape.shared,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "n_layer": len(decoder.model.layers),
+        "attn_layers": [index for index in range(len(decoder.model.layers)) if index not in mixers],
+        "resid_pdrop": getattr(config, "resid_pdrop", 0.0),
+        "bidirectional": False,
+        "is_bias": shape.bias,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Parse arguments and convert; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--back", action="store_true", help="from an export to the published layout")
+    parser.add_argument(
+        "--tower", default="timm:vit_so400m_patch14_siglip_384", help="stock tower (%(default)s)"
+    )
+    parser.add_argument("--decoder", default="hf:microsoft/phi-2", help="stock decoder (%(default)s)")
+    parser.add_argument("--keep-first", action="store_true", help="729 features an image; published: 728")
+    args = parser.parse_args(argv)
+    if args.back:
+        write_published(args.target, load_mllm(args.source, surgery=surgery))
+        return 0
+    cfg = MllmConfig(tower=args.tower, decoder=args.decoder, resize="squash", drop_first=not args.keep_first)
+    parts = replace(build_mllm(cfg), project="matvlm")
+    fill(parts, args.source)
+    export_mllm(args.target, parts, parts.module.state_dict())
+    print(
+        f"wrote {args.target}: {len(parts.trained)} tensors that are not {args.tower}'s or {args.decoder}'s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)
