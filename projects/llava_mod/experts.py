@@ -7,8 +7,7 @@ See docs/papers/llava_mod.md#architecture.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -158,6 +157,7 @@ class SparseFfn(nn.Module):
         self.experts = Experts(experts, dim, inner)
         self.act, self.top_k, self.second, self.capacity = act, top_k, second, capacity
         self.valid: Tensor | None = None
+        """Of the batch at hand; counts in training alone."""
         self.routing: Routing | None = None
         """Of the last forward pass."""
 
@@ -169,7 +169,8 @@ class SparseFfn(nn.Module):
         if self.training and self.second == "gumbel":
             noise = -torch.empty_like(logits).exponential_().log()
         capacity = self.capacity if self.training else 0.0
-        self.routing = route(logits, self.top_k, valid=self.valid, capacity=capacity, noise=noise)
+        valid = self.valid if capacity else None
+        self.routing = route(logits, self.top_k, valid=valid, capacity=capacity, noise=noise)
         return self.experts(flat, self.routing, self.act).view_as(x)
 
 
@@ -178,17 +179,10 @@ def sparse_layers(model: nn.Module) -> list[SparseFfn]:
     return [module for module in model.modules() if isinstance(module, SparseFfn)]
 
 
-@contextmanager
-def routed(model: nn.Module, valid: Tensor) -> Iterator[None]:
-    """Inside, positions of `valid` [B, T] that are False count in no expert's room and in no balance."""
-    layers = sparse_layers(model)
-    for layer in layers:
+def mark_valid(model: nn.Module, valid: Tensor) -> None:
+    """From now on positions of `valid` [B, T] that are False take no expert's room, also where a layer is recomputed."""
+    for layer in sparse_layers(model):
         layer.valid = valid.flatten()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.valid = None
 
 
 def balance(model: nn.Module, valid: Tensor, counts: AuxCounts = "first") -> Tensor:

@@ -52,6 +52,8 @@ def build_student(cfg: LlavaModConfig) -> ChatParts:
     for layer in sparse_layers(decoder):
         layer.second, layer.capacity = cfg.parity.second_expert, cfg.parity.capacity
     train_parts(parts.module.train(), cfg)
+    if cfg.deepspeed.activation_checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {name for name, p in parts.module.named_parameters() if p.requires_grad}
     parts.trained = parts.trained | trained
     return parts

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from projects.llava_mod.config import LlavaModConfig
-from projects.llava_mod.experts import balance, routed, sparse_layers
+from projects.llava_mod.experts import balance, mark_valid, sparse_layers
 from vlmkd.chat_ids import IGNORED
 from vlmkd.chat_runs import ChatTask
 from vlmkd.data.chats import ChatTokens
@@ -31,8 +31,8 @@ class LlavaModTask(ChatTask):
     def step(self, batch: Batch, step: int) -> StepOutput:
         """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4 and 5 (d2d, d2s), 6 (prefer)."""
         valid = batch["segments"] > 0
-        with routed(self.core, valid):
-            hidden = self.student(batch)
+        mark_valid(self.core, valid)
+        hidden = self.student(batch)
         with self.watch.span("teacher"):
             seen = self._teacher_hidden(batch)
         with self.watch.span("loss"):

@@ -15,9 +15,9 @@ from projects.llava_mod.experts import (
     balance,
     balance_loss,
     grouped,
+    mark_valid,
     moe_layers,
     route,
-    routed,
     sparse_layers,
     upcycle,
 )
@@ -165,13 +165,32 @@ def test_padding_counts_in_no_balance():
     upcycle(sparse, [1])
     ids = torch.randint(50, (2, 9))
     valid = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
-    with routed(sparse, valid):
-        sparse(ids)
-        found = balance(sparse, valid)
+    sparse(ids)
+    found = balance(sparse, valid)
     (layer,) = sparse_layers(sparse)
     kept = valid.flatten()
     part = type(layer.routing)(*(column[kept] for column in layer.routing))
-    assert layer.valid is None and found.item() == pytest.approx(balance_loss(part).item())
+    assert found.item() == pytest.approx(balance_loss(part).item())
+
+
+@pytest.mark.parametrize("second", ["argmax", "gumbel"])
+def test_recomputed_layers_route_as_before(second):
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(9))
+    valid = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+    found = []
+    for recompute in (False, True):
+        sparse = decoder().train()
+        torch.manual_seed(10)
+        upcycle(sparse, [0, 2], second=second, capacity=0.6)
+        if recompute:
+            sparse.gradient_checkpointing_enable({"use_reentrant": False})
+        mark_valid(sparse, valid)
+        torch.manual_seed(11)
+        loss = sparse(ids, use_cache=False).logits.square().mean() + balance(sparse, valid)
+        loss.backward()
+        found.append([p.grad for p in sparse.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_layers_and_decoders_that_do_not_fit_are_named():

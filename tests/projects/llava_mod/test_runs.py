@@ -76,7 +76,7 @@ def test_the_stages_follow_one_another(zygote: Zygote, place: Path) -> None:
         "teacher": ["stage=sft", "steps=20", "optim.lr=1e-2", *model(place, "student"), questions],
         "adapt": ["stage=adapt", *model(place, "student"), "student.decoder_layers=[0,1,3]"],
         "d2d": ["stage=d2d", f"student.init_from={place / 'adapt' / 'export'}", *from_teacher, "data.pack=true"],
-        "d2s": ["stage=d2s", "moe.mode=sparse", f"student.init_from={place / 'd2d' / 'export'}", *from_teacher, "loss.ce=1"],
+        "d2s": ["stage=d2s", "moe.mode=sparse", f"student.init_from={place / 'd2d' / 'export'}", *from_teacher, "loss.ce=1", "deepspeed.activation_checkpointing=true"],
         "prefer": [
             "stage=prefer", f"student.init_from={place / 'd2s' / 'export'}", *from_teacher,
             f"data.chats=[{place / 'pairs.json'}]", questions,
