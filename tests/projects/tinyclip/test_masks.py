@@ -244,7 +244,7 @@ def oracle_block(
         return result
 
     y = norm(block.ln_1, x)
-    size = block.attn.head_width
+    size = len(block.attn.in_proj_bias) // (3 * len(heads))
     inner = size * len(heads)
     total = block.attn.out_proj.bias.clone().expand(len(x), -1)
     for head, factor in enumerate(heads):
