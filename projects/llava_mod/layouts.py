@@ -149,6 +149,7 @@ def from_layout(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Whole
 
 
 def allow(condition: bool, layout: str, message: str) -> None:
+    """Refuse what a layout cannot say, by its name, unless `condition` holds."""
     if not condition:
         raise UserError(f"layout {layout} {message}")
 

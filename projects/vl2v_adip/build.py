@@ -110,6 +110,7 @@ def load_teacher(cfg: Vl2vConfig, dataset: LabelledSet) -> tuple[ClassVectors, C
 
 
 def load_model(cfg: Vl2vConfig) -> ClipModel:
+    """The CLIP that `teacher.model` names."""
     clip = load_clip(cfg.teacher.model, cfg.teacher.pretrained)
     return replace(clip, image_spec=replace(clip.image_spec, **IMAGENET if cfg.legacy_norm else {}))
 

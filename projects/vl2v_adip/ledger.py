@@ -66,6 +66,7 @@ SELECT *, max_queries - paid - under_way AS queries_left, max_cost - cost - rese
 
 
 def sha256(data: bytes) -> str:
+    """Hexadecimal digest."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -83,6 +84,7 @@ class Query:
 
 
 def text_query(text: str) -> Query:
+    """The query of a text."""
     return Query("text", text, sha256(text.encode()), " ".join(text.casefold().split()))
 
 
