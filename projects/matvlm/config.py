@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from projects.matvlm.objective import Divergence, LayerReduction, LogitReduction
+from projects.matvlm.ssd import CHUNK, Backend
 from vlmkd.chat_config import ChatRunConfig
 from vlmkd.config import AboveZero, Amount, Positive, require
-
-Backend = Literal["auto", "torch", "mamba_ssm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class HybridConfig:
     """random (paper), or the convolution lets each token pass unchanged at the start."""
     fold_scale: bool = False
     """Multiply the queries' rows by head width^-0.5, attention's scale, which the paper leaves out."""
-    chunk: Positive = 64
+    chunk: Positive = CHUNK
     """Tokens a chunk of the scan; no result depends on it. mamba-ssm's kernels are fastest with 256."""
     backend: Backend = "auto"
     """auto: mamba-ssm's kernels where they import and the tensors are on a GPU, else PyTorch."""

@@ -1,12 +1,16 @@
-"""The published layout of teacher and hybrids (TinyLLaVA's) -> an export of this code, and back.
+"""The published layout of teacher and hybrids (TinyLLaVA's) -> an export of this code, and back; or for transformers.
 
     python -m projects.matvlm.convert PUBLISHED EXPORT --tower timm:vit_so400m_patch14_siglip_384 --decoder hf:microsoft/phi-2
     python -m projects.matvlm.convert --back EXPORT PUBLISHED
+    python -m projects.matvlm.convert --transformers EXPORT FOLDER
 
 Tower and decoder are what the published model was made of; the export holds the tensors that differ from theirs. Every
 tensor of the file has a place, the output head too, and every place a tensor, or nothing is written. Which layers are
 Mamba-2 is told by the tensors, and by `attn_layers` of mamba_config.json, and both have to agree. A file of text alone
 (MambaInLlama) has no such export; `from_published` and `to_hybrid` load it.
+
+The third is the language model alone: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it where
+this code is not installed. Features of images go in as `inputs_embeds`.
 """
 
 from __future__ import annotations
@@ -22,20 +26,27 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+import vlmkd
 from projects.matvlm.config import HybridConfig
 from projects.matvlm.mixer import Mamba2Mixer
 from projects.matvlm.student import HYBRID_FACTS, surgery
-from projects.matvlm.surgery import to_hybrid
+from projects.matvlm.surgery import mixers_of, to_hybrid
 from vlmkd.chat_config import MllmConfig
 from vlmkd.errors import UserError, run_tool
 from vlmkd.export.folder import replacing, write_tensors
 from vlmkd.export.mllm import ChatParts, build_mllm, export_mllm, load_mllm
-from vlmkd.files import read_object, write_json
+from vlmkd.files import read_object, read_text, write_json, write_text
 from vlmkd.tensor_files import read_safetensors
 
 CONFIG, MAMBA_CONFIG, WEIGHTS, INDEX = (
     "config.json", "mamba_config.json", "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
+MODELING = "modeling_hybrid"
+_CODE = [
+    *(Path(__file__).with_name(f"{name}.py") for name in (MODELING, "surgery", "mixer", "cache", "ssd")),
+    Path(vlmkd.__file__).with_name("errors.py"),
+]
+"""What a folder for transformers has of this code."""
 _TOWER, _CONNECTOR, _DECODER = "vision_tower._vision_tower.", "connector._connector.", "language_model."
 _LAYER = re.compile(r"layers\.(\d+)\.(mamba|self_attn)\.")
 # transformers' SigLIP -> timm's, but for the projections that timm joins.
@@ -248,6 +259,38 @@ def mamba_config(decoder: Any, mixers: Mapping[int, Mamba2Mixer]) -> dict[str, A
     }
 
 
+def write_transformers(folder: Path, decoder: Any, tokenizer: Any) -> None:
+    """Write a hybrid as a folder that transformers loads by the code in it.
+
+    Raises:
+        UserError: a model without mixers, which needs no code.
+    """
+    if not mixers_of(decoder):
+        raise UserError("the model has no Mamba-2 layers; transformers loads its decoder as it is")
+    kind = type(decoder).__name__.removesuffix("ForCausalLM")
+    with replacing(folder, [f"{MODELING}.py"]) as partial:
+        for path in _CODE:
+            write_text(partial / path.name, portable(read_text(path, "source"), kind))
+        decoder.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        config = read_object(partial / CONFIG, "config")
+        classes = {"AutoConfig": f"Hybrid{kind}Config", "AutoModelForCausalLM": f"Hybrid{kind}ForCausalLM"}
+        config |= {
+            "model_type": f"matvlm_{kind.lower()}", "architectures": [classes["AutoModelForCausalLM"]],
+            "auto_map": {name: f"{MODELING}.{one}" for name, one in classes.items()},
+        }  # fmt: skip
+        write_json(partial / CONFIG, config)
+
+
+def portable(source: str, kind: str) -> str:
+    """A module of this code for a folder of its own: beside those that it imports, and Llama by the name of `kind`."""
+    source = re.sub(r"\nif TYPE_CHECKING:\n( .*\n)+", "", source)
+    source = re.sub(r"from (projects\.matvlm|vlmkd)\.(\w+) import", r"from .\2 import", source)
+    if "class HybridLlama" in source:
+        source = source.replace("Llama", kind).replace("llama", kind.lower())
+    return f"# Part of vlmkd {vlmkd.__version__}, Apache License 2.0: copied, and only its imports changed.\n{source}"
+
+
 def main(argv: list[str]) -> int:
     """Parse arguments and convert; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -255,7 +298,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--back", action="store_true", help="from an export to the published layout")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--back", action="store_true", help="from an export to the published layout")
+    ways.add_argument(
+        "--transformers", action="store_true", help="from an export to a folder for transformers"
+    )
     parser.add_argument(
         "--tower", default="timm:vit_so400m_patch14_siglip_384", help="stock tower (%(default)s)"
     )
@@ -264,6 +311,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.back:
         write_published(args.target, load_mllm(args.source, surgery=surgery))
+        return 0
+    if args.transformers:
+        parts = load_mllm(args.source, surgery=surgery)
+        write_transformers(args.target, parts.module.decoder, parts.tokenizer)
         return 0
     cfg = MllmConfig(tower=args.tower, decoder=args.decoder, resize="squash", drop_first=not args.keep_first)
     parts = replace(build_mllm(cfg), project="matvlm")

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from projects.matvlm.cache import mamba_layer
-from projects.matvlm.config import Backend
-from projects.matvlm.ssd import CHUNK, ssd, ssd_step
+from projects.matvlm.ssd import CHUNK, Backend, ssd, ssd_step
 from vlmkd.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ leaves behind (x and B by group, C by head).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -17,6 +17,8 @@ from torch import Tensor, einsum
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+Backend = Literal["auto", "torch", "mamba_ssm"]
+"""Whose scan: mamba-ssm's kernels where they run, else this one; or one of the two."""
 CHUNK = 64
 """Tokens a chunk. The result does not depend on it; on a CPU 64 was the fastest of 32 to 256 (benchmarks/ssd.py)."""
 _BLOCK = {"cpu": 2**19}

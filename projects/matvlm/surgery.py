@@ -8,17 +8,18 @@ Positions count all tokens, and every other layer is left as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
-from projects.matvlm.config import HybridConfig
 from projects.matvlm.mixer import Mamba2Mixer, MixerShape
 from vlmkd.errors import UserError
+
+if TYPE_CHECKING:
+    from projects.matvlm.config import HybridConfig
 
 PRESETS: dict[float, tuple[int, int]] = {12.5: (6, 8), 25: (4, 4), 50: (2, 2)}
 """Every how many layers, from layer 0 on, and one of how many at most: 12.5 % of 32 are 0, 6, 12 and 18."""
@@ -70,7 +71,7 @@ def to_hybrid(
     config = decoder.config
     types = getattr(config, "layer_types", None) or ["full_attention"] * len(mamba)
     config.layer_types = ["linear_attention" if one else kind for one, kind in zip(mamba, types, strict=True)]
-    config.matvlm = {**asdict(options), "preset": 0.0, "layers": [i for i, one in enumerate(mamba) if one]}
+    config.matvlm = {**vars(options), "preset": 0.0, "layers": [i for i, one in enumerate(mamba) if one]}
     model._is_stateful = True  # generate then refuses what would take tokens back
     if not any(hook is pass_masks for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(pass_masks, with_kwargs=True)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from projects.matvlm.mixer import Mamba2Mixer
+from projects.matvlm.convert import write_transformers
+from projects.matvlm.mixer import FLOAT32, Mamba2Mixer
 from projects.matvlm.student import surgery
-from tests.chat_parts import picture
+from projects.matvlm.surgery import mixers_of, to_hybrid
+from tests.chat_parts import byte_tokenizer, picture
 from tests.projects.matvlm.models import fields
+from tests.projects.matvlm.test_surgery import FIRST, made, prompts
 from tests.projects.zygote import Zygote
 from vlmkd.data.chats import ChatTokens
+from vlmkd.errors import UserError
 from vlmkd.evaluation.answers import ChatModel
 from vlmkd.export.mllm import ChatParts, load_mllm
 from vlmkd.tensor_files import read_safetensors
@@ -140,3 +147,77 @@ def load_decoder_of(given: list[str]) -> Any:
 
     name = next(one for one in given if one.startswith("student.decoder="))
     return load_decoder(name.partition("=")[2])[0]
+
+
+ELSEWHERE = """
+import sys
+sys.modules["vlmkd"] = sys.modules["projects"] = None  # an import of either is an error
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ids, mask, positions = torch.load("prompts.pt")
+def logits_of(folder, **options):
+    model, told = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **options)
+    assert not any(told.values()), told
+    with torch.no_grad():
+        return model, model(ids, mask, positions).logits
+
+for kind in sys.argv[1:]:
+    assert AutoTokenizer.from_pretrained(kind)("abc").input_ids
+    model, logits = logits_of(kind)
+    common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    texts = [model.generate(ids, **common, **more) for more in ({}, {"num_beams": 2})]
+    model.save_pretrained(kind + "_again")
+    assert logits.equal(logits_of(kind + "_again")[1])
+    half = logits_of(kind, dtype=torch.bfloat16)[0]
+    dtypes = {name: parameter.dtype for name, parameter in half.named_parameters()}
+    torch.save((logits, texts, dtypes), kind + ".pt")
+    try:
+        AutoModelForCausalLM.from_pretrained(kind, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("a stock class has loaded half of it")
+"""
+
+
+def test_a_folder_for_transformers_is_the_hybrid_where_this_code_is_not(
+    zygote: Zygote, first: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llama"
+    code, said = zygote.run(
+        "projects.matvlm.convert", ["--transformers", str(first / "export"), str(folder)], tmp_path / "out"
+    )
+    assert code == 0, said
+    models: dict[str, Any] = {"llama": load_mllm(first / "export", surgery=surgery).module.decoder.eval()}
+    for kind in ("phi", "qwen2"):
+        models[kind] = to_hybrid(made(kind, torch.float32), FIRST)
+        write_transformers(tmp_path / kind, models[kind], byte_tokenizer())
+    torch.save(prompts(), tmp_path / "prompts.pt")
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *models], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ids, mask, positions = prompts()
+    for kind, model in models.items():
+        logits, texts, dtypes = torch.load(tmp_path / f"{kind}.pt")
+        with torch.no_grad():
+            assert logits.equal(model(ids, attention_mask=mask, position_ids=positions).logits)
+        common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        for text, options in zip(texts, ({}, {"num_beams": 2}), strict=True):
+            assert text.equal(model.generate(ids, **common, **options))
+        exact = {f"{name}.{part}" for name in mixers_of(model) for part in FLOAT32}
+        assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == exact
+    code, said = zygote.run(
+        "projects.matvlm.convert", ["--transformers", str(first), str(folder)], tmp_path / "out"
+    )
+    assert code == 2 and "name the `export` folder of a run" in said
+
+
+def test_a_folder_for_transformers_needs_mixers(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="the model has no Mamba-2 layers; transformers loads its decoder as it is"
+    ):
+        write_transformers(tmp_path / "folder", made("llama"), byte_tokenizer())
