@@ -19,6 +19,7 @@ import yaml
 
 from tests.data.conftest import pair, write_tar
 from tests.projects.dho.tiny_runs import clip_config, write_images
+from tests.projects.matvlm.models import decoder_folder, scenes, tower_files
 from tests.projects.tinyclip.tiny_runs import model_config
 from tests.projects.vl2v_adip.tiny import domain_tree
 from tests.projects.zygote import Zygote
@@ -35,6 +36,8 @@ UNCHECKED = {
     "promptkd": ["projects.promptkd.task:verify", "projects.promptkd.task:verify_classifiers"],
     "dho": ["projects.dho.task:verify_classifiers"],
     "vl2v_adip": ["projects.vl2v_adip.task:verify_classifiers"],
+    "llava_mod": ["vlmkd.chat_runs:check_mllms"],
+    "matvlm": ["vlmkd.chat_runs:check_mllms"],
 }
 """The check of an export starts a process, and has tests of its own."""
 
@@ -60,6 +63,8 @@ class Place:
             path = folder / f"{name}.json"
             path.write_text(json.dumps(config))
             export_clip(folder / name, load_clip(str(path), seed=len(name)))
+        self.tower, self.decoder = tower_files(folder), f"hf:{decoder_folder(folder / 'llama')}"
+        self.chats = scenes(folder / "chats")
 
     def model(self, name: str) -> str:
         """How a config names one of the CLIPs."""
@@ -236,6 +241,53 @@ def vl2v_adip_distill(place: Place) -> Path:
     return place.train("projects.vl2v_adip.train_distill", "vl2v_adip_distill", fields)
 
 
+def _chats(place: Place, **fields: Any) -> dict[str, Any]:
+    """A run on chats of a Llama of eight layers, with images and without."""
+    return {
+        "steps": STEPS,
+        "batch_size": 4,
+        "student": {"tower": place.tower, "decoder": place.decoder},
+        "data": {"chats": [str(place.chats)], "template": "plain", "max_length": 64, "workers": 0},
+        "optim": {"lr": 2e-4, "warmup_steps": 2},
+        **fields,
+    }
+
+
+def matvlm(place: Place) -> Path:
+    fields = _chats(place, hybrid={"preset": 25, "chunk": 16}, loss={"ce": 0.5})
+    return place.train("projects.matvlm.train_distill", "matvlm", fields)
+
+
+def _stage(place: Place, stage: str, before: Path | None = None, **fields: Any) -> Path:
+    """A stage of LLaVA-MoD, from the export of the one before."""
+    if before:
+        whole = {"tower": place.tower, "decoder": place.decoder}
+        fields = {"student": {"init_from": str(before / "export")}, "teacher": whole, **fields}
+    return place.train(
+        "projects.llava_mod.train_stage", f"llava_mod_{stage}", _chats(place, stage=stage, **fields)
+    )
+
+
+def llava_mod_adapt(place: Place) -> Path:
+    student = {"tower": place.tower, "decoder": place.decoder, "decoder_layers": [0, 2, 5, 7]}
+    return _stage(place, "adapt", student=student)
+
+
+def llava_mod_d2s(place: Place) -> Path:
+    return _stage(place, "d2s", llava_mod_adapt(place), moe={"mode": "sparse"}, loss={"ce": 1.0})
+
+
+def llava_mod_prefer(place: Place) -> Path:
+    pairs = []
+    for record in json.loads(place.chats.read_text()):
+        asked, said = record.pop("conversations")
+        pairs.append({**record, "chosen": [asked, said], "rejected": [asked, {**said, "value": "nothing"}]})
+    path = place.chats.with_name("pairs.json")
+    path.write_text(json.dumps(pairs))
+    data = {"chats": [str(path)], "template": "plain", "max_length": 64, "workers": 0}
+    return _stage(place, "prefer", llava_mod_d2s(place), data=data)
+
+
 RUNS: list[Callable[[Place], Path]] = [
     tinyclip_distill,
     tinyclip_stored,
@@ -246,6 +298,10 @@ RUNS: list[Callable[[Place], Path]] = [
     dho_stored,
     vl2v_adip_align,
     vl2v_adip_distill,
+    matvlm,
+    llava_mod_adapt,
+    llava_mod_d2s,
+    llava_mod_prefer,
 ]
 
 
