@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 from data_tools.emoji.catalog import Concept, concepts, training_styles, unit_hash
 from data_tools.emoji.draw import background, drawing, free_boxes, paste
+from vlmkd.data.chats import ATTRIBUTIONS
+from vlmkd.datasets.emoji import LICENCES
 from vlmkd.errors import at_least, run_tool
 from vlmkd.files import new_file, new_folder, write_json
 
@@ -261,6 +263,7 @@ def main(argv: list[str]) -> int:
     for name, records in files.items():
         write_json(folder / f"{name}.json", records, "FOLDER")
         print(f"{folder / f'{name}.json'}: {len(records)} records")
+    write_json(folder / ATTRIBUTIONS, list(LICENCES.values()), "FOLDER")
     write_json(folder / "concepts.json", [one.name for one in world.concepts], "FOLDER")
     return 0
 

@@ -26,7 +26,7 @@ from scripts import evaluation_command as command
 from vlmkd import distributed
 from vlmkd.data.chats import ChatItem
 from vlmkd.errors import at_least, run_tool
-from vlmkd.evaluation.answers import ChatModel, Question, ask
+from vlmkd.evaluation.answers import ChatModel, Question, ask, spread
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.benchmarks import (
     BENCHMARKS,
@@ -70,9 +70,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     context = command.start(args)
     name = args.name or args.benchmark
     images = args.images or str(args.data[0] if args.data[0].is_dir() else args.data[0].parent)
-    items = read_benchmark(args.benchmark, args.data, images)
-    if args.most and args.most < len(items):
-        items = [items[index * len(items) // args.most] for index in range(args.most)]
+    items = list(spread(read_benchmark(args.benchmark, args.data, images), args.most))
     size: list[Number] = []
     if args.model:
         check_writable(args.out, "--out")

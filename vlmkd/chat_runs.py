@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from vlmkd import distributed
 from vlmkd.chat_config import ChatRunConfig, QuestionsConfig
-from vlmkd.data.chats import ChatPipeline, ChatTokens, read_chats
+from vlmkd.data.chats import ATTRIBUTIONS, ChatPipeline, ChatTokens, read_chats
 from vlmkd.data.loader import Loader
 from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.errors import UserError
-from vlmkd.evaluation.answers import Answers, ChatModel
+from vlmkd.evaluation.answers import Answers, ChatModel, spread
 from vlmkd.export.folder import Probe
 from vlmkd.export.mllm import ChatParts, check_mllms, export_mllm
 from vlmkd.files import read_json
@@ -22,6 +23,8 @@ from vlmkd.models.mllm import Mllm
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.task import Batch, Task
 from vlmkd.train.timing import Stopwatch
+
+log = logging.getLogger(__name__)
 
 
 def check_pair(student: ChatParts, teacher: ChatParts) -> None:
@@ -52,7 +55,11 @@ def chat_tokens(cfg: ChatRunConfig, student: ChatParts) -> ChatTokens:
 def chat_loader(cfg: ChatRunConfig, student: ChatParts, tokens: ChatTokens) -> Loader:
     """Every chat once an epoch."""
     data = cfg.data
-    items = [item for path in data.chats for item in read_chats(path, data.images or str(Path(path).parent))]
+    files = [read_chats(path, data.images or str(Path(path).parent)) for path in data.chats]
+    items = [item for own in files for item in own]
+    for path, own in zip(data.chats, files, strict=True):
+        log.info("%s: %d chats", path, len(own))
+    log.info("%d chats in all", len(items))
     _, accumulation = batch_triple(cfg, distributed.world_size())
     source = ItemSource(
         {"chats": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=distributed.rank(),
@@ -66,11 +73,12 @@ def chat_loader(cfg: ChatRunConfig, student: ChatParts, tokens: ChatTokens) -> L
 
 def questions(cfg: QuestionsConfig) -> Answers:
     """The evaluator of a file of questions."""
-    items = read_chats(cfg.data, cfg.images or str(Path(cfg.data).parent))
-    if cfg.most and cfg.most < len(items):
-        items = [items[index * len(items) // cfg.most] for index in range(cfg.most)]
+    folder = Path(cfg.data).parent
+    items = spread(read_chats(cfg.data, cfg.images or str(folder)), cfg.most)
     vocabulary: Any = read_json(cfg.vocabulary, "vocabulary") if cfg.vocabulary else []
-    return Answers(items, cfg.name or Path(cfg.data).stem, vocabulary=vocabulary)
+    credits_file = folder / ATTRIBUTIONS
+    owners: Any = read_json(credits_file, "attributions") if credits_file.is_file() else []
+    return Answers(items, cfg.name or Path(cfg.data).stem, vocabulary=vocabulary, attributions=owners)
 
 
 class ChatTask(Task):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.chat_parts import byte_tokenizer, picture
 from vlmkd.data.chats import ChatItem, ChatTokens
-from vlmkd.evaluation.answers import Answers, ChatModel, Question, chair, pope, scores
+from vlmkd.evaluation.answers import Answers, ChatModel, Question, chair, mentions, pope, scores
 from vlmkd.evaluation.base import Context
 from vlmkd.models.backbones import load_backbone
 from vlmkd.models.mllm import Mllm, Projector, VisionTower
@@ -69,6 +69,15 @@ def test_chair_by_hand() -> None:
         (["bus"], "Nothing at all, or a ringing bell"),
     ]
     assert chair(pairs, vocabulary) == {"chair_i": 1 / 3, "chair_s": 1 / 3, "cover": 0.5}
+
+
+def test_mentions_are_found_where_they_stand() -> None:
+    text = "İ: two CATS, a cat face."
+    found = mentions(text, ["cat", "Cat face", "ring"])
+    assert [(text[begin:end], name) for begin, end, name in found] == [
+        ("CATS", "cat"),
+        ("cat face", "Cat face"),
+    ]
 
 
 def test_scores_by_kind() -> None:

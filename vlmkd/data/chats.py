@@ -30,6 +30,8 @@ from vlmkd.image_spec import ImageSpec
 log = logging.getLogger(__name__)
 
 IMAGE = "<image>"
+ATTRIBUTIONS = "attributions.json"
+"""JSON list beside a file of chats: whose pictures they are, as a page must say."""
 MOST_IMAGES = 16
 REASONS = ("bad_record", "image_count", "nothing_to_learn", "too_long")
 """Why a chat may be dropped, beside the reasons of images."""

@@ -6,11 +6,13 @@ by POPE's rule, `caption` by CHAIR against the record's `things`, everything els
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -25,6 +27,10 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.mllm import Mllm
 from vlmkd.results import Meaning, share
 
+T = TypeVar("T")
+
+SHOWN = 24
+"""Questions of a set whose pictures are kept for the report."""
 _MOST_TOKENS = {"caption": 64}
 _TOKENS = 16
 
@@ -114,9 +120,16 @@ class Answers:
 
     name = "answers"
 
-    def __init__(self, items: Sequence[ChatItem], dataset: str, *, vocabulary: Iterable[str] = ()) -> None:
-        """`vocabulary`: all things that a caption may name."""
-        self.dataset, self._vocabulary = dataset, list(vocabulary)
+    def __init__(
+        self,
+        items: Sequence[ChatItem],
+        dataset: str,
+        *,
+        vocabulary: Iterable[str] = (),
+        attributions: Sequence[str] = (),
+    ) -> None:
+        """`vocabulary`: all things that a caption may name; `attributions`: whose pictures they are, for the report."""
+        self.dataset, self.attributions, self._vocabulary = dataset, list(attributions), list(vocabulary)
         # Questions of about one length are asked together.
         self.questions = sorted(
             (Question.of(item) for item in items), key=lambda one: (one.kind, len(one.text))
@@ -129,9 +142,25 @@ class Answers:
         metrics, meanings = scores(pairs, self._vocabulary)
         details = [
             {"key": one.item.key, "kind": one.kind, "question": one.text, "truth": one.truth, "said": text}
+            | ({"before": one.turns} if one.turns else {})
+            | verdict(one, text, self._vocabulary)
             for one, text in pairs
         ]
         return [Result(self.name, self.dataset, metrics, len(pairs), {"answers": details}, meanings=meanings)]
+
+    def pictures(self) -> dict[str, list[bytes]]:
+        """Key -> images of the questions that the report shows: at most SHOWN, of every kind alike."""
+        kinds = [list(own) for _, own in itertools.groupby(self.questions, key=lambda one: one.kind)]
+        each = [spread(own, SHOWN // len(kinds) + 1) for own in kinds]
+        mixed = [one for row in itertools.zip_longest(*each) for one in row if one is not None]
+        return {one.item.key: _images(one.item) for one in mixed[:SHOWN]}
+
+
+def spread(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of the items, from all over them; 0: all."""
+    if not 0 < most < len(items):
+        return items
+    return [items[index * len(items) // most] for index in range(most)]
 
 
 def ask(
@@ -195,13 +224,28 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").strip()
 
 
-def pope(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 of "yes", and share of "yes" among the answers, of (truth, answer).
+def verdict(question: Question, text: str, vocabulary: Sequence[str]) -> dict[str, Any]:
+    """Whether an answer is `right`; of a caption also `false`, where (begin, end) it names what is not there, and `missing`."""
+    if question.kind == "caption":
+        things = question.item.record["things"]
+        found = mentions(text, vocabulary)
+        false = [(begin, end) for begin, end, name in found if name not in things]
+        missing = sorted({*things} - {name for _, _, name in found})
+        return {"right": not false and not missing, "false": false, "missing": missing}
+    if question.kind == "exists":
+        return {"right": plain(question.truth).startswith("yes") == says_yes(text)}
+    return {"right": plain(question.truth) == plain(text)}
 
-    POPE's rule: of the text before the first full stop, without commas, "no" if it has the word No, no or not, else "yes".
-    """
+
+def says_yes(text: str) -> bool:
+    """POPE's rule: of the text before the first full stop, without commas, "no" if it has the word No, no or not, else "yes"."""
+    return not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split())
+
+
+def pope(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Accuracy, precision, recall, F1 of "yes", and share of "yes" among the answers, of (truth, answer)."""
     truths = [plain(truth).startswith("yes") for truth, _ in pairs]
-    said = [not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split()) for _, text in pairs]
+    said = [says_yes(text) for _, text in pairs]
     both = sum(truth and answer for truth, answer in zip(truths, said, strict=True))
     precision, recall = both / max(1, sum(said)), both / max(1, sum(truths))
     return {
@@ -216,20 +260,31 @@ def pope(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 def chair(pairs: Sequence[tuple[Sequence[str], str]], vocabulary: Sequence[str]) -> dict[str, float]:
     """CHAIR of (things that are there, caption): how much of what is said is not there, and `cover`.
 
-    `chair_i`: share of mentions; `chair_s`: share of captions with one; `cover`: share of the things that are named. A
-    mention is the longest name of `vocabulary` at its place.
+    `chair_i`: share of mentions; `chair_s`: share of captions with one; `cover`: share of the things that are named.
     """
-    names = sorted(vocabulary, key=len, reverse=True)
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})s?\b") if names else re.compile(r"(?!)")
-    mentions = wrong = bad = there = named = 0
+    count = wrong = bad = there = named = 0
     for things, text in pairs:
-        found = [match.group() for match in pattern.finditer(text.lower())]
-        found = [name if name in vocabulary else name.removesuffix("s") for name in found]
+        found = [name for _, _, name in mentions(text, vocabulary)]
         false = [name for name in found if name not in things]
-        mentions, wrong, bad = mentions + len(found), wrong + len(false), bad + bool(false)
+        count, wrong, bad = count + len(found), wrong + len(false), bad + bool(false)
         there, named = there + len(things), named + len(set(found) & set(things))
     return {
-        "chair_i": wrong / max(1, mentions),
+        "chair_i": wrong / max(1, count),
         "chair_s": bad / max(1, len(pairs)),
         "cover": named / max(1, there),
     }
+
+
+def mentions(text: str, vocabulary: Sequence[str]) -> list[tuple[int, int, str]]:
+    """(begin, end, name) of what a text names: the longest name of `vocabulary` at its place, plurals too."""
+    names, pattern = _names(tuple(vocabulary))
+    lower = "".join(letter.lower()[:1] for letter in text)  # as long as the text
+    spans = [(match.start(), match.end(), match.group()) for match in pattern.finditer(lower)]
+    return [(begin, end, names.get(said) or names[said.removesuffix("s")]) for begin, end, said in spans]
+
+
+@functools.lru_cache(maxsize=8)
+def _names(vocabulary: tuple[str, ...]) -> tuple[dict[str, str], re.Pattern[str]]:
+    names = {name.lower(): name for name in vocabulary}
+    either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return names, re.compile(rf"\b(?:{either})s?\b" if names else r"(?!)")

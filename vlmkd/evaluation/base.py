@@ -75,6 +75,18 @@ class OfItems(Protocol):
     items: list[Item]
 
 
+@runtime_checkable
+class OfQuestions(Protocol):
+    """An evaluator of questions about images, whose answers can be shown."""
+
+    dataset: str
+    attributions: list[str]
+
+    def pictures(self) -> dict[str, list[bytes]]:
+        """Key -> images of the questions that are shown."""
+        ...
+
+
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:
     """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):

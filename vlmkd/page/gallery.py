@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from vlmkd.evaluation.base import Result
     from vlmkd.predictors import DualEncoder
 
-GALLERY, MISTAKES = "gallery.json", "mistakes.json"
+GALLERY, MISTAKES, PICTURES = "gallery.json", "mistakes.json", "pictures.json"
 _SIDE = 96  # pixels
+_SCENE = 160
+"""Pixels of a picture that questions are asked about."""
 
 
 def write_gallery(
@@ -89,6 +91,23 @@ def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Se
         write_text(path, json.dumps(found))
 
 
+def write_pictures(
+    path: Path, pictures: Mapping[str, Mapping[str, Sequence[bytes]]], attributions: Iterable[str]
+) -> None:
+    """Write the pictures of questions, by data set and key; the answers are in the run's details."""
+    from PIL import Image  # here, because pages are made without it
+
+    found = {
+        dataset: {
+            key: [_data_uri(Image.open(io.BytesIO(one)), _SCENE) for one in own]
+            for key, own in of_set.items()
+        }
+        for dataset, of_set in pictures.items()
+    }
+    if found:
+        write_text(path, json.dumps({"pictures": found, "attributions": list(attributions)}))
+
+
 def read_gallery(path: Path) -> dict[str, Any]:
     """What `write_gallery` wrote.
 
@@ -111,6 +130,14 @@ def read_mistakes(path: Path) -> dict[str, list[dict[str, Any]]]:
     return mistakes
 
 
+def read_pictures(path: Path) -> dict[str, Any]:
+    """What `write_pictures` wrote, which is nothing where nothing was asked; errors as `read_gallery`."""
+    content = read_object(path, "pictures") if path.is_file() else {"pictures": {}}
+    for questions in content["pictures"].values():
+        _refuse_foreign_images(path, [one for images in questions.values() for one in images])
+    return content
+
+
 def _refuse_foreign_images(path: Path, uris: Iterable[str]) -> None:
     for uri in uris:
         if not uri.startswith("data:image/"):
@@ -119,10 +146,11 @@ def _refuse_foreign_images(path: Path, uris: Iterable[str]) -> None:
             )
 
 
-def _data_uri(image: Image.Image) -> str:
-    """`image` as an inline PNG that fits the square of _SIDE."""
-    small = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P") else "RGB")
-    small.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def _data_uri(image: Image.Image, side: int = _SIDE) -> str:
+    """`image` as an inline PNG that fits the square of `side`; a larger one than _SIDE as a JPEG."""
+    clear = side == _SIDE and image.mode in ("RGBA", "LA", "P")
+    small = image.convert("RGBA" if clear else "RGB")
+    small.thumbnail((side, side))
+    buffer, form = io.BytesIO(), "PNG" if side == _SIDE else "JPEG"
+    small.save(buffer, format=form, optimize=True)
+    return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

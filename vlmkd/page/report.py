@@ -15,8 +15,8 @@ from typing import Any
 from vlmkd.datasets.emoji import LICENCES
 from vlmkd.errors import UserError
 from vlmkd.files import write_text
-from vlmkd.page import plots
-from vlmkd.page.gallery import GALLERY, MISTAKES, read_gallery, read_mistakes
+from vlmkd.page import chats, plots
+from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, read_gallery, read_mistakes, read_pictures
 from vlmkd.page.runs import Key, Run
 from vlmkd.results import STUDENT, TEACHER, Number, markdown, short, title_of
 
@@ -141,6 +141,8 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
         else [(runs[0].name, samples)]
     )
     galleries = merge_galleries([(name, read_gallery(path)) for name, path in files])
+    pictures = [read_pictures(run.path / "eval" / PICTURES) for run in runs]
+    speakers = chats.speakers(runs, [one["pictures"] for one in pictures])
     main = [one for one in columns if one.main]
     preferred = [one for one in main if one.dataset == main_set(runs)]
     environment = jinja2.Environment(
@@ -162,8 +164,10 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
         runs=runs,
         confusion=confusion,
         mistakes={run: read_mistakes(run.path / "eval" / MISTAKES) for run in runs},
+        asked=chats.questions(speakers),
+        speakers=speakers,
         galleries=galleries,
-        attributions=_attributions(runs, galleries),
+        attributions=_attributions(runs, [*galleries, *pictures]),
     )
     write_text(out, page, "--out")
     return out

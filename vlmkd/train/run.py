@@ -31,10 +31,10 @@ from vlmkd import config, distributed
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import CheckpointConfig, LogConfig, RunConfig, require
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, OfItems, Result
+from vlmkd.evaluation.base import Context, OfItems, OfQuestions, Result
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.files import parse_yaml, read_yaml
-from vlmkd.page.gallery import GALLERY, MISTAKES, write_gallery, write_mistakes
+from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, write_gallery, write_mistakes, write_pictures
 from vlmkd.page.report import build_report
 from vlmkd.page.runs import DETAILS, MODELS
 from vlmkd.results import STUDENT, details_of
@@ -182,9 +182,13 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
             _write_gallery(run_dir / "eval" / GALLERY, job, engine.device)
     weights = engine.student_weights()
     if weights is not None:
-        judged = [one for one in (*job.evaluators, *job.final_evaluators) if isinstance(one, OfItems)]
-        items = {one.dataset: one.items for one in judged}
+        evaluators = (*job.evaluators, *job.final_evaluators)
+        items = {one.dataset: one.items for one in evaluators if isinstance(one, OfItems)}
         write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
+        asked = [one for one in evaluators if isinstance(one, OfQuestions)]
+        pictures = {one.dataset: one.pictures() for one in asked}
+        owners = dict.fromkeys(line for one in asked for line in one.attributions)
+        write_pictures(run_dir / "eval" / PICTURES, pictures, owners)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
         folders = {kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen}
         folders = {"export": exported} | {

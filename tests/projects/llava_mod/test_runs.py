@@ -86,7 +86,8 @@ def test_the_stages_follow_one_another(zygote: Zygote, place: Path) -> None:
         code, said = run(zygote, place, name, *arguments)
         assert code == 0, said
         assert "reloaded in a fresh process with equal outputs" in said
-    assert "[image]there?<<" in (place / "teacher.out").read_text()
+    said = (place / "teacher.out").read_text()
+    assert "[image]there?<<" in said and "chats.json: 8 chats" in said and "8 chats in all" in said
     found = losses(place / "teacher")
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
     first = json.loads((place / "d2s" / "metrics.jsonl").read_text().splitlines()[0])
@@ -97,6 +98,8 @@ def test_the_stages_follow_one_another(zygote: Zygote, place: Path) -> None:
     assert not torch.equal(sparse.projector[0].weight, dense.projector[0].weight)
     results = [json.loads(line) for line in (place / "prefer" / "results.jsonl").read_text().splitlines()]
     assert {"f1", "yes_ratio"} <= {line["metric"] for line in results if line["model"] == "student"}
+    page = (place / "prefer" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 8 and page.count("<i>teacher</i></dt>") == 8
     with pytest.raises(UserError, match="has sparse, which a plain model has not"):
         load_mllm(place / "d2s" / "export")
     code, said = run(
