@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlmkd.chat_config import ChatRunConfig
-from vlmkd.config import AboveZero, Amount, Count, Positive, require
+from vlmkd.config import AboveZero, Amount, Count, Positive, Share, require
 
 Stage = Literal["adapt", "sft", "d2d", "d2s", "prefer"]
 FROM_TEACHER: tuple[Stage, ...] = ("d2d", "d2s", "prefer")
@@ -31,7 +31,7 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is learned (docs/papers/llava_mod.md, eq. 3 to 6)."""
+    """What is learned (docs/papers/llava_mod.md, eq. 3-7)."""
 
     kd: Amount = 1.0
     """Weight of the divergence from the teacher in d2d and d2s."""
@@ -47,6 +47,14 @@ class LossConfig:
     """Of stage prefer."""
     beta: AboveZero = 0.1
     """Scale of the log-ratios."""
+    jsd_beta: Share = 0.5
+    """The teacher's share of the mixture that divergence=jsd is from; GKD's beta."""
+    on_policy: Share = 0.0
+    """Share of the steps of d2d and d2s whose last answers are sampled from the student; GKD's lambda."""
+    sample_temperature: Amount = 1.0
+    """Of those samples; 0: the likeliest tokens."""
+    sample_tokens: Positive = 128
+    """Most tokens of a sampled answer."""
     chunk: Positive = 128
     """Rows whose logits are held at a time."""
 
@@ -98,5 +106,10 @@ class LlavaModConfig(ChatRunConfig):
             self.moe.mode == "none" or self.stage in ("sft", *SPARSE),
             "moe.mode",
             "goes with sft, d2s and prefer only",
+        )
+        require(
+            not self.loss.on_policy or self.stage in ("d2d", "d2s"),
+            "loss.on_policy",
+            "goes with d2d and d2s only",
         )
         require(bool(self.data.chats), "data.chats", "is empty; name a file of conversations")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import balance, mark_valid, sparse_layers
+from projects.llava_mod.on_policy import is_on_policy, own_answers
 from vlmkd.chat_ids import IGNORED
 from vlmkd.chat_runs import ChatTask
 from vlmkd.data.chats import ChatTokens
@@ -28,8 +29,24 @@ class LlavaModTask(ChatTask):
         super().__init__(parts, tokens, teacher)
         self.cfg = cfg
 
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """In a share of the steps, all ranks' alike, the student's own answers in the place of the data's."""
+        loss = self.cfg.loss
+        if not is_on_policy(self.cfg.seed, step, loss.on_policy):
+            return batch
+        assert self.teacher is not None
+        shared = min(len(self.core.head.weight), len(self.teacher.module.head.weight))
+        with self.watch.span("sample"):
+            return own_answers(
+                self.predictor(),
+                batch,
+                shared,
+                most_tokens=loss.sample_tokens,
+                temperature=loss.sample_temperature,
+            )
+
     def step(self, batch: Batch, step: int) -> StepOutput:
-        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4 and 5 (d2d, d2s), 6 (prefer)."""
+        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4, 5 and 7 (d2d, d2s), 6 (prefer)."""
         valid = batch["segments"] > 0
         mark_valid(self.core, valid)
         hidden = self.student(batch)
@@ -60,10 +77,10 @@ class LlavaModTask(ChatTask):
             return self._preference(batch, hidden, seen)
         loss = self.cfg.loss
         learned = self._learned(batch)
-        alone = seen is None
+        alone, sampled = seen is None, "sampled" in batch
         objective = TokenObjective(
             divergence=loss.divergence, temperature=loss.temperature, vocabulary=loss.vocabulary, chunk=loss.chunk,
-            weight=0.0 if alone else loss.kd, ce_weight=1.0 if alone else loss.ce,
+            beta=loss.jsd_beta, weight=0.0 if alone else loss.kd, ce_weight=1.0 if alone else 0.0 if sampled else loss.ce,
         )  # fmt: skip
         teacher = None
         if seen is not None and self.teacher is not None:
@@ -82,6 +99,9 @@ class LlavaModTask(ChatTask):
                 "soft_ce": (found.divergence + found.entropy) / rows,
                 "agreement": found.agreement / rows,
             }
+        if sampled:  # next to those of the data's answers, not mixed with them
+            metrics = {f"sampled/{name}": value for name, value in metrics.items()}
+            metrics["sampled/tokens"] = rows / len(batch["input_ids"])
         name = "next_token" if alone else "mimic"
         return {name: found.total / rows}, {name: 1.0}, metrics
 

@@ -58,27 +58,45 @@ class ChatModel:
         Raises:
             UserError: an image that cannot be read.
         """
-        device = next(self.model.parameters()).device
-        pad = self.tokens.tokenizer.pad_token_id or 0
         rows = [self.tokens.prompt(turns, question) for _, turns, question in asked]
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         pictures = [self._picture(data) for images, _, _ in asked for data in images]
         height, breadth = self.image_spec.size
-        images = (
-            torch.stack(pictures).to(device)
-            if pictures
-            else torch.zeros(0, 3, height, breadth, device=device)
+        images = torch.stack(pictures) if pictures else torch.zeros(0, 3, height, breadth)
+        said = self.complete(
+            rows,
+            images,
+            torch.arange(len(images)),
+            most_tokens=most_tokens,
+            temperature=temperature,
+            **options,
         )
-        embeds = self.model.embed(ids, images, torch.arange(len(images), device=device))
+        texts = [self.tokens.tokenizer.decode(row, skip_special_tokens=True) for row in said]
+        return [text.strip() for text in texts]
+
+    @torch.no_grad()
+    def complete(
+        self,
+        rows: Sequence[Sequence[int]],
+        images: torch.Tensor,
+        image_rows: torch.Tensor,
+        *,
+        most_tokens: int,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Ids that follow each row of ids, with the end where it came; images as in a batch of `ChatPipeline`."""
+        device = next(self.model.parameters()).device
+        pad, end = self.tokens.tokenizer.pad_token_id or 0, self.tokens.end
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        embeds = self.model.embed(ids, images.to(device), image_rows.to(device))
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        end = self.tokens.end
         said = self.model.decoder.generate(  # type: ignore[operator]
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=most_tokens, eos_token_id=end,
             pad_token_id=pad, **sampling, **options,
         )  # fmt: skip
-        return [self._text(row, end) for row in said.tolist()]
+        return [row[: row.index(end) + 1] if end in row else row for row in said.tolist()]
 
     def _picture(self, data: bytes) -> torch.Tensor:
         try:
@@ -87,11 +105,6 @@ class ChatModel:
             raise UserError(
                 f"the image cannot be read ({one_line(error).partition(' <')[0]}); name another"
             ) from None
-
-    def _text(self, row: list[int], end: int) -> str:
-        row = row[: row.index(end)] if end in row else row
-        text: str = self.tokens.tokenizer.decode(row, skip_special_tokens=True)
-        return text.strip()
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ class Task:
     watch: Stopwatch
     """Times the parts of a step: `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
 
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """What optimiser step `step` trains on in the place of a micro-batch from the loader, before it is weighed.
+
+        Called under the step's random state, on the micro-batch where the loader left it.
+        """
+        return batch
+
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Forward pass and losses of one micro-batch at optimiser step `step`.
 

@@ -76,6 +76,7 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
             torch.manual_seed(stream_seed(cfg.seed, distributed.rank(), step, "step"))
             with window.data_wait():
                 parts = [next(batches) for _ in range(accumulation)]
+            parts = [job.task.prepare(part, step) for part in parts]
             factors = loss_factors([job.task.weight(part) for part in parts], engine.device)
             outputs = []
             for part, factor in zip(parts, factors, strict=True):
@@ -235,6 +236,7 @@ class _Window:
 
     def _restart(self) -> None:
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._steps: Counter[str] = Counter()  # that have the value; some kinds of steps have their own
         self._items: dict[str, float] = defaultdict(float)
         self._count, self._flops, self._wait, self._lr = 0, 0.0, 0.0, 0.0
         self._start = time.monotonic()
@@ -258,11 +260,14 @@ class _Window:
         self, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch], lr: float
     ) -> None:
         """Count one optimiser step; values stay on the device until the line is written."""
+        names: set[str] = set()
         for output, factor in zip(outputs, factors, strict=True):
             named = {f"loss/{name}": value for name, value in output.terms.items()} | output.metrics
             shares = {name: value.detach().float() * factor.float() for name, value in named.items()}
             for name, value in ({"loss": output.loss.detach().float()} | shares).items():
                 self._sums[name] = self._sums[name].to(value.device) + value / len(outputs)
+                names.add(name)
+        self._steps.update(names)
         for part in parts:
             self._flops += self._job.task.flops(part)
             for kind, count in self._job.task.items(part).items():
@@ -272,7 +277,7 @@ class _Window:
     def write(self, metrics: Metrics, done: int) -> None:
         """One console line and one metrics line, averaged over the window and the ranks."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        values = {name: float(total) / self._count for name, total in self._sums.items()}
+        values = {name: float(total) / self._steps[name] for name, total in self._sums.items()}
         values |= {f"{name}_s": spent / self._count for name, spent in self._job.task.watch.read().items()}
         values |= {"data_wait_s": self._wait / self._count, "step_s": elapsed / self._count}
         values["tflops"] = self._flops / elapsed / 1e12

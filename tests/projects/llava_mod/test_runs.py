@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,17 @@ def model(place: Path, who: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(zygote: Zygote, place: Path, name: str, *arguments: str, ranks: int = 1) -> tuple[int, str]:
+UNCHECKED = ["vlmkd.chat_runs:check_mllms"]
+"""Exports are reloaded in a fresh process elsewhere."""
+
+
+def run(
+    zygote: Zygote, place: Path, name: str, *arguments: str, ranks: int = 1, without: Sequence[str] = ()
+) -> tuple[int, str]:
     given = [*SHARED, f"data.chats=[{place / 'chats.json'}]", f"run_dir={place / name}", *arguments]
-    return zygote.run("projects.llava_mod.train_stage", given, place / f"{name}.out", ranks=ranks)
+    return zygote.run(
+        "projects.llava_mod.train_stage", given, place / f"{name}.out", ranks=ranks, without=without
+    )
 
 
 def losses(folder: Path) -> list[float]:
@@ -134,6 +143,39 @@ def test_two_ranks_and_micro_batches_train_what_one_does(zygote: Zygote, place: 
     code, said = run(zygote, place, "many", *arguments, "micro_batch_size=1", ranks=2)
     assert code == 0, said
     assert losses(place / "many") == pytest.approx(losses(place / "one"), rel=1e-4)
+
+
+def test_a_killed_on_policy_run_goes_on_to_the_same_weights_and_two_ranks_sample_as_one(
+    zygote: Zygote, place: Path
+) -> None:
+    teacher = [name.replace("student.", "teacher.") for name in model(place, "student")]
+    arguments = [
+        "stage=d2s", "moe.mode=sparse", "loss.on_policy=0.5", "loss.sample_tokens=6", *model(place, "student"),
+        "student.decoder_layers=[0,3]", *teacher, "data.pack=true", "seed=4",
+    ]  # fmt: skip
+    assert run(zygote, place, "whole", *arguments, without=UNCHECKED)[0] == 0
+    folder = place / "killed"
+    given = [*SHARED, f"data.chats=[{place / 'chats.json'}]", f"run_dir={folder}", *arguments]
+    zygote.kill(
+        "projects.llava_mod.train_stage",
+        given,
+        place / "killed.out",
+        (folder / "state/step_000002/manifest.json").is_file,
+    )
+    code, said = run(zygote, place, "killed", *arguments, without=UNCHECKED)
+    assert code == 0 and "resumed from" in said, said
+    one, other = (load_mllm(place / name / "export", surgery=surgery) for name in ("whole", "killed"))
+    assert all(
+        torch.equal(value, other.module.state_dict()[name]) for name, value in one.module.state_dict().items()
+    )
+    lines = [json.loads(line) for line in (place / "whole" / "metrics.jsonl").read_text().splitlines()]
+    kinds = ["sampled/kl" in line for line in lines if line["kind"] == "train"]
+    assert kinds == [False, True, False, True]
+    greedy = [*arguments, "loss.sample_temperature=0", "loss.on_policy=1", "optim.name=sgd", "moe.aux=0"]
+    assert run(zygote, place, "alone", *greedy, without=UNCHECKED)[0] == 0
+    code, said = run(zygote, place, "both", *greedy, "micro_batch_size=1", ranks=2, without=UNCHECKED)
+    assert code == 0, said
+    assert losses(place / "both") == pytest.approx(losses(place / "alone"), rel=1e-4)
 
 
 @pytest.mark.parametrize(
