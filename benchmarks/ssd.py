@@ -1,6 +1,6 @@
 """Mamba-2's scan, ours against transformers' PyTorch path and against causal attention, as a Markdown table.
 
-    python benchmarks/ssd.py [--lengths 256 1024 4096] [--heads 32 --kv-heads 32 --head-dim 80] [--train] [--threads 1]
+    python benchmarks/ssd.py [--lengths 256 1024 4096 16384] [--heads 32 --kv-heads 32 --head-dim 80] [--train] [--threads 1]
 
 The defaults are one layer of Phi-2; `--heads 9 --kv-heads 3 --head-dim 64` is SmolLM2-135M. Mixing alone, without
 projections. Every measurement is a process of its own, so that its peak memory is its own; the forms take turns, and
@@ -10,6 +10,8 @@ the table gives medians. CPU milliseconds are steadier than wall time on a machi
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import multiprocessing
 import resource
 import statistics
@@ -33,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=32)
@@ -52,7 +54,8 @@ def main() -> None:
     )
     print("| tokens | form | CPU ms | over ours | added memory MiB | over ours |")
     print("|---:|---|---:|---:|---:|---:|")
-    for length in args.lengths:
+    ratios: list[tuple[int, float]] = []
+    for length in sorted(args.lengths):
         found: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
         for _ in range(args.rounds):
             for form in FORMS:
@@ -62,12 +65,17 @@ def main() -> None:
             form: [statistics.median(column) for column in zip(*rows, strict=True)]
             for form, rows in found.items()
         }
+        ratios.append((length, medians[FORMS[-1]][0] / medians[FORMS[0]][0]))
         for form, (cpu, memory) in medians.items():
             ours = medians[FORMS[0]]
             print(
                 f"| {length:,} | {form} | {cpu:.1f} | {cpu / ours[0]:.2f} | {memory / MIB:.0f} | {memory / ours[1]:.2f} |",
                 flush=True,
             )
+    for (short, less), (long, more) in itertools.pairwise(ratios):
+        if less < 1 <= more:  # a straight line between the logarithms
+            share = math.log(1 / less) / math.log(more / less)
+            print(f"\nAttention takes longer from about {short * (long / short) ** share:,.0f} tokens on.")
 
 
 def inputs(length: int, args: argparse.Namespace) -> list[Tensor]:

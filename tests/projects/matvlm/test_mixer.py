@@ -121,6 +121,20 @@ def test_padding_has_no_gradient() -> None:
     assert given.grad is not None and (given.grad.abs().sum(2) > 0).equal(mask)
 
 
+def test_its_gradients_by_differences() -> None:
+    mixer = made(MixerShape(width=4, heads=2, kv_heads=1, head_dim=2, bias=True))
+    names = [name for name, _ in mixer.named_parameters()]
+    assert {"A_log", "dt_bias", "D", "conv1d.weight", "norm.weight"} <= set(names)
+    given = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def outputs(given: Tensor, *values: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (given,))[0]
+        return found
+
+    values = [p.detach().clone().requires_grad_() for p in mixer.parameters()]
+    assert torch.autograd.gradcheck(outputs, (given.requires_grad_(), *values))
+
+
 def test_documents_in_a_row_are_as_alone_with_padding_between_them_too() -> None:
     mixer, given = made(), tokens(30)
     ids = torch.stack([torch.repeat_interleave(torch.arange(4), torch.tensor(row)) for row in
