@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from projects.vl2v_adip.black_box import HttpTeacher, Service
+from projects.vl2v_adip.black_box import HttpTeacher
 from projects.vl2v_adip.ledger import Ledger, Query, Terms, report, sha256, text_query
 from vlmkd import config
 from vlmkd.config import Count, LabelledDataConfig, Positive, Seed, require
@@ -35,6 +35,7 @@ from vlmkd.errors import run_tool
 from vlmkd.files import check_writable
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import class_prompts, encode_classes
+from vlmkd.service import Service
 
 
 @dataclass(frozen=True, kw_only=True)

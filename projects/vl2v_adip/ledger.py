@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.vl2v_adip.black_box import AnswerLost, HttpTeacher, Kind, NotServed
+from projects.vl2v_adip.black_box import HttpTeacher, Kind
 from vlmkd.config import AboveZero, Amount, Count, Positive
 from vlmkd.errors import UserError
 from vlmkd.files import new_folder
+from vlmkd.service import AnswerLost, NotServed
 
 _VERSION = 2
 _LEASE = 900.0  # seconds until a reservation is lost, of whatever process

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from projects.vl2v_adip import ask
-from projects.vl2v_adip.black_box import NotServed
 from vlmkd.data.decode import decode
 from vlmkd.data.loader import Loader
 from vlmkd.data.pipelines import ImageLabelPipeline
@@ -23,6 +22,7 @@ from vlmkd.data.transforms import ViewConfig, render
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
+from vlmkd.service import NotServed
 
 DIM = 4
 

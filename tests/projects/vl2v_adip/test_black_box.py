@@ -14,9 +14,10 @@ import time
 
 import pytest
 
-from projects.vl2v_adip import black_box
-from projects.vl2v_adip.black_box import AnswerLost, HttpTeacher, NotServed, Service
+from projects.vl2v_adip.black_box import HttpTeacher
+from vlmkd import service as http_service
 from vlmkd.errors import UserError
+from vlmkd.service import AnswerLost, NotServed, Service
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -60,7 +61,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service(monkeypatch):
-    monkeypatch.setattr(black_box, "_PAUSE", 0.01)
+    monkeypatch.setattr(http_service, "_PAUSE", 0.01)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     running = Server()

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from projects.vl2v_adip.black_box import AnswerLost, HttpTeacher, NotServed, Service
+from projects.vl2v_adip.black_box import HttpTeacher
 from projects.vl2v_adip.ledger import Ledger, Query, Terms, report, text_query
 from vlmkd.errors import UserError
+from vlmkd.service import AnswerLost, NotServed, Service
 
 DIM = 6
 
