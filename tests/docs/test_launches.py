@@ -14,6 +14,13 @@ DHO = {"ROOT": "/data", "NPROC": "1", "METHODS": "dho ce kd ce_kd pcgrad kd_feat
 TIP = {"FEW_SHOT_TEACHER": "1"}
 TINYCLIP = {"DATA": "/data/{00000..00099}.tar", "IMAGENET": "/images/in 1k", "NPROC": "1", "RUNS": "/out"}
 PROMPTKD = {"DATA": "/data"}
+COMD = {
+    "IMAGES": "/images",
+    "STUDENT": "/student",
+    "TEACHER": "by=/teacher",
+    "ASSESSOR": "url=https://host/v1/chat/completions model=m",
+    "AUGMENTOR": "by=written.jsonl",
+}
 MATVLM = {"TEACHER": "/teacher", "DATA": "/data", "NPROC": "4"}
 SETS = [key for key, found in published_sets.SETS.items() if found.halves and key != "imagenet"]
 VARIANTS = [key for key, found in published_sets.SETS.items() if found.layout in ("wnids", "numbers")]
@@ -64,6 +71,12 @@ def rows() -> Iterator[Row]:
 
     for model in ("qwen1.5_0.5b", "qwen2_0.5b", "qwen2_1.5b", "qwen1.5_1.8b"):
         yield "llava_mod/scripts/recipe.sh", ("all", model), {}
+    yield "llava_mod/scripts/comd.sh", ("train.json", "cache.json"), COMD
+    yield (
+        "llava_mod/scripts/comd.sh",
+        ("a.json", "b.json", "steps=9"),
+        {**COMD, "ROUNDS": "1", "RUNS": "/out"},
+    )
     yield "llava_mod/scripts/recipe.sh", ("d2s", "qwen2_0.5b", "moe.aux=0.02"), {"RUNS": "/out"}
 
     for stage in BASELINES.split():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from projects.llava_mod import comd
 from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import sparse_layers
 from projects.llava_mod.student import is_trained, surgery
@@ -176,6 +177,45 @@ def test_a_killed_on_policy_run_goes_on_to_the_same_weights_and_two_ranks_sample
     code, said = run(zygote, place, "both", *greedy, "micro_batch_size=1", ranks=2, without=UNCHECKED)
     assert code == 0, said
     assert losses(place / "both") == pytest.approx(losses(place / "alone"), rel=1e-4)
+
+
+def test_a_competitive_round_of_an_export_and_saved_answers(zygote: Zygote, place: Path) -> None:
+    """The tuned student is an export, the others are files; the next round tunes on what they wrote."""
+    folder, following = place / "round_1", place / "round_2"
+    images, teacher, student = f"images={place}", place / "teacher.jsonl", folder / "student.jsonl"
+    files = [f"pool={place / 'chats.json'}", images, f"folder={folder}"]
+    keys = [str(number) for number in range(8)]
+    scored = {f"{key}/{order}": score for key in keys for order, score in (("12", "9 6"), ("21", "6 6"))}
+    written = {f"round_1-{key}": f"And where would {key} be, {'more ' * int(key)}?" for key in keys}
+    answered = {key: "Yes." for key in (*keys, *written)}
+    for name, said in (("answered", answered), ("scored", scored), ("written", written)):
+        lines = [json.dumps({"id": key, "said": text}) + "\n" for key, text in said.items()]
+        (place / f"{name}.jsonl").write_text("".join(lines))
+
+    def step(name: str, by: str, *given: str) -> None:
+        assert comd.main([name, *given, f"by={place / by}", "most_tokens=4", "device=cpu"]) == 0
+
+    def tune(name: str, *start: str) -> None:
+        given = [f"data.chats=[{place / name / 'tune.jsonl'}]", f"data.images={place}", "stage=sft", *start]
+        code, said = run(zygote, place, f"{name}/tune", *given, without=UNCHECKED)
+        assert code == 0, said
+
+    step("answer", "answered.jsonl", *files[:2], f"out={teacher}", f"chats={folder / 'tune.jsonl'}")
+    tune("round_1", *model(place, "student"))
+    step("answer", "round_1/tune/export", *files[:2], f"out={student}")
+    lines = [json.loads(line) for line in student.read_text().splitlines()]
+    assert [line["id"] for line in lines] == keys and {line["asked"] for line in lines} == {"<image>there?"}
+    step("assess", "scored.jsonl", *files, f"teacher={teacher}", f"student={student}")
+    assert (
+        len((folder / "difficult.jsonl").read_text().splitlines()) == 8
+    )  # a lead of (9 + 6) / 2 - (6 + 6) / 2
+    step("augment", "written.jsonl", *files, f"train={place / 'chats.json'}", f"next={following}", "new=8")
+    new = len((folder / "new.jsonl").read_text().splitlines())
+    assert 0 < new <= 4
+    pool = f"pool={following / 'train.jsonl'}"
+    step("answer", "answered.jsonl", pool, images, f"out={teacher}", f"chats={following / 'tune.jsonl'}")
+    assert len(teacher.read_text().splitlines()) == 8 + new  # the kept ones were known
+    tune("round_2", f"student.init_from={place / 'round_1/tune/export'}")
 
 
 @pytest.mark.parametrize(
