@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Install what the tests need and run them. CI calls exactly this.
 #
-#   bash scripts/test.sh                     style, types, all tests
-#   bash scripts/test.sh tests/losses -k kl  arguments go to pytest, and only pytest runs
+#   bash scripts/test.sh                     style, types, all tests on two to four cores
+#   bash scripts/test.sh tests/losses -k kl  arguments go to pytest, and only pytest runs, in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,5 +25,7 @@ if [ $# -eq 0 ]; then
     check ruff check --quiet .
     check ruff format --check --quiet .
     check mypy vlmkd
+    # What the tests of a file share is made once: a file's tests stay together.
+    set -- --numprocesses=logical --maxprocesses=4 --dist=loadfile --durations=20
 fi
 exec "$python" -m pytest "$@"

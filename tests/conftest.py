@@ -1,8 +1,9 @@
-"""Settings of every test: one thread, no hub, no trackers; and the marker that needs a GPU."""
+"""Settings of every test: one thread, no hub, no trackers; the marker that needs a GPU; and the zygote."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -15,6 +16,8 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.projects.zygote import Zygote  # noqa: E402
+
 torch.set_num_threads(1)
 
 
@@ -26,3 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """The process whose children are the commands of all tests."""
+    process = Zygote()
+    yield process
+    process.close()

@@ -19,6 +19,7 @@ from torch import nn
 
 from scripts.to_onnx import missing_for_onnx
 from tests.projects.vl2v_adip.tiny import CLASSES, domain_tree, export_teacher
+from tests.projects.zygote import Zygote
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier
 from vlmkd.train.durations import in_steps
@@ -274,21 +275,25 @@ def environment() -> dict[str, str]:
     return found | {"VLMKD_NO_VENV": "1", "PYTHON": sys.executable, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def distil(folder: Path, *arguments: str) -> str:
-    """Run the command in `folder`; its output."""
-    command = ["bash", str(ROOT / "scripts/distill_folder.sh"), *arguments, "--teacher", "local-dir:teacher"]
-    short = ["threads=1", "data.workers=0", "log.every_steps=1"]
-    done = subprocess.run(
-        [*command, *short],
-        env=environment(),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert ("ONNX was not written" in done.stdout) == bool(missing_for_onnx())
-    return done.stdout
+def distil(folder: Path, *arguments: str, zygote: Zygote | None = None) -> str:
+    """Run the command in `folder`, by its shell script or as the zygote's child; its output."""
+    words = [*arguments, "--teacher", "local-dir:teacher", "threads=1", "data.workers=0", "log.every_steps=1"]
+    if zygote is not None:
+        code, said = zygote.run(str(ROOT / "scripts/distill_folder.py"), words, folder / "output.txt")
+    else:
+        command = ["bash", str(ROOT / "scripts/distill_folder.sh"), *words]
+        done = subprocess.run(
+            command,
+            env=environment(),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        code, said = done.returncode, done.stdout
+    assert code == 0, said[-4000:]
+    assert ("ONNX was not written" in said) == bool(missing_for_onnx())
+    return said
 
 
 def write_classes(folder: Path, per_class: int, unlabelled: int = 0) -> None:
@@ -340,7 +345,7 @@ def test_promptkd_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_dho_from_end_to_end_and_again(tmp_path: Path) -> None:
+def test_dho_from_end_to_end_and_again(tmp_path: Path, zygote: Zygote) -> None:
     write_classes(tmp_path / "pets", 8, unlabelled=5)
     export_teacher(tmp_path)
     (tmp_path / "names.txt").write_text("red_fox\ta fox\ndog\ncat\n")
@@ -348,22 +353,23 @@ def test_dho_from_end_to_end_and_again(tmp_path: Path) -> None:
         "pets", "--method", "dho", "--classes", "names.txt", "--student", "timm:test_resnet", "student.pretrained=false",
         "student.image_size=32", "--epochs", "3", "batch_size=8", "--out", "mine",
     ]  # fmt: skip
-    assert "is complete" not in distil(tmp_path, *command)
+    assert "is complete" not in distil(tmp_path, *command, zygote=zygote)
     out = tmp_path / "mine"
     check_results(out / "student", out / "report.html", "pets", ["a fox", "dog", "cat"])
     streams = json.loads((out / "student/data.json").read_text())["streams"]
     assert streams["unlabelled"]["items"] == streams["labelled"]["items"] + 5
     (out / "report.html").unlink()
-    assert "run mine/student is complete" in distil(tmp_path, *command) and (out / "report.html").is_file()
+    assert "run mine/student is complete" in distil(tmp_path, *command, zygote=zygote)
+    assert (out / "report.html").is_file()
 
 
 @pytest.mark.slow
-def test_vl2v_from_end_to_end(tmp_path: Path) -> None:
+def test_vl2v_from_end_to_end(tmp_path: Path, zygote: Zygote) -> None:
     domain_tree(tmp_path / "pets")
     export_teacher(tmp_path)
     output = distil(
         tmp_path, "pets", "--method", "vl2v_adip", "--hold-out", "oil", "--student", "timm:test_resnet",
-        "student.pretrained=false", "student.image_size=32", "steps=9", "batch_size=6",
+        "student.pretrained=false", "student.image_size=32", "steps=9", "batch_size=6", zygote=zygote,
     )  # fmt: skip
     out = tmp_path / "runs/pets_vl2v_adip"
     check_results(out / "distill", out / "report.html", "oil_in", ["cat", "dog", "red fox"])

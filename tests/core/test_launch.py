@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.projects.zygote import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,16 +113,9 @@ def ranks(out: str) -> list[dict[str, object]]:
     return sorted(lines, key=lambda line: line["rank"])
 
 
-def free_port() -> str:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def wait_for(paths: list[Path]) -> None:
     """Wait until all of `paths` exist."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while not all(path.exists() for path in paths):
         assert time.monotonic() < end, f"missing {[path.name for path in paths if not path.exists()]}"
         time.sleep(0.05)
@@ -143,7 +137,7 @@ def test_several_processes_form_one_group(checkout: Path) -> None:
 
 
 def test_two_machines_rehearsed_on_loopback(checkout: Path) -> None:
-    shared = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     nodes = [launch(checkout, "probe/reduce_ranks.py", NODE_RANK=str(node), **shared) for node in (0, 1)]
     lines = [ranks(finish(node)) for node in nodes]
     assert [(line["rank"], line["world"], line["local"], line["sum"]) for node in lines for line in node] == [
@@ -163,7 +157,7 @@ def test_ranks_count_on_from_machine_to_machine(checkout: Path) -> None:
 
 
 def test_slurm_tasks_start_directly(checkout: Path) -> None:
-    shared = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "MASTER_PORT": free_port()}
+    shared = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "MASTER_PORT": str(free_port())}
     tasks = [
         launch(checkout, "probe/reduce_ranks.py", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **shared)
         for task in (0, 1)
@@ -203,13 +197,13 @@ def test_a_batch_script_without_srun_is_one_process(checkout: Path) -> None:
 @pytest.mark.parametrize("procs", ["1", "2"])
 def test_the_exit_code_is_the_runs_own(checkout: Path, procs: str) -> None:
     process = launch(checkout, "probe/fail_ranks.py", NPROC=procs)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 7
 
 
 def test_a_mistake_that_was_told_decides_the_exit_code(checkout: Path) -> None:
     process = launch(checkout, "probe/mistake_ranks.py", NPROC="2")
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 2
 
 
@@ -218,7 +212,7 @@ def test_sigterm_reaches_every_process_and_waits(checkout: Path, procs: int) -> 
     process = launch(checkout, "probe/save_ranks.py", str(checkout), NPROC=str(procs))
     wait_for([checkout / f"up{rank}" for rank in range(procs)])
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 0
     assert all((checkout / f"saved{rank}").exists() for rank in range(procs))
 
@@ -244,7 +238,7 @@ def test_mistakes_get_one_line_and_code_two(
     checkout: Path, args: tuple[str, ...], settings: dict[str, str], named: str
 ) -> None:
     process = launch(checkout, *args, **settings)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert out == ""
     assert named in err
@@ -287,7 +281,7 @@ def test_a_hostfile_starts_both_machines(checkout: Path) -> None:
         tool.chmod(0o755)
     hostfile = checkout / "hosts.txt"
     hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    env = environment(HOSTFILE=str(hostfile), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    env = environment(HOSTFILE=str(hostfile), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     env["PATH"] = f"{tools}{os.pathsep}{env['PATH']}"
     result = subprocess.run(
         ["bash", str(checkout / "scripts/launch.sh"), "probe/reduce_ranks.py", "x=1"],

@@ -46,7 +46,7 @@ def printed(script: str, *args: str, **env: str) -> list[tuple[str, ...]]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED)}
     done = subprocess.run(
         ["bash", str(ROOT / "projects" / script), *args],
-        cwd=ROOT, env={**kept, "DRY_RUN": "1", **env}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**kept, "DRY_RUN": "1", **env}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, f"{script} {args} {env}: {done.stderr}"
     lines = [shlex.split(line) for line in done.stdout.splitlines()]

@@ -36,7 +36,7 @@ def commands(document: Path) -> list[list[str]]:
     found = []
     for block in blocks:
         done = subprocess.run(
-            ["bash", "-c", NOTE + block], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+            ["bash", "-c", NOTE + block], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0 and not done.stderr, f"{document.name}: {done.stderr}\n{block}"
         found += [part.split("\x1f")[:-1] for part in done.stdout.split("\x1e") if part]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from projects.llava_mod.experts import upcycle
 from scripts import chat, eval_chat
 from tests.chat_parts import byte_tokenizer, picture
 from tests.core.test_launch import environment
+from tests.projects.zygote import Zygote
 from vlmkd.chat_config import MllmConfig
 from vlmkd.data.chats import ChatTokens
 from vlmkd.errors import UserError
@@ -245,13 +247,17 @@ def test_an_image_that_cannot_be_read_is_named(run: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_two_ranks_answer_as_one(run: Path, tmp_path: Path) -> None:
+def test_two_ranks_answer_as_one(run: Path, tmp_path: Path, zygote: Zygote) -> None:
     options = [*pope_files(run), "--model", str(run), "--batch-size", "2", "--out"]
     assert eval_chat.main([*options, str(tmp_path / "one.jsonl")]) == 0
-    done = subprocess.run(
-        ["bash", "scripts/eval_chat.sh", *options, str(tmp_path / "two.jsonl")],
-        cwd=ROOT, env=environment(NPROC="2"), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pope: short answer") == 1
+    arguments = [*options, str(tmp_path / "two.jsonl")]
+    code, printed = zygote.run("scripts.eval_chat", arguments, tmp_path / "output.txt", ranks=2)
+    assert code == 0, printed
+    assert printed.count("pope: short answer") == 1
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    done = subprocess.run(
+        ["bash", "scripts/eval_chat.sh", *arguments], cwd=ROOT, env=environment(NPROC="2", DRY_RUN="1"),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    started = [shlex.split(line.partition(" -m ")[2]) for line in done.stdout.splitlines()]
+    assert started == [["scripts.eval_chat", *arguments]] * 2

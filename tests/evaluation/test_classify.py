@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from tests.projects.zygote import free_port
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
 from vlmkd.errors import UserError
@@ -150,12 +150,9 @@ def _rank(rank: int, world_size: int, port: int, folder: str, count: int) -> Non
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     count = 31
     expected = evaluate(tmp_path, count, torn=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    mp.start_processes(_rank, (2, port, str(tmp_path), count), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, (2, free_port(), str(tmp_path), count), nprocs=2, start_method="fork")
     for rank in range(2):
         assert pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) == expected
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.projects.zygote import free_port
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.datasets.evaluation_sets import CaptionedImages
@@ -52,11 +52,8 @@ def test_ranks_equal_one_process(tmp_path: Path, world_size: int, count: int) ->
         (tmp_path / f"{number}.png").write_bytes(b"torn" if number == 1 else numbered_png(number))
     expected = _evaluate(str(tmp_path), count)
     assert expected[0].metrics["unreadable"] == 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     mp.start_processes(
-        _rank, (world_size, port, str(tmp_path), count), nprocs=world_size, start_method="fork"
+        _rank, (world_size, free_port(), str(tmp_path), count), nprocs=world_size, start_method="fork"
     )
     for rank in range(world_size):
         assert pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) == expected

@@ -1,4 +1,4 @@
-"""Run by test_engine.py under several processes: train, save, restore, compare; prints one JSON line on rank 0."""
+"""Run by test_engine.py in one process or two: train, save, restore, compare; prints one JSON line on rank 0."""
 
 from __future__ import annotations
 

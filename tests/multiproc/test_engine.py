@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
+from tests.projects.zygote import Zygote
+
+WORKER = Path(__file__).parent / "engine_worker.py"
 
 
-def _run(tmp_path: Path, stage: int, precision: str, ranks: int, optimiser: str = "adamw") -> dict:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        str(Path(__file__).parent / "engine_worker.py"), str(tmp_path / "state"), str(stage), precision, optimiser,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-2000:]
+def _run(
+    zygote: Zygote, tmp_path: Path, stage: int, precision: str, ranks: int, optimiser: str = "adamw"
+) -> dict:
+    argv = [str(tmp_path / "state"), str(stage), precision, optimiser]
+    code, said = zygote.run(str(WORKER), argv, tmp_path / "output", ranks=ranks)
+    lines = [line for line in said.splitlines() if line.startswith("RESULT ")]
+    assert code == 0 and lines, said[-4000:]
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
@@ -67,9 +64,9 @@ def _reference(optimiser: str = "adamw") -> dict[str, torch.Tensor]:
     ],
 )
 def test_restore_is_exact_and_weights_equal_plain_torch(
-    tmp_path: Path, stage: int, precision: str, ranks: int
+    zygote: Zygote, tmp_path: Path, stage: int, precision: str, ranks: int
 ) -> None:
-    result = _run(tmp_path, stage, precision, ranks)
+    result = _run(zygote, tmp_path, stage, precision, ranks)
     assert result["equal"]
     assert not result["ran"]
     assert len(result["hostile"]) == 4 - (stage == 0)
@@ -89,9 +86,9 @@ def test_restore_is_exact_and_weights_equal_plain_torch(
     [("adam", 0, 1), ("adam", 1, 1), ("sgd", 0, 1), ("sgd", 2, 2), ("sgd", 3, 1)],
 )
 def test_adam_and_sgd_equal_plain_torch_and_restore_exactly(
-    tmp_path: Path, optimiser: str, stage: int, ranks: int
+    zygote: Zygote, tmp_path: Path, optimiser: str, stage: int, ranks: int
 ) -> None:
-    result = _run(tmp_path, stage, "fp32", ranks, optimiser)
+    result = _run(zygote, tmp_path, stage, "fp32", ranks, optimiser)
     assert result["equal"]
     for name, value in _reference(optimiser).items():
         torch.testing.assert_close(torch.tensor(result["weights"][name]), value, rtol=0, atol=1e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.projects.zygote import Zygote
 from vlmkd.distributed import gather, row_offset
 from vlmkd.losses.affinity import PairEmbeds, affinity_loss
 from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
@@ -123,10 +122,10 @@ def loss_and_gradients(name: str, part: slice) -> dict[str, Tensor]:
     return {"loss": loss.detach()} | {k: v.grad for k, v in leaves.items() if v.grad is not None}
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         part = slice(rank * ROWS, (rank + 1) * ROWS)
         torch.save({name: loss_and_gradients(name, part) for name in LOSSES}, f"{folder}/{rank}.pt")
@@ -135,15 +134,10 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> list[dict[str, dict[str, Tensor]]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(RANKS)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0] * RANKS
+    code, said = zygote.run(__file__, [str(folder)], folder / "output", ranks=RANKS)
+    assert code == 0, said
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
@@ -163,4 +157,4 @@ def test_two_ranks_equal_one_process(name: str, ranks: list[dict[str, dict[str, 
 if (
     __name__ == "__main__"
 ):  # a rank, started by the fixture; pytest's import mode hides this module from `spawn`
-    one_rank(int(sys.argv[1]), sys.argv[2])
+    one_rank(sys.argv[1])

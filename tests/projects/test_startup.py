@@ -17,15 +17,34 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "projects").glob("*/train_*.py"))
 HEAVY = ("open_clip", "timm", "torchvision", "transformers", "deepspeed", "webdataset")
 CHILD = """
-import json, runpy, sys
-for argv in json.load(sys.stdin):
-    sys.argv = argv
-    try:
-        runpy.run_path(argv[0], run_name="__main__")
-    except SystemExit as end:
-        print("exit", end.code)
-    print("LOADED", *[name for name in %r if name in sys.modules])
+import json, os, runpy, sys
+import torch  # which they all load, and each part is a child of this process
+for output, commands in json.load(sys.stdin):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, output
+        continue
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    for argv in commands:
+        sys.argv = argv
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as end:
+            print("exit", end.code)
+        print("LOADED", *[name for name in %r if name in sys.modules])
+    sys.stdout.flush()
+    os._exit(0)
 """
+
+
+def run_parts(parts: dict[Path, list[list[str]]]) -> None:
+    """The commands of each part one after the other in a process of its own, which writes a file."""
+    asked = json.dumps([(str(output), commands) for output, commands in parts.items()])
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD % (HEAVY,)], input=asked, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def command_of(script: Path) -> list[str]:
@@ -41,36 +60,38 @@ def command_of(script: Path) -> list[str]:
     raise AssertionError(f"no config says how to run {script}")
 
 
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+    """What the scripts of each project said to help, a dry run and a wrong field, and how many commands that were."""
+    folder = tmp_path_factory.mktemp("startup")
+    asked: dict[Path, list[list[str]]] = {}
+    for script in SCRIPTS:
+        command = [*command_of(script), f"run_dir={folder / script.stem}"]
+        asked.setdefault(folder / script.parent.name, []).extend(
+            [[str(script), "--help"], [*command, "--dry-run"], [*command, "no_such_field=1"]]
+        )
+    run_parts(asked)
+    return {output.name: (output.read_text(), len(commands)) for output, commands in asked.items()}
+
+
 @pytest.mark.parametrize("project", sorted({script.parent.name for script in SCRIPTS}))
-def test_nothing_heavy_is_imported_before_a_run_starts(project: str, tmp_path: Path) -> None:
-    asked = []
-    for script in (script for script in SCRIPTS if script.parent.name == project):
-        command = [*command_of(script), f"run_dir={tmp_path / script.stem}"]
-        asked += [[str(script), "--help"], [*command, "--dry-run"], [*command, "no_such_field=1"]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD % (HEAVY,)], input=json.dumps(asked), capture_output=True, text=True,
-        env=environment, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    loaded = [line for line in done.stdout.splitlines() if line.startswith("LOADED")]
-    assert loaded == ["LOADED"] * len(asked), loaded
-    assert done.stdout.count("exit 2") == done.stderr.count("unknown config field") == len(asked) // 3
+def test_nothing_heavy_is_imported_before_a_run_starts(
+    project: str, said: dict[str, tuple[str, int]]
+) -> None:
+    text, asked = said[project]
+    loaded = [line for line in text.splitlines() if line.startswith("LOADED")]
+    assert loaded == ["LOADED"] * asked, loaded
+    assert text.count("exit 2") == text.count("unknown config field") == asked // 3
 
 
 def test_a_finished_run_is_left_alone_without_them(tmp_path: Path) -> None:
     script = ROOT / "projects" / "tinyclip" / "train_distill.py"
-    command = [*command_of(script), f"run_dir={tmp_path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    shown = subprocess.run(
-        [sys.executable, *command, "--dry-run"], capture_output=True, text=True, env=environment, check=True
-    )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(shown.stdout)))
-    (tmp_path / "done.json").write_text("{}")
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD % (HEAVY,)], input=json.dumps([command]), capture_output=True, text=True,
-        env=environment, timeout=120, check=False,
-    )  # fmt: skip
-    assert "is complete" in done.stdout and done.stdout.splitlines()[-1] == "LOADED", (
-        done.stdout + done.stderr
-    )
+    command = [*command_of(script), f"run_dir={tmp_path / 'run'}"]
+    run_parts({tmp_path / "shown": [[*command, "--dry-run"]]})
+    (tmp_path / "run").mkdir()
+    shown = yaml.safe_load((tmp_path / "shown").read_text().rpartition("LOADED")[0])
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(shown))
+    (tmp_path / "run" / "done.json").write_text("{}")
+    run_parts({tmp_path / "said": [command]})
+    text = (tmp_path / "said").read_text()
+    assert "is complete" in text and text.splitlines()[-1] == "LOADED", text

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +29,6 @@ from vlmkd.page.report import columns_of, read_run, rows_of
 from vlmkd.results import FILE, latest, read_results
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[3]
 SHORT = {"selection": "last", "steps": 2, "evaluation": {"every_steps": 0, "batch_size": 16}}
 """Fields of a run that is only to get through."""
 
@@ -129,15 +125,13 @@ def test_micro_batches_make_the_same_steps(runs: Runs) -> None:
 
 
 def test_the_evaluation_command_agrees_with_the_run(
-    runs: Runs, whole: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, whole: Path, zygote: Zygote, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = runs.folder / "eval.jsonl"
-    command = [sys.executable, "-m", "projects.dho.eval", "--model", whole / "export", "--set", runs.data]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--results", out], env=environment, cwd=runs.folder, capture_output=True, text=True
+    out, arguments = runs.folder / "eval.jsonl", ["--model", str(whole / "export"), "--set", runs.data]
+    code, said = zygote.run(
+        "projects.dho.eval", [*arguments, "--results", str(out)], runs.folder / "eval.txt"
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, said
     answers = {one.tags["answer"]: one for one in read_results(out) if one.metric == "top1"}
     assert answers.keys() == {"mixed", "ce", "kd"}
     tested = results(whole)["best classification"]
@@ -147,7 +141,6 @@ def test_the_evaluation_command_agrees_with_the_run(
     ).mix
 
     # The search on the run's own validation images finds what the run found for the weights that it kept.
-    arguments = ["--model", str(whole / "export"), "--set", runs.data]
     assert evaluation.main([*arguments, "--search", "val"]) == 0
     kept = json.loads((whole / "export" / "provenance.json").read_text())["dho"]["validation_top1"]
     assert f"images val {kept:.4f}" in capsys.readouterr().out

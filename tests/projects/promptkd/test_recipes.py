@@ -161,7 +161,7 @@ def test_the_scripts_start_the_published_runs() -> None:
         variables = {**os.environ, "DRY_RUN": "1", "DATA": "/data", **env}
         done = subprocess.run(
             ["bash", str(ROOT / "projects/promptkd/scripts" / script), *words],
-            env=variables, capture_output=True, text=True, check=True, timeout=60,
+            env=variables, capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
         return [shlex.split(line) for line in done.stdout.splitlines()]
 

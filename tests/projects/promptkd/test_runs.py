@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,7 +233,9 @@ def test_cached_and_recomputed_class_vectors_give_the_same_student(
         class_vectors(cfg, dataset, other)
 
 
-def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Run, tmp_path: Path) -> None:
+def test_selection_exports_the_chosen_epoch_and_eval_agrees(
+    place: Path, run: Run, zygote: Zygote, tmp_path: Path
+) -> None:
     fields = student_fields(place, select="upstream", seed=7, evaluation={"every_steps": "1ep"})
     export = run("selected_s7", "student", fields)
     evaluations = [line for line in lines(export.parent, "eval") if line["model"] == "student"]
@@ -259,28 +258,16 @@ def test_selection_exports_the_chosen_epoch_and_eval_agrees(place: Path, run: Ru
     # The README's first command, over seeds; the second one's run is a link to the first's.
     (place / "selected_s8").symlink_to(place / "selected_s7")
     out = tmp_path / "result.jsonl"
-    launch = [
-        "bash",
-        str(ROOT / "scripts" / "launch.sh"),
-        "projects/promptkd/eval.py",
-        "--setting",
-        "base2novel",
-    ]
     seeds = ["--seeds", "7", "8", "--ckpt", str(place / "selected_s{seed}"), "--results", str(out)]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [*launch, *common(place), *seeds],
-        env={**os.environ, "VLMKD_NO_VENV": "1", "PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["--setting", "base2novel", *common(place), *seeds]
+    code, said = zygote.run("projects.promptkd.eval", arguments, tmp_path / "eval.txt")
+    assert code == 0, said[-2000:]
     content = read_results(out)
     assert sorted({one.tags["seed"] for one in content}) == [7, 8]
     first = {one.metric: one.value for one in content if one.tags["seed"] == 7}
     assert first == pytest.approx(measured["selected"])
     columns = (measured["selected"][name] for name in ("base_top1", "novel_top1", "harmonic_mean"))
-    assert f"| average | {' | '.join(f'{100 * value:.2f} ± 0.00' for value in columns)} |" in done.stdout
+    assert f"| average | {' | '.join(f'{100 * value:.2f} ± 0.00' for value in columns)} |" in said
 
 
 def common(place: Path) -> list[str]:

@@ -80,7 +80,7 @@ def dry_run(script: str, *args: str, **extra: str) -> list[list[str]]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     found: list[list[str]] = []
@@ -256,7 +256,7 @@ def test_missing_settings_are_named(script: str, args: list[str], missing: str) 
         env=given,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2 and done.stdout == ""

@@ -11,12 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.projects.tinyclip.tiny_runs import Runs
+from tests.projects.tinyclip.tiny_runs import ForkedRuns, Runs
 from tests.projects.zygote import Zygote
 
 pytestmark = pytest.mark.slow
 
 MASKS = {"target_sparsity": 0.5, "sparsity_warmup_steps": 4, "lr": 0.5}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, zygote: Zygote) -> ForkedRuns:
+    """Configs and runs in a temporary folder."""
+    return ForkedRuns(tmp_path, zygote)
 
 
 def exported(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -44,12 +50,12 @@ def lines(run_dir: Path) -> list[dict]:
 
 
 def test_kill_and_sigterm_and_a_torn_checkpoint_change_nothing(runs: Runs) -> None:
-    more = {"steps": 40, "checkpoint": {"every_steps": 5}}
+    more = {"steps": 80, "checkpoint": {"every_steps": 5}}
     config = runs.config("distill", loss={"affinity": 1.0, "feature": 10.0}, ema_decay=0.5, **more)
     whole, broken = runs.folder / "whole", runs.folder / "broken"
     code, output = runs.finish("train_distill", config, f"run_dir={whole}")
     assert code == 0, output
-    assert [line["step"] for line in lines(whole)] == list(range(1, 41))
+    assert [line["step"] for line in lines(whole)] == list(range(1, 81))
 
     code, _ = runs.interrupt(
         signal.SIGKILL,
@@ -143,14 +149,15 @@ def test_a_folder_in_use_or_of_another_run_is_refused(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_ranks_train_like_one(runs: Runs, zero_stage: int) -> None:
+def test_two_ranks_train_like_one(runs: ForkedRuns, zero_stage: int) -> None:
+    """The ranks of one of the two are started by scripts/launch.sh."""
     config = runs.config(
         "distill", loss={"affinity": 1.0, "contrastive": 0.5, "feature": 10.0, "interactive": 1.0}
     )
     one, two = runs.folder / "one", runs.folder / "two"
     code, output = runs.finish("train_distill", config, f"run_dir={one}", "steps=3")
     assert code == 0, output
-    code, output = runs.launch(
+    code, output = (runs.launch if zero_stage == 2 else runs.fork)(
         2, "train_distill", config, f"run_dir={two}", "steps=3", f"deepspeed.zero_stage={zero_stage}",
         f"deepspeed.shard_teacher={str(zero_stage == 3).lower()}",
     )  # fmt: skip

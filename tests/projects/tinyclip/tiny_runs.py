@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from tests.projects.zygote import Zygote
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -79,7 +81,7 @@ class Runs:
     def finish(self, script: str, *arguments: object) -> tuple[int, str]:
         """Exit code and output of a whole run."""
         process = self.start(script, *arguments)
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=900)
         return process.returncode, output
 
     def launch(self, ranks: int, script: str, *arguments: object) -> tuple[int, str]:
@@ -98,7 +100,7 @@ class Runs:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            timeout=400,
+            timeout=900,
             cwd=self.folder,
         )
         return done.returncode, done.stdout
@@ -108,10 +110,32 @@ class Runs:
     ) -> tuple[int, str]:
         """Start a run and send it a signal once `when` holds."""
         process = self.start(script, *arguments)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not when() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         assert process.poll() is None, process.communicate()[0][-3000:]
         process.send_signal(number)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
         return process.returncode, output
+
+
+class ForkedRuns(Runs):
+    """The same, as children of the zygote."""
+
+    def __init__(self, folder: Path, zygote: Zygote) -> None:
+        super().__init__(folder)
+        self._zygote, self._output = zygote, folder / "output.txt"
+
+    def finish(self, script: str, *arguments: object) -> tuple[int, str]:
+        return self.fork(1, script, *arguments)
+
+    def fork(self, ranks: int, script: str, *arguments: object) -> tuple[int, str]:
+        """Exit code and output of a run of several processes, without a launcher."""
+        module, argv = f"projects.tinyclip.{script}", list(map(str, arguments))
+        return self._zygote.run(module, argv, self._output, ranks=ranks)
+
+    def interrupt(
+        self, number: signal.Signals, when: Callable[[], bool], script: str, *arguments: object
+    ) -> tuple[int, str]:
+        module, argv = f"projects.tinyclip.{script}", list(map(str, arguments))
+        return self._zygote.interrupt(number, module, argv, self._output, when)

@@ -124,11 +124,11 @@ def test_late_and_cut_answers_are_lost_and_no_connection_is_not_served(service):
     service.hang_up, service.delay = False, 1.0
     with pytest.raises(AnswerLost, match="ReadTimeout"):
         box(service.url, timeout=0.2).embed("text", ["a"])
-    with socket.socket() as unused:
+    with socket.socket() as unused:  # held, so that nobody else listens there
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    with pytest.raises(NotServed, match="cannot be reached") as failure:
-        box(f"http://127.0.0.1:{port}/", retries=1).embed("text", ["a"])
+        with pytest.raises(NotServed, match="cannot be reached") as failure:
+            box(f"http://127.0.0.1:{port}/", retries=1).embed("text", ["a"])
     assert not failure.value.refused
 
 
@@ -200,7 +200,7 @@ def test_a_certificate_that_is_not_valid_ends_the_work_before_anything_is_sent(s
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     subprocess.run(
-        [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=30
+        [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=300
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,24 +121,15 @@ def test_align_then_distill_then_the_table(run, folder: Path) -> None:
     assert (facts["method"], facts["test_domain"], facts["trial_seed"]) == ("distill", "oil", 0)
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(run, folder: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(run, folder: Path, zygote: Zygote) -> None:
     if not (folder / "runs" / "align" / "done.json").exists():
         run("align", "steps=5")
     overrides = ["checkpoint.every_steps=2", "swad.n_tolerance=3", "steps=25"]
     whole = run("distill", *overrides, name="whole")
     broken = folder / "runs" / "broken"
-    command = [sys.executable, "-m", "projects.vl2v_adip.train_distill", str(config(folder)), f"run_dir={broken}",
-               "method=distill", *overrides]  # fmt: skip
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (broken / "state" / "step_000006").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    arguments = [str(config(folder)), f"run_dir={broken}", "method=distill", *overrides]
+    saved = (broken / "state" / "step_000006").exists
+    zygote.kill("projects.vl2v_adip.train_distill", arguments, folder / "killed.txt", saved)
     run("distill", *overrides, name="broken")
     assert "resumed from" in (broken / "log.txt").read_text()
     for export in ("export", BEST_EXPORT):
