@@ -1,10 +1,12 @@
-"""Pack images with captions into webdataset shards, or deal existing shards out into another number of them.
+"""Pack images with captions, or chats, into webdataset shards, or deal existing shards out into another number of them.
 
     python data_tools/images_to_shards.py --images photos --captions captions.csv --out shards
+    python data_tools/images_to_shards.py --images photos --chats chats.json --out shards
     python data_tools/images_to_shards.py --reshard 'old/*.tar' --out shards --num-shards 64
 
 Captions come as CSV or TSV with the columns `filepath` and `title`, as JSON `{"file": "caption"}`, as a JSON list of
-`{"filepath": ..., "title": ...}`, or as a COCO captions file. Beside the shards lie `manifest.json` (counts and
+`{"filepath": ..., "title": ...}`, or as a COCO captions file. Chats are LLaVA's JSON files, with conversations or with
+preference pairs; a sample is a record as `json` and its images as `00.jpg`, `01.png`, ... Beside the shards lie `manifest.json` (counts and
 sha256) and `sizes.json` (samples per shard). Nothing appears under its final name before it is complete.
 """
 
@@ -25,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from webdataset import TarWriter
 
+from vlmkd.data.chats import ChatItem, read_chats
 from vlmkd.data.shards import expand, read_shard
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import new_folder, read_json, read_text, write_json
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 _DEFAULT_PER_SHARD = 1000
+_HEADS = {b"\xff\xd8": "jpg", b"RIFF": "webp", b"GIF8": "gif"}
+"""First bytes of an image file -> its kind; others count as PNG."""
 
 
 def read_captions(path: Path, image_column: str, caption_column: str) -> list[tuple[str, str]]:
@@ -98,6 +103,25 @@ def image_samples(
             left_out["missing_caption"] += 1
             continue
         yield {extension: path.read_bytes(), "txt": caption.strip().encode("utf-8")}
+
+
+def chat_samples(items: list[ChatItem]) -> Iterator[dict[str, bytes]]:
+    """Members of every chat.
+
+    Raises:
+        UserError: an image that is missing.
+    """
+    for item in items:
+        files = item.members()
+        images = [data for name, data in files.items() if name != "json"]
+        kinds = (
+            next((kind for head, kind in _HEADS.items() if data.startswith(head)), "png") for data in images
+        )
+        named = {
+            f"{number:02d}.{kind}": data
+            for number, (kind, data) in enumerate(zip(kinds, images, strict=True))
+        }
+        yield {"json": files["json"], **named}
 
 
 def shard_samples(shards: list[str], left_out: Counter[str]) -> Iterator[dict[str, bytes]]:
@@ -202,6 +226,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--images", type=Path, help="folder that the captions file's paths start from")
     parser.add_argument("--captions", type=Path, help="captions file")
+    parser.add_argument(
+        "--chats", nargs="+", metavar="FILE", help="chats, instead of captions (--images: beside them)"
+    )
     parser.add_argument("--image-column", default="filepath")
     parser.add_argument("--caption-column", default="title")
     parser.add_argument("--reshard", nargs="+", metavar="SHARDS", help="existing shards, instead of images")
@@ -230,13 +257,20 @@ def main(argv: list[str]) -> int:
         samples = shard_samples(expand(args.reshard, "--reshard"), left_out)
         if args.wrong_captions:
             samples = wrong_captions(samples, args.wrong_captions, args.seed)
+    elif args.chats:
+        items = [
+            one for path in args.chats for one in read_chats(path, str(args.images or Path(path).parent))
+        ]
+        random.Random(args.seed).shuffle(items)
+        num_shards = args.num_shards or max(len(items) // _DEFAULT_PER_SHARD, 1)
+        samples = chat_samples(items)
     elif args.images and args.captions:
         pairs = read_captions(args.captions, args.image_column, args.caption_column)
         random.Random(args.seed).shuffle(pairs)
         num_shards = args.num_shards or max(len(pairs) // _DEFAULT_PER_SHARD, 1)
         samples = image_samples(args.images, pairs, left_out)
     else:
-        raise UserError("give --images and --captions, or --reshard")
+        raise UserError("give --images and --captions, --chats, or --reshard")
     count = write_shards(samples, args.out, num_shards, left_out)
     told = "".join(f", {number} left out ({reason})" for reason, number in left_out.items())
     print(f"{count} samples in {num_shards} shards in {args.out}{told}")

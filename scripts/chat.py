@@ -50,8 +50,7 @@ def load(args: argparse.Namespace) -> ChatModel:
         UserError: no export, or one of a project that is not here.
     """
     transformers.utils.logging.disable_progress_bar()
-    folder = Path(args.model).expanduser()
-    folder = folder if (folder / CONFIG).is_file() else folder / "export"
+    folder = export_folder(args.model)
     content = read_object(folder / CONFIG, "--model", "name a run, or its `export` folder")
     owner = args.project or content.get("project", "")
     if content.get("facts") and not owner:
@@ -62,6 +61,12 @@ def load(args: argparse.Namespace) -> ChatModel:
     module: Any = parts.module.eval().to(distributed.device_named(args.device))
     tokens = ChatTokens(parts.tokenizer, args.template or parts.template, module.tower.tokens)
     return ChatModel(args.model, module, tokens, parts.image_spec)
+
+
+def export_folder(model: str) -> Path:
+    """The export that a `--model` is, or has."""
+    folder = Path(model).expanduser()
+    return folder if (folder / CONFIG).is_file() else folder / "export"
 
 
 def _owners() -> list[str]:

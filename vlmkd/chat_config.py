@@ -13,9 +13,9 @@ class ChatDataConfig:
     """Conversations to train on."""
 
     chats: list[str] = field(default_factory=list)
-    """LLaVA JSON files; preference records where the stage takes pairs."""
+    """LLaVA JSON files, or shards of them (`data/{00000..00099}.tar`); preference records where the stage takes pairs."""
     images: str = ""
-    """Folder that the records' image paths are below."""
+    """Folder that the image paths of JSON files are below."""
     template: str = "llava"
     """How a conversation is written: `llava` (USER: ... ASSISTANT: ...), `chatml`, or `plain` (image and caption)."""
     max_length: Positive = 2048
@@ -28,6 +28,8 @@ class ChatDataConfig:
     """Images with more pixels than this are refused before they are decoded."""
     max_bad_share: Share = 0.0
     """The run stops when more than this share of the chats cannot be used; 0: at the first."""
+    teacher_outputs: str = ""
+    """Folder written by data_tools/embed_chats.py; the teacher is then not loaded, and where it is named, compared by digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +112,12 @@ class ChatRunConfig(RunConfig):
     """The model that it learns from, where the stage has one."""
     evaluation: ChatEvaluationConfig = field(default_factory=ChatEvaluationConfig)
     """Evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unnamed = not (self.data.teacher_outputs and self.teacher.tower)
+        require(
+            unnamed,
+            "teacher.tower",
+            "goes with no data.teacher_outputs; name the export that they are of, or nothing",
+        )

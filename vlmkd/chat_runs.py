@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 
 from vlmkd import distributed
 from vlmkd.chat_config import ChatRunConfig, QuestionsConfig
+from vlmkd.config import DataConfig, SourceConfig, require
+from vlmkd.data.chat_outputs import ChatOutputs, record_key
 from vlmkd.data.chats import ATTRIBUTIONS, ChatPipeline, ChatTokens, read_chats
 from vlmkd.data.loader import Loader
-from vlmkd.data.sources import ItemSource, Stream
+from vlmkd.data.shards import is_remote, known_samples
+from vlmkd.data.sources import ItemSource, ShardSource, Source, Stream
 from vlmkd.errors import UserError
 from vlmkd.evaluation.answers import Answers, ChatModel, spread
 from vlmkd.export.folder import Probe
-from vlmkd.export.mllm import ChatParts, check_mllms, export_mllm
+from vlmkd.export.mllm import ChatParts, check_mllms, export_digest, export_mllm
 from vlmkd.files import read_json
+from vlmkd.losses.tokens import TopK
 from vlmkd.models.mllm import Mllm
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.task import Batch, Task
@@ -52,23 +57,72 @@ def chat_tokens(cfg: ChatRunConfig, student: ChatParts) -> ChatTokens:
     return ChatTokens(student.tokenizer, cfg.data.template, places)
 
 
-def chat_loader(cfg: ChatRunConfig, student: ChatParts, tokens: ChatTokens) -> Loader:
-    """Every chat once an epoch."""
-    data = cfg.data
-    files = [read_chats(path, data.images or str(Path(path).parent)) for path in data.chats]
-    items = [item for own in files for item in own]
-    for path, own in zip(data.chats, files, strict=True):
-        log.info("%s: %d chats", path, len(own))
-    log.info("%d chats in all", len(items))
-    _, accumulation = batch_triple(cfg, distributed.world_size())
-    source = ItemSource(
-        {"chats": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=distributed.rank(),
-        world_size=distributed.world_size(), accumulation=accumulation,
-    )  # fmt: skip
+def chat_loader(
+    cfg: ChatRunConfig,
+    student: ChatParts,
+    tokens: ChatTokens,
+    *,
+    pairs: bool = False,
+    temperature: float = 1.0,
+    vocabulary: int = 0,
+    teacher: str = "",
+) -> Loader:
+    """Every chat once an epoch, beside what a stored teacher said of it; that one has to be of this kind.
+
+    Args:
+        pairs: the run takes preference pairs; `temperature` and `vocabulary` are of the loss of others, 0: the student's.
+        teacher: the export that it has to be of; empty: as the config names it, or any.
+
+    Raises:
+        UserError: no chats, or a stored teacher of other ones.
+    """
+    data, world_size = cfg.data, distributed.world_size()
+    micro, accumulation = batch_triple(cfg, world_size)
+    ranks: dict[str, Any] = {"seed": cfg.seed, "rank": distributed.rank(), "world_size": world_size}
+    keys: list[str] = []
+    urls: list[str] = []
+    source: Source
+    if is_shards(data.chats, "config field data.chats"):
+        require(not data.images, "data.images", "goes with JSON files; shards hold their images")
+        packed = DataConfig(sources=[SourceConfig(shards=data.chats)], workers=data.workers)
+        source = ShardSource(packed, **ranks, micro_batch_size=micro, field="data.chats", whole=True)
+        (urls,) = source.shards
+        source.samples_per_epoch = known_samples(urls) or 0
+    else:
+        files = [read_chats(path, data.images or str(Path(path).parent)) for path in data.chats]
+        items = [item for own in files for item in own]
+        for path, own in zip(data.chats, files, strict=True):
+            log.info("%s: %d chats", path, len(own))
+        log.info("%d chats in all", len(items))
+        source = ItemSource({"chats": Stream(items, cfg.batch_size)}, **ranks, accumulation=accumulation)
+        keys = [record_key(item.content()) for item in items] if data.teacher_outputs else []
     pipeline = ChatPipeline(
-        tokens, student.image_spec, max_length=data.max_length, pack=data.pack, max_pixels=data.max_pixels
-    )
+        tokens, student.image_spec, max_length=data.max_length, pack=data.pack, max_pixels=data.max_pixels,
+        stored=ChatOutputs(data.teacher_outputs) if data.teacher_outputs else None,
+    )  # fmt: skip
+    if pipeline.stored is not None:
+        teacher = teacher or cfg.teacher.init_from
+        loss = {"temperature": temperature, "vocabulary": vocabulary or student.module.head.out_features}
+        wanted = pipeline.outputs_info(
+            source=teacher, digest=export_digest(Path(teacher)) if teacher else "", pairs=pairs, **({} if pairs else loss)
+        )  # fmt: skip
+        pipeline.stored.check(wanted, shards=urls, keys=keys, max_missing_share=data.max_bad_share)
     return Loader(source, pipeline, workers=data.workers, max_bad_share=data.max_bad_share)
+
+
+def is_shards(chats: Sequence[str], where: str) -> bool:
+    """Whether these are shards, not JSON files; refuses some of each."""
+    shards = [one for one in chats if ".tar" in one or is_remote(one)]
+    if shards and len(shards) < len(chats):
+        raise UserError(f"{where} names shards ({shards[0]}) and JSON files; give one kind")
+    return bool(shards)
+
+
+def stored_teacher(batch: Batch) -> TopK | None:
+    """What a stored teacher said at the batch's targets, in their order."""
+    if "teacher_ids" not in batch:
+        return None
+    return TopK(batch["teacher_log_probs"], batch["teacher_ids"], batch["teacher_log_tail"])
 
 
 def questions(cfg: QuestionsConfig) -> Answers:

@@ -16,12 +16,15 @@ def job(cfg: LlavaModConfig) -> Job:
     """The run of any stage."""
     student = build_student(cfg)
     teacher = None
-    if cfg.teacher.named:
+    if cfg.teacher.named and not cfg.data.teacher_outputs:
         teacher = build_mllm(cfg.teacher, surgery=surgery)
         frozen(teacher.module)
         check_pair(student, teacher)
     tokens = chat_tokens(cfg, student)
-    loader = chat_loader(cfg, student, tokens)
+    loader = chat_loader(
+        cfg, student, tokens, pairs=cfg.stage == "prefer", temperature=cfg.loss.temperature,
+        vocabulary=cfg.loss.vocabulary,
+    )  # fmt: skip
     cfg = in_steps(cfg, loader.samples_per_epoch // cfg.batch_size)
     asked = [questions(one) for one in cfg.evaluation.questions]
     return Job(cfg, LlavaModTask(cfg, student, tokens, teacher), loader, asked)

@@ -93,9 +93,18 @@ class LlavaModConfig(ChatRunConfig):
         require(
             self.student.named, "student", "is empty; name tower and decoder, or the export of the run before"
         )
-        needs = self.stage in FROM_TEACHER
+        needs, stored = self.stage in FROM_TEACHER, bool(self.data.teacher_outputs)
+        told = f"goes with {', '.join(FROM_TEACHER)}, and only with them"
+        require(needs == (self.teacher.named or stored), "teacher", f"{told} (or data.teacher_outputs)")
         require(
-            needs == self.teacher.named, "teacher", f"goes with {', '.join(FROM_TEACHER)}, and only with them"
+            not (stored and self.parity.unshifted_mask),
+            "parity.unshifted_mask",
+            "needs the teacher at other positions than data.teacher_outputs has",
+        )
+        require(
+            not (stored and self.loss.on_policy),
+            "loss.on_policy",
+            "needs the teacher itself; leave data.teacher_outputs empty",
         )
         require(
             self.deepspeed.zero_stage < 3,

@@ -9,17 +9,17 @@ from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import balance, mark_valid, sparse_layers
 from projects.llava_mod.on_policy import is_on_policy, own_answers
 from vlmkd.chat_ids import IGNORED
-from vlmkd.chat_runs import ChatTask
+from vlmkd.chat_runs import ChatTask, stored_teacher
 from vlmkd.data.chats import ChatTokens
 from vlmkd.export.mllm import ChatParts
-from vlmkd.losses.preference import AnswerLogProbs, pair_loss
-from vlmkd.losses.tokens import TeacherStates, TokenObjective, token_log_probs, token_loss
+from vlmkd.losses.preference import answer_log_probs, pair_loss
+from vlmkd.losses.tokens import Teacher, TeacherStates, TokenObjective, token_loss
 from vlmkd.models.mllm import Mllm
 from vlmkd.train.task import Batch, StepOutput, combine
 
 
 class LlavaModTask(ChatTask):
-    """A student, and from d2d on the frozen teacher."""
+    """A student, and from d2d on the frozen teacher, where that one is not stored."""
 
     checker = "projects.llava_mod.student"
 
@@ -73,19 +73,18 @@ class LlavaModTask(ChatTask):
     ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
         """Losses by name, their weights, and numbers for the log."""
         if self.cfg.stage == "prefer":
-            assert seen is not None and self.teacher is not None
             return self._preference(batch, hidden, seen)
         loss = self.cfg.loss
         learned = self._learned(batch)
-        alone, sampled = seen is None, "sampled" in batch
+        teacher: Teacher | None = stored_teacher(batch)
+        if seen is not None and self.teacher is not None:
+            head = self.teacher.module.head
+            teacher = TeacherStates(seen[learned], head.weight, head.bias)
+        alone, sampled = teacher is None, "sampled" in batch
         objective = TokenObjective(
             divergence=loss.divergence, temperature=loss.temperature, vocabulary=loss.vocabulary, chunk=loss.chunk,
             beta=loss.jsd_beta, weight=0.0 if alone else loss.kd, ce_weight=1.0 if alone else 0.0 if sampled else loss.ce,
         )  # fmt: skip
-        teacher = None
-        if seen is not None and self.teacher is not None:
-            head = self.teacher.module.head
-            teacher = TeacherStates(seen[learned], head.weight, head.bias)
         head = self.core.head
         found = token_loss(
             hidden[learned], head.weight, teacher, objective, labels=batch["targets"][learned], bias=head.bias
@@ -113,14 +112,16 @@ class LlavaModTask(ChatTask):
         return learned
 
     def _preference(
-        self, batch: Batch, hidden: Tensor, seen: Tensor
+        self, batch: Batch, hidden: Tensor, seen: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
         """The first half of the rows is preferred, the second rejected."""
-        assert self.teacher is not None
-        own = answer_sums(self.core, hidden, batch["targets"], self.cfg.loss.chunk)
-        with torch.no_grad():
-            reference = answer_sums(self.teacher.module, seen, batch["targets"], self.cfg.loss.chunk)
-        chosen, rejected = (own.sums - reference.sums).chunk(2)
+        own = self._answers(self.core, hidden, batch)
+        if seen is not None and self.teacher is not None:
+            with torch.no_grad():
+                reference = self._answers(self.teacher.module, seen, batch)
+        else:
+            reference = batch["teacher_sums"].to(own.dtype)
+        chosen, rejected = (own - reference).chunk(2)
         beta = self.cfg.loss.beta
         loss = pair_loss(self.cfg.loss.preference, chosen, rejected, beta=beta).mean()
         chosen, rejected = chosen.detach(), rejected.detach()
@@ -133,6 +134,11 @@ class LlavaModTask(ChatTask):
         }
         return {"preference": loss}, {"preference": 1.0}, metrics
 
+    def _answers(self, model: Mllm, hidden: Tensor, batch: Batch) -> Tensor:
+        """Log-probability of each row's learned tokens."""
+        head, chunk = model.head, self.cfg.loss.chunk
+        return answer_log_probs(hidden, head.weight, batch["targets"], bias=head.bias, chunk=chunk).sums
+
     def weight(self, batch: Batch) -> float:
         """Tokens that are learned, or pairs."""
         if self.cfg.stage == "prefer":
@@ -142,13 +148,3 @@ class LlavaModTask(ChatTask):
     def tags(self) -> dict[str, str | int | float]:
         """Stage and sparse layers."""
         return {"stage": self.cfg.stage, "moe": self.cfg.moe.mode}
-
-
-def answer_sums(model: Mllm, hidden: Tensor, targets: Tensor, chunk: int) -> AnswerLogProbs:
-    """Log-probability of each row's learned tokens."""
-    learned = targets != IGNORED
-    tokens = token_log_probs(
-        hidden[learned], model.head.weight, targets[learned], bias=model.head.bias, chunk=chunk
-    )
-    row = learned.nonzero()[:, 0]
-    return AnswerLogProbs(tokens.new_zeros(len(targets)).index_add(0, row, tokens), learned.sum(1))

@@ -12,11 +12,13 @@ from vlmkd.train.trainer import Job
 
 def job(cfg: MatvlmConfig) -> Job:
     """The one stage, at any share of replaced layers."""
-    teacher = build_teacher(cfg)
+    teacher = None if cfg.data.teacher_outputs else build_teacher(cfg)
     student = build_student(cfg, teacher)
-    check_pair(student, teacher)
+    if teacher is not None:
+        check_pair(student, teacher)
     tokens = chat_tokens(cfg, student)
-    loader = chat_loader(cfg, student, tokens)
+    before = cfg.teacher.init_from or cfg.student.init_from
+    loader = chat_loader(cfg, student, tokens, temperature=cfg.loss.temperature, teacher=before)
     cfg = in_steps(cfg, loader.samples_per_epoch // cfg.batch_size)
     asked = [questions(one) for one in cfg.evaluation.questions]
     return Job(cfg, MatvlmTask(cfg, student, tokens, teacher), loader, asked)

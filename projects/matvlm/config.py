@@ -82,4 +82,9 @@ class MatvlmConfig(ChatRunConfig):
         )
         loss = self.loss
         require(loss.layer + loss.logits + loss.ce > 0, "loss", "has no term with a weight above 0")
+        if self.data.teacher_outputs:
+            live = "needs the teacher itself"
+            require(not loss.layer, "loss.layer", f"{live}; set 0, or leave data.teacher_outputs empty")
+            told = f"={loss.logit_reduction} {live}, data.teacher_outputs has answers alone; set answer_mean"
+            require(loss.logit_reduction == "answer_mean", "loss.logit_reduction", told)
         require(bool(self.data.chats), "data.chats", "is empty; name a file of conversations")

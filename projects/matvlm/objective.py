@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmkd.losses.precision import wide
-from vlmkd.losses.tokens import IGNORED, TeacherStates, TokenObjective, token_loss
+from vlmkd.losses.tokens import IGNORED, TeacherStates, TokenObjective, TopK, token_loss
 
 LayerReduction = Literal["frob", "mse", "rel_mse"]
 LogitReduction = Literal["batch_sum", "token_mean", "answer_mean"]
@@ -60,7 +60,7 @@ class LogitLoss(NamedTuple):
 def logit_loss(
     hidden: Tensor,
     head: Tensor,
-    teacher: TeacherStates,
+    teacher: TeacherStates | TopK,
     targets: Tensor,
     *,
     reduction: LogitReduction,
@@ -80,7 +80,7 @@ def logit_loss(
 
     Args:
         hidden: [R, T, D], last hidden states; `head` [V, D] and `bias` [V] make logits of them.
-        teacher: its hidden states [R, T, D'], head and bias.
+        teacher: its hidden states [R, T, D'], head and bias; or stored, at the answers' tokens alone.
         targets: int [R, T], the tokens that are predicted, IGNORED outside answers.
         counted: bool [R, T], the positions of the first two; None: all, padding too.
         chunk: positions whose logits are held at a time.
@@ -94,7 +94,9 @@ def logit_loss(
         divergence=divergence, temperature=temperature, chunk=chunk, ce_weight=ce_weight / answers,
         weight=weight / (samples if reduction == "batch_sum" else positions),
     )  # fmt: skip
-    seen = TeacherStates(teacher.hidden[rows], teacher.head, teacher.bias)
+    seen = teacher
+    if isinstance(teacher, TeacherStates):
+        seen = TeacherStates(teacher.hidden[rows], teacher.head, teacher.bias)
     found = token_loss(hidden[rows], head, seen, objective, labels=targets[rows], bias=bias)
     parts = (found.divergence / positions, found.ce / answers, found.agreement / positions)
     return LogitLoss(found.total, *parts)

@@ -46,15 +46,15 @@ def build_teacher(cfg: MatvlmConfig) -> ChatParts:
     return parts
 
 
-def build_student(cfg: MatvlmConfig, teacher: ChatParts) -> ChatParts:
-    """The hybrid of a run. From a hybrid it takes the mixers of the layers that are Mamba-2 in both.
+def build_student(cfg: MatvlmConfig, teacher: ChatParts | None) -> ChatParts:
+    """The hybrid of a run; `teacher` None: stored. From a hybrid it takes the mixers of the layers that are Mamba-2 in both.
 
     Raises:
         UserError: layers that do not fit, a hybrid with other biases, or a teacher of another shape.
     """
     parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery)
     decoder: Any = parts.module.decoder
-    original: Any = teacher.module.decoder
+    original: Any = decoder if teacher is None else teacher.module.decoder
     ours, theirs = ((len(one.model.layers), one.config.hidden_size) for one in (decoder, original))
     if ours != theirs:
         raise UserError(
@@ -78,7 +78,7 @@ def build_student(cfg: MatvlmConfig, teacher: ChatParts) -> ChatParts:
     # A projector that stays may have been drawn in this run.
     changed = {name for name, p in parts.module.named_parameters() if p.requires_grad}
     changed |= {name for name, _ in parts.module.named_parameters() if name.startswith("projector.")}
-    changed |= {name for name in returned if name in teacher.trained}
+    changed |= {name for name in returned if teacher is not None and name in teacher.trained}
     parts.trained = (parts.trained | changed) & parts.module.state_dict().keys()
     parts.facts = parts.facts | {HYBRID_FACTS: facts}
     return parts
@@ -90,6 +90,11 @@ def restore_attention(decoder: Any, original: Any, mamba: Sequence[int]) -> list
     for index, layer in enumerate(decoder.model.layers):
         if index in mamba or not isinstance(layer.self_attn, Mamba2Mixer):
             continue
+        if original is decoder:
+            raise UserError(
+                f"config field hybrid: layer {index} becomes attention again, which the teacher has; leave "
+                "data.teacher_outputs empty, or replace the layers of student.init_from too"
+            )
         layer.self_attn = copy.deepcopy(original.model.layers[index].self_attn)
         kinds = getattr(original.config, "layer_types", None)
         decoder.config.layer_types[index] = kinds[index] if kinds else "full_attention"

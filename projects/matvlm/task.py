@@ -14,22 +14,23 @@ from projects.matvlm.mixer import FLOAT32, Mamba2Mixer
 from projects.matvlm.objective import layer_loss, logit_loss
 from projects.matvlm.surgery import mixers_of
 from vlmkd.chat_ids import IGNORED
-from vlmkd.chat_runs import ChatTask
+from vlmkd.chat_runs import ChatTask, stored_teacher
 from vlmkd.config import OptimConfig, RunConfig
 from vlmkd.data.chats import ChatTokens
 from vlmkd.export.mllm import ChatParts
-from vlmkd.losses.tokens import TeacherStates
+from vlmkd.losses.tokens import TeacherStates, TopK
 from vlmkd.train.optim import half_cosine
 from vlmkd.train.task import Batch, StepOutput, combine
 
 
 class MatvlmTask(ChatTask):
-    """A hybrid, and the frozen model that it was."""
+    """A hybrid, and the frozen model that it was, where what that one said is not stored."""
 
     checker = "projects.matvlm.student"
-    teacher: ChatParts
 
-    def __init__(self, cfg: MatvlmConfig, parts: ChatParts, tokens: ChatTokens, teacher: ChatParts) -> None:
+    def __init__(
+        self, cfg: MatvlmConfig, parts: ChatParts, tokens: ChatTokens, teacher: ChatParts | None
+    ) -> None:
         super().__init__(parts, tokens, teacher)
         self.cfg = cfg
         self.body: Any = parts.module.decoder.model
@@ -42,16 +43,19 @@ class MatvlmTask(ChatTask):
         loss = self.cfg.loss
         masks = mixer_masks(batch["segments"])
         counted = None if loss.padding else batch["segments"] > 0
-        with self.watch.span("teacher"), torch.no_grad():
-            module = self.teacher.module
-            with layers_seen(module.decoder.model, self.mamba if loss.layer else []) as seen:
-                wanted = module(batch)
+        wanted: TeacherStates | TopK | None = stored_teacher(batch)
+        if self.teacher is not None:
+            with self.watch.span("teacher"), torch.no_grad():
+                module = self.teacher.module
+                with layers_seen(module.decoder.model, self.mamba if loss.layer else []) as seen:
+                    wanted = TeacherStates(module(batch), module.head.weight, module.head.bias)
+        assert wanted is not None
         hidden = self.student(batch, **masks)
         terms, weights, metrics = {}, {}, {}
         with self.watch.span("loss"):
             head = self.core.head
             found = logit_loss(
-                hidden, head.weight, TeacherStates(wanted, module.head.weight, module.head.bias), batch["targets"],
+                hidden, head.weight, wanted, batch["targets"],
                 reduction=loss.logit_reduction, samples=len(batch["keys"]), counted=counted,
                 divergence=loss.divergence, temperature=loss.temperature, weight=loss.logits, ce_weight=loss.ce,
                 bias=head.bias, chunk=loss.chunk,

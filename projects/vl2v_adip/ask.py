@@ -16,6 +16,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,8 @@ def ask_images(cfg: AskConfig) -> str:
         crops=cfg.views or 1, seed=cfg.seed, image_spec=spec,
         views=view_config(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
-    workers, max_pixels = cfg.data.workers, cfg.data.max_pixels
-    ready = prepare(missing_items(items, Path(cfg.out)), info, max_pixels, workers)
-    good = (one for one in ready if not isinstance(one, BadSample))
+    ready = partial(prepare, info=info, max_pixels=cfg.data.max_pixels, workers=cfg.data.workers)
+    good = (one for one in ready(missing_items(items, Path(cfg.out))) if not isinstance(one, BadSample))
     ledger.require_budget(query for one in good for query in image_queries(one, info))
     left_out: Counter[str] = Counter()
 
@@ -104,7 +104,7 @@ def ask_images(cfg: AskConfig) -> str:
         return {"image_embeds": F.normalize(torch.stack(rows), dim=-1).view(len(batch), info.crops, -1)}
 
     left_out += write_parts(
-        embed, items, cfg.out, info, cfg.batch_size, part_size=2000, max_pixels=max_pixels, workers=workers,
+        embed, items, Path(cfg.out), info, cfg.batch_size, ready, part_size=2000,
         progress=lambda line: print(line, flush=True),
     )  # fmt: skip
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))

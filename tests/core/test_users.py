@@ -19,9 +19,13 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
     "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),
+    "data/chat_outputs": (
+        "what data_tools/embed_chats.py names a chat by, as the reader does",
+        {"chat_bytes", "chat_key"},
+    ),
     "data/teacher_outputs": (
         "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
-        {"Prepared", "embed_shards", "missing_items", "write_parts"},
+        {"Prepared", "embed_shards", "made", "missing_items", "write_parts", "write_shards"},
     ),
     "datasets/emoji": (
         "what data_tools/emoji draws and data_tools/build_emoji.py asks for",
@@ -62,7 +66,11 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "preference losses are offered to every project on chats",
         {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
     ),
-    "data/chats": ("as in data/samples, and the templates for the tools' options", {"REASONS", "TEMPLATES"}),
+    "chat_runs": ("which files of chats are shards, for data_tools/embed_chats.py too", {"is_shards"}),
+    "data/chats": (
+        "as in data/samples, the templates for the tools' options, and what a record is, for the tools of shards",
+        {"BadChatError", "Chat", "REASONS", "TEMPLATES", "parts_of"},
+    ),
     "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (

@@ -81,7 +81,7 @@ def named(suffix: str, read: Callable[[Path], Any], contents: st.SearchStrategy[
 
 
 def _folder_of_cache(path: Path) -> Any:
-    return teacher_outputs.read_info(path.parent)
+    return teacher_outputs.read_info(path.parent, teacher_outputs.OutputsInfo)
 
 
 def _metrics(path: Path) -> Any:

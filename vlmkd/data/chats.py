@@ -7,11 +7,12 @@ conversations that differ in their last answer, in place of `conversations`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmkd.chat_ids import IGNORED, IMAGE_ID
+from vlmkd.data.chat_outputs import ChatOutputs, ChatOutputsInfo
 from vlmkd.data.decode import BadImageError
 from vlmkd.data.samples import BadSample, RawSample, checked_size
 from vlmkd.data.transforms import eval_transform
@@ -78,13 +80,17 @@ class ChatItem:
     folder: str
     """Where its images lie."""
 
+    def content(self) -> bytes:
+        """The record as JSON."""
+        return json.dumps(self.record).encode()
+
     def members(self) -> dict[str, bytes]:
         """The record, and its images as `0`, `1`, ...
 
         Raises:
             UserError: an image file is missing or cannot be read.
         """
-        files = {"json": json.dumps(self.record).encode()}
+        files = {"json": self.content()}
         for number, name in enumerate(_paths(self.record)):
             path = Path(self.folder, name)
             try:
@@ -153,6 +159,28 @@ def turns_of(conversation: Any) -> list[tuple[str, str]]:
     if len(said) < 2 or len(said) % 2:
         raise BadChatError("nothing_to_learn", "ends without an answer")
     return [(said[index][1], said[index + 1][1]) for index in range(0, len(said), 2)]
+
+
+def parts_of(members: Mapping[str, bytes]) -> tuple[list[list[tuple[str, str]]], list[bytes]]:
+    """The turns of a chat's conversation, or of its preferred and its rejected one, and its image files.
+
+    Raises:
+        BadChatError: no record, turns that `turns_of` refuses, or another number of images than the turns name.
+    """
+    try:
+        record = json.loads(members.get("json", b"null"))
+    except ValueError as error:
+        raise BadChatError("bad_record", str(error)) from None
+    if not isinstance(record, dict):
+        raise BadChatError("bad_record", "has no record in json")
+    names = ("chosen", "rejected") if "chosen" in record else ("conversations",)
+    talks = [turns_of(record.get(name)) for name in names]
+    images = [data for name, data in members.items() if name.rpartition(".")[2] in _PICTURES]
+    for turns in talks:
+        asked = sum(text.count(IMAGE) for turn in turns for text in turn)
+        if asked != len(images) or asked > MOST_IMAGES:
+            raise BadChatError("image_count", f"has {asked} {IMAGE} and {len(images)} images")
+    return talks, images
 
 
 class ChatTokens:
@@ -226,6 +254,8 @@ class Chat:
     """float32 [3,h,w]."""
     cut: int = 0
     """Rows that were longer than the limit."""
+    said: dict[str, Tensor] = field(default_factory=dict)
+    """What a stored teacher said of it: see `vlmkd.data.chat_outputs`."""
 
 
 class ChatPipeline:
@@ -239,29 +269,23 @@ class ChatPipeline:
         max_length: int = 2048,
         pack: bool = False,
         max_pixels: int = 89_478_485,
+        stored: ChatOutputs | None = None,
     ) -> None:
         """A longer conversation loses the tail of its last answer; one whose prompt alone is longer is dropped.
 
-        `pack`: several chats share a row of at most `max_length` tokens; see `Batch` in `collate`.
+        `pack`: several chats share a row of at most `max_length` tokens; see `Batch` in `collate`. `stored`: a teacher that
+        does not run.
         """
         self.tokens, self._spec, self._length, self._pack = tokens, image_spec, max_length, pack
         self._max_pixels, self._transform = max_pixels, eval_transform(image_spec)
+        self.stored = stored
 
     def process(self, raw: RawSample) -> Chat | BadSample:
         """A chat's ids, targets and images, or why it is dropped."""
         if raw.reason:
             return BadSample(raw.reason, raw.name, raw.detail)
         try:
-            record = json.loads(raw.members.get("json", b"null"))
-            if not isinstance(record, dict):
-                raise BadChatError("bad_record", "has no record in json")
-            names = ("chosen", "rejected") if "chosen" in record else ("conversations",)
-            talks = [turns_of(record.get(name)) for name in names]
-            images = [data for name, data in raw.members.items() if name.rpartition(".")[2] in _PICTURES]
-            for turns in talks:
-                asked = sum(text.count(IMAGE) for turn in turns for text in turn)
-                if asked != len(images) or asked > MOST_IMAGES:
-                    raise BadChatError("image_count", f"has {asked} {IMAGE} and {len(images)} images")
+            talks, images = parts_of(raw.members)
             rows = [self._row(turns) for turns in talks]
             pictures = [self._picture(data) for data in images]
         except (BadChatError, BadImageError) as error:
@@ -269,7 +293,13 @@ class ChatPipeline:
         except ValueError as error:
             return BadSample("bad_record", raw.name, str(error))
         cut = sum(was_cut for _, _, was_cut in rows)
-        return Chat(raw.name, [(ids, targets) for ids, targets, _ in rows], pictures, cut)
+        chat = Chat(raw.name, [(ids, targets) for ids, targets, _ in rows], pictures, cut)
+        if self.stored is not None:
+            said = self.stored.said(raw, chat.rows, images)
+            if said is None:
+                return BadSample("missing_teacher_embedding", raw.name, f"is not in {self.stored.folder}")
+            chat.said = said
+        return chat
 
     def _row(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], bool]:
         ids, learned = self.tokens.encode(turns)
@@ -292,7 +322,9 @@ class ChatPipeline:
         """`input_ids`, `targets` int64 [R,T]; `segments` int64 [R,T]: 1, 2, ... for the chats of a row, 0 for padding.
 
         `images` float32 [I,3,h,w], and `image_rows` int64: which of them stands at each place of an image, in the order
-        of the places. Rows of pairs: all that are preferred, then all that are rejected.
+        of the places. Rows of pairs: all that are preferred, then all that are rejected. Of a stored teacher
+        `teacher_log_probs`, `teacher_ids` [P,k], `teacher_log_tail` [P] at the P targets in their order, or of pairs
+        `teacher_sums` [R].
         """
         if len({len(sample.rows) for sample in samples}) > 1:
             raise UserError("data: preference records and plain ones do not go into one run; split the file")
@@ -319,15 +351,16 @@ class ChatPipeline:
                 ("input_ids", ids, pad), ("targets", targets, IGNORED), ("segments", segments, 0),
             ):  # fmt: skip
                 columns[name].append(values + [filler] * rest)
-        order = [index for members in bins for n in members for index in image_rows[n]]
+        order = [n for members in bins for n in members]
         height, breadth = self._spec.size
         images = [image for sample in samples for image in sample.images]
         return {
             "keys": [sample.name for sample in samples],
             **{name: torch.tensor(values) for name, values in columns.items()},
             "images": torch.stack(images) if images else torch.zeros(0, 3, height, breadth),
-            "image_rows": torch.tensor(order, dtype=torch.int64),
+            "image_rows": torch.tensor([index for n in order for index in image_rows[n]], dtype=torch.int64),
             "cut": sum(sample.cut for sample in samples),
+            **_said([sample.said for sample in samples], order),
         }
 
     def check(self, batch: dict[str, Any], size: int) -> None:
@@ -337,17 +370,45 @@ class ChatPipeline:
         assert places == len(batch["image_rows"]) * self.tokens.image_tokens, (
             "an image lost some of its places"
         )
+        stored = batch.get("teacher_ids", batch.get("teacher_sums"))
+        if stored is not None:
+            learned = batch["targets"] != IGNORED
+            assert len(stored) == (int(learned.sum()) if "teacher_ids" in batch else len(learned)), (
+                "other rows"
+            )
         assert len(batch["keys"]) == size and ids.shape == batch["targets"].shape == batch["segments"].shape
         length = int((batch["segments"][0] > 0).sum())
         row = self.tokens.shown(ids[0, :length].tolist(), batch["targets"][0, :length].tolist())
         log.info("the first row, what is learned in << >>:\n%s", row)
 
+    def outputs_info(self, **teachers: Any) -> ChatOutputsInfo:
+        """What is said of stored outputs for these tokens; `teachers`: the fields that they do not settle."""
+        vocabulary = json.dumps(sorted(self.tokens.tokenizer.get_vocab().items())).encode()
+        return ChatOutputsInfo(
+            image_spec=self._spec, template=self.tokens.template_name, image_tokens=self.tokens.image_tokens,
+            tokenizer=hashlib.sha256(vocabulary).hexdigest(), max_length=self._length, **teachers,
+        )  # fmt: skip
+
     def describe(self) -> dict[str, Any]:
         """See `Pipeline`."""
-        return {"max_length": self._length, "pack": self._pack, "image_tokens": self.tokens.image_tokens}
+        facts = {"max_length": self._length, "pack": self._pack, "image_tokens": self.tokens.image_tokens}
+        if self.stored is None:
+            return {**facts, "teacher_outputs": None}
+        info = self.stored.info
+        told = {"folder": str(self.stored.folder), "teacher": info.source, "digest": info.digest, "k": info.k}
+        return {**facts, "teacher_outputs": told}
 
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+
+def _said(said: Sequence[dict[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:
+    """Columns of a batch, from those of its chats; `order` is that of their rows, where a chat has one."""
+    if not said[0]:
+        return {}
+    if "sums" in said[0]:
+        return {"teacher_sums": torch.stack([one["sums"] for one in said]).T.flatten()}
+    return {f"teacher_{name}": torch.cat([said[n][name] for n in order]) for name in said[0]}
 
 
 def _packed(lengths: Sequence[int], room: int) -> list[list[int]]:

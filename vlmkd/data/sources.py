@@ -98,15 +98,25 @@ class ShardSource:
     mend = "mend the shards (`python data_tools/check_shards.py SHARDS` lists them)"
 
     def __init__(
-        self, cfg: DataConfig, *, seed: int, rank: int, world_size: int, micro_batch_size: int
+        self,
+        cfg: DataConfig,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        field: str = "data.sources",
+        whole: bool = False,
     ) -> None:
+        """`field`: what the run's config calls its sources. `whole`: read all members of a sample, not those of `cfg`."""
         if not cfg.sources:
             raise UserError(
                 "config field data.sources is empty; add one, e.g. data.sources.0.shards=['emoji:train']"
             )
         self.shards: list[list[str]] = []
+        self.field, self.members = field, None if whole else members(cfg)
         for number, source in enumerate(cfg.sources):
-            where = f"config field data.sources.{number}.shards"
+            where = f"config field {field}" + (f".{number}.shards" if field == "data.sources" else "")
             urls = sharding.expand(list(source.shards), where)
             sharding.check_count(len(urls), world_size, cfg.workers, where)
             self.shards.append(urls)
@@ -119,7 +129,7 @@ class ShardSource:
             "ranks": world_size,
             "data.workers": max(cfg.workers, 1),
             "data.shuffle_buffer": cfg.shuffle_buffer,
-            "data.sources": digest_of(weighted),
+            field: digest_of(weighted),
         }
 
     def open(self) -> None:
@@ -143,7 +153,7 @@ class ShardSource:
         self.salt = f"{self._layout['seed']}/from{delivered}"
         told = "; ".join(
             f"{name} changed"
-            if name == "data.sources"
+            if name == self.field
             else f"{name} changed from {before.get(name)} to {self._layout[name]}"
             for name in changed
         )
@@ -171,12 +181,12 @@ class _Mixture:
     def __init__(self, source: ShardSource, worker: int, workers: int, state: Any) -> None:
         cfg, self._salt, self._worker = source.cfg, source.salt, worker
         self._weights = [part.weight for part in cfg.sources]
-        self._batch_size = source.batch_size
+        self._batch_size, self._field = source.batch_size, source.field
         self._given: int = state["given"] if state else 0
         self._streams = [
             sharding.ShardStream(
                 urls,
-                partial(sharding.read_shard, members=members(cfg), shard_cache=cfg.shard_cache),
+                partial(sharding.read_shard, members=source.members, shard_cache=cfg.shard_cache),
                 salt=f"{source.salt}/{number}",
                 worker=worker,
                 workers=workers,
@@ -196,7 +206,7 @@ class _Mixture:
 
     def rows(self) -> Iterator[tuple[str, Iterator[RawSample]]]:
         for _ in range(self._batch_size):
-            yield "data.sources", self._candidates()
+            yield self._field, self._candidates()
 
     def _candidates(self) -> Iterator[RawSample]:
         """Raw samples until a thousand, or a whole pass, were bad."""

@@ -8,6 +8,9 @@ samples lie in parts (one a shard, or some thousand items of a set): safetensors
     with hue or grayscale also: hues float32 [N,K]   greys uint8 [N,K]
     and the columns, rows of which are what the teacher said: image_embeds [N,K,D], text_embeds [N,D]
 
+Parts of chats (`vlmkd.data.chat_outputs`) have no views, and columns of their own; where `counts` int64 [N] stands beside
+these, a sample has so many rows of each, one sample's behind the other's.
+
 Of a labelled set only image embeddings are stored: logits follow from them and the class vectors, and stay valid when the
 class list, the temperature or the prompt changes. Views are drawn from (seed of the folder, name of the sample, number of
 the view), so one folder serves every subset, split and run seed. The idea of storing several augmentations with their
@@ -24,9 +27,10 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlmkd import files
+from vlmkd import distributed, files
 from vlmkd.config import DataConfig
 from vlmkd.data.decode import BadImageError
 from vlmkd.data.labelled import Item
@@ -62,13 +66,28 @@ _VIEWS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputsInfo:
-    """What `cache.json` says about a folder."""
+class StoreInfo:
+    """What `cache.json` says about any folder."""
 
+    unit: ClassVar[str] = "images"
     source: str
     """The teacher as its user named it."""
     digest: str
     """sha256 over the teacher's weights."""
+    image_spec: ImageSpec
+    """The teacher's input."""
+    set_name: str = ""
+    """What the samples are of; empty for shards."""
+    dtype: str = "float16"
+    """Type of the columns."""
+    version: int = VERSION
+    """Layout of the files; changed whenever old files would be misread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsInfo(StoreInfo):
+    """What `cache.json` says about a folder of embeddings."""
+
     logit_scale: float
     """The teacher's own similarity scale (exp'd)."""
     dim: int
@@ -77,16 +96,8 @@ class OutputsInfo:
     """Views per image, K."""
     seed: int
     """Seed of the views."""
-    image_spec: ImageSpec
-    """The teacher's input."""
     views: ViewConfig
     """Distribution that the views were drawn from."""
-    set_name: str = ""
-    """Labelled set that the images are of; empty for shards."""
-    dtype: str = "float16"
-    """Type of the columns."""
-    version: int = VERSION
-    """Layout of the files; changed whenever old files would be misread."""
 
 
 @dataclass(slots=True)
@@ -99,11 +110,75 @@ class Stored:
     """Rows by name; a zero row of `image_embeds` is a view that a black box gave no usable answer to."""
 
 
+class Keyed(Protocol):
+    """An item of a set, such as `vlmkd.data.labelled.Item`."""
+
+    @property
+    def key(self) -> str:
+        """Its name, which no other item has."""
+        ...
+
+
+Info = TypeVar("Info", bound=StoreInfo)
+_K = TypeVar("_K", bound=Keyed)
+
+
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-class TeacherOutputs:
-    """Reader of one folder: parts of shards are opened as they are asked for, those of a labelled set at once."""
+class Store:
+    """Reader of one folder: parts of shards are opened as they are asked for, those of a set at once."""
+
+    tools: ClassVar[str] = _TOOLS
+    """What writes such a folder."""
+
+    def __init__(self, folder: Path, info: StoreInfo) -> None:
+        self.folder, self.info = folder, info
+        self._parts = {path.stem: _Part(path) for path in _part_paths(folder)} if info.set_name else {}
+        self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
+
+    def __len__(self) -> int:
+        """Samples of a set whose outputs are stored."""
+        return len(self._part_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._part_of
+
+    def get(self, key: str, shard: str = "") -> Stored | None:
+        """What is stored of a sample, or None; `shard` is the short name of the shard that holds it."""
+        name = shard or self._part_of.get(key, "")
+        if not name:
+            return None
+        if name not in self._parts:
+            if len(self._parts) >= _OPEN_SHARDS:
+                del self._parts[next(iter(self._parts))]
+            self._parts[name] = _Part(_part_path(self.folder, name))
+        return self._parts[name].get(key)
+
+    def missing(self, shards: Sequence[str], keys: Sequence[str], max_share: float) -> list[str]:
+        """What is to be said about shards without a part, and of keys that are not stored if they are a larger share."""
+        told = []
+        without = [url for url in shards if not _part_path(self.folder, shard_name(url)).is_file()]
+        if without:
+            told.append(f"{len(without)} of {len(shards)} shards are not in it (first: {without[0]})")
+        absent = [key for key in keys if key not in self]
+        if len(absent) > max_share * len(keys):
+            told.append(f"{len(absent)} of {len(keys)} {self.info.unit} are not in it (first: {absent[0]})")
+        return told
+
+    def refuse(self, differences: Sequence[str]) -> None:
+        """Raise a UserError of them, if there are any."""
+        if differences:
+            raise UserError(
+                f"teacher outputs {self.folder} do not fit this run: {'; '.join(differences)}; change the config, or run "
+                f"{self.tools}, which adds what is missing to a folder of the same settings"
+            )
+
+
+class TeacherOutputs(Store):
+    """Reader of a folder of embeddings."""
+
+    info: OutputsInfo
 
     def __init__(self, folder: str | Path, teacher_view: Literal["same", "clean"] = "same") -> None:
         """Read `cache.json`; columns are mapped, not read.
@@ -115,27 +190,16 @@ class TeacherOutputs:
         Raises:
             UserError: no such folder, a damaged one, one of another version, or `clean` with one of drawn views.
         """
-        self.folder, self.teacher_view = Path(folder), teacher_view
-        self.info = read_info(self.folder)
+        super().__init__(Path(folder), read_info(Path(folder), OutputsInfo))
+        self.teacher_view = teacher_view
         if teacher_view == "clean" and (self.info.views != CLEAN or self.info.crops != 1):
             raise UserError(
                 f"config field data.teacher_view=clean, but {folder} holds {self.info.crops} drawn view(s) an image; "
                 f"write another folder with data_tools/embed_labelled.py --clean, or set data.teacher_view=same"
             )
-        self._parts: dict[str, _Part] = {}
-        if self.info.set_name:
-            self._parts = {path.stem: _Part(path) for path in _part_paths(self.folder)}
-        self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TeacherOutputs, (self.folder, self.teacher_view)  # another process maps the files for itself
-
-    def __len__(self) -> int:
-        """Images of a labelled set whose outputs are stored."""
-        return len(self._part_of)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._part_of
 
     @property
     def replays(self) -> bool:
@@ -179,28 +243,7 @@ class TeacherOutputs:
             differences.append(
                 f"the run's teacher has digest {digest[:12]}..., the outputs are of {info.source} with {info.digest[:12]}..."
             )
-        missing = [url for url in shards if not _part_path(self.folder, shard_name(url)).is_file()]
-        if missing:
-            differences.append(f"{len(missing)} of {len(shards)} shards are not in it (first: {missing[0]})")
-        absent = [key for key in keys if key not in self]
-        if len(absent) > max_missing_share * len(keys):
-            differences.append(f"{len(absent)} of {len(keys)} images are not in it (first: {absent[0]})")
-        if differences:
-            raise UserError(
-                f"teacher outputs {self.folder} do not fit this run: {'; '.join(differences)}; change the config, or run "
-                f"{_TOOLS}, which adds what is missing to a folder of the same settings"
-            )
-
-    def get(self, key: str, shard: str = "") -> Stored | None:
-        """What is stored of a sample, or None; `shard` is the short name of the shard that holds it."""
-        name = shard or self._part_of.get(key, "")
-        if not name:
-            return None
-        if name not in self._parts:
-            if len(self._parts) >= _OPEN_SHARDS:
-                del self._parts[next(iter(self._parts))]
-            self._parts[name] = _Part(_part_path(self.folder, name))
-        return self._parts[name].get(key)
+        self.refuse([*differences, *self.missing(shards, keys, max_missing_share)])
 
     def get_checked(self, key: str, image: bytes, text: str = "", shard: str = "") -> Stored | None:
         """As `get`, for the encoded image and the caption that the key stands for now.
@@ -232,30 +275,35 @@ class _Part:
             ) from None
         self.rows = {key: row for row, key in enumerate([] if text == "\n" else text.split("\n"))}
         self._views = {name: tensors.pop(name) for name in _VIEWS if name in tensors}
+        counts = tensors.pop("counts", None)
+        self._ends = None if counts is None else [0, *counts.cumsum(0).tolist()]
         self._columns = tensors
 
     def get(self, key: str) -> Stored | None:
         row = self.rows.get(key)
         if row is None:
             return None
+        here = row if self._ends is None else slice(self._ends[row], self._ends[row + 1])
+        columns = {name: values[here] for name, values in self._columns.items()}
+        return Stored(bytes(self._digests[row].tolist()), self._views_of(row), columns)
+
+    def _views_of(self, row: int) -> list[View]:
         parts = {name: values[row].tolist() for name, values in self._views.items()}
-        count = len(parts["flips"])
-        parts = {"hues": [0.0] * count, "greys": [0] * count} | parts
-        views = [
-            View(tuple(box), bool(flip), tuple(jitter), hue, bool(grey))
+        count = len(parts.get("flips", ()))
+        parts = {name: [0] * count for name in _VIEWS} | parts
+        return [
+            View(tuple(box), bool(flip), tuple(jitter), float(hue), bool(grey))
             for box, flip, jitter, hue, grey in zip(*(parts[name] for name in _VIEWS), strict=True)
         ]
-        columns = {name: values[row] for name, values in self._columns.items()}
-        return Stored(bytes(self._digests[row].tolist()), views, columns)
 
 
-def read_info(folder: Path) -> OutputsInfo:
+def read_info(folder: Path, kind: type[Info], tools: str = _TOOLS) -> Info:
     """What cache.json says.
 
     Raises:
-        UserError: no or an unreadable cache.json, or one of another version.
+        UserError: no or an unreadable cache.json, one of another version, or of outputs of another kind.
     """
-    path, mend = folder / "cache.json", f"write one with {_TOOLS}"
+    path, mend = folder / "cache.json", f"write one with {tools}"
     if not path.is_file():
         raise UserError(f"teacher outputs {folder} have no cache.json; {mend}")
     data = files.read_object(path, "teacher outputs", mend)
@@ -265,8 +313,10 @@ def read_info(folder: Path) -> OutputsInfo:
             raise UserError(
                 f"teacher outputs {folder} have version {info['version']}, this code reads {VERSION}; {mend}"
             )
-        spec, views = ImageSpec(**_tupled(info["image_spec"])), ViewConfig(**_tupled(info["views"]))
-        return OutputsInfo(**{**info, "image_spec": spec, "views": views})
+        if info.keys() - {one.name for one in fields(kind)}:
+            raise UserError(f"teacher outputs {folder} are of another kind of data; {mend}")
+        info = info | {"image_spec": ImageSpec(**_tupled(info["image_spec"]))}
+        return kind(**info | ({"views": ViewConfig(**_tupled(info["views"]))} if "views" in info else {}))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from None
 
@@ -304,6 +354,10 @@ class Prepared:
     """uint8 [h,w,3] of each view, at the teacher's input size."""
     text: str = ""
 
+    def kept(self) -> Prepared:
+        """What is kept until its part is written: of the file its digest, of the pixels nothing."""
+        return replace(self, image=sample_digest(self.image, self.text), pixels=[])
+
 
 Embed = Callable[[list[Prepared]], dict[str, Tensor]]
 """What a teacher says about some samples: columns, a row a sample."""
@@ -336,12 +390,6 @@ def embed_shards(
     Raises:
         UserError: `out` holds outputs made otherwise, two shards have the same name, or a shard is broken.
     """
-    folder, names = Path(out), [shard_name(url) for url in shards]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"--shards names {twice[0]}.tar {names.count(twice[0])} times; a folder needs distinct file names"
-        )
     info = OutputsInfo(
         source=source, digest=digest, logit_scale=float(encoder.logit_scale),
         dim=encoder.encode_text(["a"]).shape[-1], crops=crops, seed=seed, image_spec=encoder.image_spec,
@@ -353,13 +401,34 @@ def embed_shards(
     def embed(batch: list[Prepared]) -> dict[str, Tensor]:
         return images(batch) | {"text_embeds": encoder.encode_text([one.text for one in batch]).cpu()}
 
+    return write_shards(
+        embed, shards, lambda url: _of_shard(url, info, data), Path(out), info, max(batch_size // crops, 1), progress
+    )  # fmt: skip
+
+
+def write_shards(
+    embed: Embed,
+    shards: Sequence[str],
+    samples_of: Callable[[str], Iterable[Prepared | BadSample]],
+    folder: Path,
+    info: StoreInfo,
+    per_call: int,
+    progress: Progress,
+) -> Counter[str]:
+    """Fill `folder` with what `embed` says of the samples of each shard whose part is not there, see `embed_shards`."""
+    names = [shard_name(url) for url in shards]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"the list of shards names {twice[0]}.tar {names.count(twice[0])} times; a folder needs distinct file names"
+        )
     _start_folder(folder, info)
     todo = [
-        (name, f"shard {number}/{len(shards)} {name}", _of_shard(url, info, data))
+        (name, f"shard {number}/{len(shards)} {name}", samples_of(url))
         for number, (name, url) in enumerate(zip(names, shards, strict=True), 1)
         if not _part_path(folder, name).is_file()
     ]
-    return _write(embed, todo, folder, info, max(batch_size // crops, 1), progress)
+    return _write(embed, todo, folder, info, per_call, progress)
 
 
 def embed_items(
@@ -394,36 +463,34 @@ def embed_items(
         seed=seed, image_spec=encoder.image_spec, views=views, set_name=name, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
     return write_parts(
-        _image_embeds(encoder, info, batch_size, device), items, folder, info, max(batch_size // view_count, 1),
-        part_size=part_size, max_pixels=max_pixels, workers=workers, progress=progress,
+        _image_embeds(encoder, info, batch_size, device), items, Path(folder), info, max(batch_size // view_count, 1),
+        partial(prepare, info=info, max_pixels=max_pixels, workers=workers), part_size=part_size, progress=progress,
     )  # fmt: skip
 
 
 def write_parts(
     embed: Embed,
-    items: Sequence[Item],
-    folder: str | Path,
-    info: OutputsInfo,
+    items: Sequence[_K],
+    folder: Path,
+    info: StoreInfo,
     per_call: int,
+    samples_of: Callable[[Sequence[_K]], Iterable[Prepared | BadSample]],
     *,
     part_size: int,
-    max_pixels: int,
-    workers: int,
     progress: Progress,
 ) -> Counter[str]:
     """Fill `folder` with what `embed` says of at most `per_call` items at a time, a file per `part_size` items.
 
     Items that the folder holds already are not embedded again, so the same call continues an interrupted one and
-    another list adds to it. Images that cannot be used are left out and counted by reason in the result. `workers`
-    processes read and decode.
+    another list adds to it. Samples that cannot be used are left out and counted by reason in the result. Ranks share
+    the files.
 
     Raises:
         UserError: `folder` holds outputs of other settings, two items have one key, or an image file is missing.
     """
     twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
-        raise UserError(f"{info.set_name}: {len(twice)} keys name two images (first: {twice[0]})")
-    folder = Path(folder)
+        raise UserError(f"{info.set_name}: {len(twice)} keys name two {info.unit} (first: {twice[0]})")
     _start_folder(folder, info)
     todo = missing_items(items, folder)
     stem = re.sub(r"[^\w.-]+", "_", info.set_name)
@@ -431,18 +498,18 @@ def write_parts(
     parts = []
     for number, start in enumerate(range(0, len(todo), part_size), first):
         chunk = todo[start : start + part_size]
-        told = f"{info.set_name}: {start + len(chunk)}/{len(todo)} images"
-        parts.append((f"{stem}-{number:05d}", told, prepare(chunk, info, max_pixels, workers)))
+        told = f"{info.set_name}: {start + len(chunk)}/{len(todo)} {info.unit}"
+        parts.append((f"{stem}-{number:05d}", told, samples_of(chunk)))
     return _write(embed, parts, folder, info, per_call, progress)
 
 
-def missing_items(items: Sequence[Item], folder: Path) -> list[Item]:
+def missing_items(items: Sequence[_K], folder: Path) -> list[_K]:
     """The items that no part of `folder` holds."""
     done = {key for path in _part_paths(folder) for key in _Part(path).rows}
     return [item for item in items if item.key not in done]
 
 
-def _start_folder(folder: Path, info: OutputsInfo) -> None:
+def _start_folder(folder: Path, info: StoreInfo) -> None:
     """Write cache.json, or check that the one there says the same."""
     files.new_folder(folder, "--out")
     if not (folder / "cache.json").exists():
@@ -450,7 +517,7 @@ def _start_folder(folder: Path, info: OutputsInfo) -> None:
             raise UserError(f"--out {folder} has safetensors files but no cache.json; name an empty folder")
         _write_info(folder, info)
         return
-    old, new = asdict(read_info(folder)), asdict(info)
+    old, new = asdict(read_info(folder, type(info))), asdict(info)
     differing = [
         f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
     ]
@@ -458,7 +525,7 @@ def _start_folder(folder: Path, info: OutputsInfo) -> None:
         raise UserError(f"--out {folder} holds outputs made with {'; '.join(differing)}; name another folder")
 
 
-def _write_info(folder: Path, info: OutputsInfo) -> None:
+def _write_info(folder: Path, info: StoreInfo) -> None:
     """Write cache.json for the parts that are in the folder."""
     parts = {}
     for path in _part_paths(folder):
@@ -471,21 +538,22 @@ def _write(
     embed: Embed,
     parts: Sequence[tuple[str, str, Iterable[Prepared | BadSample]]],
     folder: Path,
-    info: OutputsInfo,
+    info: StoreInfo,
     per_call: int,
     progress: Progress,
 ) -> Counter[str]:
     """Write each part (name, what to tell, samples) whole or not at all; returns what was left out, by reason."""
     skipped: Counter[str] = Counter()
     started, done = time.monotonic(), 0
+    distributed.barrier()  # every rank has seen which parts are to be written
+    parts = parts[distributed.rank() :: distributed.world_size()]
     for number, (name, told, samples) in enumerate(parts, 1):
         kept: list[Prepared] = []
         answers: list[dict[str, Tensor]] = []
         good = _without_bad(samples, skipped)
         while batch := list(itertools.islice(good, per_call)):
             answers.append(embed(batch))
-            # What is kept until the part is written: of the file its digest, of the pixels nothing.
-            kept += [replace(one, image=sample_digest(one.image, one.text), pixels=[]) for one in batch]
+            kept += [one.kept() for one in batch]
         if kept or not info.set_name:
             _save(_part_path(folder, name), kept, answers, info)
         done += len(kept)
@@ -494,8 +562,10 @@ def _write(
             f"{told}: {len(kept)} samples, {done / elapsed:.1f} samples/s, {sum(skipped.values())} skipped, "
             f"ETA {elapsed / number * (len(parts) - number) / 60:.1f} min"
         )
-    _write_info(folder, info)
-    return skipped
+    found = distributed.gather_objects(skipped)
+    if distributed.is_main():
+        _write_info(folder, info)
+    return sum(found, Counter())
 
 
 def _without_bad(samples: Iterable[Prepared | BadSample], skipped: Counter[str]) -> Iterator[Prepared]:
@@ -507,18 +577,24 @@ def _without_bad(samples: Iterable[Prepared | BadSample], skipped: Counter[str])
             yield sample
 
 
-def _save(path: Path, kept: list[Prepared], answers: list[dict[str, Tensor]], info: OutputsInfo) -> None:
+def _save(path: Path, kept: list[Prepared], answers: list[dict[str, Tensor]], info: StoreInfo) -> None:
     """One file; `image` of what was kept is its digest already."""
-    views, digests = [view for one in kept for view in one.views], [one.image for one in kept]
-    names = answers[0] if answers else {}
+    digests = [one.image for one in kept]
     keys = "\n".join(one.key for one in kept).encode("utf-8") or b"\n"
     dtype = getattr(torch, info.dtype)
-    tensors = {name: torch.cat([answer[name] for answer in answers]).to(dtype) for name in names}
-    for name, (attribute, kind, shape) in _VIEWS.items():
-        if name in ("hues", "greys") and not (info.views.hue or info.views.grayscale):
-            continue
-        values = torch.tensor([getattr(view, attribute) for view in views], dtype=kind)
-        tensors[name] = values.view(len(kept), info.crops, *shape)
+    tensors = {
+        name: torch.cat([answer[name] for answer in answers]) for name in (answers[0] if answers else {})
+    }
+    tensors = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()
+    }
+    if isinstance(info, OutputsInfo):
+        views = [view for one in kept for view in one.views]
+        for name, (attribute, kind, shape) in _VIEWS.items():
+            if name in ("hues", "greys") and not (info.views.hue or info.views.grayscale):
+                continue
+            values = torch.tensor([getattr(view, attribute) for view in views], dtype=kind)
+            tensors[name] = values.view(len(kept), info.crops, *shape)
     tensors["digests"] = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).view(-1, 32)
     tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8)
     # One metadata entry: safetensors writes several in no fixed order, and the same outputs should be the same bytes.
@@ -567,13 +643,25 @@ def _of_shard(url: str, info: OutputsInfo, data: DataConfig) -> Iterator[Prepare
 def prepare(
     items: Sequence[Item], info: OutputsInfo, max_pixels: int, workers: int = 0
 ) -> Iterator[Prepared | BadSample]:
-    """The views that `info` asks for of each item, in order, or why it has none.
+    """The views that `info` asks for of each item, in order, or why it has none; see `made`."""
+    return made(items, partial(_item_views, info=info, max_pixels=max_pixels), workers)
+
+
+def _item_views(item: Item, info: OutputsInfo, max_pixels: int) -> Prepared | BadSample:
+    return _views(item.key, item.key, item.read(), info, max_pixels)
+
+
+def made(
+    items: Sequence[Any], make: Callable[[Any], Prepared | BadSample], workers: int = 0
+) -> Iterator[Prepared | BadSample]:
+    """What `make` makes of each item, in order, in `workers` processes.
 
     Raises:
         UserError: an image file is missing.
     """
-    dataset = _Items(items, info, max_pixels)
-    for prepared in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_unchanged):
+    for prepared in DataLoader(
+        _Items(items, make), batch_size=None, num_workers=workers, collate_fn=_unchanged
+    ):
         if isinstance(prepared, UserError):
             raise prepared
         yield prepared
@@ -582,16 +670,15 @@ def prepare(
 class _Items(Dataset[Any]):
     """Reads, decodes and renders item by item."""
 
-    def __init__(self, items: Sequence[Item], info: OutputsInfo, max_pixels: int) -> None:
-        self._items, self._info, self._max_pixels = items, info, max_pixels
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], Prepared | BadSample]) -> None:
+        self._items, self._make = items, make
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Prepared | BadSample | UserError:
-        item = self._items[index]
         try:
-            return _views(item.key, item.key, item.read(), self._info, self._max_pixels)
+            return self._make(self._items[index])
         except UserError as error:
             return error  # raised by the process that asked
 

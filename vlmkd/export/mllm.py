@@ -8,6 +8,7 @@ that it says. `python -m vlmkd.export.mllm FOLDER PROBE ...` is the process that
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,7 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import load_backbone
 from vlmkd.models.mllm import Mllm, Projector, VisionTower, load_decoder
 from vlmkd.tensor_files import read_safetensors
+from vlmkd.zoo import sha256_of
 
 CONFIG, WEIGHTS = "mllm.json", "model.safetensors"
 _FORMAT = 1
@@ -144,6 +146,20 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
         project=project,
         template=template,
     )
+
+
+def export_digest(folder: Path) -> str:
+    """sha256 that says which model an export is, without loading it; where its stock parts lie does not matter."""
+    content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
+    model = {
+        k: v for k, v in dict(content.get("model", {})).items() if k not in ("tower", "decoder", "precision")
+    }
+    facts = [model, content.get("facts"), content.get("base_sha256"), content.get("rounded", False)]
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}; export the run again")
+    return hashlib.sha256(
+        f"{json.dumps(facts, sort_keys=True)} {sha256_of(folder / WEIGHTS)}".encode()
+    ).hexdigest()
 
 
 def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -> Probe:

@@ -15,7 +15,7 @@ from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import sparse_layers
 from projects.llava_mod.student import is_trained, surgery
 from tests.chat_parts import byte_tokenizer, picture
-from tests.projects.zygote import Zygote
+from tests.projects.zygote import ROOT, Zygote
 from vlmkd import config
 from vlmkd.errors import UserError
 from vlmkd.export.mllm import load_mllm
@@ -74,16 +74,34 @@ def run(
     )
 
 
+@pytest.fixture(scope="module")
+def teacher(zygote: Zygote, place: Path) -> Path:
+    """The export of a run."""
+    questions = f"evaluation.questions=[{{data: {place / 'chats.json'}}}]"
+    code, said = run(
+        zygote,
+        place,
+        "teacher",
+        "stage=sft",
+        "steps=20",
+        "optim.lr=1e-2",
+        *model(place, "student"),
+        questions,
+    )
+    assert code == 0, said
+    assert "reloaded in a fresh process with equal outputs" in said
+    return place / "teacher" / "export"
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-def test_the_stages_follow_one_another(zygote: Zygote, place: Path) -> None:
+def test_the_stages_follow_one_another(zygote: Zygote, place: Path, teacher: Path) -> None:
     questions = f"evaluation.questions=[{{data: {place / 'chats.json'}}}]"
-    from_teacher = [f"teacher.init_from={place / 'teacher' / 'export'}"]
+    from_teacher = [f"teacher.init_from={teacher}"]
     steps = {
-        "teacher": ["stage=sft", "steps=20", "optim.lr=1e-2", *model(place, "student"), questions],
         "adapt": ["stage=adapt", *model(place, "student"), "student.decoder_layers=[0,1,3]"],
         "d2d": ["stage=d2d", f"student.init_from={place / 'adapt' / 'export'}", *from_teacher, "data.pack=true"],
         "d2s": ["stage=d2s", "moe.mode=sparse", f"student.init_from={place / 'd2d' / 'export'}", *from_teacher, "loss.ce=1", "deepspeed.activation_checkpointing=true"],
@@ -136,6 +154,46 @@ def test_a_stopped_run_goes_on_to_the_same_weights(zygote: Zygote, place: Path) 
     assert all(
         torch.equal(value, other.module.state_dict()[name]) for name, value in one.module.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("stage", ["d2d", "prefer"])
+def test_a_stored_teacher_trains_what_the_live_one_does(
+    zygote: Zygote, place: Path, teacher: Path, stage: str
+) -> None:
+    chats, outputs = place / ("pairs.json" if stage == "prefer" else "chats.json"), place / f"{stage}_outputs"
+    stored = [
+        "--model",
+        str(teacher.parent),
+        "--chats",
+        str(chats),
+        "--out",
+        str(outputs),
+        "--max-length",
+        "60",
+    ]
+    stored += ["--part-size", "3", "--batch-size", "2", "--threads", "1", "--k", "260", "--fp32"]
+    embed = str(ROOT / "data_tools" / "embed_chats.py")
+    code, said = zygote.run(embed, stored, place / f"{stage}_embed.out", ranks=2)
+    assert code == 0 and f"{outputs} is complete" in said, said
+    assert len(list(outputs.glob("*.safetensors"))) == 3
+    shared = [
+        f"stage={stage}",
+        f"data.chats=[{chats}]",
+        *model(place, "student"),
+        "optim.name=sgd",
+        "optim.lr=0.05",
+    ]
+    named = f"teacher.init_from={teacher}"
+    for name, arguments in (("live", [named]), ("stored", [named, f"data.teacher_outputs={outputs}"])):
+        code, said = run(zygote, place, f"{stage}_{name}", *shared, *arguments)
+        assert code == 0, said
+    live, other = place / f"{stage}_live", place / f"{stage}_stored"
+    assert losses(other) == pytest.approx(losses(live), rel=1e-4) and losses(live)[0] != losses(live)[-1]
+    models = [
+        {json.loads(line)["model"] for line in (folder / "results.jsonl").read_text().splitlines()}
+        for folder in (live, other)
+    ]
+    assert models == [{"student", "teacher"}, {"student"}]
 
 
 def test_two_ranks_and_micro_batches_train_what_one_does(zygote: Zygote, place: Path) -> None:
@@ -251,6 +309,11 @@ def test_each_stage_trains_its_part(stage: str, trained: set[str]) -> None:
         (["stage=adapt", "deepspeed.zero_stage=3"], "config field deepspeed.zero_stage is 3"),
         (["stage=adapt", "moe.mode=sparse"], "config field moe.mode goes with sft, d2s and prefer only"),
         (["stage=adapt", "student.decoder=smollm2"], "config field init_from leaves no choice"),
+        (["stage=sft", "data.teacher_outputs=y"], "config field teacher goes with d2d, d2s, prefer"),
+        (
+            ["stage=d2d", "data.teacher_outputs=y", "parity.unshifted_mask=true"],
+            "config field parity.unshifted_mask needs the teacher at other positions",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(arguments: list[str], told: str) -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from projects.matvlm.config import MatvlmConfig
 from projects.matvlm.convert import write_transformers
 from projects.matvlm.mixer import FLOAT32, Mamba2Mixer
 from projects.matvlm.student import surgery
@@ -19,11 +21,12 @@ from projects.matvlm.surgery import mixers_of, to_hybrid
 from tests.chat_parts import byte_tokenizer, picture
 from tests.projects.matvlm.models import fields
 from tests.projects.matvlm.test_surgery import FIRST, made, prompts
-from tests.projects.zygote import Zygote
+from tests.projects.zygote import ROOT, Zygote
+from vlmkd import config
 from vlmkd.data.chats import ChatTokens
 from vlmkd.errors import UserError
 from vlmkd.evaluation.answers import ChatModel
-from vlmkd.export.mllm import ChatParts, load_mllm
+from vlmkd.export.mllm import ChatParts, build_mllm, export_mllm, load_mllm
 from vlmkd.tensor_files import read_safetensors
 
 pytestmark = pytest.mark.slow
@@ -105,6 +108,11 @@ def test_an_export_holds_what_was_trained_and_answers_as_the_uncached_forward(fi
         assert text == model._text(row[-6:], tokens.end)
 
 
+def trained(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "train"]
+
+
 def _image(data: bytes) -> Any:
     import io
 
@@ -147,6 +155,38 @@ def load_decoder_of(given: list[str]) -> Any:
 
     name = next(one for one in given if one.startswith("student.decoder="))
     return load_decoder(name.partition("=")[2])[0]
+
+
+def test_a_stored_teacher_gives_the_logit_term(zygote: Zygote, given: list[str], first: Path) -> None:
+    base, outputs = first.with_name("base"), first.with_name("outputs")
+    cfg = config.load(MatvlmConfig, [*given, "hybrid.preset=25", "run_dir=r"])
+    parts = replace(build_mllm(cfg.student), template="plain")
+    parts.trained = {name for name in parts.module.state_dict() if name.startswith("projector.")}
+    export_mllm(base / "export", parts, parts.module.state_dict())
+    stored = ["--model", str(base), "--chats", *cfg.data.chats, "--out", str(outputs), "--k", "260", "--fp32"]
+    code, said = zygote.run(str(ROOT / "data_tools" / "embed_chats.py"), stored, first.with_name("embed.out"))
+    assert code == 0, said
+    data = [one for one in given if not one.startswith("student.")]
+    shared = [*data, f"student.init_from={base / 'export'}", "loss.layer=0"]
+    told = [f"data.teacher_outputs={outputs}"]
+    for name, arguments in (("live", []), ("stored", told)):
+        train(zygote, first.with_name(name), *shared, "hybrid.preset=25", *arguments)
+    live, other = (trained(first.with_name(name)) for name in ("live", "stored"))
+    assert [one["loss"] for one in other] == pytest.approx([one["loss"] for one in live], rel=1e-4)
+    assert len(live) == 3 and other[0]["kl"] > 0
+    refused = {
+        "config field loss.layer needs the teacher itself; set 0": [*shared, "hybrid.preset=25", "loss.layer=1"],
+        "loss.logit_reduction =batch_sum needs the teacher": [*shared, "hybrid.preset=25", "loss.logit_reduction=batch_sum"],
+        "the teacher: ": [*shared, f"teacher.init_from={first / 'export'}", "hybrid.preset=25"],
+        "layer 4 becomes attention again, which the teacher has": [
+            *data, f"student.init_from={first / 'export'}", f"teacher.init_from={base / 'export'}", "loss.layer=0",
+            "hybrid.layers=[0,2,6]",
+        ],
+    }  # fmt: skip
+    for line, arguments in refused.items():
+        words = [*arguments, *told, "run_dir=refused"]
+        code, said = zygote.run("projects.matvlm.train_distill", words, first.with_name("refused.out"))
+        assert code == 2 and line in said and "Traceback" not in said, said
 
 
 ELSEWHERE = """

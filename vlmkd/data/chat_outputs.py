@@ -1,0 +1,146 @@
+"""What a teacher said of chats, stored by data_tools/embed_chats.py: a store as in `teacher_outputs`, with other columns.
+
+R positions that are learned (those that predict a token of an answer), of all chats of a part one behind the other:
+
+    log_probs [R,k], ids int32 [R,k]   its likeliest next tokens at the temperature of cache.json
+    log_tail [R]                       the logarithm of the mass of all others
+    counts int64 [N]                   how many of the R each chat has
+
+or, of N preference pairs, `sums` [N,2]: log-probabilities of the whole answers, the preferred one first.
+
+A chat of a file is stored under the sha256 of its record, one of a shard under its key. The digest beside it is that of the
+tokens, of what is learned, and of the image files, so that another template, tokenizer, length or image is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vlmkd.data.samples import RawSample
+from vlmkd.data.teacher_outputs import Store, StoreInfo, read_info
+from vlmkd.errors import UserError
+
+_TOOL = "data_tools/embed_chats.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOutputsInfo(StoreInfo):
+    """What `cache.json` says about a folder."""
+
+    unit: ClassVar[str] = "chats"
+    pairs: bool
+    """Preference pairs, not conversations."""
+    template: str
+    """As data.template."""
+    tokenizer: str
+    """sha256 over the vocabulary."""
+    image_tokens: int
+    """Places of an image."""
+    max_length: int
+    """As data.max_length."""
+    temperature: float = 1.0
+    """Of the softmax."""
+    vocabulary: int = 0
+    """First entries of the output embedding that the softmax is over; of pairs all, written 0."""
+    k: int = 0
+    """Entries of a position that are stored."""
+    precision: str = "fp32"
+    """Of the teacher's weights."""
+
+
+_FIELDS = {
+    "pairs": "the stage takes preference pairs",
+    "template": "data.template",
+    "tokenizer": "the tokenizer's vocabulary",
+    "image_tokens": "the places of an image",
+    "image_spec": "the student's input",
+    "max_length": "data.max_length",
+    "temperature": "loss.temperature",
+    "vocabulary": "the vocabulary of the loss (loss.vocabulary, or the student's)",
+    "digest": "the teacher",
+}
+"""What a run and its stored teacher have to have alike, as a user knows it."""
+
+
+class ChatOutputs(Store):
+    """Reader of a folder."""
+
+    tools = _TOOL
+    info: ChatOutputsInfo
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read `cache.json`; columns are mapped, not read.
+
+        Raises:
+            UserError: no such folder, a damaged one, one of another version or of images.
+        """
+        super().__init__(Path(folder), read_info(Path(folder), ChatOutputsInfo, _TOOL))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatOutputs, (self.folder,)  # another process maps the files for itself
+
+    def check(
+        self, wanted: ChatOutputsInfo, *, shards: Sequence[str], keys: Sequence[str], max_missing_share: float
+    ) -> None:
+        """Refuse a folder that does not fit the run; the message names what differs.
+
+        Args:
+            wanted: what the run's folder says; an empty digest is of any teacher.
+            shards: the run's shards; each needs a finished part.
+            keys: of the run's records; those without stored outputs may be `max_missing_share` of them.
+        """
+        differences = (
+            []
+            if bool(self.info.set_name) == bool(keys)
+            else ["it is of files" if shards else "it is of shards"]
+        )
+        for name, told in _FIELDS.items():
+            ours, theirs = getattr(wanted, name), getattr(self.info, name)
+            if ours != theirs and (name != "digest" or ours):
+                differences.append(f"{told}: {_short(ours)}, in the outputs {_short(theirs)}")
+        self.refuse([*differences, *self.missing(shards, keys, max_missing_share)])
+
+    def said(
+        self, raw: RawSample, rows: Sequence[tuple[list[int], list[int]]], images: Sequence[bytes]
+    ) -> dict[str, Tensor] | None:
+        """The columns of a chat with these rows (ids and targets) and image files; None: it is not stored.
+
+        Raises:
+            UserError: under its name another one is stored.
+        """
+        entry = self.get(chat_key(raw), raw.shard)
+        if entry is None:
+            return None
+        if entry.digest != hashlib.sha256(chat_bytes(rows, images)).digest():
+            raise UserError(
+                f"{self.folder} was written for other tokens or images than chat {raw.name} has now; run {_TOOL} into a new "
+                "folder"
+            )
+        return entry.columns
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else f"{value}"
+
+
+def chat_key(raw: RawSample) -> str:
+    """The name that a chat is stored by: its own where it is of a shard, else that of its record's content."""
+    return raw.key if raw.shard else record_key(raw.members.get("json", b""))
+
+
+def record_key(record: bytes) -> str:
+    """The name of a record, as JSON."""
+    return hashlib.sha256(record).hexdigest()
+
+
+def chat_bytes(rows: Sequence[tuple[list[int], list[int]]], images: Sequence[bytes]) -> bytes:
+    """What the digest of a chat is over."""
+    parts = [array("q", [len(ids), *ids, *targets]).tobytes() for ids, targets in rows]
+    return b"".join(parts + [hashlib.sha256(image).digest() for image in images])
