@@ -34,6 +34,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from projects.matvlm.config import HybridConfig
 from projects.matvlm.mixer import Mamba2Mixer, kernels
+from projects.matvlm.ssd import CHUNK
 from projects.matvlm.student import surgery
 from projects.matvlm.surgery import mixers_of, to_hybrid
 from vlmkd import memory
@@ -196,6 +197,10 @@ def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return load_decoder(name, dtype=dtype)[0].eval()
 
 
+def _by_kernels() -> bool:
+    return torch.cuda.is_available() and bool(kernels()[0])
+
+
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the modules on the same tensors."""
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -217,7 +222,8 @@ def models_of(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
         )
     found = {TEACHER: teacher}
     for preset in args.presets:
-        found[f"{preset:g} % Mamba-2"] = to_hybrid(twin(teacher), HybridConfig(preset=preset))
+        options = HybridConfig(preset=preset, chunk=256 if _by_kernels() else CHUNK)
+        found[f"{preset:g} % Mamba-2"] = to_hybrid(twin(teacher), options)
     for name in args.hybrids:
         hybrid = load(name, dtype).to(device)
         if not mixers_of(hybrid):
@@ -340,7 +346,7 @@ def main(argv: list[str]) -> int:
         "batch": args.batch,
         "threads": 0 if cuda else args.threads,
     }
-    path = "mamba-ssm's kernels" if cuda and kernels()[0] else "PyTorch"
+    path = "mamba-ssm's kernels" if _by_kernels() else "PyTorch"
     title = ", ".join(
         [
             f"{args.teacher}, {device}" + ("" if cuda else f", {args.threads} thread(s)"), args.dtype,

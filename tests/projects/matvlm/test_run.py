@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from projects.matvlm.config import MatvlmConfig
 from projects.matvlm.convert import write_transformers
 from projects.matvlm.mixer import FLOAT32, Mamba2Mixer
+from projects.matvlm.speed import load, models_of
 from projects.matvlm.student import surgery
 from projects.matvlm.surgery import mixers_of, to_hybrid
 from tests.chat_parts import byte_tokenizer, picture
@@ -254,6 +256,17 @@ def test_a_folder_for_transformers_is_the_hybrid_where_this_code_is_not(
         "projects.matvlm.convert", ["--transformers", str(first), str(folder)], tmp_path / "out"
     )
     assert code == 2 and "name the `export` folder of a run" in said
+
+
+def test_speed_is_measured_of_exports_and_of_no_hybrid_as_teacher(first: Path) -> None:
+    for name in (first, first / "export"):
+        model = load(str(name), torch.bfloat16)
+        (mixer, *_) = mixers_of(model).values()
+        assert len(mixers_of(model)) == 2 and mixer.A_log.dtype == torch.float32
+        assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    wrong = Namespace(teacher=str(first), hybrids=[], presets=[25], dtype="fp32")
+    with pytest.raises(UserError, match="is a hybrid; name the model before surgery"):
+        models_of(wrong)
 
 
 def test_a_folder_for_transformers_needs_mixers(tmp_path: Path) -> None:
