@@ -54,6 +54,8 @@ class MllmConfig:
     """Language model: `hf:FOLDER_OR_NAME`, or `smollm2`, which a package carries."""
     decoder_layers: list[int] = field(default_factory=list)
     """Layers of it that are kept; empty: all."""
+    lora_rank: Count = 0
+    """Rank of updates that the decoder's linear layers get and that are trained in their place; 0: none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of a teacher's weights; a student's are those of deepspeed.precision."""
 

@@ -30,7 +30,8 @@ def build_student(cfg: LlavaModConfig) -> ChatParts:
     Raises:
         UserError: a sparse export where a dense one is asked for, or the reverse.
     """
-    parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery)
+    dense = cfg.moe.mode == "none"  # experts are copies of whole weights
+    parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery, keep_lora=dense)
     decoder: Any = parts.module.decoder
     sparse = bool(sparse_layers(decoder))
     if cfg.stage == "prefer" and cfg.moe.mode != "none":
@@ -61,12 +62,14 @@ def build_student(cfg: LlavaModConfig) -> ChatParts:
 
 def train_parts(module: nn.Module, cfg: LlavaModConfig) -> None:
     """Freeze what the stage does not train (docs/papers/llava_mod.md, trainable parameters)."""
+    lora = any(".lora_" in name for name, _ in module.named_parameters())
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(is_trained(name, cfg))
+        fixed = lora and name.startswith("decoder.") and ".lora_" not in name
+        parameter.requires_grad_(is_trained(name, cfg) and not fixed)
 
 
 def is_trained(name: str, cfg: LlavaModConfig) -> bool:
-    """Whether a parameter of this name trains: the tower never, the projector always."""
+    """Whether a parameter of this name trains: the tower never, the projector always; low-rank updates as the decoder."""
     part = name.partition(".")[0]
     if part == "projector":
         return True

@@ -52,7 +52,7 @@ def build_student(cfg: MatvlmConfig, teacher: ChatParts | None) -> ChatParts:
     Raises:
         UserError: layers that do not fit, a hybrid with other biases, or a teacher of another shape.
     """
-    parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery)
+    parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery, keep_lora=True)
     decoder: Any = parts.module.decoder
     original: Any = decoder if teacher is None else teacher.module.decoder
     ours, theirs = ((len(one.model.layers), one.config.hidden_size) for one in (decoder, original))

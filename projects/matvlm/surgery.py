@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate, find_packed_se
 
 from projects.matvlm.mixer import Mamba2Mixer, MixerShape
 from vlmkd.errors import UserError
+from vlmkd.models.lora import merge_lora
 
 if TYPE_CHECKING:
     from projects.matvlm.config import HybridConfig
@@ -64,6 +65,8 @@ def to_hybrid(
         attention = getattr(decoder.layers[index], "self_attn", None)
         if isinstance(attention, Mamba2Mixer):
             continue  # 25 % of the layers after 12.5 %: those that are Mamba-2 stay, with what they learned
+        if attention is not None:
+            merge_lora(attention)
         mixers[index] = mixer_from_attention(attention, index, options, generator)
     for index, mixer in mixers.items():
         decoder.layers[index].self_attn = mixer.train(decoder.training)

@@ -33,6 +33,7 @@ from vlmkd.export.folder import (
 from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import load_backbone
+from vlmkd.models.lora import add_lora, merge_lora
 from vlmkd.models.mllm import Mllm, Projector, VisionTower, load_decoder
 from vlmkd.tensor_files import read_safetensors
 from vlmkd.zoo import sha256_of
@@ -67,16 +68,19 @@ class ChatParts:
     """How the conversations were written that it learned from."""
 
 
-def build_mllm(cfg: MllmConfig, *, seed: int = 0, surgery: Surgery | None = None) -> ChatParts:
-    """The model of a config; new parts are drawn from `seed`.
+def build_mllm(
+    cfg: MllmConfig, *, seed: int = 0, surgery: Surgery | None = None, keep_lora: bool = False
+) -> ChatParts:
+    """The model of a config; new parts are drawn from `seed`. `keep_lora`: as of `load_mllm`.
 
     Raises:
         UserError: parts that cannot be had, an export that is damaged, of another project, or whose stock weights differ.
     """
     if cfg.init_from:
         half = "bf16" if cfg.precision == "bf16" else ""
-        return load_mllm(Path(cfg.init_from), surgery=surgery, precision=half)
-    return _assemble(replace(cfg), seed)
+        return load_mllm(Path(cfg.init_from), surgery=surgery, precision=half, keep_lora=keep_lora)
+    parts = _assemble(replace(cfg), seed)
+    return parts if keep_lora else _merged(parts)
 
 
 def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
@@ -91,8 +95,19 @@ def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(tower.dim, decoder.config.hidden_size).to(dtype)
+        if cfg.lora_rank:
+            add_lora(decoder.model, cfg.lora_rank)
     module = Mllm(tower.to(dtype), projector, decoder)
     return ChatParts(module, tokenizer, backbone.image_spec, cfg, {}, digest)
+
+
+def _merged(parts: ChatParts) -> ChatParts:
+    """The same model without low-rank updates of its own."""
+    names = {f"decoder.model.{name}" for name in merge_lora(parts.module.decoder.model)}  # type: ignore[arg-type]
+    if not names:
+        return parts
+    trained = {name for name in parts.trained if ".lora_" not in name} | names
+    return replace(parts, config=replace(parts.config, lora_rank=0), trained=trained)
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -102,8 +117,10 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return state.hexdigest()
 
 
-def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = "") -> ChatParts:
-    """What `export_mllm` wrote."""
+def load_mllm(
+    folder: Path, *, surgery: Surgery | None = None, precision: str = "", keep_lora: bool = False
+) -> ChatParts:
+    """What `export_mllm` wrote; low-rank updates go into the weights, unless they are kept to be trained on."""
     content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
     if content.get("format") != _FORMAT:
         raise UserError(f"{folder / CONFIG} is of format {content.get('format')}, this code reads {_FORMAT}")
@@ -134,10 +151,8 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
             f"{folder / WEIGHTS} has tensors of another model (first: {min(unknown)}); export the run again"
         )
     parts.module.load_state_dict(weights, strict=False)
-    if precision == "bf16":
-        parts.module.to(torch.bfloat16)
     project, template = str(content.get("project", "")), str(content.get("template", parts.template))
-    return replace(
+    parts = replace(
         parts,
         config=cfg,
         facts=facts,
@@ -146,6 +161,11 @@ def load_mllm(folder: Path, *, surgery: Surgery | None = None, precision: str = 
         project=project,
         template=template,
     )
+    if not keep_lora:
+        parts = _merged(parts)
+    if precision == "bf16":
+        parts.module.to(torch.bfloat16)
+    return parts
 
 
 def export_digest(folder: Path) -> str:

@@ -106,6 +106,7 @@ class Mllm(nn.Module):
         Without any image the tower's parameters take part all the same, times zero: ZeRO waits for them on all ranks.
         """
         places = input_ids == IMAGE_ID
+        self.tower.to(_dtype(self.tower))  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
         if len(images):
             features = self.projector(self.tower(images.to(_dtype(self.tower))).to(_dtype(self.projector)))[
