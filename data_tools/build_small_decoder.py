@@ -34,23 +34,15 @@ def words_of(path: str) -> Iterator[str]:
 def tokenizer_of(chats: str, vocabulary: int) -> Any:
     """A byte-level BPE of at most so many ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import GPT2Tokenizer
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    core.train_from_iterator(words_of(chats), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=special[0],
-        pad_token=special[0],
-        additional_special_tokens=special[1:],
+    empty: Any = GPT2Tokenizer()
+    chatml = ["<|im_start|>", "<|im_end|>"]
+    made = empty.train_new_from_iterator(
+        words_of(chats), vocabulary, new_special_tokens=chatml, show_progress=False
     )
+    made.pad_token = made.eos_token
+    return made
 
 
 def main(argv: list[str]) -> int:
