@@ -33,7 +33,6 @@ def words_of(path: str) -> Iterator[str]:
 
 def tokenizer_of(chats: str, vocabulary: int) -> Any:
     """A byte-level BPE of at most so many ids."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Tokenizer
 
     empty: Any = GPT2Tokenizer()
