@@ -8,7 +8,7 @@ from typing import Literal
 from vlmkd.chat_config import ChatRunConfig
 from vlmkd.config import AboveZero, Amount, Count, Positive, Share, require
 
-Stage = Literal["adapt", "sft", "d2d", "d2s", "prefer"]
+Stage = Literal["words", "adapt", "sft", "d2d", "d2s", "prefer"]
 FROM_TEACHER: tuple[Stage, ...] = ("d2d", "d2s", "prefer")
 SPARSE: tuple[Stage, ...] = ("d2s", "prefer")
 
@@ -78,7 +78,8 @@ class LlavaModConfig(ChatRunConfig):
     """A run of one stage."""
 
     stage: Stage = "d2d"
-    """`adapt`: projector; `sft`: plain fine-tuning (the teacher, and baselines); `d2d`, `d2s`: distillation; `prefer`."""
+    """`words`, `adapt`: projector, before or through the decoder; `sft`: plain fine-tuning (the teacher, and baselines);
+    `d2d`, `d2s`: distillation; `prefer`."""
     train: Literal["stage", "projector", "all"] = "stage"
     """What is trained: as the stage's table says, or the projector alone, or everything but the tower."""
     moe: MoeConfig = field(default_factory=MoeConfig)

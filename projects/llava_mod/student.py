@@ -73,7 +73,11 @@ def is_trained(name: str, cfg: LlavaModConfig) -> bool:
     part = name.partition(".")[0]
     if part == "projector":
         return True
-    if part == "tower" or cfg.train == "projector" or (cfg.train == "stage" and cfg.stage == "adapt"):
+    if (
+        part == "tower"
+        or cfg.train == "projector"
+        or (cfg.train == "stage" and cfg.stage in ("words", "adapt"))
+    ):
         return False
     if cfg.train == "all" or cfg.stage in ("sft", "d2d"):
         return True

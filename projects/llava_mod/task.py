@@ -8,7 +8,8 @@ from torch import Tensor
 from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.experts import balance, mark_valid, sparse_layers
 from projects.llava_mod.on_policy import is_on_policy, own_answers
-from vlmkd.chat_ids import IGNORED
+from projects.llava_mod.words import said, words_loss
+from vlmkd.chat_ids import IGNORED, IMAGE_ID
 from vlmkd.chat_runs import ChatTask, stored_teacher
 from vlmkd.data.chats import ChatTokens
 from vlmkd.export.mllm import ChatParts
@@ -46,7 +47,9 @@ class LlavaModTask(ChatTask):
             )
 
     def step(self, batch: Batch, step: int) -> StepOutput:
-        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4, 5 and 7 (d2d, d2s), 6 (prefer)."""
+        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4, 5 and 7 (d2d, d2s), 6 (prefer), 8 (words)."""
+        if self.cfg.stage == "words":
+            return self._words(batch)
         valid = batch["segments"] > 0
         mark_valid(self.core, valid)
         hidden = self.student(batch)
@@ -139,9 +142,16 @@ class LlavaModTask(ChatTask):
         head, chunk = model.head, self.cfg.loss.chunk
         return answer_log_probs(hidden, head.weight, batch["targets"], bias=head.bias, chunk=chunk).sums
 
+    def _words(self, batch: Batch) -> StepOutput:
+        table: Tensor = self.core.decoder.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        embeds = self.student(batch, decode=False)
+        words = said(batch["targets"], len(table))
+        named, length = words_loss(embeds, batch["input_ids"] == IMAGE_ID, words, table)
+        return combine({"words": named, "length": length}, {"words": 1.0, "length": 1.0})
+
     def weight(self, batch: Batch) -> float:
-        """Tokens that are learned, or pairs."""
-        if self.cfg.stage == "prefer":
+        """Tokens that are learned, or pairs, or chats."""
+        if self.cfg.stage in ("prefer", "words"):
             return len(batch["keys"])
         return float((batch["targets"] != IGNORED).sum())
 

@@ -119,9 +119,14 @@ class Mllm(nn.Module):
             embeds.dtype
         )
 
-    def forward(self, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
-        """Last hidden states [R, T, D] of a batch; rows of `head` times them are logits. `options` go to the decoder."""
+    def forward(self, batch: Mapping[str, Tensor], *, decode: bool = True, **options: Any) -> Tensor:
+        """Last hidden states [R, T, D] of a batch; rows of `head` times them are logits. `options` go to the decoder.
+
+        `decode=False`: what the decoder would read, in their place.
+        """
         embeds = self.embed(batch["input_ids"], batch["images"], batch["image_rows"])
+        if not decode:
+            return embeds
         out = self.decoder.model(  # type: ignore[operator]
             inputs_embeds=embeds, use_cache=False, **masks(batch["segments"]), **options
         )
