@@ -3,7 +3,7 @@
     python data_tools/build_scenes.py FOLDER --concepts 100 --scenes 20000
 
 One to four emoji stand on a plain, gradient or photographic ground. `train.json` has one conversation a scene (a caption
-and several questions); `preferences.json` pairs of answers, one of which names what is not there; `test.json` single
+and several questions); `names.json` the captions alone; `preferences.json` pairs of answers, one of which names what is not there; `test.json` single
 questions about scenes in drawings that no training scene shows (each concept's held-out style), `captions.json` captions
 of them, and `pope_{random,popular,adversarial}.json` as many questions with "yes" as with "no". Every record also says
 what its scene holds. A scene is a function of its number, so the same call goes on where it stopped.
@@ -196,18 +196,23 @@ def record(
 
 def training(
     world: World, number: int, things: list[Thing], rng: random.Random
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The conversation about a training scene, and a pair of answers."""
+) -> dict[str, dict[str, Any]]:
+    """The conversation about a training scene, its caption, and a pair of answers, by file."""
     asked: dict[str, tuple[str, str]] = {}
     for _, question, answer in itertools.islice(world.questions(things, rng), 12):
         asked.setdefault(question, (question, answer))
     turns = [(DESCRIBE, caption(things)), *list(asked.values())[:4]]
     wrong = list(things)
     wrong[rng.randrange(len(wrong))] = Thing(world.absent(things, rng.choice(POPE), rng), "", things[0].box)
-    pair = record(number, "train", things, [(DESCRIBE, caption(things))])
-    chosen = pair.pop("conversations")
+    names = record(number, "train", things, turns[:1])
+    shared = {key: value for key, value in names.items() if key != "conversations"}
+    chosen = names["conversations"]
     rejected = [chosen[0], {"from": "gpt", "value": caption(wrong)}]
-    return record(number, "train", things, turns), pair | {"chosen": chosen, "rejected": rejected}
+    return {
+        "train": record(number, "train", things, turns),
+        "names": names,
+        "preferences": shared | {"chosen": chosen, "rejected": rejected},
+    }
 
 
 def testing(world: World, number: int, things: list[Thing], rng: random.Random) -> dict[str, dict[str, Any]]:
@@ -253,11 +258,7 @@ def main(argv: list[str]) -> int:
                 picture.save(encoded, "JPEG", quality=88)
                 with new_file(path, "FOLDER") as partial:
                     partial.write_bytes(encoded.getvalue())
-            if split == "train":
-                chat, pair = training(world, number, things, rng)
-                found = {"train": chat, "preferences": pair}
-            else:
-                found = testing(world, number, things, rng)
+            found = (training if split == "train" else testing)(world, number, things, rng)
             for name, one in found.items():
                 files.setdefault(name, []).append(one)
     for name, records in files.items():
