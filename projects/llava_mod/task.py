@@ -47,7 +47,7 @@ class LlavaModTask(ChatTask):
             )
 
     def step(self, batch: Batch, step: int) -> StepOutput:
-        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4, 5 and 7 (d2d, d2s), 6 (prefer), 8 (words)."""
+        """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4, 5 and 7 (d2d, d2s), 6 (prefer), 11 (words)."""
         if self.cfg.stage == "words":
             return self._words(batch)
         valid = batch["segments"] > 0

@@ -1,4 +1,4 @@
-"""The projector before the decoder runs: features become what it reads as words (docs/papers/llava_mod.md, eq. 8).
+"""The projector before the decoder runs: features become what it reads as words (docs/papers/llava_mod.md, eq. 11).
 
 Ours, not the paper's. R rows, T tokens, D width, V vocabulary.
 """

@@ -19,7 +19,7 @@ def test_words_are_the_answers_tokens_that_at_most_half_of_the_rows_have() -> No
 
 
 def by_loops(embeds, places, words, table):
-    """Equation 8, number by number."""
+    """Equation 11, number by number."""
     listed = [
         v for v in range(words.shape[1]) if any(words[r, v] and places[r].any() for r in range(len(words)))
     ]
@@ -42,7 +42,7 @@ def by_loops(embeds, places, words, table):
     return named / len(words), off / len(words)
 
 
-def test_the_loss_is_equation_8() -> None:
+def test_the_loss_is_equation_11() -> None:
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)
     table = torch.randn(9, 3, generator=generator, dtype=torch.float64)
