@@ -61,7 +61,7 @@ def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
     if unit == "ep" and not units[unit]:
         raise UserError(
             f"config field {path} is {value}, but how many whole batches these data are is not known, or none; give steps "
-            "or examples (1e6ex), a smaller batch_size, or for shards data.samples_per_epoch"
+            "or examples (1e6ex), a smaller batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
         )
     steps = number * units[unit]
     return max(int(number > 0), int(steps + 1e-6) if unit == "ex" else round(steps))
