@@ -4,33 +4,31 @@
   python scripts/chat.py --model runs/chat/teacher --image photo.jpg
   python scripts/chat.py --model runs/chat/prefer --image photo.jpg --question "What is at the top left?"
 
-Each question sees the turns before it. `/image FILE` begins anew with another picture, `/new` with the same one; an
-empty line or Ctrl-D ends. Without --image the model is asked by text alone.
+Each question sees the turns before it. `/image FILE` begins anew with another picture, `/new` with the same one; Ctrl-C
+ends an answer, an empty line or Ctrl-D the conversation. Without --image the model is asked by text alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
 
-from vlmkd import distributed
-from vlmkd.data.chats import IMAGE, TEMPLATES, ChatTokens
+import projects
+from vlmkd.chat_runs import open_chat
+from vlmkd.data.chats import IMAGE, TEMPLATES
 from vlmkd.data.decode import BadImageError, image_size
-from vlmkd.errors import UserError, at_least, did_you_mean, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.answers import ChatModel
-from vlmkd.export.mllm import CONFIG, Surgery, load_mllm
-from vlmkd.files import read_object, unreadable
+from vlmkd.files import unreadable
 
-PROJECTS = Path(__file__).resolve().parents[1] / "projects"
-NEW, OTHER = "/new", "/image "
+NEW, OTHER = "/new", "/image"
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -50,42 +48,10 @@ def load(args: argparse.Namespace) -> ChatModel:
         UserError: no export, or one of a project that is not here.
     """
     transformers.utils.logging.disable_progress_bar()
-    folder = export_folder(args.model)
-    content = read_object(folder / CONFIG, "--model", "name a run, or its `export` folder")
-    owner = args.project or content.get("project", "")
-    if content.get("facts") and not owner:
-        raise UserError(
-            f"--model {args.model} does not say whose model it is; give --project, one of {', '.join(_owners())}"
-        )
-    parts = load_mllm(folder, surgery=_surgery(owner) if owner else None, precision=args.precision)
-    module: Any = parts.module.eval().to(distributed.device_named(args.device))
-    tokens = ChatTokens(parts.tokenizer, args.template or parts.template, module.tower.tokens)
-    return ChatModel(args.model, module, tokens, parts.image_spec)
-
-
-def export_folder(model: str) -> Path:
-    """The export that a `--model` is, or has."""
-    folder = Path(model).expanduser()
-    return folder if (folder / CONFIG).is_file() else folder / "export"
-
-
-def _owners() -> list[str]:
-    """The projects with chat models."""
-    return sorted(
-        path.parent.name for path in PROJECTS.glob("*/student.py") if "def surgery(" in path.read_text()
-    )
-
-
-def _surgery(owner: str) -> Surgery:
-    """`surgery` of a project's `student.py`; a file's word is looked up among the projects, never imported as it is."""
-    known = _owners()
-    if owner not in known:
-        otherwise = f"one of {', '.join(known)}"
-        raise UserError(
-            f"--project {owner} is no project with chat models; {did_you_mean(owner, known, otherwise)}"
-        )
-    found: Surgery = importlib.import_module(f"projects.{owner}.student").surgery
-    return found
+    return open_chat(
+        args.model, projects.surgery_of, project=args.project, template=args.template, precision=args.precision,
+        device=args.device,
+    )  # fmt: skip
 
 
 class Conversation:
@@ -137,18 +103,26 @@ def main(argv: list[str]) -> int:
     model = load(args)
     torch.manual_seed(args.seed)
     if args.question:
-        talk.ask(model, args.question)
+        with suppress(KeyboardInterrupt):
+            talk.ask(model, args.question)
         return 0
+    if sys.stdin.isatty():
+        print(f"{OTHER} FILE: another picture; {NEW}: begin anew; empty line: end")
     while question := _next():
         try:
+            command, _, file = question.partition(" ")
             if question == NEW:
                 talk.begin(talk.image)
-            elif question.startswith(OTHER):
-                talk.begin(question.removeprefix(OTHER).strip())
+            elif command == OTHER and file:
+                talk.begin(file.strip())
+            elif question.startswith("/"):
+                raise UserError(f"{command} is no command; write {OTHER} FILE or {NEW}")
             else:
                 talk.ask(model, question)
         except UserError as error:  # a typing mistake ends no conversation
             print(error, file=sys.stderr)
+        except KeyboardInterrupt:  # nor does an answer that is long enough; it is forgotten
+            print()
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,16 @@ from vlmkd.data.sources import ItemSource, ShardSource, Source, Stream
 from vlmkd.errors import UserError
 from vlmkd.evaluation.answers import Answers, ChatModel, spread
 from vlmkd.export.folder import Probe
-from vlmkd.export.mllm import ChatParts, check_mllms, export_digest, export_mllm
-from vlmkd.files import read_json
+from vlmkd.export.mllm import (
+    CONFIG,
+    ChatParts,
+    Surgery,
+    check_mllms,
+    export_digest,
+    export_mllm,
+    load_mllm,
+)
+from vlmkd.files import read_json, read_object
 from vlmkd.losses.tokens import TopK
 from vlmkd.models.mllm import Mllm
 from vlmkd.train.engine import batch_triple
@@ -133,6 +141,39 @@ def questions(cfg: QuestionsConfig) -> Answers:
     credits_file = folder / ATTRIBUTIONS
     owners: Any = read_json(credits_file, "attributions") if credits_file.is_file() else []
     return Answers(items, cfg.name or Path(cfg.data).stem, vocabulary=vocabulary, attributions=owners)
+
+
+def open_chat(
+    model: str,
+    surgery_of: Callable[[str], Surgery],
+    *,
+    project: str = "",
+    template: str = "",
+    precision: str = "fp32",
+    device: str = "",
+) -> ChatModel:
+    """The model of a run, or of its `export`; what is not given is as the export says.
+
+    `surgery_of`: of a project's name, `projects.surgery_of`.
+
+    Raises:
+        UserError: no export, one of a project that is not here, a template that does not exist, no such device.
+    """
+    folder = export_folder(model)
+    content = read_object(folder / CONFIG, "--model", "name a run, or its `export` folder")
+    owner = project or str(content.get("project", ""))
+    surgery = surgery_of(owner) if owner or content.get("facts") else None
+    where = distributed.device_named(device)
+    parts = load_mllm(folder, surgery=surgery, precision=precision)
+    module: Any = parts.module.eval().to(where)
+    tokens = ChatTokens(parts.tokenizer, template or parts.template, module.tower.tokens)
+    return ChatModel(model, module, tokens, parts.image_spec)
+
+
+def export_folder(model: str) -> Path:
+    """The export that a `--model` is, or has."""
+    folder = Path(model).expanduser()
+    return folder if (folder / CONFIG).is_file() else folder / "export"
 
 
 class ChatTask(Task):

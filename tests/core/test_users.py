@@ -56,7 +56,6 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
-    "export/mllm": ("what scripts/chat.py loads any project's export with", {"Surgery", "load_mllm"}),
     "export/clip": ("type of an option that tools pass as text", {"Layout"}),
     "losses/contrastive": (
         "losses are offered to every project",
@@ -66,7 +65,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "preference losses are offered to every project on chats",
         {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
     ),
-    "chat_runs": ("which files of chats are shards, for data_tools/embed_chats.py too", {"is_shards"}),
+    "chat_runs": (
+        "which files of chats are shards, for data_tools/embed_chats.py too; what tools open any export with",
+        {"export_folder", "is_shards", "open_chat"},
+    ),
     "data/chats": (
         "as in data/samples, the templates for the tools' options, and what a record is, for the tools of shards",
         {"BadChatError", "Chat", "REASONS", "TEMPLATES", "parts_of"},

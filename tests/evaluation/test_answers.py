@@ -31,7 +31,9 @@ def model() -> ChatModel:
     return ChatModel("tiny", mllm, ChatTokens(tokenizer, "plain", tower.tokens), tower.image_spec)
 
 
-def test_a_batch_answers_as_one_at_a_time_without_a_cache(model: ChatModel) -> None:
+def test_a_batch_answers_as_one_at_a_time_without_a_cache(
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = [
         ([picture(1)], [], "<image>what?"),
         ([], [], "a longer question without any image"),
@@ -42,6 +44,9 @@ def test_a_batch_answers_as_one_at_a_time_without_a_cache(model: ChatModel) -> N
         assert model.answer([one], most_tokens=6) == [said]
         assert model.answer([one], most_tokens=6, use_cache=False) == [said]
     assert len(set(together)) == 3
+    own = model.model.decoder.generation_config
+    monkeypatch.setattr(own, "repetition_penalty", 9.0)  # as chat decoders bring some
+    assert model.answer(asked, most_tokens=6) == together
     torch.manual_seed(0)
     sampled = model.answer(asked[:1] * 8, most_tokens=6, temperature=5.0)
     assert len(set(sampled)) > 1

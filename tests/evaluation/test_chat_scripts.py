@@ -15,6 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from projects.llava_mod.experts import upcycle
+from projects.matvlm.config import HybridConfig
+from projects.matvlm.surgery import to_hybrid
 from scripts import chat, eval_chat
 from tests.chat_parts import byte_tokenizer, picture
 from tests.core.test_launch import environment
@@ -143,6 +145,40 @@ def test_a_sparse_export_finds_its_project(run: Path, tmp_path: Path, capsys) ->
     with pytest.raises(UserError, match="does not say whose model it is; give --project, one of llava_mod"):
         chat.main(arguments)
     assert chat.main([*arguments, "--project", "llava_mod"]) == 0
+
+
+def test_a_hybrid_export_finds_its_project(tmp_path: Path, capsys) -> None:
+    parts = made(tmp_path)
+    decoder = to_hybrid(parts.module.decoder, HybridConfig(layers=[0]))  # type: ignore[arg-type]
+    parts.facts = {"hybrid": {**decoder.config.matvlm, "backend": "auto"}}
+    parts.project, parts.trained = "matvlm", set(parts.module.state_dict())
+    export_mllm(tmp_path / "export", parts, parts.module.state_dict())
+    tokens = ChatTokens(parts.tokenizer, "plain", parts.module.tower.tokens)  # type: ignore[arg-type]
+    hybrid = ChatModel("hybrid", parts.module.eval(), tokens, parts.image_spec)
+    arguments = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), "--question", "what?"]
+    assert chat.main([*arguments, "--most-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip() == said(hybrid, [tmp_path / "a.png"], [], "<image>\nwhat?")
+    options = [*pope_files(tmp_path), "--model", str(tmp_path), "--out", str(tmp_path / "answers.jsonl")]
+    assert eval_chat.main(options) == 0
+
+
+def test_an_answer_is_stopped_by_ctrl_c_and_forgotten(run: Path, capsys, monkeypatch) -> None:
+    asked = []
+
+    def answer(self: ChatModel, questions: list, **options: object) -> list[str]:
+        asked.append((list(questions[0][1]), questions[0][2]))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ["so"]
+
+    monkeypatch.setattr(ChatModel, "answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one?\ntwo?\n/image\n/imge a.png\nthree?\n"))
+    assert chat.main(["--model", str(run)]) == 0
+    assert asked == [([], "one?"), ([("one?", "so")], "two?"), ([("one?", "so")], "three?")]
+    told = capsys.readouterr().err.splitlines()
+    assert told[-2:] == [f"{typed} is no command; write /image FILE or /new" for typed in ("/image", "/imge")]
+    monkeypatch.setattr(ChatModel, "answer", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert chat.main(["--model", str(run), "--question", "one?"]) == 0
 
 
 def pope_files(folder: Path) -> list[str]:

@@ -53,15 +53,14 @@ class ChatModel:
     ) -> list[str]:
         """Answers to (images, turns before, question), together: rows are padded on the left, each has its own end.
 
-        `temperature` 0 is greedy. `options` go to `generate` of transformers, e.g. a streamer.
+        `temperature` 0 is greedy; a decoder's own settings, such as Qwen's penalty on repetitions, take no part. `options`
+        go to `generate` of transformers, e.g. a streamer.
 
         Raises:
             UserError: an image that cannot be read.
         """
         rows = [self.tokens.prompt(turns, question) for _, turns, question in asked]
-        pictures = [self._picture(data) for images, _, _ in asked for data in images]
-        height, breadth = self.image_spec.size
-        images = torch.stack(pictures) if pictures else torch.zeros(0, 3, height, breadth)
+        images = self._pictures([data for images, _, _ in asked for data in images])
         said = self.complete(
             rows,
             images,
@@ -91,12 +90,53 @@ class ChatModel:
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         embeds = self.model.embed(ids, images.to(device), image_rows.to(device))
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        settings = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
+        sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        options = settings | (sampled if temperature else {"do_sample": False}) | options
         said = self.model.decoder.generate(  # type: ignore[operator]
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=most_tokens, eos_token_id=end,
-            pad_token_id=pad, **sampling, **options,
+            pad_token_id=pad, **options,
         )  # fmt: skip
         return [row[: row.index(end) + 1] if end in row else row for row in said.tolist()]
+
+    @torch.no_grad()
+    def losses(
+        self, asked: Sequence[tuple[Sequence[bytes], Sequence[tuple[str, str]], str, str]]
+    ) -> list[tuple[float, bool]]:
+        """Of (images, turns before, question, answer): mean cross entropy of the answer's tokens and its end, and whether
+        they are what is said greedily.
+
+        Raises:
+            UserError: an image that cannot be read.
+        """
+        device = next(self.model.parameters()).device
+        rows = [self.tokens.encode([*turns, (question, answer)]) for _, turns, question, answer in asked]
+        starts = [len(self.tokens.prompt(turns, question)) for _, turns, question, _ in asked]
+        width = max(len(ids) for ids, _ in rows)
+        images = self._pictures([data for images, *_ in asked for data in images]).to(device)
+        batch = {
+            "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device),
+            "segments": torch.tensor(
+                [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device
+            ),
+            "images": images,
+            "image_rows": torch.arange(len(images), device=device),
+        }
+        found = []
+        for row, hidden, (_, learned), begin in zip(
+            batch["input_ids"], self.model(batch), rows, starts, strict=True
+        ):
+            start = max(1, begin)  # without any prompt nothing predicts the first token
+            end = start + sum(learned[start:])  # what stands behind an answer's end is not learned
+            logits = self.model.head(hidden[start - 1 : end - 1]).float()
+            loss = torch.nn.functional.cross_entropy(logits, row[start:end])
+            found.append((loss.item(), bool((logits.argmax(dim=1) == row[start:end]).all())))
+        return found
+
+    def _pictures(self, files: Sequence[bytes]) -> torch.Tensor:
+        """[I, 3, h, w]; also of no image."""
+        pictures = [self._picture(data) for data in files]
+        return torch.stack(pictures) if pictures else torch.zeros(0, 3, *self.image_spec.size)
 
     def _picture(self, data: bytes) -> torch.Tensor:
         try:
