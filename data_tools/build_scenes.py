@@ -194,9 +194,7 @@ def record(
     }
 
 
-def training(
-    world: World, number: int, things: list[Thing], rng: random.Random
-) -> dict[str, dict[str, Any]]:
+def training(world: World, number: int, things: list[Thing], rng: random.Random) -> dict[str, dict[str, Any]]:
     """The conversation about a training scene, its caption, and a pair of answers, by file."""
     asked: dict[str, tuple[str, str]] = {}
     for _, question, answer in itertools.islice(world.questions(things, rng), 12):
