@@ -58,6 +58,8 @@ def rows() -> Iterator[Row]:
     yield "promptkd/scripts/nano.sh", (), {}
 
     yield "matvlm/scripts/published.sh", (), MATVLM
+    yield "matvlm/scripts/nano.sh", (), {"SEEDS": "1"}
+    yield "llava_mod/scripts/nano.sh", (), {"SEEDS": "1"}
     yield "matvlm/scripts/published.sh", (), {**MATVLM, "CHAIN": "1"}
 
     for recipe in ("vit_b32_manual", "vit_b32_auto", "rn50_manual", "vit_b16_yfcc"):
