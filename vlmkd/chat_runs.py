@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from vlmkd.export.mllm import (
 from vlmkd.files import read_json, read_object
 from vlmkd.losses.tokens import TopK
 from vlmkd.models.mllm import Mllm
-from vlmkd.train.engine import batch_triple
+from vlmkd.train.engine import Engine, batch_triple
 from vlmkd.train.task import Batch, Task
 from vlmkd.train.timing import Stopwatch
 
@@ -188,6 +189,10 @@ class ChatTask(Task):
         self.student: nn.Module = self.core
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher.module]
         self.watch = Stopwatch()
+
+    def teacher_head(self) -> AbstractContextManager[None]:
+        """Inside, the teacher's head is whole, also where the ranks share the teacher; a collective."""
+        return Engine.whole_weights([] if self.teacher is None else [self.teacher.module.head])
 
     def items(self, batch: Batch) -> dict[str, float]:
         """Chats, and tokens of all kinds."""

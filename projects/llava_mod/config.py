@@ -25,6 +25,10 @@ class MoeConfig:
     """Experts of a layer."""
     top_k: Positive = 2
     """Experts of a token."""
+    backend: Literal["native", "deepspeed"] = "native"
+    """Where the experts are: all on each rank, or spread over ranks by DeepSpeed-MoE, at ZeRO stage 1 or 2."""
+    expert_parallel: Positive = 1
+    """Ranks that share the experts of backend=deepspeed, each of which keeps an equal number of them."""
     aux: Amount = 0.01
     """Weight of the balance losses, summed over layers."""
 
@@ -108,11 +112,6 @@ class LlavaModConfig(ChatRunConfig):
             "needs the teacher itself; leave data.teacher_outputs empty",
         )
         require(
-            self.deepspeed.zero_stage < 3,
-            "deepspeed.zero_stage",
-            "is 3; the losses need the whole head: use 2",
-        )
-        require(
             self.moe.mode == "none" or self.stage in ("sft", *SPARSE),
             "moe.mode",
             "goes with sft, d2s and prefer only",
@@ -121,5 +120,12 @@ class LlavaModConfig(ChatRunConfig):
             not self.loss.on_policy or self.stage in ("d2d", "d2s"),
             "loss.on_policy",
             "goes with d2d and d2s only",
+        )
+        spread = self.moe.backend == "deepspeed"
+        require(spread or self.moe.expert_parallel == 1, "moe.expert_parallel", "needs moe.backend=deepspeed")
+        require(
+            not spread or self.deepspeed.zero_stage in (1, 2),
+            "moe.backend",
+            "is deepspeed, which needs deepspeed.zero_stage 1 or 2",
         )
         require(bool(self.data.chats), "data.chats", "is empty; name a file of conversations")

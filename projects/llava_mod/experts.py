@@ -7,7 +7,8 @@ See docs/papers/llava_mod.md#architecture.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from vlmkd.config import require
 from vlmkd.errors import UserError
+from vlmkd.train.engine import all_experts, spread_experts
 
 SecondExpert = Literal["argmax", "gumbel"]
 AuxCounts = Literal["first", "all"]
@@ -110,6 +112,21 @@ class Experts(nn.Module):
         return torch.zeros_like(x).index_add(0, token, out * weights[:, None])
 
 
+class Expert(nn.Module):
+    """One of `Experts`, for a rank that has not all of them."""
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(gate_up_proj.detach(), gate_up_proj.requires_grad)
+        self.down_proj = nn.Parameter(down_proj.detach(), down_proj.requires_grad)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        gate, up = F.linear(x, self.gate_up_proj).chunk(2, dim=-1)
+        return F.linear(self.act(gate) * up, self.down_proj)
+
+
 def grouped(x: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
     """Rows of `x` [n, D], the first sizes[0] of them by weights[0] [O, D], and so on: [n, O].
 
@@ -137,6 +154,13 @@ class _Contiguous(torch.autograd.Function):
         return grad.contiguous()
 
 
+class Router(nn.Linear):
+    """Logits [S, E] in float32; a call of its own, around which ZeRO 3 gathers the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
 class SparseFfn(nn.Module):
     """Takes the place of a decoder layer's gated feed-forward network."""
 
@@ -153,8 +177,8 @@ class SparseFfn(nn.Module):
     ) -> None:
         """`second` gumbel and `capacity` act in training only; evaluation is deterministic and drops nothing."""
         super().__init__()
-        self.gate = nn.Linear(dim, experts, bias=False)
-        self.experts = Experts(experts, dim, inner)
+        self.gate = Router(dim, experts, bias=False)
+        self.experts: nn.Module = Experts(experts, dim, inner)
         self.act, self.top_k, self.second, self.capacity = act, top_k, second, capacity
         self.valid: Tensor | None = None
         """Of the batch at hand; counts in training alone."""
@@ -164,14 +188,36 @@ class SparseFfn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         flat = rearrange(x, "b t d -> (b t) d")
-        logits = F.linear(flat.float(), self.gate.weight.float())
+        logits = self.gate(flat)
         noise = None
         if self.training and self.second == "gumbel":
             noise = -torch.empty_like(logits).exponential_().log()
         capacity = self.capacity if self.training else 0.0
         valid = self.valid if capacity else None
         self.routing = route(logits, self.top_k, valid=valid, capacity=capacity, noise=noise)
-        return self.experts(flat, self.routing, self.act).view_as(x)
+        if isinstance(self.experts, Experts):
+            return self.experts(flat, self.routing, self.act).view_as(x)
+        return self.experts(flat, (self.routing.experts, self.routing.weights))[0].view_as(x)
+
+    def spread(self, ranks: int) -> None:
+        """Leave each of `ranks` ranks its share of the experts; DeepSpeed-MoE sends the tokens to them."""
+        whole = self.experts
+        parts = zip(whole.gate_up_proj, whole.down_proj, strict=True)
+        dim = whole.down_proj.shape[1]
+        self.experts = spread_experts([Expert(*part, self.act) for part in parts], ranks, dim)
+
+    @contextmanager
+    def whole_experts(self) -> Iterator[None]:
+        """Inside, all experts are on this rank, and a call is its own business; a collective."""
+        spread = self.experts
+        if not isinstance(spread, Experts):
+            self.experts = Experts(0, 0, 0)
+            for name, value in all_experts(spread).items():
+                setattr(self.experts, name, nn.Parameter(value, requires_grad=False))
+        try:
+            yield
+        finally:
+            self.experts = spread
 
 
 def sparse_layers(model: nn.Module) -> list[SparseFfn]:

@@ -24,7 +24,7 @@ def own_answers(
     """The chats of `batch`, a row each, whose last answers are now `model`'s, and alone learned.
 
     Samples of the whole distribution over the first `vocabulary` entries, each up to its end or `most_tokens`, by
-    torch's random state (docs/papers/llava_mod.md, eq. 7). The model is in eval mode meanwhile.
+    torch's random state (docs/papers/llava_mod.md, eq. 7).
     """
     prompts = []
     for ids, targets, segments in zip(batch["input_ids"], batch["targets"], batch["segments"], strict=True):
@@ -33,13 +33,10 @@ def own_answers(
             prompts.append(_last_prompt(ids[here].tolist(), targets[here].tolist()))
     options = {"top_k": 0, "top_p": 1.0} if temperature else {}
     beyond = list(range(vocabulary, len(model.model.head.weight)))  # the teacher has no such tokens
-    training = model.model.training
-    model.model.eval()
     said = model.complete(
         prompts, batch["images"], batch["image_rows"], most_tokens=most_tokens, temperature=temperature,
         repetition_penalty=1.0, suppress_tokens=beyond or None, **options,
     )  # fmt: skip
-    model.model.train(training)
     rows = list(zip(prompts, said, strict=True))
     columns = {
         "input_ids": ([prompt + answer for prompt, answer in rows], model.tokens.tokenizer.pad_token_id or 0),

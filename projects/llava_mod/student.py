@@ -11,6 +11,7 @@ from torch import nn
 
 from projects.llava_mod.config import SPARSE, LlavaModConfig
 from projects.llava_mod.experts import moe_layers, sparse_layers, upcycle
+from vlmkd import distributed
 from vlmkd.config import require
 from vlmkd.errors import UserError
 from vlmkd.export.mllm import ChatParts, build_mllm, reloaded
@@ -57,7 +58,20 @@ def build_student(cfg: LlavaModConfig) -> ChatParts:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {name for name, p in parts.module.named_parameters() if p.requires_grad}
     parts.trained = parts.trained | trained
+    if cfg.moe.backend == "deepspeed":
+        spread(decoder, cfg.moe.expert_parallel)
     return parts
+
+
+def spread(decoder: nn.Module, ranks: int) -> None:
+    """Share the experts of all sparse layers among so many ranks."""
+    layers, field = sparse_layers(decoder), "moe.expert_parallel"
+    require(bool(layers), "moe.backend", "is deepspeed, but the student is dense; set moe.mode")
+    count, world = len(layers[0].gate.weight), distributed.world_size()
+    require(count % ranks == 0, field, f"is {ranks}, which does not divide the {count} experts of a layer")
+    require(world % ranks == 0, field, f"is {ranks}, which does not divide the {world} ranks of the run")
+    for layer in layers:
+        layer.spread(ranks)
 
 
 def train_parts(module: nn.Module, cfg: LlavaModConfig) -> None:

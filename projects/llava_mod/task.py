@@ -16,7 +16,11 @@ from vlmkd.export.mllm import ChatParts
 from vlmkd.losses.preference import answer_log_probs, pair_loss
 from vlmkd.losses.tokens import Teacher, TeacherStates, TokenObjective, token_loss
 from vlmkd.models.mllm import Mllm
+from vlmkd.train.engine import Engine
 from vlmkd.train.task import Batch, StepOutput, combine
+
+Losses = tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]
+"""By name, their weights, and numbers for the log."""
 
 
 class LlavaModTask(ChatTask):
@@ -36,8 +40,8 @@ class LlavaModTask(ChatTask):
         if not is_on_policy(self.cfg.seed, step, loss.on_policy):
             return batch
         assert self.teacher is not None
-        shared = min(len(self.core.head.weight), len(self.teacher.module.head.weight))
-        with self.watch.span("sample"):
+        with self.watch.span("sample"), Engine.whole_weights([self.core]), self.teacher_head():
+            shared = min(len(self.core.head.weight), len(self.teacher.module.head.weight))
             return own_answers(
                 self.predictor(),
                 batch,
@@ -52,14 +56,18 @@ class LlavaModTask(ChatTask):
             return self._words(batch)
         valid = batch["segments"] > 0
         mark_valid(self.core, valid)
-        hidden = self.student(batch)
         with self.watch.span("teacher"):
             seen = self._teacher_hidden(batch)
-        with self.watch.span("loss"):
-            terms, weights, metrics = self._terms(batch, hidden, seen)
-            if sparse_layers(self.core) and self.cfg.moe.aux:
-                terms["balance"] = balance(self.core, valid, self.cfg.parity.aux_counts)
-                weights["balance"] = self.cfg.moe.aux
+
+        def losses(hidden: Tensor) -> Losses:
+            with self.watch.span("loss"), self.teacher_head():
+                terms, weights, metrics = self._terms(batch, hidden, seen)
+                if sparse_layers(self.core) and self.cfg.moe.aux:
+                    terms["balance"] = balance(self.core, valid, self.cfg.parity.aux_counts)
+                    weights["balance"] = self.cfg.moe.aux
+            return terms, weights, metrics
+
+        terms, weights, metrics = self.student(batch, then=losses)
         output = combine(terms, weights)
         output.metrics = metrics
         return output
@@ -71,10 +79,7 @@ class LlavaModTask(ChatTask):
             hidden: Tensor = self.teacher.module(batch)
         return hidden
 
-    def _terms(
-        self, batch: Batch, hidden: Tensor, seen: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
-        """Losses by name, their weights, and numbers for the log."""
+    def _terms(self, batch: Batch, hidden: Tensor, seen: Tensor | None) -> Losses:
         if self.cfg.stage == "prefer":
             return self._preference(batch, hidden, seen)
         loss = self.cfg.loss
@@ -114,9 +119,7 @@ class LlavaModTask(ChatTask):
             return torch.cat([torch.zeros_like(learned[:, :1]), learned[:, :-1]], dim=1)
         return learned
 
-    def _preference(
-        self, batch: Batch, hidden: Tensor, seen: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
+    def _preference(self, batch: Batch, hidden: Tensor, seen: Tensor | None) -> Losses:
         """The first half of the rows is preferred, the second rejected."""
         own = self._answers(self.core, hidden, batch)
         if seen is not None and self.teacher is not None:
@@ -143,11 +146,14 @@ class LlavaModTask(ChatTask):
         return answer_log_probs(hidden, head.weight, batch["targets"], bias=head.bias, chunk=chunk).sums
 
     def _words(self, batch: Batch) -> StepOutput:
-        table: Tensor = self.core.decoder.get_input_embeddings().weight.detach()  # type: ignore[operator]
-        embeds = self.student(batch, decode=False)
-        words = said(batch["targets"], len(table))
-        named, length = words_loss(embeds, batch["input_ids"] == IMAGE_ID, words, table)
-        return combine({"words": named, "length": length}, {"words": 1.0, "length": 1.0})
+
+        def losses(embeds: Tensor) -> dict[str, Tensor]:
+            table: Tensor = self.core.decoder.get_input_embeddings().weight.detach()  # type: ignore[operator]
+            words = said(batch["targets"], len(table))
+            named, length = words_loss(embeds, batch["input_ids"] == IMAGE_ID, words, table)
+            return {"words": named, "length": length}
+
+        return combine(self.student(batch, then=losses, decode=False), {"words": 1.0, "length": 1.0})
 
     def weight(self, batch: Batch) -> float:
         """Tokens that are learned, or pairs, or chats."""

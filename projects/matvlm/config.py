@@ -76,9 +76,10 @@ class MatvlmConfig(ChatRunConfig):
         super().__post_init__()
         require(self.student.named, "student", "is empty; name tower and decoder, or the export of a run")
         require(
-            self.deepspeed.zero_stage < 3,
+            self.deepspeed.zero_stage < 3 or self.deepspeed.precision == "fp32",
             "deepspeed.zero_stage",
-            "is 3; the losses need whole layers and the whole head: use 2",
+            "is 3 in half precision, where DeepSpeed takes trained weights of one type only, and the mixers keep some in "
+            "float32; use 2",
         )
         loss = self.loss
         require(loss.layer + loss.logits + loss.ce > 0, "loss", "has no term with a weight above 0")

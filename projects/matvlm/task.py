@@ -22,6 +22,9 @@ from vlmkd.losses.tokens import TeacherStates, TopK
 from vlmkd.train.optim import half_cosine
 from vlmkd.train.task import Batch, StepOutput, combine
 
+Losses = tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]
+"""By name, their weights, and numbers for the log."""
+
 
 class MatvlmTask(ChatTask):
     """A hybrid, and the frozen model that it was, where what that one said is not stored."""
@@ -43,30 +46,39 @@ class MatvlmTask(ChatTask):
         loss = self.cfg.loss
         masks = mixer_masks(batch["segments"])
         counted = None if loss.padding else batch["segments"] > 0
-        wanted: TeacherStates | TopK | None = stored_teacher(batch)
-        if self.teacher is not None:
+        teacher = None if self.teacher is None else self.teacher.module
+        if teacher is not None:
             with self.watch.span("teacher"), torch.no_grad():
-                module = self.teacher.module
-                with layers_seen(module.decoder.model, self.mamba if loss.layer else []) as seen:
-                    wanted = TeacherStates(module(batch), module.head.weight, module.head.bias)
-        assert wanted is not None
-        hidden = self.student(batch, **masks)
-        terms, weights, metrics = {}, {}, {}
-        with self.watch.span("loss"):
+                with layers_seen(teacher.decoder.model, self.mamba if loss.layer else []) as seen:
+                    states = teacher(batch)
+
+        def losses(hidden: Tensor) -> Losses:
+            terms, weights, metrics = {}, {}, {}
             head = self.core.head
-            found = logit_loss(
-                hidden, head.weight, wanted, batch["targets"],
-                reduction=loss.logit_reduction, samples=len(batch["keys"]), counted=counted,
-                divergence=loss.divergence, temperature=loss.temperature, weight=loss.logits, ce_weight=loss.ce,
-                bias=head.bias, chunk=loss.chunk,
-            )  # fmt: skip
+            with self.watch.span("loss"), self.teacher_head():
+                wanted: TeacherStates | TopK | None = stored_teacher(batch)
+                if teacher is not None:
+                    wanted = TeacherStates(states, teacher.head.weight, teacher.head.bias)
+                assert wanted is not None
+                found = logit_loss(
+                    hidden, head.weight, wanted, batch["targets"],
+                    reduction=loss.logit_reduction, samples=len(batch["keys"]), counted=counted,
+                    divergence=loss.divergence, temperature=loss.temperature, weight=loss.logits, ce_weight=loss.ce,
+                    bias=head.bias, chunk=loss.chunk,
+                )  # fmt: skip
             terms["token"], weights["token"] = found.total, 1.0
             metrics |= {"kl": found.divergence, "next_token": found.ce, "agreement": found.agreement}
-        if loss.layer:
-            pairs = teacher_forced(self.body, module.decoder.model, seen, masks)
-            terms["layer"], weights["layer"] = layer_loss(pairs, loss.layer_reduction, counted), loss.layer
-            with torch.no_grad():
-                metrics["layer_error"] = layer_loss(pairs, "rel_mse", counted) / len(pairs)
+            if loss.layer and teacher is not None:
+                pairs = teacher_forced(self.body, teacher.decoder.model, seen, masks)
+                terms["layer"], weights["layer"] = (
+                    layer_loss(pairs, loss.layer_reduction, counted),
+                    loss.layer,
+                )
+                with torch.no_grad():
+                    metrics["layer_error"] = layer_loss(pairs, "rel_mse", counted) / len(pairs)
+            return terms, weights, metrics
+
+        terms, weights, metrics = self.student(batch, then=losses, **masks)
         output = combine(terms, weights)
         output.metrics = metrics
         return output

@@ -101,7 +101,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {*("Row", "main_set", "markdown_table", "read_run", "rows_of")},
     ),
     "results": ("how a number is written in every table", {"show"}),
-    "train/engine": ("a list of choices, for the tools", {"PRECISIONS"}),
+    "train/engine": (
+        "a list of choices, for the tools; experts over ranks, because DeepSpeed is known here alone",
+        {"PRECISIONS", "all_experts", "spread_experts"},
+    ),
     "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
     "train/teacher_check": ("a limit that a tool keeps too", {"FEWEST_IMAGES"}),
     "train/trainer": ("parts of the loop", {"stream_seed", "to_device"}),

@@ -83,12 +83,17 @@ class ChatModel:
         temperature: float = 0.0,
         **options: Any,
     ) -> list[list[int]]:
-        """Ids that follow each row of ids, with the end where it came; images as in a batch of `ChatPipeline`."""
+        """Ids that follow each row of ids, with the end where it came; images as in a batch of `ChatPipeline`.
+
+        The model is in eval mode meanwhile.
+        """
         device = next(self.model.parameters()).device
         pad, end = self.tokens.tokenizer.pad_token_id or 0, self.tokens.end
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        training = self.model.training
+        self.model.eval()
         embeds = self.model.embed(ids, images.to(device), image_rows.to(device))
         settings = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
         sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -97,6 +102,7 @@ class ChatModel:
             inputs_embeds=embeds, attention_mask=mask, max_new_tokens=most_tokens, eos_token_id=end,
             pad_token_id=pad, **options,
         )  # fmt: skip
+        self.model.train(training)
         return [row[: row.index(end) + 1] if end in row else row for row in said.tolist()]
 
     @torch.no_grad()

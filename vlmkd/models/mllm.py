@@ -119,19 +119,26 @@ class Mllm(nn.Module):
             embeds.dtype
         )
 
-    def forward(self, batch: Mapping[str, Tensor], *, decode: bool = True, **options: Any) -> Tensor:
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        *,
+        then: Callable[[Tensor], Any] | None = None,
+        decode: bool = True,
+        **options: Any,
+    ) -> Any:
         """Last hidden states [R, T, D] of a batch; rows of `head` times them are logits. `options` go to the decoder.
 
+        `then`: what is made of them is returned instead; in here ZeRO 3 gathers the head that it reads.
         `decode=False`: what the decoder would read, in their place.
         """
-        embeds = self.embed(batch["input_ids"], batch["images"], batch["image_rows"])
-        if not decode:
-            return embeds
-        out = self.decoder.model(  # type: ignore[operator]
-            inputs_embeds=embeds, use_cache=False, **masks(batch["segments"]), **options
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
+        found = self.embed(batch["input_ids"], batch["images"], batch["image_rows"])
+        if decode:
+            out = self.decoder.model(  # type: ignore[operator]
+                inputs_embeds=found, use_cache=False, **masks(batch["segments"]), **options
+            )
+            found = out.last_hidden_state
+        return found if then is None else then(found)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

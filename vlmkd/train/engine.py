@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from vlmkd.train.task import Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TAG = "deepspeed"
-_UNTIL_THE_END = -1  # as user of a parameter; no module has this number
 
 
 def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
@@ -111,6 +111,10 @@ class Engine:
             {"peak_lr": group.get("lr", cfg.optim.lr), "schedule": True, **group}
             for group in task.param_groups(cfg.optim)
         ]
+        if any(map(_is_expert, task.student.parameters())):
+            from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+            groups = split(groups)
         import deepspeed
 
         if cfg.deepspeed.extra or cfg.deepspeed.file:
@@ -215,25 +219,25 @@ class Engine:
         for parameter in self.task.masters():
             parameter.master = safe_get_full_fp32_param(parameter)
 
+    @staticmethod
     @contextmanager
-    def whole_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def whole_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
         """Inside, every rank sees the complete parameters of `modules`, so that any of their methods can be called.
 
-        A collective; the body may do different work on each rank, also under ZeRO 3.
+        A collective; the body may do different work on each rank, also under ZeRO 3 and with experts spread over ranks.
         """
-        import deepspeed
+        parts: list[Any] = [part for module in modules for part in module.modules()]
+        with ExitStack() as stack:
+            for part in parts:
+                if hasattr(part, "whole_experts"):
+                    stack.enter_context(part.whole_experts())
+            parameters = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
+            if parameters:
+                import deepspeed
 
-        parameters: list[Any] = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
-        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
-            # Forward hooks free a weight after use, and gathering it again would wait for the other ranks: a user
-            # that never finishes keeps it until the end.
-            for parameter in parameters:
-                parameter.ds_active_sub_modules.add(_UNTIL_THE_END)
-            try:
-                yield
-            finally:
-                for parameter in parameters:
-                    parameter.ds_active_sub_modules.clear()
+                stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+                stack.enter_context(_unhooked(parts))
+            yield
 
     def student_weights(self) -> dict[str, Tensor] | None:
         """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective at any ZeRO stage."""
@@ -242,20 +246,31 @@ class Engine:
 
         names = {id(p): name for name, p in self.module.named_parameters()}
         full: dict[int, Tensor] = {}
-        for parameter in self.module.parameters():
-            if id(parameter) in full:
-                continue
+
+        def whole(parameter: Tensor) -> Tensor:
             value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if value is None:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                     value = parameter.detach().float()
+            return value.detach().float()
+
+        for parameter in self.module.parameters():
+            if id(parameter) in full or _is_expert(parameter):
+                continue
+            value = whole(parameter)
             if distributed.is_main():
-                full[id(parameter)] = value.detach().float().cpu().clone()
+                full[id(parameter)] = value.cpu().clone()
+        experts: dict[str, Tensor] = {}
+        for name, layer in self.module.named_modules():
+            if hasattr(layer, "deepspeed_moe"):
+                experts |= {
+                    f"{name}.{leaf}": value.cpu() for leaf, value in all_experts(layer, whole).items()
+                }
         if not distributed.is_main():
             return None
-        weights = {names[key]: value for key, value in full.items()}
+        weights = {names[key]: value for key, value in full.items()} | experts
         for name, value in self.module.state_dict(keep_vars=True).items():
-            if name not in weights:  # buffers and tied names
+            if name not in weights and not _is_expert(value):  # buffers and tied names
                 weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
         for name in self._scalars & weights.keys():
             weights[name] = weights[name].reshape(())
@@ -294,6 +309,80 @@ class Engine:
 
         engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
         return engine.module
+
+
+@contextmanager
+def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, DeepSpeed does nothing around a call, where it would free weights and ask the other ranks for the same call."""
+    before = [
+        (part, kind, getattr(part, kind))
+        for part in parts
+        for kind in ("_forward_pre_hooks", "_forward_hooks")
+    ]
+    for part, kind, hooks in before:
+        others = {key: hook for key, hook in hooks.items() if not hook.__module__.startswith("deepspeed.")}
+        setattr(part, kind, OrderedDict(others))
+    try:
+        yield
+    finally:
+        for part, kind, hooks in before:
+            setattr(part, kind, hooks)
+
+
+def spread_experts(experts: Sequence[nn.Module], ranks: int, dim: int) -> nn.Module:
+    """DeepSpeed-MoE with these experts, of which each of `ranks` ranks keeps its share; its router is not used.
+
+    It takes tokens [S, D] and, as its second argument, (experts [S, K], weights [S, K]), a weight of 0 being a token that
+    is not sent, and returns their weighted sums [S, D] as the first of a tuple. A call is a collective.
+    """
+    from deepspeed.moe.layer import MoE
+
+    with torch.random.fork_rng(devices=[]):  # the unused router draws
+        layer = MoE(dim, experts[0], len(experts), ep_size=ranks)
+    layer.deepspeed_moe.gate = _Slots(len(experts))
+    first = distributed.rank() % ranks * layer.num_local_experts
+    for number, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, first):
+        expert.load_state_dict(experts[number].state_dict())
+    return layer
+
+
+class _Slots(nn.Module):
+    """In the place of DeepSpeed's gate: where each token that is routed already lies among those of its experts."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count, self.group = count, None
+
+    def _set_ep_group(self, group: Any) -> None:
+        self.group = group
+
+    def forward(self, x: Tensor, routed: tuple[Tensor, Tensor], *_: bool) -> tuple[Any, ...]:
+        experts, weights = (part.T for part in routed)
+        chosen = nn.functional.one_hot(experts, self.count) * (weights > 0).unsqueeze(-1)
+        place = (
+            chosen.flatten(0, 1).cumsum(0).view_as(chosen).gather(-1, experts.unsqueeze(-1)).squeeze(-1) - 1
+        )
+        room = chosen.sum((0, 1)).max()
+        torch.distributed.all_reduce(room, torch.distributed.ReduceOp.MAX, group=self.group)
+        return None, room, self.count, experts.where(weights > 0, -1), place, weights, None
+
+
+@torch.no_grad()
+def all_experts(layer: Any, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """`value` of the parameters of all experts that `spread_experts` spread, each [E, ...], by name; a collective."""
+    own, inner = layer.deepspeed_moe.experts.deepspeed_experts, layer.deepspeed_moe
+    found = {}
+    for name, _ in own[0].named_parameters():
+        mine = torch.stack([value(expert.get_parameter(name)) for expert in own])
+        parts = [torch.empty_like(mine) for _ in range(layer.ep_size)]
+        torch.distributed.all_gather(parts, mine, group=inner.ep_group)
+        found[name] = torch.cat(parts)
+    return found
+
+
+def _is_expert(parameter: Any) -> bool:
+    """Whether other ranks have other experts in this parameter's place (DeepSpeed's mark)."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _optimizer(groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Optimizer:

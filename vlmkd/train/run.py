@@ -190,16 +190,21 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
         owners = dict.fromkeys(line for one in asked for line in one.attributions)
         write_pictures(run_dir / "eval" / PICTURES, pictures, owners)
         _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
-        folders = {kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen}
-        folders = {"export": exported} | {
-            folder: name for folder, name in folders.items() if name != exported
-        }
-        task.check_exports(
-            {
+    written = {}
+    with engine.whole_weights([engine.module]):  # an export may ask the student itself
+        if weights is not None:
+            folders = {
+                kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen
+            }
+            folders = {"export": exported} | {
+                folder: name for folder, name in folders.items() if name != exported
+            }
+            written = {
                 run_dir / folder: task.export(run_dir / folder, completed(weights, chosen[name]), name)
                 for folder, name in folders.items()
             }
-        )
+    if weights is not None:
+        task.check_exports(written)
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
         _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
         _draw_page(run_dir)

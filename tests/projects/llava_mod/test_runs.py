@@ -19,6 +19,7 @@ from tests.projects.zygote import ROOT, Zygote
 from vlmkd import config
 from vlmkd.errors import UserError
 from vlmkd.export.mllm import load_mllm
+from vlmkd.tensor_files import read_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +94,16 @@ def teacher(zygote: Zygote, place: Path) -> Path:
     return place / "teacher" / "export"
 
 
+def exported(run_dir: Path) -> dict[str, torch.Tensor]:
+    return read_safetensors(run_dir / "export" / "model.safetensors")
+
+
+def forget_the_end(run_dir: Path) -> None:
+    """As if the run had been stopped before its last checkpoint."""
+    for gone in ("done.json", "export/model.safetensors", "state/step_000004/manifest.json"):
+        (run_dir / gone).unlink()
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
@@ -144,10 +155,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(zygote: Zygote, place: Path) 
     arguments = ["stage=sft", "moe.mode=dense", *model(place, "student")]
     for name in ("straight", "resumed"):
         assert run(zygote, place, name, *arguments)[0] == 0
-    for gone in ("done.json", "export/model.safetensors"):
-        (place / "resumed" / gone).unlink()
-    for folder in (place / "resumed" / "state").glob("step_000004"):
-        (folder / "manifest.json").unlink()
+    forget_the_end(place / "resumed")
     code, said = run(zygote, place, "resumed", *arguments)
     assert code == 0 and "resumed from" in said, said
     one, other = (load_mllm(place / name / "export", surgery=surgery) for name in ("straight", "resumed"))
@@ -306,7 +314,14 @@ def test_each_stage_trains_its_part(stage: str, trained: set[str]) -> None:
     [
         (["stage=d2d"], "config field teacher goes with d2d, d2s, prefer, and only with them"),
         (["stage=sft", "teacher.init_from=y"], "config field teacher goes with d2d, d2s, prefer"),
-        (["stage=adapt", "deepspeed.zero_stage=3"], "config field deepspeed.zero_stage is 3"),
+        (
+            ["stage=sft", "moe.expert_parallel=2"],
+            "config field moe.expert_parallel needs moe.backend=deepspeed",
+        ),
+        (
+            ["stage=sft", "moe.backend=deepspeed"],
+            "config field moe.backend .* needs deepspeed.zero_stage 1 or 2",
+        ),
         (["stage=adapt", "moe.mode=sparse"], "config field moe.mode goes with sft, d2s and prefer only"),
         (["stage=adapt", "student.decoder=smollm2"], "config field init_from leaves no choice"),
         (["stage=sft", "data.teacher_outputs=y"], "config field teacher goes with d2d, d2s, prefer"),
@@ -319,3 +334,70 @@ def test_each_stage_trains_its_part(stage: str, trained: set[str]) -> None:
 def test_settings_that_do_not_fit_are_named(arguments: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         config.load(LlavaModConfig, ["student.init_from=x", "data.chats=[x]", "run_dir=r", *arguments])
+
+
+ZERO_3 = [
+    "deepspeed.zero_stage=3",
+    "deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",  # else all of it is small enough to stay
+]
+
+
+def test_zero_3_trains_answers_exports_and_resumes_as_zero_1(zygote: Zygote, place: Path) -> None:
+    arguments = [
+        "stage=d2s", "moe.mode=sparse", "loss.ce=1", "optim.lr=1e-2", *model(place, "student"), *model(place, "teacher"),
+        "deepspeed.activation_checkpointing=true", "deepspeed.shard_teacher=true",
+        f"evaluation.questions=[{{data: {place / 'chats.json'}, most: 3}}]", "evaluation.every_steps=2",
+    ]  # fmt: skip
+    code, said = run(zygote, place, "first", *arguments, "deepspeed.zero_stage=1", ranks=2, without=UNCHECKED)
+    assert code == 0, said
+    code, said = run(zygote, place, "third", *arguments, *ZERO_3, ranks=2)
+    assert code == 0 and "reloaded in a fresh process with equal outputs" in said, said
+    assert losses(place / "third") == pytest.approx(losses(place / "first"), rel=1e-5)
+    straight = exported(place / "third")
+    for name, value in exported(place / "first").items():
+        torch.testing.assert_close(straight[name], value, rtol=0, atol=1e-4)
+    forget_the_end(place / "third")
+    code, said = run(zygote, place, "third", *arguments, *ZERO_3, ranks=2, without=UNCHECKED)
+    assert code == 0 and "resumed from" in said, said
+    assert all(torch.equal(value, straight[name]) for name, value in exported(place / "third").items())
+
+
+def test_preferences_at_zero_3_train_what_one_rank_does(zygote: Zygote, place: Path) -> None:
+    arguments = [
+        "stage=prefer", f"data.chats=[{place / 'pairs.json'}]", "optim.lr=1e-2", "optim.name=sgd", "optim.clip_grad_norm=0",
+        "loss.preference=sigmoid", *model(place, "student"), *model(place, "teacher"),  # kto_pair's depends on the micro-batch
+    ]  # fmt: skip
+    for name, ranks, more in (("alone", 1, []), ("spread", 2, ZERO_3)):
+        code, said = run(zygote, place, name, *arguments, *more, ranks=ranks, without=UNCHECKED)
+        assert code == 0, said
+    found, before = (exported(place / name) for name in ("spread", "alone"))
+    for name, value in before.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+
+
+def test_experts_spread_over_ranks_by_deepspeed_train_resume_and_export_as_native_ones(
+    zygote: Zygote, place: Path
+) -> None:
+    arguments = [
+        "stage=d2s", "moe.mode=sparse", "loss.ce=1", "optim.lr=1e-2", *model(place, "student"), *model(place, "teacher"),
+        "parity.capacity=0.6", "deepspeed.zero_stage=2", "optim.clip_grad_norm=0.3",
+        f"evaluation.questions=[{{data: {place / 'chats.json'}, most: 3}}]",
+    ]  # fmt: skip
+    shared = ["moe.backend=deepspeed", "moe.expert_parallel=2"]
+    code, said = run(zygote, place, "native", *arguments, ranks=2, without=UNCHECKED)
+    assert code == 0, said
+    code, said = run(zygote, place, "shared", *arguments, *shared, ranks=2)
+    assert code == 0 and "reloaded in a fresh process with equal outputs" in said, said
+    assert losses(place / "shared") == pytest.approx(losses(place / "native"), rel=1e-5)
+    straight, native = exported(place / "shared"), exported(place / "native")
+    assert straight.keys() == native.keys()
+    for name, value in native.items():
+        torch.testing.assert_close(straight[name], value, rtol=0, atol=1e-5)
+    forget_the_end(place / "shared")
+    code, said = run(zygote, place, "shared", *arguments, *shared, ranks=2, without=UNCHECKED)
+    assert code == 0 and "resumed from" in said, said
+    assert all(torch.equal(value, straight[name]) for name, value in exported(place / "shared").items())
+    code, said = run(
+        zygote, place, "odd", *arguments, "moe.backend=deepspeed", "moe.expert_parallel=3", ranks=2
+    )
+    assert code == 2 and "moe.expert_parallel is 3, which does not divide the 4 experts of a layer" in said

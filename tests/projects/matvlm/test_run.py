@@ -34,10 +34,10 @@ from vlmkd.tensor_files import read_safetensors
 pytestmark = pytest.mark.slow
 
 
-def train(zygote: Zygote, run_dir: Path, *arguments: str) -> str:
+def train(zygote: Zygote, run_dir: Path, *arguments: str, ranks: int = 1) -> str:
     """A run: what it said."""
     words = [*arguments, f"run_dir={run_dir}"]
-    code, said = zygote.run("projects.matvlm.train_distill", words, run_dir.with_suffix(".out"))
+    code, said = zygote.run("projects.matvlm.train_distill", words, run_dir.with_suffix(".out"), ranks=ranks)
     assert code == 0, said
     return said
 
@@ -82,6 +82,26 @@ def test_a_run_in_bf16_keeps_what_is_float32_and_reloads(
     A_log = found["decoder.model.layers.0.self_attn.A_log"]
     assert not torch.equal(A_log.bfloat16().float(), A_log)
     assert json.loads((run_dir / "export" / "mllm.json").read_text())["rounded"]
+
+
+def test_zero_3_trains_what_zero_1_does(zygote: Zygote, given: list[str], first: Path) -> None:
+    stages = {
+        "zero_1": ["deepspeed.zero_stage=1"],
+        # Without a threshold all of it is small enough to stay whole.
+        "zero_3": [
+            "deepspeed.zero_stage=3", "deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+            "deepspeed.shard_teacher=true",
+        ],
+    }  # fmt: skip
+    losses = {}
+    for name, more in stages.items():
+        said = train(zygote, first.with_name(name), *given, "hybrid.preset=25", *more, ranks=2)
+        assert "reloaded in a fresh process with equal outputs" in said
+        lines = map(json.loads, (first.with_name(name) / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses["zero_3"] == pytest.approx(losses["zero_1"], rel=1e-5)
+    with pytest.raises(UserError, match="zero_stage is 3 in half precision"):
+        config.load(MatvlmConfig, [*given, "run_dir=r", "deepspeed.zero_stage=3", "deepspeed.precision=bf16"])
 
 
 def test_an_export_holds_what_was_trained_and_answers_as_the_uncached_forward(first: Path) -> None:
