@@ -42,9 +42,9 @@ CONFIG, MAMBA_CONFIG, WEIGHTS, INDEX = (
     "config.json", "mamba_config.json", "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
 MODELING = "modeling_hybrid"
-_CODE = [
+CODE = [
     *(Path(__file__).with_name(f"{name}.py") for name in (MODELING, "surgery", "mixer", "cache", "ssd")),
-    Path(vlmkd.__file__).with_name("errors.py"),
+    *(Path(vlmkd.__file__).parent / name for name in ("errors.py", "models/lora.py")),
 ]
 """What a folder for transformers has of this code."""
 _TOWER, _CONNECTOR, _DECODER = "vision_tower._vision_tower.", "connector._connector.", "language_model."
@@ -269,7 +269,7 @@ def write_transformers(folder: Path, decoder: Any, tokenizer: Any) -> None:
         raise UserError("the model has no Mamba-2 layers; transformers loads its decoder as it is")
     kind = type(decoder).__name__.removesuffix("ForCausalLM")
     with replacing(folder, [f"{MODELING}.py"]) as partial:
-        for path in _CODE:
+        for path in CODE:
             write_text(partial / path.name, portable(read_text(path, "source"), kind))
         decoder.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -285,7 +285,7 @@ def write_transformers(folder: Path, decoder: Any, tokenizer: Any) -> None:
 def portable(source: str, kind: str) -> str:
     """A module of this code for a folder of its own: beside those that it imports, and Llama by the name of `kind`."""
     source = re.sub(r"\nif TYPE_CHECKING:\n( .*\n)+", "", source)
-    source = re.sub(r"from (projects\.matvlm|vlmkd)\.(\w+) import", r"from .\2 import", source)
+    source = re.sub(r"from (projects\.matvlm|vlmkd(\.models)?)\.(\w+) import", r"from .\3 import", source)
     if "class HybridLlama" in source:
         source = source.replace("Llama", kind).replace("llama", kind.lower())
     return f"# Part of vlmkd {vlmkd.__version__}, Apache License 2.0: copied, and only its imports changed.\n{source}"

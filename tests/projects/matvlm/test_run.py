@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from projects.matvlm.config import MatvlmConfig
-from projects.matvlm.convert import write_transformers
+from projects.matvlm.convert import CODE, portable, write_transformers
 from projects.matvlm.mixer import FLOAT32, Mamba2Mixer
 from projects.matvlm.speed import load, models_of
 from projects.matvlm.student import surgery
@@ -289,6 +290,14 @@ def test_speed_is_measured_of_exports_and_of_no_hybrid_as_teacher(first: Path) -
     wrong = Namespace(teacher=str(first), hybrids=[], presets=[25], dtype="fp32")
     with pytest.raises(UserError, match="is a hybrid; name the model before surgery"):
         models_of(wrong)
+
+
+def test_the_code_of_such_a_folder_imports_nothing_else_of_ours() -> None:
+    beside = {path.stem for path in CODE}
+    for path in CODE:
+        text = portable(path.read_text(), "Phi")
+        assert not re.search(r"^\s*(from|import) (vlmkd|projects)", text, flags=re.M), path
+        assert set(re.findall(r"^from \.(\w+) import", text, flags=re.M)) <= beside, path
 
 
 def test_a_folder_for_transformers_needs_mixers(tmp_path: Path) -> None:
