@@ -199,10 +199,12 @@ def training(world: World, number: int, things: list[Thing], rng: random.Random)
     asked: dict[str, tuple[str, str]] = {}
     for _, question, answer in itertools.islice(world.questions(things, rng), 12):
         asked.setdefault(question, (question, answer))
-    turns = [(DESCRIBE, caption(things)), *list(asked.values())[:4]]
+    said = (DESCRIBE, caption(things))
+    turns = [said, *list(asked.values())[:4]]
+    rng.shuffle(turns)  # any kind of question may come first
     wrong = list(things)
     wrong[rng.randrange(len(wrong))] = Thing(world.absent(things, rng.choice(POPE), rng), "", things[0].box)
-    names = record(number, "train", things, turns[:1])
+    names = record(number, "train", things, [said])
     shared = {key: value for key, value in names.items() if key != "conversations"}
     chosen = names["conversations"]
     rejected = [chosen[0], {"from": "gpt", "value": caption(wrong)}]
@@ -216,7 +218,8 @@ def training(world: World, number: int, things: list[Thing], rng: random.Random)
 def testing(world: World, number: int, things: list[Thing], rng: random.Random) -> dict[str, dict[str, Any]]:
     """What is asked about a test scene, by file."""
     kinds = ("count", "category", "relation", "where")
-    wanted = kinds[number % 4] if len(things) > 1 or kinds[number % 4] != "relation" else "where"
+    wanted = kinds[number // 4 % 4]  # whose change is another than that of how many things there are
+    wanted = "where" if wanted == "relation" and len(things) == 1 else wanted
     kind, question, answer = next(one for one in world.questions(things, rng) if one[0] == wanted)
     found = {
         "test": record(number, "test", things, [(question, answer)], kind=kind),

@@ -1,0 +1,60 @@
+"""Composed scenes: what is asked does not depend on how many things there are, and every record is true."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_tools import build_scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("scenes")
+    assert build_scenes.main([str(folder), "--concepts", "20", "--scenes", "80", "--test-scenes", "64"]) == 0
+    return {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
+
+
+def test_any_kind_is_asked_about_any_number_of_things(scenes) -> None:
+    found = Counter((record["kind"], len(record["things"])) for record in scenes["test"])
+    kinds = ("count", "category", "where", "relation")
+    expected = {(kind, number) for kind in kinds for number in range(1, 5)} - {("relation", 1)}
+    assert set(found) == expected
+    assert {record["conversations"][1]["value"] for record in scenes["test"] if record["kind"] == "count"} == {
+        "One.", "Two.", "Three.", "Four.",
+    }  # fmt: skip
+
+
+def test_a_conversation_may_begin_with_any_question_and_names_the_image_there(scenes) -> None:
+    firsts = Counter(record["conversations"][0]["value"].split()[1] for record in scenes["train"])
+    assert set(firsts) == {"What", "Is", "How", "Which", "Where"}
+    for record in scenes["train"]:
+        said = [turn["value"] for turn in record["conversations"]]
+        assert said[0].startswith("<image>\n") and not any("<image>" in text for text in said[1:])
+        assert any("What is in the picture?" in text for text in said[::2])
+
+
+def test_captions_name_what_is_there_and_rejected_ones_something_else(scenes) -> None:
+    names = scenes["concepts"]
+    for captions, pair in zip(scenes["names"], scenes["preferences"], strict=True):
+        there = set(captions["things"])
+        right, chosen, rejected = (
+            talk[1]["value"].lower() for talk in (captions["conversations"], pair["chosen"], pair["rejected"])
+        )
+        assert right == chosen != rejected
+        assert {name for name in names if name in right} >= there
+        assert any(name in rejected and name not in right for name in names)
+
+
+@pytest.mark.parametrize("kind", ["random", "popular", "adversarial"])
+def test_half_of_the_questions_whether_something_is_there_are_true(scenes, kind: str) -> None:
+    asked = scenes[f"pope_{kind}"]
+    for record in asked:
+        (question, answer) = (turn["value"] for turn in record["conversations"])
+        named = question.removeprefix("<image>\nIs there a").removeprefix("n").strip().removesuffix(" in the picture?")
+        assert (named in record["things"]) == (answer == "Yes."), record
+    yes = Counter((len(record["things"]), record["conversations"][1]["value"]) for record in asked)
+    assert set(yes.values()) == {8}
