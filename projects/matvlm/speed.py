@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import multiprocessing
+import platform
 import signal
 import statistics
 import time
@@ -170,6 +172,8 @@ def apart(work: Callable[[], Speed]) -> Speed | None:
             return None
         finally:
             torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed here would hide what the child adds
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=lambda: sender.send(work()))

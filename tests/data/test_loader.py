@@ -334,7 +334,7 @@ def test_loader_processes_keep_freed_memory(make_shards, spec):
 
     def faults(texts: list[str]) -> torch.Tensor:
         """Pages that this process has to get anew for memory that it had before."""
-        for size in sizes:
+        for size in sizes * 4:  # until they have their places among what tests before this one freed
             torch.zeros(size, dtype=torch.uint8).add_(1)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for size in sizes:

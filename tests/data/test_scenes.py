@@ -54,7 +54,12 @@ def test_half_of_the_questions_whether_something_is_there_are_true(scenes, kind:
     asked = scenes[f"pope_{kind}"]
     for record in asked:
         (question, answer) = (turn["value"] for turn in record["conversations"])
-        named = question.removeprefix("<image>\nIs there a").removeprefix("n").strip().removesuffix(" in the picture?")
+        named = (
+            question.removeprefix("<image>\nIs there a")
+            .removeprefix("n")
+            .strip()
+            .removesuffix(" in the picture?")
+        )
         assert (named in record["things"]) == (answer == "Yes."), record
     yes = Counter((len(record["things"]), record["conversations"][1]["value"]) for record in asked)
     assert set(yes.values()) == {8}

@@ -367,10 +367,10 @@ def test_preferences_at_zero_3_train_what_one_rank_does(zygote: Zygote, place: P
         "stage=prefer", f"data.chats=[{place / 'pairs.json'}]", "optim.lr=1e-2", "optim.name=sgd", "optim.clip_grad_norm=0",
         "loss.preference=sigmoid", *model(place, "student"), *model(place, "teacher"),  # kto_pair's depends on the micro-batch
     ]  # fmt: skip
-    for name, ranks, more in (("alone", 1, []), ("spread", 2, ZERO_3)):
+    for name, ranks, more in (("one_prefers", 1, []), ("two_prefer", 2, ZERO_3)):
         code, said = run(zygote, place, name, *arguments, *more, ranks=ranks, without=UNCHECKED)
         assert code == 0, said
-    found, before = (exported(place / name) for name in ("spread", "alone"))
+    found, before = (exported(place / name) for name in ("two_prefer", "one_prefers"))
     for name, value in before.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 

@@ -175,7 +175,7 @@ def test_wrong_pairs_are_refused_with_their_field(given: list[str]) -> None:
             )],
             "teacher: has 8 layers of width 24, the student 4 of 24",
         ),
-        (["hybrid.preset=25", "deepspeed.zero_stage=3"], "deepspeed.zero_stage is 3"),
+        (["hybrid.preset=25", "deepspeed.zero_stage=3", "deepspeed.precision=bf16"], "deepspeed.zero_stage is 3"),
         (["hybrid.preset=25", "loss.layer=0", "loss.logits=0"], "loss has no term"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
