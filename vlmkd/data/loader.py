@@ -127,6 +127,7 @@ class Loader:
             collate_fn=_unchanged,
             worker_init_fn=start_loader_process,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else its start, at any step of a resumed run, draws from that step's state
         )
         for number, delivery in enumerate(deliveries):
             if "error" in delivery:

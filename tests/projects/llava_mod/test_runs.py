@@ -380,7 +380,7 @@ def test_experts_spread_over_ranks_by_deepspeed_train_resume_and_export_as_nativ
 ) -> None:
     arguments = [
         "stage=d2s", "moe.mode=sparse", "loss.ce=1", "optim.lr=1e-2", *model(place, "student"), *model(place, "teacher"),
-        "parity.capacity=0.6", "deepspeed.zero_stage=2", "optim.clip_grad_norm=0.3",
+        "parity.capacity=0.6", "parity.second_expert=gumbel", "deepspeed.zero_stage=2", "optim.clip_grad_norm=0.3",
         f"evaluation.questions=[{{data: {place / 'chats.json'}, most: 3}}]",
     ]  # fmt: skip
     shared = ["moe.backend=deepspeed", "moe.expert_parallel=2"]
