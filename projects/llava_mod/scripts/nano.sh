@@ -38,7 +38,7 @@ asked="evaluation.questions=[$questions]"
 teacher="teacher.init_from=$runs/teacher/export"
 
 read -ra large <<< "$(model large)"
-train "teacher_words words 200" "${large[@]}"
+train "teacher_words words 800" "${large[@]}" "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32
 train "teacher sft $teacher_steps" "$(from teacher_words)" "$asked"
 
 # A student: its projector, then as many steps each way: all of them dense, or half dense and half sparse.
@@ -46,7 +46,7 @@ student() { # SEED [field=value ...]
     local s="$1" half=$((steps / 2)) small
     shift
     read -ra small <<< "$(model small)"
-    train "words_s$s words 200" seed="$s" "${small[@]}"
+    train "words_s$s words 800" seed="$s" "${small[@]}" "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32
     train "sft_s$s sft $steps" seed="$s" "$(from "words_s$s")" "$asked" "$@"
     train "d2d_s$s d2d $steps" seed="$s" "$(from "words_s$s")" "$teacher" "$asked" "$@"
     train "half_s$s d2d $half" seed="$s" "$(from "words_s$s")" "$teacher" "$@"
