@@ -128,4 +128,9 @@ class LlavaModConfig(ChatRunConfig):
             "moe.backend",
             "is deepspeed, which needs deepspeed.zero_stage 1 or 2",
         )
+        require(
+            not (spread and self.loss.on_policy),
+            "loss.on_policy",
+            "does not go with moe.backend=deepspeed: ranks whose answers differ in length would wait for each other",
+        )
         require(bool(self.data.chats), "data.chats", "is empty; name a file of conversations")

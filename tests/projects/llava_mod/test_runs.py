@@ -322,6 +322,16 @@ def test_each_stage_trains_its_part(stage: str, trained: set[str]) -> None:
             ["stage=sft", "moe.backend=deepspeed"],
             "config field moe.backend .* needs deepspeed.zero_stage 1 or 2",
         ),
+        (
+            [
+                "stage=d2s",
+                "teacher.init_from=y",
+                "moe.backend=deepspeed",
+                "deepspeed.zero_stage=2",
+                "loss.on_policy=0.5",
+            ],
+            "config field loss.on_policy does not go with moe.backend=deepspeed",
+        ),
         (["stage=adapt", "moe.mode=sparse"], "config field moe.mode goes with sft, d2s and prefer only"),
         (["stage=adapt", "student.decoder=smollm2"], "config field init_from leaves no choice"),
         (["stage=sft", "data.teacher_outputs=y"], "config field teacher goes with d2d, d2s, prefer"),
