@@ -31,11 +31,10 @@ def own_answers(
         for number in range(1, int(segments.max()) + 1):
             here = segments == number
             prompts.append(_last_prompt(ids[here].tolist(), targets[here].tolist()))
-    options = {"top_k": 0, "top_p": 1.0} if temperature else {}
     beyond = list(range(vocabulary, len(model.model.head.weight)))  # the teacher has no such tokens
     said = model.complete(
         prompts, batch["images"], batch["image_rows"], most_tokens=most_tokens, temperature=temperature,
-        repetition_penalty=1.0, suppress_tokens=beyond or None, **options,
+        suppress_tokens=beyond or None,
     )  # fmt: skip
     rows = list(zip(prompts, said, strict=True))
     columns = {

@@ -17,12 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-from projects.llava_mod.student import surgery
-from vlmkd import distributed
-from vlmkd.data.chats import IMAGE, ChatItem, ChatTokens
+from projects import surgery_of
+from vlmkd.chat_runs import open_chat
+from vlmkd.data.chats import IMAGE, ChatItem
 from vlmkd.errors import UserError
-from vlmkd.evaluation.answers import ChatModel
-from vlmkd.export.mllm import load_mllm
 from vlmkd.files import one_line, read_text
 from vlmkd.service import AnswerLost, HttpService, NotServed, Service
 
@@ -65,13 +63,11 @@ class Replayed:
 
 
 class Local:
-    """An exported model of this project on this machine, which answers greedily."""
+    """An exported model on this machine, which answers greedily."""
 
     def __init__(self, folder: Path, *, most_tokens: int, device: str, precision: str) -> None:
-        parts = load_mllm(folder, surgery=surgery, precision=precision)
-        module = parts.module.eval().to(distributed.device_named(device))
-        tokens = ChatTokens(parts.tokenizer, parts.template, parts.module.tower.tokens)  # type: ignore[arg-type]
-        self._model, self._most = ChatModel(str(folder), module, tokens, parts.image_spec), most_tokens
+        self._model = open_chat(str(folder), surgery_of, precision=precision, device=device)
+        self._most = most_tokens
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[str, str]]:
         asked = [(one.images(), one.before, one.text) for one in requests]

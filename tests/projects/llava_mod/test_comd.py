@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from projects import surgery_of
 from projects.llava_mod import comd
 from projects.llava_mod.comd import (
     dedup,
@@ -25,10 +28,13 @@ from projects.llava_mod.comd import (
     rouge_l,
     split_difficult,
 )
-from projects.llava_mod.speakers import Endpoint, Replayed, Request, collect
-from tests.chat_parts import picture
+from projects.llava_mod.speakers import Endpoint, Local, Replayed, Request, collect
+from tests.chat_parts import byte_tokenizer, picture
+from vlmkd.chat_config import MllmConfig
+from vlmkd.chat_runs import open_chat
 from vlmkd.data.chats import ChatItem
 from vlmkd.errors import UserError
+from vlmkd.export.mllm import build_mllm, export_mllm
 from vlmkd.service import Service
 
 
@@ -299,3 +305,28 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     pool.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "?"}]}] * 2))
     with pytest.raises(UserError, match="two records have the id a"):
         read_pool(str(pool), "")
+
+
+def test_an_export_answers_with_a_picture_and_without(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(sizes).save_pretrained(tmp_path / "decoder")
+    byte_tokenizer().save_pretrained(tmp_path / "decoder")
+    decoder = f"hf:{tmp_path / 'decoder'}"
+    cfg = MllmConfig(tower="efficientnet-lite0", tower_layers=[-1], grid=2, image_size=64, decoder=decoder)
+    parts = build_mllm(cfg)
+    parts.project = "llava_mod"
+    parts.trained = {name for name in parts.module.state_dict() if name.startswith("projector.")}
+    export_mllm(tmp_path / "export", parts, parts.module.state_dict())
+    speaker = Local(tmp_path / "export", most_tokens=4, device="cpu", precision="fp32")
+    (tmp_path / "0.png").write_bytes(picture(0))
+    record = {"id": "b", "image": "0.png", "conversations": []}
+    shown = Request("b", "<image>there?", item=ChatItem("b", record, str(tmp_path)))
+    said = dict(speaker([Request("a", "there?"), shown]))
+    expected = open_chat(str(tmp_path / "export"), surgery_of, device="cpu").answer(
+        [([], [], "there?"), ([picture(0)], [], "<image>there?")], most_tokens=4
+    )
+    assert list(said.values()) == expected and list(said) == ["a", "b"]
