@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
+from data_tools.embed_teacher import embed_shards
 from projects.tinyclip.build import distill_job
 from projects.tinyclip.config import DistillConfig
 from vlmkd import config, distributed
-from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.datasets.emoji import resolve
 from vlmkd.models.clip import build_clip, load_clip
 from vlmkd.models.towers import ClipPredictor

@@ -16,40 +16,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmkd.config import DataConfig
-from vlmkd.data.chats import BadChatError, parts_of
-from vlmkd.data.decode import BadImageError, decode
+from vlmkd.data.chats import parts_of
+from vlmkd.data.decode import decode
 from vlmkd.data.samples import BadSample, RawSample, checked_size, members, unpack
 from vlmkd.data.shards import expand, read_shard
 from vlmkd.errors import at_least, run_tool
 
 
-def check(raw: RawSample, cfg: DataConfig, pixels: bool) -> BadSample | None:
-    """Why training would drop the sample, or None; `pixels` decodes the image as well."""
-    encoded = unpack(raw, cfg.image_keys, cfg.text_key)
-    if isinstance(encoded, BadSample):
-        return encoded
-    try:
-        checked_size(encoded.image, cfg.max_pixels)
-        if pixels:
-            decode(encoded.image)
-    except BadImageError as error:
-        return BadSample(error.reason, raw.name, str(error))
-    return None
+def check(raw: RawSample, cfg: DataConfig, chats: bool, pixels: bool) -> None:
+    """Raise the BadSample for which training would drop the sample; `pixels` decodes the images as well.
 
-
-def check_chat(raw: RawSample, cfg: DataConfig, pixels: bool) -> BadSample | None:
-    """As `check`, for a chat; how long it is depends on the tokenizer and is left to training."""
-    if raw.reason:
-        return BadSample(raw.reason, raw.name, raw.detail)
-    try:
+    How long a chat is depends on the tokenizer and is left to training.
+    """
+    if chats and not raw.reason:
         _, images = parts_of(raw.members)
-        for image in images:
-            checked_size(image, cfg.max_pixels)
-            if pixels:
-                decode(image)
-    except (BadChatError, BadImageError) as error:
-        return BadSample(error.reason, raw.name, str(error))
-    return None
+    else:
+        images = [unpack(raw, cfg.image_keys, cfg.text_key)[0]]
+    for image in images:
+        checked_size(image, cfg.max_pixels)
+        if pixels:
+            decode(image)
 
 
 def main(argv: list[str]) -> int:
@@ -71,14 +57,15 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     cfg = DataConfig(image_keys=args.image_keys, text_key=args.text_key, max_pixels=args.max_pixels)
     reasons: Counter[str] = Counter()
-    total, judge = 0, check_chat if args.chats else check
+    total = 0
     for url in expand(args.shards, "shards"):
         for raw in read_shard(url, None if args.chats else members(cfg)):
             total += 1
-            bad = judge(raw, cfg, not args.headers_only)
-            if bad is not None:
+            try:
+                check(raw, cfg, args.chats, not args.headers_only)
+            except BadSample as bad:
                 reasons[bad.reason] += 1
-                print(f"{bad.reason}\t{bad.name}\t{bad.detail}")
+                print(f"{bad.reason}\t{raw.name}\t{bad.detail}")
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
     print(f"{total} samples, {sum(reasons.values())} bad" + (f": {told}" if told else ""))
     return 1 if reasons else 0

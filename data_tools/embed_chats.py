@@ -15,9 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,33 +26,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from data_tools.shard_writer import ShardWriter
 from scripts import chat
 from scripts import evaluation_command as command
 from vlmkd import distributed
 from vlmkd.chat_ids import IGNORED
 from vlmkd.chat_runs import export_folder, is_shards
 from vlmkd.data.chat_outputs import ChatOutputsInfo, chat_bytes, chat_key, record_key
-from vlmkd.data.chats import Chat, ChatItem, ChatPipeline, parts_of, read_chats
-from vlmkd.data.samples import BadSample, RawSample, sample_digest
+from vlmkd.data.chats import ChatItem, ChatPipeline, parts_of, read_chats
+from vlmkd.data.samples import RawSample
 from vlmkd.data.shards import expand, read_shard
-from vlmkd.data.teacher_outputs import Prepared, made, write_parts, write_shards
+from vlmkd.data.teacher_outputs import Prepared, Writer
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.export.mllm import export_digest
 from vlmkd.losses.preference import answer_log_probs
 from vlmkd.models.mllm import Mllm
 
 _ROWS = 256  # positions whose logits are held at a time
-
-
-@dataclass(slots=True)
-class PreparedChat(Prepared):
-    """A chat ready to be embedded; `image` is what its digest is over."""
-
-    chat: Chat | None = None
-
-    def kept(self) -> Prepared:
-        """See `Prepared`."""
-        return Prepared(self.key, sample_digest(self.image, ""), [], [])
 
 
 def main(argv: list[str]) -> int:
@@ -105,18 +94,18 @@ def _embed(args: argparse.Namespace) -> None:
         pipeline, model.model, args, pairs=_is_pair(first), set_name="" if shards else "chats"
     )
     embed = partial(said, model=model.model, pipeline=pipeline, info=info, device=device)
-    make, progress = partial(prepared, pipeline=pipeline), _print if distributed.is_main() else _silent
-    skipped: Counter[str]
+    make = partial(prepared, pipeline=pipeline)
+
+    def progress(line: str) -> None:
+        if distributed.is_main():
+            print(line, flush=True)
+
     if shards:
-        skipped = write_shards(
-            embed, shards, partial(_of_shard, make=make), args.out, info, args.batch_size, progress
-        )
+        skipped = ShardWriter(args.out, info, embed, args.batch_size, make, progress).shards(shards)
     else:
-        samples_of = partial(made, make=partial(_of_item, make=make), workers=args.workers)
-        skipped = write_parts(
-            embed, list(items.values()), args.out, info, args.batch_size, samples_of, part_size=args.part_size,
-            progress=progress,
-        )  # fmt: skip
+        of_item = partial(_of_item, make=make)
+        writer = Writer(args.out, info, embed, args.batch_size, of_item, progress)
+        skipped = writer.items(list(items.values()), args.part_size, args.workers)
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     progress(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
 
@@ -138,14 +127,14 @@ def outputs_info(
 
 @torch.inference_mode()
 def said(
-    batch: list[PreparedChat],
+    batch: list[Prepared],
     model: Mllm,
     pipeline: ChatPipeline,
     info: ChatOutputsInfo,
     device: torch.device,
 ) -> dict[str, Tensor]:
     """The columns of these chats: see `vlmkd.data.chat_outputs`."""
-    chats = [one.chat for one in batch if one.chat is not None]
+    chats = [one.chat for one in batch]
     if any(len(one.rows) != 1 + info.pairs for one in chats):
         raise UserError(
             "--chats: preference records and plain ones do not go into one folder; embed them apart"
@@ -169,12 +158,10 @@ def top_k(logits: Tensor, info: ChatOutputsInfo) -> dict[str, Tensor]:
     return {"log_probs": values.cpu(), "ids": ids.int().cpu(), "log_tail": tail.cpu()}
 
 
-def prepared(raw: RawSample, pipeline: ChatPipeline) -> Prepared | BadSample:
-    """A chat in tokens and pixels, or why it cannot be used."""
+def prepared(raw: RawSample, pipeline: ChatPipeline) -> Prepared:
+    """A chat in tokens and pixels."""
     found = pipeline.process(raw)
-    if isinstance(found, BadSample):
-        return found
-    return PreparedChat(chat_key(raw), chat_bytes(found.rows, parts_of(raw.members)[1]), [], [], chat=found)
+    return Prepared(chat_key(raw), chat_bytes(found.rows, parts_of(raw.members)[1]), [], [], chat=found)
 
 
 def _is_pair(record: bytes) -> bool:
@@ -194,23 +181,8 @@ def _items(files: Sequence[str], images: str) -> dict[str, ChatItem]:
     return {key: replace(item, key=key) for key, item in found.items()}
 
 
-def _of_item(item: ChatItem, make: Callable[[RawSample], Prepared | BadSample]) -> Prepared | BadSample:
+def _of_item(item: ChatItem, make: Callable[[RawSample], Prepared]) -> Prepared:
     return make(RawSample("", item.key, item.members()))
-
-
-def _of_shard(url: str, make: Callable[[RawSample], Prepared | BadSample]) -> Iterator[Prepared | BadSample]:
-    for raw in read_shard(url):
-        if raw.reason == "broken_tar":
-            raise UserError(f"shard {raw.detail} is broken; fetch it again, or leave it out of --chats")
-        yield make(raw)
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
-
-
-def _silent(line: str) -> None:
-    """Another rank tells."""
 
 
 if __name__ == "__main__":

@@ -12,20 +12,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import Tensor
 
+from data_tools.shard_writer import ShardWriter
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
+from vlmkd.data.samples import RawSample, members, unpack, view_config
 from vlmkd.data.shards import expand
-from vlmkd.data.teacher_outputs import embed_shards
+from vlmkd.data.teacher_outputs import (
+    OutputsInfo,
+    Prepared,
+    Progress,
+    drawn_views,
+    image_embeds,
+)
 from vlmkd.distributed import device_named
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
+from vlmkd.predictors import DualEncoder
 
 
 def main(argv: list[str]) -> int:
@@ -96,6 +107,44 @@ def main(argv: list[str]) -> int:
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
     return 0
+
+
+def embed_shards(
+    encoder: DualEncoder,
+    shards: list[str],
+    out: str | Path,
+    *,
+    source: str,
+    digest: str,
+    data: DataConfig,
+    crops: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda line: None,
+) -> Counter[str]:
+    """Embed `crops` views of every image, and every caption, of `shards` into the folder `out`.
+
+    Shards whose part is there already are skipped. Bad samples are left out and counted by reason in the result;
+    `data` gives crop options, member names and max_pixels.
+    """
+    info = OutputsInfo(
+        source=source, digest=digest, logit_scale=float(encoder.logit_scale),
+        dim=encoder.encode_text(["a"]).shape[-1], crops=crops, seed=seed, image_spec=encoder.image_spec,
+        views=view_config(data),
+    )  # fmt: skip
+    images = image_embeds(encoder, info, batch_size, device)
+
+    @torch.inference_mode()
+    def embed(batch: list[Prepared]) -> dict[str, Tensor]:
+        return images(batch) | {"text_embeds": encoder.encode_text([one.text for one in batch]).cpu()}
+
+    def make(raw: RawSample) -> Prepared:
+        image, text = unpack(raw, data.image_keys, data.text_key)
+        return drawn_views(raw.key, raw.name, image, info, data.max_pixels, text)
+
+    writer = ShardWriter(Path(out), info, embed, max(batch_size // crops, 1), make, progress)
+    return writer.shards(shards, members(data), data.shard_cache)
 
 
 if __name__ == "__main__":

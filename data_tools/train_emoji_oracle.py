@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data_tools.embed_teacher import embed_shards
 from data_tools.emoji.oracle import EmojiOracle, Heads, load_oracle
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
-from vlmkd.data.samples import Encoded, checked_size, members, unpack, views_of
+from vlmkd.data.samples import BadSample, checked_size, members, unpack, views_of
 from vlmkd.data.shards import read_shard
-from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.datasets.emoji import resolve
 from vlmkd.errors import UserError, at_least, run_tool
@@ -51,15 +51,16 @@ def features(oracle: EmojiOracle, shards: list[str]) -> tuple[Tensor, Tensor, Te
     begin = time.monotonic()
     for number, shard in enumerate(shards, 1):
         for raw in read_shard(shard, members(data)):
-            encoded = unpack(raw, data.image_keys, data.text_key)
-            if not isinstance(encoded, Encoded):
+            try:
+                image, text = unpack(raw, data.image_keys, data.text_key)
+                size = checked_size(image, data.max_pixels)
+                view = whole.draw(*size, random.Random(0))
+                pixels.append(views_of(image, size, [view], [oracle.image_spec])[0][0])
+            except BadSample as bad:
                 raise UserError(
-                    f"shard {shard}: {encoded.name} {encoded.reason}; delete the emoji cache to build it again"
-                )
-            size = checked_size(encoded.image, data.max_pixels)
-            view = whole.draw(*size, random.Random(0))
-            pixels.append(views_of(encoded.image, size, [view], [oracle.image_spec])[0][0])
-            ids.append(captions.setdefault(encoded.text, len(captions)))
+                    f"shard {shard}: {raw.name} {bad.reason}; delete the emoji cache to build it again"
+                ) from None
+            ids.append(captions.setdefault(text, len(captions)))
             if len(pixels) == _BATCH:
                 images.append(_run(oracle, pixels))
                 pixels = []

@@ -23,7 +23,7 @@ import transformers
 import projects
 from vlmkd.chat_runs import open_chat
 from vlmkd.data.chats import IMAGE, TEMPLATES
-from vlmkd.data.decode import BadImageError, image_size
+from vlmkd.data.decode import BadSample, image_size
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.answers import ChatModel
 from vlmkd.files import unreadable
@@ -69,7 +69,7 @@ class Conversation:
                 image_size(data)
         except OSError as error:
             raise unreadable(error, image, "image") from None
-        except BadImageError:
+        except BadSample:
             raise UserError(f"image {image} is no picture that can be read; name another") from None
         self.image, self.turns = image, list[tuple[str, str]]()
 

@@ -20,8 +20,7 @@ from vlmkd.data.loader import Loader
 from vlmkd.data.shards import is_remote, known_samples
 from vlmkd.data.sources import ItemSource, ShardSource, Source, Stream
 from vlmkd.errors import UserError
-from vlmkd.evaluation.answers import Answers, ChatModel
-from vlmkd.evaluation.base import spread
+from vlmkd.evaluation.answers import Answers, ChatModel, spread
 from vlmkd.export.folder import Probe
 from vlmkd.export.mllm import (
     CONFIG,
@@ -43,11 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def check_pair(student: ChatParts, teacher: ChatParts) -> None:
-    """Refuse a teacher that does not read what the student reads.
-
-    Raises:
-        UserError: another vocabulary, other features an image, or other pixels.
-    """
+    """Refuse a teacher that does not read what the student reads."""
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise UserError(
             f"the vocabularies of student {student.config.decoder} and teacher {teacher.config.decoder} differ; distil "
@@ -82,9 +77,6 @@ def chat_loader(
     Args:
         pairs: the run takes preference pairs; `temperature` and `vocabulary` are of the loss of others, 0: the student's.
         teacher: the export that it has to be of; empty: as the config names it, or any.
-
-    Raises:
-        UserError: no chats, or a stored teacher of other ones.
     """
     data, world_size = cfg.data, distributed.world_size()
     micro, accumulation = batch_triple(cfg, world_size)
@@ -157,9 +149,6 @@ def open_chat(
     """The model of a run, or of its `export`; what is not given is as the export says.
 
     `surgery_of`: of a project's name, `projects.surgery_of`.
-
-    Raises:
-        UserError: no export, one of a project that is not here, a template that does not exist, no such device.
     """
     folder = export_folder(model)
     content = read_object(folder / CONFIG, "--model", "name a run, or its `export` folder")

@@ -23,9 +23,6 @@ def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = Fa
     """Refuse an empty list, an empty name, and classes whose prompts are equal but for case.
 
     `allow_duplicates` is for ImageNet, whose published names have `missile` and `sunglasses` twice.
-
-    Raises:
-        UserError: names the classes.
     """
     if not class_names:
         raise UserError("the list of class names is empty; name at least one class")
@@ -41,11 +38,7 @@ def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = Fa
 
 
 def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
-    """Refuse class lists that differ in a name, the order or the number; `what` has the classes `found`.
-
-    Raises:
-        UserError: names the first class that differs, by `class_key`.
-    """
+    """Refuse class lists that differ in a name, the order or the number; `what` has the classes `found`."""
     hint = "use the class list it was made with"
     if len(found) != len(wanted):
         raise UserError(f"{what} has {len(found)} classes, but {len(wanted)} are asked for; {hint}")
@@ -66,22 +59,14 @@ def imagenet_names() -> dict[str, str]:
 
 
 def read_class_names(source: str) -> list[str]:
-    """`imagenet` (OpenAI's 1,000 names), or a text file with one class a line.
-
-    Raises:
-        UserError: no such file, or an empty one.
-    """
+    """`imagenet` (OpenAI's 1,000 names), or a text file with one class a line."""
     if source == "imagenet":
         return list(imagenet_names().values())
     return read_lines(source, "class names", "name `imagenet` or a text file with one a line")
 
 
 def read_folder_names(source: str) -> list[tuple[str, str]]:
-    """(folder, name) of each line of a text file: `FOLDER<tab>NAME`, or one word for both.
-
-    Raises:
-        UserError: no such file, an empty one, or a line with more than one tab.
-    """
+    """(folder, name) of each line of a text file: `FOLDER<tab>NAME`, or one word for both."""
     pairs = []
     for line in read_lines(source, "class names", "name a text file with NAME or FOLDER<tab>NAME a line"):
         parts = [part.strip() for part in line.split("\t")]
@@ -94,11 +79,7 @@ def read_folder_names(source: str) -> list[tuple[str, str]]:
 
 
 def read_templates(source: str) -> list[str]:
-    """`openai` (80 prompts), `simple` (the 7 of OpenAI's notebook), or a text file with one a line.
-
-    Raises:
-        UserError: no such file, an empty one, or a line without a place (`{}` or `{c}`) for the class.
-    """
+    """`openai` (80 prompts), `simple` (the 7 of OpenAI's notebook), or a text file with one a line."""
     if source in ("openai", "simple"):
         from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
@@ -110,11 +91,7 @@ def read_templates(source: str) -> list[str]:
 
 
 def check_templates(templates: Sequence[str], where: str = "prompt template ") -> None:
-    """Refuse an empty list, and a template without a place for the class name.
-
-    Raises:
-        UserError: begins with `where`.
-    """
+    """Refuse an empty list, and a template without a place for the class name."""
     if not templates:
         raise UserError("the list of prompt templates is empty; give at least `a photo of a {}.`")
     for template in templates:
@@ -128,11 +105,7 @@ def fill(template: str, class_name: str) -> str:
 
 
 def read_lines(path: str, what: str, hint: str = "") -> list[str]:
-    """Lines of a text file without the empty ones.
-
-    Raises:
-        UserError: no such file, not UTF-8, or nothing in it.
-    """
+    """Lines of a text file without the empty ones."""
     lines = [line.strip() for line in read_text(path, what, hint).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{what} {path}: the file is empty; write one entry a line")

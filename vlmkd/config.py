@@ -9,17 +9,16 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import itertools
 import math
 import re
-import sys
 import textwrap
+import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vlmkd.errors import UserError
 from vlmkd.files import parse_yaml, read_yaml
@@ -54,14 +53,14 @@ class Range:
         if self.length and len(numbers) != self.length:
             return f"it must be {self.length} numbers"
         for number in numbers:
-            too_low = number <= self.low if self.above else number < self.low
-            too_high = number >= self.high if self.below else number > self.high
-            if too_low or too_high or not math.isfinite(number):
+            low = number > self.low if self.above else number >= self.low
+            high = number < self.high if self.below else number <= self.high
+            if not (low and high and math.isfinite(number)):
                 who = "each number" if isinstance(value, list) else "it"
                 if self.high < _MOST:
                     ends = "(" if self.above else "[", ")" if self.below else "]"
                     return f"{who} must be in {ends[0]}{self.low}, {self.high}{ends[1]}"
-                if too_high:
+                if low:
                     return f"{who} must be at most {self.high}"
                 return f"{who} must be {'above' if self.above else 'at least'} {self.low}"
         falls = self.ascending and numbers != sorted(numbers)
@@ -176,8 +175,6 @@ class LabelledDataConfig(ImageDataConfig):
     """Folder written by data_tools/embed_labelled.py, whose vectors take the place of the teacher's image tower."""
     teacher_view: Literal["same", "clean"] = "same"
     """What the stored teacher saw: the student's very view, or the whole picture once, without augmentation."""
-    keep_encoded_mb: Count = 512
-    """Files are kept in memory when all together are at most this many MB; 0: always read from disk."""
 
     def __post_init__(self) -> None:
         unstored = self.teacher_view == "clean" and not self.teacher_outputs
@@ -257,32 +254,6 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig:
-    """One zero-shot classification set."""
-
-    name: str = ""
-    """Name in tables and logs; empty: the last part of `data`."""
-    data: str = ""
-    """ImageNet-layout folder, webdataset shards, or `emoji:unseen_drawing` / `emoji:unseen_concept`."""
-    class_names: str = ""
-    """`imagenet`, or a text file with one class per line; empty: the data set's own classnames.txt."""
-    templates: str = ""
-    """`openai`, `simple`, or a text file with `{}` or `{c}` per line; empty: the data set's own, else `openai`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    """One image-text retrieval set."""
-
-    name: str = ""
-    """Name in tables and logs; empty: the last part of `data`."""
-    data: str = ""
-    """Image folder of a captions file, webdataset shards, or an `emoji:` test set."""
-    captions: str = ""
-    """COCO or Karpathy captions JSON for an image folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """When evaluations run, and how."""
 
@@ -296,16 +267,6 @@ class EvaluationConfig:
     """Processes per rank that decode an evaluation's images; 0 decodes in the training process. Does not change results."""
     teacher: bool = True
     """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageTextEvaluationConfig(EvaluationConfig):
-    """Sets that an image-text student is evaluated on; labelled runs have their own set's splits."""
-
-    zero_shot: list[ZeroShotConfig] = field(default_factory=list)
-    """Zero-shot classification sets."""
-    retrieval: list[RetrievalConfig] = field(default_factory=list)
-    """Retrieval sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,16 +340,6 @@ class RunConfig:
         require(fits, "evaluation.phase", f"is {phase}; it must be in [0, evaluation.every_steps = {every})")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamRunConfig(RunConfig):
-    """A run on image-text shards."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    """The training stream."""
-    evaluation: ImageTextEvaluationConfig = field(default_factory=ImageTextEvaluationConfig)
-    """Evaluations."""
-
-
 def in_steps_already(*durations: int | str) -> bool:
     """Whether all of these are plain numbers, so that they can be compared."""
     return all(isinstance(duration, int) for duration in durations)
@@ -400,130 +351,123 @@ def require(condition: bool, path: str, message: str) -> None:
         raise UserError(f"config field {path} {message}")
 
 
-_REFUSALS = (OmegaConfBaseException, TypeError, IndexError, OverflowError)
-"""What OmegaConf raises at a value that does not fit."""
-
-
 def load(cls: type[C], argv: list[str]) -> C:
-    """Build a `cls` from YAML files (arguments without `=`) and dotted `key=value` overrides, left to right.
-
-    Raises:
-        UserError: a missing file, an unknown field (with the nearest right one), a wrong type, range or choice.
-    """
-    schema = OmegaConf.structured(cls)
-    try:
-        complete = OmegaConf.merge(schema, _stacked(cls, argv, None))
-    except _REFUSALS:
-        complete = OmegaConf.merge(schema, _stacked(cls, argv, schema))  # says which argument it was
-    check_ranges(cls, OmegaConf.to_container(complete))
-    try:
-        return typing.cast(C, OmegaConf.to_object(complete))
-    except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise _refused(error, "config") from None
-
-
-def _stacked(cls: type[Any], argv: list[str], schema: Any) -> Any:
-    """The defaults of `cls` under all files and overrides, each of them held against `schema` if given, which is slow."""
-    values: Any = OmegaConf.create(defaults(cls))  # plain, because frozen nodes refuse item updates
+    """Build a `cls` from YAML files (arguments without `=`) and dotted `key=value` overrides, left to right."""
+    values: Any = defaults(cls)
     for arg in argv:
         if arg.startswith("--local_rank"):
             continue
         key, is_override, text = arg.partition("=")
-        origin = f"override {arg}" if is_override else arg
+        origin, path = f"override {arg}" if is_override else arg, key.split(".")
         if is_override:
-            value = parse_yaml(text, origin) if text else ""  # `field=` sets the empty string
-            layer = functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value)
+            layer: Any = parse_yaml(text, origin) if text else ""  # `field=` sets the empty string
+            layer = functools.reduce(lambda inner, part: {part: inner}, reversed(path), layer)
         else:
             layer = read_yaml(arg, "config file", "overrides are written key=value") or {}
-            if not isinstance(layer, dict) or not all(isinstance(name, str) for name in layer):
+            if not isinstance(layer, dict):
                 raise UserError(f"config file {arg} must hold `field: value` lines at its top level")
-        _check_strings(layer, "", origin)
-        _check_names(cls, layer, "", origin)
         try:
-            if is_override:
-                OmegaConf.update(values, key, value, merge=False)
-            else:
-                values = OmegaConf.merge(values, layer)
-            if schema is not None:
-                OmegaConf.merge(schema, values)
-        except _REFUSALS as error:
-            raise _refused(error, origin) from None
-    return values
+            values = _fitted(cls, _merged(values, layer, len(path) if is_override else math.inf), "")
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+    return typing.cast(C, _made(cls, values))
 
 
-def _refused(error: Exception, origin: str) -> UserError:
-    """One line for what OmegaConf refused."""
-    full_key = getattr(error, "full_key", None)
-    message = str(error).strip().splitlines()[0]
-    return UserError(f"{origin}: config field {full_key}: {message}" if full_key else f"{origin}: {message}")
+def _merged(old: Any, new: Any, depth: float, path: str = "") -> Any:
+    """`new` over `old`: sections are merged down to `depth`, and `{index: value}` changes an element of a list."""
+    if depth == 0 or not isinstance(new, dict) or not isinstance(old, (dict, list)):
+        return new
+    merged: Any = old.copy()
+    for key, part in new.items():
+        if isinstance(old, list):
+            if not str(key).isdecimal() or int(key) >= len(old):
+                raise UserError(
+                    f"config field {path}[{key}] is out of range; the list has {len(old)} elements"
+                )
+            key = int(key)
+        known = isinstance(old, list) or key in old
+        merged[key] = _merged(old[key] if known else None, part, depth - 1, f"{path}.{key}".lstrip("."))
+    return merged
 
 
-def _check_strings(value: Any, path: str, origin: str) -> None:
-    """Refuse strings that OmegaConf takes for something else, and those that no path or name may hold."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _check_strings(key, path, origin)
-            _check_strings(part, f"{path}.{key}" if path else str(key), origin)
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            _check_strings(part, f"{path}.{index}", origin)
-    elif isinstance(value, str):
-        field_of = f"{origin}: config field {path}"
-        if "${" in value:
-            raise UserError(f"{field_of} holds ${{, which fills nothing in; write the value itself")
-        if _CONTROL.search(value):
-            raise UserError(f"{field_of} holds a control character; leave it out")
-        if value == "???":
-            raise UserError(f"{field_of} is ???; write a value")
+_WORDS: dict[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", type(None): "null",
+}  # fmt: skip
 
 
-def _check_names(cls: type[Any], layer: Any, prefix: str, origin: str) -> None:
-    """Refuse unknown fields by full path, with the nearest known one."""
-    hints = typing.get_type_hints(cls)
-    for key, value in layer.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            mend = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
-            raise UserError(f"{origin}: unknown config field {prefix}{key}; {mend}")
-        nested = _dataclass_of(hints[key])
-        if nested is None:
-            continue
-        parts = {key: value}
-        if nested is not hints[key]:
-            # A list from YAML, or `{index: fields}` from an override such as data.sources.1.weight=3.
-            indexed: Any = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
-            parts = {f"{key}.{index}": part for index, part in indexed}
-        for at, part in parts.items():
-            if isinstance(part, dict):
-                _check_names(nested, part, f"{prefix}{at}.", origin)
-
-
-def check_ranges(cls: type[Any], values: Any, prefix: str = "") -> None:
-    """Refuse a number of `values`, the plain data of a `cls`, that its field's `Range` does not hold.
-
-    Raises:
-        UserError: names the field with its docstring.
-    """
-    plain = typing.get_type_hints(cls)
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        value, path = values[name], f"{prefix}{name}"
-        nested = _dataclass_of(plain[name])
-        if nested is not None:
-            parts = (
-                {f"{path}.{i}": part for i, part in enumerate(value)}
-                if isinstance(value, list)
-                else {path: value}
-            )
-            for at, part in parts.items():
-                check_ranges(nested, part, f"{at}.")
-        if value is None:
-            continue
-        for limits in itertools.chain(typing.get_args(hint), *map(typing.get_args, typing.get_args(hint))):
+def _fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
+    """Plain data as a field of type `hint` has it; refuses what it cannot have. `owner`: the field's dataclass."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Annotated:
+        value = _fitted(arguments[0], value, path)
+        for limits in arguments[1:]:
             if isinstance(limits, Range) and (told := limits.refusal(value)):
-                meaning = " ".join(_field_docs(cls)[name].split())
+                meaning = " ".join(_field_docs(owner)[path.rpartition(".")[2]].split())
                 raise UserError(f"config field {path} is {value}; {told}: {meaning}")
+        return value
+    if kind in (typing.Union, types.UnionType):
+        refusals = []
+        for one in arguments:
+            try:
+                return _fitted(one, value, path, owner)
+            except UserError as error:
+                refusals.append(error)
+        raise refusals[0]
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        prefix = f"{path}." if path else ""
+        for key in value.keys() - hints.keys():
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
+            raise UserError(f"unknown config field {prefix}{key}; {hint}")
+        return {key: _fitted(hints[key], part, prefix + key, kind) for key, part in value.items()}
+    if isinstance(value, dict) and kind in (dict, Any):
+        return {_fitted(str, key, path): _fitted(Any, part, f"{path}.{key}") for key, part in value.items()}
+    if isinstance(value, list) and kind in (list, Any):
+        (inner,) = arguments or (Any,)
+        return [_fitted(inner, part, f"{path}.{index}") for index, part in enumerate(value)]
+    if isinstance(value, str) and kind in (str, Any, Literal):
+        # OmegaConf, which writes the file in the run folder, takes the first and the last for something else.
+        if "${" in value:
+            raise UserError(f"config field {path} holds ${{, which fills nothing in; write the value itself")
+        if _CONTROL.search(value):
+            raise UserError(f"config field {path} holds a control character; leave it out")
+        if value == "???":
+            raise UserError(f"config field {path} is ???; write a value")
+    if isinstance(value, str) and kind in (int, float):  # as `nan`, which YAML takes for a word
+        with suppress(ValueError):
+            value = kind(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        kind is Any
+        or (kind is Literal and value in arguments)
+        or (kind in (bool, str) and type(value) is kind)
+    ):
+        return value
+    if kind is str and isinstance(value, (int, float)):
+        return str(value)
+    if kind is type(None) and value is None:
+        return None
+    if kind is float and number and abs(value) < 1e300 or kind is float and isinstance(value, float):
+        return float(value)
+    if kind is int and number and value == value // 1:
+        return int(value)
+    wanted = f"one of {', '.join(map(str, arguments))}" if kind is Literal else _WORDS.get(kind, "a section")
+    raise UserError(f"config field {path} is {str(value)[:80]!r}; it must be {wanted}")
+
+
+def _made(hint: Any, value: Any, path: str = "") -> Any:
+    """Objects of the dataclasses in `hint` for their plain data."""
+    cls = _dataclass_of(hint)
+    if cls is None:
+        return value
+    if isinstance(value, list):
+        return [_made(cls, part, f"{path}{index}.") for index, part in enumerate(value)]
+    for item in dataclasses.fields(cls):
+        optional = item.default is not item.default_factory  # both are MISSING of a field without a default
+        require(optional or value.get(item.name, "???") != "???", path + item.name, "is missing; give it")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _made(hints[name], part, f"{path}{name}.") for name, part in value.items()})
 
 
 def defaults(cls: type[Any]) -> dict[str, Any]:
@@ -548,25 +492,23 @@ def to_yaml(cfg: Any) -> str:
 def help_text(cls: type[Any], prefix: str = "") -> str:
     """Every field of `cls` with its type, default and docstring, one block a field."""
     lines = []
-    docs = _field_docs(cls)
-    hints = typing.get_type_hints(cls)
+    docs, hints = _field_docs(cls), typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        nested = _dataclass_of(hints[item.name])
+        path, doc, nested = f"{prefix}{item.name}", docs[item.name], _dataclass_of(hints[item.name])
         if nested is not None and nested is hints[item.name]:
-            lines.append(f"{prefix}{item.name}: {docs.get(item.name, '')}")
-            lines.append(help_text(nested, f"{prefix}{item.name}."))
+            lines += [f"{path}: {doc}", help_text(nested, f"{path}.")]
             continue
         factory = item.default_factory
         default = item.default if factory is dataclasses.MISSING else factory()
-        lines.append(f"{prefix}{item.name} = {default!r}\n    {docs.get(item.name, '')}")
+        lines.append(f"{path} = {default!r}\n    {doc}")
         if nested is not None:
-            lines.append(textwrap.indent(help_text(nested, f"{prefix}{item.name}.N."), "    "))
+            lines.append(textwrap.indent(help_text(nested, f"{path}.N."), "    "))
     return "\n".join(lines)
 
 
 def print_help(cls: type[Any]) -> None:
     """Print usage and every field; used for `--help`."""
-    sys.stdout.write("usage: CONFIG.yaml [MORE.yaml ...] [field=value ...]\n\n" + help_text(cls) + "\n")
+    print(f"usage: CONFIG.yaml [MORE.yaml ...] [field=value ...]\n\n{help_text(cls)}")
 
 
 def _dataclass_of(hint: Any) -> type[Any] | None:
@@ -579,9 +521,9 @@ def _dataclass_of(hint: Any) -> type[Any] | None:
 
 def _field_docs(cls: type[Any]) -> dict[str, str]:
     """Docstrings written under the fields of `cls` and its bases."""
-    docs: dict[str, str] = {}
+    docs = {item.name: "" for item in dataclasses.fields(cls)}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
             source = inspect.getsource(base)
-            docs.update(re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, flags=re.M | re.S))
+            docs |= re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""', source, flags=re.M | re.S)
     return docs

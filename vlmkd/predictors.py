@@ -13,6 +13,8 @@ from vlmkd.image_spec import ImageSpec
 
 
 class ImageEncoder(Protocol):
+    """What embeds images."""
+
     image_spec: ImageSpec
 
     @property
@@ -26,6 +28,8 @@ class ImageEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
+    """What embeds texts."""
+
     name: str
 
     @property

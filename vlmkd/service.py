@@ -1,10 +1,9 @@
 """Services over HTTP that take JSON and may charge for it.
 
-Every call is a POST to the address as it is given, with `Authorization: Bearer <token>` where a token is given. Only
-status 200 is a served call. 400, 413, 415 and 422 mean that this content is not accepted, 429, 500 and 503 (with
-`Retry-After` in seconds, if any) that the call may be repeated. No message holds the token, what stands behind `?` in
-the address, or words of the server, which may repeat them. The token travels encrypted or to this machine, and
-through a proxy only inside TLS.
+A call is a POST to the address as it is given, with `Authorization: Bearer <token>` where a token is given. Status 200
+alone is a served call; 400, 413, 415 and 422 refuse this content; 429, 500 and 503 (with `Retry-After` in seconds) let
+the call be repeated. No message holds the token, what stands behind `?` in the address, or words of the server, which may
+repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
 """
 
 from __future__ import annotations

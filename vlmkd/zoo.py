@@ -125,9 +125,8 @@ def sha256_of(path: Path) -> str:
 def fetch(name: str, *, offline: bool | None = None) -> Path:
     """A verified local copy of `name`: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
 
-    The sha256 is compared with the entry's, or with the one pinned at this user's first download. Hub
-    repositories lie in the cache of huggingface_hub, everything else in `cache_folder()`. The variables are
-    those of scripts/download.py --help.
+    Hub repositories lie in the cache of huggingface_hub, everything else in `cache_folder()`. The environment variables
+    that it heeds are those of scripts/download.py --help.
     """
     item = entry(name)
     if item.kind == "local":
@@ -318,8 +317,8 @@ def _is_offline() -> bool:
 def hub_or_cache() -> Iterator[str]:
     """What huggingface_hub (and open_clip, timm, transformers by it) fetches within; gives what is wrong with the connection.
 
-    Where the hub cannot be reached it then looks into its cache only, at once: it would ask six times for
-    each file, with pauses of up to eight seconds. Errors of its HTTP library come out as OSError.
+    Where the hub cannot be reached only its cache is looked at: it would ask six times for each file, with pauses.
+    Errors of its HTTP library come out as OSError.
     """
     from huggingface_hub import constants
 

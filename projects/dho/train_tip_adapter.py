@@ -110,10 +110,11 @@ def embed_views(
     dtype = compute_dtype(module.visual)
 
     def pixels() -> Iterator[Tensor]:
-        for prepared in prepare(items, info, cfg.data.max_pixels, cfg.data.workers):
+        ready = prepare(items, info, cfg.data.max_pixels, cfg.data.workers)
+        for item, prepared in zip(items, ready, strict=True):
             if isinstance(prepared, BadSample):
                 reason = f"{prepared.reason} {prepared.detail}"
-                raise UserError(f"labelled image {prepared.name} cannot be used ({reason}); mend it")
+                raise UserError(f"labelled image {item.key} cannot be used ({reason}); mend it")
             yield from prepared.pixels
 
     rows, stream = [], pixels()

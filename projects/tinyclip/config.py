@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from vlmkd.config import AboveZero, Amount, BelowOne, Count, Duration, Range, StreamRunConfig, require
+from vlmkd.config import (
+    AboveZero,
+    Amount,
+    BelowOne,
+    Count,
+    DataConfig,
+    Duration,
+    EvaluationConfig,
+    Range,
+    RunConfig,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +88,49 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyCLIPConfig(StreamRunConfig):
+class ZeroShotConfig:
+    """One zero-shot classification set."""
+
+    name: str = ""
+    """Name in tables and logs; empty: the last part of `data`."""
+    data: str = ""
+    """ImageNet-layout folder, webdataset shards, or `emoji:unseen_drawing` / `emoji:unseen_concept`."""
+    class_names: str = ""
+    """`imagenet`, or a text file with one class per line; empty: the data set's own classnames.txt."""
+    templates: str = ""
+    """`openai`, `simple`, or a text file with `{}` or `{c}` per line; empty: the data set's own, else `openai`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """One image-text retrieval set."""
+
+    name: str = ""
+    """Name in tables and logs; empty: the last part of `data`."""
+    data: str = ""
+    """Image folder of a captions file, webdataset shards, or an `emoji:` test set."""
+    captions: str = ""
+    """COCO or Karpathy captions JSON for an image folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetsConfig(EvaluationConfig):
+    """When evaluations run, and on which sets."""
+
+    zero_shot: list[ZeroShotConfig] = field(default_factory=list)
+    """Zero-shot classification sets."""
+    retrieval: list[RetrievalConfig] = field(default_factory=list)
+    """Retrieval sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyCLIPConfig(RunConfig):
     """What both kinds of TinyCLIP runs share."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training stream."""
+    evaluation: SetsConfig = field(default_factory=SetsConfig)
+    """Evaluations."""
 
     student: ModelConfig = field(default_factory=ModelConfig)
     """The student; `local-dir:RUN/export` starts it from an earlier stage."""

@@ -34,7 +34,6 @@ from vlmkd.models.pruned_clip import (
     PrunedMLP,
     PrunedTextTower,
     config_from_state_dict,
-    embed_patches,
     own_names,
 )
 
@@ -137,7 +136,7 @@ class MaskedImageTower(PrunedImageTower):
     def forward(self, images: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
         """images [B, 3, h, w] -> [B, E], not normalised."""
         kept = mask.hidden != 0
-        x = embed_patches(self, images)
+        x = self.embed(images)
         x = self.ln_pre(x * mask.hidden.to(x.dtype), kept)
         return self.ln_post(self.transformer(x, False, mask)[:, 0], kept) @ self.proj
 

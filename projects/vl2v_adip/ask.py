@@ -30,7 +30,15 @@ from projects.vl2v_adip.ledger import Ledger, Query, Terms, report, sha256, text
 from vlmkd import config
 from vlmkd.config import Count, LabelledDataConfig, Positive, Seed, require
 from vlmkd.data.samples import BadSample, view_config
-from vlmkd.data.teacher_outputs import CLEAN, OutputsInfo, Prepared, missing_items, prepare, write_parts
+from vlmkd.data.teacher_outputs import (
+    CLEAN,
+    OutputsInfo,
+    Prepared,
+    Writer,
+    item_views,
+    missing_items,
+    prepare,
+)
 from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import run_tool
 from vlmkd.files import check_writable
@@ -92,8 +100,8 @@ def ask_images(cfg: AskConfig) -> str:
         crops=cfg.views or 1, seed=cfg.seed, image_spec=spec,
         views=view_config(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
-    ready = partial(prepare, info=info, max_pixels=cfg.data.max_pixels, workers=cfg.data.workers)
-    good = (one for one in ready(missing_items(items, Path(cfg.out))) if not isinstance(one, BadSample))
+    ready = prepare(missing_items(items, Path(cfg.out)), info, cfg.data.max_pixels, cfg.data.workers)
+    good = (one for one in ready if not isinstance(one, BadSample))
     ledger.require_budget(query for one in good for query in image_queries(one, info))
     left_out: Counter[str] = Counter()
 
@@ -103,10 +111,9 @@ def ask_images(cfg: AskConfig) -> str:
         rows = [torch.zeros(ledger.dim) if vector is None else vector for vector in vectors]
         return {"image_embeds": F.normalize(torch.stack(rows), dim=-1).view(len(batch), info.crops, -1)}
 
-    left_out += write_parts(
-        embed, items, Path(cfg.out), info, cfg.batch_size, ready, part_size=2000,
-        progress=lambda line: print(line, flush=True),
-    )  # fmt: skip
+    make = partial(item_views, info=info, max_pixels=cfg.data.max_pixels)
+    writer = Writer(Path(cfg.out), info, embed, cfg.batch_size, make, lambda line: print(line, flush=True))
+    left_out += writer.items(items, workers=cfg.data.workers)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
     return f"{cfg.out} is complete" + (f"; left out: {reasons}" if reasons else "")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from projects.vl2v_adip.config import CONTINUES, FoldConfig, Vl2vConfig
+from projects.vl2v_adip.domain_split import DomainSplit, split_domains
 from vlmkd.config import require
 from vlmkd.data.labelled import LabelledSet
 from vlmkd.datasets.folders import ALL
 from vlmkd.datasets.labelled_sets import items_of
-from vlmkd.datasets.splits import DomainSplit, split_domains
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from vlmkd import config
-from vlmkd.config import StreamRunConfig
+from vlmkd.config import DataConfig, RunConfig
 from vlmkd.errors import UserError
 from vlmkd.train import engine, run
 
 BASE = ["run_dir=r"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamRunConfig(RunConfig):
+    """A run on shards."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The training stream."""
 
 
 def test_files_stack_and_overrides_win_from_left_to_right(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_mistakes_of_a_specification_and_old_runs_are_told(tmp_path: Path) -> No
         ({"tables": [{"rows": {"a": "{run}"}}]}, "columns"),
         (
             {"tables": [{"rows": {}, "columns": "x", "scores": [], "before": ["size"]}]},
-            r"before\[0\]: Invalid value 'size', expected one of \['parameters'",
+            r"before\.0 is 'size'; it must be one of parameters",
         ),
     ):
         spec.write_text(yaml.safe_dump(content))

@@ -14,8 +14,8 @@ USERS = ("dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
 
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (
-        "the house's way of reading options; the runs on streams are for the projects on chats and pairs that come",
-        {"SourceConfig", "StreamRunConfig", "has_field", "help_text"},
+        "the house's way of reading options",
+        {"SourceConfig", "has_field", "help_text"},
     ),
     "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
     "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),
@@ -25,7 +25,15 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "data/teacher_outputs": (
         "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
-        {"Prepared", "embed_shards", "made", "missing_items", "write_parts", "write_shards"},
+        {
+            "Prepared",
+            "Progress",
+            "Samples",
+            "drawn_views",
+            "image_embeds",
+            "item_views",
+            "missing_items",
+        },
     ),
     "datasets/emoji": (
         "what data_tools/emoji draws and data_tools/build_emoji.py asks for",
@@ -37,21 +45,20 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "splits are protocols of benchmarks, which any paper may be compared on",
         {
             *(
-                "DomainSplit",
                 "ListKind",
                 "coop_few_shot",
                 "pick_listed",
                 "read_list",
                 "rest_of",
-                "split_domains",
             ),
             "ImageList",
             "LIST_MARK",
         },
     ),
-    "evaluation/answers": (
-        "one record as a question, and rules of scoring, which scripts/eval_chat.py takes too",
-        {"Question", "ask", "plain", "pope"},
+    "evaluation/answers": ("one record as a question, which scripts/eval_chat.py asks too", {"Question"}),
+    "evaluation/benchmarks": (
+        "benchmarks of the field by name, which scripts/eval_chat.py asks of any project's model",
+        {"BENCHMARKS", "read_answers", "read_benchmark", "read_judge", "write_answers"},
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
@@ -70,13 +77,15 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "data/chats": (
         "as in data/samples, the templates for the tools' options, and what a record is, for the tools of shards",
-        {"BadChatError", "Chat", "REASONS", "TEMPLATES", "parts_of"},
+        {"Chat", "REASONS", "TEMPLATES", "parts_of"},
     ),
     "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
-        {"load_backbone_weights", "package_folder", "prompted_config"},
+        {
+            *("freeze_batch_norm", "load_backbone_weights", "package_folder", "prompted_config", "with_spec"),
+        },
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
     "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),

@@ -11,7 +11,7 @@ import skimage.data
 import torch
 from PIL import Image
 
-from vlmkd.data.decode import REDUCTIONS, BadImageError, decode, image_size
+from vlmkd.data.decode import REDUCTIONS, BadSample, decode, image_size
 from vlmkd.data.transforms import View, reduction_for, render
 from vlmkd.image_spec import ImageSpec
 
@@ -91,7 +91,7 @@ def test_palette_and_grey_transparency():
 
 def test_what_is_no_image_has_a_reason():
     for data in (b"", b"not an image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF0000WEBPVP8 "):
-        with pytest.raises(BadImageError) as caught:
+        with pytest.raises(BadSample) as caught:
             image_size(data)
             decode(data)
         assert caught.value.reason == "undecodable_image"
@@ -111,7 +111,7 @@ def test_damaged_files_decode_or_have_a_reason_but_never_crash(kind):
             width, height = image_size(broken)
             if width * height < 1_000_000:
                 decode(broken)
-        except BadImageError as error:
+        except BadSample as error:
             assert error.reason in ("undecodable_image", "oversized_image")
             refused += 1
     assert refused > 10

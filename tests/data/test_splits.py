@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools import make_split
+from projects.vl2v_adip import domain_split
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, only_classes
 from vlmkd.datasets import splits
@@ -173,20 +174,21 @@ SEEDS = [
 
 
 def test_domain_seeds() -> None:
-    assert [[splits.domain_seed(trial, e) for e in range(6)] for trial in range(3)] == SEEDS
+    assert [[domain_split.domain_seed(trial, e) for e in range(6)] for trial in range(3)] == SEEDS
 
 
 def test_domain_splits_of_pacs() -> None:
-    inside, out = splits.holdout_positions(2048, 0, 0)
+    inside, out = domain_split.holdout_positions(2048, 0, 0)
     assert out[:6] == [548, 677, 1997, 977, 1553, 1123] and inside[:5] == [895, 510, 1575, 933, 362]
-    assert splits.holdout_positions(2344, 1, 0)[1][:6] == [1488, 562, 461, 570, 2092, 1124]
+    assert domain_split.holdout_positions(2344, 1, 0)[1][:6] == [1488, 562, 461, 570, 2092, 1124]
     sizes = {
         "PACS": (2048, 2344, 1670, 3929),
         "VLCS": (1415, 2656, 3282, 3376),
         "TI": (4879, 9767, 4020, 6122),
     }
     outs = {
-        name: [len(splits.holdout_positions(n, 0, 0)[1]) for n in counts] for name, counts in sizes.items()
+        name: [len(domain_split.holdout_positions(n, 0, 0)[1]) for n in counts]
+        for name, counts in sizes.items()
     }
     assert outs == {"PACS": [409, 468, 334, 785], "VLCS": [283, 531, 656, 675], "TI": [975, 1953, 804, 1224]}
 
@@ -206,7 +208,7 @@ def test_held_out_sizes_and_clean_queries_of_the_published_sets() -> None:
         "TI, later": ((4741, 9736, 3970, 5883), [948, 1947, 794, 1176], 19_465),
     }
     for name, (counts, expected, queries) in outs.items():
-        parts = [splits.holdout_positions(n, e, 1) for e, n in enumerate(counts)]
+        parts = [domain_split.holdout_positions(n, e, 1) for e, n in enumerate(counts)]
         assert [len(out) for _, out in parts] == expected, name
         assert sum(len(inside) for inside, _ in parts) == queries, name
         for n, (inside, out) in zip(counts, parts, strict=True):
@@ -215,9 +217,9 @@ def test_held_out_sizes_and_clean_queries_of_the_published_sets() -> None:
 
 def test_split_domains_takes_the_items_in_their_order() -> None:
     data = [Item(f"{domain}/{n}", ImageRef("x"), 0, domain) for n in range(10) for domain in (1, 0)]
-    found = splits.split_domains(data, trial_seed=2)
+    found = domain_split.split_domains(data, trial_seed=2)
     assert list(found) == [0, 1]
     for domain, split in found.items():
-        inside, out = splits.holdout_positions(10, domain, 2)
+        inside, out = domain_split.holdout_positions(10, domain, 2)
         assert (numbers(split.inside), numbers(split.out)) == (inside, out)
         assert {item.domain for item in split.inside + split.out} == {domain}

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from data_tools.embed_teacher import embed_shards
 from vlmkd.config import DataConfig, SourceConfig
 from vlmkd.data.decode import decode
 from vlmkd.data.loader import build_loader
 from vlmkd.data.shards import read_shard
-from vlmkd.data.teacher_outputs import TeacherOutputs, embed_shards
+from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.data.transforms import View, ViewConfig, normalise, render
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec

@@ -18,16 +18,10 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from vlmkd.data.samples import RawSample
-from vlmkd.data.teacher_outputs import Store, StoreInfo, read_info
-from vlmkd.errors import UserError
-
-_TOOL = "data_tools/embed_chats.py"
+from vlmkd.data.teacher_outputs import Store, StoreInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +29,8 @@ class ChatOutputsInfo(StoreInfo):
     """What `cache.json` says about a folder."""
 
     unit: ClassVar[str] = "chats"
+    content: ClassVar[str] = "other tokens or images"
+    tools: ClassVar[str] = "data_tools/embed_chats.py"
     pairs: bool
     """Preference pairs, not conversations."""
     template: str
@@ -72,58 +68,19 @@ _FIELDS = {
 class ChatOutputs(Store):
     """Reader of a folder."""
 
-    tools = _TOOL
-    info: ChatOutputsInfo
-
-    def __init__(self, folder: str | Path) -> None:
-        """Read `cache.json`; columns are mapped, not read.
-
-        Raises:
-            UserError: no such folder, a damaged one, one of another version or of images.
-        """
-        super().__init__(Path(folder), read_info(Path(folder), ChatOutputsInfo, _TOOL))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ChatOutputs, (self.folder,)  # another process maps the files for itself
+    kind = ChatOutputsInfo
 
     def check(
         self, wanted: ChatOutputsInfo, *, shards: Sequence[str], keys: Sequence[str], max_missing_share: float
     ) -> None:
-        """Refuse a folder that does not fit the run; the message names what differs.
-
-        Args:
-            wanted: what the run's folder says; an empty digest is of any teacher.
-            shards: the run's shards; each needs a finished part.
-            keys: of the run's records; those without stored outputs may be `max_missing_share` of them.
-        """
-        differences = (
-            []
-            if bool(self.info.set_name) == bool(keys)
-            else ["it is of files" if shards else "it is of shards"]
-        )
+        """As `TeacherOutputs.check`, for what the run's folder would say; an empty digest is of any teacher."""
+        fits = bool(self.info.set_name) == bool(keys)
+        differences = [] if fits else ["it is of files" if shards else "it is of shards"]
         for name, told in _FIELDS.items():
             ours, theirs = getattr(wanted, name), getattr(self.info, name)
             if ours != theirs and (name != "digest" or ours):
                 differences.append(f"{told}: {_short(ours)}, in the outputs {_short(theirs)}")
-        self.refuse([*differences, *self.missing(shards, keys, max_missing_share)])
-
-    def said(
-        self, raw: RawSample, rows: Sequence[tuple[list[int], list[int]]], images: Sequence[bytes]
-    ) -> dict[str, Tensor] | None:
-        """The columns of a chat with these rows (ids and targets) and image files; None: it is not stored.
-
-        Raises:
-            UserError: under its name another one is stored.
-        """
-        entry = self.get(chat_key(raw), raw.shard)
-        if entry is None:
-            return None
-        if entry.digest != hashlib.sha256(chat_bytes(rows, images)).digest():
-            raise UserError(
-                f"{self.folder} was written for other tokens or images than chat {raw.name} has now; run {_TOOL} into a new "
-                "folder"
-            )
-        return entry.columns
+        self.refuse(differences, shards, keys, max_missing_share)
 
 
 def _short(value: Any) -> str:

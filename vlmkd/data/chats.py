@@ -13,16 +13,17 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmkd.chat_ids import IGNORED, IMAGE_ID
-from vlmkd.data.chat_outputs import ChatOutputs, ChatOutputsInfo
-from vlmkd.data.decode import BadImageError
+from vlmkd.data.chat_outputs import ChatOutputs, ChatOutputsInfo, chat_bytes, chat_key
 from vlmkd.data.samples import BadSample, RawSample, checked_size
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
@@ -85,11 +86,7 @@ class ChatItem:
         return json.dumps(self.record).encode()
 
     def members(self) -> dict[str, bytes]:
-        """The record, and its images as `0`, `1`, ...
-
-        Raises:
-            UserError: an image file is missing or cannot be read.
-        """
+        """The record, and its images as `0`, `1`, ..."""
         files = {"json": self.content()}
         for number, name in enumerate(_paths(self.record)):
             path = Path(self.folder, name)
@@ -103,11 +100,7 @@ class ChatItem:
 
 
 def read_chats(path: str, images: str) -> list[ChatItem]:
-    """The records of a LLaVA JSON (or JSONL) file.
-
-    Raises:
-        UserError: no such file, or no list of records.
-    """
+    """The records of a LLaVA JSON (or JSONL) file."""
     content = _lines(path) if path.endswith(".jsonl") else read_json(path, "chats")
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise UserError(f"chats {path} must be a list of records with `conversations`; correct the file")
@@ -132,32 +125,24 @@ def _paths(record: dict[str, Any]) -> list[str]:
     return [image] if isinstance(image, str) else list(image)
 
 
-class BadChatError(ValueError):
-    """A record that cannot be used; `reason` is one of REASONS."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 def turns_of(conversation: Any) -> list[tuple[str, str]]:
     """(question, answer) of each turn; an answer that comes before any question is dropped.
 
     Raises:
-        BadChatError: turns that do not alternate, or hold something else than texts.
+        BadSample: turns that do not alternate, or hold something else than texts.
     """
     try:
         said = [(str(turn["from"]), str(turn["value"])) for turn in conversation]
     except (TypeError, KeyError):
-        raise BadChatError("bad_record", "has no list of turns with `from` and `value`") from None
+        raise BadSample("bad_record", "has no list of turns with `from` and `value`") from None
     if said and said[0][0] == "gpt":
         said = said[1:]
     for number, (who, _) in enumerate(said):
         expected = ("human", "gpt")[number % 2]
         if who != expected:
-            raise BadChatError("bad_record", f"turn {number} is from {who!r} where {expected} must speak")
+            raise BadSample("bad_record", f"turn {number} is from {who!r} where {expected} must speak")
     if len(said) < 2 or len(said) % 2:
-        raise BadChatError("nothing_to_learn", "ends without an answer")
+        raise BadSample("nothing_to_learn", "ends without an answer")
     return [(said[index][1], said[index + 1][1]) for index in range(0, len(said), 2)]
 
 
@@ -165,21 +150,21 @@ def parts_of(members: Mapping[str, bytes]) -> tuple[list[list[tuple[str, str]]],
     """The turns of a chat's conversation, or of its preferred and its rejected one, and its image files.
 
     Raises:
-        BadChatError: no record, turns that `turns_of` refuses, or another number of images than the turns name.
+        BadSample: no record, turns that `turns_of` refuses, or another number of images than the turns name.
     """
     try:
         record = json.loads(members.get("json", b"null"))
     except ValueError as error:
-        raise BadChatError("bad_record", str(error)) from None
+        raise BadSample("bad_record", str(error)) from None
     if not isinstance(record, dict):
-        raise BadChatError("bad_record", "has no record in json")
+        raise BadSample("bad_record", "has no record in json")
     names = ("chosen", "rejected") if "chosen" in record else ("conversations",)
     talks = [turns_of(record.get(name)) for name in names]
     images = [data for name, data in members.items() if name.rpartition(".")[2] in _PICTURES]
     for turns in talks:
         asked = sum(text.count(IMAGE) for turn in turns for text in turn)
         if asked != len(images) or asked > MOST_IMAGES:
-            raise BadChatError("image_count", f"has {asked} {IMAGE} and {len(images)} images")
+            raise BadSample("image_count", f"has {asked} {IMAGE} and {len(images)} images")
     return talks, images
 
 
@@ -280,25 +265,26 @@ class ChatPipeline:
         self._max_pixels, self._transform = max_pixels, eval_transform(image_spec)
         self.stored = stored
 
-    def process(self, raw: RawSample) -> Chat | BadSample:
-        """A chat's ids, targets and images, or why it is dropped."""
+    def process(self, raw: RawSample) -> Chat:
+        """A chat's ids, targets and images."""
         if raw.reason:
-            return BadSample(raw.reason, raw.name, raw.detail)
+            raise BadSample(raw.reason, raw.detail)
+        talks, images = parts_of(raw.members)
         try:
-            talks, images = parts_of(raw.members)
             rows = [self._row(turns) for turns in talks]
-            pictures = [self._picture(data) for data in images]
-        except (BadChatError, BadImageError) as error:
-            return BadSample(error.reason, raw.name, str(error))
+        except BadSample:
+            raise
         except ValueError as error:
-            return BadSample("bad_record", raw.name, str(error))
+            raise BadSample("bad_record", str(error)) from None
         cut = sum(was_cut for _, _, was_cut in rows)
+        pictures = [self._picture(data) for data in images]
         chat = Chat(raw.name, [(ids, targets) for ids, targets, _ in rows], pictures, cut)
         if self.stored is not None:
-            said = self.stored.said(raw, chat.rows, images)
-            if said is None:
-                return BadSample("missing_teacher_embedding", raw.name, f"is not in {self.stored.folder}")
-            chat.said = said
+            digest = hashlib.sha256(chat_bytes(chat.rows, images)).digest()
+            entry = self.stored.get(chat_key(raw), raw.shard, digest, f"chat {raw.name}")
+            if entry is None:
+                raise BadSample("missing_teacher_embedding", f"is not in {self.stored.folder}")
+            chat.said = entry.columns
         return chat
 
     def _row(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], bool]:
@@ -307,7 +293,7 @@ class ChatPipeline:
         ids, learned = ids[: self._length], learned[: self._length]
         if not any(learned[1:]):
             where = f"within the first {self._length} tokens" if cut else "in its answers"
-            raise BadChatError("too_long" if cut else "nothing_to_learn", f"has nothing to learn {where}")
+            raise BadSample("too_long" if cut else "nothing_to_learn", f"has nothing to learn {where}")
         targets = [token if counts else IGNORED for token, counts in zip(ids[1:], learned[1:], strict=True)]
         return ids, [*targets, IGNORED], cut
 
@@ -316,7 +302,7 @@ class ChatPipeline:
         try:
             return self._transform(Image.open(io.BytesIO(data)))
         except (OSError, ValueError, SyntaxError) as error:
-            raise BadImageError("undecodable_image", f"{type(error).__name__}: {error}") from None
+            raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from None
 
     def collate(self, samples: list[Chat]) -> dict[str, Any]:
         """`input_ids`, `targets` int64 [R,T]; `segments` int64 [R,T]: 1, 2, ... for the chats of a row, 0 for padding.
@@ -328,36 +314,28 @@ class ChatPipeline:
         """
         if len({len(sample.rows) for sample in samples}) > 1:
             raise UserError("data: preference records and plain ones do not go into one run; split the file")
-        starts = [0]
-        for sample in samples:
-            starts.append(starts[-1] + len(sample.images))
-        rows, image_rows = [], []
-        for number in range(len(samples[0].rows)):
-            for start, sample in zip(starts, samples, strict=False):
-                rows.append(sample.rows[number])
-                image_rows.append(range(start, start + len(sample.images)))
+        ends = list(accumulate(len(sample.images) for sample in samples))
+        image_rows = [range(end - len(one.images), end) for one, end in zip(samples, ends, strict=True)]
+        image_rows *= len(samples[0].rows)
+        rows = [sample.rows[number] for number in range(len(samples[0].rows)) for sample in samples]
         lengths = [len(ids) for ids, _ in rows]
         pairs = len(samples[0].rows) > 1  # stay apart, so that each is found by its row
         bins = _packed(lengths, self._length) if self._pack and not pairs else [[n] for n in range(len(rows))]
-        width = max(sum(lengths[n] for n in members) for members in bins)
+        order = list(chain.from_iterable(bins))
+        places = [[place for place, n in enumerate(own, 1) for _ in rows[n][0]] for own in bins]
+        ids, targets = (
+            [list(chain.from_iterable(rows[n][part] for n in own)) for own in bins] for part in (0, 1)
+        )
         pad = self.tokens.tokenizer.pad_token_id or 0
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "targets": [], "segments": []}
-        for members in bins:
-            ids = [token for n in members for token in rows[n][0]]
-            targets = [token for n in members for token in rows[n][1]]
-            segments = [place for place, n in enumerate(members, 1) for _ in rows[n][0]]
-            rest = width - len(ids)
-            for name, values, filler in (
-                ("input_ids", ids, pad), ("targets", targets, IGNORED), ("segments", segments, 0),
-            ):  # fmt: skip
-                columns[name].append(values + [filler] * rest)
-        order = [n for members in bins for n in members]
-        height, breadth = self._spec.size
+        columns = {"input_ids": (ids, pad), "targets": (targets, IGNORED), "segments": (places, 0)}
         images = [image for sample in samples for image in sample.images]
         return {
             "keys": [sample.name for sample in samples],
-            **{name: torch.tensor(values) for name, values in columns.items()},
-            "images": torch.stack(images) if images else torch.zeros(0, 3, height, breadth),
+            **{
+                name: pad_sequence([torch.tensor(row) for row in values], True, filler)
+                for name, (values, filler) in columns.items()
+            },
+            "images": torch.stack(images) if images else torch.zeros(0, 3, *self._spec.size),
             "image_rows": torch.tensor([index for n in order for index in image_rows[n]], dtype=torch.int64),
             "cut": sum(sample.cut for sample in samples),
             **_said([sample.said for sample in samples], order),
@@ -413,12 +391,13 @@ def _said(said: Sequence[dict[str, Tensor]], order: Sequence[int]) -> dict[str, 
 
 def _packed(lengths: Sequence[int], room: int) -> list[list[int]]:
     """First fit: the members of each row, every row at most `room` long."""
-    bins: list[tuple[int, list[int]]] = []
+    bins: list[list[int]] = []
+    free: list[int] = []
     for number, length in enumerate(lengths):
-        place = next((n for n, (used, _) in enumerate(bins) if used + length <= room), None)
-        if place is None:
-            bins.append((length, [number]))
-        else:
-            used, members = bins[place]
-            bins[place] = (used + length, [*members, number])
-    return [members for _, members in bins]
+        place = next((n for n, left in enumerate(free) if length <= left), len(bins))
+        if place == len(bins):
+            bins.append([])
+            free.append(room)
+        bins[place].append(number)
+        free[place] -= length
+    return bins

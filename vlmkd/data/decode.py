@@ -21,19 +21,19 @@ _JPEG_MAGIC = b"\xff\xd8"
 _TURBO_COLORS = ("YCbCr", "RGB", "Gray")  # CMYK and YCCK need Pillow's conversion
 
 
-class BadImageError(ValueError):
-    """An image that cannot be used; `reason` is one of the loader's counted reasons."""
+class BadSample(ValueError):
+    """A sample that cannot be used; the loader drops it, and counts it by `reason`."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Width and height from the header alone.
 
     Raises:
-        BadImageError: `undecodable_image`, or `oversized_image` where Pillow itself refuses the size.
+        BadSample: `undecodable_image`, or `oversized_image` where Pillow itself refuses the size.
     """
     if data.startswith(_JPEG_MAGIC):
         try:
@@ -52,7 +52,7 @@ def decode(data: bytes, *, fill: tuple[int, int, int] = (0, 0, 0), reduction: in
     other images are decoded whole and then averaged over r x r blocks. EXIF orientation is ignored, as in open_clip.
 
     Raises:
-        BadImageError: `undecodable_image`.
+        BadSample: `undecodable_image`.
     """
     if data.startswith(_JPEG_MAGIC):
         pixels = _decode_turbo(data, reduction)
@@ -66,7 +66,7 @@ def decode(data: bytes, *, fill: tuple[int, int, int] = (0, 0, 0), reduction: in
             if reduction > 1 and image.size == full_size:
                 rgb = rgb.reduce(reduction)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadImageError("undecodable_image", f"{type(error).__name__}: {error}") from None
+            raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from None
     return torch.from_numpy(np.array(rgb))
 
 
@@ -96,6 +96,6 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise BadImageError("oversized_image", str(error)) from None
+        raise BadSample("oversized_image", str(error)) from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadImageError("undecodable_image", f"{type(error).__name__}: {error}") from None
+        raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from None

@@ -29,25 +29,17 @@ class Item:
         return replace(self, label=UNLABELLED)
 
     def read(self) -> bytes:
-        """The encoded image.
-
-        Raises:
-            UserError: the file is missing or cannot be read.
-        """
+        """The encoded image; refuses a file that is missing or cannot be read."""
         try:
             return self.image.read()
         except OSError as error:
-            raise self.unreadable(error) from None
+            raise UserError(
+                f"image {self.image} of {self.key} cannot be read ({error.strerror}); mend the data set's folder"
+            ) from None
 
     def members(self) -> dict[str, bytes]:
         """The image as a raw sample has it."""
         return {"image": self.read()}
-
-    def unreadable(self, error: OSError) -> UserError:
-        """What is said when the file cannot be read."""
-        return UserError(
-            f"image {self.image} of {self.key} cannot be read ({error.strerror}); mend the data set's folder"
-        )
 
 
 @dataclass(frozen=True)

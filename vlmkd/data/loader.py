@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmkd.allocator import keep_freed_memory
+from vlmkd.allocator import start_loader_process
 from vlmkd.config import DataConfig, LabelledDataConfig, require
 from vlmkd.data.pipelines import ImageLabelPipeline, ImageTextPipeline, Pipeline, Tokenizer
 from vlmkd.data.samples import BadSample, view_config
@@ -62,24 +62,25 @@ class _Deliveries(IterableDataset[dict[str, Any]]):
         first_pass: list[int] | None = state.get("first_pass")
         while True:
             samples: list[Any] = []
-            dropped: list[BadSample] = []
+            dropped: list[tuple[str, str, str]] = []
             for where, candidates in stream.rows():
-                failed: list[BadSample] = []
+                failed: list[tuple[str, str, str]] = []
                 for raw in candidates:
                     if stream.passes >= 1 and first_pass is None:
                         first_pass = [read, bad]
-                    sample = self._pipeline.process(raw)
                     read += 1
-                    if not isinstance(sample, BadSample):
-                        samples.append(sample)
+                    try:
+                        samples.append(self._pipeline.process(raw))
                         break
-                    bad += 1
-                    failed.append(sample)
+                    except BadSample as error:
+                        bad += 1
+                        failed.append((raw.name, error.reason, error.detail))
                 else:
-                    counts = _count_text(Counter(one.reason for one in failed))
+                    counts = _count_text(Counter(reason for _, reason, _ in failed))
+                    last, _, detail = failed[-1]
                     raise UserError(
-                        f"{where}: {len(failed)} samples in a row were bad ({counts}); last: {failed[-1].name} "
-                        f"{failed[-1].detail}; {self._source.mend}"
+                        f"{where}: {len(failed)} samples in a row were bad ({counts}); last: {last} {detail}; "
+                        f"{self._source.hint}"
                     )
                 dropped += failed
             batch = self._pipeline.collate(samples)
@@ -119,13 +120,11 @@ class Loader:
             UserError: too many bad samples, an empty or unreadable source, teacher outputs of other samples.
             RuntimeError: a loader process died.
         """
-        self.source.open()
         deliveries = DataLoader(
             _Deliveries(self.source, self.pipeline, list(self._states), self._delivered),
             batch_size=None,
             num_workers=self._workers,
-            collate_fn=_unchanged,
-            worker_init_fn=keep_freed_memory,  # type: ignore[arg-type]
+            worker_init_fn=start_loader_process,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else its start, at any step of a resumed run, draws from that step's state
         )
@@ -142,14 +141,14 @@ class Loader:
         self._read += delivery["state"]["tally"][0] - (before["tally"][0] if before else 0)
         self._states[local] = delivery["state"]
         self._delivered += 1
-        for bad in delivery["bad"]:
-            count = self.skipped[bad.reason] = self.skipped.get(bad.reason, 0) + 1
-            named = f"{bad.name} ({bad.reason})"
+        for name, reason, detail in delivery["bad"]:
+            count = self.skipped[reason] = self.skipped.get(reason, 0) + 1
+            named = f"{name} ({reason})"
             if len(self._names) < _NAMES_KEPT and named not in self._names:
                 self._names.append(named)
             if count == 1 or count % _LOG_EVERY == 0:
                 told = "skipped %s: %s %s (%d such on rank %d so far)"
-                log.warning(told, bad.name, bad.reason, bad.detail, count, self.source.rank)
+                log.warning(told, name, reason, detail, count, self.source.rank)
         if self._read >= _MIN_READ or not self._max_bad_share:
             self.check_bad_share()
         firsts = [state["first_pass"] for state in self._states if state and state["first_pass"]]
@@ -157,18 +156,14 @@ class Loader:
             self._judge(sum(bad for _, bad in firsts), sum(read for read, _ in firsts))
 
     def check_bad_share(self) -> None:
-        """Called at the end of a run: judge what was read, however little.
-
-        Raises:
-            UserError: more than `max_bad_share` of it was bad.
-        """
+        """Called at the end of a run: judge what was read, however little."""
         self._judge(sum(self.skipped.values()), self._read)
 
     def _judge(self, bad: int, read: int) -> None:
         if bad > self._max_bad_share * read:
             raise UserError(
                 f"data.max_bad_share={self._max_bad_share}: {bad} of {read} samples were bad "
-                f"({_count_text(self.skipped)}), first {', '.join(self._names)}; {self.source.mend} or raise "
+                f"({_count_text(self.skipped)}), first {', '.join(self._names)}; {self.source.hint} or raise "
                 f"data.max_bad_share"
             )
 
@@ -199,10 +194,6 @@ class Loader:
             "skipped": dict(self.skipped),
             "first_bad": list(self._names),
         }
-
-
-def _unchanged(delivery: Any) -> Any:
-    return delivery
 
 
 @contextmanager
@@ -241,10 +232,7 @@ def build_loader(
 
     Args:
         teacher_views: input and tokenizer of each teacher that runs beside the student; None where the student's do.
-        teacher_digests: sha256 of each teacher that the config names, which the caches must be of; None: unchecked.
-
-    Raises:
-        UserError: missing, empty or too few shards, bad weights, a teacher cache that does not fit.
+        teacher_digests: sha256 of each teacher, which the caches must be of; None: unchecked.
     """
     ranks: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
     source: Source
@@ -278,14 +266,9 @@ def build_labelled_loader(
     teacher_specs: Sequence[ImageSpec] = (),
     teacher_digest: str | None = None,
 ) -> Loader:
-    """The loader of a labelled set that `cfg` describes, its stored teacher outputs checked against the run.
+    """The loader of a labelled set that `cfg` describes; `data.interpolation` overrules the specs'.
 
-    Args:
-        image_spec: the student's input, before `data.interpolation`, which is of the view and so the teachers' too.
-        teacher_digest: digest of the teacher that the config names, which stored outputs must be of; None: unchecked.
-
-    Raises:
-        UserError: an empty stream, a share that the ranks cannot divide, more views than are stored, other outputs.
+    `teacher_digest`: sha256 of the teacher, which stored outputs must be of; None: unchecked.
     """
     views, view_count = view_config(cfg), cfg.view_count
     stored = TeacherOutputs(cfg.teacher_outputs, cfg.teacher_view) if cfg.teacher_outputs else None
@@ -305,7 +288,6 @@ def build_labelled_loader(
         )
     source = ItemSource(
         streams, seed=seed, rank=rank, world_size=world_size, accumulation=accumulation, view_count=view_count,
-        keep_encoded_mb=cfg.keep_encoded_mb,
     )  # fmt: skip
     pipeline = ImageLabelPipeline(
         image_spec, views, teacher_specs=teacher_specs, max_pixels=cfg.max_pixels,

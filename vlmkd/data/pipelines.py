@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmkd.data.batch import ImageLabel, ImageText, check_batch
-from vlmkd.data.decode import BadImageError
-from vlmkd.data.samples import BadSample, Encoded, RawSample, checked_size, unpack, views_of
-from vlmkd.data.teacher_outputs import Stored, TeacherOutputs
-from vlmkd.data.transforms import View, ViewConfig, normalise
+from vlmkd.data.samples import BadSample, RawSample, checked_size, sample_digest, unpack, views_of
+from vlmkd.data.teacher_outputs import TeacherOutputs
+from vlmkd.data.transforms import ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 
@@ -26,8 +25,12 @@ Tokenizer = Callable[[list[str]], Tensor]
 class Pipeline(Protocol[S]):
     """Holds no state that a resumed run needs; sent to loader processes."""
 
-    def process(self, raw: RawSample) -> S | BadSample:
-        """A sample ready to be collated, or why it is dropped."""
+    def process(self, raw: RawSample) -> S:
+        """A sample ready to be collated.
+
+        Raises:
+            BadSample: it is dropped.
+        """
         ...
 
     def collate(self, samples: list[S]) -> dict[str, Any]:
@@ -82,37 +85,36 @@ class _Images:
         pairs = zip(self._teachers, self._serves, strict=True)
         self._own = [spec for spec, served in pairs if spec is not None and not served]
 
-    def process(self, raw: RawSample) -> Sample | BadSample:
-        """The sample's view, or why it was dropped.
-
-        Raises:
-            UserError: teacher outputs that were written for other bytes under this key.
-        """
-        encoded = unpack(raw, self._image_keys, self._text_key)
-        if isinstance(encoded, BadSample):
-            return encoded
+    def process(self, raw: RawSample) -> Sample:
+        """The sample's view, with what was stored of it."""
+        image, text = unpack(raw, self._image_keys, self._text_key)
+        teachers = self.stored[raw.source] if self.stored else ()
+        digest = sample_digest(image, text) if teachers else b""
         entries = []
-        for outputs in self.stored[raw.source] if self.stored else ():
-            entry = outputs.get_checked(raw.key, encoded.image, encoded.text, raw.shard)
+        for outputs in teachers:
+            entry = outputs.get(raw.key, raw.shard, digest, raw.name)
             if entry is None:
-                return BadSample("missing_teacher_embedding", raw.name, f"is not in {outputs.folder}")
+                raise BadSample("missing_teacher_embedding", f"is not in {outputs.folder}")
             entries.append(entry)
         rng = random.Random(raw.seed)
-        try:
-            size = checked_size(encoded.image, self._max_pixels)
-            view, pick = None, 0
-            if entries and self.stored[raw.source][0].replays:
-                view, pick = _replayed(encoded, entries, raw.turn, rng)
-            view = view or self._views.draw(*size, rng)
-            pixels, *own = views_of(encoded.image, size, [view], [self.spec, *self._own])[0]
-        except BadImageError as error:
-            return BadSample(error.reason, raw.name, str(error))
+        size = checked_size(image, self._max_pixels)
+        view, pick = None, 0
+        if teachers and teachers[0].replays:
+            pick = rng.randrange(len(entries[0].views)) if raw.turn is None else raw.turn
+            view = entries[0].views[pick]
+            if any(entry.views[pick] != view for entry in entries):
+                raise UserError(
+                    f"data.sources: the teacher caches hold different crops of {raw.name}; write them with the same --seed, "
+                    "--crops and crop options"
+                )
+        view = view or self._views.draw(*size, rng)
+        pixels, *own = views_of(image, size, [view], [self.spec, *self._own])[0]
         said = [
             {name: rows[pick] if name == "image_embeds" else rows for name, rows in entry.columns.items()}
             for entry in entries
         ]
         raw.members = {}  # frees the bytes
-        return Sample(raw, encoded.text, pixels, own, said)
+        return Sample(raw, text, pixels, own, said)
 
     def _collate(self, samples: list[Sample]) -> dict[str, Any]:
         """What all image batches have."""
@@ -142,20 +144,6 @@ class _Images:
     def describe(self) -> dict[str, Any]:
         """See `Pipeline`."""
         return {}
-
-
-def _replayed(
-    encoded: Encoded, entries: Sequence[Stored], turn: int | None, rng: random.Random
-) -> tuple[View, int]:
-    """One of the stored views, and its number: `turn`, or one drawn from `rng`."""
-    pick = rng.randrange(len(entries[0].views)) if turn is None else turn
-    view = entries[0].views[pick]
-    if any(entry.views[pick] != view for entry in entries):
-        raise UserError(
-            f"data.sources: the teacher caches hold different crops of {encoded.name}; write them with the same "
-            f"--seed, --crops and crop options"
-        )
-    return view, pick
 
 
 class ImageTextPipeline(_Images):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmkd.config import DataConfig, LabelledDataConfig
-from vlmkd.data.decode import BadImageError, decode, image_size
+from vlmkd.data.decode import BadSample, decode, image_size
 from vlmkd.data.transforms import View, ViewConfig, reduction_for, render
 from vlmkd.image_spec import ImageSpec
 
@@ -54,24 +54,6 @@ class RawSample:
         return "/".join(part for part in (self.shard, self.key) if part)
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that was dropped."""
-
-    reason: str
-    name: str
-    detail: str = ""
-
-
-@dataclass(slots=True)
-class Encoded:
-    """A complete sample before decoding."""
-
-    name: str
-    image: bytes
-    text: str
-
-
 def view_config(cfg: DataConfig | LabelledDataConfig) -> ViewConfig:
     """The distribution of training views that `cfg` asks for."""
     (low, high), (narrow, wide) = cfg.crop_scale, cfg.crop_ratio
@@ -84,31 +66,34 @@ def members(cfg: DataConfig) -> frozenset[str]:
     return frozenset([*cfg.image_keys, cfg.text_key])
 
 
-def unpack(raw: RawSample, image_keys: Sequence[str], text_key: str) -> Encoded | BadSample:
-    """Image bytes and caption of a raw sample, or why it has none; a caption of white space only is missing.
+def unpack(raw: RawSample, image_keys: Sequence[str], text_key: str) -> tuple[bytes, str]:
+    """Image bytes and caption of a raw sample; a caption of white space only is missing.
 
     With an empty `text_key` no caption is asked for.
+
+    Raises:
+        BadSample: it has none, or is a marker of what went wrong.
     """
     if raw.reason:
-        return BadSample(raw.reason, raw.name, raw.detail)
+        raise BadSample(raw.reason, raw.detail)
     image = next((raw.members[key] for key in image_keys if key in raw.members), None)
     if image is None:
-        return BadSample("missing_image", raw.name, f"has none of {', '.join(image_keys)}")
+        raise BadSample("missing_image", f"has none of {', '.join(image_keys)}")
     text = raw.members.get(text_key, b"").decode("utf-8", errors="replace").strip()
     if text_key and not text:
-        return BadSample("missing_caption", raw.name, f"has no text in {text_key}")
-    return Encoded(raw.name, image, text)
+        raise BadSample("missing_caption", f"has no text in {text_key}")
+    return image, text
 
 
 def checked_size(image: bytes, max_pixels: int) -> tuple[int, int]:
     """Width and height from the image's header.
 
     Raises:
-        BadImageError: `undecodable_image`; `oversized_image` above `max_pixels`.
+        BadSample: `undecodable_image`; `oversized_image` above `max_pixels`.
     """
     width, height = image_size(image)
     if width * height > max_pixels:
-        raise BadImageError("oversized_image", f"{width}x{height} is more than data.max_pixels={max_pixels}")
+        raise BadSample("oversized_image", f"{width}x{height} is more than data.max_pixels={max_pixels}")
     return width, height
 
 
@@ -118,13 +103,13 @@ def views_of(
     """uint8 [h,w,3] for each view and each spec, from one decoding; transparency lies on the first spec's fill.
 
     Raises:
-        BadImageError: `undecodable_image`.
+        BadSample: `undecodable_image`.
     """
     reduction = min(reduction_for(view, specs) for view in views)
     pixels = decode(image, fill=specs[0].fill, reduction=reduction)
     width, height = size
     if pixels.shape[:2] != (-(-height // reduction), -(-width // reduction)):
-        raise BadImageError(
+        raise BadSample(
             "undecodable_image", f"header says {width}x{height}, pixels are {tuple(pixels.shape)}"
         )
     return [[render(pixels, view, spec, reduction) for spec in specs] for view in views]

@@ -11,10 +11,8 @@ garbage for the end of the archive: a truncated download would then look like a 
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
-import http.client
 import itertools
 import logging
 import os
@@ -22,48 +20,45 @@ import random
 import re
 import tarfile
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+import httpx
+
 from vlmkd import distributed
 from vlmkd.data.samples import RawSample
 from vlmkd.errors import UserError
-from vlmkd.files import read_object
+from vlmkd.files import new_file, one_line, read_object
 
 log = logging.getLogger(__name__)
-
-READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, http.client.HTTPException)
-"""What a shard that cannot be read to its end may raise."""
 
 _MOST_SHARDS = 1_000_000  # of one entry; LAION-5B has 231,000
 _NUMBERS = re.compile(r"\{(-?\d{1,30})\.\.(-?\d{1,30})")
 _BY_COMMAND = ("pipe:", "gs://", "hf://", "ais://")
 """What webdataset opens by a command: the shell's, or gsutil, curl and ais, which must be installed."""
-_RETRIES = 5
+_RETRIES = 5  # in a row without a byte
 _RETRY_PAUSE = 0.5  # seconds before the first retry, doubled for each next one: 15 s in all
-_PERMANENT = (400, 401, 403, 404, 405, 410, 416)  # HTTP codes that a retry does not change
 _TIMEOUT = 60.0  # seconds without a byte
 _CHUNK = 1 << 20
-_MEMBER = re.compile(
-    r"^((?:.*/|)[^.]+)[.]([^/]*)$"
-)  # webdataset's rule: the key ends at the file name's first dot
+# webdataset's rule: the key ends at the file name's first dot
+_MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+
+
+class Unreachable(Exception):
+    """A server gives no further bytes of a file."""
+
+
+READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, Unreachable)
+"""What a shard that cannot be read to its end may raise."""
 
 
 def expand(shards: list[str], where: str) -> list[str]:
-    """Every shard that `shards` names, in order: brace ranges, globs and `emoji:` names are written out.
-
-    Raises:
-        UserError: an empty list, a pattern without a match, a path that is missing or a folder; names `where`.
-    """
-    found: list[str] = []
-    for entry in shards:
-        found.extend(_expand_one(entry, where))
+    """Every shard that `shards` names, in order: brace ranges, globs and `emoji:` names are written out."""
+    found = [name for entry in shards for name in _expand_one(entry, where)]
     if not found:
         raise UserError(
             f"{where} is empty; name at least one shard, e.g. {where}=['data/{{00000..00099}}.tar']"
@@ -80,19 +75,14 @@ def _expand_one(entry: str, where: str) -> list[str]:
     if entry.startswith("pipe:") and distributed.is_main():
         log.warning("%s: a shell will run `%s`; do so only with configs that you trust", where, entry[5:])
     for name in _brace_range(entry, where):
-        if is_remote(name):
-            found.append(name)
-            continue
         path = os.path.expanduser(name)
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path))
+        matches = [name] if is_remote(name) else [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not matches:
             raise UserError(f"{where}: no file matches {name} (looked from {os.getcwd()}); correct the path")
-        for match in matches:
-            if os.path.isdir(match):
-                raise UserError(
-                    f"{where}: {match} is a folder; name its shards: {os.path.join(match, '*.tar')}"
-                )
-        found.extend(matches)
+        if folders := [match for match in matches if os.path.isdir(match)]:
+            inside = os.path.join(folders[0], "*.tar")
+            raise UserError(f"{where}: {folders[0]} is a folder; name its shards: {inside}")
+        found += matches
     return found
 
 
@@ -100,16 +90,15 @@ def _brace_range(entry: str, where: str) -> list[str]:
     """Every name that the braces of `entry` stand for."""
     from braceexpand import braceexpand
 
-    many = f"{where}: {entry} is more than {_MOST_SHARDS} shards; correct the range"
     sizes = [abs(int(last) - int(first)) for first, last in _NUMBERS.findall(entry)]
-    if max(sizes, default=0) >= _MOST_SHARDS:  # braceexpand makes a list of each range
-        raise UserError(many)
-    try:
-        names = list(itertools.islice(braceexpand(entry), _MOST_SHARDS + 1))
-    except ValueError as error:
-        raise UserError(f"{where}: {entry} is no brace range ({error}); write {{00000..00099}}") from None
-    if len(names) > _MOST_SHARDS:
-        raise UserError(many)
+    names: list[str] = []
+    if max(sizes, default=0) < _MOST_SHARDS:  # braceexpand makes a list of each range
+        try:
+            names = list(itertools.islice(braceexpand(entry), _MOST_SHARDS + 1))
+        except ValueError as error:
+            raise UserError(f"{where}: {entry} is no brace range ({error}); write {{00000..00099}}") from None
+    if not 0 < len(names) <= _MOST_SHARDS:
+        raise UserError(f"{where}: {entry} is more than {_MOST_SHARDS} shards; correct the range")
     return names
 
 
@@ -131,19 +120,15 @@ def shard_name(url: str) -> str:
 
 def check_count(num_shards: int, world_size: int, workers: int, where: str) -> None:
     """Refuse fewer shards than loading streams (`world_size` ranks times `workers`, at least one each)."""
-    streams = world_size * max(workers, 1)
-    if num_shards >= streams:
-        return
-    reshard = f"re-shard with `python data_tools/images_to_shards.py --reshard SHARDS --out FOLDER --num-shards {streams}`"
-    fitting = num_shards // world_size
-    mend = (
-        f"set data.workers={fitting} or {reshard}"
-        if fitting >= 1
-        else f"use at most {num_shards} ranks or {reshard}"
-    )
-    raise UserError(
-        f"{where} has {num_shards} shards, but {world_size} ranks x {max(workers, 1)} workers need {streams}; {mend}"
-    )
+    workers = max(workers, 1)
+    streams, fitting = world_size * workers, num_shards // world_size
+    if num_shards < streams:
+        raise UserError(
+            f"{where} has {num_shards} shards, but {world_size} ranks x {workers} workers need {streams}; "
+            + (f"set data.workers={fitting}" if fitting else f"use at most {num_shards} ranks")
+            + " or re-shard with `python data_tools/images_to_shards.py --reshard SHARDS --out FOLDER --num-shards "
+            f"{streams}`"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- opening a shard
@@ -157,8 +142,7 @@ def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
             yield stream
     elif is_remote(url) and not shard_cache:
         # Not webdataset's opener: its curl cannot go on in the middle of a file when a connection breaks.
-        with HttpStream(url) as http_stream:
-            yield cast(BinaryIO, http_stream)
+        yield cast(BinaryIO, _Blocks(url))
     else:
         with open(download(url, Path(shard_cache)) if is_remote(url) else url, "rb") as file:
             yield file
@@ -185,117 +169,57 @@ def _open_by_command(url: str) -> Iterator[BinaryIO]:
         process.wait()
 
 
-class HttpStream:
-    """A readable http(s) response that reconnects at the byte where a connection broke.
-
-    Raises OSError (or http.client.HTTPException) after six attempts in a row without progress.
-    """
+class _Blocks:
+    """A remote file for tarfile, which takes blocks of any length."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self.position = 0
-        self.total: int | None = None
-        self._response: http.client.HTTPResponse | None = None
-        self._retrying(self._connect)
-
-    def __enter__(self) -> HttpStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Drop the connection."""
-        if self._response is not None:
-            self._response.close()
-            self._response = None
+        self._blocks = _blocks(url)
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; empty only at the end of the file."""
-        data = self._retrying(lambda: self._read_once(size))
-        self.position += len(data)
-        return data
+        return next(self._blocks, b"")
 
-    def _read_once(self, size: int) -> bytes:
-        if self._response is None:
-            self._connect()
-        assert self._response is not None
-        data = self._response.read(size)
-        if not data and self.total is not None and self.position < self.total and size:
-            raise ConnectionError(f"connection closed at byte {self.position} of {self.total}")
-        return data
 
-    def _connect(self) -> None:
-        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=_TIMEOUT)
-        length = response.headers.get("Content-Length")
-        if self.total is None and length is not None:
-            self.total = int(length)
-        if self.position and response.status != 206:  # a server without ranges starts over
-            skip = self.position
-            while skip:
-                skipped = len(response.read(min(skip, _CHUNK)))
-                if not skipped:
-                    raise ConnectionError(f"connection closed before byte {self.position}")
-                skip -= skipped
-        self._response = response
+def _blocks(url: str) -> Iterator[bytes]:
+    """The bytes of an http(s) file; where a connection breaks, another one goes on at that byte.
 
-    def _retrying(self, action: Callable[[], Any]) -> Any:
-        for attempt in range(_RETRIES + 1):
-            try:
-                return action()
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                permanent = (
-                    isinstance(error, urllib.error.HTTPError)
-                    and 400 <= error.code < 500
-                    and error.code != 429
-                )
-                if attempt == _RETRIES or permanent:
-                    raise
-                time.sleep(_RETRY_PAUSE * 2**attempt)
+    Raises:
+        Unreachable: the server refuses, or gives nothing six times in a row.
+    """
+    position = failures = 0
+    while True:
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={position}-"} if position else {})}
+        try:
+            with httpx.stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as reply:
+                reply.raise_for_status()
+                skip = 0 if reply.status_code == 206 else position  # a server without ranges starts over
+                for block in reply.iter_raw():
+                    new, skip = block[skip:], max(skip - len(block), 0)
+                    if new:
+                        position, failures = position + len(new), 0
+                        yield new
+            return
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+            if failures == _RETRIES or (400 <= code < 500 and code != 429):
+                raise Unreachable(f"connection closed at byte {position}: {one_line(error)}") from None
+        time.sleep(_RETRY_PAUSE * 2**failures)
+        failures += 1
 
 
 def download(url: str, folder: Path) -> Path:
-    """`url` as a file in `folder`, fetched when it is not there yet; written to a temporary name first.
+    """`url` as a file in `folder`, fetched when it is not there yet.
 
     Raises:
         UserError: the folder cannot be written or its disk is full.
-        OSError: the server cannot be reached or hangs up.
+        Unreachable: the server cannot be reached or hangs up.
     """
-    final = (
-        folder
-        / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{os.path.basename(urllib.parse.urlparse(url).path)}"
-    )
-    if final.exists():
-        return final
-    partial = final.with_name(f"{final.name}.{os.getpid()}.partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(partial, "wb")
-    except OSError as error:
-        raise UserError(
-            f"data.shard_cache: cannot write to {folder} ({error.strerror}); name another folder"
-        ) from None
-    try:
-        with file, HttpStream(url) as stream:
-            while block := stream.read(_CHUNK):
-                _write(file, block, folder)
-        os.replace(partial, final)
-    finally:
-        partial.unlink(missing_ok=True)
+    name = os.path.basename(urllib.parse.urlparse(url).path)
+    final = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    if not final.exists():
+        with new_file(final, "data.shard_cache:") as partial, partial.open("wb") as file:
+            for block in _blocks(url):
+                file.write(block)
     return final
-
-
-def _write(file: BinaryIO, block: bytes, folder: Path) -> None:
-    try:
-        file.write(block)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"data.shard_cache: the disk of {folder} is full; free space or leave shard_cache empty"
-        ) from None
 
 
 # -------------------------------------------------------------------------------------------- samples of a shard
@@ -342,7 +266,9 @@ def read_shard(
             if file is not None:
                 sample.members[extension] = file.read()
     except READ_ERRORS as error:
-        sample = RawSample(name, "", reason="broken_tar", detail=f"{url}: {_one_line(error)}")
+        sample = RawSample(
+            name, "", reason="broken_tar", detail=f"{url}: {type(error).__name__}: {one_line(error)}"
+        )
     if sample is not None and index >= skip:
         yield sample
 
@@ -352,8 +278,7 @@ def _open_members(
 ) -> Iterator[tuple[str, str, IO[bytes] | None]]:
     """(key, lower-case extension, content or None when not wanted) of each regular file.
 
-    The content must be read before the next file is asked for. It is left to the caller, who knows from the key
-    alone that the sample before it is complete.
+    The caller reads the content before it asks for the next file: the key alone says that the sample before is complete.
     """
     with open_shard(url, shard_cache) as stream:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
@@ -366,21 +291,16 @@ def _open_members(
                 yield key, extension, tar.extractfile(info) if wanted is None or extension in wanted else None
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 # ----------------------------------------------------------------------------------------------- endless stream
 
 
 class ShardStream:
     """Endless raw samples of one source for one of `workers` logical workers, shuffled in blocks, resumable.
 
-    Each epoch orders all shards by (salt, epoch) and deals them to the workers in turn. Within a worker, each
-    block of `shuffle` neighbouring raw samples (fewer at the end of an epoch) is given out in an order of its own.
-    While a block is given out the next one is read, sample for sample, so that about `shuffle` samples are held
-    and reading stays even. A block is fixed by where it starts, so the state is that position and how many samples
-    of the block were given out; a resumed stream reads the block again, without decoding.
+    Each epoch orders all shards by (salt, epoch) and deals them to the workers in turn. Within a worker, each block of
+    `shuffle` neighbouring raw samples (fewer at the end of an epoch) is given out in an order of its own, while the next
+    one is read, sample for sample. The state is where a block starts and how many of its samples were given out; a
+    resumed stream reads the block again, without decoding.
     """
 
     def __init__(
@@ -398,14 +318,12 @@ class ShardStream:
         self._shards, self._read, self._salt = shards, read, salt
         self._worker, self._workers, self._size = worker, workers, max(shuffle, 1)
         state = state or {"start": [0, 0, 0], "block": 0, "given": 0}
-        self._block = int(state["block"])
-        self._given = int(state["given"])
+        self._block, self._given = int(state["block"]), int(state["given"])
         self._reader = self._raw(*state["start"])
         self._ahead: list[RawSample] = []
         self._ahead_full = False
-        self._start = tuple(state["start"])
-        self._current: list[RawSample | None] = []
         self._next_block()
+        del self._current[len(self._current) - self._given :]
         for _ in range(self._given):
             self._extend()
 
@@ -413,16 +331,12 @@ class ShardStream:
         return self
 
     def __next__(self) -> RawSample:
-        if self._given == len(self._current):
-            self._block += 1
-            self._given = 0
+        if not self._current:
+            self._block, self._given = self._block + 1, 0
             self._next_block()
-        sample = self._current[self._given]
-        assert sample is not None
-        self._current[self._given] = None  # frees the bytes
         self._given += 1
         self._extend()
-        return sample
+        return self._current.pop()
 
     @property
     def passes(self) -> int:
@@ -439,7 +353,7 @@ class ShardStream:
         block, self._ahead, self._ahead_full = self._ahead, [], False
         self._start = block[0].position
         random.Random(f"{self._salt}/block/{self._worker}/{self._block}").shuffle(block)
-        self._current = cast("list[RawSample | None]", block)
+        self._current = block[::-1]  # taken from its end
 
     def _extend(self) -> None:
         """Read one raw sample into the next block unless that block is complete."""

@@ -7,15 +7,13 @@ seed and of what was drawn before, so a source goes on from a few numbers.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from vlmkd.config import DataConfig
 from vlmkd.data import shards as sharding
@@ -30,56 +28,8 @@ MOST_BAD = 1000
 """Bad samples in a row after which no good one is looked for."""
 _ORDERS_KEPT = 2  # passes of a stream that one batch may span without ordering anew
 
-
-class WorkerStream(Protocol):
-    """What one logical worker draws."""
-
-    @property
-    def passes(self) -> int:
-        """Complete passes over the data, of the part that is the furthest behind."""
-        ...
-
-    @property
-    def positions(self) -> Positions:
-        """Where it stands after the batch that was drawn last."""
-        ...
-
-    def rows(self) -> Iterator[tuple[str, Iterator[RawSample]]]:
-        """The next batch: for each row what it is of, and candidates, the first good one of which is taken."""
-        ...
-
-    def state_dict(self) -> Any:
-        """Plain data to go on from; None where the number of batches says it all."""
-        ...
-
-
-class Source(Protocol):
-    """Raw samples of one rank."""
-
-    rank: int
-    samples_per_epoch: int
-    """Samples of one pass over the data, of all ranks together; 0: not known."""
-    mend: str
-    """What a user does about bad samples."""
-
-    def open(self) -> None:
-        """Called in the training process before loader processes start."""
-
-    def stream(self, worker: int, workers: int, delivered: int, state: Any) -> WorkerStream:
-        """What logical worker `worker` of the rank draws after `delivered` batches of all its workers."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `resume` compares."""
-        ...
-
-    def resume(self, state: dict[str, Any], delivered: int) -> tuple[int, bool]:
-        """Batches to go on after, and whether the states of the workers still hold; says what has changed."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What went into the run, for data.json."""
-        ...
+Rows = Iterator[tuple[str, Iterator[RawSample]]]
+"""A batch: for each row what it is of, and candidates, the first good one of which is taken."""
 
 
 # ---------------------------------------------------------------------------------------------------------- shards
@@ -90,12 +40,10 @@ class ShardSource:
 
     With other ranks, workers, shuffling or sources than before, a resumed run goes on with a fresh stream, drawn from the
     seed and the number of batches so far, the same on every rank.
-
-    Raises:
-        UserError: missing, empty or too few shards.
     """
 
-    mend = "mend the shards (`python data_tools/check_shards.py SHARDS` lists them)"
+    hint = "mend the shards (`python data_tools/check_shards.py SHARDS` lists them)"
+    """What a user does about bad samples."""
 
     def __init__(
         self,
@@ -117,12 +65,11 @@ class ShardSource:
         self.field, self.members = field, None if whole else members(cfg)
         for number, source in enumerate(cfg.sources):
             where = f"config field {field}" + (f".{number}.shards" if field == "data.sources" else "")
-            urls = sharding.expand(list(source.shards), where)
-            sharding.check_count(len(urls), world_size, cfg.workers, where)
-            self.shards.append(urls)
+            self.shards.append(sharding.expand(list(source.shards), where))
+            sharding.check_count(len(self.shards[-1]), world_size, cfg.workers, where)
         self.cfg, self.rank, self.world_size, self.batch_size = cfg, rank, world_size, micro_batch_size
-        self.samples_per_epoch = cfg.samples_per_epoch
-        self.salt = f"{seed}"
+        self.samples_per_epoch, self.salt = cfg.samples_per_epoch, f"{seed}"
+        """Samples of one pass over the data, of all ranks together; 0: not known."""
         weighted = [[source.weight, urls] for source, urls in zip(cfg.sources, self.shards, strict=True)]
         self._layout = {
             "seed": seed,
@@ -132,36 +79,32 @@ class ShardSource:
             field: digest_of(weighted),
         }
 
-    def open(self) -> None:
-        """Nothing to do."""
-
     def stream(self, worker: int, workers: int, delivered: int, state: Any) -> _Mixture:
-        """See `Source`."""
+        """What logical worker `worker` of the rank draws after `delivered` batches of all its workers."""
         return _Mixture(self, self.rank * workers + worker, self.world_size * workers, state)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Source`."""
+        """What `resume` compares."""
         return {"layout": dict(self._layout), "salt": self.salt}
 
     def resume(self, state: dict[str, Any], delivered: int) -> tuple[int, bool]:
-        """See `Source`."""
+        """Batches to go on after, and whether the states of the workers still hold; says what has changed."""
         before = state["layout"]
-        changed = [name for name, value in self._layout.items() if before.get(name) != value]
-        if not changed:
+        told = [
+            f"{name} changed" + ("" if name == self.field else f" from {before.get(name)} to {value}")
+            for name, value in self._layout.items()
+            if before.get(name) != value
+        ]
+        if not told:
             self.salt = state["salt"]
             return delivered, True
         self.salt = f"{self._layout['seed']}/from{delivered}"
-        told = "; ".join(
-            f"{name} changed"
-            if name == self.field
-            else f"{name} changed from {before.get(name)} to {self._layout[name]}"
-            for name in changed
-        )
-        log.warning("%s: the data stream starts afresh after batch %d instead of continuing", told, delivered)
+        afresh = "%s: the data stream starts afresh after batch %d instead of continuing"
+        log.warning(afresh, "; ".join(told), delivered)
         return delivered, False
 
     def describe(self) -> dict[str, Any]:
-        """Shard counts, digests of the shard lists, and sample counts where known."""
+        """What went into the run, for data.json."""
         sources = [
             {
                 "shards": len(urls),
@@ -195,18 +138,16 @@ class _Mixture:
             )
             for number, urls in enumerate(source.shards)
         ]
+        self.passes = min(stream.passes for stream in self._streams)
+        """Complete passes over the source that is the furthest behind."""
+        self.positions: Positions = {"worker": worker, "raw": self._given}
+        """Where it stands after the batch that was drawn last."""
 
-    @property
-    def passes(self) -> int:
-        return min(stream.passes for stream in self._streams)
-
-    @property
-    def positions(self) -> Positions:
-        return {"worker": self._worker, "raw": self._given}
-
-    def rows(self) -> Iterator[tuple[str, Iterator[RawSample]]]:
+    def rows(self) -> Rows:
+        """The next batch."""
         for _ in range(self._batch_size):
             yield self._field, self._candidates()
+        self.positions = {"worker": self._worker, "raw": self._given}
 
     def _candidates(self) -> Iterator[RawSample]:
         """Raw samples until a thousand, or a whole pass, were bad."""
@@ -214,17 +155,15 @@ class _Mixture:
         for _ in range(MOST_BAD):
             if self.passes - start >= 2:
                 return
-            yield self._next()
-
-    def _next(self) -> RawSample:
-        number = 0
-        if len(self._streams) > 1:
-            rng = random.Random(f"{self._salt}/mix/{self._worker}/{self._given}")
-            number = rng.choices(range(len(self._streams)), self._weights)[0]
-        self._given += 1
-        raw = next(self._streams[number])
-        raw.source, raw.seed = number, f"{self._salt}/{number}/{raw.position[0]}/{raw.name}"
-        return raw
+            number = 0
+            if len(self._streams) > 1:
+                rng = random.Random(f"{self._salt}/mix/{self._worker}/{self._given}")
+                number = rng.choices(range(len(self._streams)), self._weights)[0]
+            self._given += 1
+            raw = next(self._streams[number])
+            self.passes = min(stream.passes for stream in self._streams)
+            raw.source, raw.seed = number, f"{self._salt}/{number}/{raw.position[0]}/{raw.name}"
+            yield raw
 
     def state_dict(self) -> dict[str, Any]:
         return {"given": self._given, "sources": [stream.state_dict() for stream in self._streams]}
@@ -233,25 +172,12 @@ class _Mixture:
 # ----------------------------------------------------------------------------------------------------------- items
 
 
-class Readable(Protocol):
-    """One item of a stream, such as `vlmkd.data.labelled.Item`."""
-
-    @property
-    def key(self) -> str:
-        """Its name, which no other item has."""
-        ...
-
-    def members(self) -> dict[str, bytes]:
-        """What the pipeline is given of it."""
-        ...
-
-
 @dataclass(frozen=True)
 class Stream:
     """Items of one kind, and how many of them are in every global batch."""
 
     items: Sequence[Any]
-    """All are `Readable`."""
+    """As `vlmkd.data.labelled.Item`: a `key` that no other item has, and `members()`, what the pipeline is given of it."""
     batch: int
     """Items of every global batch, over all ranks and accumulation steps."""
     sampling: Literal["shuffle", "replacement"] = "shuffle"
@@ -266,19 +192,9 @@ class ItemSource:
     shown are pure functions of (seed, stream name, p). So global batch number b is the same whatever came before it, who
     loads it and how many ranks share it, and a run resumes from the batch number alone. A bad item gives its place to
     the next position's, which is then drawn twice.
-
-    Args:
-        streams: by name; rows of a batch are the rank's equal share of each, in this order.
-        view_count: views 0 to `view_count` - 1 of each item, one a pass, then again; 0: a new view each pass.
-        seed: of order and views, the same on every rank.
-        accumulation: batches per rank that make up one global batch.
-        keep_encoded_mb: images are kept in memory when all together have at most this size.
-
-    Raises:
-        UserError: an empty stream, or a share that the ranks cannot divide.
     """
 
-    mend = "mend the data set"
+    hint = "mend the data set"
 
     def __init__(
         self,
@@ -289,50 +205,70 @@ class ItemSource:
         world_size: int,
         accumulation: int = 1,
         view_count: int = 0,
-        keep_encoded_mb: int = 512,
     ) -> None:
-        _check_streams(streams, world_size, accumulation)
-        self.streams, self.rank, self.world_size, self.accumulation = (
-            dict(streams),
-            rank,
-            world_size,
-            accumulation,
-        )
-        self.seed, self.view_count, self._limit = seed, view_count, keep_encoded_mb * 10**6
-        self.samples_per_epoch = sum(len(stream.items) for stream in streams.values())
-        self.batch_size = sum(stream.batch for stream in streams.values()) // (world_size * accumulation)
-        self._digests = {name: _digest_of_items(stream.items) for name, stream in streams.items()}
-        self._encoded: dict[Any, bytes] = {}
+        """Check that every stream has items, and a share that the ranks can divide.
 
-    def open(self) -> None:
-        """Read every image once, where all together are small."""
-        if not self._encoded:
-            self._encoded = _read_all(self.streams, self._limit)
+        Args:
+            streams: by name; rows of a batch are the rank's equal share of each, in this order.
+            seed: of order and views, the same on every rank.
+            accumulation: batches per rank that make up one global batch.
+            view_count: views 0 to `view_count` - 1 of each item, one a pass, then again; 0: a new view each pass.
+        """
+        shares = world_size * accumulation
+        if not streams:
+            raise UserError("a loader of items needs at least one stream")
+        for name, stream in streams.items():
+            if not stream.items:
+                raise UserError(f"stream {name} has no images; the split or the class subset is empty")
+            if stream.batch < 1 or stream.batch % shares:
+                raise UserError(
+                    f"stream {name} has {stream.batch} images of every global batch, which {world_size} rank(s) x "
+                    f"{accumulation} accumulation step(s) cannot share equally; give a multiple of {shares}"
+                )
+            if stream.sampling not in ("shuffle", "replacement"):
+                raise UserError(
+                    f"stream {name} has sampling {stream.sampling!r}; choose shuffle or replacement"
+                )
+        self.streams, self.rank, self.world_size = dict(streams), rank, world_size
+        self.seed, self.accumulation, self.view_count = seed, accumulation, view_count
+        self.samples_per_epoch = sum(len(stream.items) for stream in streams.values())
+        self.batch_size = sum(stream.batch for stream in streams.values()) // shares
+        self._digests = {name: _digest_of_items(stream.items) for name, stream in streams.items()}
+        self._orders: dict[str, dict[int, list[int]]] = {name: {} for name in streams}
 
     def stream(self, worker: int, workers: int, delivered: int, state: Any) -> _Positions:
-        """See `Source`."""
-        first = delivered + (worker - delivered) % workers
-        return _Positions(self, first, workers)
-
-    def load(self, item: Readable) -> dict[str, bytes]:
-        """The members of an item."""
-        kept = self._encoded.get(item.image) if isinstance(item, Item) else None
-        return {"image": kept} if kept is not None else item.members()
+        """As a ShardSource's; the number of batches says it all, and no state is kept."""
+        return _Positions(self, delivered + (worker - delivered) % workers, workers)
 
     def labelled(self) -> list[Item]:
         """The items with a label, each once a stream."""
         return [item for one in self.streams.values() for item in one.items if item.label != UNLABELLED]
 
+    def draw(self, name: str, position: int) -> tuple[int, int]:
+        """Index of the item at a stream's position, and the number of its view: of the pass, or drawn as the item."""
+        stream, salt = self.streams[name], f"{self.seed}/{name}"
+        if stream.sampling == "replacement":
+            rng = random.Random(f"{salt}/draw/{position}")
+            index = rng.randrange(len(stream.items))
+            return index, rng.randrange(self.view_count) if self.view_count else position
+        turn, place = divmod(position, len(stream.items))
+        orders = self._orders[name]
+        if turn not in orders:
+            order = list(range(len(stream.items)))
+            random.Random(f"{salt}/order/{turn}").shuffle(order)
+            while len(orders) >= _ORDERS_KEPT:
+                del orders[next(iter(orders))]
+            orders[turn] = order
+        return orders[turn][place], turn % self.view_count if self.view_count else turn
+
     def state_dict(self) -> dict[str, Any]:
-        """See `Source`."""
         return {"accumulation": self.accumulation, "items": dict(self._digests)}
 
     def resume(self, state: dict[str, Any], delivered: int) -> tuple[int, bool]:
-        """See `Source`; any number of ranks and processes may have written the state."""
+        """As a ShardSource's; any number of ranks and processes may have written the state."""
         whole, rest = divmod(delivered, state["accumulation"])
         assert rest == 0, "a state is saved after whole optimiser steps"
-        changed = [name for name, digest in self._digests.items() if state["items"].get(name) != digest]
-        if changed:
+        if changed := [name for name, own in self._digests.items() if state["items"].get(name) != own]:
             log.warning(
                 "items of the stream %s changed since the state was saved: from global batch %d on the order is another one",
                 ", ".join(changed),
@@ -341,7 +277,6 @@ class ItemSource:
         return whole * self.accumulation, False
 
     def describe(self) -> dict[str, Any]:
-        """Streams with the number and digest of their items."""
         streams = {
             name: {
                 "items": len(stream.items),
@@ -360,96 +295,33 @@ class _Positions:
 
     def __init__(self, source: ItemSource, number: int, workers: int) -> None:
         self._source, self._number, self._workers = source, number, workers
-        self._draws = [_Draws(name, stream, source) for name, stream in source.streams.items()]
         self.passes = 0
         self.positions: Positions = {"worker": source.rank, "raw": number * source.batch_size}
 
-    def rows(self) -> Iterator[tuple[str, Iterator[RawSample]]]:
+    def rows(self) -> Rows:
         source = self._source
         step, part = divmod(self._number, source.accumulation)
-        shares = source.world_size * source.accumulation
         for index, (name, stream) in enumerate(source.streams.items()):
-            share = stream.batch // shares
+            share = stream.batch // (source.world_size * source.accumulation)
             start = step * stream.batch + (part * source.world_size + source.rank) * share
             for position in range(start, start + share):
-                yield f"stream {name}", self._candidates(index, position)
+                yield f"stream {name}", self._candidates(index, name, position)
         self.positions = {"worker": source.rank, "raw": (self._number + 1) * source.batch_size}
         self.passes = min(step * stream.batch // len(stream.items) for stream in source.streams.values())
         self._number += self._workers
 
-    def _candidates(self, index: int, position: int) -> Iterator[RawSample]:
-        draws = self._draws[index]
-        items = draws.stream.items
+    def _candidates(self, index: int, name: str, position: int) -> Iterator[RawSample]:
+        source, items = self._source, self._source.streams[name].items
         for candidate in range(position, position + min(len(items), MOST_BAD)):
-            number, turn = draws[candidate]
+            number, turn = source.draw(name, candidate)
             item = items[number]
             yield RawSample(
-                "", item.key, self._source.load(item), source=index, turn=turn, item=item,
-                seed=f"{self._source.seed}/{item.key}/{turn}",
+                "", item.key, item.members(), source=index, turn=turn, item=item,
+                seed=f"{source.seed}/{item.key}/{turn}",
             )  # fmt: skip
 
     def state_dict(self) -> None:
         return None
-
-
-class _Draws:
-    """Which item, and which view of it, each position of one stream is."""
-
-    def __init__(self, name: str, stream: Stream, source: ItemSource) -> None:
-        self._salt, self.stream, self._views = f"{source.seed}/{name}", stream, source.view_count
-        self._orders: dict[int, list[int]] = {}
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """Index of the item, and number of its view: of the pass, or drawn too when sampling with replacement."""
-        count = len(self.stream.items)
-        if self.stream.sampling == "replacement":
-            rng = random.Random(f"{self._salt}/draw/{position}")
-            index = rng.randrange(count)
-            return index, rng.randrange(self._views) if self._views else position
-        turn, place = divmod(position, count)
-        return self._order(turn)[place], turn % self._views if self._views else turn
-
-    def _order(self, turn: int) -> list[int]:
-        if turn not in self._orders:
-            order = list(range(len(self.stream.items)))
-            random.Random(f"{self._salt}/order/{turn}").shuffle(order)
-            while len(self._orders) >= _ORDERS_KEPT:
-                del self._orders[next(iter(self._orders))]
-            self._orders[turn] = order
-        return self._orders[turn]
-
-
-def _check_streams(streams: Mapping[str, Stream], world_size: int, accumulation: int) -> None:
-    shares = world_size * accumulation
-    if not streams:
-        raise UserError("a loader of items needs at least one stream")
-    for name, stream in streams.items():
-        if not stream.items:
-            raise UserError(f"stream {name} has no images; the split or the class subset is empty")
-        if stream.batch < 1 or stream.batch % shares:
-            raise UserError(
-                f"stream {name} has {stream.batch} images of every global batch, which {world_size} rank(s) x "
-                f"{accumulation} accumulation step(s) cannot share equally; give a multiple of {shares}"
-            )
-        if stream.sampling not in ("shuffle", "replacement"):
-            raise UserError(f"stream {name} has sampling {stream.sampling!r}; choose shuffle or replacement")
-
-
-def _read_all(streams: Mapping[str, Stream], limit: int) -> dict[Any, bytes]:
-    """Every image of the streams by its place, or nothing when all together have more than `limit` bytes."""
-    refs: dict[Any, Item] = {}
-    total = 0
-    for item in itertools.chain.from_iterable(stream.items for stream in streams.values()):
-        if not isinstance(item, Item) or item.image in refs:
-            continue
-        try:
-            total += item.image.size if item.image.size >= 0 else os.stat(item.image.path).st_size
-        except OSError as error:
-            raise item.unreadable(error) from None
-        if total > limit:
-            return {}
-        refs[item.image] = item
-    return {ref: item.read() for ref, item in refs.items()}
 
 
 def _digest_of_items(items: Sequence[Any]) -> str:
@@ -464,3 +336,7 @@ def _digest_of_items(items: Sequence[Any]) -> str:
 def digest_of(value: Any) -> str:
     """sha256 over plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+Source = ShardSource | ItemSource
+"""Raw samples of one rank."""

@@ -11,10 +11,9 @@ samples lie in parts (one a shard, or some thousand items of a set): safetensors
 Parts of chats (`vlmkd.data.chat_outputs`) have no views, and columns of their own; where `counts` int64 [N] stands beside
 these, a sample has so many rows of each, one sample's behind the other's.
 
-Of a labelled set only image embeddings are stored: logits follow from them and the class vectors, and stay valid when the
-class list, the temperature or the prompt changes. Views are drawn from (seed of the folder, name of the sample, number of
-the view), so one folder serves every subset, split and run seed. The idea of storing several augmentations with their
-parameters is MobileCLIP's dataset reinforcement.
+Of a labelled set only image embeddings are stored: logits follow from them and the class vectors. Views are drawn from
+(seed of the folder, name of the sample, number of the view), so one folder serves every subset, split and run seed. To
+store several augmentations with their parameters is MobileCLIP's dataset reinforcement.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,22 +38,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlmkd import distributed, files
-from vlmkd.config import DataConfig
-from vlmkd.data.decode import BadImageError
 from vlmkd.data.labelled import Item
-from vlmkd.data.samples import BadSample, checked_size, members, sample_digest, unpack, view_config, views_of
-from vlmkd.data.shards import read_shard, shard_name
+from vlmkd.data.samples import BadSample, checked_size, sample_digest, views_of
+from vlmkd.data.shards import shard_name
 from vlmkd.data.transforms import View, ViewConfig, normalise
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
-from vlmkd.predictors import DualEncoder, ImageEncoder
+from vlmkd.predictors import ImageEncoder
 
 VERSION = 2
 CLEAN = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 """The one view that nothing random is in: resized and centre-cropped."""
 
 _OPEN_SHARDS = 4  # a shuffle block rarely spans more shards than this
-_TOOLS = "data_tools/embed_teacher.py (shards) or data_tools/embed_labelled.py (a labelled set)"
 _VIEWS = {
     "boxes": ("box", torch.int32, (4,)),
     "flips": ("flip", torch.uint8, ()),
@@ -70,6 +66,12 @@ class StoreInfo:
     """What `cache.json` says about any folder."""
 
     unit: ClassVar[str] = "images"
+    content: ClassVar[str] = "another image or caption"
+    """What the digest beside a sample is of."""
+    tools: ClassVar[str] = (
+        "data_tools/embed_teacher.py (shards) or data_tools/embed_labelled.py (a labelled set)"
+    )
+    """What writes such a folder."""
     source: str
     """The teacher as its user named it."""
     digest: str
@@ -110,17 +112,7 @@ class Stored:
     """Rows by name; a zero row of `image_embeds` is a view that a black box gave no usable answer to."""
 
 
-class Keyed(Protocol):
-    """An item of a set, such as `vlmkd.data.labelled.Item`."""
-
-    @property
-    def key(self) -> str:
-        """Its name, which no other item has."""
-        ...
-
-
 Info = TypeVar("Info", bound=StoreInfo)
-_K = TypeVar("_K", bound=Keyed)
 
 
 # -------------------------------------------------------------------------------------------------------- reading
@@ -129,13 +121,17 @@ _K = TypeVar("_K", bound=Keyed)
 class Store:
     """Reader of one folder: parts of shards are opened as they are asked for, those of a set at once."""
 
-    tools: ClassVar[str] = _TOOLS
-    """What writes such a folder."""
+    kind: type[StoreInfo]
 
-    def __init__(self, folder: Path, info: StoreInfo) -> None:
-        self.folder, self.info = folder, info
-        self._parts = {path.stem: _Part(path) for path in _part_paths(folder)} if info.set_name else {}
+    def __init__(self, folder: str | Path) -> None:
+        """Read `cache.json`; columns are mapped, not read."""
+        self.folder = Path(folder)
+        self.info: Any = read_info(self.folder, self.kind)
+        self._parts = {path.stem: _Part(path) for path in _part_paths(self.folder) if self.info.set_name}
         self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)  # another process maps the files for itself
 
     def __len__(self) -> int:
         """Samples of a set whose outputs are stored."""
@@ -144,8 +140,11 @@ class Store:
     def __contains__(self, key: str) -> bool:
         return key in self._part_of
 
-    def get(self, key: str, shard: str = "") -> Stored | None:
-        """What is stored of a sample, or None; `shard` is the short name of the shard that holds it."""
+    def get(self, key: str, shard: str = "", digest: bytes | None = None, told: str = "") -> Stored | None:
+        """What is stored of a sample of a `shard` (short name) or a set, or None.
+
+        One of another `digest`, where that is given, is refused by the name `told`.
+        """
         name = shard or self._part_of.get(key, "")
         if not name:
             return None
@@ -153,58 +152,57 @@ class Store:
             if len(self._parts) >= _OPEN_SHARDS:
                 del self._parts[next(iter(self._parts))]
             self._parts[name] = _Part(_part_path(self.folder, name))
-        return self._parts[name].get(key)
+        entry = self._parts[name].get(key)
+        if entry is not None and digest not in (None, entry.digest):
+            raise UserError(
+                f"{self.folder} was written for {self.info.content} than {told or key} has now; run {self.info.tools} "
+                "into a new folder"
+            )
+        return entry
 
-    def missing(self, shards: Sequence[str], keys: Sequence[str], max_share: float) -> list[str]:
-        """What is to be said about shards without a part, and of keys that are not stored if they are a larger share."""
-        told = []
-        without = [url for url in shards if not _part_path(self.folder, shard_name(url)).is_file()]
-        if without:
-            told.append(f"{len(without)} of {len(shards)} shards are not in it (first: {without[0]})")
+    def refuse(
+        self, differences: list[str], shards: Sequence[str], keys: Sequence[str], max_missing_share: float
+    ) -> None:
+        """Raise a UserError of the differences, shards without a part, and keys of which too large a share is missing."""
+        if without := [url for url in shards if not _part_path(self.folder, shard_name(url)).is_file()]:
+            differences.append(f"{len(without)} of {len(shards)} shards are not in it (first: {without[0]})")
         absent = [key for key in keys if key not in self]
-        if len(absent) > max_share * len(keys):
-            told.append(f"{len(absent)} of {len(keys)} {self.info.unit} are not in it (first: {absent[0]})")
-        return told
-
-    def refuse(self, differences: Sequence[str]) -> None:
-        """Raise a UserError of them, if there are any."""
+        if len(absent) > max_missing_share * len(keys):
+            differences.append(
+                f"{len(absent)} of {len(keys)} {self.info.unit} are not in it (first: {absent[0]})"
+            )
         if differences:
             raise UserError(
                 f"teacher outputs {self.folder} do not fit this run: {'; '.join(differences)}; change the config, or run "
-                f"{self.tools}, which adds what is missing to a folder of the same settings"
+                f"{self.info.tools}, which adds what is missing to a folder of the same settings"
             )
 
 
 class TeacherOutputs(Store):
     """Reader of a folder of embeddings."""
 
+    kind = OutputsInfo
     info: OutputsInfo
 
     def __init__(self, folder: str | Path, teacher_view: Literal["same", "clean"] = "same") -> None:
-        """Read `cache.json`; columns are mapped, not read.
+        """As `Store`, which also refuses `clean` with drawn views.
 
         Args:
             teacher_view: `same`: the student is shown the stored views; `clean`: it is shown views of its own, and
                 the stored vector of the whole picture is the target of each.
-
-        Raises:
-            UserError: no such folder, a damaged one, one of another version, or `clean` with one of drawn views.
         """
-        super().__init__(Path(folder), read_info(Path(folder), OutputsInfo))
+        super().__init__(folder)
         self.teacher_view = teacher_view
-        if teacher_view == "clean" and (self.info.views != CLEAN or self.info.crops != 1):
+        self.replays = teacher_view == "same"
+        """Whether the student sees the stored views."""
+        if not self.replays and (self.info.views != CLEAN or self.info.crops != 1):
             raise UserError(
                 f"config field data.teacher_view=clean, but {folder} holds {self.info.crops} drawn view(s) an image; "
                 f"write another folder with data_tools/embed_labelled.py --clean, or set data.teacher_view=same"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TeacherOutputs, (self.folder, self.teacher_view)  # another process maps the files for itself
-
-    @property
-    def replays(self) -> bool:
-        """Whether the student sees the stored views."""
-        return self.teacher_view == "same"
+        return TeacherOutputs, (self.folder, self.teacher_view)
 
     def check(
         self,
@@ -219,10 +217,9 @@ class TeacherOutputs(Store):
         """Refuse a folder that does not fit the run; the message names what differs.
 
         Args:
-            views: the run's view distribution; only compared when the stored views are replayed.
-            fill: the colour under transparent pixels that the run's student uses.
-            shards: the run's shards; each needs a finished part.
-            items: the run's labelled images; those without stored outputs may be `max_missing_share` of them.
+            views, fill: distribution of the student's views, and its colour under transparent pixels; of replayed views.
+            shards: each needs a finished part.
+            items: of these `max_missing_share` may be without stored outputs.
             digest: sha256 of the teacher that the run's config names; None when it names none.
         """
         info, differences = self.info, []
@@ -243,21 +240,7 @@ class TeacherOutputs(Store):
             differences.append(
                 f"the run's teacher has digest {digest[:12]}..., the outputs are of {info.source} with {info.digest[:12]}..."
             )
-        self.refuse([*differences, *self.missing(shards, keys, max_missing_share)])
-
-    def get_checked(self, key: str, image: bytes, text: str = "", shard: str = "") -> Stored | None:
-        """As `get`, for the encoded image and the caption that the key stands for now.
-
-        Raises:
-            UserError: the outputs were written for others under this key.
-        """
-        entry = self.get(key, shard)
-        if entry is not None and entry.digest != sample_digest(image, text):
-            raise UserError(
-                f"{self.folder} was written for another image or caption than {f'{shard}/' if shard else ''}{key} has "
-                f"now; run {_TOOLS} into a new folder"
-            )
-        return entry
+        self.refuse(differences, shards, keys, max_missing_share)
 
 
 class _Part:
@@ -297,33 +280,27 @@ class _Part:
         ]
 
 
-def read_info(folder: Path, kind: type[Info], tools: str = _TOOLS) -> Info:
-    """What cache.json says.
-
-    Raises:
-        UserError: no or an unreadable cache.json, one of another version, or of outputs of another kind.
-    """
-    path, mend = folder / "cache.json", f"write one with {tools}"
+def read_info(folder: Path, kind: type[Info]) -> Info:
+    """What cache.json says."""
+    path, hint = folder / "cache.json", f"write one with {kind.tools}"
     if not path.is_file():
-        raise UserError(f"teacher outputs {folder} have no cache.json; {mend}")
-    data = files.read_object(path, "teacher outputs", mend)
+        raise UserError(f"teacher outputs {folder} have no cache.json; {hint}")
+    data = files.read_object(path, "teacher outputs", hint)
     try:
         info = data["info"]
         if info["version"] != VERSION:
             raise UserError(
-                f"teacher outputs {folder} have version {info['version']}, this code reads {VERSION}; {mend}"
+                f"teacher outputs {folder} have version {info['version']}, this code reads {VERSION}; {hint}"
             )
         if info.keys() - {one.name for one in fields(kind)}:
-            raise UserError(f"teacher outputs {folder} are of another kind of data; {mend}")
-        info = info | {"image_spec": ImageSpec(**_tupled(info["image_spec"]))}
-        return kind(**info | ({"views": ViewConfig(**_tupled(info["views"]))} if "views" in info else {}))
+            raise UserError(f"teacher outputs {folder} are of another kind of data; {hint}")
+        for name, part in (("image_spec", ImageSpec), ("views", ViewConfig)):
+            if name in info or name == "image_spec":
+                tuples: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in info[name].items()}
+                info = info | {name: part(**tuples)}
+        return kind(**info)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {mend}") from None
-
-
-def _tupled(part: dict[str, Any]) -> dict[str, Any]:
-    """Lists as the tuples that they were."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {hint}") from None
 
 
 def _part_path(folder: Path, name: str) -> Path:
@@ -348,17 +325,15 @@ class Prepared:
 
     key: str
     image: bytes
-    """The file as it is."""
+    """The file as it is; of a chat what its digest is over."""
     views: list[View]
     pixels: list[Tensor]
     """uint8 [h,w,3] of each view, at the teacher's input size."""
     text: str = ""
-
-    def kept(self) -> Prepared:
-        """What is kept until its part is written: of the file its digest, of the pixels nothing."""
-        return replace(self, image=sample_digest(self.image, self.text), pixels=[])
+    chat: Any = None
 
 
+Samples = Iterable[Prepared | BadSample]
 Embed = Callable[[list[Prepared]], dict[str, Tensor]]
 """What a teacher says about some samples: columns, a row a sample."""
 Progress = Callable[[str], None]
@@ -368,67 +343,19 @@ def _silent(line: str) -> None:
     """Tell nobody."""
 
 
-def embed_shards(
-    encoder: DualEncoder,
-    shards: list[str],
-    out: str | Path,
-    *,
-    source: str,
-    digest: str,
-    data: DataConfig,
-    crops: int,
-    seed: int = 0,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    progress: Progress = _silent,
-) -> Counter[str]:
-    """Embed `crops` views of every image, and every caption, of `shards` into the folder `out`.
-
-    Shards whose part is there already are skipped, so the same call continues an interrupted one. Bad samples are
-    left out and counted by reason in the result; `data` gives crop options, member names and max_pixels.
-
-    Raises:
-        UserError: `out` holds outputs made otherwise, two shards have the same name, or a shard is broken.
-    """
-    info = OutputsInfo(
-        source=source, digest=digest, logit_scale=float(encoder.logit_scale),
-        dim=encoder.encode_text(["a"]).shape[-1], crops=crops, seed=seed, image_spec=encoder.image_spec,
-        views=view_config(data),
-    )  # fmt: skip
-    images = _image_embeds(encoder, info, batch_size, device)
+def image_embeds(
+    encoder: ImageEncoder, info: OutputsInfo, batch_size: int, device: torch.device | str
+) -> Embed:
+    """The column `image_embeds` [n,K,D], at most `batch_size` views a forward pass."""
 
     @torch.inference_mode()
     def embed(batch: list[Prepared]) -> dict[str, Tensor]:
-        return images(batch) | {"text_embeds": encoder.encode_text([one.text for one in batch]).cpu()}
+        pixels = [view for one in batch for view in one.pixels]
+        chunks = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
+        rows = [encoder.encode_image(normalise(chunk, info.image_spec).to(device)).cpu() for chunk in chunks]
+        return {"image_embeds": torch.cat(rows).view(len(batch), info.crops, -1)}
 
-    return write_shards(
-        embed, shards, lambda url: _of_shard(url, info, data), Path(out), info, max(batch_size // crops, 1), progress
-    )  # fmt: skip
-
-
-def write_shards(
-    embed: Embed,
-    shards: Sequence[str],
-    samples_of: Callable[[str], Iterable[Prepared | BadSample]],
-    folder: Path,
-    info: StoreInfo,
-    per_call: int,
-    progress: Progress,
-) -> Counter[str]:
-    """Fill `folder` with what `embed` says of the samples of each shard whose part is not there, see `embed_shards`."""
-    names = [shard_name(url) for url in shards]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"the list of shards names {twice[0]}.tar {names.count(twice[0])} times; a folder needs distinct file names"
-        )
-    _start_folder(folder, info)
-    todo = [
-        (name, f"shard {number}/{len(shards)} {name}", samples_of(url))
-        for number, (name, url) in enumerate(zip(names, shards, strict=True), 1)
-        if not _part_path(folder, name).is_file()
-    ]
-    return _write(embed, todo, folder, info, per_call, progress)
+    return embed
 
 
 def embed_items(
@@ -450,7 +377,7 @@ def embed_items(
     device: torch.device | str = "cpu",
     progress: Progress = _silent,
 ) -> Counter[str]:
-    """Embed `view_count` views of every item of the labelled set `name` into `folder`, by `write_parts`.
+    """Embed `view_count` views of every item of the labelled set `name` into `folder`; see `Writer`.
 
     Args:
         source, digest: the teacher as its user named it, and sha256 over its weights.
@@ -462,113 +389,105 @@ def embed_items(
         source=source, digest=digest, logit_scale=float(encoder.logit_scale), dim=int(width), crops=view_count,
         seed=seed, image_spec=encoder.image_spec, views=views, set_name=name, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
-    return write_parts(
-        _image_embeds(encoder, info, batch_size, device), items, Path(folder), info, max(batch_size // view_count, 1),
-        partial(prepare, info=info, max_pixels=max_pixels, workers=workers), part_size=part_size, progress=progress,
+    writer = Writer(
+        Path(folder), info, image_embeds(encoder, info, batch_size, device), max(batch_size // view_count, 1),
+        partial(item_views, info=info, max_pixels=max_pixels), progress,
     )  # fmt: skip
+    return writer.items(items, part_size, workers)
 
 
-def write_parts(
-    embed: Embed,
-    items: Sequence[_K],
-    folder: Path,
-    info: StoreInfo,
-    per_call: int,
-    samples_of: Callable[[Sequence[_K]], Iterable[Prepared | BadSample]],
-    *,
-    part_size: int,
-    progress: Progress,
-) -> Counter[str]:
-    """Fill `folder` with what `embed` says of at most `per_call` items at a time, a file per `part_size` items.
+@dataclass
+class Writer:
+    """Fills a folder with what `embed` says of the samples that `make` makes of items; data_tools/shard_writer.py has one for shards.
 
-    Items that the folder holds already are not embedded again, so the same call continues an interrupted one and
-    another list adds to it. Samples that cannot be used are left out and counted by reason in the result. Ranks share
-    the files.
-
-    Raises:
-        UserError: `folder` holds outputs of other settings, two items have one key, or an image file is missing.
+    What the folder holds already is not embedded again, so the same call continues an interrupted one, and other items
+    add to it. Samples that cannot be used are left out and counted by reason in the result. Ranks share the files, each
+    of which is written whole or not at all.
     """
-    twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
-    if twice:
-        raise UserError(f"{info.set_name}: {len(twice)} keys name two {info.unit} (first: {twice[0]})")
-    _start_folder(folder, info)
-    todo = missing_items(items, folder)
-    stem = re.sub(r"[^\w.-]+", "_", info.set_name)
-    first = max((int(path.stem.rpartition("-")[2]) for path in _part_paths(folder)), default=-1) + 1
-    parts = []
-    for number, start in enumerate(range(0, len(todo), part_size), first):
-        chunk = todo[start : start + part_size]
-        told = f"{info.set_name}: {start + len(chunk)}/{len(todo)} {info.unit}"
-        parts.append((f"{stem}-{number:05d}", told, samples_of(chunk)))
-    return _write(embed, parts, folder, info, per_call, progress)
+
+    folder: Path
+    info: StoreInfo
+    embed: Embed
+    per_call: int
+    """Samples that `embed` is given at a time, at most."""
+    make: Callable[[Any], Prepared]
+    """Raises BadSample for one that cannot be used."""
+    progress: Progress = _silent
+
+    def items(self, items: Sequence[Any], part_size: int = 2000, workers: int = 0) -> Counter[str]:
+        """Items with a `key` that no other one has, as `vlmkd.data.labelled.Item`; a file per `part_size` of them."""
+        info = self.info
+        if twice := [key for key, count in Counter(item.key for item in items).items() if count > 1]:
+            raise UserError(f"{info.set_name}: {len(twice)} keys name two {info.unit} (first: {twice[0]})")
+        self.start()
+        todo = missing_items(items, self.folder)
+        stem = re.sub(r"[^\w.-]+", "_", info.set_name)
+        first = max((int(path.stem.rpartition("-")[2]) for path in _part_paths(self.folder)), default=-1) + 1
+        parts = []
+        for number, start in enumerate(range(0, len(todo), part_size), first):
+            chunk = todo[start : start + part_size]
+            told = f"{info.set_name}: {start + len(chunk)}/{len(todo)} {info.unit}"
+            parts.append((f"{stem}-{number:05d}", told, made(chunk, self.make, workers)))
+        return self.write(parts)
+
+    def start(self) -> None:
+        """Write cache.json, or check that the one there says the same."""
+        files.new_folder(self.folder, "--out")
+        if not (self.folder / "cache.json").exists():
+            if _part_paths(self.folder):
+                raise UserError(
+                    f"--out {self.folder} has safetensors files but no cache.json; name an empty folder"
+                )
+            return self._write_info()
+        old, new = asdict(read_info(self.folder, type(self.info))), asdict(self.info)
+        if differing := [
+            f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
+        ]:
+            raise UserError(
+                f"--out {self.folder} holds outputs made with {'; '.join(differing)}; name another folder"
+            )
+
+    def _write_info(self) -> None:
+        parts = {}
+        for path in _part_paths(self.folder):
+            with safe_open(path, framework="pt") as file:
+                parts[path.stem] = json.loads(file.metadata()["part"])
+        files.write_json(self.folder / "cache.json", {"info": asdict(self.info), "parts": parts}, "--out")
+
+    def write(self, parts: Sequence[tuple[str, str, Samples]]) -> Counter[str]:
+        """Write each part (name, what to tell, samples); returns what was left out, by reason."""
+        skipped: Counter[str] = Counter()
+        started, done = time.monotonic(), 0
+        distributed.barrier()  # every rank has seen which parts are to be written
+        parts = parts[distributed.rank() :: distributed.world_size()]
+        for number, (name, told, samples) in enumerate(parts, 1):
+            kept: list[tuple[str, bytes, list[View]]] = []
+            answers: list[dict[str, Tensor]] = []
+            good = _without_bad(samples, skipped)
+            while batch := list(itertools.islice(good, self.per_call)):
+                answers.append(self.embed(batch))
+                kept += [(one.key, sample_digest(one.image, one.text), one.views) for one in batch]
+            if kept or not self.info.set_name:
+                _save(_part_path(self.folder, name), kept, answers, self.info)
+            done += len(kept)
+            elapsed = max(time.monotonic() - started, 1e-3)
+            self.progress(
+                f"{told}: {len(kept)} samples, {done / elapsed:.1f} samples/s, {sum(skipped.values())} skipped, "
+                f"ETA {elapsed / number * (len(parts) - number) / 60:.1f} min"
+            )
+        found = distributed.gather_objects(skipped)
+        if distributed.is_main():
+            self._write_info()
+        return sum(found, Counter())
 
 
-def missing_items(items: Sequence[_K], folder: Path) -> list[_K]:
+def missing_items(items: Sequence[Any], folder: Path) -> list[Any]:
     """The items that no part of `folder` holds."""
     done = {key for path in _part_paths(folder) for key in _Part(path).rows}
     return [item for item in items if item.key not in done]
 
 
-def _start_folder(folder: Path, info: StoreInfo) -> None:
-    """Write cache.json, or check that the one there says the same."""
-    files.new_folder(folder, "--out")
-    if not (folder / "cache.json").exists():
-        if any(folder.glob("*.safetensors")):
-            raise UserError(f"--out {folder} has safetensors files but no cache.json; name an empty folder")
-        _write_info(folder, info)
-        return
-    old, new = asdict(read_info(folder, type(info))), asdict(info)
-    differing = [
-        f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
-    ]
-    if differing:
-        raise UserError(f"--out {folder} holds outputs made with {'; '.join(differing)}; name another folder")
-
-
-def _write_info(folder: Path, info: StoreInfo) -> None:
-    """Write cache.json for the parts that are in the folder."""
-    parts = {}
-    for path in _part_paths(folder):
-        with safe_open(path, framework="pt") as file:
-            parts[path.stem] = json.loads(file.metadata()["part"])
-    files.write_json(folder / "cache.json", {"info": asdict(info), "parts": parts}, "--out")
-
-
-def _write(
-    embed: Embed,
-    parts: Sequence[tuple[str, str, Iterable[Prepared | BadSample]]],
-    folder: Path,
-    info: StoreInfo,
-    per_call: int,
-    progress: Progress,
-) -> Counter[str]:
-    """Write each part (name, what to tell, samples) whole or not at all; returns what was left out, by reason."""
-    skipped: Counter[str] = Counter()
-    started, done = time.monotonic(), 0
-    distributed.barrier()  # every rank has seen which parts are to be written
-    parts = parts[distributed.rank() :: distributed.world_size()]
-    for number, (name, told, samples) in enumerate(parts, 1):
-        kept: list[Prepared] = []
-        answers: list[dict[str, Tensor]] = []
-        good = _without_bad(samples, skipped)
-        while batch := list(itertools.islice(good, per_call)):
-            answers.append(embed(batch))
-            kept += [one.kept() for one in batch]
-        if kept or not info.set_name:
-            _save(_part_path(folder, name), kept, answers, info)
-        done += len(kept)
-        elapsed = max(time.monotonic() - started, 1e-3)
-        progress(
-            f"{told}: {len(kept)} samples, {done / elapsed:.1f} samples/s, {sum(skipped.values())} skipped, "
-            f"ETA {elapsed / number * (len(parts) - number) / 60:.1f} min"
-        )
-    found = distributed.gather_objects(skipped)
-    if distributed.is_main():
-        _write_info(folder, info)
-    return sum(found, Counter())
-
-
-def _without_bad(samples: Iterable[Prepared | BadSample], skipped: Counter[str]) -> Iterator[Prepared]:
+def _without_bad(samples: Samples, skipped: Counter[str]) -> Iterator[Prepared]:
     """The good ones; the others are counted in `skipped`."""
     for sample in samples:
         if isinstance(sample, BadSample):
@@ -577,24 +496,21 @@ def _without_bad(samples: Iterable[Prepared | BadSample], skipped: Counter[str])
             yield sample
 
 
-def _save(path: Path, kept: list[Prepared], answers: list[dict[str, Tensor]], info: StoreInfo) -> None:
-    """One file; `image` of what was kept is its digest already."""
-    digests = [one.image for one in kept]
-    keys = "\n".join(one.key for one in kept).encode("utf-8") or b"\n"
-    dtype = getattr(torch, info.dtype)
-    tensors = {
-        name: torch.cat([answer[name] for answer in answers]) for name in (answers[0] if answers else {})
-    }
-    tensors = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()
-    }
+def _save(
+    path: Path, kept: list[tuple[str, bytes, list[View]]], answers: list[dict[str, Tensor]], info: StoreInfo
+) -> None:
+    digests = [digest for _, digest, _ in kept]
+    keys = "\n".join(key for key, _, _ in kept).encode("utf-8") or b"\n"
+    tensors = {}
+    for name in answers[0] if answers else ():
+        column = torch.cat([answer[name] for answer in answers])
+        tensors[name] = column.to(getattr(torch, info.dtype)) if column.is_floating_point() else column
     if isinstance(info, OutputsInfo):
-        views = [view for one in kept for view in one.views]
+        views = [view for _, _, own in kept for view in own]
         for name, (attribute, kind, shape) in _VIEWS.items():
-            if name in ("hues", "greys") and not (info.views.hue or info.views.grayscale):
-                continue
-            values = torch.tensor([getattr(view, attribute) for view in views], dtype=kind)
-            tensors[name] = values.view(len(kept), info.crops, *shape)
+            if name not in ("hues", "greys") or info.views.hue or info.views.grayscale:
+                values = torch.tensor([getattr(view, attribute) for view in views], dtype=kind)
+                tensors[name] = values.view(len(kept), info.crops, *shape)
     tensors["digests"] = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).view(-1, 32)
     tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8)
     # One metadata entry: safetensors writes several in no fixed order, and the same outputs should be the same bytes.
@@ -606,71 +522,40 @@ def _save(path: Path, kept: list[Prepared], answers: list[dict[str, Tensor]], in
             raise OSError(str(error)) from None
 
 
-def _image_embeds(
-    encoder: ImageEncoder, info: OutputsInfo, batch_size: int, device: torch.device | str
-) -> Embed:
-    """The column `image_embeds` [n,K,D], at most `batch_size` views a forward pass."""
-
-    @torch.inference_mode()
-    def embed(batch: list[Prepared]) -> dict[str, Tensor]:
-        pixels = [view for one in batch for view in one.pixels]
-        chunks = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
-        rows = [encoder.encode_image(normalise(chunk, info.image_spec).to(device)).cpu() for chunk in chunks]
-        return {"image_embeds": torch.cat(rows).view(len(batch), info.crops, -1)}
-
-    return embed
-
-
 # ------------------------------------------------------------------------------------------- samples to be embedded
 
 
-def _of_shard(url: str, info: OutputsInfo, data: DataConfig) -> Iterator[Prepared | BadSample]:
-    """The samples of a shard, the bad ones with their reason.
-
-    Raises:
-        UserError: the shard is broken.
-    """
-    for raw in read_shard(url, members(data), shard_cache=data.shard_cache):
-        sample = unpack(raw, data.image_keys, data.text_key)
-        if not isinstance(sample, BadSample):
-            yield _views(raw.key, raw.name, sample.image, info, data.max_pixels, sample.text)
-        elif sample.reason == "broken_tar":
-            raise UserError(f"shard {sample.detail} is broken; fetch it again, or leave it out of --shards")
-        else:
-            yield sample
-
-
-def prepare(
-    items: Sequence[Item], info: OutputsInfo, max_pixels: int, workers: int = 0
-) -> Iterator[Prepared | BadSample]:
+def prepare(items: Sequence[Item], info: OutputsInfo, max_pixels: int, workers: int = 0) -> Iterator[Any]:
     """The views that `info` asks for of each item, in order, or why it has none; see `made`."""
-    return made(items, partial(_item_views, info=info, max_pixels=max_pixels), workers)
+    return made(items, partial(item_views, info=info, max_pixels=max_pixels), workers)
 
 
-def _item_views(item: Item, info: OutputsInfo, max_pixels: int) -> Prepared | BadSample:
-    return _views(item.key, item.key, item.read(), info, max_pixels)
+def item_views(item: Item, info: OutputsInfo, max_pixels: int) -> Prepared:
+    """The views that `info` asks for of an item."""
+    return drawn_views(item.key, item.key, item.read(), info, max_pixels)
 
 
-def made(
-    items: Sequence[Any], make: Callable[[Any], Prepared | BadSample], workers: int = 0
-) -> Iterator[Prepared | BadSample]:
-    """What `make` makes of each item, in order, in `workers` processes.
+def drawn_views(
+    key: str, name: str, image: bytes, info: OutputsInfo, max_pixels: int, text: str = ""
+) -> Prepared:
+    """The views of an image, drawn from its `name`."""
+    size = checked_size(image, max_pixels)
+    rngs = (random.Random(f"{info.seed}/{name}/{number}") for number in range(info.crops))
+    views = [info.views.draw(*size, rng) for rng in rngs]
+    pixels = views_of(image, size, views, [info.image_spec])
+    return Prepared(key, image, views, [per_spec[0] for per_spec in pixels], text)
 
-    Raises:
-        UserError: an image file is missing.
-    """
-    for prepared in DataLoader(
-        _Items(items, make), batch_size=None, num_workers=workers, collate_fn=_unchanged
-    ):
+
+def made(items: Sequence[Any], make: Callable[[Any], Prepared], workers: int = 0) -> Iterator[Any]:
+    """What `make` makes of each item, or the BadSample that it raises, in order, in `workers` processes."""
+    for prepared in DataLoader(_Items(items, make), batch_size=None, num_workers=workers):
         if isinstance(prepared, UserError):
             raise prepared
         yield prepared
 
 
 class _Items(Dataset[Any]):
-    """Reads, decodes and renders item by item."""
-
-    def __init__(self, items: Sequence[Any], make: Callable[[Any], Prepared | BadSample]) -> None:
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], Prepared]) -> None:
         self._items, self._make = items, make
 
     def __len__(self) -> int:
@@ -679,23 +564,5 @@ class _Items(Dataset[Any]):
     def __getitem__(self, index: int) -> Prepared | BadSample | UserError:
         try:
             return self._make(self._items[index])
-        except UserError as error:
+        except (BadSample, UserError) as error:
             return error  # raised by the process that asked
-
-
-def _views(
-    key: str, name: str, image: bytes, info: OutputsInfo, max_pixels: int, text: str = ""
-) -> Prepared | BadSample:
-    """The views of an image, drawn from its `name`."""
-    try:
-        size = checked_size(image, max_pixels)
-        rngs = (random.Random(f"{info.seed}/{name}/{number}") for number in range(info.crops))
-        views = [info.views.draw(*size, rng) for rng in rngs]
-        pixels = views_of(image, size, views, [info.image_spec])
-    except BadImageError as error:
-        return BadSample(error.reason, name, str(error))
-    return Prepared(key, image, views, [per_spec[0] for per_spec in pixels], text)
-
-
-def _unchanged(value: Any) -> Any:
-    return value

@@ -11,6 +11,8 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ class View:
     """Left, top, width and height in pixels of the undecoded image."""
     flip: bool = False
     """Mirror left and right."""
-    jitter: tuple[float, float, float] = NO_JITTER
+    jitter: tuple[float, ...] = NO_JITTER
     """Factors of brightness, contrast and saturation, applied in this order after resizing."""
     hue: float = 0.0
     """Shift along the colour circle, as a share of its length; after the factors."""
@@ -55,25 +57,22 @@ class ViewConfig:
     grayscale: float = 0.0
 
     def __post_init__(self) -> None:
-        low, high = self.crop_scale
+        (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
         require(0 < low <= high <= 1, "data.crop_scale", f"is {[low, high]}; needs 0 < low <= high <= 1")
-        low, high = self.crop_ratio
-        require(0 < low <= high, "data.crop_ratio", f"is {[low, high]}; needs 0 < low <= high")
-        require(0 <= self.flip <= 1, "data.flip", f"is {self.flip}; it is a probability")
-        require(
-            0 <= self.color_jitter < 1, "data.color_jitter", f"is {self.color_jitter}; needs 0 <= value < 1"
-        )
-        require(0 <= self.hue <= 0.5, "data.hue", f"is {self.hue}; needs 0 <= value <= 0.5")
-        require(0 <= self.grayscale <= 1, "data.grayscale", f"is {self.grayscale}; it is a probability")
+        require(0 < narrow <= wide, "data.crop_ratio", f"is {[narrow, wide]}; needs 0 < low <= high")
+        require(self.color_jitter != 1, "data.color_jitter", "is 1; needs 0 <= value < 1")
+        for name, most in (("flip", 1), ("color_jitter", 1), ("hue", 0.5), ("grayscale", 1)):
+            value = getattr(self, name)
+            require(0 <= value <= most, f"data.{name}", f"is {value}; needs 0 <= value <= {most}")
 
     def draw(self, width: int, height: int, rng: random.Random) -> View:
         """A random view of a W x H image: torchvision's RandomResizedCrop box on a grid that suits fast decoding."""
         box = _snap(self._box(width, height, rng))
         flip = rng.random() < self.flip
-        spread = self.color_jitter
-        jitter = NO_JITTER
-        if spread:
-            jitter = (_around_one(rng, spread), _around_one(rng, spread), _around_one(rng, spread))
+        jitter: tuple[float, ...] = NO_JITTER
+        if spread := self.color_jitter:
+            low, high = 1 - spread, 1 + spread
+            jitter = tuple(_float32(rng.uniform(low, high)) for _ in NO_JITTER)
         # Drawn last and only when asked for, so that views of configs without them stay what they were.
         hue = _float32(rng.uniform(-self.hue, self.hue)) if self.hue else 0.0
         grey = rng.random() < self.grayscale if self.grayscale else False
@@ -96,11 +95,6 @@ class ViewConfig:
         return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _around_one(rng: random.Random, spread: float) -> float:
-    """Uniform in [1 - spread, 1 + spread]."""
-    return _float32(rng.uniform(1 - spread, 1 + spread))
-
-
 def _float32(value: float) -> float:
     """Rounded to float32, in which views are stored."""
     return float(torch.tensor(value, dtype=torch.float32))
@@ -117,16 +111,13 @@ def _snap(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
 
 def reduction_for(view: View, specs: list[ImageSpec]) -> int:
     """The coarsest JPEG decoding scale that keeps the crop on whole pixels and twice as large as every input."""
-    for reduction in REDUCTIONS:
+    height, width = (max(spec.size[side] for spec in specs) for side in (0, 1))
+    for reduction in REDUCTIONS[:-1]:
         exact = all(edge % reduction == 0 for edge in view.box)
-        sharp = all(
-            view.box[2] >= _SHARPNESS * reduction * spec.size[1]
-            and view.box[3] >= _SHARPNESS * reduction * spec.size[0]
-            for spec in specs
-        )
-        if reduction == 1 or (exact and sharp):
+        factor = _SHARPNESS * reduction
+        if exact and view.box[2] >= factor * width and view.box[3] >= factor * height:
             return reduction
-    raise AssertionError("unreachable: reduction 1 always fits")
+    return 1
 
 
 def render(pixels: Tensor, view: View, spec: ImageSpec, reduction: int = 1) -> Tensor:
@@ -149,41 +140,18 @@ def _recolour(images: Tensor, view: View) -> Tensor:
 
     torchvision's ColorJitter draws the order of the four changes as well; here it is fixed.
     """
+    from torchvision.transforms import functional as tv
+
     x = images.float() / 255
     if view.jitter != NO_JITTER:
         brightness, contrast, saturation = view.jitter
-        x = (x * brightness).clamp(0, 1)
-        mean_grey = _grey(x).mean()
-        x = (contrast * x + (1 - contrast) * mean_grey).clamp(0, 1)
-        x = (saturation * x + (1 - saturation) * _grey(x)).clamp(0, 1)
+        x = tv.adjust_contrast(tv.adjust_brightness(x, brightness), contrast)
+        x = tv.adjust_saturation(x, saturation)
     if view.hue:
-        x = _shift_hue(x, view.hue)
+        x = tv.adjust_hue(x, view.hue)
     if view.grey:
-        x = _grey(x).expand(-1, 3, -1, -1)
+        x = tv.rgb_to_grayscale(x, num_output_channels=3)
     return (x * 255).round().to(torch.uint8)
-
-
-def _shift_hue(x: Tensor, shift: float) -> Tensor:
-    """[1,3,h,w] in [0, 1] with the hue of every pixel moved by `shift` turns; value and chroma stay."""
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    red, green, blue = x.unbind(1)
-    divisor = torch.where(chroma > 0, chroma, 1.0)
-    sector = torch.where(  # of the six sectors of the colour circle, counted from red
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    channels = []
-    for offset in (5, 3, 1):
-        place = (offset + sector + 6 * shift) % 6
-        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp(0, 1))
-    return torch.stack(channels, 1)
-
-
-def _grey(x: Tensor) -> Tensor:
-    """Luma of [1,3,h,w] by the weights of ITU-R 601-2, as in Pillow and torchvision."""
-    weights = torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
 
 
 def normalise(images: list[Tensor], spec: ImageSpec) -> Tensor:
@@ -202,51 +170,12 @@ def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
     It differs from open_clip's in two things only: transparency is laid on `spec.fill` instead of being dropped,
     and palette images are resized in RGB.
     """
-    return _EvalTransform(spec)
+    from open_clip import image_transform
+    from torchvision.transforms import Compose
 
-
-class _EvalTransform:
-    """A class, not a closure, so that it can be sent to loader processes."""
-
-    def __init__(self, spec: ImageSpec) -> None:
-        self.spec = spec
-        names = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-        self._filter = names[spec.interpolation]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        rgb = to_rgb(image, self.spec.fill)
-        height, width = self.spec.size
-        if self.spec.resize_mode == "squash":
-            resized = rgb.resize((width, height), self._filter)
-        else:
-            resized = self._resize_keeping_ratio(rgb)
-            resized = _centre(resized, width, height, self.spec.fill)
-        pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(height, width, 3)
-        return normalise([pixels], self.spec)[0]
-
-    def _resize_keeping_ratio(self, image: Image.Image) -> Image.Image:
-        height, width = self.spec.size
-        if self.spec.resize_mode == "longest":
-            ratio = max(image.height / height, image.width / width)
-            return image.resize((round(image.width / ratio), round(image.height / ratio)), self._filter)
-        if height != width:
-            ratio = min(image.height / height, image.width / width)
-            # open_clip's shortest-side resize of oblong inputs is always bicubic.
-            return image.resize(
-                (round(image.width / ratio), round(image.height / ratio)), Image.Resampling.BICUBIC
-            )
-        short, long = sorted(image.size)
-        target = (height, int(height * long / short))
-        if short == height:
-            return image
-        return image.resize(target if image.width <= image.height else target[::-1], self._filter)
-
-
-def _centre(image: Image.Image, width: int, height: int, fill: tuple[int, int, int]) -> Image.Image:
-    """Crop, or pad with `fill`, to width x height around the centre, rounding like torchvision."""
-    if image.width < width or image.height < height:
-        ground = Image.new("RGB", (max(image.width, width), max(image.height, height)), fill)
-        ground.paste(image, (max(width - image.width, 0) // 2, max(height - image.height, 0) // 2))
-        image = ground
-    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
-    return image.crop((left, top, left + width, top + height))
+    fill: Any = spec.fill
+    resized = image_transform(
+        spec.size, is_train=False, mean=spec.mean, std=spec.std, resize_mode=spec.resize_mode,
+        interpolation=spec.interpolation, fill_color=fill,
+    )  # fmt: skip
+    return Compose([partial(to_rgb, fill=spec.fill), resized])

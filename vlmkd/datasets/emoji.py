@@ -52,11 +52,7 @@ def split_of(name: str) -> str:
 
 
 def resolve(name: str) -> list[str]:
-    """Paths of the shards of `emoji:train` or another split.
-
-    Raises:
-        UserError: another name, a missing package, or a cached file that has gone.
-    """
+    """Paths of the shards of `emoji:train` or another split."""
     split = split_of(name)
     folder = emoji_folder()
     manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")

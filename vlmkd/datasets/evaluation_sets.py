@@ -55,9 +55,6 @@ def zero_shot_set(data: str, *, class_names: str = "", templates: str = "", name
 
     Empty `class_names` and `templates` mean classnames.txt and templates.txt beside the shards or class folders, else
     the folders' names, or OpenAI's ImageNet names for wnids, and the 80 OpenAI prompts.
-
-    Raises:
-        UserError: missing data, files without a label, or class names that do not fit.
     """
     tars = _find_shards(data, "zero-shot data")
     folder = Path(tars[0]).parent if tars else _val_folder(data)
@@ -91,9 +88,6 @@ def retrieval_set(data: str, *, captions: str = "", name: str = "") -> Captioned
     `captions`: COCO annotations JSON, Karpathy split JSON (its `test` images), or Flickr30k's token or CSV file.
     In shards every non-empty line of `txt` is a caption. Equal captions of an `emoji:` set are one text with several
     right images (its test captions are concept names); elsewhere each caption counts by itself, as published.
-
-    Raises:
-        UserError: missing images or captions, or a file in none of these layouts.
     """
     if tars := _find_shards(data, "retrieval data"):
         if captions:
@@ -233,7 +227,7 @@ def _find_shards(data: str, where: str) -> list[str]:
             str(shard_lists.download(url, cache)) if shard_lists.is_remote(url) else url
             for url in shard_lists.expand([data], where)
         ]
-    except OSError as error:
+    except shard_lists.Unreachable as error:
         raise UserError(
             f"{where} {data} cannot be fetched ({error}); check the address and the network"
         ) from None

@@ -89,9 +89,6 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
     """Label of each class folder, and class names by label: folders are wnids, numbers of classes, or class names.
 
     `source` is `imagenet`, or a file with one name a line, or with `wnid name`; without it wnids have OpenAI's names.
-
-    Raises:
-        UserError: names that do not fit.
     """
     found = class_folder_names(folder)
     wnids = bool(found) and all(map(WNID.fullmatch, found))
@@ -146,9 +143,6 @@ def read_domains(folder: Path, name: str) -> LabelledSet:
 
     `splits.split_domains` cuts it by the order of the images, which is therefore part of the format: domains, classes and
     the paths inside a class in ASCII order (docs/papers/vl2v_adip.md).
-
-    Raises:
-        UserError: fewer than two domains, domains with different classes, or an empty class.
     """
     domains = class_folder_names(folder)
     if len(domains) < 2:

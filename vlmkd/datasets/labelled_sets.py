@@ -77,9 +77,6 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
     `root` is the folder that holds the data sets, each in its own folder, or the set's own; embedded sets (`emoji`,
     `emoji-domains`) and paths take none. `class_names`, a file for `with_class_names`, and `templates` are for a user's own
     folders.
-
-    Raises:
-        UserError: an unknown name, or files that are missing or belong to another data set.
     """
     require_known(name)
     own = name.startswith((FOLDER, DOMAINS))
@@ -122,9 +119,6 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
 
     What is missing of val and test is held out by `_hashed`, and images in PATH/unlabelled are the split `unlabelled`
     (docs/datasets.md#your-own-images). `class_names` is a file for `with_class_names`.
-
-    Raises:
-        UserError: no such folder, no classes, an empty class, or class names that do not fit.
     """
     root = root_folder(path, f"{FOLDER}{path}", "name a folder with one folder per class")
     given = [split for split in SPLITS if (root / split).is_dir()]
@@ -175,9 +169,6 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
     """The set with the class names of a file, and numbered in the order of its lines: `NAME` or `FOLDER<tab>NAME`.
 
     `NAME` is the class that reads the same, by `class_key`.
-
-    Raises:
-        UserError: a line that is of no class or of one that had a line already, or a class without a line.
     """
     check_class_names(labelled.class_names)
     place = {class_key(name): index for index, name in enumerate(labelled.class_names)}

@@ -120,9 +120,6 @@ def load(key: str, root: str) -> LabelledSet:
     """One of `SETS` with the splits `train`, `val` and `test` as far as it has them, or `all` where it has domains.
 
     `root` is the folder that holds the sets' folders, or the set's own. Item keys are paths inside the set's folder.
-
-    Raises:
-        UserError: files are missing, belong to another set, or leave a class without training images.
     """
     described = SETS[key]
     names, splits = _READERS[described.layout](described, set_folder(key, root))

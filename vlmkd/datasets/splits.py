@@ -1,4 +1,4 @@
-"""Splits of labelled sets: few shots, base and novel classes, percent lists, and the 80/20 split of domains.
+"""Splits of labelled sets: few shots, base and novel classes, and percent lists.
 
 Each rule reproduces the picks of the code that published numbers come from, bit for bit, with a generator of its own.
 """
@@ -30,7 +30,6 @@ ListKind = Literal["cascade", "simclr"]
 
 _MAX_VAL_SHOTS = 4  # CoOp's rule keeps the validation shots at four (PromptKD e.4)
 _CASCADE_SEED = 13
-_HOLDOUT_SHARE = 0.2  # DomainBed's, of each domain, for model selection
 LIST_MARK = "# vlmkd image list"
 """How the first line of a list begins that `data_tools/make_split.py` wrote."""
 
@@ -48,9 +47,6 @@ def coop_few_shot(
 
     Classes come in the order of first appearance and one generator serves train and then val, which gets at most four
     a class. Give all classes: the base and novel halves are taken from the result.
-
-    Raises:
-        UserError: negative shots, or, with `fewer="refuse"`, a class of `train` with too few images.
     """
     if shots == 0:
         return list(train), list(val)
@@ -107,11 +103,8 @@ def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
 def cascade_counts(class_sizes: Sequence[int], percent: float) -> list[int]:
     """Labelled images of each of C classes for `percent` of all images, by DHO's cascade rounding.
 
-    Every class aims at its equal share less one; shares are rounded so that the running sum decides which way, and
-    grow by 1/C until the total reaches the percentage. 1 % of ImageNet gives 13 a class, 10 % gives 128 or 129.
-
-    Raises:
-        UserError: a percentage that is not above zero, or an empty class.
+    The running sum decides which way each class's share is rounded; shares grow by 1/C until the total reaches the
+    percentage. 1 % of ImageNet gives 13 a class, 10 % gives 128 or 129.
     """
     if not percent > 0:
         raise UserError(f"percent is {percent}; give a share of the images above 0, such as 1 or 10")
@@ -169,11 +162,7 @@ def percent_list(items: Sequence[Item], percent: float) -> ImageList:
 
 
 def read_list(path: Path, kind: ListKind) -> ImageList:
-    """Read a list of this kind: one of `make_split.py --percent`, or SimCLR's plain file of names (`n01440764_10074.JPEG` a line).
-
-    Raises:
-        UserError: no such file, a list of the other kind, an empty or damaged one, or a name twice.
-    """
+    """Read a list of this kind: one of `make_split.py --percent`, or SimCLR's plain file of names (`n01440764_10074.JPEG` a line)."""
     lines = read_text(path, "image list", "write it, or correct the path").splitlines()
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     found = ImageList(kind, names)
@@ -197,11 +186,7 @@ def read_list(path: Path, kind: ListKind) -> ImageList:
 
 
 def pick_listed(items: Sequence[Item], images: ImageList) -> list[Item]:
-    """The items that a list names, in its order.
-
-    Raises:
-        UserError: the list names images that the set does not have.
-    """
+    """The items that a list names, in its order."""
     bare = images.kind == "simclr"
     by_name = {item.key.rpartition("/")[2] if bare else item.key: item for item in items}
     if missing := [name for name in images.names if name not in by_name]:
@@ -210,37 +195,3 @@ def pick_listed(items: Sequence[Item], images: ImageList) -> list[Item]:
             "use the list of this data set, or complete the images"
         )
     return [by_name[name] for name in images.names]
-
-
-@dataclass(frozen=True)
-class DomainSplit:
-    """One domain in two parts, named as in DomainBed's tables."""
-
-    inside: list[Item]
-    """80 %: training of a source domain, and what is reported of the held-out one."""
-    out: list[Item]
-    """20 %: model selection."""
-
-
-def domain_seed(trial_seed: int, domain: int) -> int:
-    """DomainBed's seed for the split of domain number `domain`."""
-    text = str((trial_seed, domain)).encode("ascii")
-    return int(hashlib.md5(text, usedforsecurity=False).hexdigest(), 16) % 2**31
-
-
-def holdout_positions(count: int, domain: int, trial_seed: int) -> tuple[list[int], list[int]]:
-    """Positions (in, out) of `count` images of a domain: shuffled once, the first fifth is out (VL2V-ADiP e)."""
-    positions = list(range(count))
-    np.random.RandomState(domain_seed(trial_seed, domain)).shuffle(positions)
-    held_out = int(count * _HOLDOUT_SHARE)
-    return positions[held_out:], positions[:held_out]
-
-
-def split_domains(items: Sequence[Item], trial_seed: int) -> dict[int, DomainSplit]:
-    """DomainBed's 80/20 split of every domain, by domain index; another order of the items gives another split."""
-    splits = {}
-    for domain in sorted({item.domain for item in items}):
-        images = [item for item in items if item.domain == domain]
-        parts = holdout_positions(len(images), domain, trial_seed)
-        splits[domain] = DomainSplit(*([images[position] for position in part] for part in parts))
-    return splits

@@ -46,11 +46,7 @@ class TarSample:
 
 
 def index_tar(shard: str) -> list[TarSample]:
-    """The samples of a tar from its headers: neighbouring members with the same key, key = name up to its first dot.
-
-    Raises:
-        UserError: the tar is compressed, torn, or no tar.
-    """
+    """The samples of a tar from its headers: neighbouring members with the same key, key = name up to its first dot."""
     samples: list[TarSample] = []
     try:
         with (

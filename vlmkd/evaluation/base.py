@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Context:
+    """How an evaluation runs."""
+
     device: torch.device = torch.device("cpu")
     batch_size: int = 64
     """Images, or texts, per forward pass."""
@@ -27,15 +29,17 @@ class Context:
     progress: bool = True
     """Progress line with the time left, on rank 0."""
     max_unreadable_share: float = 0.01
-    """A larger share of unreadable images is an error."""
+    """An evaluation with a larger share of unreadable images than this fails."""
     embedded: dict[Any, Any] | None = None
-    """Image embeddings of this context's evaluations, shared by sets with the same images; None: not kept."""
+    """Image embeddings of this context's evaluations, so that sets with the same images share them; None: not kept."""
 
 
 @dataclass(frozen=True)
 class Result:
+    """Metrics of one model on one data set."""
+
     name: str
-    """Of the evaluator."""
+    """The evaluator's name."""
     dataset: str
     metrics: dict[str, float]
     """Scores, which tables compare; shares are in [0, 1]."""
@@ -44,9 +48,9 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
     """Whatever is too long for a table (per-class counts, unreadable files); plain data."""
     chosen: dict[str, float] = field(default_factory=dict)
-    """What was fitted on these images and scores nothing, such as the weight of a mixture."""
+    """Numbers that were fitted on these images and score nothing, such as the weight of a mixture."""
     meanings: dict[str, Meaning] = field(default_factory=dict)
-    """One without a meaning is shown as a bare number that nobody wins."""
+    """What each metric is; one without a meaning is shown as a bare number that nobody wins."""
 
 
 class Evaluator(Protocol):
@@ -87,8 +91,11 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
     """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):
         return
-    bases = (vars(base) for base in protocol.__mro__)
-    members = {name for own in bases for name in (*own, *own.get("__annotations__", ()))}
+    members = {
+        name
+        for base in protocol.__mro__
+        for name in vars(base).keys() | vars(base).get("__annotations__", ())
+    }
     lacking = sorted(name for name in members if not name.startswith("_") and not hasattr(predictor, name))
     raise UserError(
         f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {', '.join(lacking)}; "
@@ -96,17 +103,12 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
     )
 
 
-def spread(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of the items, from all over them; 0: all."""
-    if not 0 < most < len(items):
-        return items
-    return [items[index * len(items) // most] for index in range(most)]
-
-
 def progress(items: Iterable[T], total: int, title: str, context: Context) -> Iterator[T]:
     """`items` with a progress line that shows the time left (rank 0 only)."""
     from tqdm import tqdm
 
     hidden = not (context.progress and distributed.is_main())
-    every = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
-    return iter(tqdm(items, title, total, disable=hidden, mininterval=every, dynamic_ncols=True))
+    interval = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
+    return iter(
+        tqdm(items, total=total, desc=title, disable=hidden, mininterval=interval, dynamic_ncols=True)
+    )

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.embed_teacher import embed_shards
 from projects.tinyclip.build import distill_job, mask_job
 from projects.tinyclip.config import DistillConfig, MaskConfig
 from tests.evaluation.conftest import numbered_png
 from tests.projects.tinyclip.tiny_runs import Runs, model_config
 from vlmkd import config
 from vlmkd.config import DataConfig
-from vlmkd.data.teacher_outputs import embed_shards
 from vlmkd.errors import UserError
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
