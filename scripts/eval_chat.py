@@ -6,7 +6,7 @@
   python scripts/eval_chat.py --benchmark mmhal --data response_template.json --out answers.jsonl --judge-file judge.json
 
 The second form asks nothing: it scores the answers in --out again. --data takes the published files, see `read_...` in
-vlmkd/evaluation/questions.py and vlmkd/evaluation/hallucination.py; --images the folder of the images (default: that
+scripts/chat_benchmarks/questions.py and hallucination.py; --images the folder of the images (default: that
 of the first file). A run that was stopped goes on with the same command. Answers to benchmarks with a judge are scored
 once --judge-file has what the judge said.
 """
@@ -23,12 +23,7 @@ import torch
 
 from scripts import chat
 from scripts import evaluation_command as command
-from vlmkd import distributed
-from vlmkd.data.chats import ChatItem
-from vlmkd.errors import at_least, run_tool
-from vlmkd.evaluation.answers import ChatModel, Question, ask, spread
-from vlmkd.evaluation.base import Context
-from vlmkd.evaluation.benchmarks import (
+from scripts.chat_benchmarks import (
     BENCHMARKS,
     read_answers,
     read_benchmark,
@@ -36,6 +31,11 @@ from vlmkd.evaluation.benchmarks import (
     scored,
     write_answers,
 )
+from vlmkd import distributed
+from vlmkd.data.chats import ChatItem
+from vlmkd.errors import at_least, run_tool
+from vlmkd.evaluation.answers import ChatModel, Question, ask
+from vlmkd.evaluation.base import Context, spread
 from vlmkd.files import check_writable, write_json
 from vlmkd.results import Number, numbers_of, parameters, write_results
 

@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import evaluation_command as command
+from scripts.agreement import Agreement
 from vlmkd.datasets.evaluation_sets import zero_shot_set
 from vlmkd.errors import run_tool
-from vlmkd.evaluation.agreement import Agreement
 from vlmkd.evaluation.base import Context, Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.models.clip import load_clip

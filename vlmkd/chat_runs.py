@@ -20,7 +20,8 @@ from vlmkd.data.loader import Loader
 from vlmkd.data.shards import is_remote, known_samples
 from vlmkd.data.sources import ItemSource, ShardSource, Source, Stream
 from vlmkd.errors import UserError
-from vlmkd.evaluation.answers import Answers, ChatModel, spread
+from vlmkd.evaluation.answers import Answers, ChatModel
+from vlmkd.evaluation.base import spread
 from vlmkd.export.folder import Probe
 from vlmkd.export.mllm import (
     CONFIG,

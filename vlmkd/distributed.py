@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.nn.functional import all_gather
 
 from vlmkd.errors import UserError
 
@@ -19,48 +20,40 @@ _PATIENCE_S, _LONGEST_S = 5.0, 1800.0
 
 
 def rank() -> int:
-    """Rank of this process; 0 without a process group."""
+    """0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """True on rank 0."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Index of this process on its machine, from torchrun, DeepSpeed or SLURM variables."""
+    """On its machine, from torchrun, DeepSpeed or SLURM variables."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def device() -> torch.device:
-    """The device of this rank: its GPU when there is one, else the CPU."""
+    """This rank's GPU when there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def device_named(name: str) -> torch.device:
-    """The device of a `--device` option; empty: this rank's.
-
-    Raises:
-        UserError: no such device.
-    """
+    """The device of a `--device` option; empty: this rank's. A UserError where there is no such device."""
     try:
         found = torch.device(name) if name else device()
     except RuntimeError:
         raise UserError(f"--device {name} is no device; write cpu, cuda or cuda:N") from None
     if found.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} is not supported; write cpu, cuda or cuda:N")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; write cpu or another index"
-        )
+    if found.type == "cuda" and (found.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: torch sees {gpus} GPUs; write cpu or another index")
     return found
 
 
@@ -70,36 +63,11 @@ def environment() -> dict[str, str]:
     if "RANK" in env and "WORLD_SIZE" in env:
         found |= {name: env[name] for name in found if name in env}
     elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        found = {
-            "RANK": env["SLURM_PROCID"],
-            "WORLD_SIZE": env["SLURM_NTASKS"],
-            "LOCAL_RANK": env["SLURM_LOCALID"],
-        }
+        slurm = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        found = {name: env[theirs] for name, theirs in zip(found, slurm, strict=True)}
     port = "0" if found["WORLD_SIZE"] == "1" else "29500"
-    return found | {
-        "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": env.get("MASTER_PORT", port),
-    }
-
-
-# Renamed in torch 2.14.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather along dim 0 whose backward sums every rank's gradient of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = grad.new_empty(grad.shape[0] // dist.get_world_size(), *grad.shape[1:])
-        _reduce_scatter(own, grad.contiguous())
-        return own
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return found | {name: env.get(name, default) for name, default in master.items()}
 
 
 def gather(x: Tensor) -> Tensor:
@@ -108,11 +76,10 @@ def gather(x: Tensor) -> Tensor:
     Carries gradients when `x` needs them: the backward pass sums what all ranks ask of this rank's rows, so that
     the mean over ranks of a local-rows loss has exactly the gradient of the global loss.
     """
-    return x if world_size() == 1 else _Gather.apply(x)
+    return x if world_size() == 1 else torch.cat(all_gather(x))
 
 
 def row_offset(local_rows: int) -> int:
-    """Index of this rank's first row in a gathered tensor."""
     return rank() * local_rows
 
 
@@ -126,7 +93,7 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order."""
+    """`value` of every rank, in their order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -148,7 +115,6 @@ def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -157,7 +123,6 @@ def broadcast_object(value: Any) -> Any:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
@@ -227,7 +192,7 @@ def total(value: Tensor) -> Tensor:
     """Sum over the ranks of a tensor on this rank's device, where it stays."""
     if world_size() == 1:
         return value
-    summed = value.to(_collective_device(), copy=True)
+    summed = value.to(device() if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(summed)
     return summed.to(value.device)
 
@@ -237,7 +202,3 @@ def any_rank(flag: bool | Tensor) -> bool:
     if world_size() == 1:
         return bool(flag)
     return bool(total(torch.as_tensor(flag, dtype=torch.float32)).item())
-
-
-def _collective_device() -> torch.device:
-    return device() if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -16,21 +16,20 @@ _FILES = {"v2": ("memory.max", "memory.current"), "v1": ("memory.limit_in_bytes"
 
 
 def available() -> int:
-    """What is free: of the GPU, or of the machine as far as the control groups of this process let it."""
+    """Of the GPU, or of the machine as far as the control groups of this process let it."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return min([psutil.virtual_memory().available, *(most - used for most, used in _group_limits())])
 
 
 def held() -> int:
-    """What this process has now."""
     if torch.cuda.is_available():
         return torch.cuda.memory_reserved()
     return int(psutil.Process().memory_info().rss)
 
 
 def peak() -> int:
-    """The most that this process has taken: of the GPU where there is one, else resident memory."""
+    """Of the GPU where there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -13,8 +13,6 @@ from vlmkd.image_spec import ImageSpec
 
 
 class ImageEncoder(Protocol):
-    """What embeds images."""
-
     image_spec: ImageSpec
 
     @property
@@ -28,8 +26,6 @@ class ImageEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """What embeds texts."""
-
     name: str
 
     @property

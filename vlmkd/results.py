@@ -42,7 +42,6 @@ class Meaning:
 
 
 def share(label: str = "", *, main: bool = False) -> Meaning:
-    """The meaning of a share of right answers."""
     return Meaning(label, "share", higher_is_better=True, main=main)
 
 
@@ -54,7 +53,7 @@ class Number:
     """One number of one model: a line of results.jsonl. Label, unit and so on are those of its `Meaning`."""
 
     run: str
-    """Name of the run folder, or of what an evaluation command evaluated."""
+    """The run folder, or what an evaluation command evaluated."""
     model: str
     """`student`, other weights of it by name, `teacher NAME`; or the model that a command was given."""
     metric: str
@@ -63,7 +62,7 @@ class Number:
     """What tables pivot by: seed, method, held-out domain, ..."""
     evaluator: str = ""
     dataset: str = ""
-    """Empty for what needs no data, such as the number of parameters."""
+    """Empty for what needs no data."""
     label: str = ""
     unit: str = ""
     higher_is_better: bool | None = None
@@ -71,17 +70,15 @@ class Number:
     fitted: bool = False
     """It was fitted on the data set and scores nothing, such as the weight of a mixture."""
     count: int = 0
-    """Images, texts, ... that were evaluated."""
+    """Of images, texts, ..."""
     step: int = 0
     """Optimiser steps before the evaluation."""
 
     @property
     def key(self) -> tuple[str, str]:
-        """Data set and metric."""
         return self.dataset, self.metric
 
     def shown(self, digits: int | None = None) -> str:
-        """The value as `show` writes it."""
         return show(self.value, self.unit, digits)
 
 
@@ -109,7 +106,6 @@ def numbers_of(
 
 
 def parameters(count: int, *, run: str, model: str, tags: Mapping[str, Any] | None = None) -> Number:
-    """The line that tells a model's size."""
     return Number(
         run=run, model=model, tags=dict(tags or {}), metric=PARAMETERS, value=count / 1e6, label=PARAMETERS, unit="M",
         higher_is_better=False,
@@ -126,7 +122,6 @@ def details_of(results: Mapping[str, Iterable[Result]]) -> dict[str, dict[str, d
 
 
 def lines(numbers: Iterable[Number]) -> str:
-    """The text of results.jsonl."""
     return "".join(json.dumps(asdict(number), ensure_ascii=False) + "\n" for number in numbers)
 
 
@@ -164,24 +159,20 @@ def read_results(path: Path) -> list[Number]:
         UserError: as `json_lines`, or lines of something else; of an earlier version's run the line says so.
     """
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
-        raise UserError(
-            f"{path.parent} was written by an earlier version; read it with that one, or run it again"
-        )
+        told = "was written by an earlier version; read it with that one, or run it again"
+        raise UserError(f"{path.parent} {told}")
     found = []
     for line, content in json_lines(path, "results file"):
         try:
             number = Number(**content)
-            fits = all(
-                isinstance(getattr(number, item.name), _KINDS[str(item.type)]) for item in fields(Number)
-            )
+            fits = all(isinstance(getattr(number, one.name), _KINDS[str(one.type)]) for one in fields(Number))
             fits = fits and all(isinstance(value, (str, int, float)) for value in number.tags.values())
             fits = fits and math.isfinite(number.value)
         except (TypeError, OverflowError):
             fits = False
         if not fits:
-            raise UserError(
-                f"{path} line {line} is no result of this version; write the file again, or remove the line"
-            )
+            told = "is no result of this version; write the file again, or remove the line"
+            raise UserError(f"{path} line {line} {told}")
         found.append(number)
     return found
 

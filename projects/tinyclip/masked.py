@@ -34,6 +34,7 @@ from vlmkd.models.pruned_clip import (
     PrunedMLP,
     PrunedTextTower,
     config_from_state_dict,
+    embed_patches,
     own_names,
 )
 
@@ -136,7 +137,7 @@ class MaskedImageTower(PrunedImageTower):
     def forward(self, images: Tensor, mask: Mask) -> Tensor:  # type: ignore[override]
         """images [B, 3, h, w] -> [B, E], not normalised."""
         kept = mask.hidden != 0
-        x = self.embed(images)
+        x = embed_patches(self, images)
         x = self.ln_pre(x * mask.hidden.to(x.dtype), kept)
         return self.ln_post(self.transformer(x, False, mask)[:, 0], kept) @ self.proj
 

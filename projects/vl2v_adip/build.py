@@ -17,7 +17,7 @@ from projects.vl2v_adip.evaluation import DomainAccuracy
 from projects.vl2v_adip.folds import Fold, choose, earlier_stage, facts_of
 from projects.vl2v_adip.miro import MiroStudent, Pretrained
 from projects.vl2v_adip.objective import needs_images
-from projects.vl2v_adip.student import Student
+from projects.vl2v_adip.student import Student, freeze_batch_norm
 from projects.vl2v_adip.task import Vl2vTask
 from vlmkd import distributed
 from vlmkd.config import require
@@ -30,7 +30,7 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.export.classifier import WEIGHTS
-from vlmkd.models.backbones import Backbone, freeze_batch_norm, load_backbone, with_spec
+from vlmkd.models.backbones import Backbone, load_backbone
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.classifier import ClassifierConfig
@@ -124,7 +124,7 @@ def student_backbone(cfg: Vl2vConfig) -> Backbone:
     changes = {"resize_mode": "squash"} | (IMAGENET if cfg.legacy_norm else {})
     if cfg.data.interpolation != "model":
         changes["interpolation"] = cfg.data.interpolation
-    backbone = with_spec(backbone, **changes)
+    backbone.image_spec = replace(backbone.image_spec, **changes)
     norms = [part for part in backbone.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     told = f"is {cfg.deepspeed.precision}, but {backbone.source} has BatchNorm, whose statistics are fp32; use fp32, or a ViT"
     require(not norms or cfg.deepspeed.precision == "fp32", "deepspeed.precision", told)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import types
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmkd.models.classifier import Classifier
 
@@ -42,3 +43,16 @@ class Student(Classifier):
             features = self.backbone(images.to(next(self.backbone.parameters()).dtype))
         embeds = features if self.projector is None else self.projector(features)
         return StudentOutput(embeds, self.head(embeds))
+
+
+def freeze_batch_norm(module: nn.Module) -> int:
+    """Keep every BatchNorm in eval mode for good, while its affine parameters still train; returns their number."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.eval()
+        norm.train = types.MethodType(_stay_in_eval, norm)  # type: ignore[method-assign]
+    return len(norms)
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)

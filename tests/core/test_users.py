@@ -55,10 +55,9 @@ ALONE: dict[str, tuple[str, set[str]]] = {
             "LIST_MARK",
         },
     ),
-    "evaluation/answers": ("one record as a question, which scripts/eval_chat.py asks too", {"Question"}),
-    "evaluation/benchmarks": (
-        "benchmarks of the field by name, which scripts/eval_chat.py asks of any project's model",
-        {"BENCHMARKS", "read_answers", "read_benchmark", "read_judge", "write_answers"},
+    "evaluation/answers": (
+        "one record as a question, and rules of scoring, which scripts/eval_chat.py takes too",
+        {"Question", "ask", "plain", "pope"},
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
@@ -83,9 +82,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
-        {
-            *("freeze_batch_norm", "load_backbone_weights", "package_folder", "prompted_config", "with_spec"),
-        },
+        {"load_backbone_weights", "package_folder", "prompted_config"},
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
     "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.agreement import Agreement, agreement
 from vlmkd.datasets.evaluation_sets import zero_shot_set
-from vlmkd.evaluation.agreement import Agreement, agreement
 from vlmkd.evaluation.base import Context
 
 from .conftest import Encoder, tiny_clip

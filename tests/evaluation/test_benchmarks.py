@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmkd.data.chats import ChatItem
-from vlmkd.errors import UserError
-from vlmkd.evaluation.benchmarks import (
+from scripts.chat_benchmarks import (
     BENCHMARKS,
     read_answers,
     read_benchmark,
@@ -19,8 +17,10 @@ from vlmkd.evaluation.benchmarks import (
     scored,
     write_answers,
 )
-from vlmkd.evaluation.hallucination import coco_mentions, coco_names
-from vlmkd.evaluation.questions import COGNITION, PERCEPTION, letter, vqa_words
+from scripts.chat_benchmarks.hallucination import coco_mentions, coco_names
+from scripts.chat_benchmarks.questions import COGNITION, PERCEPTION, letter, vqa_words
+from vlmkd.data.chats import ChatItem
+from vlmkd.errors import UserError
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -13,10 +13,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from projects.vl2v_adip.student import freeze_batch_norm
 from vlmkd.errors import UserError
 from vlmkd.models.backbones import (
     build_backbone,
-    freeze_batch_norm,
     load_backbone,
 )
 from vlmkd.models.clip import build_clip

@@ -81,7 +81,7 @@ def hostile_states(state_dir: Path, around: engine.Engine) -> dict[str, str]:
                 torch.save({"x": Hostile(state_dir.parent / "ran")}, path)
             manifest = json.loads((forged / "manifest.json").read_text())
             manifest.pop("sha256")
-            manifest["files"] = {name: checkpoint._sha256(forged / name) for name in manifest["files"]}
+            manifest["files"] = {name: checkpoint.sha256_of(forged / name) for name in manifest["files"]}
             manifest["sha256"] = checkpoint._digest_of(manifest)
             (forged / "manifest.json").write_text(json.dumps(manifest))
         distributed.barrier()

@@ -129,7 +129,7 @@ def test_resuming_a_foreign_run_folder_runs_none_of_its_code(runs: Runs, zygote:
     folder = checkpoint._steps(run_dir / "state")[0]
     torch.save({"module": _Hostile(mark)}, next(folder.rglob("*model_states.pt")))
     facts = json.loads((folder / "manifest.json").read_text())
-    facts["files"] = {name: checkpoint._sha256(folder / name) for name in facts["files"]}
+    facts["files"] = {name: checkpoint.sha256_of(folder / name) for name in facts["files"]}
     facts["sha256"] = checkpoint._digest_of({name: facts[name] for name in facts if name != "sha256"})
     (folder / "manifest.json").write_text(json.dumps(facts))
     code, said = zygote.run(TRAIN, [config, f"run_dir={run_dir}", "steps=500"], output)

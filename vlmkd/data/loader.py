@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vlmkd.allocator import start_loader_process
+from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig, LabelledDataConfig, require
 from vlmkd.data.pipelines import ImageLabelPipeline, ImageTextPipeline, Pipeline, Tokenizer
 from vlmkd.data.samples import BadSample, view_config
@@ -124,7 +124,7 @@ class Loader:
             _Deliveries(self.source, self.pipeline, list(self._states), self._delivered),
             batch_size=None,
             num_workers=self._workers,
-            worker_init_fn=start_loader_process,
+            worker_init_fn=keep_freed_memory,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else its start, at any step of a resumed run, draws from that step's state
         )

@@ -1,8 +1,7 @@
 """Answers of a multimodal model to questions about images: how it is asked, and how what it says is scored.
 
 A question is a record as in `vlmkd.data.chats` whose last turn is the true answer. `kind` says how it is scored: `exists`
-by POPE's rule, `caption` by CHAIR against the record's `things`, everything else by equal words.
-"""
+by POPE's rule, `caption` by CHAIR against the record's `things`, everything else by equal words."""
 
 from __future__ import annotations
 
@@ -12,32 +11,31 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from operator import eq
+from statistics import fmean
+from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmkd import distributed
 from vlmkd.data.chats import ChatItem, ChatTokens, turns_of
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Context, Result, progress
+from vlmkd.evaluation.base import Context, Result, progress, spread
+from vlmkd.evaluation.images import UNREADABLE
 from vlmkd.files import one_line
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.mllm import Mllm
+from vlmkd.models.towers import evaluating
 from vlmkd.results import Meaning, share
-
-T = TypeVar("T")
 
 SHOWN = 24
 """Questions of a set whose pictures are kept for the report."""
-_MOST_TOKENS = {"caption": 64}
-_TOKENS = 16
 
 
 class ChatModel:
-    """A multimodal model that is asked by text."""
-
     def __init__(self, name: str, model: Mllm, tokens: ChatTokens, image_spec: ImageSpec) -> None:
         self.name, self.model, self.tokens, self.image_spec = name, model, tokens, image_spec
         self._transform = eval_transform(image_spec)
@@ -55,20 +53,11 @@ class ChatModel:
 
         `temperature` 0 is greedy; a decoder's own settings, such as Qwen's penalty on repetitions, take no part. `options`
         go to `generate` of transformers, e.g. a streamer.
-
-        Raises:
-            UserError: an image that cannot be read.
         """
         rows = [self.tokens.prompt(turns, question) for _, turns, question in asked]
         images = self._pictures([data for images, _, _ in asked for data in images])
-        said = self.complete(
-            rows,
-            images,
-            torch.arange(len(images)),
-            most_tokens=most_tokens,
-            temperature=temperature,
-            **options,
-        )
+        options |= {"most_tokens": most_tokens, "temperature": temperature}
+        said = self.complete(rows, images, torch.arange(len(images)), **options)
         texts = [self.tokens.tokenizer.decode(row, skip_special_tokens=True) for row in said]
         return [text.strip() for text in texts]
 
@@ -83,26 +72,21 @@ class ChatModel:
         temperature: float = 0.0,
         **options: Any,
     ) -> list[list[int]]:
-        """Ids that follow each row of ids, with the end where it came; images as in a batch of `ChatPipeline`.
-
-        The model is in eval mode meanwhile.
-        """
+        """Ids that follow each row of ids, with the end where it came; images as in a batch of `ChatPipeline`."""
         device = next(self.model.parameters()).device
         pad, end = self.tokens.tokenizer.pad_token_id or 0, self.tokens.end
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        training = self.model.training
-        self.model.eval()
-        embeds = self.model.embed(ids, images.to(device), image_rows.to(device))
+        ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+        masks = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+        padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
         settings = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
         sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         options = settings | (sampled if temperature else {"do_sample": False}) | options
-        said = self.model.decoder.generate(  # type: ignore[operator]
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=most_tokens, eos_token_id=end,
-            pad_token_id=pad, **options,
-        )  # fmt: skip
-        self.model.train(training)
+        with evaluating(self.model):
+            embeds = self.model.embed(padded, images.to(device), image_rows.to(device))
+            said = self.model.decoder.generate(  # type: ignore[operator]
+                inputs_embeds=embeds, attention_mask=masks, max_new_tokens=most_tokens, eos_token_id=end,
+                pad_token_id=pad, **options,
+            )  # fmt: skip
         return [row[: row.index(end) + 1] if end in row else row for row in said.tolist()]
 
     @torch.no_grad()
@@ -110,29 +94,23 @@ class ChatModel:
         self, asked: Sequence[tuple[Sequence[bytes], Sequence[tuple[str, str]], str, str]]
     ) -> list[tuple[float, bool]]:
         """Of (images, turns before, question, answer): mean cross entropy of the answer's tokens and its end, and whether
-        they are what is said greedily.
-
-        Raises:
-            UserError: an image that cannot be read.
+        they are what is said greedily; images as in `answer`.
         """
         device = next(self.model.parameters()).device
         rows = [self.tokens.encode([*turns, (question, answer)]) for _, turns, question, answer in asked]
-        starts = [len(self.tokens.prompt(turns, question)) for _, turns, question, _ in asked]
-        width = max(len(ids) for ids, _ in rows)
+        ids = [torch.tensor(row, device=device) for row, _ in rows]
         images = self._pictures([data for images, *_ in asked for data in images]).to(device)
         batch = {
-            "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device),
-            "segments": torch.tensor(
-                [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device
-            ),
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "segments": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "images": images,
             "image_rows": torch.arange(len(images), device=device),
         }
         found = []
-        for row, hidden, (_, learned), begin in zip(
-            batch["input_ids"], self.model(batch), rows, starts, strict=True
-        ):
-            start = max(1, begin)  # without any prompt nothing predicts the first token
+        for row, hidden, (_, learned), one in zip(ids, self.model(batch), rows, asked, strict=True):
+            start = max(
+                1, len(self.tokens.prompt(*one[1:3]))
+            )  # without any prompt nothing predicts the first token
             end = start + sum(learned[start:])  # what stands behind an answer's end is not learned
             logits = self.model.head(hidden[start - 1 : end - 1]).float()
             loss = torch.nn.functional.cross_entropy(logits, row[start:end])
@@ -141,22 +119,16 @@ class ChatModel:
 
     def _pictures(self, files: Sequence[bytes]) -> torch.Tensor:
         """[I, 3, h, w]; also of no image."""
-        pictures = [self._picture(data) for data in files]
-        return torch.stack(pictures) if pictures else torch.zeros(0, 3, *self.image_spec.size)
-
-    def _picture(self, data: bytes) -> torch.Tensor:
         try:
-            return self._transform(Image.open(io.BytesIO(data)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"the image cannot be read ({one_line(error).partition(' <')[0]}); name another"
-            ) from None
+            pictures = [self._transform(Image.open(io.BytesIO(data))) for data in files]
+        except UNREADABLE as error:
+            told = f"the image cannot be read ({one_line(error).partition(' <')[0]}); name another"
+            raise UserError(told) from None
+        return torch.stack(pictures) if pictures else torch.zeros(0, 3, *self.image_spec.size)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A record whose last answer is known."""
-
     item: ChatItem
     turns: list[tuple[str, str]]
     text: str
@@ -164,13 +136,11 @@ class Question:
 
     @classmethod
     def of(cls, item: ChatItem) -> Question:
-        """The last turn of a record as a question."""
         *before, (text, truth) = turns_of(item.record["conversations"])
         return cls(item, before, text, truth)
 
     @property
     def kind(self) -> str:
-        """How it is scored."""
         return str(self.item.record.get("kind", "answer"))
 
 
@@ -195,7 +165,6 @@ class Answers:
         )
 
     def run(self, predictor: ChatModel, context: Context) -> list[Result]:
-        """See `Evaluator`."""
         said = ask(predictor, self.questions, context, self.dataset)
         pairs = [(one, said[one.item.key]) for one in self.questions]
         metrics, meanings = scores(pairs, self._vocabulary)
@@ -215,33 +184,21 @@ class Answers:
         return {one.item.key: _images(one.item) for one in mixed[:SHOWN]}
 
 
-def spread(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of the items, from all over them; 0: all."""
-    if not 0 < most < len(items):
-        return items
-    return [items[index * len(items) // most] for index in range(most)]
-
-
 def ask(
     predictor: ChatModel, questions: Sequence[Question], context: Context, title: str, most_tokens: int = 0
 ) -> dict[str, str]:
-    """Key -> answer. Each rank asks its share; all have all answers. `most_tokens` 0: as the kind of question needs.
-
-    Raises:
-        UserError: an image that cannot be read, with the question's key.
-    """
+    """Key -> answer. Each rank asks its share; all have all answers. `most_tokens` 0: as the kind of question needs."""
     own = [questions[index] for index in distributed.rank_share(len(questions))]
     groups = [own[start : start + context.batch_size] for start in range(0, len(own), context.batch_size)]
     said: dict[str, str] = {}
     for group in progress(groups, len(groups), title, context):
-        most = most_tokens or max(_MOST_TOKENS.get(one.kind, _TOKENS) for one in group)
+        most = most_tokens or max(64 if one.kind == "caption" else 16 for one in group)
         asked = [(_images(one.item), one.turns, one.text) for one in group]
+        keys = [one.item.key for one in group]
         try:
-            answers = predictor.answer(asked, most_tokens=most)
+            said |= zip(keys, predictor.answer(asked, most_tokens=most), strict=True)
         except UserError as error:
-            keys = ", ".join(one.item.key for one in group)
-            raise UserError(f"{title}, question {keys}: {error}") from None
-        said |= {one.item.key: answer for one, answer in zip(group, answers, strict=True)}
+            raise UserError(f"{title}, question {', '.join(keys)}: {error}") from None
     return {key: text for part in distributed.gather_objects(said) for key, text in part.items()}
 
 
@@ -252,28 +209,28 @@ def _images(item: ChatItem) -> list[bytes]:
 def scores(
     pairs: Sequence[tuple[Question, str]], vocabulary: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Meaning]]:
-    """Metrics of (question, answer) by kind, and what each is."""
     metrics: dict[str, float] = {}
     meanings: dict[str, Meaning] = {}
-    kinds = sorted({one.kind for one, _ in pairs})
-    for kind in kinds:
-        of_kind = [(one, text) for one, text in pairs if one.kind == kind]
+    kinds: dict[str, list[tuple[Question, str]]] = {
+        kind: [] for kind in sorted({one.kind for one, _ in pairs})
+    }
+    for one, text in pairs:
+        kinds[one.kind].append((one, text))
+    for kind, own in kinds.items():
         if kind == "exists":
-            found = pope([(one.truth, text) for one, text in of_kind])
-            meanings |= {name: share(main=name == "f1") for name in found} | {
-                "yes_ratio": Meaning(unit="share")
-            }
+            metrics |= (found := pope([(one.truth, text) for one, text in own]))
+            meanings |= {name: share(main=name == "f1") for name in found}
+            meanings["yes_ratio"] = Meaning(unit="share")
         elif kind == "caption":
-            found = chair([(one.item.record["things"], text) for one, text in of_kind], vocabulary)
+            metrics |= chair([(one.item.record["things"], text) for one, text in own], vocabulary)
             lower = Meaning(unit="share", higher_is_better=False, main=True)
             meanings |= {"chair_i": lower, "chair_s": lower, "cover": share()}
         else:
-            found = {kind: sum(plain(one.truth) == plain(text) for one, text in of_kind) / len(of_kind)}
-            meanings |= {kind: share(main=len(kinds) == 1)}
-        metrics |= found
-    rest = [kind for kind in kinds if kind not in ("exists", "caption")]
+            metrics[kind] = fmean(plain(one.truth) == plain(text) for one, text in own)
+            meanings[kind] = share(main=len(kinds) == 1)
+    rest = kinds.keys() - {"exists", "caption"}
     if len(rest) > 1:
-        metrics["accuracy"] = sum(metrics[kind] for kind in rest) / len(rest)
+        metrics["accuracy"] = fmean(metrics[kind] for kind in rest)
         meanings["accuracy"] = share("mean of kinds", main=True)
     return metrics, meanings
 
@@ -285,15 +242,14 @@ def plain(text: str) -> str:
 
 def verdict(question: Question, text: str, vocabulary: Sequence[str]) -> dict[str, Any]:
     """Whether an answer is `right`; of a caption also `false`, where (begin, end) it names what is not there, and `missing`."""
-    if question.kind == "caption":
-        things = question.item.record["things"]
-        found = mentions(text, vocabulary)
-        false = [(begin, end) for begin, end, name in found if name not in things]
-        missing = sorted({*things} - {name for _, _, name in found})
-        return {"right": not false and not missing, "false": false, "missing": missing}
     if question.kind == "exists":
         return {"right": plain(question.truth).startswith("yes") == says_yes(text)}
-    return {"right": plain(question.truth) == plain(text)}
+    if question.kind != "caption":
+        return {"right": plain(question.truth) == plain(text)}
+    things, found = question.item.record["things"], mentions(text, vocabulary)
+    false = [(begin, end) for begin, end, name in found if name not in things]
+    missing = sorted({*things} - {name for _, _, name in found})
+    return {"right": not false and not missing, "false": false, "missing": missing}
 
 
 def says_yes(text: str) -> bool:
@@ -305,10 +261,10 @@ def pope(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Accuracy, precision, recall, F1 of "yes", and share of "yes" among the answers, of (truth, answer)."""
     truths = [plain(truth).startswith("yes") for truth, _ in pairs]
     said = [says_yes(text) for _, text in pairs]
-    both = sum(truth and answer for truth, answer in zip(truths, said, strict=True))
+    both = sum(map(min, truths, said))
     precision, recall = both / max(1, sum(said)), both / max(1, sum(truths))
     return {
-        "accuracy": sum(truth == answer for truth, answer in zip(truths, said, strict=True)) / len(pairs),
+        "accuracy": sum(map(eq, truths, said)) / len(pairs),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / max(1e-9, precision + recall),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -19,8 +19,6 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Context:
-    """How an evaluation runs."""
-
     device: torch.device = torch.device("cpu")
     batch_size: int = 64
     """Images, or texts, per forward pass."""
@@ -29,17 +27,15 @@ class Context:
     progress: bool = True
     """Progress line with the time left, on rank 0."""
     max_unreadable_share: float = 0.01
-    """An evaluation with a larger share of unreadable images than this fails."""
+    """A larger share of unreadable images is an error."""
     embedded: dict[Any, Any] | None = None
-    """Image embeddings of this context's evaluations, so that sets with the same images share them; None: not kept."""
+    """Image embeddings of this context's evaluations, shared by sets with the same images; None: not kept."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Metrics of one model on one data set."""
-
     name: str
-    """The evaluator's name."""
+    """Of the evaluator."""
     dataset: str
     metrics: dict[str, float]
     """Scores, which tables compare; shares are in [0, 1]."""
@@ -48,9 +44,9 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
     """Whatever is too long for a table (per-class counts, unreadable files); plain data."""
     chosen: dict[str, float] = field(default_factory=dict)
-    """Numbers that were fitted on these images and score nothing, such as the weight of a mixture."""
+    """What was fitted on these images and scores nothing, such as the weight of a mixture."""
     meanings: dict[str, Meaning] = field(default_factory=dict)
-    """What each metric is; one without a meaning is shown as a bare number that nobody wins."""
+    """One without a meaning is shown as a bare number that nobody wins."""
 
 
 class Evaluator(Protocol):
@@ -91,11 +87,8 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
     """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):
         return
-    members = {
-        name
-        for base in protocol.__mro__
-        for name in vars(base).keys() | vars(base).get("__annotations__", ())
-    }
+    bases = (vars(base) for base in protocol.__mro__)
+    members = {name for own in bases for name in (*own, *own.get("__annotations__", ()))}
     lacking = sorted(name for name in members if not name.startswith("_") and not hasattr(predictor, name))
     raise UserError(
         f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {', '.join(lacking)}; "
@@ -103,12 +96,17 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
     )
 
 
+def spread(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of the items, from all over them; 0: all."""
+    if not 0 < most < len(items):
+        return items
+    return [items[index * len(items) // most] for index in range(most)]
+
+
 def progress(items: Iterable[T], total: int, title: str, context: Context) -> Iterator[T]:
     """`items` with a progress line that shows the time left (rank 0 only)."""
     from tqdm import tqdm
 
     hidden = not (context.progress and distributed.is_main())
-    interval = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
-    return iter(
-        tqdm(items, total=total, desc=title, disable=hidden, mininterval=interval, dynamic_ncols=True)
-    )
+    every = 1.0 if sys.stderr.isatty() else 10.0  # seconds; log files get fewer lines
+    return iter(tqdm(items, title, total, disable=hidden, mininterval=every, dynamic_ncols=True))

@@ -6,6 +6,7 @@ N images, B batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,6 @@ class ZeroShotClassifier:
         self._encoder, self._vectors = encoder, vectors
 
     def classify(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in `image_spec`'s statistics -> scaled cosines [B,C], fp32."""
         return self._vectors.logits(self._encoder.encode_image(images))
 
 
@@ -43,14 +43,14 @@ class Classification:
     An ImageClassifier answers by its logits; a DualEncoder, where `templates` are given, by its scaled cosines with the
     mean embedding of each class's prompts (zero-shot).
 
-    Metrics: `top1`, `top5` (where C > 5; ties are broken by torch.topk, as in open_clip), `mean_per_class` (macro average
-    over the classes that occur); with several domains `<domain>_top1` and `mean_domain_top1`; with `base` and `novel`
-    classes `base_top1`, `novel_top1` and `harmonic_mean`. The classes of a group compete only with each other (as in
-    PromptKD), or, with `rivals="all"`, with every class (the open set of VL2V-ADiP); all in the same forward pass.
+    Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (over the classes that occur); with several domains
+    `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and `harmonic_mean`.
+    The classes of a group compete only with each other (as in PromptKD), or, with `rivals="all"`, with every class (the
+    open set of VL2V-ADiP).
 
-    Details, plain data: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion
-    matrix that are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest
-    probability, as {key, label, predicted, probability}; the unreadable files.
+    Details: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion matrix that
+    are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest probability, as {key,
+    label, predicted, probability}; the unreadable files.
     """
 
     name = "classification"
@@ -67,18 +67,17 @@ class Classification:
         novel: Sequence[int] = (),
         rivals: Literal["group", "all"] = "group",
     ) -> None:
+        told = f"classification set {dataset}"
         if not items:
-            raise UserError(f"classification set {dataset} has no images; choose another split")
+            raise UserError(f"{told} has no images; choose another split")
         for item in items:
             if item.label == UNLABELLED or item.label >= len(class_names):
                 raise UserError(
-                    f"classification set {dataset}: {item.key} has label {item.label}, but there are "
-                    f"{len(class_names)} classes; evaluate on labelled images"
+                    f"{told}: {item.key} has label {item.label}, but there are {len(class_names)} classes; evaluate on "
+                    "labelled images"
                 )
         if bool(base) != bool(novel) or set(base) & set(novel):
-            raise UserError(
-                f"classification set {dataset}: base and novel must be two class groups without a common class"
-            )
+            raise UserError(f"{told}: base and novel must be two class groups without a common class")
         self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
         self.templates, self.domains, self.rivals = list(templates), list(domains), rivals
         self.groups = {"base": list(base), "novel": list(novel)} if base else {}
@@ -87,25 +86,15 @@ class Classification:
     def of(
         cls, data: LabelledSet, split: str = "test", *, base: Sequence[int] = (), novel: Sequence[int] = ()
     ) -> Classification:
-        """The evaluator of one split of a labelled set, which is called `<set>_<split>`, or `<set>` for the test split.
-
-        Raises:
-            UserError: the set has no such split.
-        """
+        """The evaluator of one split of a labelled set, which is called `<set>_<split>`, or `<set>` for the test split."""
         if split not in data.splits:
             raise UserError(f"data set {data.name} has no split {split}; it has {', '.join(data.splits)}")
-        name = data.name if split == "test" else f"{data.name}_{split}"
         return cls(
-            data.splits[split], data.class_names, dataset=name, templates=data.templates, domains=data.domains,
-            base=base, novel=novel,
+            data.splits[split], data.class_names, dataset=data.name if split == "test" else f"{data.name}_{split}",
+            templates=data.templates, domains=data.domains, base=base, novel=novel,
         )  # fmt: skip
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """Classify the images of all ranks.
-
-        Raises:
-            UserError: neither protocol, or a classifier of other classes.
-        """
         images, title = [item.image for item in self.items], f"{self.dataset}: images"
         if self.templates and not isinstance(predictor, ImageClassifier):
             require_protocol(self.name, predictor, DualEncoder)
@@ -114,13 +103,13 @@ class Classification:
             def judge(indices: Tensor, rows: Tensor) -> Tensor:
                 return self.judge(indices, vectors.logits(rows))
 
-            ids, judged, unreadable = embeddings(predictor, images, title, context, judge)
+            outputs = embeddings(predictor, images, title, context, judge)
         else:
             require_protocol(self.name, predictor, ImageClassifier)
             require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
-            ids, judged, unreadable = image_outputs(
-                predictor.classify, predictor.image_spec, images, title, context, self.judge
-            )
+            run, spec = predictor.classify, predictor.image_spec
+            outputs = image_outputs(run, spec, images, title, context, self.judge)
+        ids, judged, unreadable = outputs
         return [self.result([self.items[index] for index in ids.tolist()], judged, unreadable)]
 
     def judge(self, indices: Tensor, logits: Tensor) -> Tensor:
@@ -141,7 +130,6 @@ class Classification:
         return torch.stack([part.float() for part in (predicted, probability, in_top, first_in_group)], dim=1)
 
     def result(self, items: list[Item], judged: Tensor, unreadable: list[str]) -> Result:
-        """What `judge` kept of the readable images, as metrics and details."""
         count, labels = len(self.class_names), torch.tensor([item.label for item in items])
         predicted, probability, in_top, first_in_group = judged.unbind(dim=1)
         predicted = predicted.long()
@@ -150,43 +138,42 @@ class Classification:
         metrics = {"top1": int(right.sum()) / len(items)}
         if count > TOP_K:
             metrics["top5"] = int(in_top.sum()) / len(items)
-        metrics["mean_per_class"] = _mean([hits / seen for hits, seen in per_class if seen])
+        metrics["mean_per_class"] = fmean(hits / seen for hits, seen in per_class if seen)
         per_group: dict[str, list[int]] = {}
         if len(self.domains) > 1:
             found = _by_group(right, torch.tensor([item.domain for item in items]), len(self.domains))
             per_group |= dict(zip(self.domains, found, strict=True))
             shares = {f"{name}_top1": hits / seen for name, (hits, seen) in per_group.items() if seen}
-            metrics |= shares | {"mean_domain_top1": _mean(list(shares.values()))}
+            metrics |= shares | {"mean_domain_top1": fmean(shares.values())}
         for name, classes in self.groups.items():
             inside = torch.isin(labels, torch.tensor(classes))
             hits, seen = per_group[name] = [int(first_in_group[inside].sum()), int(inside.sum())]
             if not seen:
-                raise UserError(
-                    f"classification set {self.dataset} has no readable image of a {name} class; choose another split"
-                )
+                told = f"has no readable image of a {name} class; choose another split"
+                raise UserError(f"classification set {self.dataset} {told}")
             metrics[f"{name}_top1"] = hits / seen
         if self.groups:
             metrics["harmonic_mean"] = harmonic_mean(metrics["base_top1"], metrics["novel_top1"])
         cells, numbers = torch.unique(labels * count + predicted, return_counts=True)
-        pairs = zip(cells.tolist(), numbers.tolist(), strict=True)
         wrong = (~right).nonzero()[:, 0]
         worst = wrong[probability[wrong].argsort(descending=True, stable=True)[:WORST]]
-        answers = [(items[i], int(predicted[i]), float(probability[i])) for i in worst.tolist()]
         details: dict[str, Any] = {
             "classes": self.class_names,
             "per_class": per_class,
             "per_group": per_group,
-            "confusion": [[cell // count, cell % count, number] for cell, number in pairs],
+            "confusion": torch.stack([cells // count, cells % count, numbers], dim=1).tolist(),
             "mistakes": [
-                {"key": item.key, "label": item.label, "predicted": answer, "probability": sure}
-                for item, answer, sure in answers
+                {
+                    "key": items[i].key, "label": items[i].label, "predicted": int(predicted[i]),
+                    "probability": float(probability[i]),
+                }
+                for i in worst.tolist()
             ],
-        }
+        }  # fmt: skip
         if unreadable:
             metrics["unreadable"], details["unreadable"] = float(len(unreadable)), unreadable
-        meanings = {name: share(_label(name), main=name == "top1") for name in metrics} | {
-            "unreadable": UNREADABLE
-        }
+        meanings = {name: share(_label(name), main=name == "top1") for name in metrics}
+        meanings |= {"unreadable": UNREADABLE}
         return Result(self.name, self.dataset, metrics, len(items), details, meanings=meanings)
 
 
@@ -201,12 +188,7 @@ def _label(metric: str) -> str:
     return (f"{before}top-{k}" if k.isdigit() else metric).replace("_", " ")
 
 
-def _mean(shares: list[float]) -> float:
-    return sum(shares) / len(shares)
-
-
 def _by_group(right: Tensor, group: Tensor, count: int) -> list[list[int]]:
     """(right, seen) of every group number below `count`."""
-    seen = torch.bincount(group, minlength=count)
-    hits = torch.bincount(group[right], minlength=count)
-    return [list(pair) for pair in zip(hits.tolist(), seen.tolist(), strict=True)]
+    pairs = [torch.bincount(own, minlength=count) for own in (group[right], group)]
+    return torch.stack(pairs, dim=1).tolist()

@@ -56,44 +56,17 @@ def image_outputs(
     title: str,
     context: Context,
     reduce: Reduce | None = None,
+    *,
+    encoder: DualEncoder | None = None,
 ) -> Outputs:
-    """`run` on batches of images after the evaluation transform of `spec`.
+    """`run` on batches of images after the evaluation transform of `spec`; too many unreadable images are an error.
 
-    Raises:
-        UserError: more images cannot be read than the context's share.
+    A context that remembers embeddings has those of an `encoder` and these images once.
     """
-    return _gathered(_batches(run, spec, images, title, context), images, title, context, reduce)
-
-
-def embeddings(
-    encoder: DualEncoder,
-    images: Sequence[ImageRef],
-    title: str,
-    context: Context,
-    reduce: Reduce | None = None,
-) -> Outputs:
-    """As `image_outputs`, of unit vectors; a context that remembers them decodes and embeds once for each encoder."""
-    batches: Iterable[_Batch] = _batches(encoder.encode_image, encoder.image_spec, images, title, context)
-    if context.embedded is not None:
+    batches: Iterable[_Batch] = _batches(run, spec, images, title, context)
+    if encoder is not None and context.embedded is not None:
         key = (id(encoder), tuple(images))
         batches = context.embedded[key] = context.embedded.get(key) or list(batches)
-    return _gathered(batches, images, title, context, reduce)
-
-
-def _batches(
-    run: Callable[[Tensor], Tensor], spec: ImageSpec, images: Sequence[ImageRef], title: str, context: Context
-) -> Iterator[_Batch]:
-    """Indices, rows and unreadable images of each batch of this rank."""
-    loader: Any = DataLoader(_Decoded(images, spec), context.batch_size, num_workers=context.workers)
-    for indices, pixels, readable in progress(loader, len(loader), title, context):
-        with torch.no_grad():
-            rows = run(pixels.to(context.device)).float().cpu()
-        yield indices[readable], rows[readable], [str(images[index]) for index in indices[~readable].tolist()]
-
-
-def _gathered(
-    batches: Iterable[_Batch], images: Sequence[ImageRef], title: str, context: Context, reduce: Reduce | None
-) -> Outputs:
     parts, own = [(torch.empty(0, dtype=torch.long), torch.empty(0))], []  # for a rank without images
     for indices, rows, unreadable in batches:
         parts.append((indices, rows if reduce is None else reduce(indices, rows)))
@@ -110,6 +83,28 @@ def _gathered(
     return (*distributed.gather_rows(ids, kept), found)
 
 
+def embeddings(
+    encoder: DualEncoder,
+    images: Sequence[ImageRef],
+    title: str,
+    context: Context,
+    reduce: Reduce | None = None,
+) -> Outputs:
+    """As `image_outputs`, of the encoder's unit vectors."""
+    run, spec = encoder.encode_image, encoder.image_spec
+    return image_outputs(run, spec, images, title, context, reduce, encoder=encoder)
+
+
+def _batches(
+    run: Callable[[Tensor], Tensor], spec: ImageSpec, images: Sequence[ImageRef], title: str, context: Context
+) -> Iterator[_Batch]:
+    loader: Any = DataLoader(_Decoded(images, spec), context.batch_size, num_workers=context.workers)
+    for indices, pixels, readable in progress(loader, len(loader), title, context):
+        with torch.no_grad():
+            rows = run(pixels.to(context.device)).float().cpu()
+        yield indices[readable], rows[readable], [str(images[index]) for index in indices[~readable].tolist()]
+
+
 def embed_texts(encoder: DualEncoder, texts: list[str], title: str, context: Context) -> Tensor:
     """Unit vectors [N,D] (CPU) of texts."""
     share, parts = distributed.rank_share(len(texts)), [torch.empty(0)]
@@ -124,7 +119,6 @@ def embed_texts(encoder: DualEncoder, texts: list[str], title: str, context: Con
 def class_vectors(
     encoder: DualEncoder, class_names: list[str], templates: list[str], title: str, context: Context
 ) -> ClassVectors:
-    """The zero-shot classifier of an encoder."""
     return encode_classes(
         encoder, class_names, templates, teacher_digest="", batch_size=context.batch_size, shared=True,
         watch=lambda starts: progress(starts, len(starts), f"{title}: classes", context),

@@ -38,7 +38,7 @@ class Retrieval:
         self.dataset = dataset
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """Recalls over all ranks. An unreadable image leaves the set, with the captions that are only its own."""
+        """An unreadable image leaves the set, with the captions that are only its own."""
         require_protocol(self.name, predictor, DualEncoder)
         data = self.dataset
         ids, images, unreadable = embeddings(predictor, data.images, f"{data.name}: images", context)
@@ -66,10 +66,7 @@ class Retrieval:
                     metrics[f"{name}_r{k}"] = sum(place < k for place in places) / len(places)
                     label, main = f"{name.replace('_to_', '→')} R@{k}", (name, k) == ("image_to_text", 1)
                     meanings[f"{name}_r{k}"] = share(label, main=main)
-            details[f"{name}_mean_rank"], details[f"{name}_median_rank"] = (
-                1 + fmean(places),
-                1 + median(places),
-            )
+            details |= {f"{name}_mean_rank": 1 + fmean(places), f"{name}_median_rank": 1 + median(places)}
         if unreadable:
             metrics["unreadable"], details["unreadable"] = float(len(unreadable)), unreadable
         return [Result(self.name, data.name, metrics, len(ids), details, meanings=meanings)]
@@ -78,12 +75,11 @@ class Retrieval:
 def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:
     """Place (0 = first) of the first positive of each of queries [Q,D] among candidates [N,D], in any order.
 
-    Ranks of a run share the queries, and every rank gets the places of all.
+    The ranks share the queries, and all have all places.
     """
     share = distributed.rank_share(len(queries))
-    found = first_positive(
-        queries[share.start :: share.step], candidates, [positives[index] for index in share]
-    )
+    own = queries[share.start :: share.step]
+    found = first_positive(own, candidates, [positives[index] for index in share])
     return [place for part in distributed.gather_objects(found.tolist()) for place in part]
 
 

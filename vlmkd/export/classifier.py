@@ -51,9 +51,6 @@ def export_classifier(
     """Write a classifier into `folder`, which appears complete or not at all; an older export there is replaced.
 
     `weights` is the state dict of `config.build()`'s module, in any precision; fp32 is stored.
-
-    Raises:
-        UserError: weights of another classifier, a foreign folder in the way, or no space.
     """
     module = _filled(config, weights, str(folder))
     with replacing(folder, [CONFIG]) as partial:
@@ -71,7 +68,6 @@ def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
 
 
 def read_config(folder: Path) -> ClassifierConfig:
-    """The config of an export folder."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(
@@ -100,8 +96,7 @@ def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> Non
     """Weights that timm.create_model(NAME, num_classes=C) loads strictly, where a linear layer is enough.
 
     A linear head gives the same logits. Class vectors behind a one-layer projector are folded into one layer, whose
-    logits have the same order but another scale in each image, because the length of the embedding is left out. Of
-    other heads (two mixed ones, a projector with BatchNorm and ReLU) nothing is written.
+    logits have the same order but another scale in each image, because the length of the embedding is left out.
     """
     head: Any = module.head
     layers: Any = () if module.projector is None else module.projector.layers

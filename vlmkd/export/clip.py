@@ -1,7 +1,6 @@
 """Exported CLIPs: a folder that open_clip or transformers reads, proved in a fresh process to compute the same.
 
-`python -m vlmkd.export.clip FOLDER PROBE ...` is the process that `verify_export` starts.
-"""
+`python -m vlmkd.export.clip FOLDER PROBE ...` is the process that `verify_export` starts."""
 
 from __future__ import annotations
 
@@ -43,11 +42,8 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
 )
-_PROBE_TEXTS = [
-    "a photo of a cat",
-    "two red circles, and a much longer line of words that some models have to cut",
-    "",
-]
+_LONG = "two red circles, and a much longer line of words that some models have to cut"
+_PROBE_TEXTS = ["a photo of a cat", _LONG, ""]
 
 
 def export_clip(
@@ -62,9 +58,6 @@ def export_clip(
 
     Layout `open_clip` is what open_clip's `local-dir:` reads (a PrunedCLIP there is read by our load_clip only), `hf` what
     transformers' CLIPModel reads. `half` stores fp16. `provenance` is added to provenance.json.
-
-    Raises:
-        UserError: an architecture that the layout cannot hold, a foreign folder in the way, or no space.
     """
     with replacing(folder, list(_CONFIG.values())) as partial:
         weights = partial / _WEIGHTS[layout]
@@ -74,7 +67,7 @@ def export_clip(
 
 
 def _write_open_clip(folder: Path, clip: ClipModel) -> dict[str, Tensor]:
-    """Write config and tokenizer; returns the weights."""
+    """Config and tokenizer; returns the weights."""
     config, state = copy.deepcopy(clip.config), clip.module.state_dict()
     config["text_cfg"].pop("hf_tokenizer_name", None)
     if _write_tokenizer(folder, clip):  # any name makes open_clip read the files of this folder
@@ -89,7 +82,7 @@ def _write_open_clip(folder: Path, clip: ClipModel) -> dict[str, Tensor]:
 
 
 def _write_hf(folder: Path, clip: ClipModel, half: bool) -> dict[str, Tensor]:
-    """Write configs and tokenizer; returns the weights under transformers' names."""
+    """Configs and tokenizer; returns the weights under transformers' names."""
     if clip.config.get("pruned"):
         raise UserError("export: transformers' CLIPModel has no ragged layers; use the open_clip layout")
     config = to_hf_config(clip.config) | {"dtype": "float16" if half else "float32"}
@@ -136,7 +129,7 @@ def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
 def verify_export(folder: Path, clip: ClipModel) -> None:
     """Reload `folder` in a fresh process and compare with `clip`: embeddings, logit scale, token ids, statistics.
 
-    The process uses plain open_clip or transformers (load_clip for a PrunedCLIP) and no network.
+    The process uses plain open_clip or transformers (load_clip for a PrunedCLIP).
     """
     if read_object(folder / PROVENANCE, "provenance")["half"]:
         clip = clip.with_weights({k: stored(v, half=True) for k, v in clip.module.state_dict().items()})
@@ -144,7 +137,6 @@ def verify_export(folder: Path, clip: ClipModel) -> None:
 
 
 def probe_of(clip: ClipModel) -> Probe:
-    """Embeddings and scale for random images and fixed texts."""
     module = copy.deepcopy(clip.module).cpu().float().eval()
     images, tokens = probe_images(clip.image_spec), clip.tokenizer(_PROBE_TEXTS)
     facts = {"image_spec": dataclasses.asdict(clip.image_spec)}
@@ -185,9 +177,9 @@ def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _transformers_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """Outputs of transformers' CLIPModel on the probe's pixels, and on its texts through the folder's tokenizer.
+    """Outputs on the probe's texts through the folder's tokenizer, after those on its token ids were compared.
 
-    Token ids are not compared: transformers pads with the end-of-text id, behind the pooled position.
+    Token ids are not: transformers pads with the end-of-text id, behind the pooled position.
     """
     from transformers import AutoTokenizer, CLIPModel
 

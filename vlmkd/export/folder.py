@@ -1,8 +1,7 @@
-"""An exported model's folder, whatever is in it: written whole or not at all, described, and checked in a fresh process.
+"""An exported model's folder: written whole or not at all, described, and checked in a fresh process.
 
 A format (clip.py, classifier.py, a project's own) says what a Probe of its model is, and what a reloaded folder makes
-of its inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is that process (`check_main`).
-"""
+of its inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is that process (`check_main`)."""
 
 from __future__ import annotations
 
@@ -48,27 +47,26 @@ def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in marks):
         raise UserError(f"{folder} exists and is no model export; choose another folder")
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
     try:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(
-                f"cannot write the export {folder}: {error.strerror}; free space or choose another folder"
-            ) from None
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        told = f"{error.strerror}; free space or choose another folder"
+        raise UserError(f"cannot write the export {folder}: {told}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def stored(tensor: Tensor, *, half: bool = False) -> Tensor:
-    """A tensor as a file has it: on the CPU, of its own memory; floats as fp32, with `half` fp16 but for single numbers."""
+    """A tensor as a file has it: on the CPU, of its own memory, fp32; with `half` fp16 but for single numbers."""
     if tensor.is_floating_point():
         tensor = tensor.to(torch.float16 if half and tensor.numel() > 1 else torch.float32)
     return tensor.detach().cpu().contiguous().clone()
@@ -88,11 +86,7 @@ def write_tensors(
 def write_provenance(
     weights: Path, source: str, parameters: Iterable[Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write provenance.json beside `weights`: their sha256, source and size of the model, versions, commit, command, `facts`."""
-    commit = ""
-    if (REPOSITORY / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """Write provenance.json beside `weights`: their sha256, source and size of the model, versions, command, `facts`."""
     content = {
         "file": weights.name,
         "sha256": sha256_of(weights),
@@ -100,10 +94,20 @@ def write_provenance(
         "parameters": sum(parameter.numel() for parameter in parameters),
         "vlmkd": __version__,
         "torch": str(torch.__version__),
-        "git_commit": commit,
+        "git_commit": git("rev-parse", "HEAD"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     write_json(weights.with_name(PROVENANCE), content | dict(facts))
+
+
+def git(*args: str) -> str:
+    """What a git command says in the source tree; empty for an installed copy without one."""
+    command = ["git", "-C", str(REPOSITORY), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @dataclass
@@ -113,12 +117,10 @@ class Probe:
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
-    """Plain data that a reload must know."""
 
     def save(self, path: Path) -> None:
-        torch.save(
-            vars(self) | {"outputs": {name: stored(value) for name, value in self.outputs.items()}}, path
-        )
+        outputs = {name: stored(value) for name, value in self.outputs.items()}
+        torch.save(vars(self) | {"outputs": outputs}, path)
 
     @classmethod
     def load(cls, path: Path) -> Probe:
@@ -131,10 +133,9 @@ def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
 
 
 def verify(module: str, probes: Mapping[Path, Probe]) -> None:
-    """Run `python -m MODULE FOLDER PROBE ...` in a fresh process on the CPU, without the network.
+    """Run `python -m MODULE FOLDER PROBE ...` in a fresh process on the CPU, without the network; a UserError has its last line.
 
-    One process for all the exports of a run, because most of its seconds are those of its imports. A UserError quotes
-    its last line.
+    One process for all the exports of a run, because most of its seconds are those of its imports.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "HF_HUB_OFFLINE": "1",
@@ -150,10 +151,10 @@ def verify(module: str, probes: Mapping[Path, Probe]) -> None:
             command += [str(folder.absolute()), str(file)]
         child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if child.returncode:
-        lines = (child.stderr.strip() or child.stdout.strip() or f"exit code {child.returncode}").splitlines()
+        told = child.stderr.strip() or child.stdout.strip() or f"exit code {child.returncode}"
         raise UserError(
-            f"export {' or '.join(map(str, probes))} does not reproduce the model: {lines[-1]}; keep the run's checkpoint "
-            "and report this"
+            f"export {' or '.join(map(str, probes))} does not reproduce the model: {told.splitlines()[-1]}; keep the run's "
+            "checkpoint and report this"
         )
 
 
@@ -175,17 +176,15 @@ def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Seq
 def compare(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = _TOLERANCE
 ) -> str:
-    """What differs between two models' outputs; empty when nothing does.
-
-    `tolerance` is relative to an output's largest number where that is above 1.
-    """
+    """What differs between two models' outputs, relative to each one's largest number above 1; empty: nothing."""
     if found.keys() != expected.keys():
         return f"outputs {sorted(found)} instead of {sorted(expected)}"
     for name, value in found.items():
-        if value.shape != expected[name].shape:
-            return f"{name} is {list(value.shape)} instead of {list(expected[name].shape)}"
-        difference = (value.double() - expected[name].double()).abs().max().item()
-        limit = tolerance * max(1.0, expected[name].double().abs().max().item())
+        wanted = expected[name].double()
+        if value.shape != wanted.shape:
+            return f"{name} is {list(value.shape)} instead of {list(wanted.shape)}"
+        difference = (value.double() - wanted).abs().max().item()
+        limit = tolerance * max(1.0, wanted.abs().max().item())
         if not difference <= limit:  # also true for NaN
             return f"{name} differs by {difference:.2e}, more than {limit:.0e}"
     return ""

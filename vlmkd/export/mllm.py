@@ -2,8 +2,7 @@
 
 `mllm.json` names tower, decoder, template and image statistics; `model.safetensors` holds the tensors that were trained, so
 that a projector on a frozen language model is a small file; the rest comes from where `mllm.json` says, and has the sha256
-that it says. `python -m vlmkd.export.mllm FOLDER PROBE ...` is the process that `check_mllms` starts.
-"""
+that it says. `python -m vlmkd.export.mllm FOLDER PROBE ...` is the process that `check_mllms` starts."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkd.chat_config import MllmConfig
+from vlmkd.chat_ids import IMAGE_ID
 from vlmkd.errors import UserError
 from vlmkd.export.folder import (
     Probe,
@@ -33,6 +33,7 @@ from vlmkd.export.folder import (
 from vlmkd.files import read_object, write_json
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import load_backbone
+from vlmkd.models.clip import drawn_from
 from vlmkd.models.lora import add_lora, merge_lora
 from vlmkd.models.mllm import Mllm, Projector, VisionTower, load_decoder
 from vlmkd.tensor_files import read_safetensors
@@ -53,7 +54,7 @@ class ChatParts:
     tokenizer: Any
     image_spec: ImageSpec
     config: MllmConfig
-    """What it is made of, without `init_from`."""
+    """Without `init_from`."""
     facts: dict[str, Any]
     """What a project says of it, e.g. which layers are sparse."""
     base_digest: str
@@ -63,7 +64,7 @@ class ChatParts:
     trained: set[str] = field(default_factory=set)
     """Names of the tensors that are no longer stock: those of an export, and what a run trains."""
     project: str = ""
-    """Which project made it, and knows its `facts`."""
+    """Which one made it, and knows its `facts`."""
     template: str = "llava"
     """How the conversations were written that it learned from."""
 
@@ -71,11 +72,7 @@ class ChatParts:
 def build_mllm(
     cfg: MllmConfig, *, seed: int = 0, surgery: Surgery | None = None, keep_lora: bool = False
 ) -> ChatParts:
-    """The model of a config; new parts are drawn from `seed`. `keep_lora`: as of `load_mllm`.
-
-    Raises:
-        UserError: parts that cannot be had, an export that is damaged, of another project, or whose stock weights differ.
-    """
+    """The model of a config; new parts are drawn from `seed`. `keep_lora`: as of `load_mllm`."""
     if cfg.init_from:
         half = "bf16" if cfg.precision == "bf16" else ""
         return load_mllm(Path(cfg.init_from), surgery=surgery, precision=half, keep_lora=keep_lora)
@@ -92,8 +89,7 @@ def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     decoder, tokenizer = load_decoder(cfg.decoder, dtype=dtype, layers=cfg.decoder_layers)
     digest = _digest([*tower.state_dict().values(), *decoder.state_dict().values()])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         projector = Projector(tower.dim, decoder.config.hidden_size).to(dtype)
         if cfg.lora_rank:
             add_lora(decoder.model, cfg.lora_rank)
@@ -102,7 +98,6 @@ def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
 
 
 def _merged(parts: ChatParts) -> ChatParts:
-    """The same model without low-rank updates of its own."""
     names = {f"decoder.model.{name}" for name in merge_lora(parts.module.decoder.model)}  # type: ignore[arg-type]
     if not names:
         return parts
@@ -120,14 +115,17 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 def load_mllm(
     folder: Path, *, surgery: Surgery | None = None, precision: str = "", keep_lora: bool = False
 ) -> ChatParts:
-    """What `export_mllm` wrote; low-rank updates go into the weights, unless they are kept to be trained on."""
+    """What `export_mllm` wrote; low-rank updates go into the weights, unless they are kept to be trained on.
+
+    Raises:
+        UserError: an export that is damaged, of another project, or whose stock weights differ.
+    """
     content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
     if content.get("format") != _FORMAT:
         raise UserError(f"{folder / CONFIG} is of format {content.get('format')}, this code reads {_FORMAT}")
     try:
         cfg = MllmConfig(**content["model"] | ({"precision": precision} if precision else {}))
         facts, digest = dict(content["facts"]), str(content["base_sha256"])
-        rounded = bool(content.get("rounded", False))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is damaged ({error}); export the run again") from None
     parts = _assemble(replace(cfg, precision="fp32"), 0)
@@ -136,31 +134,23 @@ def load_mllm(
             f"{folder} was made with other weights of {cfg.tower} and {cfg.decoder} than this machine has (sha256 "
             f"{parts.base_digest[:12]}..., not {digest[:12]}...); install the same versions"
         )
+    rounded = bool(content.get("rounded", False))
     if rounded:
         parts.module.bfloat16().float()
-    if facts and surgery is None:
-        raise UserError(
-            f"{folder} has {', '.join(facts)}, which a plain model has not; load it with its project's command"
-        )
     if surgery is not None:
         surgery(parts.module.decoder, facts)
+    elif facts:
+        told = "which a plain model has not; load it with its project's command"
+        raise UserError(f"{folder} has {', '.join(facts)}, {told}")
     weights = read_safetensors(folder / WEIGHTS)
-    unknown = weights.keys() - parts.module.state_dict().keys()
-    if unknown:
-        raise UserError(
-            f"{folder / WEIGHTS} has tensors of another model (first: {min(unknown)}); export the run again"
-        )
+    if unknown := weights.keys() - parts.module.state_dict().keys():
+        told = f"has tensors of another model (first: {min(unknown)}); export the run again"
+        raise UserError(f"{folder / WEIGHTS} {told}")
     parts.module.load_state_dict(weights, strict=False)
-    project, template = str(content.get("project", "")), str(content.get("template", parts.template))
     parts = replace(
-        parts,
-        config=cfg,
-        facts=facts,
-        rounded=rounded,
-        trained=set(weights),
-        project=project,
-        template=template,
-    )
+        parts, config=cfg, facts=facts, rounded=rounded, trained=set(weights), project=str(content.get("project", "")),
+        template=str(content.get("template", parts.template)),
+    )  # fmt: skip
     if not keep_lora:
         parts = _merged(parts)
     if precision == "bf16":
@@ -171,15 +161,13 @@ def load_mllm(
 def export_digest(folder: Path) -> str:
     """sha256 that says which model an export is, without loading it; where its stock parts lie does not matter."""
     content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
-    model = {
-        k: v for k, v in dict(content.get("model", {})).items() if k not in ("tower", "decoder", "precision")
-    }
-    facts = [model, content.get("facts"), content.get("base_sha256"), content.get("rounded", False)]
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}; export the run again")
-    return hashlib.sha256(
-        f"{json.dumps(facts, sort_keys=True)} {sha256_of(folder / WEIGHTS)}".encode()
-    ).hexdigest()
+    places = ("tower", "decoder", "precision")
+    model = {name: one for name, one in dict(content.get("model", {})).items() if name not in places}
+    facts = [model, content.get("facts"), content.get("base_sha256"), content.get("rounded", False)]
+    text = f"{json.dumps(facts, sort_keys=True)} {sha256_of(folder / WEIGHTS)}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -> Probe:
@@ -214,17 +202,12 @@ def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -
 
 def probe_inputs(parts: ChatParts) -> dict[str, Tensor]:
     """One row with an image and one without."""
-    tower: Any = parts.module.tower
-    text = torch.arange(3, 11)
-    row = torch.cat([text[:2], torch.full((tower.tokens,), -200), text[2:]])
+    places: Any = parts.module.tower.tokens
+    row = torch.tensor([3, 4, *[IMAGE_ID] * places, *range(5, 11)])
     ids = torch.stack([row, torch.arange(5, 5 + len(row))])
     images = probe_images(parts.image_spec, 1)
-    return {
-        "input_ids": ids,
-        "segments": torch.ones_like(ids),
-        "images": images,
-        "image_rows": torch.zeros(1).long(),
-    }
+    rows = torch.zeros(1, dtype=torch.long)
+    return {"input_ids": ids, "segments": torch.ones_like(ids), "images": images, "image_rows": rows}
 
 
 @torch.no_grad()

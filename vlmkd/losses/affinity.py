@@ -1,10 +1,6 @@
 """Affinity mimicking: the student's image-text softmax imitates the teachers' (docs/papers/tinyclip.md, eq. 1-6).
 
-Letters: b local rows, B gathered columns (B = b without gathering), D student width, D' teacher width.
-
-Both forms compute the same number: the dense one holds several [b, B] blocks, the chunked one tiles of their
-rows.
-"""
+Letters: b local rows, B gathered columns (B = b without gathering), D student width, D' teacher width."""
 
 from __future__ import annotations
 
@@ -23,8 +19,7 @@ class AffinityLoss(NamedTuple):
     """Two scalars with the same gradient; `ce` is trained on by the paper, `kl` reaches 0 and is easier to read.
 
     `ce` is the cross entropy of the student's affinities under the teachers', `kl` that minus the entropy of
-    the teachers', and `directions` [2] the `kl` of image-to-text and of text-to-image before they are
-    weighed, detached.
+    the teachers', and `directions` [2] the `kl` of image-to-text and of text-to-image, unweighed and detached.
     """
 
     ce: Tensor
@@ -72,14 +67,12 @@ def affinity_loss(
         raise ValueError(f"chunk is {chunk}; use 0 for the dense form or a positive number of rows")
     if reduction not in ("half", "sum"):
         raise ValueError(f"reduction is {reduction!r}; choose half or sum")
-    models = [
-        PairEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds),
-        *teachers,
-    ]
+    student = PairEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds)
+    models = [student, *teachers]
     given = [x for m in models for x in (m.all_image_embeds, m.all_text_embeds) if x is not None]
     if len(given) not in (0, 2 * len(models)):
         raise ValueError(
-            "gathered embeddings must be given for images and texts of the student and of every teacher"
+            "gathered embeddings must be given for images and texts of student and every teacher"
         )
     for group in ([x for m in models for x in (m.image_embeds, m.text_embeds)], given):
         if len({len(x) for x in group}) > 1:  # they would broadcast into a wrong but finite number
@@ -95,12 +88,12 @@ def affinity_loss(
     terms = []
     with torch.autocast(image_embeds.device.type, enabled=False):
         for block in blocks:
-            student, *frozen = [_widened(*triple) for triple in block]
+            own, *frozen = [_widened(*triple) for triple in block]
             packed = [x.detach() for triple in frozen for x in triple]
             if chunk:
-                terms.append(_Chunked.apply(*student, not given, chunk, torch.is_grad_enabled(), *packed))
+                terms.append(_Chunked.apply(*own, not given, chunk, torch.is_grad_enabled(), *packed))
             else:
-                terms.append(_dense([student, *_triples(packed)], (1,) if given else (1, 0)))
+                terms.append(_dense([own, *_triples(packed)], (1,) if given else (1, 0)))
     ces, entropies, directions = zip(*terms, strict=True)
     weight = 0.5 if reduction == "half" else 1.0
     ce, entropy = torch.stack(ces).sum(), torch.stack(entropies).sum()
@@ -139,9 +132,8 @@ def _dense(models: list[Triple], dims: tuple[int, ...]) -> Triple:
 class _Chunked(torch.autograd.Function):
     """`_dense` over tiles of rows: a tile sees all columns, so its row softmax is final and its gradient too.
 
-    The gradient of a tile is therefore taken in the forward pass while its logits are at hand; [b, D] and
-    [B, D] gradients are all that is kept. With `both`, the softmax over rows needs the normaliser of each
-    column beforehand.
+    That gradient is taken in the forward pass while the logits are at hand; [b, D] and [B, D] gradients are all that
+    is kept. With `both`, the softmax over rows needs the normaliser of each column beforehand.
     """
 
     @staticmethod

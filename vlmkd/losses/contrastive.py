@@ -4,10 +4,8 @@ Letters: b local rows, B gathered columns (B = b without gathering), D width. Ro
 of texts; `logit_scale` is already exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the
 local rows are the batch), and `offset` is the position of the first local row among them.
 
-Logits and softmax are in float32 (float64 stays float64), also under autocast. With gathered columns the mean
-over ranks of a loss is the loss of the global batch; its gradient is right only when gathering carries
-gradients, so gathered student columns without a gradient are refused.
-"""
+Logits and softmax are in float32 (float64 stays), also under autocast. With gathered columns the mean over ranks of a
+loss is the loss of the global batch; its gradient is right only when gathering carries gradients."""
 
 from __future__ import annotations
 
@@ -91,7 +89,7 @@ def interactive_contrastive_loss(
 def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
     """Refuse gathered student columns that hold `rows` but not their gradient: part of the gradient would be lost.
 
-    Columns of a teacher, and of a frozen tower whose rows have no gradient either, are right without one.
+    Columns of a teacher, and of a frozen tower, are right without one.
     """
     if torch.is_grad_enabled() and rows.requires_grad and not columns.requires_grad:
         raise ValueError(
@@ -110,7 +108,7 @@ def _both_ways(
 
 
 def _logits(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Tensor:
-    """scale * rows @ columns.T in float32 or float64, [b, B]."""
+    """scale * rows @ columns.T, [b, B]."""
     with torch.autocast(rows.device.type, enabled=False):
         return (scale * wide(rows)).to(wide(rows).dtype) @ wide(columns).T
 

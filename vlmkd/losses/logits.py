@@ -20,21 +20,18 @@ def kl_divergence(
     reduction: Literal["batch", "element"] = "batch",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """KL(teacher || student) of tempered softmax distributions, times temperature^2 (Hinton et al. 2015).
+    """KL(teacher || student) of tempered softmax distributions [..., C], times temperature^2 (Hinton et al. 2015).
 
-    The factor keeps the size of the gradient independent of the temperature. Computed in float32 (float64
-    stays). Other divergences, and vocabularies whose logits do not fit, are in `vlmkd/losses/tokens.py`.
+    The factor keeps the size of the gradient independent of the temperature. No gradient reaches the teacher; float32
+    (float64 stays). Other divergences, and vocabularies whose logits do not fit, are in `vlmkd/losses/tokens.py`.
 
     Args:
-        student_logits: [..., C].
-        teacher_logits: [..., C], finite; no gradient reaches them.
-        temperature: divides both logits; positive.
         reduction: `batch` sums over classes and averages over positions; `element` also divides by C (PromptKD).
         mask: bool [...]; only True positions count, in the mean too. No True position gives 0.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student logits {list(student_logits.shape)}, teacher logits {list(teacher_logits.shape)}"
+            f"student logits {[*student_logits.shape]}, teacher logits {[*teacher_logits.shape]}"
         )
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")

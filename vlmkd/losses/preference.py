@@ -26,7 +26,6 @@ class AnswerLogProbs(NamedTuple):
     counts: Tensor
 
     def means(self) -> Tensor:
-        """Length-normalised log-probabilities."""
         return self.sums / self.counts.clamp_min(1)
 
 
@@ -35,10 +34,8 @@ def answer_log_probs(
 ) -> AnswerLogProbs:
     """Log-probabilities of the answers in `targets` [B, T]: what each position predicts, IGNORED elsewhere.
 
-    Args:
-        hidden: [B, T, D], last hidden states.
-        head: [V, D], the output embedding; `bias` [V].
-        chunk: rows whose logits are held at a time.
+    `hidden` [B, T, D] are last hidden states, `head` [V, D] the output embedding, `bias` [V]; `chunk`: rows whose logits
+    are held at a time.
     """
     learned = targets != IGNORED
     tokens = token_log_probs(hidden[learned], head, targets[learned], bias=bias, chunk=chunk)
@@ -85,12 +82,9 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO of single answers, [B] (Ethayarajh et al. 2024).
+    """KTO of single answers, [B] (Ethayarajh et al. 2024), from log-ratios [B] and whether each is desirable [B].
 
-    Args:
-        ratios: log-ratios [B].
-        desirable: bool [B].
-        divergence: scalar, the mean log-ratio of mismatched pairs over all ranks; clamped at 0, no gradient.
+    `divergence` is the mean log-ratio of mismatched pairs over all ranks, clamped at 0, without gradient.
     """
     point = divergence.detach().clamp_min(0)
     good = desirable_weight * (1 - torch.sigmoid(beta * (ratios - point)))
@@ -121,7 +115,7 @@ def preference_loss(
 
     Args:
         weights: of the kinds of `pair_loss`, and of `sft`, the chosen answer's cross entropy a token.
-        reference: sums [B] of the reference's log-probabilities, also from a cache; no gradient reaches them.
+        reference: sums [B] of the reference's log-probabilities; no gradient reaches them.
         by_length: the log-ratios are of means over an answer's tokens.
     """
     ratios = [answer.sums - sums.detach() for answer, sums in zip(policy, reference, strict=True)]
@@ -130,12 +124,10 @@ def preference_loss(
     terms: dict[PreferenceKind, Tensor] = {}
     for kind, weight in weights.items():
         smoothing = label_smoothing if kind == "sigmoid" else 0.0
-        found = (
-            -policy[0].means()
-            if kind == "sft"
-            else pair_loss(kind, *ratios, beta=beta, label_smoothing=smoothing)
-        )
-        terms[kind] = weight * found
+        if kind == "sft":
+            terms[kind] = -weight * policy[0].means()
+        else:
+            terms[kind] = weight * pair_loss(kind, *ratios, beta=beta, label_smoothing=smoothing)
     loss = torch.stack(list(terms.values())).sum(0)
     chosen, rejected = (beta * ratio.detach() for ratio in ratios)
     return PreferenceLoss(loss, {kind: term.detach() for kind, term in terms.items()}, chosen, rejected)

@@ -148,7 +148,7 @@ def token_log_probs(
 
 
 class Taid(NamedTuple):
-    """State of TAID's schedule, for a checkpoint."""
+    """State of TAID's schedule."""
 
     t: float
     momentum: float = 0.0

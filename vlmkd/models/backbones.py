@@ -1,7 +1,6 @@
-"""Image backbones of classifiers: timm, torchvision, CLIP image towers and EfficientNet-Lite0, by name.
+"""Image backbones of classifiers, by name: timm, torchvision, CLIP image towers and EfficientNet-Lite0.
 
-A backbone gives pooled features without a head. Its `config` rebuilds the same module later without any download.
-"""
+A backbone gives pooled features without a head. Its `config` rebuilds the same module later without any download."""
 
 from __future__ import annotations
 
@@ -9,9 +8,8 @@ import contextlib
 import copy
 import importlib.util
 import re
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from vlmkd.zoo import weights_file
 
 LITE0 = "efficientnet-lite0"
 _TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
-"""The first release of torchvision's weights, which the papers used; another one is NAME@TAG."""
+"""The first release of torchvision's weights, which the papers used."""
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8}
 """A text tower that costs next to nothing, for CLIPs of which only the image tower is wanted."""
 _PREFIXES = ("backbone.", "featurizer.network.", "visual.")
@@ -39,15 +37,12 @@ _OR_ELSE = ", give a weights file, or use pretrained=false"
 
 @dataclass
 class Backbone:
-    """A pooled image encoder."""
-
     module: nn.Module
     """images [B, 3, h, w] in `image_spec`'s statistics -> features [B, dim], not normalised; every parameter trains."""
     dim: int
     image_spec: ImageSpec
-    """Of the weights. A crop share (timm's crop_pct) is not kept: size is what is cropped."""
+    """Of the weights; timm's crop_pct is not kept: size is what is cropped."""
     source: str
-    """What the user named."""
     config: Config
     """What `build_backbone` takes; plain data."""
 
@@ -62,16 +57,13 @@ def load_backbone(
 ) -> Backbone:
     """The image backbone that a user names.
 
-    `timm:NAME` (pin the weights: `timm:vit_base_patch16_224.augreg_in21k_ft_in1k`), `torchvision:NAME` or
-    `torchvision:NAME@TAG` (ResNets and MobileNetV2; the tag is IMAGENET1K_V1 where none is given), `clip:` and what
-    load_clip takes (`clip:ViT-B-16-quickgelu@openai`, `clip:model.json@weights.safetensors`, `clip:zoo:NAME`,
-    `clip:local-dir:PATH`), or `efficientnet-lite0`, whose weights come inside a package.
+    `timm:NAME` (pin the weights: `timm:vit_base_patch16_224.augreg_in21k_ft_in1k`), `torchvision:NAME[@TAG]` (ResNets and
+    MobileNetV2; TAG is IMAGENET1K_V1 where none is given), `clip:` and what load_clip takes
+    (`clip:ViT-B-16-quickgelu@openai`, `clip:model.json@weights.safetensors`, `clip:zoo:NAME`, `clip:local-dir:PATH`), or
+    `efficientnet-lite0`, whose weights come inside a package.
 
     `pretrained` False leaves the weights random, drawn from `seed` where it is given. `weights` is a file or `zoo:NAME`
     instead of the library's (see `load_backbone_weights`), `image_size` an input size instead of the weights' own.
-
-    Raises:
-        UserError: an unknown name, weights that cannot be fetched or are of another architecture.
     """
     kind, _, rest = name.partition(":")
     download = pretrained and not weights
@@ -87,9 +79,8 @@ def load_backbone(
         load = {"timm": _timm, "torchvision": _torchvision, "clip": _clip}[kind]
         backbone = load(rest, download, image_size, seed)
     else:
-        raise UserError(
-            f"backbone {name!r} is unknown; write timm:NAME, torchvision:NAME, clip:NAME@TAG, or {LITE0}"
-        )
+        told = f"is unknown; write timm:NAME, torchvision:NAME, clip:NAME@TAG, or {LITE0}"
+        raise UserError(f"backbone {name!r} {told}")
     if weights:
         load_backbone_weights(backbone, read_tensors(weights_file(weights)), f"{weights} ({name})")
     backbone.source = f"{name}@{weights}" if weights else name
@@ -105,21 +96,19 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
     if kind == "torchvision":
         return _create_torchvision(config["name"], None)
     if kind not in ("clip", "prompted_clip"):
-        raise UserError(
-            f"backbone config: unknown kind {kind!r}; it is timm, torchvision, clip or prompted_clip"
-        )
+        told = "it is timm, torchvision, clip or prompted_clip"
+        raise UserError(f"backbone config: unknown kind {kind!r}; {told}")
     tower = _image_tower(build_clip(config["model"]))
     return tower if kind == "clip" else PromptedImageTower(tower, config["depth"], config["length"])
 
 
 def prompted_config(clip_config: Mapping[str, Any], tower: PromptedImageTower) -> Config:
-    """What `build_backbone` takes to make the image tower of a CLIP with visual prompts (PromptKD's student)."""
+    """What `build_backbone` takes for a CLIP's image tower with visual prompts (PromptKD's student)."""
     sizes = {"depth": tower.depth, "length": tower.length}
     return {"kind": "prompted_clip", "model": _image_config(clip_config), **sizes}
 
 
 def package_folder(distribution: str) -> Path:
-    """The folder of an installed package of weights."""
     spec = importlib.util.find_spec(distribution.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the package {distribution} is missing; run: pip install {distribution}")
@@ -144,7 +133,7 @@ def _timm(name: str, download: bool, image_size: int | None, seed: int | None) -
 
 
 def _create_timm(name: str, download: bool, image_size: int | None) -> nn.Module:
-    """A timm model without its classifier; ViTs are built for `image_size`, others take any size."""
+    """Without its classifier; ViTs are built for `image_size`, others take any size."""
     import timm
 
     architecture = name.partition(".")[0]
@@ -172,18 +161,18 @@ def _torchvision(text: str, download: bool, image_size: int | None, seed: int | 
         hint = did_you_mean(name, known, "see torchvision.models.list_models()")
         raise UserError(f"torchvision has no model {name}; {hint}")
     published, tag = models.get_model_weights(name), tag or _TORCHVISION_WEIGHTS
-    if tag not in published.__members__:
-        raise UserError(
-            f"torchvision:{name} has no weights {tag}; choose one of {', '.join(published.__members__)}"
-        )
+    if tag not in (tags := published.__members__):
+        raise UserError(f"torchvision:{name} has no weights {tag}; choose one of {', '.join(tags)}")
     with drawn_from(seed):
         module = _create_torchvision(name, tag if download else None)
     preset = published[tag].transforms()
     size = image_size or preset.crop_size[0]
-    interpolation = preset.interpolation.value
-    spec = ImageSpec(
-        size=(size, size), mean=tuple(preset.mean), std=tuple(preset.std), interpolation=interpolation
-    )
+    pixels = {
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "interpolation": preset.interpolation.value,
+    }
+    spec = ImageSpec(size=(size, size), **pixels)
     *_, last = module.parameters()  # of a BatchNorm, in a ResNet and in MobileNetV2
     return Backbone(module, len(last), spec, text, {"kind": "torchvision", "name": name})
 
@@ -198,9 +187,8 @@ def _create_torchvision(name: str, tag: str | None) -> nn.Module:
     elif isinstance(module, models.MobileNetV2):
         module.classifier = nn.Identity()
     else:
-        raise UserError(
-            f"torchvision:{name} is neither a ResNet nor MobileNetV2; use a timm model of this family"
-        )
+        told = "is neither a ResNet nor MobileNetV2; use a timm model of this family"
+        raise UserError(f"torchvision:{name} {told}")
     return module
 
 
@@ -235,7 +223,6 @@ def _image_config(config: Mapping[str, Any]) -> Config:
 
 
 def _image_tower(clip: nn.Module) -> nn.Module:
-    """The tower of a CLIP: images -> pooled, projected features."""
     tower: Any = clip.visual
     if hasattr(tower, "output_tokens"):  # CoCa's tower gives its tokens too
         tower.output_tokens = False
@@ -245,8 +232,8 @@ def _image_tower(clip: nn.Module) -> nn.Module:
 def load_backbone_weights(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
     """Fill `backbone` strictly from `state`: its own names, or a training checkpoint around them.
 
-    Prefixes of wrappers and of the places where checkpoints keep the backbone are taken off, layers of a head are
-    left out, and torchvision's children by number (`0.weight`, DHO's CNN files) get their names.
+    Prefixes of wrappers and of the places where checkpoints keep the backbone are taken off, layers of a head left out,
+    and torchvision's children by number (`0.weight`, DHO's CNN files) get their names.
     """
     module: Any = backbone.module
     named = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -256,31 +243,11 @@ def load_backbone_weights(backbone: Backbone, state: Mapping[str, Tensor], origi
             break
     if all(re.match(r"\d+\.", name) for name in named):
         children = {str(number): name for number, (name, _) in enumerate(module.named_children())}
-        parts = {name: name.partition(".") for name in named}
-        named = {
-            f"{children.get(first, first)}.{rest}": named[name] for name, (first, _, rest) in parts.items()
-        }
+        parts = [(name.partition("."), tensor) for name, tensor in named.items()]
+        named = {f"{children.get(first, first)}.{rest}": tensor for (first, _, rest), tensor in parts}
     own = getattr(module, "pretrained_cfg", {}).get("classifier", ())
     heads = tuple(f"{name}." for name in (*([own] if isinstance(own, str) else own), *_HEADS))
     named = {name: tensor for name, tensor in named.items() if not name.startswith(heads)}
     if problems := differences(module.state_dict(), named):
         raise UserError(f"weights {origin} are of another architecture: {problems}")
     module.load_state_dict(named)
-
-
-def freeze_batch_norm(module: nn.Module) -> int:
-    """Keep every BatchNorm of `module` in eval mode for good, while its affine parameters still train; returns their number."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.eval()
-        norm.train = types.MethodType(_stay_in_eval, norm)  # type: ignore[method-assign]
-    return len(norms)
-
-
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, False)
-
-
-def with_spec(backbone: Backbone, **changes: Any) -> Backbone:
-    """The same backbone with some fields of its ImageSpec changed."""
-    return replace(backbone, image_spec=replace(backbone.image_spec, **changes))

@@ -29,7 +29,6 @@ _TINYCLIP = r"^(?:(?:_image_encoder|_text_encoder|_logit_scale|\w+_without_ddp)\
 """Prefixes of TinyCLIP's training code: each part apart, and a copy of each without DDP, which gives way to the first."""
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 """Extra tensors of OpenAI's archives."""
-_NAMES_SHOWN = 3
 
 
 def read_state_dict(path: str | Path) -> State:
@@ -38,16 +37,11 @@ def read_state_dict(path: str | Path) -> State:
 
 
 def read_tensors(path: str | Path) -> State:
-    """The weights in `path` as they are, under the file's own names.
-
-    Raises:
-        UserError: no such file, damaged, no weights inside, or a pickle that carries code.
-    """
+    """The weights in `path` as they are, under the file's own names; damaged files, and code, are refused."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(
-            f"weights file {path} is a folder; name it local-dir:PATH (open_clip) or hf:PATH (transformers)"
-        )
+        told = "is a folder; name it local-dir:PATH (open_clip) or hf:PATH (transformers)"
+        raise UserError(f"weights file {path} {told}")
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     if is_torchscript(path):
@@ -58,9 +52,8 @@ def read_tensors(path: str | Path) -> State:
     held = next((held[key] for key in _NESTED if isinstance(held.get(key), Mapping)), held)
     state = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
     if not state:
-        raise UserError(
-            f"weights file {path} holds no tensors by name; expected a state dict, bare or under `state_dict`"
-        )
+        told = "holds no tensors by name; expected a state dict, bare or under `state_dict`"
+        raise UserError(f"weights file {path} {told}")
     return state
 
 
@@ -101,11 +94,7 @@ def _read_openai_archive(path: Path) -> State:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Fill `module` (open_clip model or PrunedCLIP) from `state` of any known layout, strictly.
-
-    Raises:
-        UserError: weights of another architecture; names `origin` and the first tensors that differ.
-    """
+    """Fill `module` (open_clip model or PrunedCLIP) from `state` of any known layout, strictly."""
     from open_clip.convert import convert_state_dict
 
     named, wanted = normalise_names(convert_state_dict(module, dict(state))), module.state_dict()
@@ -123,7 +112,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first missing, unexpected and resized tensors in words; empty when all of `wanted` and nothing else is given."""
+    """The first missing, unexpected and resized tensors in words; empty when there are all of `wanted` and no other."""
     want, have = ({name: list(tensor.shape) for name, tensor in held.items()} for held in (wanted, given))
     groups = {
         "missing": [f"{name} {shape}" for name, shape in want.items() if name not in have],
@@ -134,11 +123,8 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
             if have.get(name, shape) != shape
         ],
     }
-    return "; ".join(
-        f"{len(names)} {kind}: {', '.join(names[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''}"
-        for kind, names in groups.items()
-        if names
-    )
+    told = {kind: ", ".join(names[:3] + ["..."] * (len(names) > 3)) for kind, names in groups.items()}
+    return "; ".join(f"{len(groups[kind])} {kind}: {names}" for kind, names in told.items() if names)
 
 
 def _suggestion(named: State) -> str:
@@ -157,10 +143,9 @@ def _suggestion(named: State) -> str:
 
 
 def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
-    """The model config that fits the ViT CLIP in `state` (any layout of `read_state_dict`), read from its shapes.
+    """The model config that fits the ViT CLIP in `state` (any layout), read from its shapes: open_clip's, or the pruned one.
 
-    A standard open_clip config where one can say it, else the pruned config of the ragged shapes. The activation is
-    not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
+    The activation is not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
     """
     pruned = config_from_state_dict(normalise_names(state), head_width=head_width)
     image, text = pruned["vision_cfg"], pruned["text_cfg"]
@@ -176,7 +161,6 @@ def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
         if mlp[0] != 4 * width:
             section["mlp_ratio"] = mlp_ratio(mlp[0], width)
     sections["text_cfg"]["heads"] = text["heads"][0]
-    if head_width != 64:
-        sections["vision_cfg"]["head_width"] = head_width
+    sections["vision_cfg"] |= {"head_width": head_width} if head_width != 64 else {}
     bias = {"init_logit_bias": -10.0} if pruned.get("logit_bias") else {}
     return {"embed_dim": pruned["embed_dim"], **sections, **bias}

@@ -1,10 +1,9 @@
 """Class vectors: what a teacher's text tower says about the classes, computed once and stored.
 
-The artefact that teacher and student share: PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits
-and its text initialisation.
+What teacher and student share: PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits and its text
+initialisation.
 
-Letters: C classes, P prompts per class, D embedding width, B batch.
-"""
+Letters: C classes, P prompts per class, D embedding width, B batch."""
 
 from __future__ import annotations
 
@@ -42,9 +41,8 @@ class ClassVectors:
     """[C, D] fp32 on the CPU; unit rows where `normalise` makes them so."""
     class_names: list[str]
     templates: list[str]
-    """The prompts, with `{}` or `{c}` for the class name."""
+    """With `{}` or `{c}` for the class name."""
     teacher: str
-    """Name of the model."""
     teacher_digest: str
     """Digest of the weights (and trained prompts) behind the vectors."""
     logit_scale: float
@@ -67,7 +65,7 @@ class ClassVectors:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def logits(self, image_embeds: Tensor) -> Tensor:
-        """The teacher's logits of unit vectors [B, D]: [B, C], fp32."""
+        """The teacher's logits [B, C] of unit vectors [B, D], fp32."""
         return self.logit_scale * image_embeds.float() @ self.vectors.to(image_embeds.device).T
 
     def save(self, path: Path) -> None:
@@ -81,7 +79,7 @@ class ClassVectors:
 
     @classmethod
     def load(cls, path: Path, *, expect_class_names: Sequence[str] | None = None) -> ClassVectors:
-        """Read a file of `save`; refuses one that was edited, or of other classes than expected."""
+        """Read a file of `save`; one that was edited, or of other classes than expected, is refused."""
         from safetensors import safe_open
 
         if not path.is_file():
@@ -121,9 +119,6 @@ def encode_classes(
 
     The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
     vectors. With `shared` the ranks encode some classes each, and all call this; `watch` may show the batches' progress.
-
-    Raises:
-        UserError: no template or one without a place for the class, or an encoder without `text_features`.
     """
     assert normalise in get_args(Normalise), normalise
     check_templates(templates)
@@ -147,11 +142,6 @@ def encode_classes(
     if shared:
         _, vectors = distributed.gather_rows(torch.tensor(share, dtype=torch.long), vectors)
     return ClassVectors(
-        vectors=vectors,
-        class_names=list(class_names),
-        templates=list(templates),
-        teacher=encoder.name,
-        teacher_digest=teacher_digest,
-        logit_scale=float(encoder.logit_scale),
-        normalise=normalise,
-    )
+        vectors=vectors, class_names=list(class_names), templates=list(templates), teacher=encoder.name,
+        teacher_digest=teacher_digest, logit_scale=float(encoder.logit_scale), normalise=normalise,
+    )  # fmt: skip

@@ -48,20 +48,21 @@ class ClassifierConfig:
     class_names: list[str]
     image_spec: ImageSpec
     source: str
-    """Where the backbone came from."""
+    """Of the backbone."""
     templates: list[str] = field(default_factory=list)
-    """Prompts of the class vectors, where the head has such."""
+    """Of the class vectors, where the head has such."""
     mix: tuple[float, float] | None = None
     """Alpha and beta of a dual head."""
 
     def __post_init__(self) -> None:
-        if self.head["classes"] != len(self.class_names):
-            counts = f"the head has {self.head['classes']} classes, but there are {len(self.class_names)} class names"
-            raise UserError(f"classifier config: {counts}; give one name per class")
-        if (self.head["kind"] == "dual") != (self.mix is not None):
-            raise UserError(
-                f"classifier config: mix is {self.mix} with a {self.head['kind']} head; a dual head needs one"
+        classes, kind, names = self.head["classes"], self.head["kind"], len(self.class_names)
+        if classes != names:
+            told = (
+                f"the head has {classes} classes, but there are {names} class names; give one name per class"
             )
+            raise UserError(f"classifier config: {told}")
+        if (kind == "dual") != (self.mix is not None):
+            raise UserError(f"classifier config: mix is {self.mix} with a {kind} head; a dual head needs one")
 
     @classmethod
     def of(
@@ -74,7 +75,7 @@ class ClassifierConfig:
         templates: Sequence[str] = (),
         mix: tuple[float, float] | None = None,
     ) -> ClassifierConfig:
-        """The config of Classifier(backbone.module, head, projector); a dual head gets DEFAULT_MIX without a `mix`."""
+        """The config of Classifier(backbone.module, head, projector); a dual head has DEFAULT_MIX without a `mix`."""
         return cls(
             backbone=backbone.config,
             head=head.config,
@@ -87,7 +88,7 @@ class ClassifierConfig:
         )
 
     def build(self) -> Classifier:
-        """The classifier with random weights."""
+        """With random weights."""
         projector = None if self.projector is None else Projector(**self.projector)
         return Classifier(build_backbone(self.backbone), build_head(self.head), projector)
 
@@ -108,7 +109,6 @@ class ClassifierPredictor:
 
     @classmethod
     def of(cls, name: str, module: nn.Module, config: ClassifierConfig) -> ClassifierPredictor:
-        """The predictor of a classifier with this config."""
         return cls(name, module, config.image_spec, config.class_names, config.mix)
 
     @torch.no_grad()

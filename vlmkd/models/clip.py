@@ -36,12 +36,10 @@ from vlmkd.tensor_files import reading
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _FOLDERS = {"local-dir": OPEN_CLIP_CONFIG, "hf": "config.json"}
-"""How a folder is named, and the file that it has."""
-_FOLDER_WEIGHTS = (
+_FOLDER_WEIGHTS = (  # first match wins (open_clip's own order)
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
     *("open_clip_pytorch_model.bin", "pytorch_model.bin"),
 )
-"""Weights of a model folder, first match wins (open_clip's own order)."""
 _CONFIG_FIELDS = (
     *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"),
     *("nonscalar_logit_scale", "custom_text", "multimodal_cfg"),
@@ -50,21 +48,18 @@ _CONFIG_FIELDS = (
 
 @dataclass
 class ClipModel:
-    """A loaded CLIP of any kind."""
-
     module: nn.Module
     """open_clip model or PrunedCLIP: encode_image, encode_text, logit_scale (log), logit_bias or None."""
     config: Config
-    """open_clip model config, or the pruned config."""
+    """open_clip's model config, or the pruned one."""
     image_spec: ImageSpec
     tokenizer: Callable[[list[str]], Tensor]
     """N texts -> int64 [N, T]."""
     source: str
-    """What the user named."""
     digest: str
-    """sha256 over the weights, for caches; empty for a random initialisation."""
+    """sha256 over the weights; empty for a random initialisation."""
     tokenizer_folder: Path | None = None
-    """Folder with tokenizer.json; None: open_clip's own tokenizer."""
+    """Where tokenizer.json is; None: open_clip's own tokenizer."""
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> ClipModel:
         """The same architecture with `weights` (any layout of load_weights) in a module of its own."""
@@ -80,9 +75,6 @@ def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> C
     `hf:PATH` (transformers CLIPModel folder) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a
     weights file of any layout, or empty for a random initialisation, drawn from `seed` where it is given.
     Activation and pixel statistics are those of the weights: of the tag, or of the config beside the weights file.
-
-    Raises:
-        UserError: nothing there, weights that cannot be downloaded or belong to another architecture.
     """
     scheme, _, rest = model.partition(":")
     if scheme in ("zoo", *_FOLDERS) and rest:
@@ -135,18 +127,16 @@ def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Modu
 
 @contextlib.contextmanager
 def drawn_from(seed: int | None) -> Iterator[None]:
-    """Random initialisation from `seed`, the global random state left as it was; from that state without a seed."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Random initialisation from `seed`, the global random state left as it was; without a seed from that state."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 
 @contextlib.contextmanager
 def downloading(what: str, hint: str = "") -> Iterator[None]:
-    """Whatever keeps a library from fetching `what` within is one line, which ends with `hint`."""
+    """Whatever keeps a library from fetching `what` is one line, which ends with `hint`."""
     trouble = ""
     try:
         with zoo.hub_or_cache() as trouble:
@@ -159,7 +149,7 @@ def downloading(what: str, hint: str = "") -> Iterator[None]:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of `state`, sorted by name."""
+    """sha256 over names, types, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -171,17 +161,17 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
     from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, CoCa, CustomTextCLIP
 
-    for field in ("embed_dim", "vision_cfg", "text_cfg"):
-        if field not in given:
-            raise UserError(f"model config: field {field} is missing")
-    for section, fields in (("", None), ("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        known = [item.name for item in dataclasses.fields(fields)] if fields else _CONFIG_FIELDS
-        for field in given[section] if section else given:
-            if field not in known:
-                name = f"{section}.{field}".lstrip(".")
-                hint = did_you_mean(field, known, "remove it")
-                raise UserError(f"model config: unknown field {name}; {hint}")
     config = copy.deepcopy(dict(given))
+    for field in ("embed_dim", "vision_cfg", "text_cfg"):
+        if field not in config:
+            raise UserError(f"model config: field {field} is missing")
+    kinds: dict[str, Any] = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+    known = {section: [item.name for item in dataclasses.fields(kind)] for section, kind in kinds.items()}
+    for section, names in ({"": _CONFIG_FIELDS} | known).items():
+        for field in config[section] if section else config:
+            if field not in names:
+                hint = did_you_mean(field, names, "remove it")
+                raise UserError(f"model config: unknown field {f'{section}.{field}'.lstrip('.')}; {hint}")
     foreign = config["text_cfg"].get("hf_model_name")
     custom = config.pop("custom_text", False) or foreign
     kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
@@ -197,15 +187,14 @@ def _folder(scheme: str, path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"model {scheme}:{path}: no such folder")
-    held = [other for other, file in _FOLDERS.items() if (folder / file).is_file()]
-    if scheme not in held:
-        hint = f"; name it {held[0]}:PATH" if held else ""
-        raise UserError(f"model {scheme}:{path}: the folder has no {_FOLDERS[scheme]}{hint}")
+    if not (folder / _FOLDERS[scheme]).is_file():
+        others = [f"; name it {other}:PATH" for other, file in _FOLDERS.items() if (folder / file).is_file()]
+        raise UserError(f"model {scheme}:{path}: the folder has no {_FOLDERS[scheme]}{''.join(others)}")
     return folder
 
 
 def _described(folder: Path) -> tuple[Config, Config]:
-    """open_clip's model config and preprocess config of a model folder, open_clip's or transformers'."""
+    """open_clip's model config and preprocess config of a model folder."""
     if (folder / OPEN_CLIP_CONFIG).is_file():
         content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
         return content.get("model_cfg", content), content.get("preprocess_cfg", {})
@@ -221,7 +210,7 @@ def _described(folder: Path) -> tuple[Config, Config]:
 
 
 def _beside(weights: Path) -> Config:
-    """Pixel statistics and activation from the config that lies beside a weights file; empty without one."""
+    """Pixel statistics and activation from the config beside a weights file; empty without one."""
     folder, hf = weights.parent, weights.parent / "config.json"
     is_clip = hf.is_file() and read_object(hf, "model config").get("model_type") == "clip"
     if not (folder / OPEN_CLIP_CONFIG).is_file() and not is_clip:
@@ -263,7 +252,6 @@ def _loaded(
     folder: Path | None,
     trained: bool = True,
 ) -> ClipModel:
-    """The model with what belongs to its weights; fields that an open_clip preprocess config lacks are open_clip's own."""
     size = getattr(module.visual, "image_size", None) or config["vision_cfg"].get("image_size", 224)
     fill = preprocess.get("fill_color") or preprocess.get("fill") or 0
     kept = {name: preprocess[name] for name in ("interpolation", "resize_mode") if preprocess.get(name)}
@@ -280,7 +268,7 @@ def _loaded(
 
 @dataclass
 class Tokenizer:
-    """N texts -> ids int64 [N, T], checked against the model's token table."""
+    """N texts -> ids int64 [N, T], which the model's token table has."""
 
     encode: Callable[[list[str]], Tensor]
     vocab_size: int
@@ -299,21 +287,19 @@ class Tokenizer:
 def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> tuple[Tokenizer, Path | None]:
     """The tokenizer of a model, and the folder of its files when it is not open_clip's own.
 
-    A `hf_tokenizer_name` is a sub-folder beside the config, or that folder itself where it has a tokenizer.json, else a
-    hub repository.
+    A `hf_tokenizer_name` is a folder beside the config, that folder itself, or a hub repository.
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text = config["text_cfg"]
-    length, vocabulary = text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY)
-    if text.get("hf_model_name"):
-        vocabulary = 1 << 62  # the token table is the foreign tower's own
-    name, options = text.get("hf_tokenizer_name"), dict(text.get("tokenizer_kwargs") or {})
+    # Of a foreign tower the token table is its own.
+    vocabulary = 1 << 62 if text.get("hf_model_name") else text.get("vocab_size", CLIP_VOCABULARY)
+    name, length = text.get("hf_tokenizer_name"), text.get("context_length", 77)
+    options = {"context_length": length} | dict(text.get("tokenizer_kwargs") or {})
     if not name:
-        return Tokenizer(SimpleTokenizer(context_length=length, **options), vocabulary, source), None
+        return Tokenizer(SimpleTokenizer(**options), vocabulary, source), None
     places = [folder / name, folder] if folder else []
     local = next((place for place in places if (place / "tokenizer.json").is_file()), None)
     options["tokenizer_mode"] = text.get("tokenizer_mode")
     with contextlib.nullcontext() if local else downloading(f"model {source}: its tokenizer {name}"):
-        encode = HFTokenizer(str(local or name), context_length=length, **options)
-    return Tokenizer(encode, vocabulary, source), local
+        return Tokenizer(HFTokenizer(str(local or name), **options), vocabulary, source), local

@@ -1,7 +1,4 @@
-"""open_clip's CLIP to transformers' CLIPModel and back: names, sizes, activation, pooled token, pixel statistics.
-
-transformers itself has a converter of OpenAI's archives only, which builds both models.
-"""
+"""open_clip's CLIP to transformers' CLIPModel and back: names, sizes, activation, pooled token, pixel statistics."""
 
 from __future__ import annotations
 
@@ -70,7 +67,6 @@ def _names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_hf_state(state: Mapping[str, Tensor]) -> bool:
-    """Whether `state` is named like transformers' CLIPModel."""
     return {_TOP["visual.class_embedding"], _TOP["token_embedding.weight"]} <= state.keys()
 
 
@@ -91,7 +87,7 @@ def to_hf_state(state: Mapping[str, Tensor]) -> State:
 
 
 def from_hf_state(state: Mapping[str, Tensor]) -> State:
-    """CLIPModel names -> open_clip names, the inverse of `to_hf_state`."""
+    """The inverse of `to_hf_state`."""
     left = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     result = State()
     for name, theirs in _names(state).items():
@@ -131,35 +127,30 @@ _SAID_OTHERWISE = {
 def to_hf_config(config: Mapping[str, Any]) -> Config:
     """The config.json of a CLIPModel that computes what open_clip's `config` computes.
 
-    The end-of-text id is 49407 with CLIP's vocabulary; with another one it is 2, with which transformers pools at the
-    highest id, as open_clip does. A part that CLIPModel does not have is refused.
+    The end-of-text id is 49407 with CLIP's vocabulary, else 2, with which transformers pools at the highest id, as
+    open_clip does.
     """
     _refuse_foreign_parts(config)
     towers: list[Config] = []
     for section, sizes in _SIZES.items():
         given = config[section]
         tower: Config = {theirs: given.get(ours, default) for ours, (default, theirs) in sizes.items()}
-        towers.append(
-            {
-                **tower,
-                "model_type": f"clip_{section.removesuffix('_cfg')}_model",
-                "intermediate_size": int(tower["hidden_size"] * given.get("mlp_ratio", 4.0)),
-                "layer_norm_eps": (given.get("norm_kwargs") or {}).get("eps", 1e-5),
-                "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
-                "projection_dim": config["embed_dim"],
-            }
-        )
+        towers += [tower]
+        tower |= {
+            "model_type": f"clip_{section.removesuffix('_cfg')}_model",
+            "intermediate_size": int(tower["hidden_size"] * given.get("mlp_ratio", 4.0)),
+            "layer_norm_eps": (given.get("norm_kwargs") or {}).get("eps", 1e-5),
+            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+            "projection_dim": config["embed_dim"],
+        }
     image, text = towers
     image["num_attention_heads"] = image["hidden_size"] // config["vision_cfg"].get("head_width", 64)
     given, vocabulary = config["text_cfg"], text["vocab_size"]
     eos = vocabulary - 1 if vocabulary == CLIP_VOCABULARY else ARGMAX_EOS
     if given.get("pool_type") == "eos":
         eos = given.get("eos_id", ARGMAX_EOS)
-    text |= {
-        "bos_token_id": max(vocabulary - 2, 0),
-        "eos_token_id": eos,
-        "pad_token_id": given.get("pad_id", 0),
-    }
+    ids = {"bos": max(vocabulary - 2, 0), "eos": eos, "pad": given.get("pad_id", 0)}
+    text |= {f"{name}_token_id": number for name, number in ids.items()}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -174,45 +165,39 @@ def _refuse_foreign_parts(config: Mapping[str, Any]) -> None:
     """Refuse whatever differs from open_clip's defaults in a field that CLIPModel has no place for."""
     from open_clip import CLIPTextCfg, CLIPVisionCfg
 
-    image = config["vision_cfg"]
+    told = "model config: transformers' CLIPModel"
+    image, text = config["vision_cfg"], config["text_cfg"]
     if isinstance(image.get("layers"), (list, tuple)):
-        raise UserError("model config: transformers' CLIPModel has no ResNet tower; export to open_clip")
+        raise UserError(f"{told} has no ResNet tower; export to open_clip")
     if not isinstance(image.get("image_size", 224), int):
-        raise UserError(
-            "model config: transformers' CLIPModel needs a square image_size; export to open_clip"
-        )
+        raise UserError(f"{told} needs a square image_size; export to open_clip")
     defaults: Config = {"block_type": "default"}
     for section, given, kind in (
         ("", config, None),
-        ("vision_cfg.", image, CLIPVisionCfg),
-        ("text_cfg.", config["text_cfg"], CLIPTextCfg),
+        ("vision_cfg", image, CLIPVisionCfg),
+        ("text_cfg", text, CLIPTextCfg),
     ):
-        if kind:
-            defaults |= {item.name: item.default for item in dataclasses.fields(kind)}
+        defaults |= {item.name: item.default for item in dataclasses.fields(kind)} if kind else {}
+        known = _SAID_OTHERWISE | _SIZES.get(section, {}).keys()
         for field, value in given.items():
-            known = _SAID_OTHERWISE | _SIZES.get(section.rstrip("."), {}).keys()
             allowed = (False, None, defaults.get(field))
             if field not in known and value not in allowed and (field, value) != ("pool_type", "eos"):
-                raise UserError(
-                    f"model config: transformers' CLIPModel cannot have {section}{field}={value!r}; export to open_clip"
-                )
+                name = f"{section}.{field}".lstrip(".")
+                raise UserError(f"{told} cannot have {name}={value!r}; export to open_clip")
 
 
 def from_hf_config(hf: Mapping[str, Any], origin: str) -> Config:
     """The open_clip config of a CLIPModel's config.json; `origin` names it in errors."""
     from transformers import CLIPConfig
 
-    if hf.get("model_type") != "clip":
-        raise UserError(
-            f"{origin}: model_type is {hf.get('model_type')!r}; hf: reads transformers' CLIPModel (clip)"
-        )
+    if (kind := hf.get("model_type")) != "clip":
+        raise UserError(f"{origin}: model_type is {kind!r}; hf: reads transformers' CLIPModel (clip)")
     full = CLIPConfig.from_dict(dict(hf))
     towers: dict[str, Any] = {"vision_cfg": full.vision_config, "text_cfg": full.text_config}
     acts = {tower.hidden_act for tower in towers.values()}
-    if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-        raise UserError(
-            f"{origin}: hidden_act {sorted(acts)}; both towers need the same one, gelu or quick_gelu"
-        )
+    if acts not in ({"gelu"}, {"quick_gelu"}):
+        told = "both towers need the same one, gelu or quick_gelu"
+        raise UserError(f"{origin}: hidden_act {sorted(acts)}; {told}")
     config: Config = {"embed_dim": full.projection_dim, "quick_gelu": acts == {"quick_gelu"}}
     for section, tower in towers.items():
         config[section] = {ours: getattr(tower, theirs) for ours, (_, theirs) in _SIZES[section].items()}
@@ -222,10 +207,8 @@ def from_hf_config(hf: Mapping[str, Any], origin: str) -> Config:
             config[section]["norm_kwargs"] = {"eps": tower.layer_norm_eps}
     image, text = towers.values()
     config["vision_cfg"]["head_width"] = image.hidden_size // image.num_attention_heads
-    if text.eos_token_id not in (
-        ARGMAX_EOS,
-        text.vocab_size - 1,
-    ):  # the last id is the highest: argmax finds it
+    # The last id is the highest: argmax finds it.
+    if text.eos_token_id not in (ARGMAX_EOS, text.vocab_size - 1):
         config["text_cfg"] |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     return config
 
@@ -237,12 +220,10 @@ def mlp_ratio(channels: int, width: int) -> float:
 
 
 def to_hf_processor(spec: ImageSpec) -> Config:
-    """preprocessor_config.json of transformers' CLIPImageProcessor."""
     height, width = spec.size
     if spec.resize_mode == "longest":
-        raise UserError(
-            "image spec: transformers' CLIPImageProcessor cannot pad (resize_mode longest); export to open_clip"
-        )
+        told = "transformers' CLIPImageProcessor cannot pad (resize_mode longest); export to open_clip"
+        raise UserError(f"image spec: {told}")
     squash = spec.resize_mode == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -261,7 +242,7 @@ def to_hf_processor(spec: ImageSpec) -> Config:
 
 
 def from_hf_processor(processor: Mapping[str, Any]) -> Config:
-    """open_clip's preprocess config of a preprocessor_config.json; absent fields have the values of OpenAI's CLIP."""
+    """open_clip's preprocess config; absent fields have the values of OpenAI's CLIP."""
     interpolations = {number: name for name, number in _RESAMPLE.items()}
     return {
         "mean": processor.get("image_mean", OPENAI_MEAN),

@@ -19,7 +19,7 @@ from vlmkd.errors import UserError
 KdHead = Literal["linear", "scaled_linear", "cosine"]
 
 KD_SCALE = 100.0
-"""Factor of the aligned KD heads, 1/zeta of DHO's paper (zeta 0.01)."""
+"""1/zeta of DHO's paper (zeta 0.01)."""
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class CosineHead(LinearHead):
 
 
 class DualLogits(NamedTuple):
-    """Logits of the two heads, [B, C] each, fp32."""
+    """[B, C] each, fp32."""
 
     ce: Tensor
     kd: Tensor
@@ -143,15 +143,6 @@ class TextClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return self.logit_scale * _linear(F.normalize(features.float(), dim=-1), self.vectors)
 
-    def swap(self, vectors: Tensor) -> None:
-        """Classify among other classes from now on: `vectors` [C', D]."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.vectors.shape[1]:
-            raise UserError(
-                f"class vectors are {list(vectors.shape)}, but this classifier needs [C, {self.vectors.shape[1]}]; take "
-                "those of the teacher that it was trained with"
-            )
-        self.vectors = vectors.detach().float().to(self.vectors.device).clone()
-
     def _apply(self, fn: Any, recurse: bool = True) -> TextClassifier:
         # Follows the module to its device, but stays fp32 when the other weights are made half precision.
         exact = self.vectors
@@ -166,7 +157,6 @@ class TextClassifier(nn.Module):
 
 
 def build_head(config: dict[str, Any]) -> nn.Module:
-    """The head that a `config` property describes, without its weights."""
     width, classes = config["width"], config["classes"]
     if config["kind"] == "linear":
         return LinearHead(width, classes)

@@ -13,7 +13,6 @@ class LoraLinear(nn.Linear):
     """A linear layer with a low-rank update, zero at first; the paper's scale alpha / r is 1."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
-        """Takes the parameters of `layer` as they are."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
@@ -22,7 +21,6 @@ class LoraLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
         return super().forward(input) + F.linear(F.linear(input, self.lora_A), self.lora_B)
 
 

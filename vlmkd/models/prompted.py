@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmkd.config import require
 from vlmkd.errors import UserError
 from vlmkd.models.pruned_clip import embed_patches
 
 INIT_STD = 0.02
-"""Standard deviation of new prompts, CoOp's and MaPLe's."""
+"""CoOp's and MaPLe's, of new prompts."""
 
 
 class PromptedImageTower(nn.Module):
@@ -27,20 +28,16 @@ class PromptedImageTower(nn.Module):
     def __init__(
         self, tower: Any, depth: int, length: int, *, generator: torch.Generator | None = None
     ) -> None:
-        """`generator` draws the prompts, N(0, 0.02^2)."""
         from open_clip.transformer import VisionTransformer
 
         super().__init__()
         if not isinstance(tower, VisionTransformer):
-            raise UserError(
-                f"prompts need open_clip's ViT image tower, not {type(tower).__name__}; choose a ViT CLIP such as ViT-B-16"
-            )
-        if (
-            tower.attn_pool is not None or tower.pool_type != "tok"
-        ):  # a mean over patches would include the prompts
-            raise UserError(
-                f"prompts need an image tower that reads its class token, not pool_type {tower.pool_type}"
-            )
+            told = f"not {type(tower).__name__}; choose a ViT CLIP such as ViT-B-16"
+            raise UserError(f"prompts need open_clip's ViT image tower, {told}")
+        # A mean over patches would include the prompts.
+        if tower.attn_pool is not None or tower.pool_type != "tok":
+            told = f"not pool_type {tower.pool_type}"
+            raise UserError(f"prompts need an image tower that reads its class token, {told}")
         self.tower: Any = tower.eval().requires_grad_(False)
         check_depth("image", depth, length, len(self.tower.transformer.resblocks), lowest=0)
         self.depth, self.length = depth, length
@@ -51,7 +48,7 @@ class PromptedImageTower(nn.Module):
             self.prompts = nn.Parameter(torch.randn(shape, generator=generator) * INIT_STD)
 
     def train(self, mode: bool = True) -> PromptedImageTower:
-        """Stay in eval mode: what is trained here has none, and the frozen tower must not drop patches."""
+        """Stay in eval mode: what is trained has none, and the frozen tower must not drop patches."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,11 +75,7 @@ class PromptedImageTower(nn.Module):
 
 def check_depth(tower: str, depth: int, length: int, blocks: int, lowest: int) -> None:
     """Refuse prompts of more blocks than the tower (`image` or `text`) has, or of none."""
-    if not lowest <= depth <= blocks:
-        raise UserError(
-            f"config field prompts.{tower}_depth is {depth}; this tower has {blocks} blocks, so {lowest} to {blocks}"
-        )
-    if depth and length < 1:
-        raise UserError(
-            f"config field prompts.{tower}_length is {length}; it must be at least 1 at depth {depth}"
-        )
+    told = f"is {depth}; this tower has {blocks} blocks, so {lowest} to {blocks}"
+    require(lowest <= depth <= blocks, f"prompts.{tower}_depth", told)
+    told = f"is {length}; it must be at least 1 at depth {depth}"
+    require(not depth or length > 0, f"prompts.{tower}_length", told)

@@ -25,6 +25,10 @@ Config = dict[str, Any]
 State = dict[str, Tensor]
 
 _TEXT_NAMES = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+_READ = (
+    *("visual.conv1.weight", "visual.proj", "visual.positional_embedding"),
+    *("text.token_embedding.weight", "text.positional_embedding"),
+)
 _LAYERS = ("width", "heads", "mlp", "head_width")
 _FIELDS = {
     "": ("embed_dim", "vision_cfg", "text_cfg", "activation"),
@@ -79,7 +83,6 @@ class PrunedMLP(nn.Module):
         self.c_proj: nn.Module = nn.Linear(channels, width) if channels else OutputBias(width)
 
     def activate(self, x: Tensor) -> Tensor:
-        """Hidden channels after the activation, [B, T, F]."""
         hidden = self.c_fc(x)
         return hidden * torch.sigmoid(1.702 * hidden) if self.quick_gelu else F.gelu(hidden)
 
@@ -88,7 +91,7 @@ class PrunedMLP(nn.Module):
 
 
 class PrunedBlock(nn.Module):
-    """Pre-norm transformer block; a part without units keeps no LayerNorm."""
+    """Pre-norm block; a part without units keeps no LayerNorm."""
 
     def __init__(self, width: int, heads: int, channels: int, head_width: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -105,8 +108,6 @@ class PrunedBlock(nn.Module):
 
 
 class PrunedTransformer(nn.Module):
-    """Blocks of unequal numbers of heads and units, which share the stream's width."""
-
     def __init__(self, tower: Config, quick_gelu: bool) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -125,7 +126,7 @@ class PrunedTransformer(nn.Module):
 
 
 class PrunedImageTower(nn.Module):
-    """images [B, 3, h, w] -> class token of a vision transformer [B, E], not normalised."""
+    """images [B, 3, h, w] -> class token [B, E], not normalised."""
 
     def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -140,12 +141,8 @@ class PrunedImageTower(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """See `embed_patches`."""
-        return embed_patches(self, images)
-
     def forward(self, images: Tensor) -> Tensor:
-        x = self.transformer(self.ln_pre(self.embed(images)), causal=False)
+        x = self.transformer(self.ln_pre(embed_patches(self, images)), causal=False)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -158,7 +155,7 @@ def embed_patches(tower: Any, images: Tensor) -> Tensor:
 
 
 class PrunedTextTower(nn.Module):
-    """tokens [B, T] -> causal text transformer at the highest id, the end of text [B, E], not normalised."""
+    """tokens [B, T] -> causal transformer at the highest id, the end of text [B, E], not normalised."""
 
     def __init__(self, tower: Config, embed_dim: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -171,7 +168,6 @@ class PrunedTextTower(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token vectors with their positions, [B, T, D]."""
         return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
 
     @staticmethod
@@ -187,7 +183,7 @@ class PrunedTextTower(nn.Module):
 class PrunedCLIP(nn.Module):
     """A CLIP built from a pruned config (see `check_config`), with open_clip's interface and its names inside the towers.
 
-    The text tower is a module of its own, so that sharded parameters (ZeRO 3) are gathered around its forward pass.
+    The text tower is a module of its own, around whose call ZeRO 3 gathers its parameters.
     """
 
     def __init__(self, config: Config) -> None:
@@ -209,13 +205,12 @@ class PrunedCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Unit embeddings [B, E] of both and exp(logit_scale) (then logit_bias, where there is one), as open_clip."""
+        """Unit embeddings [B, E] of both, exp(logit_scale), and logit_bias where there is one, as open_clip."""
         embeds = self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True)
         bias = () if self.logit_bias is None else (self.logit_bias,)
         return (*embeds, self.logit_scale.exp(), *bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of both towers in the backward pass."""
         for part in self.modules():
             if isinstance(part, PrunedTransformer):
                 part.grad_checkpointing = enable
@@ -223,8 +218,8 @@ class PrunedCLIP(nn.Module):
     def completed(self, state: Mapping[str, Tensor]) -> State:
         """`state` under this model's names, with what files of pruned models lack and without what they have too much.
 
-        A file may lack the output bias of a removed part: it is zero. It may keep tensors without elements, and the
-        LayerNorm before such a part.
+        A file may lack the output bias of a removed part, which is zero, and keep tensors without elements, and the LayerNorm
+        before such a part.
         """
         wanted = self.state_dict()
         given = {
@@ -239,15 +234,14 @@ class PrunedCLIP(nn.Module):
 
 
 def own_names(state: Mapping[str, Tensor]) -> State:
-    """open_clip.CLIP's names turned into PrunedCLIP's, whose text tower is a module of its own."""
+    """open_clip.CLIP's names as PrunedCLIP's."""
     return {f"text.{name}" if name.startswith(_TEXT_NAMES) else name: value for name, value in state.items()}
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a pruned config that lacks a field or contradicts itself.
+    """Refuse a pruned config that lacks a field of `_FIELDS` or contradicts itself.
 
-    Its fields are those above, `pruned` (true) and, where there is one, `logit_bias` (bool); `heads` and `mlp` (FFN
-    channels) have one number a layer. Others are left to their owners.
+    `heads` and `mlp` (FFN channels) have one number a layer; `pruned` is true, and `logit_bias`, where there is one, a bool.
     """
     for section, fields in _FIELDS.items():
         for field in fields:
@@ -281,13 +275,10 @@ def config_from_state_dict(
     (`text_head_width` where the text tower's differs) and activation are not in a file and must be told.
     """
     named = own_names(state)
-    for name in (
-        *("visual.conv1.weight", "visual.proj", "visual.positional_embedding"),
-        *("text.token_embedding.weight", "text.positional_embedding"),
-    ):
+    for name in _READ:
         if name not in named:
-            name = name.removeprefix("text.")
-            raise UserError(f"weights: {name} is missing, so this is no ViT and text transformer CLIP")
+            told = f"{name.removeprefix('text.')} is missing, so this is no ViT and text transformer CLIP"
+            raise UserError(f"weights: {told}")
     conv, tokens = named["visual.conv1.weight"], named["text.token_embedding.weight"]
     patches = len(named["visual.positional_embedding"]) - 1
     grid = math.isqrt(patches)
@@ -316,7 +307,6 @@ def config_from_state_dict(
 
 
 def _layers(named: State, tower: str, head_width: int) -> Config:
-    """Fields heads, mlp and head_width of one tower."""
     prefix, rows, mlp = f"{tower}transformer.resblocks.", 3 * head_width, []
     heads: list[int] = []
     layers = {int(name[len(prefix) :].split(".")[0]) for name in named if name.startswith(prefix)}

@@ -68,7 +68,7 @@ def _is_causal_open_clip(model: nn.Module, text: Any) -> bool:
 
 
 def pool_type(text: Any) -> str | None:
-    """How open_clip names the position that is read, on a text tower or on a CLIP that holds its parts."""
+    """How open_clip names the position that is read."""
     return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
 
 
@@ -81,7 +81,6 @@ def read_at(text: Any, tokens: Tensor) -> Tensor:
 
 
 def up_to(tokens: Tensor, ends: Tensor) -> Tensor:
-    """tokens [N,T] up to the last of the positions `ends`: [N,L]."""
     return tokens[:, : int(ends.max()) + 1]
 
 

@@ -21,12 +21,9 @@ from vlmkd.models.text_tower import encode_text, needed
 
 
 class ClipOutput(NamedTuple):
-    """What an encoder gives; an embedding is None when its input was not given."""
-
     image_embeds: Tensor | None
-    """Unit vectors [B, D], fp32."""
+    """Unit vectors [B, D], fp32; as the texts', None when no such input was given."""
     text_embeds: Tensor | None
-    """Unit vectors [B, D], fp32."""
     logit_scale: Tensor
     """Scalar, fp32, not its logarithm."""
     logit_bias: Tensor | None
@@ -34,8 +31,6 @@ class ClipOutput(NamedTuple):
 
 
 class ClipTowers(nn.Module):
-    """Any CLIP with this module's forward, otherwise left as it is."""
-
     fixed_scale: float | None = None  # what stands for the model's own
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,7 +82,7 @@ class CLIPEncoder(ClipTowers):
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """Type of the module's first parameter: what its inputs must have."""
+    """What the module's inputs must have."""
     return next(module.parameters()).dtype
 
 
@@ -108,7 +103,7 @@ class ClipTeacher(ClipTowers):
     def forward(
         self, images: Tensor | None = None, tokens: Tensor | None = None, own_statistics: bool = False
     ) -> ClipOutput:
-        """As ClipTowers', with images in the student's statistics; `own_statistics`: they are a view of the teacher's own.
+        """As ClipTowers'; `own_statistics`: the images are a view of the teacher's own.
 
         Everything goes through this call, because ZeRO 3 gathers a sharded teacher's weights in it.
         """
@@ -120,7 +115,7 @@ class ClipTeacher(ClipTowers):
 def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
     """images [B, 3, h, w] from `source`'s statistics and size to `target`'s; returned as they are when both agree.
 
-    The change of statistics is exact, another size is interpolated. An enlarged view is not what the teacher would see of
+    The change of statistics is exact, another size is interpolated: an enlarged view is not what the teacher would see of
     the original, so that the loader makes a view of its own where sizes differ, and this is the fallback.
     """
     if source.mean != target.mean or source.std != target.std:
@@ -147,7 +142,6 @@ class ClipPredictor:
 
     @classmethod
     def of(cls, clip: ClipModel, name: str = "") -> ClipPredictor:
-        """The predictor of a loaded model, called `name` or as the user named it."""
         return cls(name or clip.source, ClipTowers(clip.module), clip.image_spec, clip.tokenizer)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -180,7 +174,7 @@ class ClipPredictor:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards each part in its own former mode, which may differ from its parent's."""
+    """Eval mode inside, afterwards each part in its own former mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

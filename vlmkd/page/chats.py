@@ -17,8 +17,6 @@ Pictures = Mapping[str, Mapping[str, list[str]]]
 
 @dataclass(kw_only=True)
 class Speaker:
-    """A model, and what it said of what it was asked."""
-
     label: str
     teacher: bool
     color: int

@@ -36,14 +36,10 @@ def write_gallery(
     top: int = 5,
     device: torch.device | None = None,
 ) -> None:
-    """Write how each model relates `texts` to `images`: affinities, and the `top` images it retrieves for a text.
+    """Write how each model (teachers first) relates `texts` to `images`: affinities, and the `top` images of a text.
 
     The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
-
-    Args:
-        predictors: models by name, teachers first.
-        targets: for each text the indexes of its right images; None: text i belongs to image i.
-        device: where the models are; None: the CPU.
+    `targets` has the indexes of each text's right images; None: text i belongs to image i.
 
     Raises:
         ValueError: N texts without as many targets, or an index outside the images.
@@ -53,7 +49,7 @@ def write_gallery(
     from vlmkd.data.transforms import eval_transform
 
     right = [[i] for i in range(len(texts))] if targets is None else [list(line) for line in targets]
-    if len(right) != len(texts) or any(not 0 <= index < len(images) for line in right for index in line):
+    if len(right) != len(texts) or not {index for line in right for index in line} <= {*range(len(images))}:
         raise ValueError(f"{len(texts)} texts and {len(images)} images do not fit targets {right}")
     models: dict[str, Any] = {}
     for name, predictor in predictors.items():
@@ -72,21 +68,20 @@ def write_gallery(
 
 
 def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Sequence[Item]]) -> None:
-    """Write the worst mistakes of classification results with their pictures.
-
-    `items` has the images of data sets; results of others, and results without mistakes, are left out.
-    """
-    from PIL import Image  # here, because pages are made without it
-
+    """Write the worst mistakes of classification results with their pictures, of data sets that `items` has."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         if "mistakes" in result.details and result.dataset in items:
-            images = {item.key: item.image for item in items[result.dataset]}
-            names, found[result.dataset] = result.details["classes"], []
-            for one in result.details["mistakes"]:
-                image = _data_uri(Image.open(io.BytesIO(images[one["key"]].read())))
-                named = {which: names[one[which]] for which in ("label", "predicted")}
-                found[result.dataset].append(one | named | {"image": image})
+            images, names = (
+                {item.key: item.image for item in items[result.dataset]},
+                result.details["classes"],
+            )
+            found[result.dataset] = [
+                one
+                | {which: names[one[which]] for which in ("label", "predicted")}
+                | {"image": _data_uri(images[one["key"]].read())}
+                for one in result.details["mistakes"]
+            ]
     if found:
         write_text(path, json.dumps(found))
 
@@ -95,13 +90,8 @@ def write_pictures(
     path: Path, pictures: Mapping[str, Mapping[str, Sequence[bytes]]], attributions: Iterable[str]
 ) -> None:
     """Write the pictures of questions, by data set and key; the answers are in the run's details."""
-    from PIL import Image  # here, because pages are made without it
-
     found = {
-        dataset: {
-            key: [_data_uri(Image.open(io.BytesIO(one)), _SCENE) for one in own]
-            for key, own in of_set.items()
-        }
+        dataset: {key: [_data_uri(one, _SCENE) for one in own] for key, own in of_set.items()}
         for dataset, of_set in pictures.items()
     }
     if found:
@@ -116,38 +106,38 @@ def read_gallery(path: Path) -> dict[str, Any]:
     """
     gallery = read_object(path, "gallery")
     if missing := {"texts", "images", "targets", "models"} - gallery.keys():
-        raise UserError(
-            f"{path} is not a gallery: {', '.join(sorted(missing))} is missing; write it with write_gallery"
-        )
-    _refuse_foreign_images(path, gallery["images"])
-    return gallery
+        told = f"{', '.join(sorted(missing))} is missing; write it with write_gallery"
+        raise UserError(f"{path} is not a gallery: {told}")
+    return _checked(path, gallery, gallery["images"])
 
 
 def read_mistakes(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """What `write_mistakes` wrote, which is nothing where there were none; errors as `read_gallery`."""
+    """What `write_mistakes` wrote, if anything; errors as `read_gallery`."""
     mistakes = read_object(path, "mistakes") if path.is_file() else {}
-    _refuse_foreign_images(path, [one["image"] for found in mistakes.values() for one in found])
-    return mistakes
+    return _checked(path, mistakes, (one["image"] for found in mistakes.values() for one in found))
 
 
 def read_pictures(path: Path) -> dict[str, Any]:
-    """What `write_pictures` wrote, which is nothing where nothing was asked; errors as `read_gallery`."""
+    """What `write_pictures` wrote, if anything; errors as `read_gallery`."""
     content = read_object(path, "pictures") if path.is_file() else {"pictures": {}}
-    for questions in content["pictures"].values():
-        _refuse_foreign_images(path, [one for images in questions.values() for one in images])
+    shown = (images for of_set in content["pictures"].values() for images in of_set.values())
+    return _checked(path, content, (one for images in shown for one in images))
+
+
+def _checked(path: Path, content: dict[str, Any], images: Iterable[str]) -> dict[str, Any]:
+    for uri in images:
+        if not uri.startswith("data:image/"):
+            told = "is not a data:image/ URI; the page would load it from outside"
+            raise UserError(f"{path}: image {uri[:40]!r} {told}")
     return content
 
 
-def _refuse_foreign_images(path: Path, uris: Iterable[str]) -> None:
-    for uri in uris:
-        if not uri.startswith("data:image/"):
-            raise UserError(
-                f"{path}: image {uri[:40]!r} is not a data:image/ URI; the page would load it from outside"
-            )
+def _data_uri(image: Image.Image | bytes, side: int = _SIDE) -> str:
+    """An image, or a file of one, as an inline PNG that fits the square of `side`; a larger one than _SIDE as a JPEG."""
+    from PIL import Image  # here, because pages are made without it
 
-
-def _data_uri(image: Image.Image, side: int = _SIDE) -> str:
-    """`image` as an inline PNG that fits the square of `side`; a larger one than _SIDE as a JPEG."""
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
     clear = side == _SIDE and image.mode in ("RGBA", "LA", "P")
     small = image.convert("RGBA" if clear else "RGB")
     small.thumbnail((side, side))

@@ -28,7 +28,6 @@ _LINE, _INK, _SOFT = (_MARK + letter for letter in "bcd")
 
 
 def color_of(number: int) -> str:
-    """The CSS colour of series `number`."""
     return "var(--ink-2)" if number < 0 else f"var(--series-{number % NUM_COLORS})"
 
 
@@ -82,8 +81,8 @@ def svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = "<svg" + buffer.getvalue().partition("<svg")[2]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     text = re.sub(_MARK + "([0-9bcd])", lambda found: f"var(--{_VARIABLES[found[1]]})", text)
     head = f'<svg class="chart" \\1 role="img" aria-label="{escape(label)}">'

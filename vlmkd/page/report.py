@@ -1,8 +1,6 @@
 """Run folders -> one self-contained HTML page and one Markdown table, from files alone: no model is loaded.
 
-Reads what every run writes: `results.jsonl`, `metrics.jsonl`, `eval/*.json`, `env.json`, `command.txt`, `data.json`.
-The page is the template `report.html` beside this file.
-"""
+The page is the template `report.html` beside this file."""
 
 from __future__ import annotations
 
@@ -26,12 +24,10 @@ _CONFUSED = 40
 
 @dataclass(kw_only=True)
 class Row:
-    """One model of the results table."""
-
     label: str
     teacher: bool
     color: int
-    """Series colour: NEUTRAL for teachers, else the number of the run."""
+    """NEUTRAL for teachers, else the number of the run."""
     scores: dict[Key, Number]
     parameters: float | None
     """In millions."""
@@ -43,52 +39,45 @@ def read_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON (the last one may
-            be torn by a kill).
+        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON.
     """
     if not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{folder} has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
-        )
+        told = "has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
+        raise UserError(f"{folder} {told}")
     run = Run(folder)
-    assert (
-        run.train is not None
-    )  # read now, so that a mistake in it is told before anything is made of the run
+    assert isinstance(run.train, list)  # read now: a mistake in it is told before anything is made of the run
     return run
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Teachers first, each once; then the student of every run, in the order of `runs`."""
-    rows: list[Row] = []
-    for run in runs:
-        for model, scores in run.scores.items():
-            name = model.removeprefix(TEACHER)  # which its column says
-            same = [row for row in rows if row.label == name]
-            known = model in (STUDENT, *run.selections)
-            if not known and not any(_values(row.scores) == _values(scores) for row in same):
-                row = Row(
-                    label=f"{name} ({run.name})" if same else name, teacher=True, color=plots.NEUTRAL, scores=scores,
-                    parameters=run.parameters(model),
-                )  # fmt: skip
-                rows.append(row)
+    teachers: list[Row] = []
+    students: list[Row] = []
     for index, run in enumerate(runs):
-        own = [model for model in (STUDENT, *run.selections) if model in run.scores]
-        for model in sorted(own, key=lambda model: model != run.exported):
-            exported, other = model == run.exported, "last step" if model == STUDENT else model
-            row = Row(
-                label=run.name if exported else f"{run.name}, {other}", teacher=False, color=index,
-                scores=run.scores[model], parameters=run.parameters(STUDENT), exported=exported,
-            )  # fmt: skip
-            rows.append(row)
-    return rows
+        own = []
+        for model, scores in run.scores.items():
+            facts: dict[str, Any] = {"scores": scores, "parameters": run.parameters(model)}
+            if model in (STUDENT, *run.selections):
+                exported, other = model == run.exported, "last step" if model == STUDENT else model
+                label = run.name if exported else f"{run.name}, {other}"
+                own.append(Row(label=label, teacher=False, color=index, exported=exported, **facts))
+                continue
+            name = model.removeprefix(TEACHER)  # which its column says
+            same = [_values(row.scores) for row in teachers if row.label == name]
+            if _values(scores) not in same:
+                label = f"{name} ({run.name})" if same else name
+                teachers.append(Row(label=label, teacher=True, color=plots.NEUTRAL, **facts))
+        students += sorted(own, key=lambda row: not row.exported)
+    return teachers + students
 
 
 def columns_of(rows: Sequence[Row]) -> list[Number]:
     """One number of each column of `rows`, data sets together, in the order in which they were written."""
     first: dict[Key, Number] = {}
     for row in rows:
-        first |= {key: number for key, number in row.scores.items() if key not in first}
-    datasets = list(dict.fromkeys(dataset for dataset, _ in first))
+        for key, number in row.scores.items():
+            first.setdefault(key, number)
+    datasets = [dataset for dataset, _ in first]
     return sorted(first.values(), key=lambda number: datasets.index(number.dataset))
 
 
@@ -99,14 +88,13 @@ def main_set(runs: Sequence[Run]) -> str:
 
 
 def best(rows: Iterable[Row], column: Number) -> Row | None:
-    """The row that is best in a column."""
     sign = -1 if column.higher_is_better is False else 1
     scored = (row for row in rows if column.key in row.scores)
     return max(scored, key=lambda row: sign * row.scores[column.key].value, default=None)
 
 
 def markdown_table(run_dirs: Sequence[Path]) -> str:
-    """Models x test sets as a Markdown table; shares in per cent, `-` where a model was not evaluated."""
+    """Models x test sets; `-` where a model was not evaluated."""
     rows = rows_of([read_run(folder) for folder in run_dirs])
     columns = columns_of(rows)
     lines = []
@@ -117,15 +105,9 @@ def markdown_table(run_dirs: Sequence[Path]) -> str:
 
 
 def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
-    """Write one HTML page about `run_dirs` to `out`; it loads nothing from outside. Returns `out`.
+    """Write one HTML page about `run_dirs` to `out`, which it returns; it loads nothing from outside.
 
-    Args:
-        run_dirs: run folders; each is one line in the curves and one row of the table.
-        title: heading of the page.
-        samples: a gallery file instead of the runs' own `eval/gallery.json`.
-
-    Raises:
-        UserError: no run, a folder without metrics, or a gallery that is not one.
+    `samples` is a gallery file instead of the runs' own `eval/gallery.json`.
     """
     import jinja2  # here, because a run imports this module at its start
 
@@ -135,11 +117,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
     rows = rows_of(runs)
     columns = columns_of(rows)
     files = [(run.name, run.path / "eval" / GALLERY) for run in runs]
-    files = (
-        [(name, path) for name, path in files if path.is_file()]
-        if samples is None
-        else [(runs[0].name, samples)]
-    )
+    files = [(runs[0].name, samples)] if samples else [one for one in files if one[1].is_file()]
     galleries = merge_galleries([(name, read_gallery(path)) for name, path in files])
     pictures = [read_pictures(run.path / "eval" / PICTURES) for run in runs]
     speakers = chats.speakers(runs, [one["pictures"] for one in pictures])
@@ -174,7 +152,6 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
 
 
 def size_plots(rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str, Any]]:
-    """Main metrics against parameters, with captions."""
     found = []
     for one in columns:
         points = [
@@ -196,14 +173,15 @@ def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Numb
         lines.append((run.name, [(line["step"], line["loss"]) for line in logged]))
     if any(points for _, points in lines):
         found.append(("Training loss", plots.line_plot(lines, y_label="loss")))
-    for key, one in ((column.key, column) for column in columns if column.main):
+    for one in (column for column in columns if column.main):
+        key, title = one.key, _axis(one)
         levels = [(row.label, _drawn(row.scores[key])) for row in rows if row.teacher and key in row.scores]
         lines = []
         for run in runs:
             seen = {n.step: _drawn(n) for n in run.numbers if n.model == STUDENT and n.key == key}
             lines.append((run.name, sorted(seen.items())))
         if any(len(points) > 1 for _, points in lines):
-            found.append((f"{one.dataset}: {_axis(one)}", plots.line_plot(lines, levels, y_label=_axis(one))))
+            found.append((f"{one.dataset}: {title}", plots.line_plot(lines, levels, y_label=title)))
     return found
 
 
@@ -243,7 +221,6 @@ def confusion(details: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
 
 
 def millions(parameters: float | None) -> str:
-    """Millions of parameters as tables show them."""
     return "-" if parameters is None else f"{parameters:.2f} M"
 
 

@@ -25,11 +25,7 @@ Key = tuple[str, str]
 
 
 class Run:
-    """A run folder, or a results file of an evaluation command; what it does not have is empty.
-
-    Raises:
-        UserError: a folder of an earlier version, or a file of something else.
-    """
+    """A run folder, or a results file of an evaluation command; what it does not have is empty, of another version refused."""
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path, self.name = path, name or path.resolve().name
@@ -44,7 +40,6 @@ class Run:
         """Names of other weights of the student than the last ones."""
 
     def json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file of the folder."""
         return read_object(self.path / name, "result file") if (self.path / name).is_file() else {}
 
     @cached_property
@@ -81,6 +76,5 @@ class Run:
 
     @property
     def command(self) -> str:
-        """What began it."""
         path = self.path / "command.txt"
         return read_text(path, "command").strip() if path.is_file() else ""

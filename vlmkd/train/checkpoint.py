@@ -17,8 +17,10 @@ import torch
 
 from vlmkd import distributed
 from vlmkd.errors import UserError
+from vlmkd.files import one_line
 from vlmkd.tensor_files import read_torch
 from vlmkd.train.engine import Engine
+from vlmkd.zoo import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,11 @@ def save(
         torch.save(per_rank, partial / f"rank_{distributed.rank()}.pt")
         if distributed.is_main():
             torch.save(shared, partial / _SHARED)
-        own = _digests(partial, distributed.rank())
-    files = {name: digest for part in distributed.gather_objects(own) for name, digest in part.items()}
+        own = [path for path in sorted(partial.rglob("*")) if path.is_file() and _is_own(path.name)]
+        for path in own:
+            _sync(path)
+        digests = {path.relative_to(partial).as_posix(): sha256_of(path) for path in own}
+    files = {name: digest for part in distributed.gather_objects(digests) for name, digest in part.items()}
     with _together(final, partial):
         if distributed.is_main():
             facts = {"format": _FORMAT, "step": step, **_shape(engine), "files": files}
@@ -71,7 +76,7 @@ def _together(final: Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problem = f"{type(error).__name__}: {one_line(error)}"
     problems = [text for text in distributed.gather_objects(problem) if text]
     if problems:
         if distributed.is_main():
@@ -83,11 +88,7 @@ def _together(final: Path, partial: Path) -> Iterator[None]:
 
 
 def latest(state_dir: Path) -> Path | None:
-    """The newest whole checkpoint, agreed on by all ranks; damaged ones are reported and renamed `damaged_step_N`.
-
-    Raises:
-        UserError: a damaged one cannot be renamed.
-    """
+    """The newest whole checkpoint, agreed on by all ranks; damaged ones are reported and renamed `damaged_step_N`."""
     found = None
     for folder in _steps(state_dir) if distributed.is_main() else ():
         reason = damage(folder)
@@ -100,9 +101,8 @@ def latest(state_dir: Path) -> Path | None:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)  # else it would count among the newest that are kept
         except OSError as error:
-            raise UserError(
-                f"the damaged checkpoint {folder} cannot be renamed ({error.strerror}); move it away"
-            ) from None
+            told = f"cannot be renamed ({error.strerror}); move it away"
+            raise UserError(f"the damaged checkpoint {folder} {told}") from None
     return distributed.broadcast_object(found)
 
 
@@ -123,7 +123,7 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} does not match its sha256"
     return None
 
@@ -132,8 +132,7 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run.
 
     Raises:
-        UserError: it was written by another number of ranks or at another ZeRO stage, holds more than tensors and plain
-            data, or does not fit this run's model.
+        UserError: written by another version, by other ranks or at another ZeRO stage, or of another model.
     """
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format") != _FORMAT:
@@ -142,19 +141,19 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
             "run_dir"
         )
     for name, now in _shape(engine).items():
-        if manifest.get(name) != now:
+        if (then := manifest.get(name)) != now:
             raise UserError(
-                f"checkpoint {folder} was written with {name}={manifest.get(name)} and this run has {now}; "
-                f"start it with {manifest.get(name)} or choose another run_dir"
+                f"checkpoint {folder} was written with {name}={then} and this run has {now}; start it with {then} or choose "
+                "another run_dir"
             )
     try:
         engine.load(folder)
     except (OSError, RuntimeError, LookupError) as error:
-        raise UserError(
-            f"checkpoint {folder} does not fit this run ({' '.join(str(error).split())[:300]}); choose another run_dir"
-        ) from None
-    own = folder / f"rank_{distributed.rank()}.pt"
-    return read_torch(folder / _SHARED, what="checkpoint file"), read_torch(own, what="checkpoint file")
+        told = f"does not fit this run ({one_line(error)}); choose another run_dir"
+        raise UserError(f"checkpoint {folder} {told}") from None
+    files = (folder / _SHARED, folder / f"rank_{distributed.rank()}.pt")
+    shared, own = (read_torch(file, what="checkpoint file") for file in files)
+    return shared, own
 
 
 def _shape(engine: Engine) -> dict[str, int]:
@@ -170,32 +169,14 @@ def _steps(state_dir: Path) -> list[Path]:
     return [path for _, path in sorted(named, reverse=True)]
 
 
-def _digests(folder: Path, rank: int) -> dict[str, str]:
-    """sha256 of the files that this rank wrote, flushed to disk first."""
-    result = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and _owner(path.name) == rank:
-            _sync(path)
-            result[path.relative_to(folder).as_posix()] = _sha256(path)
-    return result
-
-
-def _owner(name: str) -> int:
-    """Rank that writes a file: by `rank_R` in its name (DeepSpeed's and ours), else rank 0."""
-    match = re.search(r"rank_(\d+)", name)
-    return int(match[1]) if match and not name.startswith("mp_rank") else 0
+def _is_own(name: str) -> bool:
+    """Whether this rank writes a file: by `rank_R` in its name (DeepSpeed's and ours); rank 0 those without."""
+    match = None if name.startswith("mp_rank") else re.search(r"rank_(\d+)", name)
+    return int(match[1] if match else 0) == distributed.rank()
 
 
 def _digest_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

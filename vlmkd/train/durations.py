@@ -11,7 +11,6 @@ import typing
 from typing import Annotated, Any, TypeVar
 
 from vlmkd.config import DURATION, RunConfig, require
-from vlmkd.errors import UserError
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -19,8 +18,7 @@ C = TypeVar("C", bound=RunConfig)
 def in_steps(cfg: C, steps_per_epoch: int) -> C:
     """`cfg` with every duration as optimiser steps; `steps_per_epoch` is 0 where nobody knows.
 
-    An epoch has a whole number of steps; examples that fill no batch are dropped; a share is rounded. What is longer
-    than nothing has a step at least.
+    Examples that fill no batch are dropped, shares rounded; what is longer than nothing has a step at least.
 
     Raises:
         UserError: epochs of data whose size is not known, a run that is a share of itself, or numbers that do not fit.
@@ -32,7 +30,6 @@ def in_steps(cfg: C, steps_per_epoch: int) -> C:
 
 
 def _resolved(cfg: Any, prefix: str, units: dict[str, float]) -> Any:
-    """A config or part of one with its durations replaced."""
     changed: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(type(cfg), include_extras=True).items():
         value = getattr(cfg, name)
@@ -54,14 +51,10 @@ def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
         parts = [_steps_of(one, path, units) for one in given]
         return max(parts) if found["bound"] == "max" else min(parts)
     number, unit = float(found["number"]), found["unit"]
-    if unit == "%" and unit not in units:
-        raise UserError(
-            f"config field {path} is {value}, a share of itself; give steps, epochs (ep) or examples (ex)"
-        )
-    if unit == "ep" and not units[unit]:
-        raise UserError(
-            f"config field {path} is {value}, but how many whole batches these data are is not known, or none; give steps "
-            "or examples (1e6ex), a smaller batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
-        )
+    told = f"is {value}, a share of itself; give steps, epochs (ep) or examples (ex)"
+    require(unit in units, path, told)
+    told = f"is {value}, but how many whole batches these data are is not known, or none; give steps or examples (1e6ex), a"
+    more = " smaller batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
+    require(units[unit] > 0, path, told + more)
     steps = number * units[unit]
     return max(int(number > 0), int(steps + 1e-6) if unit == "ex" else round(steps))

@@ -25,25 +25,14 @@ _TAG = "deepspeed"
 
 
 def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
-    """Micro-batch per rank and accumulation steps that make up `cfg.batch_size` on `world_size` ranks.
-
-    Raises:
-        UserError: the three do not fit; names the nearest batch sizes that do.
-    """
+    """Micro-batch per rank and accumulation steps that make up `cfg.batch_size`; a UserError names sizes that fit."""
     micro = cfg.micro_batch_size or cfg.batch_size // world_size
     unit = max(1, cfg.micro_batch_size) * world_size
-    if cfg.batch_size % unit:
-        lower = cfg.batch_size // unit * unit
-        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
-        given = cfg.micro_batch_size
-        of = (
-            f"micro_batch_size x ranks = {given} x {world_size} = {unit}"
-            if given
-            else f"the ranks = {world_size}"
-        )
-        raise UserError(
-            f"config field batch_size is {cfg.batch_size}, which is no multiple of {of}; nearest valid: batch_size={near}"
-        )
+    lower, rest = cfg.batch_size // unit * unit, cfg.batch_size % unit
+    of = f"micro_batch_size x ranks = {micro} x {world_size} =" if cfg.micro_batch_size else "the ranks ="
+    near = f"{lower} or {lower + unit}" if lower else unit
+    told = f"is {cfg.batch_size}, which is no multiple of {of} {unit}; nearest valid: batch_size={near}"
+    require(not rest, "batch_size", told)
     return micro, cfg.batch_size // (micro * world_size)
 
 
@@ -52,15 +41,12 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     micro, accumulation = batch_triple(cfg, world_size)
     given = cfg.deepspeed
     alone = world_size == 1 and given.precision == "fp32" and given.offload == "none"
-    stage = given.zero_stage if given.zero_stage >= 0 else int(not alone)
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": given.zero_stage if given.zero_stage >= 0 else int(not alone)}
     if given.offload != "none":
-        zero["offload_optimizer"] = {"device": given.offload, "pin_memory": torch.cuda.is_available()}
-        if given.offload == "nvme":
-            zero["offload_optimizer"]["nvme_path"] = given.nvme_path
-        if stage == 3:
-            zero["offload_param"] = dict(zero["offload_optimizer"])
-    generated: dict[str, Any] = {
+        place: dict[str, Any] = {"device": given.offload, "pin_memory": torch.cuda.is_available()}
+        place |= {"nvme_path": given.nvme_path} if given.offload == "nvme" else {}
+        zero |= {"offload_optimizer": place} | ({"offload_param": place} if zero["stage"] == 3 else {})
+    config: dict[str, Any] = {
         "train_batch_size": cfg.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -71,18 +57,15 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31 - 1,  # the run's own log speaks
     }
     if cfg.optim.name == "sgd":
-        generated["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
+        config["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
     if given.file:
-        written = read_object(given.file, "config field deepspeed.file:")
-        generated = _fill_auto(written, generated, given.file)
-    merged = _merge(generated, given.extra)
+        config = _fill_auto(read_object(given.file, "config field deepspeed.file:"), config, given.file)
+    merged = _merge(config, given.extra)
     for key in ("optimizer", "scheduler"):
         require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
     # DeepSpeed 0.19 does it wrong without ZeRO: its half-precision optimisers begin with a step of their own.
-    bf16, fp16, zero = (
-        section if isinstance(section := merged.get(name), dict) else {}
-        for name in ("bf16", "fp16", "zero_optimization")
-    )
+    sections = (merged.get(name) for name in ("bf16", "fp16", "zero_optimization"))
+    bf16, fp16, zero = (section if isinstance(section, dict) else {} for section in sections)
     plain = not (bf16.get("enabled") or fp16.get("enabled") or "offload_optimizer" in zero)
     fits = zero.get("stage", 0) != 0 or plain
     require(fits, "deepspeed.zero_stage", "is 0, which works in fp32 and without offload only; use 1")
@@ -92,10 +75,9 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
 def check_machine(cfg: RunConfig) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
     precision, gpu = cfg.deepspeed.precision, torch.cuda.is_available()
-    fits = precision != "fp16" or gpu
-    require(fits, "deepspeed.precision", "is fp16, which needs a GPU; use bf16 or fp32")
-    fits = precision != "bf16" or not gpu or torch.cuda.is_bf16_supported()
-    require(fits, "deepspeed.precision", "is bf16, which this GPU lacks; use fp16 or fp32")
+    field, lacks = "deepspeed.precision", precision == "bf16" and gpu and not torch.cuda.is_bf16_supported()
+    require(precision != "fp16" or gpu, field, "is fp16, which needs a GPU; use bf16 or fp32")
+    require(not lacks, field, "is bf16, which this GPU lacks; use fp16 or fp32")
 
 
 class Engine:
@@ -139,17 +121,14 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the student lives."""
         return self._engine.device
 
     @property
     def module(self) -> nn.Module:
-        """The student without DeepSpeed's wrapper."""
         return self._engine.module
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage that DeepSpeed runs at."""
         return int(self._engine.zero_optimization_stage())
 
     def set_lr(self, factor: float) -> float:
@@ -160,19 +139,18 @@ class Engine:
         return float(scheduled[0]["lr"]) if scheduled else 0.0
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch."""
         self._engine.backward(loss)
 
     def update(self) -> bool:
         """Count one micro-batch; True when it completed an optimiser step."""
-        boundary = self._engine.is_gradient_accumulation_boundary()
+        boundary = bool(self._engine.is_gradient_accumulation_boundary())
         if boundary and self._plain:
             self._norm = self._clip()
         self._engine.step()
         if boundary:
             self._clamp()
             self._read_masters()
-        return bool(boundary)
+        return boundary
 
     def grad_norm(self) -> float:
         """Gradient norm of the last optimiser step, before clipping."""
@@ -180,7 +158,7 @@ class Engine:
         return float(norm) if norm is not None else math.nan
 
     def _clip(self) -> float:
-        """Clip the gradients as ZeRO does, for which a parameter that no loss has touched has gradient 0; the norm before."""
+        """Clip the gradients as ZeRO does, where a parameter that no loss has touched has gradient 0; the norm before."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:
@@ -222,9 +200,9 @@ class Engine:
     @staticmethod
     @contextmanager
     def whole_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Inside, every rank sees the complete parameters of `modules`, so that any of their methods can be called.
+        """Inside, every rank sees the complete parameters of `modules`, and may call any of their methods, each another one.
 
-        A collective; the body may do different work on each rank, also under ZeRO 3 and with experts spread over ranks.
+        A collective, also under ZeRO 3 and with experts spread over ranks.
         """
         parts: list[Any] = [part for module in modules for part in module.modules()]
         with ExitStack() as stack:
@@ -244,9 +222,6 @@ class Engine:
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        full: dict[int, Tensor] = {}
-
         def whole(parameter: Tensor) -> Tensor:
             value = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if value is None:
@@ -254,43 +229,35 @@ class Engine:
                     value = parameter.detach().float()
             return value.detach().float()
 
+        full: dict[int, Tensor] = {}  # by identity, because parameters may be tied
         for parameter in self.module.parameters():
-            if id(parameter) in full or _is_expert(parameter):
-                continue
-            value = whole(parameter)
-            if distributed.is_main():
-                full[id(parameter)] = value.cpu().clone()
-        experts: dict[str, Tensor] = {}
+            if not _is_expert(parameter):
+                value = whole(parameter)
+                full |= {id(parameter): value.cpu().clone()} if distributed.is_main() else {}
+        weights: dict[str, Tensor] = {}
         for name, layer in self.module.named_modules():
             if hasattr(layer, "deepspeed_moe"):
-                experts |= {
+                weights |= {
                     f"{name}.{leaf}": value.cpu() for leaf, value in all_experts(layer, whole).items()
                 }
         if not distributed.is_main():
             return None
-        weights = {names[key]: value for key, value in full.items()} | experts
         for name, value in self.module.state_dict(keep_vars=True).items():
-            if name not in weights and not _is_expert(value):  # buffers and tied names
+            if not _is_expert(value):
                 weights[name] = full[id(value)] if id(value) in full else value.detach().cpu().clone()
         for name in self._scalars & weights.keys():
             weights[name] = weights[name].reshape(())
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write model and optimiser shards of all ranks into `folder`."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, bit for bit; nothing that a file carries is run.
-
-        Raises:
-            UserError: damaged, of another number of ranks, or a file that names code.
-        """
+        """Restore what `save` wrote, bit for bit; nothing that a file carries is run."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
-            raise UserError(
-                f"checkpoint {folder} holds no DeepSpeed state for this world size; use the same number of ranks"
-            )
+            told = "holds no DeepSpeed state for this world size; use the same number of ranks"
+            raise UserError(f"checkpoint {folder} {told}")
         self._read_masters()
 
     def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
@@ -314,11 +281,8 @@ class Engine:
 @contextmanager
 def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, DeepSpeed does nothing around a call, where it would free weights and ask the other ranks for the same call."""
-    before = [
-        (part, kind, getattr(part, kind))
-        for part in parts
-        for kind in ("_forward_pre_hooks", "_forward_hooks")
-    ]
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    before = [(part, kind, getattr(part, kind)) for part in parts for kind in kinds]
     for part, kind, hooks in before:
         others = {key: hook for key, hook in hooks.items() if not hook.__module__.startswith("deepspeed.")}
         setattr(part, kind, OrderedDict(others))
@@ -332,8 +296,8 @@ def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
 def spread_experts(experts: Sequence[nn.Module], ranks: int, dim: int) -> nn.Module:
     """DeepSpeed-MoE with these experts, of which each of `ranks` ranks keeps its share; its router is not used.
 
-    It takes tokens [S, D] and, as its second argument, (experts [S, K], weights [S, K]), a weight of 0 being a token that
-    is not sent, and returns their weighted sums [S, D] as the first of a tuple. A call is a collective.
+    It takes tokens [S, D] and (experts [S, K], weights [S, K]), where a weight of 0 is a token that is not sent, and returns
+    their weighted sums [S, D] as the first of a tuple. A call is a collective.
     """
     from deepspeed.moe.layer import MoE
 
@@ -359,9 +323,8 @@ class _Slots(nn.Module):
     def forward(self, x: Tensor, routed: tuple[Tensor, Tensor], *_: bool) -> tuple[Any, ...]:
         experts, weights = (part.T for part in routed)
         chosen = nn.functional.one_hot(experts, self.count) * (weights > 0).unsqueeze(-1)
-        place = (
-            chosen.flatten(0, 1).cumsum(0).view_as(chosen).gather(-1, experts.unsqueeze(-1)).squeeze(-1) - 1
-        )
+        number = chosen.flatten(0, 1).cumsum(0).view_as(chosen)
+        place = number.gather(-1, experts.unsqueeze(-1)).squeeze(-1) - 1
         room = chosen.sum((0, 1)).max()
         torch.distributed.all_reduce(room, torch.distributed.ReduceOp.MAX, group=self.group)
         return None, room, self.count, experts.where(weights > 0, -1), place, weights, None
@@ -370,8 +333,8 @@ class _Slots(nn.Module):
 @torch.no_grad()
 def all_experts(layer: Any, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
     """`value` of the parameters of all experts that `spread_experts` spread, each [E, ...], by name; a collective."""
-    own, inner = layer.deepspeed_moe.experts.deepspeed_experts, layer.deepspeed_moe
-    found = {}
+    inner, found = layer.deepspeed_moe, {}
+    own = inner.experts.deepspeed_experts
     for name, _ in own[0].named_parameters():
         mine = torch.stack([value(expert.get_parameter(name)) for expert in own])
         parts = [torch.empty_like(mine) for _ in range(layer.ep_size)]
@@ -389,12 +352,12 @@ def _optimizer(groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Opti
     optim = cfg.optim
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    settings: dict[str, Any] = {"lr": optim.lr, "betas": (optim.betas[0], optim.betas[1]), "eps": optim.eps}
-    if cfg.deepspeed.offload != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    if cfg.deepspeed.offload == "none":
+        return (torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam)(groups, **settings)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **settings, adamw_mode=optim.name == "adamw")
-    return (torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam)(groups, **settings)
+    return DeepSpeedCPUAdam(groups, **settings, adamw_mode=optim.name == "adamw")
 
 
 def _give_dimensions(module: nn.Module) -> None:
@@ -416,7 +379,8 @@ def _read_state(path: str, map_location: Any = None) -> Any:
 
 def start_ranks() -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
-    if not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
     # Where DeepSpeed calls torch.load by itself, torch gives it the restricted reader, and refuses to be asked for both.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -428,53 +392,40 @@ def start_ranks() -> None:
     # A collective for inference on CPUs that training never calls; building it needs a C++ compiler and half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.update(distributed.environment())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
+    if gpu:
         torch.cuda.set_device(distributed.device())
+    backend = "nccl" if gpu else "gloo"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
 
 
 def _check_json(config: dict[str, Any]) -> None:
-    """Refuse entries of the user's that DeepSpeed's own reading refuses.
-
-    Raises:
-        UserError: with what DeepSpeed says.
-    """
-    from deepspeed.runtime.config import DeepSpeedConfig as Reader
-    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:
-        Reader(config)
+        DeepSpeedConfig(config)
     except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
-        raise UserError(
-            f"config field deepspeed.extra (or deepspeed.file) holds what DeepSpeed refuses: {one_line(error)}"
-        ) from None
+        told = f"holds what DeepSpeed refuses: {one_line(error)}"
+        raise UserError(f"config field deepspeed.extra (or deepspeed.file) {told}") from None
 
 
 def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) -> dict[str, Any]:
-    """`given` with each "auto" taken from the same place of `generated`; batch sizes are always the run's own."""
-    filled: dict[str, Any] = {}
+    """`given` with each "auto" taken from the same place of `generated`."""
+    filled = {}
     for key, value in given.items():
-        counterpart = generated.get(key)
+        own = generated.get(key)
         if isinstance(value, dict):
-            value = _fill_auto(value, counterpart if isinstance(counterpart, dict) else {}, origin)
+            value = _fill_auto(value, own if isinstance(own, dict) else {}, origin)
         elif value == "auto":
-            if counterpart is None:
-                raise UserError(
-                    f'config field deepspeed.file: {origin} asks for "auto" at {key}, which vlmkd does not set'
-                )
-            value = counterpart
+            told = f'{origin} asks for "auto" at {key}, which vlmkd does not set'
+            require(own is not None, "deepspeed.file:", told)
+            value = own
         filled[key] = value
     return filled
 
 
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `extra`, dictionaries one into the other."""
-    return base | {
-        key: _merge(base[key], value)
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-        else value
-        for key, value in extra.items()
-    }
+def _merge(base: Any, extra: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(extra, dict)):
+        return extra
+    return base | {key: _merge(base.get(key), value) for key, value in extra.items()}

@@ -13,12 +13,8 @@ from vlmkd.errors import UserError
 def check_names(config: Mapping[str, Any]) -> None:
     """Refuse a name in a config's plain tree that the look-up of its run would refuse.
 
-    `set` is a labelled data set; `zoo:` and `emoji:` begin names wherever they stand. Files and folders are not looked
-    for: an earlier run may still have to write them. Architectures are the business of libraries that a dry run does
-    not import.
-
-    Raises:
-        UserError: names the field.
+    `set` is a labelled data set; `zoo:` and `emoji:` begin names wherever they stand. Files are not looked for: an earlier
+    run may still have to write them. Architectures are the business of libraries that a dry run does not import.
     """
     for field, key, value in _fields(config, ""):
         try:

@@ -23,7 +23,7 @@ log = logging.getLogger("vlmkd")
 
 
 def start_console(run_dir: Path) -> None:
-    """Send vlmkd's messages to the terminal and to `run_dir/log.txt`; ranks above 0 only warn."""
+    """vlmkd's messages go to the terminal and to `run_dir/log.txt`; ranks above 0 only warn."""
     root = logging.getLogger("vlmkd")
     root.handlers.clear()
     root.propagate = False
@@ -47,10 +47,10 @@ class _RunLog(logging.FileHandler):
 
 
 class Metrics:
-    """The numbers of a run: a line a log step in metrics.jsonl, the same to every tracker asked for, and results.jsonl.
+    """A line a log step in metrics.jsonl, the same to every tracker asked for, and the run's results.jsonl.
 
-    Lines of steps at or after `resume_step` belong to work that was lost with a killed process; they are dropped.
-    `tags` go with every result of the run.
+    Lines of steps from `resume_step` on belong to work that was lost with a killed process; they are dropped. `tags` go
+    with every result.
     """
 
     def __init__(
@@ -100,10 +100,8 @@ class Metrics:
         self.write("eval", step, {"model": model} | values)
 
     def write_sizes(self, counts: Mapping[str, int]) -> None:
-        """Append the number of parameters of each model to results.jsonl."""
-        self._append(
-            [parameters(n, run=self._run, model=model, tags=self._tags) for model, n in counts.items()]
-        )
+        facts: dict[str, Any] = {"run": self._run, "tags": self._tags}
+        self._append([parameters(count, model=model, **facts) for model, count in counts.items()])
 
     def _append(self, numbers: list[Number]) -> None:
         if self._active:
@@ -111,7 +109,6 @@ class Metrics:
                 file.write(lines(numbers))
 
     def close(self) -> None:
-        """Flush the trackers."""
         for tracker in self._trackers:
             tracker.finish()
 
@@ -132,7 +129,6 @@ class _TensorBoard:
 
 
 def _package(name: str, field: str) -> Any:
-    """The package of a tracker that the config's `field` asks for."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -149,7 +145,7 @@ def _step_of(line: str) -> float:
 
 def duration(seconds: float) -> str:
     """Seconds as `1h02m`, `3m04s` or `5s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

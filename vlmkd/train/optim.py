@@ -22,35 +22,28 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     `schedule: False` (constant); see `Engine.set_lr`.
 
     Raises:
-        UserError: a pattern that is none, or that counts for no trained parameter.
+        UserError: a pattern that counts for no trained parameter.
     """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     rules = [*optim.groups, ParamGroupConfig()]
     members: list[tuple[list[nn.Parameter], list[nn.Parameter]]] = [([], []) for _ in rules]
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained.items():
         rule = next(index for index, rule in enumerate(rules) if re.search(rule.match, name))
         plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY_NAMES)
         members[rule][plain and not optim.decay_all].append(parameter)
-    groups: list[dict[str, Any]] = []
+    groups = []
     # The run's own rate comes first, because the log tells that.
     for index in (len(rules) - 1, *range(len(rules) - 1)):
-        rule, (decayed, undecayed) = rules[index], members[index]
-        if rule.match:
-            named = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-            example = " and ".join(dict.fromkeys([named[0], named[-1]])) if named else "none"
-            require(
-                bool(decayed or undecayed),
-                f"optim.groups.{index}.match",
-                f"is {rule.match!r}, which counts for no trained parameter; names are like {example}",
-            )
-        lr = optim.lr if rule.lr is None else rule.lr
+        rule, kinds = rules[index], members[index]
+        example = " and ".join(dict.fromkeys([*trained][:1] + [*trained][-1:])) or "none"
+        told = f"is {rule.match!r}, which counts for no trained parameter; names are like {example}"
+        require(any(kinds) or not rule.match, f"optim.groups.{index}.match", told)
         decay = optim.weight_decay if rule.weight_decay is None else rule.weight_decay
-        prefix = f"{rule.match}/" if rule.match else ""
-        for kind, params, weight_decay in (("decay", decayed, decay), ("no_decay", undecayed, 0.0)):
+        common = {"lr": optim.lr if rule.lr is None else rule.lr}
+        for kind, params, weight_decay in zip(("decay", "no_decay"), kinds, (decay, 0.0), strict=True):
             if params:
-                group = {"name": prefix + kind, "params": params, "lr": lr, "weight_decay": weight_decay}
-                groups.append(group)
+                name = f"{rule.match}/{kind}" if rule.match else kind
+                groups.append({"name": name, "params": params, "weight_decay": weight_decay, **common})
     return groups
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from vlmkd.config import CheckpointConfig, LogConfig, RunConfig, require
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, OfItems, OfQuestions, Result
 from vlmkd.evaluation.retrieval import Retrieval
+from vlmkd.export.folder import git
 from vlmkd.files import parse_yaml, read_yaml
 from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, write_gallery, write_mistakes, write_pictures
 from vlmkd.page.report import build_report
@@ -88,10 +88,9 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        _exit_with(
-            f"{error.filename or f'a file of {cfg.run_dir}'} could not be written ({error.strerror}); free disk space "
-            f"and start the same command again: the run goes on from its newest checkpoint"
-        )
+        file = error.filename or f"a file of {cfg.run_dir}"
+        told = f"{file} could not be written ({error.strerror}); free disk space and start the same command again"
+        _exit_with(f"{told}: the run goes on from its newest checkpoint")
     except RuntimeError:
         if not distributed.mistake_told():
             raise
@@ -105,7 +104,6 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
 
 
 def _exit_with(mistake: str) -> NoReturn:
-    """Print one line, spare the other ranks a traceback, and exit with 2."""
     rank = distributed.environment()["RANK"]
     who = "error" if rank == "0" else f"error (rank {rank})"
     print(f"{who}: {mistake}", file=sys.stderr, flush=True)
@@ -114,7 +112,6 @@ def _exit_with(mistake: str) -> NoReturn:
 
 
 def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None:
-    """The run of a config as it was given; the job's own has its durations in steps."""
     run_dir = Path(given.run_dir)
     if (run_dir / "done.json").is_file():
         print(f"run {run_dir} is complete; export: {run_dir / 'export'} (delete the folder to run it again)")
@@ -143,11 +140,8 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     parameters = sum(p.numel() for p in job.task.student.parameters())
     log.info("student: %.2f M parameters, %d teacher(s) loaded", parameters / 1e6, len(job.task.teachers))
     engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
-    require(
-        not job.task.kept() or engine.zero_stage < 3,
-        "deepspeed.zero_stage",
-        "is 3, but averages and selections need whole weights on each rank; use 1 or 2",
-    )
+    told = "is 3, but averages and selections need whole weights on each rank; use 1 or 2"
+    require(not job.task.kept() or engine.zero_stage < 3, "deepspeed.zero_stage", told)
     for teacher in job.task.teachers:
         engine.place_teacher(teacher, shard=cfg.deepspeed.shard_teacher)
     state_dir = run_dir / "state"
@@ -168,42 +162,35 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
 
 def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
     """Final evaluation of student and teachers, export, and its check in a fresh process."""
-    task = job.task
+    task, folder = job.task, run_dir / "eval"
     chosen = {STUDENT: trainer.present_weights(task)}
     results = _final_results(job, engine, metrics, step, chosen)
     exported = list(chosen)[-1]
     with engine.whole_weights([engine.module, *task.teachers]), using(engine.module, chosen[exported]):
         if distributed.is_main():
-            (run_dir / "eval").mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             metrics.write_sizes(task.parameter_counts())
             models = {"exported": exported, "selections": list(chosen)[1:]}
-            _write(run_dir / "eval" / MODELS, json.dumps(models, indent=1))
-            _write(run_dir / "eval" / DETAILS, json.dumps(details_of(results)))
-            _write_gallery(run_dir / "eval" / GALLERY, job, engine.device)
+            _write(folder / MODELS, json.dumps(models, indent=1))
+            _write(folder / DETAILS, json.dumps(details_of(results)))
+            _write_gallery(folder / GALLERY, job, engine.device)
     weights = engine.student_weights()
-    if weights is not None:
-        evaluators = (*job.evaluators, *job.final_evaluators)
-        items = {one.dataset: one.items for one in evaluators if isinstance(one, OfItems)}
-        write_mistakes(run_dir / "eval" / MISTAKES, results[exported], items)
-        asked = [one for one in evaluators if isinstance(one, OfQuestions)]
-        pictures = {one.dataset: one.pictures() for one in asked}
-        owners = dict.fromkeys(line for one in asked for line in one.attributions)
-        write_pictures(run_dir / "eval" / PICTURES, pictures, owners)
-        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
     written = {}
     with engine.whole_weights([engine.module]):  # an export may ask the student itself
         if weights is not None:
-            folders = {
-                kept.folder: kept.name for kept in task.selections if kept.folder and kept.name in chosen
-            }
-            folders = {"export": exported} | {
-                folder: name for folder, name in folders.items() if name != exported
-            }
-            written = {
-                run_dir / folder: task.export(run_dir / folder, completed(weights, chosen[name]), name)
-                for folder, name in folders.items()
-            }
+            kept = {one.folder: one.name for one in task.selections if one.folder and one.name in chosen}
+            others = {place: name for place, name in kept.items() if name != exported}
+            for place, name in ({"export": exported} | others).items():
+                whole = completed(weights, chosen[name])
+                written[run_dir / place] = task.export(run_dir / place, whole, name)
     if weights is not None:
+        evaluators = (*job.evaluators, *job.final_evaluators)
+        items = {one.dataset: one.items for one in evaluators if isinstance(one, OfItems)}
+        write_mistakes(folder / MISTAKES, results[exported], items)
+        asked = [one for one in evaluators if isinstance(one, OfQuestions)]
+        owners = dict.fromkeys(line for one in asked for line in one.attributions)
+        write_pictures(folder / PICTURES, {one.dataset: one.pictures() for one in asked}, owners)
+        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
         task.check_exports(written)
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
         _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
@@ -238,10 +225,10 @@ def _final_results(
 
 
 def _draw_page(run_dir: Path) -> None:
-    """Write report.html; a page that cannot be drawn costs a finished run nothing but a line."""
+    """A page that cannot be drawn costs a finished run nothing but a line."""
     try:
         build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
-    except (ArithmeticError, LookupError, OSError, TypeError, ValueError, UserError) as error:
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
         log.warning(
             "the run is complete, but its page could not be drawn (%s: %s); to try again: python scripts/report.py %s",
             type(error).__name__, error, run_dir,
@@ -249,16 +236,15 @@ def _draw_page(run_dir: Path) -> None:
 
 
 def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
-    """How teachers and student relate some texts and images of the first retrieval set, for the report."""
     dataset = next((one.dataset for one in job.evaluators if isinstance(one, Retrieval)), None)
     if dataset is None:
         return
     spread = range(0, len(dataset.images), max(1, len(dataset.images) // _GALLERY_IMAGES))
     rows = {dataset.texts_of_image[index][0]: index for index in spread}  # one image a text
-    rows = dict(list(rows.items())[:_GALLERY_IMAGES])
-    images = [Image.open(io.BytesIO(dataset.images[index].read())) for index in rows.values()]
-    predictors = {**job.task.teacher_predictors(), "student": job.task.predictor()}
-    write_gallery(path, predictors, images, [dataset.texts[text] for text in rows], device=device)
+    shown = list(rows.items())[:_GALLERY_IMAGES]
+    images = [Image.open(io.BytesIO(dataset.images[index].read())) for _, index in shown]
+    predictors = {**job.task.teacher_predictors(), STUDENT: job.task.predictor()}
+    write_gallery(path, predictors, images, [dataset.texts[text] for text, _ in shown], device=device)
 
 
 @contextmanager
@@ -268,16 +254,13 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         yield
         return
     run_dir = Path(cfg.run_dir)
-    field = f"config field run_dir: {run_dir}"
+    field, config_file = f"config field run_dir: {run_dir}", run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{field} is a file; name a folder")
+    if config_file.is_file():
+        _check_same_run(config_file, cfg)
     # What a run leaves that was stopped before it had written its config may lie there.
-    harmless = (".lock", "log.txt")
-    if (run_dir / "config.yaml").is_file():
-        _check_same_run(run_dir / "config.yaml", cfg)
-    elif run_dir.is_dir() and not all(
-        path.name in harmless or path.suffix == ".partial" for path in run_dir.iterdir()
-    ):
+    elif {one.name for one in run_dir.glob("*") if one.suffix != ".partial"} - {".lock", "log.txt"}:
         raise UserError(f"{field} holds files of something else; choose an empty or new folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -288,30 +271,28 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"run folder {run_dir} is in use by another process; wait for it or choose another run_dir"
-            ) from None
+            told = "is in use by another process; wait for it or choose another run_dir"
+            raise UserError(f"run folder {run_dir} {told}") from None
         yield
 
 
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
     """Refuse to continue a folder whose config differs in anything that changes the weights, or is damaged."""
-    mend = "delete the folder or choose another run_dir"
-    loaded = read_yaml(path, f"run folder {path.parent}:", mend)
+    folder, mend = f"run folder {path.parent}", "delete the folder or choose another run_dir"
+    loaded = read_yaml(path, f"{folder}:", mend)
     whole = {item.name for item in dataclasses.fields(RunConfig)}
     if not isinstance(loaded, dict) or not whole <= loaded.keys():
-        raise UserError(f"config.yaml of run folder {path.parent} is no whole config of a run; {mend}")
-    old = _flatten(loaded)
-    new = _flatten(parse_yaml(config.to_yaml(cfg), "config"))
+        raise UserError(f"config.yaml of {folder} is no whole config of a run; {mend}")
     # A field that did not exist when the run was started had its default.
-    before = _flatten(config.defaults(type(cfg))) | old
-    differ = {name for name in old.keys() | new.keys() if before.get(name) != new.get(name)}
-    if changed := sorted(differ - _CHANGEABLE):
-        first = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    old = _flatten(config.defaults(type(cfg))) | _flatten(loaded)
+    new = _flatten(parse_yaml(config.to_yaml(cfg), "config"))
+    names = _flatten(loaded).keys() | new.keys()
+    changed = sorted({name for name in names if old.get(name) != new.get(name)} - _CHANGEABLE)
+    if changed:
+        first, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
-            f"run folder {path.parent} belongs to a run with {first}={before.get(first)!r}, now {new.get(first)!r}{more}; "
-            f"choose another run_dir or give the same config to go on"
+            f"{folder} belongs to a run with {first}={old.get(first)!r}, now {new.get(first)!r}{more}; choose another "
+            f"run_dir or give the same config to go on"
         )
 
 
@@ -322,33 +303,22 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    """Versions, git commit and digest of uncommitted changes, device, threads and ranks."""
     versions = {}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    changes = _git("diff", "HEAD")
+    changes = git("diff", "HEAD")
     return {
         "vlmkd": vlmkd.__version__,
         "packages": versions,
         "python": sys.version.split()[0],
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": git("rev-parse", "HEAD") or None,
         "git_changes_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "world_size": distributed.world_size(),
     }
-
-
-def _git(*args: str) -> str | None:
-    """Output of a git command in the source tree; None for an installed copy without one."""
-    command = ["git", "-C", str(Path(vlmkd.__file__).parent.parent), *args]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _write(path: Path, text: str) -> None:

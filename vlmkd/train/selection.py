@@ -1,9 +1,8 @@
 """Which weights of the student count: the present ones, an average of them, or those of the best evaluation.
 
 A task names an `average`, which takes the place of the present weights whenever the student is evaluated, and
-`selections`, each of which is evaluated once when training has ended; the last of them is exported. The loop feeds them,
-saves and restores them. All of them need whole weights on each rank, so ZeRO stage 3 is refused.
-"""
+`selections`, each evaluated once when training has ended, the last of them exported. All of them need whole weights on
+each rank, so ZeRO stage 3 is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ Weights = dict[str, Tensor]
 
 
 class Selection:
-    """A rule that keeps weights. `state` is plain data, after whose `load_state` everything goes on bit for bit."""
+    """A rule that keeps weights; after `load_state` of what `state` returned everything goes on bit for bit."""
 
     name = ""
     """How results call the student with these weights."""
@@ -42,16 +41,16 @@ class Selection:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Plain data for `load_state`."""
+        """Plain data."""
         raise NotImplementedError
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Take back what `state` returned."""
         raise NotImplementedError
 
 
 class MovingAverage(Selection):
-    """Exponential moving average in fp32: average = decay * average + (1 - decay) * weight, from the first step's weights."""
+    """average = decay * average + (1 - decay) * weight in fp32, from the first step's weights."""
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
@@ -65,9 +64,8 @@ class MovingAverage(Selection):
             return
         # A restored average comes from the CPU.
         self._average = {name: value.to(current[name].device) for name, value in self._average.items()}
-        torch._foreach_lerp_(
-            [*self._average.values()], [current[name] for name in self._average], 1.0 - self._decay
-        )
+        weights = [current[name] for name in self._average]
+        torch._foreach_lerp_([*self._average.values()], weights, 1.0 - self._decay)
 
     def weights(self) -> Weights:
         return self._average
@@ -101,10 +99,8 @@ class Best(Selection):
         """Steps done at the best evaluation."""
 
     def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
-        if step <= self._after:
-            return False
-        score = self._rule(results)
-        if score > self.score or (score == self.score and not self._earlier):
+        score = self._rule(results) if step > self._after else -math.inf
+        if score > self.score or (score == self.score > -math.inf and not self._earlier):
             kept = set(student.state_dict())
             buffers = {name: value for name, value in student.named_buffers() if name in kept}
             self._weights = {name: kept_copy(value) for name, value in (trainable(student) | buffers).items()}
@@ -125,7 +121,7 @@ class Best(Selection):
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
     """The trained parameters of `module` by name, detached; with `buffers` also its floating-point buffers.
 
-    In half precision these are the fp32 master weights of the parameters that `Task.masters` lists.
+    In half precision: the fp32 master weights of those that `Task.masters` lists.
     """
     weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:
@@ -142,20 +138,19 @@ def kept_copy(value: Tensor) -> Tensor:
 @contextmanager
 def using(student: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """`student` with these weights in the types of its own inside, its own afterwards."""
-    own: dict[str, Any] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-    before = {name: (own[name].data, getattr(own[name], "master", None)) for name in weights}
+    held: dict[str, Any] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    before = [(held[name], held[name].data, getattr(held[name], "master", None)) for name in weights]
     try:
-        for name, value in weights.items():
-            data, master = before[name]
-            own[name].data = value.to(data.device, data.dtype).reshape(data.shape)
+        for (own, data, master), value in zip(before, weights.values(), strict=True):
+            own.data = value.to(data.device, data.dtype).reshape(data.shape)
             if master is not None:
-                own[name].master = value.to(master.device, master.dtype).reshape(master.shape)
+                own.master = value.to(master.device, master.dtype).reshape(master.shape)
         yield
     finally:
-        for name, (data, master) in before.items():
-            own[name].data = data
+        for own, data, master in before:
+            own.data = data
             if master is not None:
-                own[name].master = master
+                own.master = master
 
 
 def completed(weights: Weights, own: Mapping[str, Tensor]) -> Weights:

@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from vlmkd.train.selection import Selection
 
 Batch = dict[str, Any]
-"""One micro-batch: `keys`, the names of its samples, and whatever the loader and the task agree on, nested as they like."""
+"""`keys`, the names of its samples, and whatever the loader and the task agree on, nested as they like."""
 
 
 @dataclass
 class StepOutput:
-    """What one micro-batch gives the loop."""
-
     loss: Tensor
     """Scalar to back-propagate: a mean over what `Task.weight` counts."""
     terms: dict[str, Tensor]
@@ -101,7 +99,6 @@ class Task:
         return []
 
     def kept(self) -> list[Selection]:
-        """The average, if any, and the selections."""
         return [*([] if self.average is None else [self.average]), *self.selections]
 
     def masters(self) -> list[nn.Parameter]:
@@ -115,8 +112,7 @@ class Task:
         """Tensors and numbers beside the parameters that a resumed run needs."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
     def predictor(self) -> Any:
         """What evaluators receive (see vlmkd.predictors): the student with the weights that it holds at the call."""
@@ -178,7 +174,7 @@ def master_value(parameter: Tensor) -> Tensor:
 def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> StepOutput:
     """Sum `terms` times `weights`; every term needs a weight and every weight a term.
 
-    A caller leaves out a term whose weight is zero, so that it is not computed.
+    A term whose weight is zero is left out by the caller, so that it is not computed.
     """
     if terms.keys() != weights.keys():
         raise ValueError(f"terms {sorted(terms)} and weights {sorted(weights)} must have the same names")
@@ -188,5 +184,4 @@ def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> StepOutput:
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """`module` in eval mode with gradients off."""
     return module.eval().requires_grad_(False)

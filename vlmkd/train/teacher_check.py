@@ -15,7 +15,7 @@ from vlmkd.data.labelled import UNLABELLED, Item
 from vlmkd.data.loader import Loader
 from vlmkd.data.pipelines import ImageLabelPipeline
 from vlmkd.data.sources import ItemSource
-from vlmkd.evaluation.base import Context, Evaluator, OfItems
+from vlmkd.evaluation.base import Context, Evaluator, OfItems, spread
 from vlmkd.evaluation.classify import Classification
 from vlmkd.predictors import ImageClassifier
 from vlmkd.train.task import Task
@@ -34,19 +34,17 @@ def look_at_teachers(task: Task, evaluators: list[Evaluator], loader: Loader, co
     Stored outputs are looked up, a loaded teacher is asked. Nothing is said of tasks whose evaluators have no labels.
     A collective.
     """
-    items = [item for evaluator in evaluators if isinstance(evaluator, OfItems) for item in evaluator.items]
+    items = [item for one in evaluators if isinstance(one, OfItems) for item in one.items]
     stored = _stored(loader, items)
     if stored is not None:
-        embeds, labels, source = stored
+        embeds, labels, name = stored
         logits = task.teacher_logits(embeds)
         if logits is not None:
             right = int((logits.cpu().argmax(1) == labels).sum())
-            _tell(source, right, len(labels), logits.shape[1], task.without_teacher)
+            _tell(name, right, len(labels), logits.shape[1], task.without_teacher)
         return
-    items = _spread([item for item in items if item.label != UNLABELLED])
-    if not items:
-        return
-    for name, predictor in task.teacher_predictors().items():
+    items = [*spread([item for item in items if item.label != UNLABELLED], MOST_IMAGES)]
+    for name, predictor in task.teacher_predictors().items() if items else ():
         if isinstance(predictor, ImageClassifier):
             judged = Classification(items, predictor.class_names, dataset="validation images")
             (result,) = judged.run(predictor, context)
@@ -68,20 +66,13 @@ def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | N
         return None
     (stored,) = pipeline.stored[0]
     held = [item for item in items if item.key in stored] or source.labelled()
-    entries = [(stored.get(item.key), item.label) for item in _spread(held) if item.key in stored]
-    rows = [
-        (entry.columns["image_embeds"][0].float(), label) for entry, label in entries if entry is not None
-    ]
+    entries = [(stored.get(item.key), item.label) for item in spread(held, MOST_IMAGES) if item.key in stored]
+    rows = [(entry.columns["image_embeds"][0].float(), label) for entry, label in entries if entry]
     rows = [(row, label) for row, label in rows if row.any()]  # a masked answer is stored as zeros
     if not rows:
         return None
-    labels = torch.tensor([label for _, label in rows])
-    return torch.stack([row for row, _ in rows]), labels, f"teacher {stored.info.source} (stored)"
-
-
-def _spread(items: list[Item]) -> list[Item]:
-    count = min(len(items), MOST_IMAGES)
-    return [items[index * len(items) // count] for index in range(count)]
+    embeds, labels = zip(*rows, strict=True)
+    return torch.stack(embeds), torch.tensor(labels), f"teacher {stored.info.source} (stored)"
 
 
 def _tell(name: str, right: int, count: int, classes: int, without: str) -> None:

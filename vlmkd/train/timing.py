@@ -10,20 +10,13 @@ from contextlib import contextmanager
 import torch
 
 _PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "4090": 165,
-    "V100": 125,
-}
+    "B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125,
+}  # fmt: skip
 """Dense half-precision TFLOP/s by the maker's data sheets; the first name that is part of the device's counts."""
 
 
 def peak_tflops() -> float:
-    """TFLOP/s in half precision of this process's GPU; 0 where it is not known."""
+    """Of this process's GPU; 0 where it is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), 0)
 

@@ -8,8 +8,8 @@ import logging
 import math
 import signal
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from vlmkd import distributed, memory
 from vlmkd.config import RunConfig
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 _FEWEST_LINES = 10  # in the log of the shortest run
 _NEAR = 0.8  # share of the memory that a process can have above which it is told so
-_RECENT_LINES = 5  # whose rate gives the time left
 
 
 @dataclass
@@ -57,9 +57,6 @@ class Stopped(Exception):
 
 def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: int) -> int:
     """Train from optimiser step `start` to the run's last; returns the step reached.
-
-    One step: fetch all micro-batches, `task.step` and backward for each, finite check, update, the kept weights; then
-    log, evaluate and save when due.
 
     Raises:
         UserError: a non-finite loss (before it touches the weights), bad data, a full disk.
@@ -106,7 +103,9 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
                     save_state(job, engine, state_dir, done, ended=True)
                     job.loader.check_bad_share()
                     return done
-            stop = distributed.any_rank(terminated()) if _stop_check_due(cfg, done) else False
+            # Each step for one process; with several, where a check is a collective, at most every tenth step.
+            check = distributed.world_size() == 1 or done % min(10, _log_every(cfg)) == 0
+            stop = check and distributed.any_rank(terminated())
             hours = cfg.checkpoint.every_hours
             late = bool(hours) and distributed.broadcast_object(time.monotonic() - last_save > hours * 3600)
             regular = cfg.checkpoint.every_steps and done % cfg.checkpoint.every_steps == 0
@@ -122,10 +121,7 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
 def evaluate_student(
     job: Job, engine: Engine, metrics: Metrics, step: int, *, judge: bool = True
 ) -> tuple[list[Result], bool]:
-    """Results of the student by `job.evaluators`, with its average where there is one, and whether they end the run.
-
-    `judge`: the selections take part.
-    """
+    """Results of the student, as `present_weights` has it, and whether they end the run; `judge`: selections take part."""
     with using(engine.module, present_weights(job.task)):
         results = evaluate(job.cfg, job.evaluators, job.task.predictor(), engine, metrics, step)
         kept = job.task.kept() if judge else []
@@ -149,15 +145,13 @@ def evaluate(
     model: str = "student",
     modules: Sequence[nn.Module] | None = None,
 ) -> list[Result]:
-    """Run every evaluator on `predictor`; logs and returns the results. It holds `modules`: by default the student's."""
+    """Run every evaluator on `predictor`, which holds `modules` (None: the student); logs and returns the results."""
     if not evaluators:
         return []
     options = cfg.evaluation
     context = Context(engine.device, options.batch_size, options.workers, progress=False, embedded={})
-    results: list[Result] = []
     with engine.whole_weights([engine.module] if modules is None else modules), torch.no_grad():
-        for evaluator in evaluators:
-            results.extend(evaluator.run(predictor, context))
+        results = [result for one in evaluators for result in one.run(predictor, context)]
     metrics.write_results(results, model, step)
     for result in results:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
@@ -168,7 +162,7 @@ def evaluate(
 
 
 def save_state(job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False) -> None:
-    """Checkpoint everything that a resumed run needs to go on bit for bit; `ended`: an evaluation ended the run here."""
+    """Checkpoint all that a resumed run needs to go on bit for bit; `ended`: an evaluation ended the run here."""
     kept = [selection.state() for selection in job.task.kept()]
     shared = {"step": step, "steps": job.cfg.steps, "ended": ended, "task": job.task.state(), "kept": kept}
     per_rank = {"loader": job.loader.state_dict()}
@@ -182,11 +176,9 @@ def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
     if folder is None:
         return 0, False
     shared, own = checkpoint.load(folder, engine)
-    if shared["steps"] != job.cfg.steps:
-        raise UserError(
-            f"the run of {folder} was {shared['steps']} steps long and is now {job.cfg.steps}: its data have changed; "
-            "give it the same data, or choose another run_dir"
-        )
+    if (steps := shared["steps"]) != job.cfg.steps:
+        told = "its data have changed; give it the same data, or choose another run_dir"
+        raise UserError(f"the run of {folder} was {steps} steps long and is now {job.cfg.steps}: {told}")
     job.task.load_state(shared["task"])
     for selection, state in zip(job.task.kept(), shared["kept"], strict=True):
         selection.load_state(state)
@@ -204,40 +196,28 @@ def stream_seed(*parts: int | str) -> int:
 def loss_factors(weights: list[float], device: torch.device) -> list[torch.Tensor]:
     """What each micro-batch's mean loss is multiplied by, so that a step trains on the mean over all it weighs.
 
-    The engine divides by micro-batches and ranks; `weights` of equal micro-batches give factors of exactly 1. A
-    collective that waits for no device.
+    The engine divides by micro-batches and ranks. A collective that waits for no device.
     """
     total = distributed.total(torch.tensor(sum(weights), dtype=torch.float64, device=device))
-    count = len(weights) * distributed.world_size()
-    return [weight * count / total for weight in weights]
+    return [weight * len(weights) * distributed.world_size() / total for weight in weights]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with the tensors in its mappings, lists and tuples, at any depth, on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {name: to_device(part, device) for name, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(part, device) for part in value))
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(part, device) for part in value)
-    return value
+    """`value` with the tensors in its dictionaries, lists and tuples, at any depth, on `device`."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 class _Window:
-    """Averages between two log lines."""
-
     def __init__(self, engine: Engine, job: Job) -> None:
         self._cfg, self._engine, self._job = job.cfg, engine, job
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=5)  # seconds and steps of lines
         self._evaluation_s = 0.0
         self._restart()
 
     def _restart(self) -> None:
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._sums: dict[str, torch.Tensor] = {}
         self._steps: Counter[str] = Counter()  # that have the value; some kinds of steps have their own
-        self._items: dict[str, float] = defaultdict(float)
+        self._items: Counter[str] = Counter()
         self._count, self._flops, self._wait, self._lr = 0, 0.0, 0.0, 0.0
         self._start = time.monotonic()
 
@@ -251,7 +231,6 @@ class _Window:
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Add the body to the time spent waiting for data."""
         start = time.monotonic()
         yield
         self._wait += time.monotonic() - start
@@ -260,28 +239,28 @@ class _Window:
         self, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch], lr: float
     ) -> None:
         """Count one optimiser step; values stay on the device until the line is written."""
-        names: set[str] = set()
+        step: dict[str, torch.Tensor] = {}
         for output, factor in zip(outputs, factors, strict=True):
             named = {f"loss/{name}": value for name, value in output.terms.items()} | output.metrics
             shares = {name: value.detach().float() * factor.float() for name, value in named.items()}
             for name, value in ({"loss": output.loss.detach().float()} | shares).items():
-                self._sums[name] = self._sums[name].to(value.device) + value / len(outputs)
-                names.add(name)
-        self._steps.update(names)
+                step[name] = step.get(name, 0) + value / len(outputs)
+        for name, value in step.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._steps.update(step.keys())
         for part in parts:
             self._flops += self._job.task.flops(part)
-            for kind, count in self._job.task.items(part).items():
-                self._items[kind] += count
+            self._items.update(self._job.task.items(part))
         self._count, self._lr = self._count + 1, lr
 
     def write(self, metrics: Metrics, done: int) -> None:
         """One console line and one metrics line, averaged over the window and the ranks."""
-        elapsed = max(time.monotonic() - self._start, 1e-9)
+        elapsed, count = max(time.monotonic() - self._start, 1e-9), self._count
         values = {name: float(total) / self._steps[name] for name, total in self._sums.items()}
-        values |= {f"{name}_s": spent / self._count for name, spent in self._job.task.watch.read().items()}
-        values |= {"data_wait_s": self._wait / self._count, "step_s": elapsed / self._count}
+        values |= {f"{name}_s": spent / count for name, spent in self._job.task.watch.read().items()}
+        values |= {"data_wait_s": self._wait / count, "step_s": elapsed / count}
         values["tflops"] = self._flops / elapsed / 1e12
-        rates = {f"{kind}_per_s": count / elapsed for kind, count in self._items.items()}
+        rates = {f"{kind}_per_s": items / elapsed for kind, items in self._items.items()}
         values = distributed.mean(values | rates)
         values |= {name: values[name] * distributed.world_size() for name in rates}
         if not values["tflops"]:
@@ -293,10 +272,10 @@ class _Window:
         skipped: Counter[str] = Counter()
         for counts in distributed.gather_objects(dict(self._job.loader.skipped)):
             skipped.update(counts)
-        values |= {f"skipped/{reason}": float(count) for reason, count in skipped.items()}
+        values |= {f"skipped/{reason}": float(number) for reason, number in skipped.items()}
         metrics.write("train", done, values)
-        self._recent.append((elapsed, self._count))
-        terms = [name for name in values if name.startswith("loss/")]
+        self._recent.append((elapsed, count))
+        terms = (name for name in values if name.startswith("loss/"))
         log.info(
             "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
             done, self._cfg.steps, values["loss"],
@@ -328,17 +307,12 @@ def _warn_of_memory(cfg: RunConfig) -> None:
 
 
 def _log_every(cfg: RunConfig) -> int:
-    """Steps between two log lines: those of the config, less in a run that would have fewer than ten lines."""
+    """Steps between two log lines; a short run has ten all the same."""
     return max(1, min(cfg.log.every_steps, cfg.steps // _FEWEST_LINES))
 
 
-def _stop_check_due(cfg: RunConfig, done: int) -> bool:
-    """Each step for one process; with several, where a check is a collective, at most every tenth step."""
-    return distributed.world_size() == 1 or done % min(10, _log_every(cfg)) == 0
-
-
 def _evaluation_due(cfg: RunConfig, done: int) -> bool:
-    """By `every_steps` and `phase`; never after the last step, where the closing evaluation follows."""
+    """Never after the last step, where the closing evaluation follows."""
     every = cfg.evaluation.every_steps
     return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
 
@@ -349,14 +323,13 @@ def _non_finite(
     """Write down the samples of this rank's batch and say what was not finite."""
     path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
     keys = [key for part in parts for key in part["keys"]]
-    finite = all(bool(output.loss.isfinite()) for output in outputs)
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
     bad = sorted({name for part in terms for name, value in part.items() if not math.isfinite(value)})
+    finite = all(bool(output.loss.isfinite()) for output in outputs)
     write_json(path, {"step": step, "finite_here": finite, "terms": repr(terms), "keys": keys})
     if factors[0].isnan():
-        return UserError(
-            f"nothing in the batch of step {step} is trained on; its samples are in {path}; mend the data"
-        )
+        told = f"nothing in the batch of step {step} is trained on; its samples are in {path}; mend the data"
+        return UserError(told)
     where = f"terms {', '.join(bad)}" if bad else "on another rank"
     return UserError(
         f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "

@@ -14,7 +14,7 @@ from projects.tinyclip.fuse import costs, fuse, reenter
 from projects.tinyclip.masked import MaskedCLIP, config_from_clip
 from projects.tinyclip.masks import LOG_ALPHA_LIMIT, Mask
 from vlmkd.errors import UserError
-from vlmkd.models.pruned_clip import PrunedCLIP
+from vlmkd.models.pruned_clip import PrunedCLIP, embed_patches
 
 TINY: dict[str, Any] = {
     "embed_dim": 24,
@@ -173,7 +173,7 @@ def test_legacy_fusing_replays_the_released_code() -> None:
         images, tokens = inputs()
         ends = tokens.argmax(-1)
         released = [
-            released_tower(model, "vision_cfg", model.visual.embed(images), lambda x: x[:, 0]),
+            released_tower(model, "vision_cfg", embed_patches(model.visual, images), lambda x: x[:, 0]),
             released_tower(
                 model, "text_cfg", model.text.embed(tokens), lambda x: x[torch.arange(len(x)), ends]
             ),

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.projects.vl2v_adip import tiny
 from vlmkd import config as configs
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier
-from vlmkd.models.backbones import load_backbone, with_spec
+from vlmkd.models.backbones import load_backbone
 from vlmkd.models.class_vectors import encode_classes
 from vlmkd.models.clip import load_clip
 from vlmkd.models.towers import ClipPredictor
@@ -149,7 +150,8 @@ def test_a_converted_align_starts_distill_and_enters_the_table(folder: Path, vec
     assert main([str(path), str(run_dir), base, "fold.test_domain=oil"]) == 0
 
     # The same logits as a plain re-implementation.
-    backbone = with_spec(load_backbone("timm:test_resnet", False, image_size=32), resize_mode="squash")
+    backbone = load_backbone("timm:test_resnet", False, image_size=32)
+    backbone.image_spec = replace(backbone.image_spec, resize_mode="squash")
     student_weights(state, backbone)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.chat_benchmarks import hallucination, questions
+from scripts.chat_benchmarks.hallucination import Judged, apart
+from scripts.chat_benchmarks.questions import Said, records
 from vlmkd.data.chats import ChatItem
 from vlmkd.errors import UserError
-from vlmkd.evaluation import hallucination, questions
 from vlmkd.evaluation.base import Result
-from vlmkd.evaluation.hallucination import Judged, apart
-from vlmkd.evaluation.questions import Said, records
 from vlmkd.files import one_line, write_text
 from vlmkd.results import Meaning, json_lines, share
 

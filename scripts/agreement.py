@@ -35,7 +35,7 @@ class Agreement:
         self._of_teacher: Tensor | None = None  # kept, because one teacher is compared with several students
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """Compare on the images that can be read; each model sees its own input size and statistics."""
+        """See `Evaluator`; each model sees its own input size and statistics."""
         require_protocol(self.name, predictor, DualEncoder)
         if self._of_teacher is None:
             self._of_teacher, _ = self._affinity(self.teacher, context)

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.chat_benchmarks.questions import SHORT, Said, item_of, mean, named, records, truth_of
 from vlmkd.data.chats import ChatItem
 from vlmkd.evaluation.answers import plain
-from vlmkd.evaluation.questions import SHORT, Said, item_of, mean, named, records, truth_of
 from vlmkd.files import read_object, read_text
 
 Judged = Mapping[str, Any]
@@ -102,15 +102,15 @@ def object_halbench(pairs: Said, judged: Judged) -> dict[str, float]:
 
     The judge lists an answer's objects; an answer of three words or fewer has none.
     """
-    responses = bad = mentions = wrong = lost = 0
+    responses = bad = named_things = wrong = lost = 0
     for item, said in pairs:
         listed = [] if len(said.split()) <= 3 else _listed(judged[item.key])
         lost += listed is None
         found = [name for thing in listed or () for name in coco_mentions(thing, item.record["names"])]
         false = [name for name in found if name not in item.record["things"]]
         responses, bad = responses + bool(found), bad + bool(false)
-        mentions, wrong = mentions + len(found), wrong + len(false)
-    rates = {"response": bad / max(1, responses), "mention": wrong / max(1, mentions)}
+        named_things, wrong = named_things + len(found), wrong + len(false)
+    rates = {"response": bad / max(1, responses), "mention": wrong / max(1, named_things)}
     return rates | {"unparsable": float(lost)}
 
 
