@@ -367,7 +367,7 @@ def load(cls: type[C], argv: list[str]) -> C:
             if not isinstance(layer, dict):
                 raise UserError(f"config file {arg} must hold `field: value` lines at its top level")
         try:
-            values = _fitted(cls, _merged(values, layer, len(path) if is_override else math.inf), "")
+            values = fitted(cls, _merged(values, layer, len(path) if is_override else math.inf), "")
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
     return typing.cast(C, _made(cls, values))
@@ -395,11 +395,11 @@ _WORDS: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
+def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
     """Plain data as a field of type `hint` has it; refuses what it cannot have. `owner`: the field's dataclass."""
     kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Annotated:
-        value = _fitted(arguments[0], value, path)
+        value = fitted(arguments[0], value, path)
         for limits in arguments[1:]:
             if isinstance(limits, Range) and (told := limits.refusal(value)):
                 meaning = " ".join(_field_docs(owner)[path.rpartition(".")[2]].split())
@@ -409,7 +409,7 @@ def _fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
         refusals = []
         for one in arguments:
             try:
-                return _fitted(one, value, path, owner)
+                return fitted(one, value, path, owner)
             except UserError as error:
                 refusals.append(error)
         raise refusals[0]
@@ -420,12 +420,12 @@ def _fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
             raise UserError(f"unknown config field {prefix}{key}; {hint}")
-        return {key: _fitted(hints[key], part, prefix + key, kind) for key, part in value.items()}
+        return {key: fitted(hints[key], part, prefix + key, kind) for key, part in value.items()}
     if isinstance(value, dict) and kind in (dict, Any):
-        return {_fitted(str, key, path): _fitted(Any, part, f"{path}.{key}") for key, part in value.items()}
+        return {fitted(str, key, path): fitted(Any, part, f"{path}.{key}") for key, part in value.items()}
     if isinstance(value, list) and kind in (list, Any):
         (inner,) = arguments or (Any,)
-        return [_fitted(inner, part, f"{path}.{index}") for index, part in enumerate(value)]
+        return [fitted(inner, part, f"{path}.{index}") for index, part in enumerate(value)]
     if isinstance(value, str) and kind in (str, Any, Literal):
         # OmegaConf, which writes the file in the run folder, takes the first and the last for something else.
         if "${" in value:

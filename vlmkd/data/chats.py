@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,15 @@ class ChatTokens:
     def encode(self, turns: Iterable[tuple[str, str]]) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, and which of them are learned: answers with their ends."""
         shape = self.template
-        ids = self._ids(shape.system)
-        learned = [False] * len(ids)
+        pieces = [(self._ids(shape.system), False)]
         for question, answer in turns:
-            for part, counts in (
+            pieces += [
                 (self._ids(shape.turn.format(question)), False),
                 ([*self._ids(shape.answer.format(answer)), self.end], True),
                 (self._ids(shape.after), False),
-            ):
-                ids += part
-                learned += [counts] * len(part)
-        return ids, learned
+            ]
+        ids = [token for piece, _ in pieces for token in piece]
+        return ids, [counts for piece, counts in pieces for _ in piece]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -213,18 +211,11 @@ class ChatTokens:
 
     def shown(self, ids: Sequence[int], targets: Sequence[int]) -> str:
         """A row as text, images as [image], what is learned in << >>: target t is what position t predicts."""
-        text, marked = "", False
-        run: list[int] = []
-        learned = [False, *(target != IGNORED for target in targets[:-1])]
-        for token, counts in [*zip(ids, learned, strict=True), (None, False)]:
-            if counts != marked or token is None or token == IMAGE_ID:
-                piece = self.tokenizer.decode(run)
-                text += f"<<{piece}>>" if marked and run else piece
-                run, marked = [], counts
-            if token == IMAGE_ID:
-                text += "" if text.endswith("[image]") else "[image]"
-            elif token is not None:
-                run.append(token)
+        text, learned = "", [False, *(target != IGNORED for target in targets[:-1])]
+        of_kind = groupby(zip(ids, learned, strict=True), lambda pair: (pair[0] == IMAGE_ID, pair[1]))
+        for (is_image, counts), run in of_kind:
+            piece = "[image]" if is_image else self.tokenizer.decode([token for token, _ in run])
+            text += f"<<{piece}>>" if counts else piece
         return text
 
 
@@ -343,17 +334,13 @@ class ChatPipeline:
 
     def check(self, batch: dict[str, Any], size: int) -> None:
         """See `Pipeline`; shows the first row with what is learned marked."""
-        ids = batch["input_ids"]
+        ids, learned = batch["input_ids"], batch["targets"] != IGNORED
         places = int((ids == IMAGE_ID).sum())
         assert places == len(batch["image_rows"]) * self.tokens.image_tokens, (
             "an image lost some of its places"
         )
-        stored = batch.get("teacher_ids", batch.get("teacher_sums"))
-        if stored is not None:
-            learned = batch["targets"] != IGNORED
-            assert len(stored) == (int(learned.sum()) if "teacher_ids" in batch else len(learned)), (
-                "other rows"
-            )
+        for name, count in (("teacher_ids", int(learned.sum())), ("teacher_sums", len(learned))):
+            assert len(batch.get(name, range(count))) == count, "other rows"
         assert len(batch["keys"]) == size and ids.shape == batch["targets"].shape == batch["segments"].shape
         length = int((batch["segments"][0] > 0).sum())
         row = self.tokens.shown(ids[0, :length].tolist(), batch["targets"][0, :length].tolist())

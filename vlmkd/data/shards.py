@@ -22,8 +22,8 @@ import tarfile
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -142,7 +142,8 @@ def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
             yield stream
     elif is_remote(url) and not shard_cache:
         # Not webdataset's opener: its curl cannot go on in the middle of a file when a connection breaks.
-        yield cast(BinaryIO, _Blocks(url))
+        with closing(_blocks(url)) as blocks:
+            yield cast(BinaryIO, _Blocks(blocks))
     else:
         with open(download(url, Path(shard_cache)) if is_remote(url) else url, "rb") as file:
             yield file
@@ -172,14 +173,14 @@ def _open_by_command(url: str) -> Iterator[BinaryIO]:
 class _Blocks:
     """A remote file for tarfile, which takes blocks of any length."""
 
-    def __init__(self, url: str) -> None:
-        self._blocks = _blocks(url)
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
 
     def read(self, size: int) -> bytes:
         return next(self._blocks, b"")
 
 
-def _blocks(url: str) -> Iterator[bytes]:
+def _blocks(url: str) -> Generator[bytes, None, None]:
     """The bytes of an http(s) file; where a connection breaks, another one goes on at that byte.
 
     Raises:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vlmkd.config import require
+from vlmkd.config import LabelledDataConfig, fitted
 from vlmkd.data.decode import REDUCTIONS, to_rgb
 from vlmkd.image_spec import ImageSpec
 
@@ -57,13 +57,8 @@ class ViewConfig:
     grayscale: float = 0.0
 
     def __post_init__(self) -> None:
-        (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
-        require(0 < low <= high <= 1, "data.crop_scale", f"is {[low, high]}; needs 0 < low <= high <= 1")
-        require(0 < narrow <= wide, "data.crop_ratio", f"is {[narrow, wide]}; needs 0 < low <= high")
-        require(self.color_jitter != 1, "data.color_jitter", "is 1; needs 0 <= value < 1")
-        for name, most in (("flip", 1), ("color_jitter", 1), ("hue", 0.5), ("grayscale", 1)):
-            value = getattr(self, name)
-            require(0 <= value <= most, f"data.{name}", f"is {value}; needs 0 <= value <= {most}")
+        plain = {name: list(one) if isinstance(one, tuple) else one for name, one in vars(self).items()}
+        fitted(LabelledDataConfig, plain, "data")
 
     def draw(self, width: int, height: int, rng: random.Random) -> View:
         """A random view of a W x H image: torchvision's RandomResizedCrop box on a grid that suits fast decoding."""

@@ -41,46 +41,30 @@ Found = tuple[list[str], dict[str, list[Item]]]
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """Where a set lies below the data root, and what is known of it."""
+    """An entry of `sets.yaml`; the comment at its top says what the fields mean."""
 
     key: str
     title: str
     layout: Literal["split", "variants", "train_val", "wnids", "numbers", "domains"]
-    """What reads it, see `_READERS`."""
     folders: tuple[str, ...]
-    """The first is CoOp's or DomainBed's place, others are the archives' own."""
     num_classes: int
     licence: str
     source: str
     builds: Mapping[str, tuple[int, ...]]
-    """Images of each domain, or of train, val and test, by the name of the build that published numbers belong to."""
     halves: tuple[int, int] | None = None
-    """Test images of the base and of the novel classes."""
     template: str = "a photo of a {}."
-    """The prompt of the zero-shot baselines."""
     marks: tuple[str, ...] = ()
-    """Patterns of what shows that a folder is the set's own folder; empty: the image folder."""
     images: str = ""
-    """Image folder; paths of a split file start there."""
     split_file: str = ""
     split_drive: str = ""
-    """Google Drive id of the split file."""
     class_from: Literal["", "folder", "stem", "path"] = ""
-    """Where a path of the split file says the class, see `class_of`."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Class names of folders whose name is another one."""
     dropped: tuple[str, ...] = ()
-    """Folders that are no class."""
     domains: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
-    """Class folders in index order, where the list is not too long to state."""
 
     def class_of(self, path: str) -> str:
-        """Class name that a path of the split file says.
-
-        `folder`: `airplanes/image_0001.jpg`; `stem`: `Abyssinian_100.jpg`, the stem without the number, in lower case;
-        `path`: `c/church/outdoor/sun_a.jpg`, the folders after the letter, last first.
-        """
+        """Class name that a path of the split file says, by `class_from`."""
         parts = PurePosixPath(path.lstrip("/"))
         if self.class_from == "stem":
             return parts.stem.rpartition("_")[0].lower()
