@@ -31,7 +31,7 @@ from scripts import chat
 from scripts import evaluation_command as command
 from vlmkd import distributed
 from vlmkd.chat_ids import IGNORED
-from vlmkd.chat_runs import export_folder, is_shards
+from vlmkd.chat_runs import is_shards
 from vlmkd.data.chat_outputs import ChatOutputsInfo, chat_bytes, chat_key, record_key
 from vlmkd.data.chats import ChatItem, ChatPipeline, parts_of, read_chats
 from vlmkd.data.samples import RawSample
@@ -120,7 +120,7 @@ def outputs_info(
     vocabulary = args.vocabulary or size
     of_tokens = {"temperature": args.temperature, "vocabulary": vocabulary, "k": min(args.k, vocabulary)}
     return pipeline.outputs_info(
-        source=args.model, digest=export_digest(export_folder(args.model)), precision=args.precision, pairs=pairs, set_name=set_name,
+        source=args.model, digest=export_digest(args.model), precision=args.precision, pairs=pairs, set_name=set_name,
         dtype="float32" if args.fp32 or pairs else "float16", **({} if pairs else of_tokens),
     )  # fmt: skip
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write any loadable CLIP as a folder that open_clip or transformers reads, and check it in a fresh process."""
+"""Write a CLIP as a folder that open_clip or transformers reads, or a chat model's export anew, checked in a fresh process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ EPILOG = """examples:
   scripts/export.py zoo:TinyCLIP-ViT-8M-16-Text-3M-YFCC15M exports/tinyclip_8m --layout hf
   scripts/export.py ViT-B-32 exports/b32 --pretrained laion2b_e16 --half
   scripts/export.py hf:downloads/TinyCLIP-ViT-40M exports/tinyclip_40m
+  scripts/export.py runs/chat/teacher exports/teacher --half
 
 A pruned (ragged) model fits the open_clip layout only, and is then read by this repository alone."""
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="architecture, JSON config, local-dir:FOLDER, hf:FOLDER or zoo:NAME")
+    parser.add_argument("model", help="CLIP: architecture, JSON config, local-dir:FOLDER, hf:FOLDER or zoo:NAME; chat model: a run")
     parser.add_argument("folder", type=Path, help="where the export goes")
     parser.add_argument(
         "--pretrained", default="", help="open_clip tag or weights file of an architecture or JSON config"
@@ -34,6 +35,20 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--half", action="store_true", help="store fp16 weights")
     args = parser.parse_args(argv)
+    from vlmkd.export.mllm import CONFIG, export_folder
+
+    folder = Path() if args.model.startswith("zoo:") else export_folder(args.model)
+    if (folder / CONFIG).is_file():
+        _chat_model(folder, args.folder, half=args.half)
+        layout = "chat model"
+    else:
+        _clip(args)
+        layout = f"{args.layout} layout"
+    print(f"{args.folder}: {layout}, reloaded in a fresh process with equal outputs")
+    return 0
+
+
+def _clip(args: argparse.Namespace) -> None:
     from vlmkd.export.clip import export_clip, verify_export
     from vlmkd.models.clip import load_clip
 
@@ -42,8 +57,18 @@ def main(argv: list[str]) -> int:
         raise UserError(f"model {args.model} has no weights; give --pretrained a tag or a file")
     export_clip(args.folder, clip, layout=args.layout, half=args.half)
     verify_export(args.folder, clip)
-    print(f"{args.folder}: {args.layout} layout, reloaded in a fresh process with equal outputs")
-    return 0
+
+
+def _chat_model(folder: Path, out: Path, *, half: bool) -> None:
+    import projects
+    from vlmkd.export.mllm import CONFIG, check_mllms, export_mllm, load_mllm
+    from vlmkd.files import read_object
+
+    owner = read_object(folder / CONFIG, "chat model")["project"]
+    surgery = projects.surgery_of(owner)
+    parts = load_mllm(folder, surgery=surgery, keep_lora=True)
+    probe = export_mllm(out, parts, parts.module.state_dict(), half=half)
+    check_mllms({out: probe}, surgery.__module__)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class MllmConfig:
     """A multimodal model: what it is made of, or the export of an earlier run."""
 
     init_from: str = ""
-    """Export folder of a run; the other fields are then its own and stay empty."""
+    """A run, its `export` folder or `zoo:NAME`; the other fields are then its own and stay empty."""
     tower: str = ""
     """Vision tower, as load_backbone takes it: `clip:ViT-L-14-336@openai`, `timm:NAME`, `efficientnet-lite0`."""
     tower_layers: list[int] = field(default_factory=lambda: [-2])

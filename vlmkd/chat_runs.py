@@ -29,6 +29,7 @@ from vlmkd.export.mllm import (
     Surgery,
     check_mllms,
     export_digest,
+    export_folder,
     export_mllm,
     load_mllm,
 )
@@ -107,7 +108,7 @@ def chat_loader(
         teacher = teacher or cfg.teacher.init_from
         loss = {"temperature": temperature, "vocabulary": vocabulary or student.module.head.out_features}
         wanted = pipeline.outputs_info(
-            source=teacher, digest=export_digest(Path(teacher)) if teacher else "", pairs=pairs, **({} if pairs else loss)
+            source=teacher, digest=export_digest(teacher) if teacher else "", pairs=pairs, **({} if pairs else loss)
         )  # fmt: skip
         pipeline.stored.check(wanted, shards=urls, keys=keys, max_missing_share=data.max_bad_share)
     return Loader(source, pipeline, workers=data.workers, max_bad_share=data.max_bad_share)
@@ -160,12 +161,6 @@ def open_chat(
     module: Any = parts.module.eval().to(where)
     tokens = ChatTokens(parts.tokenizer, template or parts.template, module.tower.tokens)
     return ChatModel(model, module, tokens, parts.image_spec)
-
-
-def export_folder(model: str) -> Path:
-    """The export that a `--model` is, or has."""
-    folder = Path(model).expanduser()
-    return folder if (folder / CONFIG).is_file() else folder / "export"
 
 
 class ChatTask(Task):

@@ -37,7 +37,7 @@ from vlmkd.models.clip import drawn_from
 from vlmkd.models.lora import add_lora, merge_lora
 from vlmkd.models.mllm import Mllm, Projector, VisionTower, load_decoder
 from vlmkd.tensor_files import read_safetensors
-from vlmkd.zoo import sha256_of
+from vlmkd.zoo import fetch, sha256_of
 
 CONFIG, WEIGHTS = "mllm.json", "model.safetensors"
 _FORMAT = 1
@@ -75,7 +75,7 @@ def build_mllm(
     """The model of a config; new parts are drawn from `seed`. `keep_lora`: as of `load_mllm`."""
     if cfg.init_from:
         half = "bf16" if cfg.precision == "bf16" else ""
-        return load_mllm(Path(cfg.init_from), surgery=surgery, precision=half, keep_lora=keep_lora)
+        return load_mllm(export_folder(cfg.init_from), surgery=surgery, precision=half, keep_lora=keep_lora)
     parts = _assemble(replace(cfg), seed)
     return parts if keep_lora else _merged(parts)
 
@@ -158,25 +158,36 @@ def load_mllm(
     return parts
 
 
-def export_digest(folder: Path) -> str:
+def export_folder(model: str) -> Path:
+    """The export that a name means: `zoo:NAME`, a run, or its `export` folder."""
+    if model.startswith("zoo:"):
+        return fetch(model)
+    folder = Path(model).expanduser()
+    return folder / "export" if (folder / "export" / CONFIG).is_file() else folder
+
+
+def export_digest(model: str) -> str:
     """sha256 that says which model an export is, without loading it; where its stock parts lie does not matter."""
+    folder = export_folder(model)
     content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}; export the run again")
     places = ("tower", "decoder", "precision")
-    model = {name: one for name, one in dict(content.get("model", {})).items() if name not in places}
-    facts = [model, content.get("facts"), content.get("base_sha256"), content.get("rounded", False)]
+    made_of = {name: one for name, one in dict(content.get("model", {})).items() if name not in places}
+    facts = [made_of, content.get("facts"), content.get("base_sha256"), content.get("rounded", False)]
     text = f"{json.dumps(facts, sort_keys=True)} {sha256_of(folder / WEIGHTS)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -> Probe:
-    """Write the tensors of `weights` that are no longer stock; returns a probe of the whole."""
+def export_mllm(
+    folder: Path, parts: ChatParts, weights: Mapping[str, Tensor], *, half: bool = False
+) -> Probe:
+    """Write the tensors of `weights` that are no longer stock, with `half` in fp16; returns a probe of the whole."""
     training, dtype = parts.module.training, next(parts.module.parameters()).dtype
     parts.rounded |= dtype == torch.bfloat16
-    kept = {name: stored(value) for name, value in weights.items() if name in parts.trained}
+    kept = {name: stored(value, half=half) for name, value in weights.items() if name in parts.trained}
     with replacing(folder, [CONFIG]) as partial:
-        write_tensors(partial / WEIGHTS, kept)
+        write_tensors(partial / WEIGHTS, kept, half=half)
         facts = {
             "format": _FORMAT,
             "model": asdict(parts.config),
@@ -188,7 +199,7 @@ def export_mllm(folder: Path, parts: ChatParts, weights: Mapping[str, Tensor]) -
         }
         write_json(partial / CONFIG, facts)
         write_provenance(partial / WEIGHTS, parts.config.decoder, kept.values(), {})
-    whole = {name: value for name, value in weights.items() if name in parts.module.state_dict()}
+    whole = {n: kept.get(n, value) for n, value in weights.items() if n in parts.module.state_dict()}
     inputs = probe_inputs(parts)
     before = {name: value.clone() for name, value in parts.module.state_dict().items()}
     try:
