@@ -34,7 +34,13 @@ NEW, OTHER = "/new", "/image"
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The options that `load` reads."""
     add = parser.add_argument
-    add("--model", required=required, default="", metavar="EXPORT", help="a run, its `export` folder or zoo:NAME")
+    add(
+        "--model",
+        required=required,
+        default="",
+        metavar="EXPORT",
+        help="a run, its `export` folder or zoo:NAME",
+    )
     add("--project", default="", help="whose model it is (default: as the export says)")
     add("--template", choices=list(TEMPLATES), help="how a conversation is written (default: as in training)")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default fp32)")

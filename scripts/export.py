@@ -25,7 +25,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="CLIP: architecture, JSON config, local-dir:FOLDER, hf:FOLDER or zoo:NAME; chat model: a run")
+    parser.add_argument(
+        "model",
+        help="CLIP: architecture, JSON config, local-dir:FOLDER, hf:FOLDER or zoo:NAME; chat model: a run",
+    )
     parser.add_argument("folder", type=Path, help="where the export goes")
     parser.add_argument(
         "--pretrained", default="", help="open_clip tag or weights file of an architecture or JSON config"

@@ -44,6 +44,8 @@ class MllmConfig:
     """Blocks or stages whose outputs, side by side, are the features."""
     grid: Count = 0
     """Pool the features to so many places each way; 0: as the last of the layers has."""
+    tower_norm: bool = False
+    """Features of each place get mean 0 and variance 1; maps of convolutional networks want it, whose values are large."""
     drop_first: bool = False
     """Leave out the first place, as TinyLLaVA does for a class token that SigLIP does not have."""
     image_size: Count = 0

@@ -85,7 +85,9 @@ def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
     spec = backbone.image_spec
     fill = tuple(int(255 * mean) for mean in spec.mean)
     backbone.image_spec = replace(spec, resize_mode=cfg.resize, fill=fill)  # type: ignore[arg-type]
-    tower = VisionTower(backbone, layers=cfg.tower_layers, grid=cfg.grid, drop_first=cfg.drop_first)
+    tower = VisionTower(
+        backbone, layers=cfg.tower_layers, grid=cfg.grid, drop_first=cfg.drop_first, norm=cfg.tower_norm
+    )
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     decoder, tokenizer = load_decoder(cfg.decoder, dtype=dtype, layers=cfg.decoder_layers)
     digest = _digest([*tower.state_dict().values(), *decoder.state_dict().values()])

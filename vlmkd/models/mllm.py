@@ -29,14 +29,20 @@ class VisionTower(nn.Module):
     """Features of an image by its place, from the maps or patches of a backbone."""
 
     def __init__(
-        self, backbone: Backbone, *, layers: Sequence[int] = (-2,), grid: int = 0, drop_first: bool = False
+        self,
+        backbone: Backbone,
+        *,
+        layers: Sequence[int] = (-2,),
+        grid: int = 0,
+        drop_first: bool = False,
+        norm: bool = False,
     ) -> None:
         """`layers`: whose outputs, side by side, are the features; -1 is the last block. `grid`: pool each to grid x grid places;
-        0: as many as the last of the layers has. `drop_first`: without the first place.
+        0: as many as the last of the layers has. `drop_first`: without the first place. `norm`: mean 0 and variance 1 of the features of each place.
         """
         super().__init__()
         self.backbone, self.layers, self.grid = backbone.module.eval(), list(layers), grid
-        self.drop_first = drop_first
+        self.drop_first, self.norm = drop_first, norm
         self.image_spec = backbone.image_spec
         if not hasattr(self.backbone, "forward_intermediates"):
             told = "gives no features by place; choose a ViT or a timm network"
@@ -56,7 +62,8 @@ class VisionTower(nn.Module):
         maps = found["image_intermediates"] if isinstance(found, dict) else found
         size = (self.grid, self.grid) if self.grid else maps[-1].shape[-2:]
         pooled = [one if one.shape[-2:] == size else F.adaptive_avg_pool2d(one, size) for one in maps]
-        return rearrange(torch.cat(pooled, dim=1), "i c h w -> i (h w) c")[:, int(self.drop_first) :]
+        features = rearrange(torch.cat(pooled, dim=1), "i c h w -> i (h w) c")[:, int(self.drop_first) :]
+        return F.layer_norm(features, features.shape[-1:]) if self.norm else features
 
 
 class Projector(nn.Sequential):

@@ -30,7 +30,7 @@ train() { # "NAME STAGE STEPS" [field=value ...]
         2>&1 | sed -u "s/^/[$name] /"
 }
 model() { # DECODER: a model that is put together here
-    echo student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.grid=4 student.image_size=96 \
+    echo student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.grid=4 student.tower_norm=true student.image_size=96 \
         "student.decoder=hf:$runs/$1"
 }
 from() { echo "student.init_from=$runs/$1/export"; }

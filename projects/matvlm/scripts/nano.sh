@@ -21,7 +21,7 @@ teacher() { # NAME STAGE STEPS [field=value ...]
         run_dir="$runs/$1" stage="$2" steps="$3" "$chats" "${@:4}"
 }
 teacher words words 800 "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32 \
-    student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.grid=4 student.image_size=96 \
+    student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.grid=4 student.tower_norm=true student.image_size=96 \
     "student.decoder=hf:$runs/decoder"
 teacher teacher sft "$teacher_steps" "student.init_from=$runs/words/export" \
     "evaluation.questions=[{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}]"
