@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from scripts import export
 from tests.chat_parts import byte_tokenizer
 from vlmkd.chat_config import MllmConfig
-from vlmkd.export.mllm import build_mllm, check_mllms, export_mllm, load_mllm
+from vlmkd.export.mllm import (
+    WEIGHTS,
+    ChatParts,
+    build_mllm,
+    check_mllms,
+    export_digest,
+    export_mllm,
+    load_mllm,
+)
 from vlmkd.models.lora import LoraLinear, add_lora, merge_lora
 
 RANK = 3
@@ -53,7 +63,8 @@ def test_an_update_is_zero_at_first_and_adds_its_product() -> None:
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_an_export_holds_the_updates_and_loads_with_or_without_them(tmp_path: Path) -> None:
+def small(tmp_path: Path) -> ChatParts:
+    """An image model with updates that are not zero."""
     decoder().save_pretrained(tmp_path / "decoder")
     byte_tokenizer().save_pretrained(tmp_path / "decoder")
     cfg = MllmConfig(
@@ -63,7 +74,26 @@ def test_an_export_holds_the_updates_and_loads_with_or_without_them(tmp_path: Pa
     parts = build_mllm(cfg, keep_lora=True)
     shaken(parts.module)
     parts.trained = {name for name in parts.module.state_dict() if ".lora_" in name or "projector" in name}
-    folder = tmp_path / "export"
+    return parts
+
+
+def test_an_export_is_written_anew_in_half_precision(tmp_path: Path) -> None:
+    parts = replace(small(tmp_path), project="llava_mod")
+    run, half = tmp_path / "run", tmp_path / "half"
+    export_mllm(run / "export", parts, parts.module.state_dict())
+    assert export.main([str(run), str(half), "--half"]) == 0
+    loaded = load_mllm(half, keep_lora=True)
+    assert loaded.trained == parts.trained and loaded.project == "llava_mod"
+    for name in parts.trained:
+        was = parts.module.state_dict()[name]
+        assert torch.equal(loaded.module.state_dict()[name], was.half().float()), name
+    whole, small_one = ((one / WEIGHTS).stat().st_size for one in (run / "export", half))
+    assert small_one < 0.6 * whole
+    assert export_digest(str(run)) == export_digest(str(run / "export")) != export_digest(str(half))
+
+
+def test_an_export_holds_the_updates_and_loads_with_or_without_them(tmp_path: Path) -> None:
+    parts, folder = small(tmp_path), tmp_path / "export"
     probe = export_mllm(folder, parts, parts.module.state_dict())
     check_mllms({folder: probe})
     kept, merged = load_mllm(folder, keep_lora=True), load_mllm(folder)

@@ -69,7 +69,13 @@ def test_feature_maps_are_pooled_to_one_grid_and_stand_side_by_side() -> None:
     maps = backbone.module.forward_intermediates(images, indices=[-2, -1], intermediates_only=True)
     with torch.no_grad():
         expected = maps[0][0, :, :2, 2:].mean(dim=(1, 2))  # the upper right quarter of a 4 x 4 map
-        torch.testing.assert_close(tower(images)[0, 1, :256], expected)
+        plain = tower(images)
+        torch.testing.assert_close(plain[0, 1, :256], expected)
+        normed = VisionTower(backbone, layers=[-2, -1], grid=2, norm=True)(images)
+        centred = plain - plain.mean(-1, keepdim=True)
+        torch.testing.assert_close(
+            normed, centred / (plain.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        )
     with pytest.raises(UserError, match="config field tower.layers"):
         VisionTower(backbone, layers=[17])
 
