@@ -72,7 +72,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "chat_runs": (
         "which files of chats are shards, for data_tools/embed_chats.py too; what tools open any export with",
-        {"export_folder", "is_shards", "open_chat"},
+        {"is_shards", "open_chat"},
     ),
     "data/chats": (
         "as in data/samples, the templates for the tools' options, and what a record is, for the tools of shards",
