@@ -91,7 +91,7 @@ class Exported(import_module("lmms_eval.api.model").lmms):  # type: ignore[misc]
             context, target, *document = request.args
             text = target(self._document(*document[1:])) if callable(target) else target
             asked.append(("", (*self._asked(context, *document), str(text).strip())))
-        return self._batched(asked, lambda _, batch: [wrapped(text=one) for one in self.chat.losses(batch)])
+        return self._batched(asked, lambda _, batch: [wrapped(text=one) for one in losses(self.chat, batch)])
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered."""
@@ -120,6 +120,37 @@ class Exported(import_module("lmms_eval.api.model").lmms):  # type: ignore[misc]
                 found |= dict(zip(numbers, results, strict=True))
                 line.update(len(numbers))
         return [found[number] for number in range(len(asked))]
+
+
+def losses(
+    chat: Any, asked: Sequence[tuple[list[bytes], list[tuple[str, str]], str, str]]
+) -> list[tuple[float, bool]]:
+    """Of what a `ChatModel` is asked, and an answer: mean cross entropy of the answer's tokens and its end, and whether
+    they are what is said greedily.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    device = next(chat.model.parameters()).device
+    rows = [chat.tokens.encode([*turns, (question, answer)]) for _, turns, question, answer in asked]
+    ids = [torch.tensor(row, device=device) for row, _ in rows]
+    images = chat.pictures_of([data for images, *_ in asked for data in images]).to(device)
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "segments": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "images": images,
+        "image_rows": torch.arange(len(images), device=device),
+    }
+    found = []
+    with torch.no_grad():
+        for row, hidden, (_, learned), one in zip(ids, chat.model(batch), rows, asked, strict=True):
+            # Without any prompt nothing predicts the first token.
+            start = max(1, len(chat.tokens.prompt(*one[1:3])))
+            end = start + sum(learned[start:])  # what stands behind an answer's end is not learned
+            logits = chat.model.head(hidden[start - 1 : end - 1]).float()
+            loss = torch.nn.functional.cross_entropy(logits, row[start:end])
+            found.append((loss.item(), bool((logits.argmax(dim=1) == row[start:end]).all())))
+    return found
 
 
 def _runs(order: Sequence[int], groups: Sequence[str], most: int) -> Iterator[list[int]]:

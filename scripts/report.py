@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a checkout that was not installed
 
 from vlmkd.errors import run_tool
 from vlmkd.files import write_text
-from vlmkd.page.report import build_report, markdown_table
+from vlmkd.page.report import build_report, columns_of, millions, read_run, rows_of
+from vlmkd.results import markdown, title_of
+
+
+def markdown_table(run_dirs: Sequence[Path]) -> str:
+    """Models x test sets; `-` where a model was not evaluated."""
+    rows = rows_of([read_run(folder) for folder in run_dirs])
+    columns = columns_of(rows)
+    lines = []
+    for row in rows:
+        cells = [row.scores[one.key].shown() if one.key in row.scores else "-" for one in columns]
+        lines.append([row.label + (" (teacher)" if row.teacher else ""), millions(row.parameters), *cells])
+    return markdown(["model", "parameters", *(f"{one.dataset} {title_of(one)}" for one in columns)], lines)
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ def keep_freed_memory(_: int = 0) -> bool:
     By default glibc maps every large tensor anew and unmaps it when it is freed, so each step pays for zeroed pages:
     measured on two cores, up to two fifths of the CPU time of a convolutional tower and a fifteenth of a ViT's. The
     process then holds on to its peak memory. Returns whether there was something to set (not on macOS, musl or Windows).
-    It is also the `worker_init_fn` of a DataLoader, whose processes each free a batch as large as the next.
+    Also a DataLoader's `worker_init_fn`: its processes each free a batch as large as the next.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -76,7 +76,7 @@ def gather(x: Tensor) -> Tensor:
     Carries gradients when `x` needs them: the backward pass sums what all ranks ask of this rank's rows, so that
     the mean over ranks of a local-rows loss has exactly the gradient of the global loss.
     """
-    return x if world_size() == 1 else torch.cat(all_gather(x))
+    return x if world_size() == 1 else torch.cat(all_gather(x, None))
 
 
 def row_offset(local_rows: int) -> int:
@@ -198,7 +198,6 @@ def total(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool | Tensor) -> bool:
-    """True on every rank when `flag` is true on any."""
     if world_size() == 1:
         return bool(flag)
     return bool(total(torch.as_tensor(flag, dtype=torch.float32)).item())

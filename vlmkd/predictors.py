@@ -18,11 +18,9 @@ class ImageEncoder(Protocol):
     @property
     def logit_scale(self) -> float:
         """Factor (not its logarithm) of cosine similarities in the softmax."""
-        ...
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors, float32."""
-        ...
 
 
 class TextEncoder(Protocol):
@@ -31,11 +29,9 @@ class TextEncoder(Protocol):
     @property
     def logit_scale(self) -> float:
         """As an ImageEncoder's."""
-        ...
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """N captions -> [N,D] unit vectors, float32."""
-        ...
 
 
 @runtime_checkable
@@ -53,4 +49,3 @@ class ImageClassifier(Protocol):
 
     def classify(self, images: Tensor) -> Tensor:
         """[B,3,H,W] in the statistics of `image_spec` -> [B,C] logits, float32."""
-        ...

@@ -50,7 +50,7 @@ UNREADABLE = Meaning(unit="count", higher_is_better=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """One number of one model: a line of results.jsonl. Label, unit and so on are those of its `Meaning`."""
+    """A line of results.jsonl. Label, unit and so on are those of its `Meaning`."""
 
     run: str
     """The run folder, or what an evaluation command evaluated."""
@@ -68,7 +68,7 @@ class Number:
     higher_is_better: bool | None = None
     main: bool = False
     fitted: bool = False
-    """It was fitted on the data set and scores nothing, such as the weight of a mixture."""
+    """It was fitted on the data set and scores nothing."""
     count: int = 0
     """Of images, texts, ..."""
     step: int = 0
@@ -90,7 +90,7 @@ _KINDS: dict[str, Any] = {
 def numbers_of(
     results: Iterable[Result], *, run: str, model: str, tags: Mapping[str, Any] | None = None, step: int = 0
 ) -> list[Number]:
-    """The lines of evaluations of one model: metrics, then what was fitted. A value that is not finite is left out."""
+    """Metrics, then what was fitted, of evaluations of one model; a value that is not finite is left out."""
     found = []
     for result in results:
         for fitted, values in ((False, result.metrics), (True, result.chosen)):
@@ -153,11 +153,7 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_results(path: Path) -> list[Number]:
-    """The lines of a results file.
-
-    Raises:
-        UserError: as `json_lines`, or lines of something else; of an earlier version's run the line says so.
-    """
+    """The lines of a results file; errors as `json_lines`, and a hint where the run is of an earlier version."""
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
         told = "was written by an earlier version; read it with that one, or run it again"
         raise UserError(f"{path.parent} {told}")

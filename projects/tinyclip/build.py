@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from projects.tinyclip.config import DistillConfig, InheritConfig, MaskConfig, TinyCLIPConfig
+from projects.tinyclip.encoder import CLIPEncoder
 from projects.tinyclip.fuse import reenter
 from projects.tinyclip.inherit import Inheritance, inherit
 from projects.tinyclip.masked import MaskedCLIP, config_from_clip
@@ -23,7 +24,7 @@ from vlmkd.evaluation.classify import Classification
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.models.clip import ClipModel, load_clip, load_weights
 from vlmkd.models.pruned_clip import PrunedCLIP
-from vlmkd.models.towers import CLIPEncoder, ClipTeacher
+from vlmkd.models.towers import ClipTeacher
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job

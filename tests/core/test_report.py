@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.report import markdown_table
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
@@ -248,7 +249,7 @@ def test_targets_may_hold_several_pictures(tmp_path: Path) -> None:
 
 
 def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
-    lines = report.markdown_table(runs).splitlines()
+    lines = markdown_table(runs).splitlines()
     assert lines[0] == "| model | parameters | unseen top-1 | unseen top-5 | unseen image→text R@1 |"
     assert lines[2] == f"| {SHOWN} (teacher) | 4.60 M | 36.6 | 64.6 | 25.4 |"
     assert lines[4] == "| scratch | 1.15 M | 12.5 | 75.0 | 10.0 |"
@@ -271,7 +272,7 @@ def test_a_metric_brings_its_meaning_to_table_and_page(
     result = Result("own", "chat", {"made_up": value}, 9, meanings={"made_up": meaning})
     write_results(folder / FILE, numbers_of([result], run="run", model="student", step=40))
     assert (
-        report.markdown_table([folder])
+        markdown_table([folder])
         == f"| model | parameters | chat {name} |\n|---|---:|---:|\n| run | - | {shown} |\n"
     )
     text = report.build_report([folder], tmp_path / "page.html", title="Own").read_text()
@@ -328,7 +329,7 @@ def test_the_script_writes_both_files_and_refuses_a_wrong_folder(runs: list[Path
     page, table = tmp_path / "out/page.html", tmp_path / "table.md"
     command = [*script, *map(str, runs), "--out", str(page), "--markdown", str(table)]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    assert page.is_file() and table.read_text() == report.markdown_table(runs)
+    assert page.is_file() and table.read_text() == markdown_table(runs)
     result = subprocess.run(
         [*script, str(tmp_path / "nowhere")], capture_output=True, text=True, cwd=tmp_path
     )

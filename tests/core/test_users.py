@@ -98,10 +98,13 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "parts of encoding texts, which `load_clip` uses",
         {"encode_causal", "read_at", "up_to"},
     ),
-    "models/towers": ("adapters of every CLIP, beside those of two users", {"CLIPEncoder", "convert_images"}),
+    "models/towers": (
+        "any CLIP in one call, and what a frozen one does with another's pixels",
+        {"ClipTowers", "convert_images"},
+    ),
     "page/report": (
         "what scripts/report.py and scripts/distill_folder.py call",
-        {*("Row", "main_set", "markdown_table", "read_run", "rows_of")},
+        {*("Row", "columns_of", "main_set", "millions", "read_run", "rows_of")},
     ),
     "results": ("how a number is written in every table", {"show"}),
     "train/engine": (

@@ -15,11 +15,12 @@ import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
+from projects.tinyclip.encoder import CLIPEncoder
 from vlmkd import zoo
 from vlmkd.errors import UserError
 from vlmkd.models.clip import build_clip, load_clip, weights_digest
 from vlmkd.models.pruned_clip import PrunedCLIP
-from vlmkd.models.towers import CLIPEncoder, ClipPredictor
+from vlmkd.models.towers import ClipPredictor
 
 CONFIGS = Path(__file__).parents[2] / "projects" / "tinyclip" / "configs" / "models"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -123,7 +123,7 @@ def test_losses_are_those_of_the_whole_text(model: tuple[Any, ChatModel]) -> Non
         ids, learned = chat.tokens.encode([(question, answer)])
         batch = {
             "input_ids": torch.tensor([ids]), "segments": torch.ones(1, len(ids), dtype=torch.long),
-            "images": chat._pictures(images), "image_rows": torch.arange(len(images)),
+            "images": chat.pictures_of(images), "image_rows": torch.arange(len(images)),
         }  # fmt: skip
         with torch.no_grad():
             chances = chat.model.head(chat.model(batch))[0].log_softmax(dim=1)
@@ -135,7 +135,9 @@ def test_losses_are_those_of_the_whole_text(model: tuple[Any, ChatModel]) -> Non
     assert plugged.loglikelihood([SimpleNamespace(args=("", "b"))])[0].text[0] > 0
 
 
-def test_what_is_said_greedily_is_told(model: tuple[Any, ChatModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_greedily_is_told(
+    model: tuple[Any, ChatModel], plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, chat = model
     monkeypatch.setattr(chat.tokens, "template", Template("", "{}"))
     monkeypatch.setattr(chat.tokens, "end", -1)
@@ -147,11 +149,11 @@ def test_what_is_said_greedily_is_told(model: tuple[Any, ChatModel], monkeypatch
     (said,) = chat.answer([([], [], question)], most_tokens=1)
     chances = chat.model.head(chat.model({
         "input_ids": torch.tensor([chat.tokens.prompt([], question + said)]), "segments": torch.ones(1, 4).long(),
-        "images": chat._pictures([]), "image_rows": torch.zeros(0).long(),
+        "images": chat.pictures_of([]), "image_rows": torch.zeros(0).long(),
     }))[0, -1]  # fmt: skip
     for end in (int(chances.argmax()), int(chances.argmin())):
         monkeypatch.setattr(chat.tokens, "end", end)
-        assert chat.losses([([], [], question, said)])[0][1] is (end == int(chances.argmax()))
+        assert plugin.losses(chat, [([], [], question, said)])[0][1] is (end == int(chances.argmax()))
 
 
 def test_what_is_not_offered_is_told(model: tuple[Any, ChatModel], plugin: Any) -> None:

@@ -1,7 +1,8 @@
 """Answers of a multimodal model to questions about images: how it is asked, and how what it says is scored.
 
 A question is a record as in `vlmkd.data.chats` whose last turn is the true answer. `kind` says how it is scored: `exists`
-by POPE's rule, `caption` by CHAIR against the record's `things`, everything else by equal words."""
+by POPE's rule, `caption` by CHAIR against the record's `things`, everything else by equal words.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ class ChatModel:
         go to `generate` of transformers, e.g. a streamer.
         """
         rows = [self.tokens.prompt(turns, question) for _, turns, question in asked]
-        images = self._pictures([data for images, _, _ in asked for data in images])
+        images = self.pictures_of([data for images, _, _ in asked for data in images])
         options |= {"most_tokens": most_tokens, "temperature": temperature}
         said = self.complete(rows, images, torch.arange(len(images)), **options)
         texts = [self.tokens.tokenizer.decode(row, skip_special_tokens=True) for row in said]
@@ -89,35 +90,7 @@ class ChatModel:
             )  # fmt: skip
         return [row[: row.index(end) + 1] if end in row else row for row in said.tolist()]
 
-    @torch.no_grad()
-    def losses(
-        self, asked: Sequence[tuple[Sequence[bytes], Sequence[tuple[str, str]], str, str]]
-    ) -> list[tuple[float, bool]]:
-        """Of (images, turns before, question, answer): mean cross entropy of the answer's tokens and its end, and whether
-        they are what is said greedily; images as in `answer`.
-        """
-        device = next(self.model.parameters()).device
-        rows = [self.tokens.encode([*turns, (question, answer)]) for _, turns, question, answer in asked]
-        ids = [torch.tensor(row, device=device) for row, _ in rows]
-        images = self._pictures([data for images, *_ in asked for data in images]).to(device)
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "segments": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "images": images,
-            "image_rows": torch.arange(len(images), device=device),
-        }
-        found = []
-        for row, hidden, (_, learned), one in zip(ids, self.model(batch), rows, asked, strict=True):
-            start = max(
-                1, len(self.tokens.prompt(*one[1:3]))
-            )  # without any prompt nothing predicts the first token
-            end = start + sum(learned[start:])  # what stands behind an answer's end is not learned
-            logits = self.model.head(hidden[start - 1 : end - 1]).float()
-            loss = torch.nn.functional.cross_entropy(logits, row[start:end])
-            found.append((loss.item(), bool((logits.argmax(dim=1) == row[start:end]).all())))
-        return found
-
-    def _pictures(self, files: Sequence[bytes]) -> torch.Tensor:
+    def pictures_of(self, files: Sequence[bytes]) -> torch.Tensor:
         """[I, 3, h, w]; also of no image."""
         try:
             pictures = [self._transform(Image.open(io.BytesIO(data))) for data in files]
@@ -273,9 +246,10 @@ def pope(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def chair(pairs: Sequence[tuple[Sequence[str], str]], vocabulary: Sequence[str]) -> dict[str, float]:
-    """CHAIR of (things that are there, caption): how much of what is said is not there, and `cover`.
+    """CHAIR of (things that are there, caption).
 
-    `chair_i`: share of mentions; `chair_s`: share of captions with one; `cover`: share of the things that are named.
+    `chair_i`: share of mentions of what is not there; `chair_s`: share of captions with one; `cover`: share of the things
+    that are named.
     """
     count = wrong = bad = there = named = 0
     for things, text in pairs:

@@ -55,12 +55,7 @@ class Evaluator(Protocol):
     name: str
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """Evaluate on all ranks together; every rank gets the same results.
-
-        Raises:
-            UserError: `predictor` lacks the protocol, or too many images cannot be read.
-        """
-        ...
+        """Evaluate on all ranks together; every rank gets the same results, and a predictor without the protocol is refused."""
 
 
 @runtime_checkable
@@ -80,7 +75,6 @@ class OfQuestions(Protocol):
 
     def pictures(self) -> dict[str, list[bytes]]:
         """Key -> images of the questions that are shown."""
-        ...
 
 
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:

@@ -22,7 +22,6 @@ from vlmkd.predictors import DualEncoder
 
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
-_NAMED = 3  # unreadable files that an error line names
 _Batch = tuple[Tensor, Tensor, list[str]]
 Outputs = tuple[Tensor, Tensor, list[str]]
 """Indices [n] of the readable images of all ranks, sorted; their rows [n,...] on the CPU; names of the unreadable ones."""
@@ -74,11 +73,9 @@ def image_outputs(
     found = sorted(name for part in distributed.gather_objects(own) for name in part)
     share = len(found) / len(images)
     if share > context.max_unreadable_share or share == 1:
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise UserError(
-            f"{title}: {len(found)} of {len(images)} images cannot be read, more than {context.max_unreadable_share:.1%}: "
-            f"{', '.join(found[:_NAMED])}{more}; restore these files"
-        )
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        told = f"{len(found)} of {len(images)} images cannot be read, more than {context.max_unreadable_share:.1%}"
+        raise UserError(f"{title}: {told}: {', '.join(found[:3])}{more}; restore these files")
     ids, kept = (torch.cat(part) for part in zip(*parts, strict=True))
     return (*distributed.gather_rows(ids, kept), found)
 

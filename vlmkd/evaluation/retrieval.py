@@ -29,7 +29,7 @@ BLOCK_ELEMENTS = 1 << 24
 class Retrieval:
     """`image_to_text_r<k>` and `text_to_image_r<k>` for k = 1, 5, 10 (k >= number of candidates is left out).
 
-    `details` has the mean and median rank of the first positive, where 1 is best, in both directions.
+    `details` has the mean and median rank of the first positive, where 1 is best.
     """
 
     name = "retrieval"
@@ -86,7 +86,7 @@ def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) 
 def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> Tensor:
     """Place (0 = first) of each query's best positive among all candidates, int64 [Q] on the CPU.
 
-    Works on blocks of queries, so that at most BLOCK_ELEMENTS scores exist at a time.
+    At most BLOCK_ELEMENTS scores exist at a time.
     """
     count = len(candidates)
     rows_per_block = max(1, BLOCK_ELEMENTS // max(count, 1))

@@ -2,8 +2,6 @@
 
 `model.safetensors`, `classifier.json` (backbone, head, class names, pixel statistics), `provenance.json`, and, where
 one linear layer says the same, `timm.safetensors`.
-
-`python -m vlmkd.export.classifier FOLDER PROBE ...` is the process that `verify_classifiers` starts.
 """
 
 from __future__ import annotations
@@ -128,13 +126,11 @@ def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
 
 
 def probe_of(module: nn.Module, config: ClassifierConfig) -> Probe:
-    """Logits and prediction of random images."""
     images = probe_images(config.image_spec)
     return Probe({"images": images}, _outputs(copy.deepcopy(module).cpu().float(), config, images))
 
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """What the classifier in `folder` makes of a probe's images."""
     return _outputs(load_classifier(folder).module, read_config(folder), probe.inputs["images"])
 
 

@@ -1,6 +1,4 @@
-"""Exported CLIPs: a folder that open_clip or transformers reads, proved in a fresh process to compute the same.
-
-`python -m vlmkd.export.clip FOLDER PROBE ...` is the process that `verify_export` starts."""
+"""Exported CLIPs: a folder that open_clip or transformers reads, proved in a fresh process to compute the same."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import copy
 import dataclasses
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,18 +49,17 @@ def export_clip(
     *,
     layout: Layout = "open_clip",
     half: bool = False,
-    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `clip` into `folder`, which appears complete or not at all; an older export there is replaced.
 
     Layout `open_clip` is what open_clip's `local-dir:` reads (a PrunedCLIP there is read by our load_clip only), `hf` what
-    transformers' CLIPModel reads. `half` stores fp16. `provenance` is added to provenance.json.
+    transformers' CLIPModel reads. `half` stores fp16.
     """
     with replacing(folder, list(_CONFIG.values())) as partial:
         weights = partial / _WEIGHTS[layout]
         state = _write_open_clip(partial, clip) if layout == "open_clip" else _write_hf(partial, clip, half)
         write_tensors(weights, state, half=half)
-        write_provenance(weights, clip.source, clip.module.parameters(), {"half": half, **(provenance or {})})
+        write_provenance(weights, clip.source, clip.module.parameters(), {"half": half})
 
 
 def _write_open_clip(folder: Path, clip: ClipModel) -> dict[str, Tensor]:
@@ -96,7 +92,7 @@ def _write_hf(folder: Path, clip: ClipModel, half: bool) -> dict[str, Tensor]:
 
 
 def _write_tokenizer(folder: Path, clip: ClipModel) -> bool:
-    """Write the model's own tokenizer files; False when it has none (open_clip's own tokenizer)."""
+    """Write the model's own tokenizer files; False when it has open_clip's."""
     from open_clip.tokenizer import HFTokenizer
 
     if clip.tokenizer_folder is not None:

@@ -1,7 +1,8 @@
 """An exported model's folder: written whole or not at all, described, and checked in a fresh process.
 
 A format (clip.py, classifier.py, a project's own) says what a Probe of its model is, and what a reloaded folder makes
-of its inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is that process (`check_main`)."""
+of its inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is that process (`check_main`).
+"""
 
 from __future__ import annotations
 
@@ -47,11 +48,11 @@ def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in marks):
         raise UserError(f"{folder} exists and is no model export; choose another folder")
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
@@ -66,7 +67,7 @@ def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
 
 
 def stored(tensor: Tensor, *, half: bool = False) -> Tensor:
-    """A tensor as a file has it: on the CPU, of its own memory, fp32; with `half` fp16 but for single numbers."""
+    """A tensor as a file has it: on the CPU, of its own memory, fp32; with `half` fp16, but for single numbers."""
     if tensor.is_floating_point():
         tensor = tensor.to(torch.float16 if half and tensor.numel() > 1 else torch.float32)
     return tensor.detach().cpu().contiguous().clone()
@@ -86,7 +87,7 @@ def write_tensors(
 def write_provenance(
     weights: Path, source: str, parameters: Iterable[Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write provenance.json beside `weights`: their sha256, source and size of the model, versions, command, `facts`."""
+    """Write provenance.json beside `weights`: sha256, source and size of the model, versions, command, `facts`."""
     content = {
         "file": weights.name,
         "sha256": sha256_of(weights),
@@ -103,9 +104,11 @@ def write_provenance(
 def git(*args: str) -> str:
     """What a git command says in the source tree; empty for an installed copy without one."""
     command = ["git", "-C", str(REPOSITORY), *args]
+    if not (REPOSITORY / ".git").exists() or not shutil.which("git"):
+        return ""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -135,7 +138,7 @@ def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
 def verify(module: str, probes: Mapping[Path, Probe]) -> None:
     """Run `python -m MODULE FOLDER PROBE ...` in a fresh process on the CPU, without the network; a UserError has its last line.
 
-    One process for all the exports of a run, because most of its seconds are those of its imports.
+    One process for all the exports of a run: most of its seconds are those of its imports.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "HF_HUB_OFFLINE": "1",
@@ -159,7 +162,7 @@ def verify(module: str, probes: Mapping[Path, Probe]) -> None:
 
 
 def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Sequence[str]) -> int:
-    """The checking process: tells the first folder whose `outputs` are not its probe's, and returns 1."""
+    """Tells the first folder whose `outputs` are not its probe's, and returns 1."""
     folders = [Path(folder) for folder in argv[::2]]
     for folder, file in zip(folders, argv[1::2], strict=True):
         try:

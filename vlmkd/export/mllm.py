@@ -2,7 +2,8 @@
 
 `mllm.json` names tower, decoder, template and image statistics; `model.safetensors` holds the tensors that were trained, so
 that a projector on a frozen language model is a small file; the rest comes from where `mllm.json` says, and has the sha256
-that it says. `python -m vlmkd.export.mllm FOLDER PROBE ...` is the process that `check_mllms` starts."""
+that it says.
+"""
 
 from __future__ import annotations
 
@@ -117,10 +118,9 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 def load_mllm(
     folder: Path, *, surgery: Surgery | None = None, precision: str = "", keep_lora: bool = False
 ) -> ChatParts:
-    """What `export_mllm` wrote; low-rank updates go into the weights, unless they are kept to be trained on.
+    """What `export_mllm` wrote, unless its stock weights are others here, or a project is needed to load it.
 
-    Raises:
-        UserError: an export that is damaged, of another project, or whose stock weights differ.
+    Low-rank updates go into the weights, unless they are kept to be trained on.
     """
     content = read_object(folder / CONFIG, "multimodal model", "name the `export` folder of a run")
     if content.get("format") != _FORMAT:
@@ -214,7 +214,6 @@ def export_mllm(
 
 
 def probe_inputs(parts: ChatParts) -> dict[str, Tensor]:
-    """One row with an image and one without."""
     places: Any = parts.module.tower.tokens
     row = torch.tensor([3, 4, *[IMAGE_ID] * places, *range(5, 11)])
     ids = torch.stack([row, torch.arange(5, 5 + len(row))])
@@ -234,7 +233,6 @@ def check_mllms(written: Mapping[Path, Probe], module: str = "vlmkd.export.mllm"
 
 
 def reloaded(surgery: Surgery | None, argv: Sequence[str]) -> int:
-    """The checking process of a project."""
     return check_main(
         lambda folder, probe: _outputs(load_mllm(folder, surgery=surgery).module.eval(), probe.inputs), argv
     )

@@ -1,6 +1,7 @@
 """Affinity mimicking: the student's image-text softmax imitates the teachers' (docs/papers/tinyclip.md, eq. 1-6).
 
-Letters: b local rows, B gathered columns (B = b without gathering), D student width, D' teacher width."""
+Letters: b local rows, B gathered columns (B = b without gathering), D student width, D' teacher width.
+"""
 
 from __future__ import annotations
 

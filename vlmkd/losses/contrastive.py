@@ -5,7 +5,8 @@ of texts; `logit_scale` is already exponentiated; `all_...` [B, D] are the embed
 local rows are the batch), and `offset` is the position of the first local row among them.
 
 Logits and softmax are in float32 (float64 stays), also under autocast. With gathered columns the mean over ranks of a
-loss is the loss of the global batch; its gradient is right only when gathering carries gradients."""
+loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
+"""
 
 from __future__ import annotations
 
@@ -77,10 +78,11 @@ def interactive_contrastive_loss(
     The student's embeddings are projected to the teacher's width if they differ; no gradient reaches the
     teacher's. The scale is that of these logits, not the student's own.
     """
-    if (all_teacher_image_embeds is None) != (all_teacher_text_embeds is None):
+    images, texts = all_teacher_image_embeds, all_teacher_text_embeds
+    if (images is None) != (texts is None):
         raise ValueError("all_teacher_image_embeds and all_teacher_text_embeds must be given together")
-    images = teacher_image_embeds if all_teacher_image_embeds is None else all_teacher_image_embeds
-    texts = teacher_text_embeds if all_teacher_text_embeds is None else all_teacher_text_embeds
+    if images is None or texts is None:
+        images, texts = teacher_image_embeds, teacher_text_embeds
     # A copy, because autograd cannot save the output of a teacher that ran in inference mode.
     images, texts = images.detach().clone(), texts.detach().clone()
     return _both_ways(image_embeds, text_embeds, images, texts, logit_scale, offset)
@@ -92,9 +94,8 @@ def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
     Columns of a teacher, and of a frozen tower, are right without one.
     """
     if torch.is_grad_enabled() and rows.requires_grad and not columns.requires_grad:
-        raise ValueError(
-            f"{name} carries no gradient, but its local rows do; gather with vlmkd.distributed.gather"
-        )
+        told = "carries no gradient, but its local rows do; gather with vlmkd.distributed.gather"
+        raise ValueError(f"{name} {told}")
 
 
 def _both_ways(

@@ -70,8 +70,8 @@ class TokenObjective:
     """Rows at a time; six blocks [chunk, V] are alive, of a mixture eight."""
 
     def __post_init__(self) -> None:
-        if self.divergence not in ("forward", "reverse", "symmetric", "jsd"):
-            raise ValueError(f"divergence is {self.divergence!r}; choose forward, reverse, symmetric or jsd")
+        if self.divergence not in (kinds := ("forward", "reverse", "symmetric", "jsd")):
+            raise ValueError(f"divergence is {self.divergence!r}; choose one of {kinds}")
         shares = 0 <= self.skew < 1 and 0 <= self.beta <= 1 and 0 <= self.taid <= 1
         if self.temperature <= 0 or self.chunk < 1 or not shares:
             raise ValueError(f"temperature and chunk must be positive, shares in 0 to 1: {self}")
@@ -83,9 +83,8 @@ class TokenLoss(NamedTuple):
     """Sums over rows times their weights, so that means over a whole optimiser step can be formed."""
 
     total: Tensor  # the objective: the only one with a gradient
-    divergence: (
-        Tensor  # with the factor temperature^2; at temperature 1, `entropy` added is the soft cross entropy
-    )
+    divergence: Tensor
+    """With the factor temperature^2; at temperature 1, `entropy` added is the soft cross entropy."""
     ce: Tensor
     entropy: Tensor  # of the target
     agreement: Tensor  # rows whose likeliest entry is the teacher's

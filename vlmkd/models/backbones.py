@@ -1,6 +1,7 @@
 """Image backbones of classifiers, by name: timm, torchvision, CLIP image towers and EfficientNet-Lite0.
 
-A backbone gives pooled features without a head. Its `config` rebuilds the same module later without any download."""
+A backbone gives pooled features without a head. Its `config` rebuilds the same module later without any download.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +26,7 @@ from vlmkd.models.pruned_clip import Config
 from vlmkd.zoo import weights_file
 
 LITE0 = "efficientnet-lite0"
-_TORCHVISION_WEIGHTS = "IMAGENET1K_V1"
-"""The first release of torchvision's weights, which the papers used."""
+_TORCHVISION_WEIGHTS = "IMAGENET1K_V1"  # the first release, which the papers used
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8}
 """A text tower that costs next to nothing, for CLIPs of which only the image tower is wanted."""
 _PREFIXES = ("backbone.", "featurizer.network.", "visual.")
@@ -59,8 +59,8 @@ def load_backbone(
 
     `timm:NAME` (pin the weights: `timm:vit_base_patch16_224.augreg_in21k_ft_in1k`), `torchvision:NAME[@TAG]` (ResNets and
     MobileNetV2; TAG is IMAGENET1K_V1 where none is given), `clip:` and what load_clip takes
-    (`clip:ViT-B-16-quickgelu@openai`, `clip:model.json@weights.safetensors`, `clip:zoo:NAME`, `clip:local-dir:PATH`), or
-    `efficientnet-lite0`, whose weights come inside a package.
+    (`clip:ViT-B-16-quickgelu@openai`, `clip:zoo:NAME`, `clip:local-dir:PATH`), or `efficientnet-lite0`, whose weights
+    come inside a package.
 
     `pretrained` False leaves the weights random, drawn from `seed` where it is given. `weights` is a file or `zoo:NAME`
     instead of the library's (see `load_backbone_weights`), `image_size` an input size instead of the weights' own.

@@ -74,22 +74,20 @@ def normalise_names(state: Mapping[str, Tensor]) -> State:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether `path` is a TorchScript archive, the form of OpenAI's own downloads."""
+    """Whether `path` is a TorchScript archive, as OpenAI's own downloads are."""
     names = [member.filename for member in zip_members(path) or []]
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
 
 def _read_openai_archive(path: Path) -> State:
-    """The tensors of one of OpenAI's published archives; any other TorchScript program is refused unread."""
+    """The tensors of one of OpenAI's archives; any other TorchScript program is refused unread."""
     from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
 
     digest = sha256_of(path)
     urls = [get_pretrained_url(name, "openai") for name in list_pretrained_models_by_tag("openai")]
     if not any(f"/{digest}/" in url for url in urls):  # the digest is a part of OpenAI's addresses
-        raise UserError(
-            f"weights file {path} is a TorchScript program and none of OpenAI's (sha256 {digest}); "
-            "it is not run: give its state dict as safetensors"
-        )
+        told = f"none of OpenAI's (sha256 {digest}); it is not run: give its state dict as safetensors"
+        raise UserError(f"weights file {path} is a TorchScript program and {told}")
     return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
 
 

@@ -3,7 +3,8 @@
 What teacher and student share: PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits and its text
 initialisation.
 
-Letters: C classes, P prompts per class, D embedding width, B batch."""
+Letters: C classes, P prompts per class, D embedding width, B batch.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +45,15 @@ class ClassVectors:
     """With `{}` or `{c}` for the class name."""
     teacher: str
     teacher_digest: str
-    """Digest of the weights (and trained prompts) behind the vectors."""
+    """Of the weights (and trained prompts) behind the vectors."""
     logit_scale: float
     """Factor of the cosines in the teacher's logits."""
     normalise: Normalise = "each_and_mean"
 
     def __post_init__(self) -> None:
-        shape = tuple(self.vectors.shape)
-        if self.vectors.ndim != 2 or shape[0] != len(self.class_names) or self.vectors.dtype != torch.float32:
-            raise ValueError(
-                f"{shape} {self.vectors.dtype} vectors for {len(self.class_names)} classes; need fp32 [C, D]"
-            )
+        shape, dtype, count = tuple(self.vectors.shape), self.vectors.dtype, len(self.class_names)
+        if len(shape) != 2 or shape[0] != count or dtype != torch.float32:
+            raise ValueError(f"{shape} {dtype} vectors for {count} classes; need fp32 [C, D]")
         if not self.vectors.isfinite().all():
             raise UserError(f"class vectors of {self.teacher} are not finite; check its weights")
 
@@ -100,7 +99,7 @@ class ClassVectors:
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The C x P texts that an encoder is given, the prompts of a class side by side."""
+    """The C x P texts that an encoder is given, those of a class side by side."""
     return [fill(template, prompt_name(name)) for name in class_names for template in templates]
 
 
@@ -125,9 +124,9 @@ def encode_classes(
     raw = normalise in ("mean", "none")
     encode = getattr(encoder, "text_features", None) if raw else encoder.encode_text
     if encode is None:
+        told = f"which {encoder.name} does not give; use a CLIP, or normalise=each_and_mean"
         raise UserError(
-            f"class vectors with normalise={normalise} need text features before normalisation, which {encoder.name} does "
-            "not give; use a CLIP, or normalise=each_and_mean"
+            f"class vectors with normalise={normalise} need text features before normalisation, {told}"
         )
     share = distributed.rank_share(len(class_names)) if shared else range(len(class_names))
     texts = class_prompts([class_names[index] for index in share], templates)

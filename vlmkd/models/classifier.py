@@ -30,7 +30,7 @@ class Classifier(nn.Module):
         self.backbone, self.projector, self.head = backbone, projector, head
 
     def features(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] in the backbone's statistics -> what the head sees [B, d]."""
+        """What the head sees, [B, d]."""
         features = self.backbone(images.to(compute_dtype(self.backbone)))
         return features if self.projector is None else self.projector(features)
 
@@ -113,7 +113,7 @@ class ClassifierPredictor:
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] -> logits [B, C], fp32; those of a dual head are mixed."""
+        """Logits [B, C], fp32; those of a dual head are mixed."""
         device = next(self.module.parameters()).device
         with evaluating(self.module):
             output = self.module(images.to(device))

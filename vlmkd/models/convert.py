@@ -103,19 +103,14 @@ def from_hf_state(state: Mapping[str, Tensor]) -> State:
 
 _SIZES: dict[str, dict[str, tuple[int, str]]] = {
     "vision_cfg": {
-        "image_size": (224, "image_size"),
-        "layers": (12, "num_hidden_layers"),
-        "width": (768, "hidden_size"),
+        "image_size": (224, "image_size"), "layers": (12, "num_hidden_layers"), "width": (768, "hidden_size"),
         "patch_size": (16, "patch_size"),
     },
     "text_cfg": {
-        "context_length": (77, "max_position_embeddings"),
-        "vocab_size": (CLIP_VOCABULARY, "vocab_size"),
-        "width": (512, "hidden_size"),
-        "heads": (8, "num_attention_heads"),
-        "layers": (12, "num_hidden_layers"),
+        "context_length": (77, "max_position_embeddings"), "vocab_size": (CLIP_VOCABULARY, "vocab_size"),
+        "width": (512, "hidden_size"), "heads": (8, "num_attention_heads"), "layers": (12, "num_hidden_layers"),
     },
-}
+}  # fmt: skip
 """Sizes of both towers: open_clip's name and default, transformers' name."""
 _SAID_OTHERWISE = {
     "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "head_width", "mlp_ratio",

@@ -79,12 +79,9 @@ class DualHead(nn.Module):
     @torch.no_grad()
     def init_from_text(self, vectors: Tensor) -> None:
         """Both weights become the class vectors [C, d] (DHO: un-normalised, of the student's own text tower), biases 0."""
-        if vectors.shape != self.ce_head.weight.shape:
-            given, wanted = list(vectors.shape), list(self.ce_head.weight.shape)
-            raise UserError(
-                f"text initialisation: class vectors are {given}, but the heads need {wanted}; take the text tower that "
-                "belongs to this backbone, or head_init=default"
-            )
+        if vectors.shape != (wanted := self.ce_head.weight.shape):
+            told = f"class vectors are {[*vectors.shape]}, but the heads need {[*wanted]}; take the text tower that"
+            raise UserError(f"text initialisation: {told} belongs to this backbone, or head_init=default")
         for head in (self.ce_head, self.kd_head):
             head.weight.copy_(vectors)
             if head.bias is not None:

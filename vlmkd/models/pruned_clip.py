@@ -243,23 +243,21 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     `heads` and `mlp` (FFN channels) have one number a layer; `pruned` is true, and `logit_bias`, where there is one, a bool.
     """
+    told = "pruned model config:"
     for section, fields in _FIELDS.items():
         for field in fields:
             if field not in (config[section] if section else config):
-                name = f"{section}.{field}".lstrip(".")
-                raise UserError(f"pruned model config: field {name} is missing")
+                raise UserError(f"{told} field {f'{section}.{field}'.lstrip('.')} is missing")
     if config["activation"] not in ("gelu", "quick_gelu"):
-        raise UserError(
-            f"pruned model config: activation is {config['activation']!r}; choose gelu or quick_gelu"
-        )
-    for section in ("vision_cfg", "text_cfg"):
-        width, heads, mlp, _ = (config[section][field] for field in _LAYERS)
+        raise UserError(f"{told} activation is {config['activation']!r}; choose gelu or quick_gelu")
+    for name in ("vision_cfg", "text_cfg"):
+        width, heads, mlp, _ = (config[name][field] for field in _LAYERS)
         if not all(isinstance(sizes, (list, tuple)) for sizes in (heads, mlp)) or len(heads) != len(mlp):
             raise UserError(
-                f"pruned model config: {section}.heads and {section}.mlp must be lists of one length, one number a layer"
+                f"{told} {name}.heads and {name}.mlp must be lists of one length, one number a layer"
             )
         if min([*heads, *mlp, width - 1]) < 0:
-            raise UserError(f"pruned model config: {section} holds a negative size or no width")
+            raise UserError(f"{told} {name} holds a negative size or no width")
 
 
 def config_from_state_dict(
@@ -283,9 +281,8 @@ def config_from_state_dict(
     patches = len(named["visual.positional_embedding"]) - 1
     grid = math.isqrt(patches)
     if conv.ndim != 4 or conv.shape[1] != 3 or grid * grid != patches:
-        raise UserError(
-            f"weights: visual.conv1.weight {list(conv.shape)} with {patches} patches is no ViT on a square grid"
-        )
+        told = f"visual.conv1.weight {[*conv.shape]} with {patches} patches is no ViT on a square grid"
+        raise UserError(f"weights: {told}")
     config: Config = {
         "embed_dim": named["visual.proj"].shape[1],
         "pruned": True,
@@ -313,10 +310,8 @@ def _layers(named: State, tower: str, head_width: int) -> Config:
     for layer in range(max(layers, default=-1) + 1):
         in_proj = len(named.get(f"{prefix}{layer}.attn.in_proj_weight", ()))
         if in_proj % rows:
-            raise UserError(
-                f"weights: {prefix}{layer}.attn.in_proj_weight has {in_proj} rows, no multiple of 3 x head width "
-                f"{head_width}; tell the head width of this model"
-            )
+            told = f"has {in_proj} rows, no multiple of 3 x head width {head_width}; tell the head width of this model"
+            raise UserError(f"weights: {prefix}{layer}.attn.in_proj_weight {told}")
         heads.append(in_proj // rows)
         mlp.append(len(named.get(f"{prefix}{layer}.mlp.c_fc.weight", ())))
     return {"heads": heads, "mlp": mlp, "head_width": head_width}

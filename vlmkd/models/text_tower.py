@@ -87,7 +87,7 @@ def up_to(tokens: Tensor, ends: Tensor) -> Tensor:
 def encode_causal(
     text: Any, tokens: Tensor, ends: Tensor, blocks: Callable[[Tensor, Tensor | None], Tensor]
 ) -> Tensor:
-    """The feature [N,D] at the positions `ends` [N] of tokens [N,T], with the parts of an open_clip text transformer.
+    """The feature [N,D] at the positions `ends` [N] of tokens [N,T], by the parts of an open_clip text transformer.
 
     `blocks` takes the embedded tokens [N,T,w] and the attention mask [T,T] through the blocks.
     """

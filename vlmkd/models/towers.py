@@ -6,8 +6,6 @@ Letters: B batch, N texts, T tokens, D embedding width.
 from __future__ import annotations
 
 import contextlib
-import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -50,35 +48,6 @@ class ClipTowers(nn.Module):
             scale = torch.full_like(scale.detach(), self.fixed_scale)
         bias = None if self.model.logit_bias is None else self.model.logit_bias.float().reshape(())
         return ClipOutput(image_embeds, text_embeds, scale, bias)
-
-
-class CLIPEncoder(ClipTowers):
-    """A trainable CLIP, whose scale and bias become vectors of one element.
-
-    A `fixed_scale` stands for the trained one, exact in any precision; of a trained one the task's bounds hold the log.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, fixed_scale: float | None = None, activation_checkpointing: bool = False
-    ) -> None:
-        super().__init__(model)
-        for name in ("logit_scale", "logit_bias"):
-            scalar = getattr(model, name)
-            if scalar is not None and scalar.ndim == 0:  # DeepSpeed 0.19 cannot broadcast these
-                setattr(model, name, nn.Parameter(scalar.detach().reshape(1)))
-        self.fixed_scale = fixed_scale
-        if fixed_scale is not None:
-            self.logit_scale.data.fill_(math.log(fixed_scale))
-        self.logit_scale.requires_grad_(fixed_scale is None)
-        if activation_checkpointing:
-            if type(self.model.visual).__name__ == "ModifiedResNet":
-                told = "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it"
-                warnings.warn(told, stacklevel=2)
-            self.model.set_grad_checkpointing(True)
-
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        return self.model.logit_scale
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:

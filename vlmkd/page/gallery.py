@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 GALLERY, MISTAKES, PICTURES = "gallery.json", "mistakes.json", "pictures.json"
 _SIDE = 96  # pixels
-_SCENE = 160
-"""Pixels of a picture that questions are asked about."""
+_SCENE = 160  # of a picture that questions are asked about
 
 
 def write_gallery(
@@ -40,9 +39,6 @@ def write_gallery(
 
     The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
     `targets` has the indexes of each text's right images; None: text i belongs to image i.
-
-    Raises:
-        ValueError: N texts without as many targets, or an index outside the images.
     """
     import torch  # here, because pages are made without it
 

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 NUM_COLORS = 6
-NEUTRAL = -1
-"""Colour number of teachers."""
+NEUTRAL = -1  # of teachers
 _MARK = "#a1b2c"
 """Followed by a digit: a series colour; by one of these letters: a colour of the page."""
 _VARIABLES = {"b": "line", "c": "ink", "d": "ink-2"} | {str(n): f"series-{n}" for n in range(NUM_COLORS)}
@@ -108,5 +107,5 @@ def _mark(color: int) -> str:
     return _SOFT if color < 0 else f"{_MARK}{color % NUM_COLORS}"
 
 
-def _cut(text: str, limit: int = 28) -> str:
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+def _cut(text: str) -> str:
+    return text if len(text) <= 28 else text[:27].rstrip() + "…"

@@ -1,6 +1,7 @@
-"""Run folders -> one self-contained HTML page and one Markdown table, from files alone: no model is loaded.
+"""Run folders -> one self-contained HTML page, from files alone: no model is loaded.
 
-The page is the template `report.html` beside this file."""
+The page is the template `report.html` beside this file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from vlmkd.files import write_text
 from vlmkd.page import chats, plots
 from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, read_gallery, read_mistakes, read_pictures
 from vlmkd.page.runs import Key, Run
-from vlmkd.results import STUDENT, TEACHER, Number, markdown, short, title_of
+from vlmkd.results import STUDENT, TEACHER, Number, short, title_of
 
 _CONFUSED = 40
 """Classes of a confusion matrix; of a larger set those with most wrong images."""
@@ -72,7 +73,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[Number]:
-    """One number of each column of `rows`, data sets together, in the order in which they were written."""
+    """One number of each column, data sets together, in the order in which they were written."""
     first: dict[Key, Number] = {}
     for row in rows:
         for key, number in row.scores.items():
@@ -91,17 +92,6 @@ def best(rows: Iterable[Row], column: Number) -> Row | None:
     sign = -1 if column.higher_is_better is False else 1
     scored = (row for row in rows if column.key in row.scores)
     return max(scored, key=lambda row: sign * row.scores[column.key].value, default=None)
-
-
-def markdown_table(run_dirs: Sequence[Path]) -> str:
-    """Models x test sets; `-` where a model was not evaluated."""
-    rows = rows_of([read_run(folder) for folder in run_dirs])
-    columns = columns_of(rows)
-    lines = []
-    for row in rows:
-        cells = [row.scores[one.key].shown() if one.key in row.scores else "-" for one in columns]
-        lines.append([row.label + (" (teacher)" if row.teacher else ""), millions(row.parameters), *cells])
-    return markdown(["model", "parameters", *(f"{one.dataset} {title_of(one)}" for one in columns)], lines)
 
 
 def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
@@ -186,10 +176,9 @@ def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Numb
 
 
 def merge_galleries(galleries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One gallery for each set of texts and images, with the models of all runs (by name) that share it.
+    """One gallery for each set of texts and images, with the models of all runs (by name) that share it, teachers first.
 
-    A run's student takes the run's name; teachers stand once, before the students. `right` is the share of a text's
-    affinity that its own images have.
+    `right` is the share of a text's affinity that its own images have.
     """
     merged: list[dict[str, Any]] = []
     for name, own in galleries:

@@ -81,10 +81,8 @@ def _together(final: Path, partial: Path) -> Iterator[None]:
     if problems:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final} could not be written ({problems[0]}); free disk space and start the same command "
-            f"again: the run continues from the checkpoint before it"
-        )
+        told = "free disk space and start the same command again: the run continues from the checkpoint before it"
+        raise UserError(f"checkpoint {final} could not be written ({problems[0]}); {told}")
 
 
 def latest(state_dir: Path) -> Path | None:
@@ -136,16 +134,12 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format") != _FORMAT:
-        raise UserError(
-            f"checkpoint {folder} was written by another version of vlmkd; end the run with that one, or choose another "
-            "run_dir"
-        )
+        told = "another version of vlmkd; end the run with that one, or choose another run_dir"
+        raise UserError(f"checkpoint {folder} was written by {told}")
     for name, now in _shape(engine).items():
         if (then := manifest.get(name)) != now:
-            raise UserError(
-                f"checkpoint {folder} was written with {name}={then} and this run has {now}; start it with {then} or choose "
-                "another run_dir"
-            )
+            told = f"{name}={then} and this run has {now}; start it with {then} or choose another run_dir"
+            raise UserError(f"checkpoint {folder} was written with {told}")
     try:
         engine.load(folder)
     except (OSError, RuntimeError, LookupError) as error:
@@ -162,7 +156,7 @@ def _shape(engine: Engine) -> dict[str, int]:
 
 
 def _steps(state_dir: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Newest first."""
     if not state_dir.is_dir():
         return []
     named = [(int(match[1]), path) for path in state_dir.iterdir() if (match := _NAME.match(path.name))]
@@ -180,7 +174,6 @@ def _digest_of(facts: dict[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

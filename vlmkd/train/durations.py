@@ -16,12 +16,9 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def in_steps(cfg: C, steps_per_epoch: int) -> C:
-    """`cfg` with every duration as optimiser steps; `steps_per_epoch` is 0 where nobody knows.
+    """`cfg` with every duration as optimiser steps; `steps_per_epoch` is 0 where nobody knows, and epochs are refused.
 
     Examples that fill no batch are dropped, shares rounded; what is longer than nothing has a step at least.
-
-    Raises:
-        UserError: epochs of data whose size is not known, a run that is a share of itself, or numbers that do not fit.
     """
     units = {"ex": 1 / cfg.batch_size, "ep": float(steps_per_epoch)}
     whole = _steps_of(cfg.steps, "steps", units)

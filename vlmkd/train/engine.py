@@ -107,29 +107,19 @@ class Engine:
             config=self.config,
             dist_init_required=False,
         )
-        self._plain = engine.zero_optimization_stage() == 0
+        self.zero_stage = int(engine.zero_optimization_stage())
         self._norm = math.nan
-        if self._plain:
+        if not self.zero_stage:
             engine.clip_fp32_gradients = lambda: None  # `_clip` does it, and keeps the norm
             # It copies, also with nobody to add to.
             engine.enable_backward_allreduce = distributed.world_size() > 1
         # DeepSpeed's own reader runs what a file names, and a run folder may come from anybody.
         engine.checkpoint_engine.load = _read_state
-        self._engine = engine
-        task.student = engine
+        self._engine = task.student = engine
+        self.device: torch.device = engine.device
+        self.module: nn.Module = engine.module  # the student without DeepSpeed's wrapper
+        self.backward: Callable[[Tensor], object] = engine.backward
         self._read_masters()
-
-    @property
-    def device(self) -> torch.device:
-        return self._engine.device
-
-    @property
-    def module(self) -> nn.Module:
-        return self._engine.module
-
-    @property
-    def zero_stage(self) -> int:
-        return int(self._engine.zero_optimization_stage())
 
     def set_lr(self, factor: float) -> float:
         """Give every scheduled group `factor` times its peak; returns the first scheduled group's rate."""
@@ -138,13 +128,10 @@ class Engine:
             group["lr"] = group["peak_lr"] * factor
         return float(scheduled[0]["lr"]) if scheduled else 0.0
 
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-
     def update(self) -> bool:
         """Count one micro-batch; True when it completed an optimiser step."""
         boundary = bool(self._engine.is_gradient_accumulation_boundary())
-        if boundary and self._plain:
+        if boundary and not self.zero_stage:
             self._norm = self._clip()
         self._engine.step()
         if boundary:
@@ -154,8 +141,8 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Gradient norm of the last optimiser step, before clipping."""
-        norm = self._norm if self._plain else self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else math.nan
+        norm = self._engine.get_global_grad_norm() if self.zero_stage else self._norm
+        return math.nan if norm is None else float(norm)
 
     def _clip(self) -> float:
         """Clip the gradients as ZeRO does, where a parameter that no loss has touched has gradient 0; the norm before."""
@@ -163,11 +150,7 @@ class Engine:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        limit = self._engine.gradient_clipping()
-        if 0 < limit < float(norm):
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return float(norm)
+        return float(nn.utils.clip_grad_norm_(parameters, self._engine.gradient_clipping() or math.inf))
 
     @torch.no_grad()
     def _clamp(self) -> None:
@@ -255,9 +238,7 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, bit for bit; nothing that a file carries is run."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            told = "holds no DeepSpeed state for this world size; use the same number of ranks"
-            raise UserError(f"checkpoint {folder} {told}")
+        assert path is not None, f"checkpoint {folder} was checked"
         self._read_masters()
 
     def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:

@@ -18,11 +18,8 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
 
     Decay goes to tensors of two or more dimensions whose name holds none of `NO_DECAY_NAMES` (the rule of the
     TinyCLIP reference), or to all of them with `optim.decay_all`. Rate and decay are those of the first of
-    `optim.groups` whose pattern is found in the name, else the run's. A group may carry its own `lr` and
-    `schedule: False` (constant); see `Engine.set_lr`.
-
-    Raises:
-        UserError: a pattern that counts for no trained parameter.
+    `optim.groups` whose pattern is found in the name, else the run's; a pattern that counts for nothing is refused.
+    A group may carry its own `lr` and `schedule: False` (constant); see `Engine.set_lr`.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     rules = [*optim.groups, ParamGroupConfig()]

@@ -129,14 +129,11 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     job = build(given)
     cfg = job.cfg
     if distributed.is_main():
-        for name, text in (
-            ("config.yaml", config.to_yaml(given)),
-            ("ds_config.json", json.dumps(generated, indent=1)),
-            ("command.txt", shlex.join(sys.argv) + "\n"),
-            ("env.json", json.dumps(_environment(), indent=1)),
-            ("data.json", json.dumps(job.loader.describe(), indent=1)),
-        ):
-            _write(run_dir / name, text)
+        _write(run_dir / "config.yaml", config.to_yaml(given))
+        _write(run_dir / "command.txt", shlex.join(sys.argv) + "\n")
+        facts = {"ds_config": generated, "env": _environment(), "data": job.loader.describe()}
+        for name, content in facts.items():
+            _write(run_dir / f"{name}.json", content)
     parameters = sum(p.numel() for p in job.task.student.parameters())
     log.info("student: %.2f M parameters, %d teacher(s) loaded", parameters / 1e6, len(job.task.teachers))
     engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
@@ -171,7 +168,7 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
             folder.mkdir(exist_ok=True)
             metrics.write_sizes(task.parameter_counts())
             models = {"exported": exported, "selections": list(chosen)[1:]}
-            _write(folder / MODELS, json.dumps(models, indent=1))
+            _write(folder / MODELS, models)
             _write(folder / DETAILS, json.dumps(details_of(results)))
             _write_gallery(folder / GALLERY, job, engine.device)
     weights = engine.student_weights()
@@ -190,10 +187,10 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
         asked = [one for one in evaluators if isinstance(one, OfQuestions)]
         owners = dict.fromkeys(line for one in asked for line in one.attributions)
         write_pictures(folder / PICTURES, {one.dataset: one.pictures() for one in asked}, owners)
-        _write(run_dir / "data.json", json.dumps(job.loader.describe(), indent=1))
+        _write(run_dir / "data.json", job.loader.describe())
         task.check_exports(written)
         log.info("exported %s; reloaded in a fresh process with equal outputs", run_dir / "export")
-        _write(run_dir / "done.json", json.dumps({"step": step, "export": "export"}))
+        _write(run_dir / "done.json", {"step": step, "export": "export"})
         _draw_page(run_dir)
     distributed.barrier()
 
@@ -249,7 +246,7 @@ def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
 
 @contextmanager
 def _run_folder(cfg: RunConfig) -> Iterator[None]:
-    """The run folder, made or opened again and locked (by rank 0); another run's is refused."""
+    """Made or opened again and locked (by rank 0); another run's is refused."""
     if distributed.environment()["RANK"] != "0":
         yield
         return
@@ -277,7 +274,7 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
 
 
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
-    """Refuse to continue a folder whose config differs in anything that changes the weights, or is damaged."""
+    """Refuse a folder whose config differs in anything that changes the weights, or is damaged."""
     folder, mend = f"run folder {path.parent}", "delete the folder or choose another run_dir"
     loaded = read_yaml(path, f"{folder}:", mend)
     whole = {item.name for item in dataclasses.fields(RunConfig)}
@@ -321,7 +318,9 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: Any) -> None:
+    """A text, or plain data as JSON."""
     partial_path = path.with_name(path.name + ".partial")
+    text = content if isinstance(content, str) else json.dumps(content, indent=1)
     partial_path.write_text(text, encoding="utf-8")
     os.replace(partial_path, path)

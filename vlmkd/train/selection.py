@@ -2,7 +2,8 @@
 
 A task names an `average`, which takes the place of the present weights whenever the student is evaluated, and
 `selections`, each evaluated once when training has ended, the last of them exported. All of them need whole weights on
-each rank, so ZeRO stage 3 is refused."""
+each rank, so ZeRO stage 3 is refused.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Selection:
     name = ""
     """How results call the student with these weights."""
     folder = ""
-    """Folder of the run that they are exported to too, where they are not the last of the task's selections."""
+    """Folder of the run that they are exported to too, where they are not the last selection."""
 
     def after_update(self, student: nn.Module, step: int) -> None:
         """Called after optimiser step `step` (from 0)."""
@@ -90,7 +91,7 @@ class Best(Selection):
     ) -> None:
         """`tie`: which of two equal scores counts (PromptKD and DHO the earlier, VL2V-ADiP the later).
 
-        Evaluations with no more than `after_step` steps done are no candidates.
+        Evaluations with no more than `after_step` steps done do not count.
         """
         self.name, self._rule, self._earlier, self._after = name, score, tie == "earlier", after_step
         self._weights: Weights = {}
@@ -121,7 +122,7 @@ class Best(Selection):
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
     """The trained parameters of `module` by name, detached; with `buffers` also its floating-point buffers.
 
-    In half precision: the fp32 master weights of those that `Task.masters` lists.
+    In half precision: the master weights of those that `Task.masters` lists.
     """
     weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:

@@ -43,13 +43,13 @@ class Task:
     teachers: list[nn.Module]
     """Frozen, in eval mode, outside the student, never checkpointed; empty when cached or none."""
     average: Selection | None = None
-    """Weights that take the place of the present ones in evaluations and the export, as soon as it has any."""
+    """Takes the place of the present weights in evaluations and the export, as soon as it has any."""
     selections: Sequence[Selection] = ()
     """Other weights, evaluated once when training has ended; the last that has any is exported."""
     without_teacher: str = ""
-    """The override that trains on the labels alone, where the method has one: advice for users of a bad teacher."""
+    """The override that trains on the labels alone, where there is one: advice for users of a bad teacher."""
     watch: Stopwatch
-    """Times the parts of a step: `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
+    """Times the parts of a step, e.g. `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
 
     def prepare(self, batch: Batch, step: int) -> Batch:
         """What optimiser step `step` trains on in the place of a micro-batch from the loader, before it is weighed.
@@ -79,7 +79,7 @@ class Task:
         return {"samples": len(batch["keys"])}
 
     def flops(self, batch: Batch) -> float:
-        """Floating-point operations that a micro-batch asks of the models, forward and backward; 0: not known."""
+        """That a micro-batch asks of the models, forward and backward; 0: not known."""
         return 0.0
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class Task:
         return decay_groups(self.student, optim)
 
     def lr_factor(self, step: int, cfg: RunConfig) -> float:
-        """Learning rate at optimiser step `step` as a share of the peak."""
+        """Of the peak, at optimiser step `step`."""
         from vlmkd.train.optim import lr_factor
 
         return lr_factor(step, cfg.steps, cfg.optim)
@@ -102,7 +102,7 @@ class Task:
         return [*([] if self.average is None else [self.average]), *self.selections]
 
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that `master_value` reads in fp32 whatever the training precision: by default all that are kept."""
+        """Parameters that `master_value` reads in fp32 whatever the precision: by default all that are kept."""
         return [p for p in self.student.parameters() if p.requires_grad] if self.kept() else []
 
     def after_evaluation(self, results: list[Result], step: int) -> None:
@@ -127,11 +127,11 @@ class Task:
         return None
 
     def tags(self) -> dict[str, str | int | float]:
-        """What tables may pivot this run's results by beside its seed and its name, e.g. method and held-out domain."""
+        """What tables may pivot this run's results by beside its seed and name, e.g. method and held-out domain."""
         return {}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of the exported student (`student`) and of the loaded teachers, under their predictors' names."""
+        """Of the exported student (`student`) and of the loaded teachers, under their predictors' names."""
         return {}
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Any:
@@ -142,7 +142,7 @@ class Task:
         raise NotImplementedError
 
     def check_exports(self, written: dict[Path, Any]) -> None:
-        """Reload the folders with an outside library in a fresh process and compare outputs with what `export` returned."""
+        """Reload the folders with an outside library in a fresh process and compare with what `export` returned."""
         raise NotImplementedError
 
 
@@ -150,8 +150,8 @@ class Task:
 def teacher_image_embeds(batch: Batch, teacher: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Unit vectors [B, D] of a labelled batch's images by its teacher, and which rows [B] it has answered (None: all).
 
-    Stored ones come with the batch. Else `teacher` looks at its own view where the batch has one, which is in its own
-    statistics, or at the student's pixels; it returns them, or a `ClipOutput`.
+    Stored ones come with the batch. Else `teacher`, which returns them or a `ClipOutput`, looks at its own view where the
+    batch has one, or at the student's pixels.
     """
     if "teacher_image_embeds" in batch:
         return batch["teacher_image_embeds"][0], batch["teacher_valid"][0]
@@ -172,10 +172,7 @@ def master_value(parameter: Tensor) -> Tensor:
 
 
 def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> StepOutput:
-    """Sum `terms` times `weights`; every term needs a weight and every weight a term.
-
-    A term whose weight is zero is left out by the caller, so that it is not computed.
-    """
+    """Sum `terms` times `weights`, which have the same names; the caller computes no term whose weight is zero."""
     if terms.keys() != weights.keys():
         raise ValueError(f"terms {sorted(terms)} and weights {sorted(weights)} must have the same names")
     weighted = {name: term * weights[name] for name, term in terms.items()}

@@ -43,7 +43,7 @@ class Job:
     """What a project's `build(cfg)` returns."""
 
     cfg: RunConfig
-    """The run's config, its durations in steps (see `vlmkd.train.durations`)."""
+    """Its durations in steps (see `vlmkd.train.durations`)."""
     task: Task
     loader: Loader
     evaluators: list[Evaluator]
@@ -131,7 +131,7 @@ def evaluate_student(
 
 
 def present_weights(task: Task) -> Weights:
-    """The weights that are the student's as long as no selection is asked for: the average's, or (empty) its own."""
+    """The student's as long as no selection is asked for: the average's, or (empty) its own."""
     return {} if task.average is None else task.average.weights()
 
 
