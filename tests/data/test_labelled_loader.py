@@ -15,7 +15,7 @@ from vlmkd.data.decode import decode
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.data.loader import Loader, build_labelled_loader
-from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.pipelines import ImagePipeline
 from vlmkd.data.samples import view_config
 from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.data.transforms import ViewConfig, normalise, render
@@ -50,7 +50,7 @@ def loader(
     **options,
 ):
     source = ItemSource(streams, **{"seed": 7, "rank": 0, "world_size": 1, **options})
-    pipeline = ImageLabelPipeline(spec, views, teacher_specs=teacher_specs, max_pixels=max_pixels)
+    pipeline = ImagePipeline(spec, views, teacher_specs=teacher_specs, max_pixels=max_pixels)
     return Loader(source, pipeline, workers=workers, max_bad_share=max_bad_share)
 
 
@@ -71,7 +71,7 @@ def test_each_item_once_a_pass_in_another_order_with_its_seeded_view(make_items,
         expected = normalise([render(decode(by_key[key].image.read()), view, spec)], spec)[0]
         torch.testing.assert_close(batch["images"][row], expected, rtol=0, atol=0)
         assert batch["labels"][row] == by_key[key].label and batch["stream_ids"][row] == 0
-    pipeline = ImageLabelPipeline(spec, VIEWS)
+    pipeline = ImagePipeline(spec, VIEWS)
     for batch in batches:
         pipeline.check(batch, 4)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vlmkd.config import DataConfig
-from vlmkd.data.pipelines import ImageTextPipeline, Sample
+from vlmkd.data.pipelines import ImagePipeline, Sample
 from vlmkd.data.samples import REASONS, BadSample, RawSample, unpack, view_config
 from vlmkd.data.transforms import ViewConfig, normalise, render
 from vlmkd.image_spec import ImageSpec
@@ -30,16 +30,16 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"x"))
 
 
-def make(cfg: DataConfig, spec: ImageSpec, tokenizer, teachers=()) -> ImageTextPipeline:
+def make(cfg: DataConfig, spec: ImageSpec, tokenizer, teachers=()) -> ImagePipeline:
     """The pipeline of a config; `teachers` as input and tokenizer."""
-    return ImageTextPipeline(
+    return ImagePipeline(
         spec, view_config(cfg), tokenizer, image_keys=cfg.image_keys, text_key=cfg.text_key, max_pixels=cfg.max_pixels,
         teacher_specs=[spec for spec, _ in teachers], teacher_tokenizers=[own for _, own in teachers],
     )  # fmt: skip
 
 
 def process(
-    pipeline: ImageTextPipeline, members: dict[str, bytes], seed: int = 0, **fields
+    pipeline: ImagePipeline, members: dict[str, bytes], seed: int = 0, **fields
 ) -> Sample | BadSample:
     try:
         return pipeline.process(RawSample("shard", "key", members, seed=f"{seed}", **fields))
@@ -47,7 +47,7 @@ def process(
         return bad
 
 
-def collate(pipeline: ImageTextPipeline, samples: list[Sample]) -> dict:
+def collate(pipeline: ImagePipeline, samples: list[Sample]) -> dict:
     return pipeline.collate(samples) | {"positions": {"worker": 0, "raw": len(samples)}}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.data.loader import Loader
-from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.pipelines import ImagePipeline
 from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
 from vlmkd.evaluation.base import Context
@@ -93,7 +93,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
 
 def loader(items: list[Item], stored: TeacherOutputs | None = None) -> Loader:
     source = ItemSource({"all": Stream(items, 3)}, seed=0, rank=0, world_size=1)
-    return Loader(source, ImageLabelPipeline(SPEC, CLEAN, stored=[[stored]] if stored else []), workers=0)
+    return Loader(source, ImagePipeline(SPEC, CLEAN, stored=[[stored]] if stored else []), workers=0)
 
 
 def look(caplog: pytest.LogCaptureFixture, *arguments: Any) -> list[str]:

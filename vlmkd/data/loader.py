@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig, LabelledDataConfig, require
-from vlmkd.data.pipelines import ImageLabelPipeline, ImageTextPipeline, Pipeline, Tokenizer
+from vlmkd.data.pipelines import ImagePipeline, Pipeline, Tokenizer
 from vlmkd.data.samples import BadSample, view_config
 from vlmkd.data.sources import ItemSource, ShardSource, Source, Stream
 from vlmkd.data.synthetic import DrawnPair
@@ -245,7 +245,7 @@ def build_loader(
     else:
         source = ShardSource(cfg, **ranks, micro_batch_size=micro_batch_size)
         stored = _open_caches(cfg, source.shards, image_spec, teacher_digests)
-    pipeline = ImageTextPipeline(
+    pipeline = ImagePipeline(
         image_spec, view_config(cfg), tokenizer,
         teacher_specs=[spec for spec, _ in teacher_views],
         teacher_tokenizers=[own for _, own in teacher_views],
@@ -289,7 +289,7 @@ def build_labelled_loader(
     source = ItemSource(
         streams, seed=seed, rank=rank, world_size=world_size, accumulation=accumulation, view_count=view_count,
     )  # fmt: skip
-    pipeline = ImageLabelPipeline(
+    pipeline = ImagePipeline(
         image_spec, views, teacher_specs=teacher_specs, max_pixels=cfg.max_pixels,
         stored=[] if stored is None else [[stored]] * len(streams),
     )  # fmt: skip

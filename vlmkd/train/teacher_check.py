@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmkd import distributed
 from vlmkd.data.labelled import UNLABELLED, Item
 from vlmkd.data.loader import Loader
-from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.pipelines import ImagePipeline
 from vlmkd.data.sources import ItemSource
 from vlmkd.evaluation.base import Context, Evaluator, OfItems, spread
 from vlmkd.evaluation.classify import Classification
@@ -62,7 +62,7 @@ def hardly_knows(right: int, count: int, classes: int) -> bool:
 def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | None:
     """Vectors [N, D] and labels [N] of the validation images in a run's stored outputs, else of training images."""
     source, pipeline = loader.source, loader.pipeline
-    if not (isinstance(source, ItemSource) and isinstance(pipeline, ImageLabelPipeline) and pipeline.stored):
+    if not (isinstance(source, ItemSource) and isinstance(pipeline, ImagePipeline) and pipeline.stored):
         return None
     (stored,) = pipeline.stored[0]
     held = [item for item in items if item.key in stored] or source.labelled()

@@ -15,7 +15,7 @@ from PIL import Image
 from projects.vl2v_adip import ask
 from vlmkd.data.decode import decode
 from vlmkd.data.loader import Loader
-from vlmkd.data.pipelines import ImageLabelPipeline
+from vlmkd.data.pipelines import ImagePipeline
 from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.data.transforms import ViewConfig, render
@@ -175,7 +175,7 @@ def test_drawn_views_are_sent_as_pictures_and_masked_ones_are_marked(
     assert masked == 1
     source = ItemSource({"a": Stream(items, 6)}, seed=1, rank=0, world_size=1, view_count=stored.info.crops)
     views = ViewConfig((0.3, 0.6), (0.75, 4 / 3), 0.5)
-    loader = Loader(source, ImageLabelPipeline(spec, views, stored=[[stored]]), workers=0)
+    loader = Loader(source, ImagePipeline(spec, views, stored=[[stored]]), workers=0)
     valid = [bool(one) for batch in itertools.islice(iter(loader), 2) for one in batch["teacher_valid"][0]]
     assert valid.count(False) == 1 and len(valid) == 12
 
