@@ -60,6 +60,10 @@ BENCHMARKS = {
     "pope": Benchmark(
         questions.read_pope, questions.pope_splits, "f1", "short answer; no if No, no or not before the first full stop; F1 of yes",
     ),
+    "scenes": Benchmark(
+        questions.read_scenes, questions.score_scenes, "accuracy",
+        "equal words; exists: no if No, no or not before the first full stop; captions: CHAIR by the names of concepts.json", 64,
+    ),
     "object_halbench": Benchmark(
         hallucination.read_object_halbench, hallucination.object_halbench, "response",
         "objects by the judge; true ones from COCO's segments and captions", 512, judged=True,
@@ -70,7 +74,7 @@ BENCHMARKS = {
         512,
     ),
 }  # fmt: skip
-_LOWER = ("response", "mention", "hallucination", "chair", "hal", "cog", "unparsable")
+_LOWER = ("response", "mention", "hallucination", "chair", "chair_i", "chair_s", "hal", "cog", "unparsable")
 _BARE = ("perception", "cognition", *questions.PERCEPTION, *questions.COGNITION)
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmkd.data.chats import IMAGE, ChatItem
+from vlmkd.data.chats import IMAGE, ChatItem, read_chats
 from vlmkd.errors import UserError
-from vlmkd.evaluation.answers import plain, pope
+from vlmkd.evaluation.answers import Question, plain, pope, scores
 from vlmkd.files import read_json, read_object, read_text
 from vlmkd.results import json_lines
 
@@ -85,6 +85,28 @@ def named(files: Sequence[Path], part: str) -> list[Path]:
     if not found:
         raise UserError(f"--data has no file like {part.replace('|', ' or ')}; name it too")
     return found
+
+
+def read_scenes(files: Sequence[Path], images: str) -> list[ChatItem]:
+    """One of the files with known answers that data_tools/build_scenes.py writes; its concepts.json lies beside."""
+    (path, *more) = files
+    if more:
+        raise UserError(
+            f"--data names {len(files)} files of scenes; give one a call, each has its own numbers"
+        )
+    items = read_chats(str(path), images)
+    captions = [item for item in items if item.record["kind"] == "caption"]
+    vocabulary = read_json(path.parent / "concepts.json", "vocabulary") if captions else []
+    for item in captions:
+        item.record["vocabulary"] = vocabulary
+    return items
+
+
+def score_scenes(pairs: Said) -> dict[str, float]:
+    """By kind, as while a run trains: equal words, POPE's figures, CHAIR."""
+    asked = [(Question.of(item), text) for item, text in pairs]
+    metrics, _ = scores(asked, pairs[0][0].record.get("vocabulary", []))
+    return metrics
 
 
 def read_gqa(files: Sequence[Path], images: str) -> list[ChatItem]:

@@ -350,5 +350,35 @@ def test_files_of_another_layout_are_one_line(tmp_path) -> None:
         read_benchmark("pope", [pope], "")
 
 
+def test_scenes(tmp_path) -> None:
+    def one(number: int, kind: str, answer: str, *things: str) -> dict:
+        talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+        return {
+            "id": str(number),
+            "image": "a.jpg",
+            "conversations": talk,
+            "kind": kind,
+            "things": list(things),
+        }
+
+    as_json(tmp_path / "concepts.json", ["dog", "old dog", "cat"])
+    captions = as_json(tmp_path / "captions.json", [one(n, "caption", "A cat.", "cat") for n in range(2)])
+    found = score("scenes", read_benchmark("scenes", [captions], ""), ["A cat and an old dog.", "A thing."])
+    assert found == {"chair_i": 0.5, "chair_s": 0.5, "cover": 0.5}
+    test = as_json(
+        tmp_path / "test.json", [one(0, "count", "Two."), one(1, "count", "One."), one(2, "where", "Left.")]
+    )
+    items = read_benchmark("scenes", [test], "")
+    assert score("scenes", items, ["two", "Two.", "left"]) == {"count": 0.5, "where": 1.0, "accuracy": 0.75}
+    exists = as_json(tmp_path / "pope.json", [one(0, "exists", "Yes."), one(1, "exists", "No.")])
+    found = score("scenes", read_benchmark("scenes", [exists], ""), ["Yes.", "Yes."])
+    assert (found["accuracy"], found["recall"], found["yes_ratio"]) == (0.5, 1.0, 1.0)
+    with pytest.raises(UserError, match="--data names 2 files of scenes; give one a call"):
+        read_benchmark("scenes", [test, captions], "")
+    (tmp_path / "concepts.json").unlink()
+    with pytest.raises(UserError, match="vocabulary .*concepts.json"):
+        read_benchmark("scenes", [captions], "")
+
+
 def test_every_number_has_its_protocol() -> None:
     assert all(one.protocol and "\n" not in one.protocol for one in BENCHMARKS.values())
