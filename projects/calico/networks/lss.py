@@ -75,7 +75,10 @@ class _LiftPool(torch.autograd.Function):
         target, share = cell[pixel, bins], depth[pixel, bins]
         if method == "sparse":
             size = (cells, len(context))
-            return torch.sparse_coo_tensor(torch.stack([target, pixel]), share, size) @ context
+            return (
+                torch.sparse_coo_tensor(torch.stack([target, pixel]), share, size, check_invariants=True)
+                @ context
+            )
         target, order = target.sort(stable=True)
         counts, share, pixel = torch.bincount(target, minlength=cells), share[order, None], pixel[order]
         parts = [_segment_sum(share * part[pixel], counts) for part in context.split(16, 1)]
