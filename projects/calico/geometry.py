@@ -266,11 +266,13 @@ def box_corners(boxes: Any) -> Tensor:
 def points_in_boxes(points: Any, boxes: Any) -> Tensor:
     """Whether points [N, >= 3] lie in boxes [K, >= 7], faces included: bool [N, K], of tensors or arrays."""
     points, boxes = torch.as_tensor(points), torch.as_tensor(boxes)
-    x, y, z = (points[:, None, :3] - boxes[:, :3]).unbind(-1)
-    cos, sin = boxes[:, 6].cos(), boxes[:, 6].sin()
-    half = boxes[:, 3:6] / 2
-    along, across = cos * x + sin * y, cos * y - sin * x
-    return (along.abs() <= half[:, 0]) & (across.abs() <= half[:, 1]) & (z.abs() <= half[:, 2])
+    inside = torch.empty((len(points), len(boxes)), dtype=torch.bool, device=points.device)
+    for column, box in enumerate(boxes):  # all at once would be eight arrays [N, K] of float64
+        x, y, z = (points[:, :3] - box[:3]).unbind(-1)
+        cos, sin = box[6].cos(), box[6].sin()
+        along, across = (cos * x + sin * y).abs(), (cos * y - sin * x).abs()
+        inside[:, column] = (along <= box[3] / 2) & (across <= box[4] / 2) & (z.abs() <= box[5] / 2)
+    return inside
 
 
 def transform_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:

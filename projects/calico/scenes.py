@@ -5,9 +5,10 @@ Letters: n points, k boxes, V cameras. Boxes and points are in the LiDAR frame o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from vlmkd.errors import UserError
 from vlmkd.files import unreadable
 
 FrameKind = Literal["nuscenes", "kitti", "av2", "waymo", "synthdrive"]
-DRIVING_AXIS: dict[str, Literal["x", "y"]] = {
+Axis = Literal["x", "y"]
+DRIVING_AXIS: dict[FrameKind, Axis] = {
     "nuscenes": "y",
     "kitti": "x",
     "av2": "x",
@@ -26,7 +28,13 @@ DRIVING_AXIS: dict[str, Literal["x", "y"]] = {
     "synthdrive": "x",
 }
 """The axis along which the car drives: +y in nuScenes (x right), +x elsewhere (y left)."""
-SENSOR_HEIGHT = {"nuscenes": 1.841, "kitti": 1.73, "av2": 0.33, "waymo": 0.0, "synthdrive": 1.8}
+SENSOR_HEIGHT: dict[FrameKind, float] = {
+    "nuscenes": 1.841,
+    "kitti": 1.73,
+    "av2": 0.33,
+    "waymo": 0.0,
+    "synthdrive": 1.8,
+}
 """Metres from the ground to the origin of the points: the LiDAR, in AV2 the rear axle, in Waymo the ground."""
 
 
@@ -137,6 +145,24 @@ class Frame:
             seen = in_image(uv[0, n], depth[0, n], camera.size, nearest)
             found[name] = uv[0, n].numpy(), torch.where(seen, depth[0, n], 0.0).numpy()
         return found
+
+
+class Frames(Protocol):
+    """The key frames of a data set on disk; `frames.open_frames` finds the right one."""
+
+    @property
+    def kind(self) -> FrameKind:
+        """Whose axes its frames have."""
+        ...
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """One a frame, fit for the name of a file."""
+        ...
+
+    def read(self, index: int, *, labels: bool = False, cameras: bool = True) -> Frame:
+        """Frame number `index`, with labels and pictures only when asked for."""
+        ...
 
 
 def checked(frame: Frame) -> Frame:
