@@ -249,8 +249,8 @@ def _match(predictions: Boxes, truth: Boxes, distances: Sequence[float]) -> NDAr
     A prediction takes the nearest box of its sample that is still free, or none when that one is too far.
     """
     found = np.full((len(distances), len(predictions)), -1)
-    own = _by_sample(predictions.sample)
-    for sample, targets in _by_sample(truth.sample).items():
+    own = by_sample(predictions.sample)
+    for sample, targets in by_sample(truth.sample).items():
         rows = own.get(sample, np.empty(0, np.int64))
         offset = predictions.box[rows, None, :2] - truth.box[targets, :2]
         apart = np.hypot(offset[..., 0], offset[..., 1])
@@ -264,7 +264,7 @@ def _match(predictions: Boxes, truth: Boxes, distances: Sequence[float]) -> NDAr
     return found
 
 
-def _by_sample(samples: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+def by_sample(samples: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
     """Sample -> its rows, in order."""
     order = np.argsort(samples, kind="stable")
     names, first = np.unique(samples[order], return_index=True)
