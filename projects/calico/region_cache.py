@@ -29,7 +29,7 @@ def build(
     Raises:
         UserError: the folder has files of another preset; a frame that cannot be read.
     """
-    frames = open_frames(data, root)
+    frames = open_frames(data, root, sweeps=0)
     new_folder(cache.folder, "region cache")
     missing = []
     for index, token in enumerate(frames.tokens):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from projects.calico.readers.nuscenes import CLASS_OF, Record
+from projects.calico.readers.nuscenes import CLASS_OF, NuScenesFrames, Record
 from vlmkd.errors import UserError
 from vlmkd.files import read_object, unreadable
 from vlmkd.tensor_files import reading
@@ -167,3 +167,14 @@ def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool
         "visibility": [""] * len(boxes),
         "instance": [""] * len(boxes),
     }
+
+
+def nuscenes_frames(path: Path, root: Path | None = None, sweeps: int = 9) -> NuScenesFrames | None:
+    """The frames of an info file of nuScenes, whose files lie below `root`, else beside it; None for another data set."""
+    content = read_infos(path)
+    if str(content["metainfo"].get("dataset")).lower() != "nuscenes":
+        return None
+    records = [
+        nuscenes_record(content, n, folders=root is not None) for n in range(len(content["data_list"]))
+    ]
+    return NuScenesFrames(records, root or path.parent, [record["token"] for record in records], sweeps)

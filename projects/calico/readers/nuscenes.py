@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from projects.calico.evaluation.detection import Boxes
 from projects.calico.geometry import pose
-from projects.calico.scenes import Camera, Frame, Labels, checked
+from projects.calico.scenes import Camera, Frame, FrameKind, Labels, checked
 from vlmkd.errors import UserError
 from vlmkd.files import one_line, read_text, unreadable
 
@@ -351,12 +351,43 @@ class Infos(Sequence[Record]):
 # ----------------------------------------------------------------------------------------------------------- frames
 
 
+@dataclass(frozen=True)
+class NuScenesFrames:
+    """Frames of an info file, or of some of its records: see `scenes.Frames`."""
+
+    records: Sequence[Record]
+    root: Path
+    tokens: Sequence[str]
+    sweeps: int = 9
+    """Past ones of a frame."""
+    kind: FrameKind = field(default="nuscenes", init=False)
+
+    @classmethod
+    def of_info(cls, path: Path, root: Path, sweeps: int = 9) -> NuScenesFrames:
+        """All frames of an info file of ours."""
+        infos = Infos(path)
+        return cls(infos, root, [entry.token for entry in infos.entries], sweeps)
+
+    def read(
+        self,
+        index: int,
+        *,
+        labels: bool = False,
+        cameras: bool = True,
+        draw: np.random.Generator | None = None,
+    ) -> Frame:
+        """Frame number `index`; in training `draw` chooses the past sweeps."""
+        record = self.records[index]
+        return read_frame(record, self.root, sweeps=self.sweeps, labels=labels, cameras=cameras, draw=draw)
+
+
 def read_frame(
     record: Record,
     root: Path,
     *,
     sweeps: int = 9,
     labels: bool = False,
+    cameras: bool = True,
     draw: np.random.Generator | None = None,
 ) -> Frame:
     """The frame of a record, with points of the key sweep and of `sweeps` past ones.
@@ -385,11 +416,11 @@ def read_frame(
         clouds.append(np.concatenate([moved, points[:, 3:4], lag], 1).astype(np.float32))
     clouds += [_without_car(clouds[0])] * (sweeps - len(past))
     points = np.concatenate(clouds)
-    cameras = {
+    seen = {
         name: Camera(
             root / one["path"], np.array(one["K"]), np.array(one["cam2lidar"]), one["timestamp"] * 1e-6
         )
-        for name, one in record["cams"].items()
+        for name, one in (record["cams"].items() if cameras else ())
     }
     return checked(
         Frame(
@@ -398,7 +429,7 @@ def read_frame(
             frame="nuscenes",
             points=points,
             key=np.arange(len(points)) < len(current),
-            cameras=cameras,
+            cameras=seen,
             lidar2ego=np.array(record["lidar2ego"]),
             ego2global=np.array(record["ego2global"]),
             labels=read_labels(record) if labels else None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from projects.calico.evaluation.waymo import HARD
-from projects.calico.scenes import Camera, Frame, Labels, checked
+from projects.calico.scenes import Camera, Frame, FrameKind, Labels, checked
 from vlmkd.errors import UserError
 from vlmkd.files import one_line
 
@@ -37,6 +38,31 @@ def times(root: Path, segment: str) -> list[int]:
     return sorted({row[_TIME] for row in _rows(root, "vehicle_pose", segment, [_TIME])})
 
 
+@dataclass(frozen=True)
+class WaymoFrames:
+    """Frames of a folder of the release: see `scenes.Frames`."""
+
+    root: Path
+    times: Sequence[tuple[str, int]]
+    """Segment and microseconds of each frame."""
+    kind: FrameKind = field(default="waymo", init=False)
+
+    @classmethod
+    def of_folder(cls, root: Path) -> WaymoFrames:
+        """All frames of all segments."""
+        segments = sorted(path.stem for path in (root / "vehicle_pose").glob("*.parquet"))
+        return cls(root, [(segment, time) for segment in segments for time in times(root, segment)])
+
+    @property
+    def tokens(self) -> Sequence[str]:
+        """One a frame."""
+        return [f"{segment}_{time}" for segment, time in self.times]
+
+    def read(self, index: int, *, labels: bool = False, cameras: bool = True) -> Frame:
+        """Frame number `index`."""
+        return read_frame(self.root, *self.times[index], labels=labels, cameras=cameras)
+
+
 def read_frame(root: Path, segment: str, time: int, *, labels: bool = False, cameras: bool = True) -> Frame:
     """One frame: first returns of all five LiDARs, images, and with `labels` the boxes that hold a point.
 
@@ -49,7 +75,7 @@ def read_frame(root: Path, segment: str, time: int, *, labels: bool = False, cam
     points = _points(root, segment, time, world)
     return checked(
         Frame(
-            token=f"{segment}/{time}",
+            token=f"{segment}_{time}",
             scene=segment,
             frame="waymo",
             points=points,

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from projects.calico import nuscenes_infos
+from projects.calico.frames import open_frames
 from projects.calico.geometry import Grid, lidar_augmentation, points_in_boxes, pose
 from projects.calico.maps import LAYERS, VectorMap, fill, map_file, of_av2, rasterise, read_map
 from projects.calico.readers import mmdet3d
@@ -152,6 +153,11 @@ def test_info_files_are_built_once_and_resumed(
     assert infos.scenes == ("scene-0103", "scene-0916") and len(infos) == 8
     assert infos.of_scenes(["scene-0916"]) == [4, 5, 6, 7]
     assert not nuscenes_infos.missing_files(infos, root)
+    frames = open_frames(infos.path, root)
+    assert list(frames.tokens) == [entry.token for entry in infos.entries]
+    read, plain = frames.read(2, labels=True, cameras=False), read_frame(infos[2], root)
+    assert np.array_equal(read.points, plain.points) and not read.cameras and len(plain.cameras) == 6
+    assert read.labels is not None and plain.labels is None
     whole = infos.path.read_bytes()
     asked = []
     real = nuscenes_infos.info_record
@@ -282,6 +288,11 @@ def test_the_real_frame_through_mmdetections_info_file() -> None:
     assert named["cams"]["CAM_FRONT"]["path"].startswith("samples/CAM_FRONT/n015")
     frame = read_frame(ours, FRAMES / "nuscenes", sweeps=0, labels=True)
     assert frame.points.shape == (34688, 5) and frame.key.all() and not frame.points[:, 4].any()
+    opened = open_frames(FRAMES / "nuscenes")
+    assert opened.kind == "nuscenes" and list(opened.tokens) == [frame.token]
+    again = opened.read(0)  # without past sweeps in the file, the key sweep stands in for all nine
+    assert again.labels is None and (again.points[again.key] == frame.points).all()
+    assert len(again.points) > 9 * 30_000
     seen = {name: int((depth > 1).sum()) for name, (_, depth) in frame.pixels(frame.points).items()}
     assert (
         len(seen) == 6

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from projects.calico.frames import open_frames
 from projects.calico.readers import waymo
 from vlmkd.errors import UserError
 
@@ -173,6 +174,10 @@ def test_points_of_range_images(root: Path) -> None:
     assert len(frame.points) == 31 + 1 and frame.key.all() and frame.frame == "waymo" and frame.labels is None
     assert np.allclose(frame.points, expected, atol=1e-4)
     assert waymo.times(root, SEGMENT) == [1, TIME]
+    frames = open_frames(root)
+    assert frames.kind == "waymo" and frames.tokens[1] == frame.token == f"{SEGMENT}_{TIME}"
+    bare = frames.read(1, cameras=False)
+    assert not bare.cameras and np.array_equal(bare.points, frame.points)
 
 
 def test_cameras_and_boxes(root: Path) -> None:
