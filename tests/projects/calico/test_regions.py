@@ -333,7 +333,7 @@ def test_the_builder_goes_on_where_it_stopped(
     from projects.calico import region_cache
 
     frames = TwoFrames()
-    monkeypatch.setattr(region_cache, "open_frames", lambda path, root: frames)
+    monkeypatch.setattr(region_cache, "open_frames", lambda path, root, sweeps: frames)
     assert region_cache.main(["data", str(tmp_path)]) == 0
     assert "3 sweeps; each has 2.0 clusters" in capsys.readouterr().out and frames.reads == [0, 1, 2]
     (tmp_path / "two.npz").unlink()
