@@ -93,7 +93,7 @@ class CenterHead(nn.Module):
     def forward(self, bev: Tensor) -> list[TaskOutput]:
         bev = self.shared(bev)
         return [
-            TaskOutput(task["heat"](bev), torch.cat([task[name](bev) for name in CODE], 1))  # type: ignore[index]
+            TaskOutput(task["heat"](bev), torch.cat([task[name](bev) for name in CODE], 1))
             for task in self.tasks
         ]
 

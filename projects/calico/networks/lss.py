@@ -55,7 +55,7 @@ def lift_pool(
     `index_add` goes through the depth bins, `sparse` multiplies by a matrix of cells by pixels, `sorted` sums each
     cell in the order of its pixels, bit for bit the same on every run. Gradients are the same gather for all.
     """
-    return _LiftPool.apply(depth, context, cell, cells, method)  # type: ignore[no-untyped-call]
+    return _LiftPool.apply(depth, context, cell, cells, method)
 
 
 class _LiftPool(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _LiftPool(torch.autograd.Function):
         return torch.cat(parts, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         depth, context, cell = ctx.saved_tensors
         grad = torch.cat(
             [grad, grad.new_zeros(1, grad.shape[1])]

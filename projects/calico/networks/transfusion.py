@@ -119,7 +119,7 @@ class TransFusionHead(nn.Module):
                 for name, n in sizes.items()
             }
         )
-        for last in (self.heat[1], self.towers["score"][3]):  # type: ignore[index]
+        for last in (self.heat[1], self.towers["score"][3]):
             nn.init.constant_(last.bias, HEAT_BIAS)
 
     def forward(self, bev: Tensor) -> QueryOutput:
@@ -161,7 +161,7 @@ class TransFusionHead(nn.Module):
         cost = focal * (positive - negative) + near * distance - common * overlaps(found, boxes, height=True)
         # A diverged run is the trainer's to report, not the matcher's to fail on.
         rows, columns = linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())
-        return tuple(torch.as_tensor(index, device=score.device) for index in (rows, columns))  # type: ignore[return-value]
+        return tuple(torch.as_tensor(index, device=score.device) for index in (rows, columns))
 
     def loss(
         self, output: QueryOutput, boxes: Sequence[Tensor], labels: Sequence[Tensor]

@@ -58,16 +58,20 @@ class SparseMap:
 
 
 def voxelise(points: Tensor, frame: Tensor, frames: int, grid: Grid, max_points: int = 0) -> SparseMap:
-    """Mean of the numbers of the points [n, F] in each voxel: of all of them, or of the first `max_points`."""
+    """Mean of the numbers of the points [n, F] in each voxel: of all of them, or of the first `max_points`.
+
+    The map has one more layer of voxels on top, where nothing is, as SECOND's has.
+    """
+    shape = (*grid.shape[:2], grid.shape[2] + 1)
     index, inside = grid.index(points[:, :3])
     coords = torch.cat([frame[:, None], index], 1)[inside]
-    rows, key = points[inside], _key(coords, grid.shape)
+    rows, key = points[inside], _key(coords, shape)
     if max_points:
         first = place_in_group(key) < max_points
         rows, key = rows[first], key[first]
     key, place, counts = key.unique(return_inverse=True, return_counts=True)
     total = rows.new_zeros(len(key), rows.shape[1]).index_add(0, place, rows)
-    return SparseMap(total / counts[:, None], _coords(key, grid.shape), grid.shape, frames)
+    return SparseMap(total / counts[:, None], _coords(key, shape), shape, frames)
 
 
 def pairs(
@@ -174,7 +178,7 @@ class VoxelEncoder(nn.Module):
         super().__init__()
         self.grid, self.max_points, self.stride = grid, max_points, 2 ** (len(stages) - 1)
         layers: list[nn.Module] = [SparseConv(features, stages[0][0], backend=backend)]
-        depth = grid.shape[2]
+        depth = grid.shape[2] + 1
         for number, widths in enumerate(stages):
             last = number + 1 == len(stages)
             blocks = widths if last else widths[:-1]

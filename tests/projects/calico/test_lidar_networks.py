@@ -199,15 +199,15 @@ def test_voxels_are_means_and_the_encoder_reaches_the_map() -> None:
     assert torch.equal(first.rows, heads)
     encoder = VoxelEncoder(VOXELS, ((4, 4, 8), (8, 8)), 16)
     bev = encoder(points, frame, 2)
-    assert bev.shape == (2, encoder.out_channels, 8, 4) and encoder.stride == 2 and encoder.out_channels == 48
+    assert bev.shape == (2, encoder.out_channels, 8, 4) and encoder.stride == 2 and encoder.out_channels == 64
     bev.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
     assert not encoder.eval()(points[:0], frame[:0], 2).any()
     with pytest.raises(ValueError, match="too few for 4 stages"):
         VoxelEncoder(VOXELS)
-    paper = Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.2), (0.075, 0.075, 0.2))
+    paper = Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.075, 0.075, 0.2))
     full = VoxelEncoder(paper)
-    assert paper.shape == (1440, 1440, 41) and full.out_channels == 256 and full.stride == 8
+    assert paper.shape == (1440, 1440, 40) and full.out_channels == 256 and full.stride == 8
     # The first, eight blocks of two, three that halve the size, the last.
     assert sum(isinstance(m, SparseConv) for m in full.modules()) == 1 + 16 + 3 + 1
     block = SparseBlock(3).double()
