@@ -10,17 +10,21 @@ from projects.calico.readers.mmdet3d import nuscenes_frames
 from projects.calico.readers.nuscenes import NuScenesFrames
 from projects.calico.readers.waymo import WaymoFrames
 from projects.calico.scenes import Frames
+from projects.calico.synthdrive import SynthdriveFrames
 from vlmkd.errors import UserError
 
 
 def open_frames(path: Path, root: Path | None = None, *, sweeps: int = 9) -> Frames:
     """The frames of a folder or of an info file, whose paths are below `root` (else beside it).
 
-    `sweeps`: past ones of a nuScenes frame; other data sets give the key sweep alone.
+    `sweeps`: past ones of a nuScenes frame; synthdrive gives those that it was written with, other data sets the key
+    sweep alone.
 
     Raises:
         UserError: it is none of those that there are readers for.
     """
+    if (path / "synthdrive.json").is_file():
+        return SynthdriveFrames.open(path)
     if (path / "annotations_calib.json").is_file():
         return ArgoverseFrames(path)
     if any((path / name).is_dir() for name in ("velodyne", "training/velodyne")):

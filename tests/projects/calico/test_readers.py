@@ -17,6 +17,26 @@ from vlmkd.errors import UserError
 
 
 @needs_frames
+def test_the_nuscenes_frame() -> None:
+    frames = open_frames(FRAMES / "nuscenes", sweeps=0)
+    frame = frames.read(0, labels=True)
+    assert frames.kind == "nuscenes" and len(frames.tokens) == 1 and frame.points.shape == (34688, 5)
+    seen = {
+        name: int((depth > 1).sum()) for name, (_, depth) in frame.pixels(frame.points, nearest=1).items()
+    }
+    assert len(seen) == 6 and min(seen.values()) == seen["CAM_FRONT"] == 3067 and seen["CAM_BACK"] == 4826
+    assert frame.labels is not None and set(frame.labels.names) >= {"car", "pedestrian", "barrier"}
+    middles = frame.pixels(frame.labels.boxes)
+    assert sum((depth > 0).sum() for _, depth in middles.values()) >= 0.9 * len(frame.labels.boxes)
+    bare = frames.read(0, cameras=False)
+    assert not bare.cameras and bare.labels is None
+    with pytest.raises(
+        UserError, match="LIDAR_TOP.* does not exist"
+    ):  # where the whole data set has it
+        open_frames(FRAMES / "nuscenes/info_mmdet3d_v1.1.pkl").read(0)
+
+
+@needs_frames
 def test_argoverse_boxes_hold_exactly_the_stated_points() -> None:
     frames = open_frames(FRAMES / "av2")
     assert frames.kind == "av2" and list(frames.tokens) == ["sweep_0", "sweep_1"]
