@@ -9,7 +9,7 @@ return a scalar and its `Stats`; logits are float32 (float64 stays float64), wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -141,6 +141,15 @@ def centre_weights(xy: Tensor, boxes: Tensor) -> Tensor:
     return gauss.amax(1) if len(boxes) else xy.new_zeros(len(xy))
 
 
+def joined_regions(frames: Sequence[Tensor]) -> Tensor:
+    """Regions of the points of several frames one after another, all different: negatives then come from the whole batch."""
+    total, parts = 0, []
+    for region in frames:
+        parts.append(torch.where(region >= 0, region + total, -1))
+        total += int(region.max()) + 1 if len(region) else 0
+    return torch.cat(parts)
+
+
 def regions_in(region: Tensor) -> int:
     """How many regions the points [n] belong to."""
     return len(region[region >= 0].unique())
@@ -200,7 +209,7 @@ def _one_way(
     if not 0 < chunk < len(anchors):
         return (rows(z[anchors], keys, anchors, region, tau) * share).sum()
     parts = [
-        checkpoint(rows, z[index], keys, index, region, tau, use_reentrant=False)
+        checkpoint(rows, z[index], keys, index, region, tau, use_reentrant=False, preserve_rng_state=False)
         for index in anchors.split(chunk)
     ]
     return (torch.cat(parts) * share).sum()

@@ -102,6 +102,10 @@ class CameraBranch(nn.Module):
             raise UserError(
                 f"config field model.camera.image_size is {cfg.image_size}; use multiples of {stride}"
             )
+        if cfg.view == "depth_lss" and stride != 8:
+            raise UserError(
+                f"config field model.camera.view is depth_lss, which needs maps of stride 8, not {stride}; use lss"
+            )
         low, high = cfg.height
         given = _grid([*bounds[:2], low, *bounds[3:5], high], [cfg.cell, cfg.cell, high - low])
         first, end, step = cfg.depth

@@ -281,6 +281,7 @@ def test_center_heads_are_checked() -> None:
         center_head(nms="circle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head",
     [CenterHead(8, GRID, CLASSES, shared=8), TransFusionHead(8, GRID, CLASSES, 16, 20, 2, 32, dropout=0.0)],

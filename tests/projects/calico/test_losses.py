@@ -15,6 +15,7 @@ from projects.calico.losses import (
     box_clip_loss,
     centre_weights,
     feature_mse,
+    joined_regions,
     plrc_loss,
     pointcontrast_loss,
     prc_loss,
@@ -188,6 +189,20 @@ def test_feature_mse_and_centre_weights() -> None:
         [1, *[math.exp(-0.5)] * 2, math.exp(-1)], abs=1e-6
     )
     assert centre_weights(xy, box[:0]).tolist() == [0] * 4
+
+
+def test_negatives_may_come_from_the_whole_batch() -> None:
+    frames = [
+        torch.tensor([0, 1, -1]),
+        torch.tensor([], dtype=torch.long),
+        torch.tensor([-1]),
+        torch.tensor([1, 0]),
+    ]
+    region = joined_regions(frames)
+    assert region.tolist() == [0, 1, -1, -1, 3, 2]
+    z, z2 = vectors(0, 6), vectors(1, 6)
+    expected = (rapc_loop(z, z2, region.tolist(), 0.1) + rapc_loop(z2, z, region.tolist(), 0.1)) / 2
+    assert rapc_loss(z, z2, region)[0].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_half_precision_vectors_are_compared_in_float32() -> None:

@@ -291,6 +291,9 @@ def test_configs_are_checked_and_load_back() -> None:
 
 
 def test_depth_lss_needs_the_lidar() -> None:
-    cfg = replace(TOY, camera=replace(TOY.camera, view="depth_lss", image_size=[40, 80]))
+    cfg = only("camera", replace(TOY, camera=replace(TOY.camera, view="depth_lss", widths=[4, 8, 8, 16])))
     with pytest.raises(UserError, match="needs the LiDAR's points"):
-        BevModel(bare(only("camera", cfg)))(cameras=camera_input())
+        BevModel(bare(cfg))(cameras=camera_input())
+    assert BevModel(bare(cfg))(lidar_input(), camera_input()).camera.shape == (2, 32, 48, 48)
+    with pytest.raises(UserError, match="needs maps of stride 8, not 4"):
+        BevModel(replace(cfg, camera=replace(cfg.camera, widths=[4, 8, 8])))

@@ -30,9 +30,7 @@ def test_the_nuscenes_frame() -> None:
     assert sum((depth > 0).sum() for _, depth in middles.values()) >= 0.9 * len(frame.labels.boxes)
     bare = frames.read(0, cameras=False)
     assert not bare.cameras and bare.labels is None
-    with pytest.raises(
-        UserError, match="LIDAR_TOP.* does not exist"
-    ):  # where the whole data set has it
+    with pytest.raises(UserError, match="LIDAR_TOP.* does not exist"):  # where the whole data set has it
         open_frames(FRAMES / "nuscenes/info_mmdet3d_v1.1.pkl").read(0)
 
 
