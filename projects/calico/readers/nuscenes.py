@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,8 +47,11 @@ CLASS_OF = {
 CLASSES = tuple(dict.fromkeys(CLASS_OF.values()))
 RACK = "static_object.bicycle_rack"
 _TABLES = (
-    "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "sample", "sample_annotation",
-    "sample_data", "scene", "sensor",
+    "attribute", "sensor", "calibrated_sensor", "category", "instance", "log", "sample", "sample_annotation", "scene",
+    "sample_data", "ego_pose",
+)  # fmt: skip
+_OF_BOXES = (
+    "boxes", "velocity", "names", "num_lidar_pts", "num_radar_pts", "attribute", "visibility", "instance"
 )  # fmt: skip
 _LONGEST_GAP = 1.5  # seconds between two annotations of a thing that still tell its speed
 _NEAR = 1.0  # metres from the sensor along x and y within which points of past sweeps are the car's own
@@ -69,44 +73,40 @@ class Tables:
             raise UserError(
                 f"{root} has no folder {version}; name the data set's root, which holds samples/, sweeps/ and {version}/"
             )
-        self._rows: dict[str, dict[str, Record]] = {}
+        self._poses: set[str] = set()
+        self.rows: dict[str, dict[str, Record]] = {}
+        """Table -> token -> row, which also names its `table`."""
         for table in _TABLES:
-            if table not in ("ego_pose", "sample_data"):
-                self._rows[table] = {row["token"]: row for row in self._read(table)}
-        # Two tables of 2.6 million rows, of which a quarter is read.
-        self._rows["sample_data"] = {
-            row["token"]: row for row in self._read("sample_data") if self._is_used(row, self.channel(row))
-        }
-        poses = {row["ego_pose_token"] for row in self._rows["sample_data"].values()}
-        self._rows["ego_pose"] = {
-            row["token"]: row for row in self._read("ego_pose") if row["token"] in poses
-        }
-        self.data: dict[str, dict[str, Record]] = {token: {} for token in self._rows["sample"]}
+            self.rows[table] = {row["token"]: row for row in self._read(table) if self._is_used(table, row)}
+        self.data: dict[str, dict[str, Record]] = {token: {} for token in self.rows["sample"]}
         """Sample -> channel -> reading of the key frame."""
-        for row in self._rows["sample_data"].values():
+        for row in self.rows["sample_data"].values():
             if row["is_key_frame"]:
-                self.get("sample", row["sample_token"], "sample_data", row)
-                self.data[row["sample_token"]][self.channel(row)] = row
-        self.annotations: dict[str, list[Record]] = {token: [] for token in self._rows["sample"]}
-        for row in self._rows["sample_annotation"].values():
-            self.get("sample", row["sample_token"], "sample_annotation", row)
-            self.annotations[row["sample_token"]].append(row)
+                self.data[self.follow(row, "sample")["token"]][self.channel(row)] = row
+        self.annotations: dict[str, list[Record]] = {token: [] for token in self.rows["sample"]}
+        for row in self.rows["sample_annotation"].values():
+            self.annotations[self.follow(row, "sample")["token"]].append(row)
 
-    @staticmethod
-    def _is_used(row: Record, channel: str) -> bool:
-        return channel == LIDAR or (row["is_key_frame"] and channel.startswith("CAM"))
+    def _is_used(self, table: str, row: Record) -> bool:
+        """Of the tables with a row a reading, 2.6 million, a quarter is."""
+        if table == "sample_data":
+            channel = self.channel(row)
+            used = channel == LIDAR or (row["is_key_frame"] and channel.startswith("CAM"))
+            if used:
+                self._poses.add(row["ego_pose_token"])
+            return used
+        return table != "ego_pose" or row["token"] in self._poses
 
     def _read(self, table: str) -> Iterator[Record]:
         """The rows one by one, so that of a file of a gigabyte only its text is in memory."""
         path = self.folder / f"{table}.json"
         text = read_text(path, "nuScenes table", "fetch the metadata archive of this version", limit=1 << 33)
-        decode, at = json.JSONDecoder().raw_decode, text.find("[") + 1
-        end = text.rfind("]")
+        decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+        at, end = text.find("[") + 1, text.rfind("]")
         try:
-            while (at := _skip(text, at)) < end:
+            while (at := between.match(text, at).end()) < end:  # type: ignore[union-attr]
                 row, at = decode(text, at)
-                row["token"]  # noqa: B018  every row has one
-                yield row
+                yield row | {"table": table, "token": row["token"]}
             if end < at or at == 0:
                 raise ValueError("it is no list of rows")
         except (ValueError, KeyError, TypeError) as error:
@@ -114,61 +114,50 @@ class Tables:
                 f"nuScenes table {path} is not usable ({one_line(error)}); fetch the tables again"
             ) from None
 
-    def get(self, table: str, token: str, source: str = "", row: Record | None = None) -> Record:
-        """A row by its token, which `row` of the table `source` names."""
+    def follow(self, row: Record, table: str, field: str = "") -> Record:
+        """The row of `table` that `row` names in `field`, else in TABLE_token."""
+        token = row[field or f"{table}_token"]
         try:
-            return self._rows[table][token]
+            return self.rows[table][token]
         except KeyError:
-            named = f"row {row['token']} of {source} names" if row else "there is no"
             raise UserError(
-                f"nuScenes tables {self.folder}: {named} {table} {token!r}{', which is not there' if row else ''}; fetch the tables again"
+                f"nuScenes tables {self.folder}: row {row['token']} of {row['table']} names {table} {token!r}, which is not"
+                " there; fetch the tables again"
             ) from None
 
     def channel(self, row: Record) -> str:
         """Name of the sensor that a reading is of."""
-        calibrated = self.get("calibrated_sensor", row["calibrated_sensor_token"], "sample_data", row)
-        return str(self.get("sensor", calibrated["sensor_token"], "calibrated_sensor", calibrated)["channel"])
+        return str(self.follow(self.follow(row, "calibrated_sensor"), "sensor")["channel"])
 
     def poses(self, row: Record) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """sensor2ego and ego2global of a reading, at its own time."""
-        calibrated = self.get("calibrated_sensor", row["calibrated_sensor_token"], "sample_data", row)
-        ego = self.get("ego_pose", row["ego_pose_token"], "sample_data", row)
-        return _pose(calibrated), _pose(ego)
+        return _pose(self.follow(row, "calibrated_sensor")), _pose(self.follow(row, "ego_pose"))
 
     def scenes(self) -> dict[str, list[Record]]:
         """Scene's name -> its samples in the order of time."""
         found = {}
-        for scene in self._rows["scene"].values():
-            samples, token, source = [], scene["first_sample_token"], ("scene", scene)
-            while token:
-                samples.append(self.get("sample", token, *source))
-                source = ("sample", samples[-1])
-                token = samples[-1]["next"]
+        for scene in self.rows["scene"].values():
+            samples = [self.follow(scene, "sample", "first_sample_token")]
+            while samples[-1]["next"]:
+                samples.append(self.follow(samples[-1], "sample", "next"))
             found[scene["name"]] = samples
         return found
 
     def velocity(self, annotation: Record) -> NDArray[np.float64]:
         """Global [3], m/s, from the annotations before and after; NaN when they are missing or too far apart."""
-        ends = [
-            self.get("sample_annotation", annotation[side], "sample_annotation", annotation)
-            if annotation[side]
-            else annotation
-            for side in ("prev", "next")
-        ]
-        times = [
-            self.get("sample", one["sample_token"], "sample_annotation", one)["timestamp"] * 1e-6
-            for one in ends
-        ]
-        longest = _LONGEST_GAP * (2 if annotation["prev"] and annotation["next"] else 1)
-        if ends[0] is ends[1] or times[1] - times[0] > longest:
+        sides = [side for side in ("prev", "next") if annotation[side]]
+        if not sides:
             return np.full(3, np.nan)
-        return np.subtract(ends[1]["translation"], ends[0]["translation"]) / (times[1] - times[0])
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n,":
-        at += 1
-    return at
+        first, last = (
+            self.follow(annotation, "sample_annotation", side) if side in sides else annotation
+            for side in ("prev", "next")
+        )
+        seconds = 1e-6 * (
+            self.follow(last, "sample")["timestamp"] - self.follow(first, "sample")["timestamp"]
+        )
+        if seconds > _LONGEST_GAP * len(sides):
+            return np.full(3, np.nan)
+        return np.subtract(last["translation"], first["translation"]) / seconds
 
 
 def _pose(row: Record) -> NDArray[np.float64]:
@@ -185,14 +174,13 @@ def info_record(tables: Tables, sample: Record, sweeps: int = 10) -> Record:
         raise UserError(
             f"nuScenes tables {tables.folder}: sample {sample['token']} has no {LIDAR}; fetch the tables again"
         )
-    key = data[LIDAR]
-    scene = tables.get("scene", sample["scene_token"], "sample", sample)
+    key = row = data[LIDAR]
+    scene = tables.follow(sample, "scene")
     lidar2ego, ego2global = tables.poses(key)
     to_lidar = np.linalg.inv(ego2global @ lidar2ego)
     past: list[Record] = []
-    row = key
     while len(past) < sweeps and row["prev"]:
-        row = tables.get("sample_data", row["prev"], "sample_data", row)
+        row = tables.follow(row, "sample_data", "prev")
         sensor2ego, ego = tables.poses(row)
         matrix = (to_lidar @ ego @ sensor2ego).tolist()
         past.append({"path": row["filename"], "timestamp": row["timestamp"], "sensor2lidar": matrix})
@@ -200,63 +188,45 @@ def info_record(tables: Tables, sample: Record, sweeps: int = 10) -> Record:
     for name, one in sorted(data.items()):
         if name != LIDAR:
             cam2ego, ego = tables.poses(one)
-            calibrated = tables.get("calibrated_sensor", one["calibrated_sensor_token"], "sample_data", one)
             cams[name] = {
                 "path": one["filename"],
                 "timestamp": one["timestamp"],
-                "K": calibrated["camera_intrinsic"],
+                "K": tables.follow(one, "calibrated_sensor")["camera_intrinsic"],
                 "cam2ego": cam2ego.tolist(),
                 "cam2lidar": (to_lidar @ ego @ cam2ego).tolist(),
             }
+    boxes = [_box(tables, row, to_lidar) for row in tables.annotations[sample["token"]]]
     return {
         "token": sample["token"],
         "scene": scene["name"],
-        "location": tables.get("log", scene["log_token"], "scene", scene)["location"],
+        "location": tables.follow(scene, "log")["location"],
         "timestamp": key["timestamp"],
         "lidar": key["filename"],
         "lidar2ego": lidar2ego.tolist(),
         "ego2global": ego2global.tolist(),
         "sweeps": past,
         "cams": cams,
-        **_boxes(tables, sample, to_lidar),
+        **{field: [values[column] for values in boxes] for column, field in enumerate(_OF_BOXES)},
     }
 
 
-def _boxes(tables: Tables, sample: Record, to_lidar: NDArray[Any]) -> Record:
-    """The lists of the annotations, all of one length."""
-    found: Record = {
-        name: []
-        for name in (
-            "boxes",
-            "velocity",
-            "names",
-            "num_lidar_pts",
-            "num_radar_pts",
-            "attribute",
-            "visibility",
-            "instance",
-        )
-    }
-    for row in tables.annotations[sample["token"]]:
-        instance = tables.get("instance", row["instance_token"], "sample_annotation", row)
-        category = tables.get("category", instance["category_token"], "instance", instance)["name"]
-        attributes = [
-            tables.get("attribute", token, "sample_annotation", row)["name"]
-            for token in row["attribute_tokens"]
-        ]
-        centre = to_lidar[:3, :3] @ row["translation"] + to_lidar[:3, 3]
-        heading = to_lidar[:3, :3] @ _pose(row)[:3, 0]
-        speed = to_lidar[:2, :2] @ tables.velocity(row)[:2]
-        width, length, height = row["size"]
-        found["boxes"].append([*centre.tolist(), length, width, height, math.atan2(heading[1], heading[0])])
-        found["velocity"].append(speed.tolist())
-        found["names"].append(category)
-        found["num_lidar_pts"].append(row["num_lidar_pts"])
-        found["num_radar_pts"].append(row["num_radar_pts"])
-        found["attribute"].append(attributes[0] if attributes else "")
-        found["visibility"].append(row["visibility_token"])
-        found["instance"].append(row["instance_token"])
-    return found
+def _box(tables: Tables, row: Record, to_lidar: NDArray[Any]) -> tuple[Any, ...]:
+    """The values of `_OF_BOXES` of an annotation."""
+    centre = to_lidar[:3, :3] @ row["translation"] + to_lidar[:3, 3]
+    heading = to_lidar[:3, :3] @ _pose(row)[:3, 0]
+    speed = to_lidar[:2, :2] @ tables.velocity(row)[:2]
+    width, length, height = row["size"]
+    named = row["attribute_tokens"][:1]
+    return (
+        [*centre.tolist(), length, width, height, math.atan2(heading[1], heading[0])],
+        speed.tolist(),
+        tables.follow(tables.follow(row, "instance"), "category")["name"],
+        row["num_lidar_pts"],
+        row["num_radar_pts"],
+        tables.follow(row | {"attribute_token": named[0]}, "attribute")["name"] if named else "",
+        row["visibility_token"],
+        row["instance_token"],
+    )
 
 
 def header(version: str, split: str) -> Record:
@@ -289,9 +259,13 @@ class Infos(Sequence[Record]):
         self.entries: list[Entry] = []
         try:
             with path.open("rb") as file:
-                first = self._parse(file.readline(), 1)
-                self._check(first)
-                self.header = first
+                self.header = self._parse(file.readline(), 1)
+                made = self.header.get("dataset"), self.header.get("info_version")
+                if made != ("nuscenes", INFO_VERSION):
+                    raise UserError(
+                        f"info file {path} is of data set {made[0]!r}, version {made[1]!r}; this reader knows nuscenes,"
+                        f" version {INFO_VERSION}: {self._hint}"
+                    )
                 offset = file.tell()
                 for number, line in enumerate(file, start=2):
                     one = self._parse(line, number)
@@ -316,14 +290,6 @@ class Infos(Sequence[Record]):
         if not isinstance(content, dict):
             raise UserError(f"info file {self.path} line {number} is no JSON object; {self._hint}")
         return content
-
-    def _check(self, first: Record) -> None:
-        found = first.get("dataset"), first.get("info_version")
-        if found != ("nuscenes", INFO_VERSION):
-            raise UserError(
-                f"info file {self.path} is of data set {found[0]!r}, version {found[1]!r}; this reader knows nuscenes, "
-                f"version {INFO_VERSION}: {self._hint}"
-            )
 
     def __len__(self) -> int:
         return len(self.entries)

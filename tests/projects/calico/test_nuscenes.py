@@ -261,7 +261,7 @@ def test_real_tables_of_the_schema(tmp_path: Path) -> None:
     shutil.copytree(FRAMES / "nuscenes_schema_lyft", tmp_path / "v1")
     tables = Tables(tmp_path, "v1")
     (token,) = tables.data
-    sample = tables.get("sample", token)
+    sample = tables.rows["sample"][token]
     with pytest.raises(UserError, match="of sample_data names sample_data '.*', which is not there"):
         info_record(tables, sample, sweeps=10)
     with pytest.raises(UserError, match="of scene names sample '.*', which is not there"):
