@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from projects.calico.geometry import Grid
+from projects.calico.scenes import Frame
 from vlmkd.errors import UserError
 from vlmkd.files import read_object
 
@@ -94,14 +95,24 @@ def read_map(root: Path, location: str) -> VectorMap:
     return VectorMap(areas, {"divider": lines})
 
 
+def of_frame(
+    world: VectorMap, frame: Frame, grid: Grid, lidar_aug: Floats | None = None
+) -> NDArray[np.bool_]:
+    """[M,X,Y] in the cells of a frame, augmented by `lidar_aug` [4,4]; the ground is as high as the car stands."""
+    to_bev = np.linalg.inv(frame.ego2global @ frame.lidar2ego)
+    return rasterise(
+        world, to_bev if lidar_aug is None else lidar_aug @ to_bev, grid, ground=float(frame.ego2global[2, 3])
+    )
+
+
 def rasterise(
     world: VectorMap, to_bev: Floats, grid: Grid, *, ground: float = 0.0, layers: Sequence[str] = LAYERS
 ) -> NDArray[np.bool_]:
     """[M,X,Y]: the cells of the grid in which a layer is.
 
     Args:
-        to_bev: [4,4] from the world to the frame of the grid: of nuScenes
-            lidar_aug @ inv(ego2global @ lidar2ego), the whole matrix, so that turned, flipped and scaled frames keep their map.
+        to_bev: [4,4] from the world to the frame of the grid, the whole matrix, so that turned, flipped and scaled frames keep
+            their map.
         ground: height of the ground in the world.
     """
     shape = grid.shape[:2]

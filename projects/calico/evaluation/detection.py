@@ -27,6 +27,16 @@ ATTRIBUTES = (
 )  # fmt: skip
 ERRORS = ("ate", "ase", "aoe", "ave", "aae")
 """Of translation (m), scale (1 - IoU), orientation (rad), velocity (m/s), attribute (1 - share right)."""
+_ATTRIBUTE_OF = (
+    dict.fromkeys(("car", "truck", "trailer", "construction_vehicle"), ("vehicle.parked", "vehicle.moving"))
+    | dict.fromkeys(("bicycle", "motorcycle"), ("cycle.without_rider", "cycle.with_rider"))
+    | {
+        "bus": ("vehicle.stopped", "vehicle.moving"),
+        "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+    }
+)
+"""Class -> attribute when it stands and when it moves, as mmdetection3d fills them in."""
+_MOVING_SPEED = 0.2  # m/s
 RECALLS = np.linspace(0, 1, 101)
 _FIRST = 11  # recalls up to 0.10 are noisy and left out
 _MIN_PRECISION = 0.1
@@ -97,13 +107,11 @@ class Boxes:
             name += list(names)
             attribute += [""] * size if attributes is None else list(attributes)
             score.append(np.ones(size) if scores is None else np.asarray(scores, np.float64))
-            points.append(
-                np.full(size, 1 if truth else -1) if counts is None else np.asarray(counts, np.int64)
-            )
+            points.append(np.full(size, 1 if truth else -1) if counts is None else counts)
         return cls(
             np.concatenate([np.empty(0, np.int64), *index]), np.array(name, dtype=np.str_),
             np.concatenate([np.empty((0, 9)), *box]), np.array(attribute, dtype=np.str_),
-            np.concatenate([np.empty(0), *score]), np.concatenate([np.empty(0, np.int64), *points]),
+            np.concatenate([np.empty(0), *score]), np.concatenate([np.empty(0), *points]).astype(np.int64),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -173,14 +181,9 @@ class Scores:
         }
 
 
-MEANINGS = {
-    "nds": share("NDS", main=True),
-    "map": share("mAP"),
-    "ate": Meaning("ATE", "m", higher_is_better=False),
-    "ase": Meaning("ASE", "1 - IoU", higher_is_better=False),
-    "aoe": Meaning("AOE", "rad", higher_is_better=False),
-    "ave": Meaning("AVE", "m/s", higher_is_better=False),
-    "aae": Meaning("AAE", "1 - accuracy", higher_is_better=False),
+MEANINGS = {"nds": share("NDS", main=True), "map": share("mAP")} | {
+    error: Meaning(error.upper(), unit, higher_is_better=False)
+    for error, unit in zip(ERRORS, ("m", "1 - IoU", "rad", "m/s", "1 - accuracy"), strict=True)
 }
 
 
@@ -200,6 +203,12 @@ def evaluate(
     """
     predictions, truth = (_that_count(boxes, rules, ego, racks) for boxes in (predictions, truth))
     return Scores({name: _score_class(predictions, truth, rules, name) for name in rules.ranges})
+
+
+def attributes_of(names: Sequence[str], velocity: Floats) -> list[str]:
+    """The likeliest attribute of each box, by its class and speed (`velocity` [k,2]), for models that predict none."""
+    moving = np.hypot(*np.asarray(velocity, np.float64).reshape(-1, 2).T) > _MOVING_SPEED
+    return [_ATTRIBUTE_OF.get(name, ("", ""))[int(moves)] for name, moves in zip(names, moving, strict=True)]
 
 
 def _that_count(boxes: Boxes, rules: Rules, ego: Floats | None, racks: Boxes | None) -> Boxes:
@@ -229,16 +238,13 @@ def _score_class(predictions: Boxes, truth: Boxes, rules: Rules, name: str) -> C
         curve, confidence = _curves(matched >= 0, predictions.score, len(truth))
         precision[distance] = curve
         ap[distance] = float(np.clip(curve[_FIRST:] - _MIN_PRECISION, 0, None).mean() / (1 - _MIN_PRECISION))
-        if (
-            distance == rules.error_distance
-            and (reached := np.flatnonzero(confidence)).size
-            and reached[-1] >= _FIRST
-        ):
+        reached = np.flatnonzero(confidence).max(initial=0)
+        if distance == rules.error_distance and reached >= _FIRST:
             right = predictions.pick(matched >= 0)
             each = _errors(right, truth.pick(matched[matched >= 0]), name in rules.half_turn)
             for error, values in each.items():
                 mean = np.interp(confidence[::-1], right.score[::-1], _running_mean(values)[::-1])[::-1]
-                errors[error] = float(mean[_FIRST : reached[-1] + 1].mean())
+                errors[error] = float(mean[_FIRST : reached + 1].mean())
     errors |= dict.fromkeys(rules.without.get(name, ()), math.nan)
     return ClassScores(ap, errors, precision, len(truth), len(predictions))
 
@@ -319,13 +325,10 @@ def write_submission(
 ) -> None:
     """Write predictions in the global frame as a results file of the nuScenes server; of a sample the best boxes."""
     results: dict[str, list[dict[str, Any]]] = {token: [] for token in tokens}
-    order = np.argsort(-predictions.score, kind="stable")
-    for row in order[np.argsort(predictions.sample[order], kind="stable")]:
-        token, (x, y, z, length, width, height, yaw, vx, vy) = (
-            tokens[predictions.sample[row]],
-            predictions.box[row].tolist(),
-        )
+    for row in np.lexsort((-predictions.score, predictions.sample)):
+        token = tokens[predictions.sample[row]]
         if len(results[token]) < rules.most_boxes:
+            x, y, z, length, width, height, yaw, vx, vy = predictions.box[row].tolist()
             results[token].append(
                 {
                     "sample_token": token,
@@ -338,14 +341,9 @@ def write_submission(
                     "attribute_name": str(predictions.attribute[row]),
                 }
             )
-    used = {
-        "use_camera": camera,
-        "use_lidar": lidar,
-        "use_radar": False,
-        "use_map": False,
-        "use_external": False,
-    }
-    write_text(path, json.dumps({"meta": used, "results": results}), "results file")
+    meta = {f"use_{sensor}": False for sensor in ("radar", "map", "external")}
+    meta |= {"use_camera": camera, "use_lidar": lidar}
+    write_text(path, json.dumps({"meta": meta, "results": results}), "results file")
 
 
 def read_submission(path: Path, tokens: Sequence[str], rules: Rules = NUSCENES) -> Boxes:
@@ -361,15 +359,13 @@ def read_submission(path: Path, tokens: Sequence[str], rules: Rules = NUSCENES) 
         raise UserError(
             f"{what} lacks 'meta' or 'results'; write it in the format of the nuScenes detection server"
         )
-    number_of = {token: number for number, token in enumerate(tokens)}
-    for which, others in (
-        ("lacks", number_of.keys() - results.keys()),
-        ("has unknown", results.keys() - number_of.keys()),
-    ):
+    for told, others in (("lacks", set(tokens) - set(results)), ("has unknown", set(results) - set(tokens))):
         if others:
             raise UserError(
-                f"{what} {which} {len(others)} samples, first {min(others)}; it must have each of the {len(tokens)} of the split"
+                f"{what} {told} {len(others)} samples, first {min(others)}; it must have each of the {len(tokens)} of the split"
             )
+    number_of = {token: number for number, token in enumerate(tokens)}
+    samples, rows = [], []
     for token, boxes in results.items():
         if not isinstance(boxes, list) or len(boxes) > rules.most_boxes:
             told = (
@@ -378,38 +374,26 @@ def read_submission(path: Path, tokens: Sequence[str], rules: Rules = NUSCENES) 
                 else "no list of boxes"
             )
             raise UserError(f"{what}: sample {token} has {told}; keep the best {rules.most_boxes}")
-    rows = [
-        (number_of[token], _read_box(box, token, what, rules))
-        for token, boxes in results.items()
-        for box in boxes
-    ]
-    boxes = [box for _, box in rows]
+        samples += [number_of[token]] * len(boxes)
+        rows += [_read_box(box, token, f"{what}: a box of sample {token}", rules) for box in boxes]
+    name, box, attribute, score = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Boxes(
-        np.array([number for number, _ in rows], dtype=np.int64),
-        np.array([box[0] for box in boxes], dtype=np.str_),
-        np.array([box[1] for box in boxes], dtype=np.float64).reshape(-1, 9),
-        np.array([box[2] for box in boxes], dtype=np.str_),
-        np.array([box[3] for box in boxes], dtype=np.float64),
-        np.full(len(rows), -1),
-    )
+        np.array(samples, np.int64), np.array(name, np.str_), np.array(box, np.float64).reshape(-1, 9),
+        np.array(attribute, np.str_), np.array(score, np.float64), np.full(len(rows), -1),
+    )  # fmt: skip
 
 
-def _read_box(box: Any, token: str, what: str, rules: Rules) -> tuple[Any, list[float], Any, float]:
+def _read_box(box: Any, token: str, where: str, rules: Rules) -> tuple[str, list[float], str, float]:
     """Class, box, attribute and score."""
-    where = f"{what}: a box of sample {token}"
-    if not isinstance(box, dict):
-        raise UserError(f"{where} is no object")
-    name, attribute = box.get("detection_name"), box.get("attribute_name")
-    if name not in rules.ranges:
-        raise UserError(
-            f"{where} has the unknown class {name!r}; {did_you_mean(str(name), rules.ranges, ', '.join(rules.ranges))}"
-        )
-    if attribute != "" and attribute not in ATTRIBUTES:
-        raise UserError(
-            f"{where} has the unknown attribute {attribute!r}; {did_you_mean(str(attribute), ATTRIBUTES, 'it may be empty')}"
-        )
-    if box.get("sample_token") != token:
-        raise UserError(f"{where} names sample {box.get('sample_token')!r}; name its own")
+    if not isinstance(box, dict) or box.get("sample_token") != token:
+        raise UserError(f"{where} is no object whose sample_token is its own sample's")
+    for key, kind, known in (
+        ("detection_name", "class", tuple(rules.ranges)),
+        ("attribute_name", "attribute", ("", *ATTRIBUTES)),
+    ):
+        if box.get(key) not in known:
+            told = did_you_mean(str(box.get(key)), known, f"known are {', '.join(known)}")
+            raise UserError(f"{where} has the unknown {kind} {box.get(key)!r}; {told}")
     numbers: dict[str, list[float]] = {}
     for key, count in (
         ("translation", 3),
@@ -427,7 +411,7 @@ def _read_box(box: Any, token: str, what: str, rules: Rules) -> tuple[Any, list[
             raise UserError(
                 f"{where} needs {count} number{'s' * (count > 1)} as {key}; it has {box.get(key)!r}"
             )
-        if key != "velocity" and not np.isfinite(value).all():
+        if key != "velocity" and not all(map(math.isfinite, value)):
             raise UserError(f"{where} has {key} {box[key]}; only velocities may be unknown (NaN)")
         numbers[key] = value
     if min(numbers["size"]) <= 0 or not any(numbers["rotation"]):
@@ -435,16 +419,7 @@ def _read_box(box: Any, token: str, what: str, rules: Rules) -> tuple[Any, list[
             f"{where} has size {box['size']} and rotation {box['rotation']}; sizes are positive, a quaternion is not 0"
         )
     width, length, height = numbers["size"]
-    yaw = quaternion_yaw(numbers["rotation"])
-    return (
-        name,
-        [*numbers["translation"], length, width, height, yaw, *numbers["velocity"]],
-        attribute,
-        numbers["detection_score"][0],
-    )
-
-
-def quaternion_yaw(quaternion: Sequence[float]) -> float:
-    """Angle about z of the x axis that a quaternion (w, x, y, z) turns, seen from above."""
-    w, x, y, z = quaternion
-    return math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)
+    w, x, y, z = numbers["rotation"]
+    yaw = math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)  # of the x axis, seen from above
+    placed = [*numbers["translation"], length, width, height, yaw, *numbers["velocity"]]
+    return box["detection_name"], placed, box["attribute_name"], numbers["detection_score"][0]

@@ -15,13 +15,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
 
+from projects.calico.geometry import points_in_boxes
 from projects.calico.scenes import DRIVING_AXIS, Camera, Frame
 from vlmkd.errors import UserError, did_you_mean
 
 Floats = NDArray[np.floating[Any]]
-Damage = Callable[[Frame, int, np.random.Generator], Frame]
 SEVERITIES = (1, 2, 3, 4, 5)
+Size = tuple[int, ...]
+_MOVED: dict[str, tuple[tuple[float, ...], Callable[[np.random.Generator, int, Size], Floats]]] = {
+    # Name: share of the points at each severity, and what is added to their coordinates, in metres.
+    "gaussian": ((1,) * 5, lambda draw, severity, size: draw.normal(0, 0.02 * severity, size)),
+    "uniform": ((1,) * 5, lambda draw, severity, size: draw.uniform(-0.02 * severity, 0.02 * severity, size)),
+    "impulse": (
+        (1 / 30, 1 / 25, 1 / 20, 1 / 15, 1 / 10),
+        lambda draw, _, size: draw.choice([-0.1, 0.1], size),
+    ),
+    "crosstalk": (
+        (0.004, 0.008, 0.012, 0.016, 0.02),
+        lambda draw, _, size: draw.normal(0, 3, size),
+    ),  # other LiDARs
+    "glare": ((0.01, 0.02, 0.03, 0.04, 0.05), lambda draw, _, size: draw.normal(0, 2, size)),  # sunlight
+}
+_LOST = ("density", "cutout", "fov_loss", "beam_drop")
+_IMAGES: dict[str, Callable[[Floats, int, np.random.Generator], Floats]] = {
+    # Of float32 [H,W,3], 0 to 255; noise and brightness as in ImageNet-C, the blur a share of the width.
+    "image_noise": lambda image, severity, draw: (
+        image
+        + 255 * (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1] * draw.standard_normal(image.shape, np.float32)
+    ),
+    "image_blur": lambda image, severity, draw: gaussian_filter(
+        image, [(0.0025, 0.005, 0.0075, 0.01, 0.015)[severity - 1] * image.shape[1]] * 2 + [0]
+    ),
+    "image_brightness": lambda image, severity, draw: image + 25.5 * severity,
+}
+OF_CAMERAS = ("missing_cameras", "extrinsic_error", *_IMAGES)
+"""Those that a model without cameras does not meet."""
+CORRUPTIONS = (*_LOST, *_MOVED, *OF_CAMERAS)
 
 
 def corrupt(frame: Frame, name: str, severity: int) -> Frame:
@@ -32,15 +63,71 @@ def corrupt(frame: Frame, name: str, severity: int) -> Frame:
         )
     if severity not in SEVERITIES:
         raise UserError(f"config field eval.severities holds {severity}; severities are 1 to 5")
-    damaged = CORRUPTIONS[name](frame, severity - 1, _generator(frame.token, name, severity))
-    labels = frame.labels and replace(frame.labels, instance=None, ground=None)
-    return replace(damaged, labels=labels)
+    draw = _generator(frame.token, name, severity)
+    if name in _MOVED:
+        share, noise = _MOVED[name]
+        points, rows = frame.points.copy(), _some(frame, share[severity - 1], draw)
+        points[rows, :3] += noise(draw, severity, (len(rows), 3))  # intensity and time stay
+        frame = replace(frame, points=points)
+    elif name in _LOST:
+        frame = _keep(frame, _left(frame, name, severity, draw))
+    else:
+        cameras = {key: _damaged(camera, name, severity, draw) for key, camera in frame.cameras.items()}
+        if name == "missing_cameras":  # 1 to 5 of 6 are black; of other numbers that share, and at least one
+            black = draw.permutation(list(cameras))[: math.ceil(len(cameras) * severity / 6)]
+            cameras |= {
+                key: replace(cameras[key], image=np.zeros((*cameras[key].size, 3), np.uint8)) for key in black
+            }
+        frame = replace(frame, cameras=cameras)
+    return replace(frame, labels=frame.labels and replace(frame.labels, instance=None, ground=None))
 
 
 def _generator(*parts: object) -> np.random.Generator:
-    return np.random.default_rng(
-        int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
-    )
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def _some(frame: Frame, share: float, draw: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of a share of the points, each once."""
+    return draw.choice(len(frame.points), round(share * len(frame.points)), replace=False)
+
+
+def _keep(frame: Frame, keep: NDArray[np.bool_]) -> Frame:
+    return replace(frame, points=frame.points[keep], key=frame.key[keep])
+
+
+def _left(frame: Frame, name: str, severity: int, draw: np.random.Generator) -> NDArray[np.bool_]:
+    """[n]: the points that are not lost."""
+    points = frame.points[:, :3]
+    if name == "fov_loss":  # only so many degrees to either side of the driving direction are seen
+        ahead, aside = points.T[:2] if DRIVING_AXIS[frame.frame] == "x" else (points[:, 1], -points[:, 0])
+        return np.abs(np.degrees(np.arctan2(aside, ahead))) <= (105, 90, 75, 60, 45)[severity - 1]
+    if name == "beam_drop":  # 4 to 20 of 32; a beam is a thirty-second of the angles of elevation that occur
+        up = np.arctan2(points[:, 2], np.hypot(points[:, 0], points[:, 1]))
+        beam = (32 * (up - up.min()) / max(np.ptp(up), 1e-9)).astype(int).clip(0, 31)
+        return ~np.isin(beam, draw.choice(32, 4 * severity, replace=False))
+    left = np.ones(len(points), bool)
+    if name == "density":
+        left[_some(frame, 0.06 * severity, draw)] = False
+        return left
+    for _ in range((2, 3, 5, 7, 10)[severity - 1]):  # cutout: 2 % of the points, the nearest to one of them
+        rows = np.flatnonzero(left)
+        apart = np.linalg.norm(points[rows] - points[draw.choice(rows)], axis=1)
+        left[rows[np.argsort(apart, kind="stable")[: len(rows) // 50]]] = False
+    return left
+
+
+def _damaged(camera: Camera, name: str, severity: int, draw: np.random.Generator) -> Camera:
+    if name in _IMAGES:
+        image = _IMAGES[name](camera.load().astype(np.float32), severity, draw)
+        return replace(camera, image=np.clip(np.rint(image), 0, 255).astype(np.uint8))
+    if name != "extrinsic_error":
+        return camera
+    # It stands N(0, 4 to 20 cm) off along each axis, and is turned by N(0, 4 to 20 mrad) about each.
+    error = np.eye(4)
+    error[:3, :3] = Rotation.from_rotvec(draw.normal(0, 2 * 0.002 * severity, 3)).as_matrix()
+    error[:3, 3] = draw.normal(0, 2 * 0.02 * severity, 3)
+    return replace(camera, cam2lidar=camera.cam2lidar @ error)
 
 
 def mean_corruption_error(
@@ -57,168 +144,10 @@ def mean_corruption_error(
     return float(np.mean(list(each.values()))), each
 
 
-# ------------------------------------------------------------------------------------------------------------- points
-
-
-def _keep(frame: Frame, keep: NDArray[np.bool_]) -> Frame:
-    return replace(frame, points=frame.points[keep], key=frame.key[keep])
-
-
-def _move(frame: Frame, rows: Any, offset: Floats) -> Frame:
-    """x, y and z alone: intensity and time stay."""
-    points = frame.points.copy()
-    points[rows, :3] += offset
-    return replace(frame, points=points)
-
-
-def _some(frame: Frame, share: float, draw: np.random.Generator) -> NDArray[np.int64]:
-    """Rows of a share of the points, each once."""
-    return draw.choice(len(frame.points), round(share * len(frame.points)), replace=False)
-
-
-def density(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """6 to 30 % of the points are lost."""
-    keep = np.ones(len(frame.points), bool)
-    keep[_some(frame, 0.06 * (level + 1), draw)] = False
-    return _keep(frame, keep)
-
-
-def cutout(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """2 to 10 times, the 2 % of the points nearest to one of them are lost."""
-    for _ in range((2, 3, 5, 7, 10)[level]):
-        apart = np.linalg.norm(
-            frame.points[:, :3] - frame.points[draw.integers(len(frame.points)), :3], axis=1
-        )
-        keep = np.ones(len(apart), bool)
-        keep[np.argsort(apart, kind="stable")[: len(apart) // 50]] = False
-        frame = _keep(frame, keep)
-    return frame
-
-
-def gaussian(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Every coordinate is off by N(0, 2 to 10 cm)."""
-    return _move(frame, slice(None), draw.normal(0, 0.02 * (level + 1), (len(frame.points), 3)))
-
-
-def uniform(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Every coordinate is off by at most 2 to 10 cm."""
-    reach = 0.02 * (level + 1)
-    return _move(frame, slice(None), draw.uniform(-reach, reach, (len(frame.points), 3)))
-
-
-def impulse(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Every coordinate of 1/30 to 1/10 of the points is off by 10 cm."""
-    rows = _some(frame, (1 / 30, 1 / 25, 1 / 20, 1 / 15, 1 / 10)[level], draw)
-    return _move(frame, rows, draw.choice([-0.1, 0.1], (len(rows), 3)))
-
-
-def crosstalk(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Other LiDARs: 0.4 to 2 % of the points are off by N(0, 3 m)."""
-    rows = _some(frame, 0.004 * (level + 1), draw)
-    return _move(frame, rows, draw.normal(0, 3, (len(rows), 3)))
-
-
-def glare(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Sunlight: 1 to 5 % of the points are off by N(0, 2 m)."""
-    rows = _some(frame, 0.01 * (level + 1), draw)
-    return _move(frame, rows, draw.normal(0, 2, (len(rows), 3)))
-
-
-def fov_loss(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Only 105 to 45 degrees to either side of the driving direction are seen."""
-    ahead, aside = _ahead(frame, frame.points)
-    return _keep(frame, np.abs(np.degrees(np.arctan2(aside, ahead))) <= (105, 90, 75, 60, 45)[level])
-
-
-def beam_drop(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """4 to 20 of 32 beams are lost; a beam is a thirty-second of the angles of elevation that occur."""
-    up = np.arctan2(frame.points[:, 2], np.hypot(frame.points[:, 0], frame.points[:, 1]))
-    low, high = up.min(), up.max()
-    beam = np.minimum((32 * (up - low) / max(high - low, 1e-9)).astype(int), 31)
-    return _keep(frame, ~np.isin(beam, draw.choice(32, 4 * (level + 1), replace=False)))
-
-
-def _ahead(frame: Frame, points: Floats) -> tuple[Floats, Floats]:
-    """Metres along the driving direction, and to its left."""
-    if DRIVING_AXIS[frame.frame] == "x":
-        return points[:, 0], points[:, 1]
-    return points[:, 1], -points[:, 0]
-
-
-# ------------------------------------------------------------------------------------------------------------ cameras
-
-
-def _images(frame: Frame, change: Callable[[NDArray[np.float32]], Floats]) -> Frame:
-    """Each image, float32 [H,W,3] from 0 to 255, changed and rounded."""
-
-    def changed(camera: Camera) -> Camera:
-        image = np.clip(np.rint(change(camera.load().astype(np.float32))), 0, 255).astype(np.uint8)
-        return replace(camera, image=image)
-
-    return replace(frame, cameras={name: changed(camera) for name, camera in frame.cameras.items()})
-
-
-def missing_cameras(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """1 to 5 of 6 cameras, of others that share of them and at least one, are black."""
-    gone = draw.permutation(list(frame.cameras))[: math.ceil(len(frame.cameras) * (level + 1) / 6)]
-    cameras = dict(frame.cameras)
-    for name in gone:
-        cameras[name] = replace(cameras[name], image=np.zeros((*cameras[name].size, 3), np.uint8))
-    return replace(frame, cameras=cameras)
-
-
-def image_noise(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """N(0, 0.08 to 0.38 of full scale), as in ImageNet-C."""
-    sigma = 255 * (0.08, 0.12, 0.18, 0.26, 0.38)[level]
-    return _images(frame, lambda image: image + sigma * draw.standard_normal(image.shape, np.float32))
-
-
-def image_blur(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """A Gaussian of 0.25 to 1.5 % of the image's width."""
-    share = (0.0025, 0.005, 0.0075, 0.01, 0.015)[level]
-    return _images(frame, lambda image: gaussian_filter(image, (share * image.shape[1],) * 2 + (0,)))
-
-
-def image_brightness(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """0.1 to 0.5 of full scale brighter, as in ImageNet-C."""
-    return _images(frame, lambda image: image + 25.5 * (level + 1))
-
-
-def extrinsic_error(frame: Frame, level: int, draw: np.random.Generator) -> Frame:
-    """Every camera stands N(0, 4 to 20 cm) off along each axis, and is turned by N(0, 4 to 20 mrad) about each."""
-
-    def moved(camera: Camera) -> Camera:
-        angles = draw.normal(0, 2 * 0.002 * (level + 1), 3)
-        error = np.eye(4)
-        error[:3, :3] = _rotation(angles)
-        error[:3, 3] = draw.normal(0, 2 * 0.02 * (level + 1), 3)
-        return replace(camera, cam2lidar=camera.cam2lidar @ error)
-
-    return replace(frame, cameras={name: moved(camera) for name, camera in frame.cameras.items()})
-
-
-def _rotation(vector: Floats) -> Floats:
-    """[3,3] by the rotation vector [3] (Rodrigues)."""
-    angle = float(np.linalg.norm(vector))
-    x, y, z = vector / max(angle, 1e-12)
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
-
-
-CORRUPTIONS: dict[str, Damage] = {
-    damage.__name__: damage
-    for damage in (
-        *(density, cutout, gaussian, uniform, impulse, crosstalk, glare, fov_loss, beam_drop),
-        *(missing_cameras, image_noise, image_blur, image_brightness, extrinsic_error),
-    )
-}
-OF_CAMERAS = ("missing_cameras", "image_noise", "image_blur", "image_brightness", "extrinsic_error")
-"""Those that a model without cameras does not meet."""
-
-
 # ------------------------------------------------------------------------------------------------------------ attacks
 
 VEHICLES = ("car", "truck", "bus", "vehicle")
+_MOST_POINTS, _FEWEST_POINTS = 200, 10  # of a vehicle that is shown again
 _WINDOW = math.radians(10)  # in which a spoofer can place points
 _NEAREST, _FURTHEST = 5.0, 8.0  # metres before the car
 _FREE = 4.0  # metres around the place without a true box
@@ -226,92 +155,80 @@ _SCORE, _REACH = 0.3, 2.0  # of a detection that counts as the false vehicle
 
 
 @dataclass(frozen=True)
-class Attack:
-    """Points that a spoofer shows to the LiDAR of one frame."""
+class Trace:
+    """The returns of a far or hidden vehicle."""
 
     token: str
+    """Of its frame."""
     points: NDArray[np.float32]
     """[m,5]."""
     centre: Floats
-    """[2]: where the false vehicle seems to be."""
+    """[2]: where the vehicle is, or seems to be."""
 
 
-def plan_attacks(frames: Iterable[Frame], points: int) -> list[Attack]:
-    """For each frame with free road ahead, the returns of a far or hidden vehicle of another frame, moved before the car.
-
-    A black-box attack: it asks no model. The vehicle's points are turned about the sensor and pushed along the ground, so that
-    their pattern stays, at most `points` (60, 100 or 200) within a window of 10 degrees.
-
-    Raises:
-        UserError: frames without labels, or none whose vehicles have so few points.
-    """
-    frames = list(frames)
-    donors = [(frame.token, *donor) for frame in frames for donor in _donors(frame, points)]
-    if not donors:
-        raise UserError(
-            f"no frame has a labelled vehicle of 10 to {points} points to attack with; give labelled frames"
-        )
+def traces(frames: Iterable[Frame]) -> list[Trace]:
+    """Of all vehicles of labelled frames with 10 to 200 points in the key sweep, beyond 10 m."""
     found = []
     for frame in frames:
-        draw = _generator(frame.token, "spoof", points)
-        others = [donor for donor in donors if donor[0] != frame.token] or donors
-        _, cloud, middle = others[draw.integers(len(others))]
-        distance, side = draw.uniform(_NEAREST, _FURTHEST), draw.uniform(-0.5, 0.5)
-        centre = (
-            np.array([distance, side]) if DRIVING_AXIS[frame.frame] == "x" else np.array([-side, distance])
-        )
-        labels = frame.labels
-        assert labels is not None, "donors come from labels"
-        if (np.linalg.norm(labels.boxes[:, :2] - centre, axis=1) < _FREE).any():
-            continue
-        turn = math.atan2(centre[1], centre[0]) - math.atan2(middle[1], middle[0])
-        cos, sin = math.cos(turn), math.sin(turn)
-        moved = cloud.astype(np.float64)
-        moved[:, :2] = (cloud[:, :2] - middle) @ np.array([[cos, sin], [-sin, cos]]) + centre
-        off = np.arctan2(moved[:, 1], moved[:, 0]) - math.atan2(centre[1], centre[0])
-        moved = moved[np.abs((off + np.pi) % (2 * np.pi) - np.pi) <= _WINDOW / 2]
-        if len(moved):
-            found.append(Attack(frame.token, moved.astype(np.float32), centre))
+        cloud, labels = frame.points[frame.key], frame.labels
+        if labels is not None:
+            inside = points_in_boxes(cloud, labels.boxes).numpy()
+            for box, name, rows in zip(labels.boxes, labels.names, inside.T, strict=True):
+                sparse = _FEWEST_POINTS <= rows.sum() <= _MOST_POINTS
+                if name in VEHICLES and sparse and np.hypot(box[0], box[1]) > 10:
+                    found.append(Trace(frame.token, cloud[rows], box[:2].astype(np.float64)))
     return found
 
 
-def _donors(frame: Frame, points: int) -> list[tuple[NDArray[np.float32], Floats]]:
-    """Points [m,5] and centre [2] of the vehicles with 10 to `points` points in the key sweep, beyond 10 m."""
-    found = []
-    cloud = frame.points[frame.key]
-    for box, name in zip(frame.labels.boxes, frame.labels.names, strict=True) if frame.labels else ():
-        x, y, z = (cloud[:, :3] - box[:3]).T
-        cos, sin = math.cos(box[6]), math.sin(box[6])
-        inside = (
-            (np.abs(cos * x + sin * y) <= box[3] / 2)
-            & (np.abs(cos * y - sin * x) <= box[4] / 2)
-            & (np.abs(z) <= box[5] / 2)
+def plan_attack(frame: Frame, known: Sequence[Trace], points: int) -> Trace | None:
+    """One of the traces of at most `points` points (60, 100 or 200), moved before the car; None when the road is not free.
+
+    A black-box attack: it asks no model, so all models meet the same. The points are turned about the sensor and pushed along
+    the ground, and those within a window of 10 degrees are shown.
+
+    Raises:
+        UserError: no trace of so few points.
+    """
+    fit = [trace for trace in known if len(trace.points) <= points]
+    fit = [trace for trace in fit if trace.token != frame.token] or fit
+    if not fit:
+        raise UserError(
+            f"no labelled vehicle has {_FEWEST_POINTS} to {points} points to attack with; give more labelled frames"
         )
-        if name in VEHICLES and 10 <= inside.sum() <= points and np.hypot(box[0], box[1]) > 10:
-            found.append((cloud[inside], box[:2].astype(np.float64)))
-    return found
+    draw = _generator(frame.token, "spoof", points)
+    trace = fit[draw.integers(len(fit))]
+    distance, side = draw.uniform(_NEAREST, _FURTHEST), draw.uniform(-0.5, 0.5)
+    centre = np.array([distance, side] if DRIVING_AXIS[frame.frame] == "x" else [-side, distance])
+    if frame.labels and (np.linalg.norm(frame.labels.boxes[:, :2] - centre, axis=1) < _FREE).any():
+        return None
+    turn = math.atan2(centre[1], centre[0]) - math.atan2(trace.centre[1], trace.centre[0])
+    cos, sin = math.cos(turn), math.sin(turn)
+    moved = trace.points.copy()
+    moved[:, :2] = (moved[:, :2] - trace.centre) @ np.array([[cos, sin], [-sin, cos]]) + centre
+    shown = moved[np.abs(_angles(moved, centre)[0]) <= _WINDOW / 2]
+    return Trace(frame.token, shown, centre) if len(shown) else None
 
 
-def spoof(frame: Frame, attack: Attack) -> Frame:
-    """The frame under attack: false points are added, and true ones that they hide are gone."""
+def _angles(points: Floats, centre: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of each point: to the left of `centre`, up, and metres on the ground."""
+    left = np.arctan2(points[:, 1], points[:, 0]) - math.atan2(centre[1], centre[0])
+    away = np.hypot(points[:, 0], points[:, 1])
+    return (left + np.pi) % (2 * np.pi) - np.pi, np.arctan2(points[:, 2], away), away
+
+
+def spoof(frame: Frame, attack: Trace) -> Frame:
+    """The frame under the attack planned for it: false points are added, and true ones that they hide are gone."""
     assert frame.token == attack.token
-
-    def angles(points: Floats) -> tuple[Floats, Floats, Floats]:
-        """Around (from the attack's middle), up, and distance."""
-        around = np.arctan2(points[:, 1], points[:, 0]) - math.atan2(attack.centre[1], attack.centre[0])
-        distance = np.hypot(points[:, 0], points[:, 1])
-        return (around + np.pi) % (2 * np.pi) - np.pi, np.arctan2(points[:, 2], distance), distance
-
-    around, up, distance = angles(attack.points)
-    at, height, away = angles(frame.points)
-    hidden = (
-        (at >= around.min())
-        & (at <= around.max())
-        & (height >= up.min())
-        & (height <= up.max())
-        & (away > distance.min())
+    left, up, away = _angles(attack.points, attack.centre)
+    at, height, distance = _angles(frame.points, attack.centre)
+    seen = (
+        (at < left.min())
+        | (at > left.max())
+        | (height < up.min())
+        | (height > up.max())
+        | (distance <= away.min())
     )
-    frame = _keep(frame, ~hidden)
+    frame = _keep(frame, seen)
     return replace(
         frame,
         points=np.concatenate([frame.points, attack.points]),
@@ -320,16 +237,10 @@ def spoof(frame: Frame, attack: Attack) -> Frame:
     )
 
 
-def succeeded(attack: Attack, boxes: Floats, names: Sequence[str], scores: Floats) -> bool:
-    """Whether a detector that gave boxes [k, 7 or 9] for the attacked frame saw the false vehicle."""
-    near = (
-        np.linalg.norm(np.asarray(boxes).reshape(len(names), -1)[:, :2] - attack.centre, axis=1) <= _REACH
-        if len(names)
-        else np.zeros(0, bool)
-    )
+def succeeded(attack: Trace, boxes: Floats, names: Sequence[str], scores: Floats) -> bool:
+    """Whether a detector that gave boxes [k, 7 or 9] for the attacked frame saw the false vehicle.
+
+    The attack success rate is the mean over all attacked frames.
+    """
+    near = np.hypot(*(np.asarray(boxes)[:, :2] - attack.centre).T) <= _REACH
     return bool((near & (np.asarray(scores) >= _SCORE) & np.isin(names, VEHICLES)).any())
-
-
-def attack_success_rate(outcomes: Sequence[bool]) -> float:
-    """Share of attacked frames in which the false vehicle was seen."""
-    return float(np.mean(outcomes)) if len(outcomes) else math.nan

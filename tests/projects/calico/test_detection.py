@@ -16,6 +16,7 @@ from projects.calico.evaluation.detection import (
     NUSCENES,
     Boxes,
     Scores,
+    attributes_of,
     evaluate,
     read_submission,
     write_submission,
@@ -182,6 +183,22 @@ def test_nothing_predicted_and_nothing_true() -> None:
     assert set(empty.errors.values()) == {1.0}
 
 
+def test_attributes_by_class_and_speed() -> None:
+    names = ["car", "bus", "bus", "pedestrian", "bicycle", "barrier", "trailer"]
+    speed = np.array([[0, 0.1], [0.1, 0], [1, 0], [0, 0], [0.2, 0.2], [3, 3], [np.nan, 0]])
+    assert attributes_of(names, speed) == [
+        *(
+            "vehicle.parked",
+            "vehicle.stopped",
+            "vehicle.moving",
+            "pedestrian.standing",
+            "cycle.with_rider",
+            "",
+            "vehicle.parked",
+        )
+    ]
+
+
 def test_a_written_file_reads_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sizes = (3, 0, 600)
@@ -236,8 +253,8 @@ def _change(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (_change(rotation=[0.0, 0, 0, 0]), "a quaternion is not 0"),
         (_change(velocity=[0.0]), "needs 2 numbers as velocity"),
         (_change(detection_score=True), "needs 1 number as detection_score"),
-        (_change(sample_token="b"), "names sample 'b'"),
-        (lambda results: results["a"].append(3), "is no object"),
+        (_change(sample_token="b"), "whose sample_token is its own"),
+        (lambda results: results["a"].append(3), "a box of sample a is no object"),
         (lambda results: results["a"].extend([GOOD] * 500), "sample a has 501 boxes, more than 500"),
         (lambda results: results.pop("b"), "lacks 1 samples, first b; it must have each of the 2"),
         (lambda results: results.update(c=[]), "has unknown 1 samples, first c"),

@@ -18,7 +18,7 @@ import pytest
 from projects.calico import nuscenes_infos
 from projects.calico.frames import open_frames
 from projects.calico.geometry import Grid, lidar_augmentation, points_in_boxes, pose
-from projects.calico.maps import LAYERS, VectorMap, fill, map_file, of_av2, rasterise, read_map
+from projects.calico.maps import LAYERS, VectorMap, fill, map_file, of_av2, of_frame, rasterise, read_map
 from projects.calico.readers import mmdet3d
 from projects.calico.readers.nuscenes import (
     CLASSES,
@@ -409,7 +409,9 @@ def test_a_map_follows_turn_flip_scale_and_shift(root: Path, infos: Infos) -> No
     aug = lidar_augmentation(0.4, 1.08, flip_y=True, shift=(1.0, -2.0, 0.0)).numpy()
     plain = np.linalg.inv(lidar2global(record))
     fine = Grid((-60, -60, -5), (60, 60, 3), (0.25, 0.25, 8))
-    before, after = rasterise(world, plain, fine), rasterise(world, aug @ plain, GRID)
+    frame = read_frame(record, root, cameras=False)
+    before, after = of_frame(world, frame, fine), of_frame(world, frame, GRID, aug)
+    assert (before == rasterise(world, plain, fine)).all()
     i, j = np.indices((200, 200))
     centres = np.stack([i * 0.5 - 49.75, j * 0.5 - 49.75, 0 * i, 0 * i + 1.0], -1)
     centres[..., 2] = (aug @ plain)[2, 3]  # the ground

@@ -12,13 +12,13 @@ from scipy.spatial.transform import Rotation
 from projects.calico.evaluation.robust import (
     CORRUPTIONS,
     OF_CAMERAS,
-    Attack,
-    attack_success_rate,
+    Trace,
     corrupt,
     mean_corruption_error,
-    plan_attacks,
+    plan_attack,
     spoof,
     succeeded,
+    traces,
 )
 from projects.calico.scenes import Camera, Frame, Labels
 from vlmkd.errors import UserError
@@ -185,9 +185,11 @@ def street(token: str, kind: str, vehicle_at: float, blocked: bool = False) -> F
 @pytest.mark.parametrize("most", [100, 200])
 def test_attacks_stand_before_the_car(kind: str, most: int) -> None:
     frames = [street("a", kind, 30), street("bb", kind, 40), street("ccc", kind, 25, blocked=True)]
-    attacks = plan_attacks(frames, most)
-    assert [attack.token for attack in attacks] == ["a", "bb"]  # the place of the third is taken
-    again = plan_attacks(frames, most)
+    known = traces(iter(frames))
+    assert [(trace.token, len(trace.points)) for trace in known] == [("a", 80), ("bb", 80), ("ccc", 80)]
+    *attacks, none = (plan_attack(one, known, most) for one in frames)
+    assert none is None  # the place of the third is taken
+    again = [plan_attack(one, known, most) for one in frames[:2]]
     assert all((one.points == other.points).all() for one, other in zip(attacks, again, strict=True))
     for attack, one in zip(attacks, frames, strict=False):
         ahead, aside = (
@@ -214,12 +216,12 @@ def test_attacks_stand_before_the_car(kind: str, most: int) -> None:
 
 
 def test_attacks_need_sparse_vehicles() -> None:
-    with pytest.raises(UserError, match="no frame has a labelled vehicle of 10 to 60 points"):
-        plan_attacks([street("a", "kitti", 30)], 60)
+    with pytest.raises(UserError, match="no labelled vehicle has 10 to 60 points"):
+        plan_attack(street("a", "kitti", 30), traces([street("a", "kitti", 30)]), 60)
 
 
 def test_success_is_a_confident_vehicle_at_the_place() -> None:
-    attack = Attack("a", np.zeros((1, 5), np.float32), np.array([0.0, 6.0]))
+    attack = Trace("a", np.zeros((1, 5), np.float32), np.array([0.0, 6.0]))
     box = np.zeros((1, 9))
     for x, name, score, hit in (
         (1.9, "car", 0.3, True),
@@ -230,5 +232,3 @@ def test_success_is_a_confident_vehicle_at_the_place() -> None:
         box[0, :2] = x, 6.0
         assert succeeded(attack, box, [name], np.array([score])) == hit
     assert not succeeded(attack, np.zeros((0, 9)), [], np.zeros(0))
-    assert attack_success_rate([True, False, False, True]) == 0.5
-    assert math.isnan(attack_success_rate([]))
