@@ -149,6 +149,7 @@ class BevModel(nn.Module):
         points, images = cfg.lidar.encoder != "none", cfg.camera.backbone != "none"
         self.lidar = LidarBranch(cfg.lidar, cfg.range, cfg.point_features) if points else None
         self.camera = CameraBranch(cfg.camera, cfg.range) if images else None
+        _set_momentum(self.lidar, cfg.norm_momentum)
         branches = [branch for branch in (self.camera, self.lidar) if branch is not None]
         shapes = {branch.grid.shape[:2] for branch in branches}
         if len(shapes) > 1:
@@ -168,6 +169,7 @@ class BevModel(nn.Module):
         if cfg.decoder.layers:
             d = cfg.decoder
             self.decoder = SecondWithFpn(channels, d.layers, d.widths, d.strides, d.fpn_widths, d.ups)
+            _set_momentum(self.decoder, cfg.norm_momentum)
             channels, self.grid = self.decoder.out_channels, _map_grid(self.grid, self.decoder.stride)
         self.detection = detection_head(cfg, channels, self.grid)
         if head.map:
@@ -297,6 +299,12 @@ def _branch(model: BevModel, branch: Branch) -> LidarBranch | CameraBranch:
             f"the model has no {branch} branch to load or save; see model.lidar.encoder and model.camera"
         )
     return found
+
+
+def _set_momentum(part: nn.Module | None, momentum: float) -> None:
+    for norm in () if part is None else part.modules():
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            norm.momentum = momentum
 
 
 def _grid(bounds: Sequence[float], cell: Sequence[float]) -> Grid:

@@ -152,6 +152,8 @@ class ModelConfig:
     """Where points count and boxes are found."""
     point_features: Positive = 5
     """Numbers of a point: x, y, z, intensity, time lag."""
+    norm_momentum: BelowOne = 0.01
+    """How fast BatchNorm's statistics of the LiDAR branch and the decoder follow (BEVFusion's; short runs need 0.1)."""
     classes: list[str] = field(default_factory=lambda: [name for task in NUSCENES_TASKS for name in task])
     """Of boxes, in the order of their labels."""
     map_classes: list[str] = field(default_factory=lambda: list(MAP_CLASSES))
@@ -174,6 +176,7 @@ class ModelConfig:
 
 TOY = ModelConfig(
     range=[-19.2, -19.2, -5.0, 19.2, 19.2, 3.0],
+    norm_momentum=0.1,
     classes=["car", "truck", "pedestrian", "cyclist", "barrier"],
     map_classes=["road", "crossing", "walkway"],
     lidar=LidarConfig(

@@ -101,6 +101,8 @@ def test_a_model_without_heads_is_its_branches() -> None:
         TOY.decoder, layers=[1, 1], widths=[8, 16], strides=[1, 2], fpn_widths=[8, 8], ups=[1.0, 2.0]
     )
     deep = BevModel(replace(TOY, decoder=decoder))
+    norms = [m.momentum for m in [*deep.lidar.modules(), *deep.decoder.modules()] if hasattr(m, "momentum")]
+    assert len(norms) == 13 and set(norms) == {0.1}
     assert deep(lidar_input(), camera_input()).map.shape == (2, 3, 96, 96) and deep.decoder.out_channels == 16
 
 
