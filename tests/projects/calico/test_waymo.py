@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from projects.calico.frames import open_frames
-from projects.calico.readers import waymo
+from projects.calico.readers.waymo import WaymoFrames
 from vlmkd.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -170,18 +170,18 @@ def test_points_of_range_images(root: Path) -> None:
                     if laser == 1:  # moved to where the car is at the frame's time
                         point = np.linalg.inv(WORLD) @ MOVED @ point
                     expected.append([*point[:3], intensity, 0])
-    frame = waymo.read_frame(root, SEGMENT, TIME)
+    frame = WaymoFrames(root, [(SEGMENT, TIME)]).read(0)
     assert len(frame.points) == 31 + 1 and frame.key.all() and frame.frame == "waymo" and frame.labels is None
     assert np.allclose(frame.points, expected, atol=1e-4)
-    assert waymo.times(root, SEGMENT) == [1, TIME]
     frames = open_frames(root)
-    assert frames.kind == "waymo" and frames.tokens[1] == frame.token == f"{SEGMENT}_{TIME}"
+    assert isinstance(frames, WaymoFrames) and list(frames.times) == [(SEGMENT, 1), (SEGMENT, TIME)]
+    assert frames.tokens[1] == frame.token == f"{SEGMENT}_{TIME}"
     bare = frames.read(1, cameras=False)
     assert not bare.cameras and np.array_equal(bare.points, frame.points)
 
 
 def test_cameras_and_boxes(root: Path) -> None:
-    frame = waymo.read_frame(root, SEGMENT, TIME, labels=True)
+    frame = WaymoFrames(root, [(SEGMENT, TIME)]).read(0, labels=True)
     # A point 10 m ahead of the camera, 1 m to its left and 0.5 m up, where the car stood at the camera's time.
     point = np.linalg.inv(WORLD) @ MOVED @ [1.5 + 10, 1, 2 + 0.5, 1]
     uv, depth = frame.pixels(point[None])["FRONT"]
@@ -199,18 +199,18 @@ def test_cameras_and_boxes(root: Path) -> None:
 
 def test_what_is_missing_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="vehicle_pose.* has no frame 7"):
-        waymo.read_frame(root, SEGMENT, 7)
+        WaymoFrames(root, [(SEGMENT, 7)]).read(0)
     (root / "lidar_pose" / f"{SEGMENT}.parquet").unlink()
     with pytest.raises(UserError, match="lidar_pose.* does not exist; fetch lidar_pose/ of the v2 release"):
-        waymo.read_frame(root, SEGMENT, TIME)
+        WaymoFrames(root, [(SEGMENT, TIME)]).read(0)
     (root / "lidar" / f"{SEGMENT}.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="lidar/.* cannot be read"):
-        waymo.read_frame(root, SEGMENT, TIME)
+        WaymoFrames(root, [(SEGMENT, TIME)]).read(0)
     write(root, "lidar", [{"key.frame_timestamp_micros": TIME, "key.laser_name": 1}])
     with pytest.raises(UserError, match=r"cannot be read .*range_image_return1"):
-        waymo.read_frame(root, SEGMENT, TIME)
+        WaymoFrames(root, [(SEGMENT, TIME)]).read(0)
     import importlib
 
     monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(UserError, match=r'needs pyarrow; install it by pip install "vlmkd\[waymo\]"'):
-        waymo.times(root, SEGMENT)
+        WaymoFrames.of_folder(root)
