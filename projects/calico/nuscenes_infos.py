@@ -20,13 +20,9 @@ from projects.calico.readers.nuscenes import Infos, Record, Tables, header, info
 from projects.calico.splits import nuscenes_scenes
 from vlmkd.errors import UserError, at_least, run_tool
 
-VERSIONS = {
-    "train": "v1.0-trainval",
-    "val": "v1.0-trainval",
-    "test": "v1.0-test",
-    "mini_train": "v1.0-mini",
-    "mini_val": "v1.0-mini",
-}
+VERSIONS = dict(
+    train="v1.0-trainval", val="v1.0-trainval", test="v1.0-test", mini_train="v1.0-mini", mini_val="v1.0-mini"
+)
 
 
 def build(root: Path, out: Path, version: str, split: str, *, sweeps: int = 10) -> Infos:
@@ -42,34 +38,25 @@ def build(root: Path, out: Path, version: str, split: str, *, sweeps: int = 10) 
     samples = [sample for name in wanted for sample in scenes[name]]
     partial = out.with_name(f"{out.name}.partial")
     first = json.dumps(header(version, split) | {"sweeps": sweeps})
-    done = _resume(partial, first)
     out.parent.mkdir(parents=True, exist_ok=True)
+    done = _resume(partial, first)
+    line = tqdm(samples[done:], f"{version} {split}", initial=done, total=len(samples), mininterval=1)
     with partial.open("a", encoding="utf-8") as file:
-        if done < 0:
-            file.write(first + "\n")
-        for sample in tqdm(
-            samples[max(done, 0) :],
-            desc=f"{version} {split}",
-            initial=max(done, 0),
-            total=len(samples),
-            mininterval=1,
-        ):
+        for sample in line:
             file.write(json.dumps(info_record(tables, sample, sweeps), separators=(",", ":")) + "\n")
     os.replace(partial, out)
     return Infos(out)
 
 
 def _resume(partial: Path, first: str) -> int:
-    """Records that an interrupted call wrote whole; -1: none of the same options. What it tore off is cut away."""
-    if not partial.is_file():
-        return -1
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if not whole.startswith(first.encode() + b"\n"):
-        whole = b""
-    with partial.open("r+b") as file:
-        file.truncate(len(whole))
-    return whole.count(b"\n") - 1
+    """Records that an interrupted call with the same options wrote whole; what it tore off is cut away."""
+    content = partial.read_text("utf-8") if partial.is_file() else ""
+    whole = content[: content.rfind("\n") + 1]
+    if not whole.startswith(first + "\n"):
+        whole = first + "\n"
+    if whole != content:
+        partial.write_text(whole, "utf-8")
+    return whole.count("\n") - 1
 
 
 def missing_files(infos: Infos, root: Path) -> list[str]:
@@ -78,9 +65,8 @@ def missing_files(infos: Infos, root: Path) -> list[str]:
     def files(record: Record) -> list[str]:
         return [record["lidar"], *(one["path"] for one in (*record["sweeps"], *record["cams"].values()))]
 
-    named = dict.fromkeys(
-        file for record in tqdm(infos, desc="look for files", mininterval=1) for file in files(record)
-    )
+    line = tqdm(infos, "look for files", mininterval=1)
+    named = dict.fromkeys(file for record in line for file in files(record))
     return [file for file in named if not (root / file).is_file()]
 
 
@@ -96,13 +82,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sweeps", type=at_least(0), default=10, help="past sweeps of a record (10)")
     parser.add_argument("--no-check", action="store_true", help="do not look for sweeps, images and maps")
     options = parser.parse_args(argv)
-    infos = build(
-        options.root,
-        options.out,
-        options.version or VERSIONS[options.split],
-        options.split,
-        sweeps=options.sweeps,
-    )
+    version = options.version or VERSIONS[options.split]
+    infos = build(options.root, options.out, version, options.split, sweeps=options.sweeps)
     print(f"{options.out}: {len(infos)} key frames of {len(infos.scenes)} scenes")
     if options.no_check:
         return 0

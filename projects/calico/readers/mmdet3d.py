@@ -14,7 +14,7 @@ import numpy as np
 
 from projects.calico.readers.nuscenes import CLASS_OF, NuScenesFrames, Record
 from vlmkd.errors import UserError
-from vlmkd.files import read_object, unreadable
+from vlmkd.files import read_object
 from vlmkd.tensor_files import reading
 
 _LIMIT = 1 << 31  # bytes; the info files of all of nuScenes' train split have a quarter
@@ -70,13 +70,16 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is code and no data")
 
 
-def _plain(value: Any) -> Any:
-    """Lists and dictionaries of plain numbers and texts."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value.values.tolist() if isinstance(value, _Array) else value
+def _plain(value: Any, seen: dict[int, Any]) -> Any:
+    """Lists and dictionaries of plain numbers and texts; what the file names twice is made once."""
+    if id(value) not in seen:
+        if isinstance(value, dict):
+            seen[id(value)] = {key: _plain(one, seen) for key, one in value.items()}
+        elif isinstance(value, (list, tuple)):
+            seen[id(value)] = [_plain(one, seen) for one in value]
+        else:
+            return value.values.tolist() if isinstance(value, _Array) else value
+    return seen[id(value)]
 
 
 def read_infos(path: Path) -> dict[str, Any]:
@@ -85,27 +88,20 @@ def read_infos(path: Path) -> dict[str, Any]:
     Raises:
         UserError: another version, a pickle that names anything but numbers, or a damaged file.
     """
-    what = f"info file {path}"
     if path.suffix == ".json":
         content: Any = read_object(path, "info file")
     else:
-        try:
+        with reading(path, "info file"):
             data = path.read_bytes() if path.stat().st_size < _LIMIT else b""
-        except OSError as error:
-            raise unreadable(error, path, "info file") from None
-        try:
-            with reading(path, "info file"):
-                content = _plain(_Reader(io.BytesIO(data)).load())
-        except RecursionError:
-            raise UserError(f"{what} is nested too deeply; is it the right file?") from None
-    version = (
-        content.get("metainfo", {}).get("info_version", "1.1") if isinstance(content, dict) else None
-    )  # KITTI's says none
-    if version != "1.1" or not isinstance(content.get("data_list"), list):
+            content = _plain(_Reader(io.BytesIO(data)).load(), {})
+    found = content if isinstance(content, dict) else {}
+    version = found.get("metainfo", {}).get("info_version", "1.1")  # KITTI's says none
+    if version != "1.1" or not isinstance(found.get("data_list"), list):
         raise UserError(
-            f"{what} has the info version {version!r}; 1.1 is read (mmdetection3d's update_infos_to_v2.py makes it of older ones)"
+            f"info file {path} has the info version {version!r}{'' if found.get('data_list') else ' and no data_list'}; 1.1 is"
+            " read (mmdetection3d's update_infos_to_v2.py makes it of older ones)"
         )
-    return content
+    return found
 
 
 def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool = True) -> Record:
@@ -117,26 +113,22 @@ def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool
         folders: files lie in samples/SENSOR and sweeps/SENSOR, where info files name them without; else beside each other.
     """
     category = {name: one for one, name in reversed(CLASS_OF.items())}
-    one = content["data_list"][index]
+    one, points = content["data_list"][index], content["data_list"][index]["lidar_points"]
     names = {
         label: category[name] for name, label in content["metainfo"]["categories"].items() if name in category
     }
     boxes = [box for box in one["instances"] if box["bbox_label_3d"] in names]
-    ego2global = np.array(one["ego2global"])
-    lidar2global = ego2global @ np.array(one["lidar_points"]["lidar2ego"])
+    to_lidar = np.linalg.inv(np.array(one["ego2global"]) @ np.array(points["lidar2ego"]))
 
     def place(folder: str, name: str) -> str:
         return f"{folder}/{name}" if folders and "/" not in name else name
 
     def past(sweep: Mapping[str, Any]) -> Record:
-        points = sweep["lidar_points"]
-        own = np.array(sweep["ego2global"]) @ np.array(points["lidar2ego"])
-        matrix = np.linalg.inv(lidar2global) @ own
-        time = round(sweep["timestamp"] * (1 if sweep["timestamp"] > 1e12 else 1e6))
+        own = np.array(sweep["ego2global"]) @ np.array(sweep["lidar_points"]["lidar2ego"])
         return {
-            "path": place("sweeps/LIDAR_TOP", points["lidar_path"]),
-            "timestamp": time,
-            "sensor2lidar": matrix.tolist(),
+            "path": place("sweeps/LIDAR_TOP", sweep["lidar_points"]["lidar_path"]),
+            "timestamp": round(sweep["timestamp"] * 1e6),
+            "sensor2lidar": (to_lidar @ own).tolist(),
         }
 
     return {
@@ -144,9 +136,9 @@ def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool
         "scene": "",
         "location": "",
         "timestamp": round(one["timestamp"] * 1e6),
-        "lidar": place("samples/LIDAR_TOP", one["lidar_points"]["lidar_path"]),
-        "lidar2ego": one["lidar_points"]["lidar2ego"],
-        "ego2global": ego2global.tolist(),
+        "lidar": place("samples/LIDAR_TOP", points["lidar_path"]),
+        "lidar2ego": points["lidar2ego"],
+        "ego2global": one["ego2global"],
         "sweeps": [past(sweep) for sweep in one.get("lidar_sweeps", ())],
         "cams": {
             name: {
@@ -161,11 +153,8 @@ def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool
         "boxes": [box["bbox_3d"][:7] for box in boxes],
         "velocity": [[math.nan if speed is None else speed for speed in box["velocity"]] for box in boxes],
         "names": [names[box["bbox_label_3d"]] for box in boxes],
-        "num_lidar_pts": [box["num_lidar_pts"] for box in boxes],
-        "num_radar_pts": [box["num_radar_pts"] for box in boxes],
-        "attribute": [""] * len(boxes),
-        "visibility": [""] * len(boxes),
-        "instance": [""] * len(boxes),
+        **{field: [box[field] for box in boxes] for field in ("num_lidar_pts", "num_radar_pts")},
+        **{field: [""] * len(boxes) for field in ("attribute", "visibility", "instance")},
     }
 
 

@@ -343,13 +343,18 @@ def test_pickles_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for content, told in (
         (_Bomb(), "mkdir, which is code and no data"),
         ({"data_list": np.array([None])}, "is no number"),
-        ({"metainfo": {"info_version": "2.0"}}, "info version '2.0'; 1.1 is read"),
-        ([], "info version None"),
+        ({"metainfo": {"info_version": "2.0"}, "data_list": [1]}, "info version '2.0'; 1.1 is read"),
+        ([], "no data_list"),
     ):
         (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(UserError) as caught:
             mmdet3d.read_infos(tmp_path / "bad.pkl")
         assert told in str(caught.value)
+    nested: list[Any] = []
+    for _ in range(60):  # a few bytes that unfold to 2^60 lists
+        nested = [nested, nested]
+    (tmp_path / "ok.pkl").write_bytes(pickle.dumps(head | {"data_list": nested}))
+    assert len(mmdet3d.read_infos(tmp_path / "ok.pkl")["data_list"]) == 2
     good = pickle.dumps(head | {"data_list": [values]})
     for end in range(0, len(good) - 1, 37):
         (tmp_path / "cut.pkl").write_bytes(good[:end])
