@@ -43,7 +43,9 @@ def build(root: Path, out: Path, version: str, split: str, *, sweeps: int = 10) 
     line = tqdm(samples[done:], f"{version} {split}", initial=done, total=len(samples), mininterval=1)
     with partial.open("a", encoding="utf-8") as file:
         for sample in line:
-            file.write(json.dumps(info_record(tables, sample, sweeps), separators=(",", ":")) + "\n")
+            file.write(
+                json.dumps(info_record(tables, sample, sweeps), separators=(",", ":"), allow_nan=False) + "\n"
+            )
     os.replace(partial, out)
     return Infos(out)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -151,7 +150,7 @@ def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool
             for name, camera in one["images"].items()
         },
         "boxes": [box["bbox_3d"][:7] for box in boxes],
-        "velocity": [[math.nan if speed is None else speed for speed in box["velocity"]] for box in boxes],
+        "velocity": [box["velocity"] for box in boxes],
         "names": [names[box["bbox_label_3d"]] for box in boxes],
         **{field: [box[field] for box in boxes] for field in ("num_lidar_pts", "num_radar_pts")},
         **{field: [""] * len(boxes) for field in ("attribute", "visibility", "instance")},

@@ -1,6 +1,7 @@
 """nuScenes (v1.0 tables, full, mini or test) without other toolboxes: tables, info records, frames.
 
-An info file is JSON lines: a header, then one record a key frame, written by `python -m projects.calico.nuscenes_infos`.
+An info file is JSON lines: a header, then one record a key frame, written by `python -m projects.calico.nuscenes_infos`; an
+unknown velocity is null.
 Letters: n points, k boxes. Matrices are 4x4 and act from the left; quaternions are (w, x, y, z).
 """
 
@@ -219,7 +220,7 @@ def _box(tables: Tables, row: Record, to_lidar: NDArray[Any]) -> tuple[Any, ...]
     named = row["attribute_tokens"][:1]
     return (
         [*centre.tolist(), length, width, height, math.atan2(heading[1], heading[0])],
-        speed.tolist(),
+        [None if math.isnan(value) else value for value in speed.tolist()],
         tables.follow(tables.follow(row, "instance"), "category")["name"],
         row["num_lidar_pts"],
         row["num_radar_pts"],
@@ -269,9 +270,7 @@ class Infos(Sequence[Record]):
                 offset = file.tell()
                 for number, line in enumerate(file, start=2):
                     one = self._parse(line, number)
-                    names = tuple(
-                        dict.fromkeys(CLASS_OF[name] for name in one.get("names", ()) if name in CLASS_OF)
-                    )
+                    names = tuple({CLASS_OF[name]: 0 for name in one.get("names", ()) if name in CLASS_OF})
                     try:
                         self.entries.append(Entry(one["token"], one["scene"], one["location"], names, offset))
                     except KeyError as error:
@@ -371,9 +370,7 @@ def read_frame(
     clouds = [np.concatenate([current[:, :4], np.zeros((len(current), 1), np.float32)], 1)]
     past = record["sweeps"][:sweeps]
     if draw is not None and len(record["sweeps"]) > sweeps:
-        past = [
-            record["sweeps"][n] for n in sorted(draw.choice(len(record["sweeps"]), sweeps, replace=False))
-        ]
+        past = [record["sweeps"][n] for n in sorted(draw.permutation(len(record["sweeps"]))[:sweeps])]
     for sweep in past:
         points = _without_car(read_sweep(root / sweep["path"]))
         matrix = np.array(sweep["sensor2lidar"])
@@ -422,18 +419,20 @@ def _without_car(points: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def read_labels(record: Record) -> Labels:
     """The boxes of the ten classes in which there is a point of the LiDAR or a radar."""
-    rows = [
-        row
-        for row, name in enumerate(record["names"])
-        if name in CLASS_OF and record["num_lidar_pts"][row] + record["num_radar_pts"][row] > 0
-    ]
-    boxes = [[*record["boxes"][row], *record["velocity"][row]] for row in rows]
+    hit = np.add(record["num_lidar_pts"], record["num_radar_pts"]) > 0
+    rows = [row for row, name in enumerate(record["names"]) if name in CLASS_OF and hit[row]]
     return Labels(
-        boxes=np.array(boxes, np.float32).reshape(-1, 9),
+        boxes=_with_velocity(record)[rows].astype(np.float32),
         names=tuple(CLASS_OF[record["names"][row]] for row in rows),
         num_points=np.array([record["num_lidar_pts"][row] for row in rows], np.int64),
         attributes=tuple(record["attribute"][row] for row in rows),
     )
+
+
+def _with_velocity(record: Record) -> NDArray[np.float64]:
+    """[k,9]."""
+    boxes = [[*box, *speed] for box, speed in zip(record["boxes"], record["velocity"], strict=True)]
+    return np.array(boxes, np.float64).reshape(-1, 9)
 
 
 def lidar2global(record: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -458,25 +457,17 @@ def to_global(boxes: NDArray[Any], matrix: NDArray[np.float64]) -> NDArray[np.fl
 
 def truth(records: Iterable[Record]) -> tuple[Boxes, NDArray[np.float64], Boxes]:
     """What predictions are compared with: true boxes, the car's place [S,2], and bicycle racks, all global."""
-    found: dict[str, list[Any]] = {"class": [], "rack": []}
+    samples: list[tuple[Any, ...]] = []
+    racks: list[tuple[Any, ...]] = []
     ego = []
     for record in records:
-        boxes = np.array(
-            [[*box, *speed] for box, speed in zip(record["boxes"], record["velocity"], strict=True)], float
-        )
-        placed = to_global(boxes, lidar2global(record))
+        placed = to_global(_with_velocity(record), lidar2global(record))
         ego.append(np.array(record["ego2global"])[:2, 3])
-        for kind, rows in (
-            ("class", [row for row, name in enumerate(record["names"]) if name in CLASS_OF]),
-            ("rack", [row for row, name in enumerate(record["names"]) if name == RACK]),
-        ):
-            names = [CLASS_OF.get(record["names"][row], RACK) for row in rows]
-            counts = [record["num_lidar_pts"][row] + record["num_radar_pts"][row] for row in rows]
-            found[kind].append(
-                (placed[rows], names, None, [record["attribute"][row] for row in rows], counts)
-            )
-    return (
-        Boxes.stack(found["class"], truth=True),
-        np.array(ego).reshape(-1, 2),
-        Boxes.stack(found["rack"], truth=True),
-    )
+        counts = np.add(record["num_lidar_pts"], record["num_radar_pts"])
+        names, attributes = np.array(record["names"]), np.array(record["attribute"])
+        known, rack = (np.isin(names, kind) for kind in (list(CLASS_OF), [RACK]))
+        samples.append(
+            (placed[known], [CLASS_OF[one] for one in names[known]], None, attributes[known], counts[known])
+        )
+        racks.append((placed[rack], names[rack], None, None, counts[rack]))
+    return Boxes.stack(samples, truth=True), np.array(ego).reshape(-1, 2), Boxes.stack(racks, truth=True)

@@ -66,7 +66,7 @@ def record(infos: Infos) -> dict[str, Any]:
 
 
 def test_boxes_and_velocities_equal_the_devkits(record: dict[str, Any]) -> None:
-    ours = np.concatenate([record["boxes"], record["velocity"]], 1)
+    ours = np.concatenate([record["boxes"], np.array(record["velocity"], float)], 1)
     theirs = np.array([[math.nan if value is None else value for value in row] for row in GOLDEN["boxes"]])
     theirs = theirs[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]]  # they have w, l, h, and the velocity in the world
     turn = lidar2global(record)[:3, :3]
@@ -77,7 +77,9 @@ def test_boxes_and_velocities_equal_the_devkits(record: dict[str, Any]) -> None:
 
 def test_boxes_go_to_the_world_and_back(root: Path, record: dict[str, Any]) -> None:
     """`to_global` gives the annotations, exactly, though the LiDAR is tilted."""
-    placed = to_global(np.concatenate([record["boxes"], record["velocity"]], 1), lidar2global(record))
+    placed = to_global(
+        np.concatenate([record["boxes"], np.array(record["velocity"], float)], 1), lidar2global(record)
+    )
     rows = json.loads((root / "v1.0-mini/sample_annotation.json").read_text())
     rows = [row for row in rows if row["sample_token"] == record["token"]]
     assert np.allclose(placed[:, :3], [row["translation"] for row in rows], atol=1e-9)
@@ -270,7 +272,7 @@ def test_real_tables_of_the_schema(tmp_path: Path) -> None:
         row["prev"] = row["next"] = ""
     found = info_record(tables, sample, sweeps=0)
     assert len(found["cams"]) == 7 and found["location"] == "Palo Alto" and len(found["boxes"]) == 4
-    assert found["names"][0] == "car" and np.isnan(found["velocity"]).all()
+    assert found["names"][0] == "car" and found["velocity"] == [[None, None]] * 4
     # Boxes of the world, through the inverse of the poses, keep their distance from the sensor.
     row = tables.annotations[token][0]
     apart = np.linalg.norm(np.subtract(row["translation"], lidar2global(found)[:3, 3]))
