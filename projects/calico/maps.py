@@ -84,7 +84,7 @@ def read_map(root: Path, location: str) -> VectorMap:
             layer: [
                 area(token)
                 for row in content[layer]
-                for token in row.get("polygon_tokens") or [row["polygon_token"]]
+                for token in (row["polygon_tokens"] if layer == "drivable_area" else [row["polygon_token"]])
             ]
             for layer in LAYERS
             if layer != "divider"
@@ -125,8 +125,12 @@ def rasterise(
     for mask, layer in zip(masks, layers, strict=True):
         for rings in world.areas.get(layer, ()):
             placed = [cells(ring) for ring in rings]
-            if placed[0].size and (placed[0].max(0) > 0).all() and (placed[0].min(0) < shape).all():
-                mask |= fill(placed, shape)
+            if placed[0].size:
+                low = np.clip(np.floor(placed[0].min(0)), 0, shape).astype(int)
+                high = np.clip(np.ceil(placed[0].max(0)), 0, shape).astype(int)
+                if (low < high).all():
+                    own = mask[low[0] : high[0], low[1] : high[1]]
+                    own |= fill([ring - low for ring in placed], own.shape)
         for line in world.lines.get(layer, ()):
             draw_line(mask, cells(line), _LINE_WIDTH / 2)
     return masks

@@ -38,7 +38,18 @@ def turn(yaw: float, x: float, y: float, z: float) -> np.ndarray:
 WORLD = turn(0.7, 100, 200, 5)
 EXTRINSIC = {1: turn(0.3, 1, 0, 2), 2: turn(-0.5, 3, 1, 1)}
 BEAMS = [-0.3, -0.2, -0.05, 0.02]
-MOVED = turn(0.72, 100.5, 200.4, 5)  # the car when the top laser looked
+ROLL, PITCH = 0.03, -0.04
+
+
+def tilted(matrix: np.ndarray) -> np.ndarray:
+    """Roll first, then pitch, then what `matrix` does."""
+    roll, pitch = np.eye(4), np.eye(4)
+    roll[1:3, 1:3] = [[math.cos(ROLL), -math.sin(ROLL)], [math.sin(ROLL), math.cos(ROLL)]]
+    pitch[::2, ::2][:2, :2] = [[math.cos(PITCH), math.sin(PITCH)], [-math.sin(PITCH), math.cos(PITCH)]]
+    return matrix @ pitch @ roll
+
+
+MOVED = tilted(turn(0.72, 100.5, 200.4, 5))  # the car when the top laser looked
 
 
 def write(root: Path, component: str, rows: list[dict[str, Any]]) -> None:
@@ -76,7 +87,7 @@ def root(tmp_path: Path) -> Path:
             for n, image in RANGES.items()
         ],
     )
-    pixel = np.broadcast_to([0, 0, 0.72, 100.5, 200.4, 5], (4, 8, 6)).astype(np.float32)
+    pixel = np.broadcast_to([ROLL, PITCH, 0.72, 100.5, 200.4, 5], (4, 8, 6)).astype(np.float32)
     write(
         tmp_path,
         "lidar_pose",
