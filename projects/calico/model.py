@@ -198,6 +198,7 @@ def detection_head(cfg: ModelConfig, channels: int, grid: Grid) -> CenterHead | 
     head = cfg.head
     if head.detection == "none":
         return None
+    shared = {"least_score": head.least_score, "box_weight": head.box_weight}
     if head.detection == "transfusion":
         return TransFusionHead(
             channels,
@@ -216,9 +217,7 @@ def detection_head(cfg: ModelConfig, channels: int, grid: Grid) -> CenterHead | 
     if head.nms == "circle" and len(head.circles) != max(len(tasks), 1):
         told = f"has {len(head.circles)} numbers for {max(len(tasks), 1)} tasks"
         raise UserError(f"config field model.head.circles {told}")
-    return CenterHead(
-        channels, grid, cfg.classes, tasks, head.width, head.nms, head.circles, least_score=head.least_score
-    )
+    return CenterHead(channels, grid, cfg.classes, tasks, head.width, head.nms, head.circles, **shared)
 
 
 @dataclass(frozen=True)

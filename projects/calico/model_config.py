@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from projects.calico.networks.center import CIRCLES, NUSCENES_TASKS
 from projects.calico.networks.seg import MAP_CLASSES
-from vlmkd.config import AboveZero, BelowOne, Count, Positive, Range, require
+from vlmkd.config import AboveZero, Amount, BelowOne, Count, Positive, Range, require
 
 Bounds = Annotated[list[float], Range(-1000, 1000, length=6)]
 """Of a grid: the lower corner (x, y, z), then the upper one, metres."""
@@ -134,6 +134,8 @@ class HeadConfig:
     """Squared distance of each task below which the lower score goes (center, nms=circle)."""
     least_score: Annotated[float, Range(0, 1)] = 0.0
     """Boxes below are left out (CenterPoint: 0.1)."""
+    box_weight: Amount = 0.25
+    """Of the loss of boxes beside that of the heat map."""
     map: bool = True
     """Whether there is a head for map segmentation."""
     map_width: Count = 0

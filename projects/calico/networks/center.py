@@ -68,6 +68,7 @@ class CenterHead(nn.Module):
         overlap: float = 0.2,
         least_score: float = 0.1,
         most: int = 83,
+        box_weight: float = BOX_WEIGHT,
     ) -> None:
         super().__init__()
         tasks = tasks or (tuple(classes),)
@@ -77,7 +78,7 @@ class CenterHead(nn.Module):
         if nms == "circle" and len(circles) != len(tasks):
             raise ValueError(f"{len(circles)} circles for {len(tasks)} tasks")
         self.grid, self.nms, self.circles, self.overlap = grid, nms, circles, overlap
-        self.least_score, self.most = least_score, most
+        self.least_score, self.most, self.box_weight = least_score, most, box_weight
         self.members = [[list(classes).index(name) for name in task] for task in tasks]
         self.shared = conv_block(inputs, shared)
         self.tasks = nn.ModuleList()
@@ -122,7 +123,7 @@ class CenterHead(nn.Module):
             total = output.code.sum() * 0
             for code, (_, cell, wanted) in zip(output.code, targets, strict=True):
                 total = total + code_loss(code[:, cell[:, 0], cell[:, 1]].T, wanted)
-            box_loss.append(BOX_WEIGHT * total / (sum(len(cell) for _, cell, _ in targets) + 1e-4))
+            box_loss.append(self.box_weight * total / (sum(len(cell) for _, cell, _ in targets) + 1e-4))
         return {"heat": torch.stack(heat_loss).sum(), "box": torch.stack(box_loss).sum()}
 
     @torch.no_grad()

@@ -36,7 +36,8 @@ class PointProjector(nn.Module):
         self.last = nn.Linear(hidden, outputs)
 
     def forward(self, samples: Tensor) -> Tensor:
-        return F.normalize(self.last(self.norm(self.first(samples)).relu()), dim=-1)
+        hidden = self.norm(self.first(samples.to(self.first.weight.dtype))).relu()
+        return F.normalize(self.last(hidden).float(), dim=-1)
 
 
 class BoxProjector(nn.Module):
@@ -59,7 +60,8 @@ class BoxProjector(nn.Module):
         # RoIAlign calls the last axis x, and that is y.
         cells = [((box.float() - low) / (high - low) * size)[:, [1, 0, 3, 2]] for box in boxes]
         crops = roi_align(bev.float(), cells, self.SIZE, 1.0, self.RATIO, aligned=True)
-        return F.normalize(self.last(self.convs(crops).amax((2, 3))), dim=-1)
+        hidden = self.convs(crops.to(self.last.weight.dtype)).amax((2, 3))
+        return F.normalize(self.last(hidden).float(), dim=-1)
 
 
 def region_boxes(xy: Tensor, region: Tensor, limit: int = 50) -> Tensor:

@@ -102,9 +102,11 @@ class TransFusionHead(nn.Module):
         dropout: float = 0.1,
         least_score: float = 0.0,
         small: Sequence[str] = SMALL,
+        box_weight: float = BOX_WEIGHT,
     ) -> None:
         super().__init__()
         self.grid, self.classes, self.queries, self.least_score = grid, list(classes), queries, least_score
+        self.box_weight = box_weight
         self.wide = [n for n, name in enumerate(classes) if name not in small]
         self.shared = nn.Conv2d(inputs, width, 3, padding=1)
         self.heat = nn.Sequential(conv_block(width, width), nn.Conv2d(width, len(classes), 3, padding=1))
@@ -179,7 +181,7 @@ class TransFusionHead(nn.Module):
         return {
             "heat": gaussian_focal_loss(output.heat, torch.stack(heats)),
             "score": focal_loss(output.score, wanted).sum() / max(count, 1),
-            "box": BOX_WEIGHT * total / max(count, 1),
+            "box": self.box_weight * total / max(count, 1),
         }
 
     @torch.no_grad()

@@ -260,6 +260,8 @@ def test_center_loss_equals_its_parts() -> None:
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
     assert torch.sigmoid(head.tasks[0]["heat"][1].bias).tolist() == pytest.approx([0.1] * 2, abs=1e-3)
+    head.box_weight = 1.0
+    assert head.loss(outputs, given, labels)["box"].item() == pytest.approx(4 * box, rel=1e-5)
     # A loss with targets of its own making is smallest there.
     exact = head.loss(
         [TaskOutput(*(torch.cat([p, p]) for p in o)) for o in perfect(head, given[0], labels[0])],

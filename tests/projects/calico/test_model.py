@@ -106,6 +106,32 @@ def test_a_model_without_heads_is_its_branches() -> None:
     assert deep(lidar_input(), camera_input()).map.shape == (2, 3, 96, 96) and deep.decoder.out_channels == 16
 
 
+@pytest.mark.parametrize("detection", ["center", "transfusion"])
+def test_weights_in_half_precision_train(detection: Any) -> None:
+    """As DeepSpeed has them: geometry, pooling and losses stay in float32."""
+    torch.manual_seed(0)
+    cfg = replace(TOY, head=replace(TOY.head, detection=detection, queries=12, hidden=16))
+    full = BevModel(cfg)
+    model, projector = BevModel(cfg), PointProjector(64)
+    model.load_state_dict(full.state_dict())
+    model.bfloat16()
+    out, expected = (m(lidar_input(), camera_input()) for m in (model, full))
+    for got, wanted in ((out.lidar, expected.lidar), (out.camera, expected.camera), (out.map, expected.map)):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
+    boxes, labels = torch.tensor([[3.0, 4, -1, 4, 2, 1.5, 0.3, 0, 0]]), torch.tensor([0])
+    losses = list(model.detection.loss(out.detection, [boxes] * 2, [labels] * 2).values())
+    losses.append(
+        projector.bfloat16()(
+            bev_sample(out.lidar, boxes[None, :, :2].expand(2, 1, 2), model.grid)[:, 0]
+        ).sum()
+    )
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    torch.stack(losses).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.detection.decode(out.detection)[0].boxes.dtype == torch.float32
+
+
 AUGMENTATIONS = {
     "none": EYE,
     "rotation": lidar_augmentation(yaw=0.7),
