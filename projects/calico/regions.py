@@ -162,9 +162,8 @@ def dbscan2d(xy: np.ndarray, eps: float, min_samples: int) -> np.ndarray:
     part = _linked(xy[order], start, length, eps, eps + 2 * math.sqrt(2) * size)
     label[order] = np.repeat(part, length)
     label[core] = _by_first(label[core])
-    if len(
-        loose
-    ):  # those within eps of less than `min_samples` points know them all: the first cluster to reach one has it
+    if len(loose):
+        # Those that are not dense know all that are within eps; the first cluster to reach one has it.
         reached = np.append(np.where(dense, label, len(xy)), len(xy))[who].min(1)
         edge = ~dense[loose] & (reached < len(xy))
         label[loose[edge]] = reached[edge]
@@ -178,6 +177,10 @@ def _linked(xy: np.ndarray, start: np.ndarray, length: np.ndarray, eps: float, r
     near = ((first[pairs[:, 0]] - first[pairs[:, 1]]) ** 2).sum(1) <= eps * eps
     links, part = pairs[near], _parts(pairs[near], len(first))
     pairs = pairs[part[pairs[:, 0]] != part[pairs[:, 1]]]
+    low, high = np.minimum.reduceat(xy, start), np.maximum.reduceat(xy, start)
+    a, b = pairs.T
+    gap = np.maximum(np.maximum(low[a] - high[b], low[b] - high[a]), 0)
+    pairs = pairs[(gap**2).sum(1) <= eps * eps]
     products = length[pairs[:, 0]] * length[pairs[:, 1]]
     blocks = np.cumsum(products) // 2_000_000  # comparisons at a time
     for some in np.split(pairs, np.flatnonzero(np.diff(blocks)) + 1):

@@ -135,16 +135,15 @@ class Frame:
 
     def pixels(self, points: np.ndarray, nearest: float = 0.0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each camera, pixels [n, 2] and depths [n] of points [n, >= 3]; depth 0 when not in its image."""
-        if not self.cameras:
-            return {}
-        intrinsics, cam2lidar = (torch.as_tensor(m, dtype=torch.float64)[None] for m in self.stacked())
         placed = torch.as_tensor(points[:, :3], dtype=torch.float64)[None]
-        uv, depth = project(placed, torch.linalg.inv(cam2lidar), intrinsics)
-        found = {}
-        for n, (name, camera) in enumerate(self.cameras.items()):
-            seen = in_image(uv[0, n], depth[0, n], camera.size, nearest)
-            found[name] = uv[0, n].numpy(), torch.where(seen, depth[0, n], 0.0).numpy()
-        return found
+        return {name: _seen(camera, placed, nearest) for name, camera in self.cameras.items()}
+
+
+def _seen(camera: Camera, points: torch.Tensor, nearest: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    intrinsics, cam2lidar = (torch.as_tensor(m)[None, None] for m in (camera.intrinsics, camera.cam2lidar))
+    uv, depth = project(points, torch.linalg.inv(cam2lidar.double()), intrinsics)
+    seen = in_image(uv, depth, camera.size, nearest)
+    return uv[0, 0].numpy(), torch.where(seen, depth, 0.0)[0, 0].numpy()
 
 
 class Frames(Protocol):
@@ -187,7 +186,8 @@ def checked(frame: Frame) -> Frame:
             raise UserError(f"{name}: the calibration of {camera} is not an invertible matrix")
     if not finite.all():
         frame = _kept(frame, finite)
-    if frame.cameras and not any((depth > 0).any() for _, depth in frame.pixels(frame.points).values()):
+    placed = torch.as_tensor(frame.points[:, :3])[None]
+    if frame.cameras and not any((_seen(camera, placed)[1] > 0).any() for camera in frame.cameras.values()):
         raise UserError(
             f"{name}: its calibration puts no point into any of {len(frame.cameras)} images; are cam2lidar and the"
             " intrinsics those of this car, and is cam2lidar not its inverse?"
