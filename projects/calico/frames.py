@@ -25,7 +25,7 @@ def open_frames(path: Path, root: Path | None = None, *, sweeps: int = 9) -> Fra
     """
     if (path / "synthdrive.json").is_file():
         return SynthdriveFrames.open(path)
-    if (path / "annotations_calib.json").is_file():
+    if any((path / name).is_file() for name in ("annotations_calib.json", "city_SE3_egovehicle.feather")):
         return ArgoverseFrames(path)
     if any((path / name).is_dir() for name in ("velodyne", "training/velodyne")):
         return KittiFrames.of_folder(path)
@@ -38,6 +38,6 @@ def open_frames(path: Path, root: Path | None = None, *, sweeps: int = 9) -> Fra
         return nuscenes_frames(info, root, sweeps) or KittiFrames.of_info(info)
     raise UserError(
         f"{path} {'is' if path.exists() else 'does not exist, and is'} none of: a folder of KITTI (with velodyne/ or"
-        " training/velodyne/, or mmdetection3d's info.json), of Argoverse 2 (with annotations_calib.json), of Waymo (with"
+        " training/velodyne/, or mmdetection3d's info.json), of Argoverse 2 (a log, with city_SE3_egovehicle.feather), of Waymo (with"
         " vehicle_pose/), of synthdrive scenes, or an info file of nuScenes (.jsonl, or mmdetection3d's .pkl or .json)"
     )

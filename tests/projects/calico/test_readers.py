@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from projects.calico.frames import open_frames
 from projects.calico.geometry import points_in_boxes
@@ -82,6 +84,75 @@ def test_the_car_stands_on_one_drivable_area() -> None:
         at = a[:, 0] + (y - a[:, 1]) * (b[:, 0] - a[:, 0]) / np.where(crosses, b[:, 1] - a[:, 1], 1)
         holding += int((crosses & (x < at)).sum() % 2)
     assert holding == 1
+
+
+@pytest.fixture
+def argoverse_log(tmp_path: Path) -> Path:
+    """The frames in the layout of the release, with a picture that was taken 20 ms after the first sweep."""
+    pyarrow, feather = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.feather")
+    known = json.loads((FRAMES / "av2/annotations_calib.json").read_text())
+    folder = tmp_path / known["log_id"]
+    for name in ("sensors/lidar", "sensors/cameras/ring_front_center", "calibration", "map"):
+        (folder / name).mkdir(parents=True)
+
+    def write(path: str, rows: list[dict[str, Any]]) -> None:
+        feather.write_feather(pyarrow.Table.from_pylist(rows), folder / path)
+
+    poses, boxes = [], []
+    for number, sweep in known["sweeps"].items():
+        time = {"timestamp_ns": sweep["timestamp_ns"]}
+        poses.append(time | sweep["city_SE3_egovehicle"])
+        boxes += [time | box for box in sweep["boxes"]]
+        table = read_table(FRAMES / f"av2/sweep_{number}.npz")
+        columns = dict(zip("xyz", table["xyz"].T, strict=True)) | {"intensity": table["intensity"]}
+        columns = {name: pyarrow.array(np.ascontiguousarray(column)) for name, column in columns.items()}
+        feather.write_feather(
+            pyarrow.table(columns), folder / f"sensors/lidar/{sweep['timestamp_ns']}.feather"
+        )
+    shot = poses[0]["timestamp_ns"] + 20_000_000
+    poses.append(poses[0] | {"timestamp_ns": shot, "tx_m": poses[0]["tx_m"] + 0.3})
+    write("city_SE3_egovehicle.feather", poses)
+    write("annotations.feather", boxes)
+    for name, rows in known["calibration"].items():
+        write(f"calibration/{name}.feather", rows)
+    Image.new("RGB", (1550, 2048)).save(folder / f"sensors/cameras/ring_front_center/{shot}.jpg")
+    shutil.copy(
+        FRAMES / "av2/map_PIT_city_47896.json", folder / "map/log_map_archive_x____PIT_city_47896.json"
+    )
+    return folder
+
+
+@needs_frames
+def test_argoverse_logs_give_what_the_other_formats_give(argoverse_log: Path) -> None:
+    frames, known = ArgoverseFrames(argoverse_log), ArgoverseFrames(FRAMES / "av2")
+    assert open_frames(argoverse_log).tokens == frames.tokens == ["315966265259836000", "315966265360032000"]
+    for index in (0, 1):
+        one, other = frames.read(index, labels=True), known.read(index, labels=True)
+        assert np.array_equal(one.points, other.points) and np.array_equal(one.ego2global, other.ego2global)
+        assert one.labels is not None and other.labels is not None
+        np.testing.assert_array_equal(one.labels.boxes, other.labels.boxes)
+        assert one.labels.names == other.labels.names and one.scene == other.scene
+    first = frames.read(0)
+    assert list(first.cameras) == ["ring_front_center"] and not frames.read(1).cameras  # too far in time
+    moved = np.linalg.inv(first.ego2global)[:3, :3] @ [0.3, 0, 0]
+    mount = first.cameras["ring_front_center"].cam2lidar
+    np.testing.assert_allclose(mount[:3, 3], [1.635017, 0.002676, 1.397967] + moved, atol=1e-5)
+    assert first.pixels(np.array([[20.0, 0, 1]]))["ring_front_center"][1][0] == pytest.approx(18.4, abs=0.5)
+    assert len(frames.map_polygons("drivable_areas")) == 13
+
+
+@needs_frames
+def test_argoverse_logs_that_are_not_whole(argoverse_log: Path) -> None:
+    (argoverse_log / "annotations.feather").unlink()
+    bare = ArgoverseFrames(argoverse_log).read(0, labels=True).labels
+    assert bare is not None and len(bare.boxes) == 0
+    sweep = argoverse_log / "sensors/lidar/315966265259836000.feather"
+    sweep.write_bytes(sweep.read_bytes()[:1000])
+    with pytest.raises(UserError, match="Argoverse table .*315966265259836000.feather is damaged"):
+        ArgoverseFrames(argoverse_log).read(0)
+    (argoverse_log / "calibration/intrinsics.feather").unlink()
+    with pytest.raises(UserError, match="intrinsics.feather does not exist"):
+        ArgoverseFrames(argoverse_log).read(0)
 
 
 @needs_frames
