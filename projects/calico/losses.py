@@ -1,4 +1,4 @@
-"""CALICO's losses and those of its comparison arms, over the sampled points of one frame (docs/papers/calico.md).
+"""CALICO's losses and those of its comparison arms, over the sampled points of one frame (docs/papers/calico.md, eq. 1-6).
 
 Letters: n sampled points, D width of a projected vector, C channels of a BEV map, k boxes. `z` and `z2` [n, D] are
 unit vectors of the same points in two views (or of two modalities), `region` int64 [n] is the region of each point,
@@ -43,7 +43,7 @@ def plrc_loss(
 def rapc_loss(
     z: Tensor, z2: Tensor, region: Tensor, tau: float = 0.1, *, symmetric: bool = True, chunk: int = 0
 ) -> tuple[Tensor, Stats]:
-    """Region-aware point contrast: the same point is the positive, others of its region are left out; as `plrc_loss`."""
+    """Region-aware point contrast (eq. 2): the same point is the positive, others of its region are left out."""
     return _contrast(_rapc_rows, z, z2, region, None, tau, symmetric, chunk)
 
 
@@ -57,7 +57,7 @@ def prc_loss(
     symmetric: bool = True,
     chunk: int = 0,
 ) -> tuple[Tensor, Stats]:
-    """alpha PLRC + (1 - alpha) RAPC (eq. 2), each on the two views of its own projector.
+    """alpha PLRC + (1 - alpha) RAPC (eq. 3), each on the two views of its own projector.
 
     Arms are `alpha` 1 (plrc) and 0 (rapc), whose other pair may be None. A frame with fewer than two regions has the loss
     zero, and zero gradient. Stats are those of both terms, prefixed `plrc_` and `rapc_`, with their values.
@@ -86,7 +86,7 @@ def rad_loss(
     direction: Literal["camera_to_lidar", "symmetric"] = "camera_to_lidar",
     chunk: int = 0,
 ) -> tuple[Tensor, Stats]:
-    """Region-aware distillation (eq. 3): RAPC from the camera's vectors [n, D] to the frozen LiDAR's.
+    """Region-aware distillation (eq. 4): RAPC from the camera's vectors [n, D] to the frozen LiDAR's.
 
     `weight`: each region counts the same, whatever the number of its points; `uniform` each point; a tensor [n] of any
     other weights of points (`centre_weights`), divided by their sum. Zero with fewer than two regions.
@@ -98,7 +98,7 @@ def rad_loss(
 
 
 def pointcontrast_loss(z: Tensor, z2: Tensor, tau: float = 0.1, *, chunk: int = 0) -> tuple[Tensor, Stats]:
-    """PointContrast: every point is an anchor, and every other point its negative (InfoNCE, both directions)."""
+    """PointContrast: every point is an anchor, and every other point its negative (InfoNCE, both directions; eq. 6)."""
     return rapc_loss(z, z2, torch.arange(len(z), device=z.device), tau, chunk=chunk)
 
 
@@ -110,7 +110,7 @@ def box_clip_loss(boxes: Tensor, boxes2: Tensor, logit_scale: float = BOX_LOGIT_
 
 
 def feature_mse(student: Tensor, teacher: Tensor, region: Tensor | None = None) -> Tensor:
-    """Plain feature distillation: squared error of BEV samples [n, C], mean over C and over points.
+    """Plain feature distillation (eq. 5): squared error of BEV samples [n, C], mean over C and over points.
 
     With `region`, over the points that have one, each region counting the same. No gradient reaches the teacher.
     """

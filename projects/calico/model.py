@@ -91,11 +91,11 @@ class CameraBranch(nn.Module):
         super().__init__()
         rows, columns = cfg.image_size
         self.backbone: TimmBackbone | TinyBackbone
-        if cfg.backbone == "tiny":
+        if cfg.encoder == "tiny":
             self.backbone = TinyBackbone(cfg.widths)
         else:
             self.backbone = TimmBackbone(
-                cfg.backbone, (rows, columns), cfg.stages, cfg.pretrained, cfg.drop_path
+                cfg.encoder, (rows, columns), cfg.stages, cfg.pretrained, cfg.drop_path
             )
         self.neck, stride = LssFpn(self.backbone.channels, cfg.neck), self.backbone.strides[0]
         if rows % stride or columns % stride:
@@ -146,7 +146,7 @@ class BevModel(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        points, images = cfg.lidar.encoder != "none", cfg.camera.backbone != "none"
+        points, images = cfg.lidar.encoder != "none", cfg.camera.encoder != "none"
         self.lidar = LidarBranch(cfg.lidar, cfg.range, cfg.point_features) if points else None
         self.camera = CameraBranch(cfg.camera, cfg.range) if images else None
         _set_momentum(self.lidar, cfg.norm_momentum)
@@ -240,14 +240,20 @@ class LoadReport:
 
 
 def save_branches(
-    path: Path, model: BevModel, branches: Sequence[Branch], weights: Mapping[str, Tensor] | None = None
+    path: Path,
+    model: BevModel,
+    branches: Sequence[Branch],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
     """Write a safetensors file of the branches that the next stage starts from, with their lists of channels.
 
-    `weights` are the model's by name where another state than the present is meant (an engine's, an average).
+    `weights` are the model's by name where another state than the present is meant (an engine's, an average). `whole`:
+    the rest of the model goes into the file too.
     """
     weights = model.state_dict() if weights is None else weights
-    held = {name: tensor for name, tensor in weights.items() if name.split(".")[0] in branches}
+    held = {name: tensor for name, tensor in weights.items() if whole or name.split(".")[0] in branches}
     facts = json.dumps({"channels": {branch: _branch(model, branch).channels for branch in branches}})
     with new_file(path, "checkpoint") as partial:
         write_tensors(partial, held, {_FACTS: facts})

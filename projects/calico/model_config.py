@@ -62,7 +62,7 @@ class LidarConfig:
 class CameraConfig:
     """The camera branch: images to a map of the same cells."""
 
-    backbone: str = "swin_tiny_patch4_window7_224"
+    encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model, `tiny` for the toy world's, or `none` for a model that sees points only."""
     pretrained: bool = True
     """Start from timm's ImageNet weights."""
@@ -170,9 +170,9 @@ class ModelConfig:
     """Heads."""
 
     def __post_init__(self) -> None:
-        seen = self.lidar.encoder != "none" or self.camera.backbone != "none"
+        seen = self.lidar.encoder != "none" or self.camera.encoder != "none"
         require(
-            seen, "model.camera.backbone", "is none, and so is model.lidar.encoder; a model sees something"
+            seen, "model.camera.encoder", "is none, and so is model.lidar.encoder; a model sees something"
         )
 
 
@@ -191,7 +191,7 @@ TOY = ModelConfig(
         ups=[1.0, 2.0],
     ),
     camera=CameraConfig(
-        backbone="tiny",
+        encoder="tiny",
         pretrained=False,
         image_size=[40, 80],
         neck=32,

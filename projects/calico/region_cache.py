@@ -54,14 +54,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
+    parser.add_argument("frames", type=Path, metavar="DATA")
     parser.add_argument("out", type=Path)
     parser.add_argument("--root", type=Path, help="folder that an info file's paths are below; else its own")
     parser.add_argument("--preset", default="default", help=f"{' or '.join(PRESETS)} (default)")
     parser.add_argument("--workers", type=at_least(1), default=1, help="processes (1)")
     options = parser.parse_args(argv)
     cache = RegionCache(options.out, preset_of(options.preset))
-    found = build(options.data, cache, root=options.root, workers=options.workers)
+    found = build(options.frames, cache, root=options.root, workers=options.workers)
     if found:
         clusters, regions, points = (sum(column) / len(found) for column in zip(*found, strict=True))
         print(

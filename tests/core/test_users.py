@@ -10,12 +10,12 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-USERS = ("dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
+USERS = ("calico", "dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
 
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (
         "the house's way of reading options; the runs on streams are for the projects on chats and pairs that come",
-        {"SourceConfig", "StreamRunConfig", "has_field", "help_text"},
+        {"RatioRange", "SourceConfig", "StreamRunConfig", "has_field", "help_text"},
     ),
     "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
     "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),

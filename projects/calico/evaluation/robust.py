@@ -59,10 +59,10 @@ def corrupt(frame: Frame, name: str, severity: int) -> Frame:
     """The frame damaged in the way `name` (of `CORRUPTIONS`) with severity 1 to 5; labels of points are dropped."""
     if name not in CORRUPTIONS:
         raise UserError(
-            f"config field eval.corruptions names {name!r}; {did_you_mean(name, CORRUPTIONS, ', '.join(CORRUPTIONS))}"
+            f"--corruptions names {name!r}; {did_you_mean(name, CORRUPTIONS, ', '.join(CORRUPTIONS))}"
         )
     if severity not in SEVERITIES:
-        raise UserError(f"config field eval.severities holds {severity}; severities are 1 to 5")
+        raise UserError(f"--severities holds {severity}; severities are 1 to 5")
     draw = _generator(frame.token, name, severity)
     if name in _MOVED:
         share, noise = _MOVED[name]

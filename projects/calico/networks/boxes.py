@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from projects.calico.geometry import Grid, box_corners
+from projects.calico.networks.parts import rank_share
 
 CODE = {"centre": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
 """Numbers of a box's code, in their order: x and y in cells, z in metres, log of l, w, h, sine and cosine, velocity."""
@@ -94,13 +95,13 @@ def heat_map(
 
 
 def gaussian_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """CenterNet's loss, divided by the number of ones in `target` (at least 1). Both of one shape."""
+    """CenterNet's loss, divided by the number of ones in the targets of all ranks (at least 1). Both of one shape."""
     logits = logits.float()
     p, hit = logits.sigmoid(), target == 1
     rows = torch.where(
         hit, F.logsigmoid(logits) * (1 - p) ** 2, F.logsigmoid(-logits) * p**2 * (1 - target) ** 4
     )
-    return -rows.sum() / hit.sum().clamp(min=1)
+    return -rows.sum() / rank_share(hit.sum(), 1)
 
 
 def focal_loss(logits: Tensor, target: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:

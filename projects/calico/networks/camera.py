@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +25,8 @@ class TimmBackbone(nn.Module):
         pretrained: bool = False,
         drop_path: float = 0.0,
     ) -> None:
+        import timm  # seconds, which the toy world does not need
+
         super().__init__()
         swin = {"img_size": image_size} if "swin" in name else {}
         drop = {"drop_path_rate": drop_path} if drop_path else {}

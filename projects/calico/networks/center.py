@@ -23,7 +23,7 @@ from projects.calico.networks.boxes import (
     heat_map,
     rotated_nms,
 )
-from projects.calico.networks.parts import conv_block
+from projects.calico.networks.parts import conv_block, rank_share
 
 NUSCENES_TASKS = (
     ("car",),
@@ -115,7 +115,7 @@ class CenterHead(nn.Module):
     def loss(
         self, outputs: Sequence[TaskOutput], boxes: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """`heat` and `box`, each the sum over tasks; a task's box loss is divided by its boxes in the batch."""
+        """`heat` and `box`, each the sum over tasks; a task's box loss is divided by its boxes on all ranks."""
         frames = [self.targets(*pair) for pair in zip(boxes, labels, strict=True)]
         heat_loss, box_loss = [], []
         for output, targets in zip(outputs, zip(*frames, strict=True), strict=True):
@@ -123,7 +123,8 @@ class CenterHead(nn.Module):
             total = output.code.sum() * 0
             for code, (_, cell, wanted) in zip(output.code, targets, strict=True):
                 total = total + code_loss(code[:, cell[:, 0], cell[:, 1]].T, wanted)
-            box_loss.append(self.box_weight * total / (sum(len(cell) for _, cell, _ in targets) + 1e-4))
+            count = rank_share(sum(len(cell) for _, cell, _ in targets), extra=1e-4).to(total.device)
+            box_loss.append(self.box_weight * total / count)
         return {"heat": torch.stack(heat_loss).sum(), "box": torch.stack(box_loss).sum()}
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from projects.calico.geometry import Grid
 from projects.calico.networks.parts import RowNorm, conv_block
@@ -54,6 +53,8 @@ class BoxProjector(nn.Module):
 
     def forward(self, bev: Tensor, boxes: Sequence[Tensor], grid: Grid) -> Tensor:
         """`bev` [B, C, X, Y] over `grid`, `boxes` of each frame (x1, y1, x2, y2) [k, 4] in metres."""
+        from torchvision.ops import roi_align
+
         low = torch.tensor(grid.min[:2] * 2, device=bev.device)
         high = torch.tensor(grid.max[:2] * 2, device=bev.device)
         size = torch.tensor(bev.shape[2:] * 2, device=bev.device)

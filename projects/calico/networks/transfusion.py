@@ -26,7 +26,7 @@ from projects.calico.networks.boxes import (
     overlaps,
 )
 from projects.calico.networks.center import BOX_WEIGHT, HEAT_BIAS
-from projects.calico.networks.parts import conv_block
+from projects.calico.networks.parts import conv_block, rank_share
 
 COSTS = (0.15, 0.25, 0.25)
 """Of the assignment: focal, L1 distance of centres as shares of the map, overlap of volumes."""
@@ -133,8 +133,8 @@ class TransFusionHead(nn.Module):
         query = cells.gather(1, cell[..., None].expand(-1, -1, cells.shape[2]))
         query = query + self.class_vector(F.one_hot(label, len(self.classes)).to(query.dtype))
         everywhere = torch.arange(cells.shape[1], device=bev.device).expand(len(bev), -1)
-        place, all_places = (torch.stack([i // y, i % y], -1) + 0.5 for i in (cell, everywhere))
-        query = self.layer(query, cells, place, all_places).mT
+        place, cell_places = (torch.stack([i // y, i % y], -1) + 0.5 for i in (cell, everywhere))
+        query = self.layer(query, cells, place, cell_places).mT
         found = {name: tower(query).mT.float() for name, tower in self.towers.items()}
         found["centre"] = found["centre"] + place
         return QueryOutput(heat, label, peak, found["score"], torch.cat([found[name] for name in CODE], -1))
@@ -168,7 +168,7 @@ class TransFusionHead(nn.Module):
     def loss(
         self, output: QueryOutput, boxes: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """`heat`, `score` and `box`; the last two are divided by the number of boxes in the batch, at least 1."""
+        """`heat`, `score` and `box`; the last two are divided by the number of boxes on all ranks, at least 1."""
         heats, wanted, total, count = [], torch.zeros_like(output.score), output.code.sum() * 0, 0
         for row, (box, label) in enumerate(zip(boxes, labels, strict=True)):
             inside = self.grid.index(box[:, :2])[1]
@@ -178,10 +178,11 @@ class TransFusionHead(nn.Module):
             wanted[row, query, label[matched]] = 1
             total = total + code_loss(output.code[row, query], encode(box[matched], self.grid))
             count += len(query)
+        shared = rank_share(count, 1).to(total.device)
         return {
             "heat": gaussian_focal_loss(output.heat, torch.stack(heats)),
-            "score": focal_loss(output.score, wanted).sum() / max(count, 1),
-            "box": self.box_weight * total / max(count, 1),
+            "score": focal_loss(output.score, wanted).sum() / shared,
+            "box": self.box_weight * total / shared,
         }
 
     @torch.no_grad()

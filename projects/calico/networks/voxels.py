@@ -5,6 +5,7 @@ Letters: B frames, n occupied voxels (or points) of all frames together, C chann
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from projects.calico.geometry import Grid
 from projects.calico.networks.parts import BN_EPS, BN_MOMENTUM, RowNorm
 from projects.calico.networks.pillars import place_in_group
 
-Triple = tuple[int, int, int]
+Three = tuple[int, int, int]
 Backend = Literal["torch", "spconv"]
 
 
@@ -31,7 +32,7 @@ class SparseMap:
     """[n, C]."""
     coords: Tensor
     """int64 [n, 4]: frame, x, y, z."""
-    shape: Triple
+    shape: Three
     frames: int
 
     @cached_property
@@ -75,7 +76,7 @@ def voxelise(points: Tensor, frame: Tensor, frames: int, grid: Grid, max_points:
 
 
 def pairs(
-    given: SparseMap, wanted: Tensor, kernel: Triple, stride: Triple, padding: Triple
+    given: SparseMap, wanted: Tensor, kernel: Three, stride: Three, padding: Three
 ) -> list[tuple[Tensor, Tensor]]:
     """For each place of the kernel, which rows of `wanted` [m, 4] read which rows of `given`."""
     place = wanted.new_tensor(given.shape)
@@ -94,9 +95,9 @@ def pairs(
 def sparse_conv(
     given: SparseMap,
     weight: Tensor,
-    kernel: Triple,
-    stride: Triple = (1, 1, 1),
-    padding: Triple = (1, 1, 1),
+    kernel: Three,
+    stride: Three = (1, 1, 1),
+    padding: Three = (1, 1, 1),
     submanifold: bool = True,
     backend: Backend = "torch",
 ) -> SparseMap:
@@ -126,9 +127,9 @@ class SparseConv(nn.Module):
         self,
         inputs: int,
         outputs: int,
-        kernel: Triple = (3, 3, 3),
-        stride: Triple = (1, 1, 1),
-        padding: Triple = (1, 1, 1),
+        kernel: Three = (3, 3, 3),
+        stride: Three = (1, 1, 1),
+        padding: Three = (1, 1, 1),
         submanifold: bool = True,
         relu: bool = True,
         backend: Backend = "torch",
@@ -206,17 +207,17 @@ class VoxelEncoder(nn.Module):
         return self.layers(voxels).dense().permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-def _key(coords: Tensor, shape: Triple) -> Tensor:
+def _key(coords: Tensor, shape: Three) -> Tensor:
     frame, x, y, z = coords.unbind(1)
     return ((frame * shape[0] + x) * shape[1] + y) * shape[2] + z
 
 
-def _coords(key: Tensor, shape: Triple) -> Tensor:
+def _coords(key: Tensor, shape: Three) -> Tensor:
     z, y, x = key % shape[2], key // shape[2] % shape[1], key // (shape[2] * shape[1]) % shape[0]
     return torch.stack([key // (shape[0] * shape[1] * shape[2]), x, y, z], 1)
 
 
-def _strided(given: SparseMap, kernel: Triple, stride: Triple, padding: Triple) -> SparseMap:
+def _strided(given: SparseMap, kernel: Three, stride: Three, padding: Three) -> SparseMap:
     """The places, without rows, whose kernel touches an occupied one."""
     sizes = zip(given.shape, padding, kernel, stride, strict=True)
     x, y, z = ((size + 2 * pad - width) // step + 1 for size, pad, width, step in sizes)
@@ -231,10 +232,10 @@ def _strided(given: SparseMap, kernel: Triple, stride: Triple, padding: Triple) 
 
 
 def _spconv(
-    given: SparseMap, weight: Tensor, kernel: Triple, stride: Triple, padding: Triple, submanifold: bool
+    given: SparseMap, weight: Tensor, kernel: Three, stride: Three, padding: Three, submanifold: bool
 ) -> SparseMap:
     """The same by spconv 2, whose CPU wheel has no backward pass; its rows are put into our order."""
-    import spconv.pytorch as spconv
+    spconv = importlib.import_module("spconv.pytorch")
 
     # A tensor that is not contiguous gives wrong sums without a word.
     tensor = spconv.SparseConvTensor(

@@ -83,7 +83,7 @@ def branch(cfg: ModelConfig, which: str) -> BevModel:
     """The model of one modality without heads."""
     torch.manual_seed(0)
     other = {
-        "lidar": {"camera": replace(cfg.camera, backbone="none")},
+        "lidar": {"camera": replace(cfg.camera, encoder="none")},
         "camera": {"lidar": replace(cfg.lidar, encoder="none")},
     }
     return BevModel(replace(cfg, head=replace(cfg.head, detection="none", map=False), **other[which]))

@@ -34,7 +34,7 @@ EYE = torch.eye(4, dtype=torch.float64)
 
 def only(which: str, cfg: ModelConfig = TOY) -> ModelConfig:
     if which == "lidar":
-        return replace(cfg, camera=replace(cfg.camera, backbone="none"))
+        return replace(cfg, camera=replace(cfg.camera, encoder="none"))
     return replace(cfg, lidar=replace(cfg.lidar, encoder="none")) if which == "camera" else cfg
 
 

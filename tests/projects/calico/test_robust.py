@@ -154,7 +154,7 @@ def test_mean_corruption_error() -> None:
 
 
 def test_unknown_corruptions_are_named() -> None:
-    with pytest.raises(UserError, match="eval.corruptions names 'densty'; did you mean density"):
+    with pytest.raises(UserError, match="--corruptions names 'densty'; did you mean density"):
         corrupt(FRAME, "densty", 1)
     with pytest.raises(UserError, match="severities holds 6; severities are 1 to 5"):
         corrupt(FRAME, "density", 6)
