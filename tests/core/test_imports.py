@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("deepspeed", "mamba_ssm", "causal_conv1d", "flash_attn", "wandb", "trackio", "lmms_eval")
+OPTIONAL = (
+    "deepspeed",
+    "mamba_ssm",
+    "causal_conv1d",
+    "flash_attn",
+    "spconv",
+    "pyarrow",
+    "wandb",
+    "trackio",
+    "lmms_eval",
+)
 
 # Imports every module whose name is given, with the optional packages made impossible to import.
 BLOCKED = """

@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-USERS = ("dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
+USERS = ("calico", "dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
 
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (

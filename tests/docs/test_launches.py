@@ -71,6 +71,9 @@ def rows() -> Iterator[Row]:
     yield "tinyclip/scripts/emoji_table.sh", (), {"SEEDS": "0"}
     yield "tinyclip/scripts/emoji_teacher.sh", (), {}
 
+    yield "calico/scripts/nano.sh", (), {"SEEDS": "1"}
+    yield "calico/scripts/recipe.sh", ("all",), {"SEEDS": "1", "FRACTIONS": "5 50"}
+
     for model in ("qwen1.5_0.5b", "qwen2_0.5b", "qwen2_1.5b", "qwen1.5_1.8b"):
         yield "llava_mod/scripts/recipe.sh", ("all", model), {}
     yield "llava_mod/scripts/comd.sh", ("train.json", "cache.json"), COMD

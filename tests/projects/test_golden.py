@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 from tests.data.conftest import pair, write_tar
+from tests.projects.calico.toy import TOY
+from tests.projects.calico.toy import scenes as toy_scenes
 from tests.projects.dho.tiny_runs import clip_config, write_images
 from tests.projects.matvlm.models import decoder_folder, scenes, tower_files
 from tests.projects.tinyclip.tiny_runs import model_config
@@ -38,6 +40,7 @@ UNCHECKED = {
     "vl2v_adip": ["projects.vl2v_adip.task:verify_classifiers"],
     "llava_mod": ["vlmkd.chat_runs:check_mllms"],
     "matvlm": ["vlmkd.chat_runs:check_mllms"],
+    "calico": ["projects.calico.export:check"],
 }
 """The check of an export starts a process, and has tests of its own."""
 
@@ -288,6 +291,35 @@ def llava_mod_prefer(place: Place) -> Path:
     return _stage(place, "prefer", llava_mod_d2s(place), data=data)
 
 
+def _scenes(place: Place, stage: str, **fields: Any) -> Path:
+    """A stage of CALICO in the toy world, as its nano runs are but for the number of samples."""
+    data = place.folder / "scenes"
+    if not data.exists():
+        toy_scenes(data)
+    merged: dict[str, Any] = {}
+    for name in ("base", stage):
+        for key, value in yaml.safe_load((TOY / f"{name}.yaml").read_text()).items():
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    merged["data"] |= {"info": str(data), "fraction": 100}
+    for key in ("run_dir", "log", "checkpoint", "evaluation"):
+        merged.pop(key, None)
+    sizes = {"prc": {"n_rich": 64, "n_less": 64}, "batch_size": 2, "steps": STEPS}
+    return place.train("projects.calico.train_stage", f"calico_{stage}", merged | sizes | fields)
+
+
+def calico_prc(place: Place) -> Path:
+    return _scenes(place, "prc")
+
+
+def calico_rad(place: Place) -> Path:
+    return _scenes(place, "rad", rad={"teacher_ckpt": str(calico_prc(place) / "export")})
+
+
+def calico_finetune(place: Place) -> Path:
+    init = {"lidar": str(calico_prc(place) / "export"), "camera": str(calico_rad(place) / "export")}
+    return _scenes(place, "finetune", init=init)
+
+
 RUNS: list[Callable[[Place], Path]] = [
     tinyclip_distill,
     tinyclip_stored,
@@ -302,6 +334,9 @@ RUNS: list[Callable[[Place], Path]] = [
     llava_mod_adapt,
     llava_mod_d2s,
     llava_mod_prefer,
+    calico_prc,
+    calico_rad,
+    calico_finetune,
 ]
 
 

@@ -32,6 +32,7 @@ PRELOADED = (
     "torch._inductor.compile_fx",  # by DeepSpeed's optimisers, when an engine is made
     "torchvision", "open_clip", "timm", "deepspeed", "vlmkd.train.run", "projects.dho.build", "projects.promptkd.build",
     "projects.vl2v_adip.build", "projects.tinyclip.build", "projects.llava_mod.build", "projects.matvlm.build",
+    "projects.calico.build",
     "transformers.models.llama.modeling_llama", "jinja2", "matplotlib.figure", "matplotlib.backends.backend_svg",
 )  # fmt: skip
 _LIMIT_S = 900.0

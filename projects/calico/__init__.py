@@ -1,0 +1,1 @@
+"""CALICO: self-supervised camera-LiDAR pre-training for BEV perception (docs/papers/calico.md)."""

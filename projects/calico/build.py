@@ -1,0 +1,155 @@
+"""From a CALICO config to a job: frames, pipeline, student, teacher, evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from projects.calico.balance import PasteDatabase, balanced
+from projects.calico.config import UNTRAINED, CalicoConfig
+from projects.calico.evaluation.frames import scene_evaluation
+from projects.calico.frames import open_frames
+from projects.calico.model import BevModel, Branch, load_pretrained
+from projects.calico.networks.parts import share_norms
+from projects.calico.pipeline import ContrastPipeline, LabelledPipeline, SceneItem, scenes_of
+from projects.calico.pretraining import WEIGHTS, PretrainStudent, Teacher
+from projects.calico.readers.nuscenes import NuScenesFrames
+from projects.calico.scenes import Frames
+from projects.calico.splits import digest, fraction, read_scenes
+from projects.calico.task import CalicoTask, FinetuneTask, PretrainTask
+from vlmkd import distributed
+from vlmkd.data.loader import Loader
+from vlmkd.data.sources import ItemSource, Stream
+from vlmkd.errors import UserError
+from vlmkd.evaluation.base import Evaluator
+from vlmkd.train.durations import in_steps
+from vlmkd.train.engine import batch_triple
+from vlmkd.train.trainer import Job
+
+log = logging.getLogger("vlmkd.calico")
+
+
+def job(cfg: CalicoConfig) -> Job:
+    """The run of any stage."""
+    data = cfg.data
+    frames = open_frames(Path(data.info), Path(data.root) if data.root else None, sweeps=data.sweeps)
+    indices, scenes = chosen(cfg, frames)
+    log.info("%d frames of %d drives (%s)", len(indices), len(scenes), digest(scenes))
+    items = items_of(cfg, frames, indices)
+    _, accumulation = batch_triple(cfg, distributed.world_size())
+    source = ItemSource(
+        {"scenes": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=distributed.rank(),
+        world_size=distributed.world_size(), accumulation=accumulation,
+    )  # fmt: skip
+    cfg = in_steps(cfg, len(items) // cfg.batch_size)
+    evaluators: list[Evaluator] = []
+    with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
+        torch.manual_seed(cfg.seed)
+        task = finetune_task(cfg) if cfg.stage == "finetune" else pretrain_task(cfg)
+    pipeline: ContrastPipeline | LabelledPipeline
+    if cfg.stage == "finetune":
+        pipeline = LabelledPipeline(cfg, frames, paste_database(cfg, frames, indices, scenes))
+        evaluators = [scene_evaluation(cfg)] if cfg.evaluation.info else []
+    else:
+        pipeline = ContrastPipeline(cfg, frames)
+    return Job(cfg, task, Loader(source, pipeline, workers=data.workers, max_bad_share=0.0), evaluators)
+
+
+def pretrain_task(cfg: CalicoConfig) -> CalicoTask:
+    """PRC, RAD or both; the student of RAD is as wide as its teacher's map."""
+    teacher = None
+    if cfg.stage == "rad":
+        with torch.random.fork_rng(devices=[]):  # the student's weights are the same for each teacher
+            teacher = Teacher(cfg)
+        assert teacher.model.lidar is not None
+        if cfg.rad.teacher_ckpt == UNTRAINED:
+            log.warning("the teacher is untrained; this is the control, not the method")
+    student = PretrainStudent(cfg, 0 if teacher is None else teacher.model.lidar.out_channels)
+    start(cfg, student.model)
+    if distributed.world_size() > 1:
+        share_norms(student)
+    return PretrainTask(cfg, student, teacher)
+
+
+def finetune_task(cfg: CalicoConfig) -> CalicoTask:
+    """The whole model, its branches from earlier stages where they are named."""
+    model = BevModel(cfg.model)
+    start(cfg, model)
+    if distributed.world_size() > 1:
+        share_norms(model)
+    return FinetuneTask(cfg, model)
+
+
+def start(cfg: CalicoConfig, model: BevModel) -> None:
+    """Fill the branches that `init` names."""
+    given: dict[Branch, str] = {"lidar": cfg.init.lidar, "camera": cfg.init.camera}
+    for branch, folder in given.items():
+        if folder:
+            report = load_pretrained(model, Path(folder) / WEIGHTS, [branch])
+            log.info("%s branch from %s: %s", branch, folder, report)
+
+
+def chosen(cfg: CalicoConfig, frames: Frames) -> tuple[list[int], tuple[str, ...]]:
+    """Indices of the frames that are trained on, and their drives in order.
+
+    Raises:
+        UserError: a list of drives that the data set does not have.
+    """
+    of_frame = scenes_of(frames)
+    there = tuple(dict.fromkeys(of_frame))
+    scenes = fraction(there, cfg.data.fraction)
+    if cfg.data.split_file:
+        scenes = read_scenes(Path(cfg.data.split_file))
+        if missing := set(scenes) - set(there):
+            raise UserError(
+                f"config field data.split_file: {cfg.data.info} lacks {len(missing)} of its {len(scenes)} drives, first"
+                f" {min(missing)}"
+            )
+    wanted = set(scenes)
+    return [index for index, scene in enumerate(of_frame) if scene in wanted], scenes
+
+
+def items_of(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> list[SceneItem]:
+    """What an epoch draws: each frame once, or with data.balance as often as its classes ask for."""
+    if not cfg.data.balance:
+        return [SceneItem(frames.tokens[index], index) for index in indices]
+    drawn = [
+        indices[place] for place in balanced([_names(cfg, frames, index) for index in indices], cfg.seed)
+    ]
+    log.info("an epoch has %d frames, drawn by class from %d", len(drawn), len(indices))
+    times: Counter[int] = Counter()
+    items = []
+    for index in drawn:
+        times[index] += 1
+        items.append(SceneItem(f"{frames.tokens[index]}#{times[index]}", index))
+    return items
+
+
+def _names(cfg: CalicoConfig, frames: Frames, index: int) -> list[str]:
+    """Classes of a frame that the model knows."""
+    names: Sequence[str]
+    if isinstance(frames, NuScenesFrames) and hasattr(frames.records, "entries"):
+        names = frames.records.entries[index].names
+    else:
+        labels = frames.read(index, labels=True, cameras=False).labels
+        names = () if labels is None else labels.names
+    return [name for name in names if name in cfg.model.classes]
+
+
+def paste_database(
+    cfg: CalicoConfig, frames: Frames, indices: Sequence[int], scenes: Sequence[str]
+) -> PasteDatabase | None:
+    """The objects that are pasted; made by rank 0 from the labelled frames where the file is missing."""
+    if not cfg.data.paste:
+        return None
+    path = Path(cfg.data.paste)
+    if distributed.is_main() and not path.exists():
+        log.info("making %s from %d labelled frames", path, len(indices))
+        labelled = (frames.read(index, labels=True, cameras=False) for index in indices)
+        PasteDatabase.of(labelled, scenes).write(path)
+    distributed.barrier()
+    return PasteDatabase.read(path, scenes)

@@ -1,0 +1,116 @@
+"""Evaluate a finished fine-tuning run on labelled frames: detection scores, map overlap, and a submission file.
+
+  python -m projects.calico.evaluate runs/NAME --info DATA --results out.jsonl
+  python -m projects.calico.evaluate runs/NAME --info val.jsonl --root /data/nuscenes --submission results.json
+
+RUN is a run folder; its config says how frames are read, and its export has the weights. DATA is what
+`projects.calico.frames.open_frames` takes; by default the frames that the run was evaluated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from projects.calico import export as exports
+from projects.calico.config import CalicoConfig
+from projects.calico.evaluation.frames import scene_evaluation
+from projects.calico.task import BevPredictor
+from vlmkd import config, distributed
+from vlmkd.errors import UserError, at_least, run_tool
+from vlmkd.evaluation.base import Context, Result
+from vlmkd.files import check_writable, read_object
+from vlmkd.results import STUDENT, Tags, details_of, numbers_of, write_results
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's model, ready to be evaluated."""
+
+    cfg: CalicoConfig
+    """Of the run, with the frames that were asked for."""
+    predictor: BevPredictor
+    context: Context
+    run: str
+    tags: Tags
+
+    def write(self, results: Sequence[Result], path: Path | None) -> None:
+        """Print the numbers, and write a line each into `path`, details beside it."""
+        for result in results:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            print(f"{result.dataset}  {result.name}  {shown}")
+        if path is not None:
+            numbers = numbers_of(results, run=self.run, model=STUDENT, tags=self.tags)
+            write_results(path, numbers, details_of({STUDENT: results}), "--results")
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    """Options of every evaluation command."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a finished fine-tuning run")
+    add("--info", default="", help="labelled frames; default: those of the run's own evaluation")
+    add("--root", default="", help="folder that an info file's paths are below; else its own")
+    add("--frames", type=at_least(0), help="so many frames, spread over all; 0: all (the run's)")
+    add("--batch-size", type=at_least(1), help="frames at a time (the run's)")
+    add("--device", default="", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    add("--results", type=Path, metavar="FILE", help="write a line a number to FILE, and details beside it")
+    return made
+
+
+def finished(args: argparse.Namespace) -> Finished:
+    """The model of the options' run.
+
+    Raises:
+        UserError: the run is not finished, or was not fine-tuned.
+    """
+    run: Path = args.run
+    if not (run / "done.json").is_file():
+        raise UserError(f"{run} is no finished run; name the folder of one (it has done.json)")
+    given = [str(run / "config.yaml"), f"run_dir={run}"]
+    if args.info:
+        given += [f"evaluation.info={args.info}", f"evaluation.data_root={args.root}"]
+    if args.frames is not None:
+        given.append(f"evaluation.frames={args.frames}")
+    cfg = config.load(CalicoConfig, given)
+    if cfg.stage != "finetune":
+        raise UserError(
+            f"{run} is a run of stage={cfg.stage}, which has no heads; name one of stage=finetune"
+        )
+    if not cfg.evaluation.info:
+        raise UserError(f"{run} was not evaluated; name labelled frames by --info")
+    if args.results:
+        check_writable(args.results, "--results")
+    device = distributed.device_named(args.device)
+    model = exports.load(run / "export").to(device)
+    tags = read_object(run / "export" / exports.PROVENANCE, "provenance of an export")["calico"]
+    context = Context(device, args.batch_size or cfg.evaluation.batch_size)
+    return Finished(
+        cfg,
+        BevPredictor(STUDENT, model),
+        context,
+        run.name,
+        {"seed": cfg.seed} | json.loads(json.dumps(tags)),
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = parser(__doc__ or "")
+    options.add_argument(
+        "--submission", type=Path, metavar="FILE", help="write the boxes for the nuScenes server"
+    )
+    args = options.parse_args(argv)
+    if args.submission:
+        check_writable(args.submission, "--submission")
+    model = finished(args)
+    evaluation = scene_evaluation(model.cfg, submission=args.submission)
+    model.write(evaluation.run(model.predictor, model.context), args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    run_tool(main)

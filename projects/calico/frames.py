@@ -1,0 +1,43 @@
+"""Which reader a path needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from projects.calico.readers.argoverse import ArgoverseFrames
+from projects.calico.readers.kitti import KittiFrames
+from projects.calico.readers.mmdet3d import nuscenes_frames
+from projects.calico.readers.nuscenes import NuScenesFrames
+from projects.calico.readers.waymo import WaymoFrames
+from projects.calico.scenes import Frames
+from projects.calico.synthdrive import SynthdriveFrames
+from vlmkd.errors import UserError
+
+
+def open_frames(path: Path, root: Path | None = None, *, sweeps: int = 9) -> Frames:
+    """The frames of a folder or of an info file, whose paths are below `root` (else beside it).
+
+    `sweeps`: past ones of a nuScenes frame; synthdrive gives those that it was written with, other data sets the key
+    sweep alone.
+
+    Raises:
+        UserError: it is none of those that there are readers for.
+    """
+    if (path / "synthdrive.json").is_file():
+        return SynthdriveFrames.open(path)
+    if any((path / name).is_file() for name in ("annotations_calib.json", "city_SE3_egovehicle.feather")):
+        return ArgoverseFrames(path)
+    if any((path / name).is_dir() for name in ("velodyne", "training/velodyne")):
+        return KittiFrames.of_folder(path)
+    if (path / "vehicle_pose").is_dir():
+        return WaymoFrames.of_folder(path)
+    if path.suffix == ".jsonl":
+        return NuScenesFrames.of_info(path, root or path.parent, sweeps)
+    info = path if path.suffix in (".json", ".pkl") else path / "info.json"
+    if info.is_file():
+        return nuscenes_frames(info, root, sweeps) or KittiFrames.of_info(info)
+    raise UserError(
+        f"{path} {'is' if path.exists() else 'does not exist, and is'} none of: a folder of KITTI (with velodyne/ or"
+        " training/velodyne/, or mmdetection3d's info.json), of Argoverse 2 (a log, with city_SE3_egovehicle.feather), of Waymo (with"
+        " vehicle_pose/), of synthdrive scenes, or an info file of nuScenes (.jsonl, or mmdetection3d's .pkl or .json)"
+    )

@@ -1,0 +1,90 @@
+"""Blocks that several networks share.
+
+Letters: B frames, C channels, X, Y cells, n rows (points, pillars or voxels of all frames together).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed.nn.functional as collective
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmkd import distributed
+
+BN_EPS, BN_MOMENTUM = 1e-3, 0.01
+"""Of the LiDAR branch and the decoder (BEVFusion); the camera branch and the heads have torch's."""
+
+
+class RowNorm(nn.BatchNorm1d):
+    """BatchNorm over rows [n, C]; fewer than two rows, which have no variance, take the running statistics."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if len(rows) > 1 or not self.training:
+            return super().forward(rows)
+        return F.batch_norm(
+            rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+class SharedNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the rows [n, C, ...] of all ranks, on any device; ranks may bring different n, also none.
+
+    Every rank comes here as often as the others. Fewer than two rows in all take the running statistics.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(rows)
+        given, axes = rows.float(), [0, *range(2, rows.ndim)]
+        shape = [1, -1, *[1] * (rows.ndim - 2)]
+        count = distributed.total(torch.tensor(rows.numel() / rows.shape[1])).item()
+        mean = collective.all_reduce(given.sum(axes)) / max(count, 1)
+        centred = given - mean.reshape(shape)
+        var = collective.all_reduce(centred.square().sum(axes)) / max(count, 1)
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.momentum is not None and self.num_batches_tracked is not None
+            if count < 2:
+                mean, var = self.running_mean, self.running_var
+                centred = given - mean.reshape(shape)
+            else:
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), self.momentum)
+        scale = self.weight.float() * (var.float() + self.eps).rsqrt()
+        return (centred * scale.reshape(shape) + self.bias.float().reshape(shape)).to(rows.dtype)
+
+
+def share_norms(module: nn.Module) -> nn.Module:
+    """`module` with a SharedNorm of the same state in the place of every BatchNorm."""
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        norm = SharedNorm(module.num_features, module.eps, module.momentum)
+        norm.load_state_dict(module.state_dict())
+        return norm.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, share_norms(child))
+    return module
+
+
+def rank_share(count: Tensor | float, least: float = 0.0, extra: float = 0.0) -> Tensor:
+    """What a rank divides its sum by, so that the mean over ranks is the sum of all over their count.
+
+    The count of all is at least `least`, and `extra` is added to it.
+    """
+    total = distributed.total(torch.as_tensor(count, dtype=torch.float32))
+    return (total.clamp(min=least) + extra) / distributed.world_size()
+
+
+def conv_block(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, eps: float = 1e-5, momentum: float = 0.1
+) -> nn.Sequential:
+    """Convolution without a bias that keeps the size (divided by `stride`), BatchNorm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False),
+        nn.BatchNorm2d(outputs, eps=eps, momentum=momentum),
+        nn.ReLU(inplace=True),
+    )

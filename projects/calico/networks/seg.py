@@ -1,0 +1,52 @@
+"""Map segmentation: a bird's-eye map resampled to the label's cells, convolutions, one logit per class.
+
+Letters: B frames, C channels, M classes of the map, X, Y cells of the label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from projects.calico.geometry import Grid, bev_sample
+from projects.calico.networks.boxes import focal_loss
+from projects.calico.networks.parts import conv_block
+
+MAP_CLASSES = ("drivable_area", "ped_crossing", "walkway", "stop_line", "carpark_area", "divider")
+MAP_GRID = Grid((-50.0, -50.0, -10.0), (50.0, 50.0, 10.0), (0.5, 0.5, 20.0))
+
+
+class SegHead(nn.Module):
+    """A map [B, C, X', Y'] over `grid` -> logits [B, M, X, Y] at the centres of the cells of `labels`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        grid: Grid,
+        classes: Sequence[str] = MAP_CLASSES,
+        labels: Grid = MAP_GRID,
+        width: int = 0,
+    ) -> None:
+        super().__init__()
+        self.grid, self.labels, self.classes, width = grid, labels, list(classes), width or inputs
+        self.convs = nn.Sequential(
+            conv_block(inputs, width), conv_block(width, width), nn.Conv2d(width, len(classes), 1)
+        )
+
+    def forward(self, bev: Tensor) -> Tensor:
+        x, y, _ = self.labels.shape
+        index = torch.cartesian_prod(torch.arange(x, device=bev.device), torch.arange(y, device=bev.device))
+        places = self.labels.centre(index).expand(len(bev), -1, -1)
+        sampled = bev_sample(bev, places, self.grid).mT.reshape(len(bev), -1, x, y)
+        return self.convs(sampled.to(bev.dtype))
+
+    def loss(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """`map`: focal loss, gamma 2 without alpha, mean over all logits. `masks` [B, M, X, Y] of 0 and 1."""
+        return {"map": focal_loss(logits, masks, alpha=None).mean()}
+
+    @torch.no_grad()
+    def decode(self, logits: Tensor) -> Tensor:
+        """Probabilities [B, M, X, Y]."""
+        return logits.float().sigmoid()

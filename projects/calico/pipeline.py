@@ -1,0 +1,402 @@
+"""From frames to batches: views and samples before fine-tuning, labels in it; the same augmentation for points and cameras.
+
+All matrices are 4x4 (see `geometry`). Letters: B frames, V cameras, n points, k boxes, s sampled points, R regions, M layers
+of a map, X, Y cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from projects.calico.balance import NUSCENES_COUNTS, PasteDatabase
+from projects.calico.config import CalicoConfig, SceneDataConfig
+from projects.calico.geometry import (
+    Grid,
+    image_augmentation,
+    in_image,
+    lidar_augmentation,
+    project,
+    transform,
+    transform_boxes,
+)
+from projects.calico.maps import LAYERS, VectorMap, of_frame, read_map
+from projects.calico.model import LidarInput
+from projects.calico.model_config import ModelConfig
+from projects.calico.networks.fuser import region_boxes
+from projects.calico.networks.lss import CameraInput
+from projects.calico.readers.nuscenes import NuScenesFrames
+from projects.calico.regions import RegionCache, preset_of, regions_of
+from projects.calico.scenes import Frame, Frames
+from projects.calico.synthdrive import HALF_RANGE, MAP_CELL
+from vlmkd.data.samples import RawSample
+from vlmkd.errors import UserError
+
+_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+"""Of ImageNet, whose weights image backbones start from."""
+_PASTED = 2
+"""Objects of a class up to which more are pasted, for classes that BEVFusion has no number for."""
+
+
+@dataclass(frozen=True)
+class SceneItem:
+    """A frame of a data set, as the loader draws it."""
+
+    key: str
+    """Its token; of a frame that is drawn several times an epoch, with a number."""
+    index: int
+    """Among the frames of its data set."""
+
+    def members(self) -> dict[str, bytes]:
+        """Nothing: the pipeline reads what it needs of the frame."""
+        return {}
+
+
+@dataclass
+class Cameras:
+    """The pictures of one frame as a network takes them."""
+
+    images: Tensor
+    """float32 [V, 3, H, W], normalised."""
+    intrinsics: Tensor
+    """float64 [V, 3, 3]."""
+    cam2lidar: Tensor
+    """float64 [V, 4, 4]."""
+    img_aug: Tensor
+    """float64 [V, 4, 4]."""
+
+
+@dataclass
+class View:
+    """One augmented view of a sweep."""
+
+    points: Tensor
+    """float32 [n, 5], in the frame of the map."""
+    lidar_aug: Tensor
+    """float64 [4, 4], which took them there."""
+
+
+@dataclass
+class SceneSample:
+    """One frame, ready to be collated."""
+
+    key: str
+    views: list[View]
+    dropped: int
+    """Points that were not finite."""
+    cameras: Cameras | None = None
+    """Under the augmentation of the first view."""
+    places: list[Tensor] = field(default_factory=list)
+    """Of each view, float32 [s, 2]: the sampled points on its map."""
+    region: Tensor | None = None
+    """int64 [s]: the region of each sampled point, -1 for none."""
+    region_boxes: list[Tensor] = field(default_factory=list)
+    """Of each view, float32 [R, 4]: x1, y1, x2, y2 of the same regions (box_clip)."""
+    boxes: Tensor | None = None
+    """float32 [k, 9]."""
+    labels: Tensor | None = None
+    """int64 [k]."""
+    masks: Tensor | None = None
+    """bool [M, X, Y]."""
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """A generator for what the parts name."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def draw_lidar_aug(data: SceneDataConfig, draw: np.random.Generator) -> Tensor:
+    """float64 [4, 4]: flips, rotation, scale and shift as the config has them."""
+    turn = math.radians(data.rotation)
+    flips = draw.random(2) < 0.5 if data.flip else (False, False)
+    x, y, z = draw.normal(0, 1, 3) * data.shift
+    return lidar_augmentation(
+        draw.uniform(-turn, turn), draw.uniform(*data.scale), bool(flips[0]), bool(flips[1]), (x, y, z)
+    )
+
+
+def camera_input(
+    frame: Frame, size: tuple[int, int], data: SceneDataConfig, draw: np.random.Generator | None
+) -> Cameras:
+    """Pictures resized, cropped at the bottom, mirrored and turned to (rows, columns), with the matrices that tell so.
+
+    Without `draw` they are as in evaluations: in the middle, unturned.
+    """
+    if not frame.cameras:
+        raise UserError(f"frame {frame.token} has no cameras; set model.camera.encoder=none")
+    images, matrices = [], []
+    for camera in frame.cameras.values():
+        picture = Image.fromarray(camera.load())
+        resize, flip, angle, aside = data.eval_resize, False, 0.0, 0.5
+        if draw is not None:
+            turn = math.radians(data.image_rotation)
+            resize, angle, aside = draw.uniform(*data.image_resize), draw.uniform(-turn, turn), draw.random()
+            flip = data.image_flip and bool(draw.random() < 0.5)
+        wide, high = int(picture.width * resize), int(picture.height * resize)
+        left, top = int(max(wide - size[1], 0) * aside), high - size[0]
+        if (wide, high) != picture.size:
+            picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
+        picture = picture.crop((left, top, left + size[1], top + size[0]))
+        if flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if angle:
+            picture = picture.rotate(math.degrees(angle), Image.Resampling.BILINEAR)
+        images.append(torch.from_numpy(np.array(picture)))
+        matrices.append(image_augmentation(resize, (left, top), size, flip, angle))
+    pixels = (torch.stack(images).float() / 255 - _MEAN) / _STD
+    intrinsics, cam2lidar = map(torch.from_numpy, frame.stacked())
+    return Cameras(pixels.permute(0, 3, 1, 2).contiguous(), intrinsics, cam2lidar, torch.stack(matrices))
+
+
+class ScenePipeline:
+    """What every stage shares; sent to loader processes."""
+
+    def __init__(self, cfg: CalicoConfig, frames: Frames) -> None:
+        model = cfg.model
+        self.data, self.model, self.frames = cfg.data, model, frames
+        self.labels, self.images = cfg.reads_labels, cfg.reads_images
+        self.low, self.high = torch.tensor(model.range[:3]), torch.tensor(model.range[3:])
+
+    def read(self, index: int, draw: np.random.Generator | None = None) -> Frame:
+        """A frame with no more than the stage reads; of nuScenes `draw` chooses the sweeps."""
+        given: dict[str, Any] = {"labels": self.labels, "cameras": self.images}
+        if isinstance(self.frames, NuScenesFrames):
+            given["draw"] = draw
+        return self.frames.read(index, **given)
+
+    def inside(self, points: Tensor) -> Tensor:
+        """bool [n]: points [n, 3] that lie within the model's range."""
+        return ((points >= self.low) & (points < self.high)).all(-1)
+
+    def pictures(self, frame: Frame, draw: np.random.Generator | None) -> Cameras | None:
+        """See `camera_input`."""
+        rows, columns = self.model.camera.image_size
+        return camera_input(frame, (rows, columns), self.data, draw) if self.images else None
+
+    def process(self, raw: RawSample) -> SceneSample:
+        """See `vlmkd.data.pipelines.Pipeline`."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[SceneSample]) -> dict[str, Any]:
+        """A batch: `lidar`, a `LidarInput` a view; `cameras`; the lists, a tensor a frame, that the samples have."""
+        batch: dict[str, Any] = {
+            "keys": [one.key for one in samples],
+            "lidar": [
+                LidarInput(
+                    torch.cat([view.points for view in views]),
+                    torch.repeat_interleave(torch.tensor([len(view.points) for view in views])),
+                    len(views),
+                )
+                for views in zip(*(one.views for one in samples), strict=True)
+            ],
+            "dropped_points": torch.tensor(float(sum(one.dropped for one in samples))),
+        }
+        seen = [one.cameras for one in samples if one.cameras is not None]
+        if seen:
+            columns = [torch.stack(part) for part in zip(*(vars(one).values() for one in seen), strict=True)]
+            batch["cameras"] = CameraInput(*columns, torch.stack([one.views[0].lidar_aug for one in samples]))
+        for name in ("places", "region_boxes"):
+            if getattr(samples[0], name):
+                batch[name] = [
+                    list(view) for view in zip(*(getattr(one, name) for one in samples), strict=True)
+                ]
+        for name in ("region", "boxes", "labels"):
+            if getattr(samples[0], name) is not None:
+                batch[name] = [getattr(one, name) for one in samples]
+        if samples[0].masks is not None:
+            batch["masks"] = torch.stack([one.masks for one in samples if one.masks is not None])
+        return batch
+
+    def check(self, batch: dict[str, Any], size: int) -> None:
+        """See `vlmkd.data.pipelines.Pipeline`."""
+        assert len(batch["keys"]) == size and all(view.frames == size for view in batch["lidar"])
+        assert ("boxes" in batch) == self.labels and ("cameras" in batch) == self.images
+
+    def describe(self) -> dict[str, Any]:
+        """See `vlmkd.data.pipelines.Pipeline`."""
+        return {"info": self.data.info, "labels": self.labels}
+
+
+class ContrastPipeline(ScenePipeline):
+    """Views of one sweep with the same sampled points in each: two for PRC, one with its cameras for RAD."""
+
+    def __init__(self, cfg: CalicoConfig, frames: Frames) -> None:
+        super().__init__(cfg, frames)
+        self.prc, self.views = cfg.prc, 1 if cfg.stage == "rad" else 2
+        self.in_pictures = cfg.stage == "rad"
+        self.preset = preset_of(cfg.regions.preset)
+        self.cache = RegionCache(Path(cfg.regions.cache), self.preset) if cfg.regions.cache else None
+
+    def process(self, raw: RawSample) -> SceneSample:
+        """Every draw is a function of the frame and the epoch."""
+        draw = generator(raw.seed)
+        index = raw.item.index
+        frame = self.read(index, draw)
+        region = np.full(len(frame.points), -1, np.int64)
+        region[frame.key] = self.regions(frame)
+        augs = [draw_lidar_aug(self.data, draw) for _ in range(self.views)]
+        points = torch.from_numpy(frame.points)
+        moved = [transform(points[:, :3], aug) for aug in augs]
+        usable = torch.stack([self.inside(view) for view in moved]).all(0) & torch.from_numpy(frame.key)
+        cameras = self.pictures(frame, draw)
+        if cameras is not None and self.in_pictures:
+            usable &= self._seen(moved[0], cameras, augs[0])
+        rows = self.sampled(usable.numpy(), region, draw)
+        sample = SceneSample(raw.name, [], frame.dropped, cameras, region=torch.from_numpy(region[rows]))
+        for xyz, aug in zip(moved, augs, strict=True):
+            kept = draw.random(len(points)) >= self.data.drop
+            kept[rows] = True
+            sample.views.append(View(torch.cat([xyz, points[:, 3:]], 1)[torch.from_numpy(kept)], aug))
+            sample.places.append(xyz[torch.from_numpy(rows), :2])
+            if self.prc.arm == "box_clip":
+                whole = torch.from_numpy(region)[usable]
+                sample.region_boxes.append(region_boxes(xyz[usable, :2], whole))
+        if self.labels:  # the arm of RAD that weighs points by true boxes
+            sample.boxes, sample.labels = labelled(frame, augs[0], self.model, self.inside)
+        return sample
+
+    def regions(self, frame: Frame) -> np.ndarray:
+        """int16 [n] of the key sweep; of a cache, if all points that it was made from are there."""
+        if self.cache is None:
+            return regions_of(frame, self.preset).region
+        return self.cache.read(frame.token, frame.frame, int(frame.key.sum()))
+
+    def sampled(self, usable: np.ndarray, region: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        """Rows [s], uniform without replacement: of regions, then of none; PointContrast's are of all."""
+
+        def some(pool: np.ndarray, most: int) -> np.ndarray:
+            rows = np.flatnonzero(pool)
+            return draw.choice(rows, min(most, len(rows)), replace=False)
+
+        rich, less = self.prc.n_rich, self.prc.n_less
+        if self.prc.arm == "pointcontrast":
+            return some(usable, rich + less)
+        return np.concatenate([some(usable & (region >= 0), rich), some(usable & (region < 0), less)])
+
+    def _seen(self, points: Tensor, cameras: Cameras, lidar_aug: Tensor) -> Tensor:
+        """bool [n]: points [n, 3] of the map's frame that lie in a picture as the network sees it."""
+        lidar2cam = torch.linalg.inv(cameras.cam2lidar)[None]
+        pixels, depth = project(
+            points.double()[None], lidar2cam, cameras.intrinsics[None], cameras.img_aug[None], lidar_aug[None]
+        )
+        rows, columns = self.model.camera.image_size
+        return in_image(pixels, depth, (rows, columns))[0].any(0)
+
+
+class LabelledPipeline(ScenePipeline):
+    """Frames with boxes and maps, for fine-tuning and, without augmentation, for evaluations."""
+
+    def __init__(self, cfg: CalicoConfig, frames: Frames, paste: PasteDatabase | None = None) -> None:
+        super().__init__(cfg, frames)
+        self.labels = True
+        self.paste = paste
+        self.layers = cfg.model.map_classes if cfg.model.head.map else []
+        self.boxes = cfg.model.head.detection != "none"
+        x, y, z, x2, y2, z2 = cfg.model.head.map_range
+        cell = cfg.model.head.map_cell
+        self.map_grid = Grid((x, y, z), (x2, y2, z2), (cell, cell, z2 - z))
+
+    def process(self, raw: RawSample) -> SceneSample:
+        """Every draw is a function of the frame and the epoch."""
+        draw = generator(raw.seed)
+        frame = self.read(raw.item.index, draw)
+        late = self.data.paste_epochs and (raw.turn or 0) >= self.data.paste_epochs
+        if self.paste is not None and not late:
+            counts = {name: NUSCENES_COUNTS.get(name, _PASTED) for name in self.model.classes}
+            frame = self.paste.paste(frame, counts, draw)
+        return self.prepare(frame, raw.item.index, draw, raw.name)
+
+    def prepare(
+        self, frame: Frame, index: int, draw: np.random.Generator | None = None, key: str = ""
+    ) -> SceneSample:
+        """A frame as the network takes it, augmented by `draw`."""
+        aug = torch.eye(4, dtype=torch.float64) if draw is None else draw_lidar_aug(self.data, draw)
+        points = torch.from_numpy(frame.points)
+        if draw is not None and self.data.drop:
+            points = points[torch.from_numpy(draw.random(len(points)) >= self.data.drop)]
+        moved = torch.cat([transform(points[:, :3], aug), points[:, 3:]], 1)
+        sample = SceneSample(
+            key or frame.token, [View(moved, aug)], frame.dropped, self.pictures(frame, draw)
+        )
+        sample.boxes, sample.labels = labelled(frame, aug, self.model, self.inside)
+        if self.layers:
+            sample.masks = torch.from_numpy(self.masks(frame, index, aug))
+        return sample
+
+    def masks(self, frame: Frame, index: int, lidar_aug: Tensor) -> np.ndarray:
+        """bool [M, X, Y] of the model's layers in the cells of the label, under the whole augmentation."""
+        drawn = {} if frame.labels is None else frame.labels.masks
+        if set(self.layers) <= drawn.keys():
+            return np.stack([moved_mask(drawn[name], lidar_aug, self.map_grid) for name in self.layers])
+        if isinstance(self.frames, NuScenesFrames) and set(self.layers) <= set(LAYERS):
+            world = _map_of(self.frames.root, self.frames.records[index]["location"])
+            layers = of_frame(world, frame, self.map_grid, lidar_aug.numpy())
+            return layers[[LAYERS.index(name) for name in self.layers]]
+        raise UserError(
+            f"frame {frame.token} has no map of the layers {', '.join(self.layers)}; set model.head.map=false, or"
+            " model.map_classes to layers that the data set has"
+        )
+
+
+_map_of: Callable[[Path, str], VectorMap] = cache(read_map)
+
+
+def labelled(
+    frame: Frame, lidar_aug: Tensor, model: ModelConfig, inside: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Boxes [k, 9] and labels [k] of the model's classes, with a point in them and their centre within the range."""
+    labels = frame.labels
+    assert labels is not None
+    rows = [
+        row for row, name in enumerate(labels.names) if name in model.classes and labels.num_points[row] != 0
+    ]
+    boxes = transform_boxes(torch.from_numpy(labels.boxes[rows]), lidar_aug)
+    numbers = torch.tensor([model.classes.index(labels.names[row]) for row in rows], dtype=torch.int64)
+    kept = inside(boxes[:, :3])
+    return boxes[kept], numbers[kept]
+
+
+def moved_mask(mask: np.ndarray, lidar_aug: Tensor, grid: Grid) -> np.ndarray:
+    """bool [X, Y]: a layer drawn around the sweep (`Labels.masks`) in the cells of the augmented frame."""
+    half = HALF_RANGE
+    drawn = Grid((-half, -half, -1.0), (half, half, 1.0), (MAP_CELL, MAP_CELL, 2.0))
+    assert mask.shape == drawn.shape[:2], "of synthdrive"
+    x, y, _ = grid.shape
+    centres = grid.centre(torch.cartesian_prod(torch.arange(x), torch.arange(y)), torch.float64)
+    centres = torch.cat([centres, torch.zeros(len(centres), 1, dtype=torch.float64)], 1)
+    index, there = drawn.index(transform(centres, torch.linalg.inv(lidar_aug))[:, :2])
+    found = torch.from_numpy(mask)[index[:, 0], index[:, 1]] & there
+    return found.reshape(x, y).numpy()
+
+
+def evaluation_pipeline(cfg: CalicoConfig, frames: Frames) -> LabelledPipeline:
+    """Of the frames that a model is evaluated on."""
+    pipeline = LabelledPipeline(cfg, frames)
+    pipeline.images = cfg.model.camera.encoder != "none"
+    return pipeline
+
+
+def scenes_of(frames: Frames) -> Sequence[str]:
+    """The drive of each frame, where the data set tells; else each frame is one."""
+    if isinstance(frames, NuScenesFrames):
+        return [
+            str(getattr(one, "scene", "")) or token
+            for one, token in zip(_entries(frames), frames.tokens, strict=True)
+        ]
+    return [token.rpartition("_")[0] if frames.kind == "waymo" else token for token in frames.tokens]
+
+
+def _entries(frames: NuScenesFrames) -> Sequence[Any]:
+    """What the info file tells of each record, or the records themselves."""
+    return getattr(frames.records, "entries", frames.records)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The tables of the README in the toy world: LiDAR, cameras and both, from random weights and from pre-training, against the
+# share of labelled scenes; two CPU cores.
+#
+#   bash projects/calico/scripts/nano.sh [field=value ...]
+#
+# RUNS (default runs/calico_nano), SEEDS, FRACTIONS (per cent of the scenes), SCENES, TEST_SCENES, PRC_STEPS, RAD_STEPS, STEPS (of
+# fine-tuning) and ARMS (of the comparison: pointcontrast, untrained) may be set; further field=value go to every run.
+# Finished runs are kept. DRY_RUN=1 prints the commands.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+export runs="${RUNS:-runs/calico_nano}" fractions="${FRACTIONS:-5 20}" arms="${ARMS-pointcontrast untrained}"
+export prc_steps="${PRC_STEPS:-400}" rad_steps="${RAD_STEPS:-300}" steps="${STEPS:-300}"
+scenes="${SCENES:-320}"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+# 320 scenes without labels, 16 of which (5 %) or 64 (20 %) get them, 100 to test on, and the regions of all.
+bash scripts/launch.sh projects/calico/synthdrive.py "$runs/scenes" --scenes "$scenes" --workers 2
+bash scripts/launch.sh projects/calico/synthdrive.py "$runs/test" --scenes "${TEST_SCENES:-100}" --first 100000 --workers 2
+bash scripts/launch.sh projects/calico/region_cache.py "$runs/scenes" "$runs/regions" --workers 2
+
+train() { # NAME STAGE [file or field=value ...]
+    local name="$1" stage="$2"
+    bash scripts/launch.sh projects/calico/train_stage.py projects/calico/configs/toy/base.yaml \
+        "projects/calico/configs/toy/$stage.yaml" "${@:3}" run_dir="$runs/$name" data.info="$runs/scenes" \
+        regions.cache="$runs/regions" 2>&1 | sed -u "s/^/[$name] /"
+}
+
+finetune() { # NAME MODALITY LIDAR CAMERA SEED [field=value ...]: with every share of labels
+    local fraction parts=() given=()
+    [ "$2" = fusion ] || parts+=("projects/calico/configs/toy/$2.yaml")
+    [ "$3" = - ] || given+=(init.lidar="$runs/$3_s$5/export")
+    [ "$4" = - ] || given+=(init.camera="$runs/$4_s$5/export")
+    for fraction in $fractions; do
+        train "$2_$1_${fraction}_s$5" finetune "${parts[@]}" steps="$steps" data.fraction="$fraction" seed="$5" \
+            evaluation.info="$runs/test" "${given[@]}" "${@:6}"
+    done
+}
+
+student() { # SEED [field=value ...]: everything of a seed
+    local s="$1"
+    shift
+    # Regions are contrasted in two views of each sweep; then the camera branch learns from the LiDAR's map.
+    train "prc_s$s" prc steps="$prc_steps" seed="$s" "$@"
+    train "rad_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt="$runs/prc_s$s/export" "$@"
+    finetune random lidar - - "$s" "$@"
+    finetune calico lidar prc - "$s" "$@"
+    finetune random camera - - "$s" "$@"
+    finetune calico camera - rad "$s" "$@"
+    finetune random fusion - - "$s" "$@"
+    finetune prc fusion prc - "$s" "$@"
+    finetune calico fusion prc rad "$s" "$@"
+    # Controls: points in the place of regions, and a teacher that knows nothing.
+    for arm in $arms; do
+        case "$arm" in
+            untrained)
+                train "rad_untrained_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt=untrained "$@"
+                finetune untrained camera - rad_untrained "$s" "$@"
+                ;;
+            *)
+                train "${arm}_s$s" prc steps="$prc_steps" seed="$s" prc.arm="$arm" "$@"
+                finetune "$arm" lidar "$arm" - "$s" "$@"
+                ;;
+        esac
+    done
+}
+export -f train finetune student
+printf '%s\n' ${SEEDS:-0 1 2} | xargs -P 2 -I SEED bash -euo pipefail -c 'student "$@"' student SEED "$@"
+
+bash scripts/launch.sh scripts/table.py "$runs" --spec projects/calico/table.yaml --markdown "$runs/table.md" --json "$runs/table.json"
+[ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"
