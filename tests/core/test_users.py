@@ -15,7 +15,7 @@ USERS = ("calico", "dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_a
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (
         "the house's way of reading options",
-        {"SourceConfig", "has_field", "help_text"},
+        {"RatioRange", "SourceConfig", "has_field", "help_text"},
     ),
     "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
     "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),
@@ -23,6 +23,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "what data_tools/embed_chats.py names a chat by, as the reader does",
         {"chat_bytes", "chat_key"},
     ),
+    "data/sources": ("the type of what a source gives", {"Rows"}),
     "data/teacher_outputs": (
         "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
         {
