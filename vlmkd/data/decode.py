@@ -28,6 +28,9 @@ class BadSample(ValueError):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
+    def __str__(self) -> str:
+        return self.detail
+
 
 def image_size(data: bytes) -> tuple[int, int]:
     """Width and height from the header alone.

@@ -309,8 +309,8 @@ def test_configs_that_do_not_fit_are_one_line(changes: dict[str, Any], told: str
 
 def test_configs_are_checked_and_load_back() -> None:
     for cfg in (TOY, ModelConfig()):
-        values = config.to_yaml(cfg)
-        config.check_ranges(ModelConfig, config.parse_yaml(values, "test"))
+        values = config.parse_yaml(config.to_yaml(cfg), "test")
+        assert config.fitted(ModelConfig, values, "") == values
         assert config.help_text(ModelConfig).count("\n    \n") == 0  # every field has its words
     with pytest.raises(UserError, match="sees something"):
         only("lidar", only("camera"))
