@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from projects.calico.balance import PasteDatabase, balanced
 from projects.calico.config import UNTRAINED, CalicoConfig
@@ -70,8 +71,8 @@ def pretrain_task(cfg: CalicoConfig) -> CalicoTask:
             log.warning("the teacher is untrained; this is the control, not the method")
     student = PretrainStudent(cfg, 0 if teacher is None else teacher.model.lidar.out_channels)
     start(cfg, student.model)
-    if distributed.world_size() > 1:
-        share_norms(student)
+    for part in (student, *([] if teacher is None else [teacher])):
+        with_shared_norms(cfg, part)
     return PretrainTask(cfg, student, teacher)
 
 
@@ -79,9 +80,14 @@ def finetune_task(cfg: CalicoConfig) -> CalicoTask:
     """The whole model, its branches from earlier stages where they are named."""
     model = BevModel(cfg.model)
     start(cfg, model)
-    if distributed.world_size() > 1:
-        share_norms(model)
+    with_shared_norms(cfg, model)
     return FinetuneTask(cfg, model)
+
+
+def with_shared_norms(cfg: CalicoConfig, module: nn.Module) -> None:
+    """Give a module the norms that several ranks, and weights in half precision, need."""
+    if distributed.world_size() > 1 or cfg.deepspeed.precision != "fp32":
+        share_norms(module)
 
 
 def start(cfg: CalicoConfig, model: BevModel) -> None:

@@ -176,8 +176,9 @@ class ScenePipeline:
         return self.frames.read(index, **given)
 
     def inside(self, points: Tensor) -> Tensor:
-        """bool [n]: points [n, 3] that lie within the model's range."""
-        return ((points >= self.low) & (points < self.high)).all(-1)
+        """bool [n]: points [n, 2 or 3] that lie within the model's range."""
+        axes = points.shape[-1]
+        return ((points >= self.low[:axes]) & (points < self.high[:axes])).all(-1)
 
     def pictures(self, frame: Frame, draw: np.random.Generator | None) -> Cameras | None:
         """See `camera_input`."""
@@ -355,15 +356,16 @@ _map_of: Callable[[Path, str], VectorMap] = cache(read_map)
 def labelled(
     frame: Frame, lidar_aug: Tensor, model: ModelConfig, inside: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [k, 9] and labels [k] of the model's classes, with a point in them and their centre within the range."""
+    """Boxes [k, 9] and labels [k] of the model's classes, with a point in them and their centre on the map."""
     labels = frame.labels
     assert labels is not None
-    rows = [
-        row for row, name in enumerate(labels.names) if name in model.classes and labels.num_points[row] != 0
-    ]
+    hit = labels.num_points != 0
+    if frame.frame == "nuscenes":  # whose reader has looked at the radars' points too
+        hit = np.ones(len(hit), bool)
+    rows = [row for row, name in enumerate(labels.names) if name in model.classes and hit[row]]
     boxes = transform_boxes(torch.from_numpy(labels.boxes[rows]), lidar_aug)
     numbers = torch.tensor([model.classes.index(labels.names[row]) for row in rows], dtype=torch.int64)
-    kept = inside(boxes[:, :3])
+    kept = inside(boxes[:, :2])
     return boxes[kept], numbers[kept]
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmkd import distributed
+from vlmkd.errors import UserError
 
 BN_EPS, BN_MOMENTUM = 1e-3, 0.01
 """Of the LiDAR branch and the decoder (BEVFusion); the camera branch and the heads have torch's."""
@@ -28,40 +29,51 @@ class RowNorm(nn.BatchNorm1d):
 
 
 class SharedNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the rows [n, C, ...] of all ranks, on any device; ranks may bring different n, also none.
+    """BatchNorm over the rows [n, C, ...] of all ranks, in float32 whatever the precision of the run.
 
-    Every rank comes here as often as the others. Fewer than two rows in all take the running statistics.
+    Ranks may bring different n, also none, and come here as often as each other. Fewer than two rows in all take the
+    running statistics.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
     def forward(self, rows: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(rows)
+        assert self.running_mean is not None and self.running_var is not None
         given, axes = rows.float(), [0, *range(2, rows.ndim)]
         shape = [1, -1, *[1] * (rows.ndim - 2)]
-        count = distributed.total(torch.tensor(rows.numel() / rows.shape[1])).item()
-        mean = collective.all_reduce(given.sum(axes)) / max(count, 1)
-        centred = given - mean.reshape(shape)
-        var = collective.all_reduce(centred.square().sum(axes)) / max(count, 1)
-        with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None
-            assert self.momentum is not None and self.num_batches_tracked is not None
-            if count < 2:
-                mean, var = self.running_mean, self.running_var
-                centred = given - mean.reshape(shape)
-            else:
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-                self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), self.momentum)
-        scale = self.weight.float() * (var.float() + self.eps).rsqrt()
-        return (centred * scale.reshape(shape) + self.bias.float().reshape(shape)).to(rows.dtype)
+        mean, var = self.running_mean.float(), self.running_var.float()
+        count = torch.tensor(rows.numel() / rows.shape[1])
+        if self.training and (total := distributed.total(count).item()) > 1:
+            mean = _summed(given.sum(axes)) / total
+            var = _summed((given - mean.reshape(shape)).square().sum(axes)) / total
+            self._follow(mean.detach(), var.detach() * total / (total - 1))
+        scale = self.weight.float() * (var + self.eps).rsqrt()
+        found = (given - mean.reshape(shape)) * scale.reshape(shape) + self.bias.float().reshape(shape)
+        return found.to(rows.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.momentum is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var), self.momentum)
+
+
+def _summed(value: Tensor) -> Tensor:
+    """Over all ranks, with gradients."""
+    return value if distributed.world_size() == 1 else collective.all_reduce(value)
 
 
 def share_norms(module: nn.Module) -> nn.Module:
     """`module` with a SharedNorm of the same state in the place of every BatchNorm."""
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SharedNorm):
+        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, RowNorm):
+            raise UserError(
+                f"the image backbone has {type(module).__name__}, which several ranks cannot share and half precision cannot"
+                " run; use one rank in fp32, or another model.camera.encoder"
+            )
         norm = SharedNorm(module.num_features, module.eps, module.momentum)
         norm.load_state_dict(module.state_dict())
         return norm.train(module.training)

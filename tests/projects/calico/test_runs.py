@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from projects.calico import eval_robust, evaluate
+from projects.calico import eval_robust, evaluate, show_run
 from projects.calico.evaluation.detection import read_submission
 from projects.calico.evaluation.robust import CORRUPTIONS
 from scripts.table import read_spec
@@ -189,6 +190,31 @@ def test_robustness_is_one_command(runs: Runs, folder: Path) -> None:
             [run_dir, "--corruptions", "glare", "--severities", "1", "--scratch", str(out), "--frames", "1"]
         )
     assert "density" in CORRUPTIONS
+
+
+def test_a_run_is_drawn(runs: Runs, folder: Path) -> None:
+    for name, run_dir in (("rad", runs.rad()), ("finetune", runs.finetune())):
+        assert (
+            show_run.main(
+                [str(run_dir), "--frame", "1", "--score", "0", "--out", str(folder / f"{name}.html")]
+            )
+            == 0
+        )
+        text = (folder / f"{name}.html").read_text()
+        assert text.count("data:image/png") == 1 + 2 + 4
+        assert ("features of the teacher, LiDAR" in text) == (name == "rad")
+    with pytest.raises(UserError, match="is a run of stage=prc"):
+        show_run.main([str(runs.prc())])
+
+
+def test_features_are_drawn_the_way_that_the_car_drives() -> None:
+    """A bright cell ahead and to the left is above the middle, on the left: +x, +y here; -x, +y in nuScenes."""
+    for kind, cell in (("synthdrive", (30, 30)), ("nuscenes", (10, 30))):
+        bev = torch.zeros(4, 40, 40)
+        bev[:, cell[0], cell[1]] = 1
+        picture = np.array(show_run.feature_picture(bev, kind, side=40)).astype(float).sum(2)
+        bright = np.unravel_index(np.abs(picture - np.median(picture)).argmax(), picture.shape)
+        assert bright[0] < 20 and bright[1] < 20, kind
 
 
 def test_the_table_is_a_specification() -> None:

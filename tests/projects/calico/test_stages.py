@@ -247,7 +247,7 @@ def test_a_shared_norm_is_the_norm_of_all_rows(
     count = rows.numel() / 4
     totals = iter([rows.sum(axes), (rows - mean.reshape(1, 4, *[1] * (len(shape) - 2))).square().sum(axes)])
     monkeypatch.setattr(parts.distributed, "total", lambda value: torch.tensor(count))
-    monkeypatch.setattr(parts.collective, "all_reduce", lambda value: next(totals))
+    monkeypatch.setattr(parts, "_summed", lambda value: next(totals))
     torch.testing.assert_close(shared(half), wanted[:2], rtol=1e-5, atol=1e-5)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(shared, name), getattr(norm, name))
@@ -255,7 +255,14 @@ def test_a_shared_norm_is_the_norm_of_all_rows(
 
 def test_one_process_shares_with_nobody() -> None:
     assert float(rank_share(torch.tensor(3))) == 3 and float(rank_share(0, 1)) == 1
-    block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.2)).eval()
-    rows = torch.randn(5, 4)
-    wanted = block(rows)
-    torch.testing.assert_close(share_norms(block)(rows), wanted)
+    for training in (True, False):
+        block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.2)).train(training)
+        rows, twin = torch.randn(5, 4), copy.deepcopy(block)
+        torch.testing.assert_close(share_norms(twin)(rows), block(rows))
+        torch.testing.assert_close(twin.state_dict(), block.state_dict())
+        for one in (block, twin):
+            one(rows).square().mul(torch.arange(4)).sum().backward()
+        for mine, theirs in zip(twin.parameters(), block.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        half = copy.deepcopy(twin).bfloat16()
+        assert half(rows.bfloat16()).dtype == torch.bfloat16
