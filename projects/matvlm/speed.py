@@ -42,7 +42,7 @@ from projects.matvlm.surgery import mixers_of, to_hybrid
 from vlmkd import memory
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.base import Result
-from vlmkd.export.mllm import CONFIG, load_mllm
+from vlmkd.export.mllm import CONFIG, export_folder, load_mllm
 from vlmkd.files import new_file
 from vlmkd.models.mllm import load_decoder
 from vlmkd.results import Meaning, Number, markdown, numbers_of, write_results
@@ -193,11 +193,10 @@ def apart(work: Callable[[], Speed]) -> Speed | None:
 
 def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A language model by its name, or that of an export or a run."""
-    for folder in (Path(name), Path(name, "export")):
-        if (folder / CONFIG).is_file():
-            precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-            parts = load_mllm(folder, surgery=surgery, precision=precision)
-            return parts.module.decoder.eval()  # type: ignore[return-value]
+    if ((folder := export_folder(name)) / CONFIG).is_file():
+        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+        parts = load_mllm(folder, surgery=surgery, precision=precision)
+        return parts.module.decoder.eval()  # type: ignore[return-value]
     return load_decoder(name, dtype=dtype)[0].eval()
 
 
