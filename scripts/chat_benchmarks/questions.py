@@ -1,7 +1,7 @@
-"""Questions with known answers, in their authors' files: GQA, TextVQA, VizWiz, ScienceQA, MMBench, MME and POPE.
+"""Questions with known answers, in their authors' files: GQA, TextVQA, VizWiz, ScienceQA, MMBench, MME, POPE and the scenes.
 
 A reader gives one item a question: the prompt with its suffix, the image, and in the record what its scorer needs. A
-scorer is a pure function of (item, answer) pairs. What was chosen where protocols differ is in `benchmarks.BENCHMARKS`.
+scorer is a pure function of (item, answer) pairs. What was chosen where protocols differ is in `chat_benchmarks.BENCHMARKS`.
 """
 
 from __future__ import annotations
