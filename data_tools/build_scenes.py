@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import functools
 import io
-import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ PLACES = {
     (0, 1): "at the bottom left",
     (1, 1): "at the bottom right",
 }
+KINDS = ("count", "where", "relation", "category")
 POPE = ("random", "popular", "adversarial")
 _PLAIN = ("Flags", "Symbols")
 """Groups whose members are hard to tell apart or to name."""
@@ -128,34 +127,36 @@ class World:
         weights = [self._weights[index] for index in left] if kind == "adversarial" else None
         return self.concepts[rng.choices(left, weights)[0]]
 
-    def questions(self, things: list[Thing], rng: random.Random) -> Iterator[tuple[str, str, str]]:
-        """Endless (kind, question, answer)."""
-        for turn in itertools.count():
-            one = rng.choice(things)
-            kind = ("exists", "count", "category", "relation", "where")[(turn + rng.randrange(2)) % 5]
-            if kind == "exists":
-                there = rng.random() < 0.5
-                named = one.concept if there else self.absent(things, rng.choice(POPE), rng)
-                yield kind, f"Is there {article(named.name)} in the picture?", "Yes." if there else "No."
-            elif kind == "count":
-                yield kind, "How many things are in the picture?", f"{NUMBERS[len(things)].capitalize()}."
-            elif kind == "category":
-                yield kind, f"Which category does the {one.name} belong to?", f"{one.concept.group}."
-            elif kind == "relation" and len(things) > 1:
-                other = rng.choice([thing for thing in things if thing is not one])
-                yield kind, *relation(one, other, rng)
-            elif kind == "where":
-                x, y = one.middle
-                yield (
-                    kind,
-                    f"Where is the {one.name}?",
-                    f"{PLACES[x > PIXELS / 2, y > PIXELS / 2].capitalize()}.",
-                )
+    def existence(self, things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
+        """Questions about up to two things that are there and as many that are not, mixed, with their answers."""
+        there = [one.name for one in rng.sample(things, min(2, len(things)))]
+        away = [self.absent(things, rng.choice(POPE), rng).name for _ in there]
+        asked = {name: (is_there(name), "Yes." if name in there else "No.") for name in there + away}
+        return rng.sample(list(asked.values()), len(asked))
+
+
+def ask(kind: str, things: list[Thing], rng: random.Random) -> tuple[str, str]:
+    """A question of one of `KINDS` about what is there, and its answer."""
+    if kind == "count":
+        return "How many things are in the picture?", f"{NUMBERS[len(things)].capitalize()}."
+    if kind == "relation":
+        one, other = rng.sample(things, 2)
+        return relation(one, other, rng)
+    one = rng.choice(things)
+    if kind == "category":
+        return f"Which category does the {one.name} belong to?", f"{one.concept.group}."
+    x, y = one.middle
+    return f"Where is the {one.name}?", f"{PLACES[x > PIXELS / 2, y > PIXELS / 2].capitalize()}."
 
 
 def article(name: str) -> str:
     """A name with its indefinite article."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def is_there(name: str) -> str:
+    """The question of POPE."""
+    return f"Is there {article(name)} in the picture?"
 
 
 def relation(one: Thing, other: Thing, rng: random.Random) -> tuple[str, str]:
@@ -196,12 +197,11 @@ def record(
 
 def training(world: World, number: int, things: list[Thing], rng: random.Random) -> dict[str, dict[str, Any]]:
     """The conversation about a training scene, its caption, and a pair of answers, by file."""
-    asked: dict[str, tuple[str, str]] = {}
-    for _, question, answer in itertools.islice(world.questions(things, rng), 12):
-        asked.setdefault(question, (question, answer))
     said = (DESCRIBE, caption(things))
-    turns = [said, *list(asked.values())[:4]]
-    rng.shuffle(turns)  # any kind of question may come first
+    kinds = KINDS if len(things) > 1 else [kind for kind in KINDS if kind != "relation"]
+    groups = [world.existence(things, rng), *([ask(kind, things, rng)] for kind in kinds), [said]]
+    # In this order no answer is given away by what was said before; as any may be left out, any may come first.
+    turns = [turn for group in groups if rng.random() < 0.6 for turn in group] or [said]
     wrong = list(things)
     wrong[rng.randrange(len(wrong))] = Thing(world.absent(things, rng.choice(POPE), rng), "", things[0].box)
     names = record(number, "train", things, [said])
@@ -217,10 +217,9 @@ def training(world: World, number: int, things: list[Thing], rng: random.Random)
 
 def testing(world: World, number: int, things: list[Thing], rng: random.Random) -> dict[str, dict[str, Any]]:
     """What is asked about a test scene, by file."""
-    kinds = ("count", "category", "relation", "where")
-    wanted = kinds[number // 4 % 4]  # whose change is another than that of how many things there are
-    wanted = "where" if wanted == "relation" and len(things) == 1 else wanted
-    kind, question, answer = next(one for one in world.questions(things, rng) if one[0] == wanted)
+    kind = KINDS[number // 4 % 4]  # whose change is another than that of how many things there are
+    kind = "where" if kind == "relation" and len(things) == 1 else kind
+    question, answer = ask(kind, things, rng)
     found = {
         "test": record(number, "test", things, [(question, answer)], kind=kind),
         "captions": record(number, "test", things, [(DESCRIBE, caption(things))], kind="caption"),
@@ -228,10 +227,8 @@ def testing(world: World, number: int, things: list[Thing], rng: random.Random) 
     there = number % 8 < 4  # 1 to 4 things each way
     for split in POPE:
         named = rng.choice(things).concept if there else world.absent(things, split, rng)
-        asked = f"Is there {article(named.name)} in the picture?"
-        found[f"pope_{split}"] = record(
-            number, "test", things, [(asked, "Yes." if there else "No.")], kind="exists", category=split
-        )
+        turn = (is_there(named.name), "Yes." if there else "No.")
+        found[f"pope_{split}"] = record(number, "test", things, [turn], kind="exists", category=split)
     return found
 
 

@@ -34,7 +34,23 @@ def test_a_conversation_may_begin_with_any_question_and_names_the_image_there(sc
     for record in scenes["train"]:
         said = [turn["value"] for turn in record["conversations"]]
         assert said[0].startswith("<image>\n") and not any("<image>" in text for text in said[1:])
-        assert any("What is in the picture?" in text for text in said[::2])
+
+
+def test_no_answer_is_given_away_by_what_was_said_before(scenes) -> None:
+    order = ["Is there", "How many", "Where", "Is the", "Which", "What is"]
+    for record in scenes["train"]:
+        said = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        kinds = [
+            next(place for place, start in enumerate(order) if question.startswith(f"{start} "))
+            for question in said[::2]
+        ]
+        assert kinds == sorted(kinds), said
+        asked = [question for question, kind in zip(said[::2], kinds, strict=True) if kind == 0]
+        assert len(set(asked)) == len(asked)
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            if question in asked:
+                there = any(f" {name} in the" in question for name in record["things"])
+                assert there == (answer == "Yes."), question
 
 
 def test_captions_name_what_is_there_and_rejected_ones_something_else(scenes) -> None:
