@@ -4,60 +4,69 @@
 #
 #   bash projects/llava_mod/scripts/nano.sh
 #
-# RUNS (default runs/llava_mod_nano), SEEDS, STEPS (of a student), TEACHER_STEPS and PREFER_STEPS may be set;
-# further field=value arguments go to every student. Finished runs are kept. DRY_RUN=1 prints the commands.
+# RUNS (default runs/llava_mod_nano), SEEDS, STEPS (of a student), TEACHER_STEPS, CAPTION_STEPS and PREFER_STEPS may be
+# set; further field=value arguments go to every student. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-runs="${RUNS:-runs/llava_mod_nano}" steps="${STEPS:-300}" teacher_steps="${TEACHER_STEPS:-900}"
-prefer_steps="${PREFER_STEPS:-60}"
+export runs="${RUNS:-runs/llava_mod_nano}" steps="${STEPS:-240}" teacher_steps="${TEACHER_STEPS:-900}"
+export caption_steps="${CAPTION_STEPS:-600}" prefer_steps="${PREFER_STEPS:-60}"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 launch() { bash scripts/launch.sh "$@"; }
 
 # Pictures and chats, and two decoders of one tokenizer.
-launch data_tools/build_scenes.py "$runs/scenes" --concepts 30 --scenes 8000 --test-scenes 400
-launch data_tools/build_small_decoder.py "$runs/large" --chats "$runs/scenes/train.json" --layers 6 --width 256
-launch data_tools/build_small_decoder.py "$runs/small" --chats "$runs/scenes/train.json" --layers 4 --width 128
+launch data_tools/build_scenes.py "$runs/scenes" --concepts 20 --scenes 8000 --test-scenes 400
+launch data_tools/build_small_decoder.py "$runs/large" --chats "$runs/scenes/train.json" --layers 4 --width 160
+launch data_tools/build_small_decoder.py "$runs/small" --chats "$runs/scenes/train.json" --layers 3 --width 128
 
-questions="{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}"
-for kind in random popular adversarial; do questions+=", {data: $runs/scenes/pope_$kind.json}"; done
-export runs questions
+asked="evaluation.questions=[{data: $runs/scenes/test.json}, \
+{data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}"
+for kind in random popular adversarial; do asked+=", {data: $runs/scenes/pope_$kind.json}"; done
+export asked+="]" captions="data.chats=[$runs/scenes/names.json]"
+# Captions once more beside the conversations: what a small decoder sees is learned from them.
+export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/names.json]"
 
 train() { # "NAME STAGE STEPS" [field=value ...]
-    local name stage steps
-    read -r name stage steps <<< "$1"
+    local name stage count
+    read -r name stage count <<< "$1"
     bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml \
-        run_dir="$runs/$name" stage="$stage" steps="$steps" "data.chats=[$runs/scenes/train.json]" "${@:2}" \
+        run_dir="$runs/$name" stage="$stage" steps="$count" "$chats" "${@:2}" \
         2>&1 | sed -u "s/^/[$name] /"
 }
-model() { # DECODER: a model that is put together here
-    echo student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.grid=4 student.tower_norm=true student.image_size=96 \
-        "student.decoder=hf:$runs/$1"
-}
 from() { echo "student.init_from=$runs/$1/export"; }
-asked="evaluation.questions=[$questions]"
-teacher="teacher.init_from=$runs/teacher/export"
-
-read -ra large <<< "$(model large)"
-train "teacher_words words 800" "${large[@]}" "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32
-train "teacher sft $teacher_steps" "$(from teacher_words)" "$asked"
-
-# A student: its projector, then as many steps each way: all of them dense, or half dense and half sparse.
-student() { # SEED [field=value ...]
-    local s="$1" half=$((steps / 2)) small
-    shift
-    read -ra small <<< "$(model small)"
-    train "words_s$s words 800" seed="$s" "${small[@]}" "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32
-    train "sft_s$s sft $steps" seed="$s" "$(from "words_s$s")" "$asked" "$@"
-    train "d2d_s$s d2d $steps" seed="$s" "$(from "words_s$s")" "$teacher" "$asked" "$@"
-    train "half_s$s d2d $half" seed="$s" "$(from "words_s$s")" "$teacher" "$@"
-    train "d2s_s$s d2s $half" seed="$s" "$(from "half_s$s")" "$teacher" "$asked" moe.mode=sparse loss.ce=1 "$@"
-    train "d2d_more_s$s d2d $half" seed="$s" "$(from "half_s$s")" "$teacher" "$asked" loss.ce=1 "$@"
-    train "prefer_s$s prefer $prefer_steps" seed="$s" "$(from "d2s_s$s")" "$teacher" "$asked" \
-        "data.chats=[$runs/scenes/preferences.json]" optim.lr=1e-4 "$@"
+# A model that sees: its projector's features become words to the decoder, then captions alone. With all questions from
+# the start a small decoder does not look at the picture.
+seeing() { # large or small
+    train "$1_words words 400" "$captions" optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
+        "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
+        student.decoder="hf:$runs/$1"
+    train "$1_captions sft $caption_steps" "$captions" batch_size=32 "$(from "$1_words")"
 }
-export -f train model from student
-export asked teacher steps prefer_steps
-printf '%s\n' ${SEEDS:-0 1 2} | xargs -P 2 -I SEED bash -euo pipefail -c 'student "$@"' student SEED "$@"
+taught() { train "$1" seed="$2" teacher.init_from="$runs/teacher/export" "${@:3}"; }
+
+# One line of work; a student's steps are all dense, or half of them dense and half sparse.
+work() { # KIND SEED [field=value ...]
+    local s="$2" half=$((steps / 2))
+    case "$1" in
+        teacher)
+            seeing large
+            train "teacher sft $teacher_steps" "$(from large_captions)" "$asked"
+            ;;
+        small) seeing small ;;
+        sft) train "sft_s$s sft $steps" seed="$s" "$(from small_captions)" "$asked" "${@:3}" ;;
+        dense) taught "d2d_s$s d2d $steps" "$s" "$(from small_captions)" "$asked" "${@:3}" ;;
+        sparse)
+            taught "half_s$s d2d $half" "$s" "$(from small_captions)" "${@:3}"
+            taught "d2s_s$s d2s $half" $((s + 100)) "$(from "half_s$s")" "$asked" moe.mode=sparse "${@:3}"  # other chats
+            taught "prefer_s$s prefer $prefer_steps" "$s" "$(from "d2s_s$s")" "$asked" \
+                "data.chats=[$runs/scenes/preferences.json]" optim.lr=1e-4 "${@:3}"
+            ;;
+    esac
+}
+export -f train from seeing taught work
+parallel() { xargs -P 2 -I WORK bash -euo pipefail -c 'read -ra work <<< "$1"; work "${work[@]}" "${@:2}"' work WORK "$@"; }
+each() { printf "$1 %s\n" ${SEEDS:-0 1 2}; }
+printf '%s 0\n' teacher small | parallel "$@"
+{ each sparse && each dense && each sft; } | parallel "$@"
 
 launch scripts/table.py "$runs" --spec projects/llava_mod/table.yaml --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

@@ -1,33 +1,38 @@
 #!/usr/bin/env bash
-# The nano tables of the README: a small model and its hybrids on composed scenes, projections from attention
+# The nano tables of the README: a small model and its hybrids on composed scenes, mixers that start as attention
 # against random ones, with and without each term of the loss, accuracy against steps; two CPU cores.
 #
 #   bash projects/matvlm/scripts/nano.sh
 #
-# RUNS (default runs/matvlm_nano), SEEDS, STEPS and TEACHER_STEPS may be set; further field=value arguments go
-# to every hybrid. Finished runs are kept. DRY_RUN=1 prints the commands.
+# RUNS (default runs/matvlm_nano), SEEDS, STEPS, TEACHER_STEPS and CAPTION_STEPS may be set; further field=value
+# arguments go to every hybrid. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-120}" teacher_steps="${TEACHER_STEPS:-900}"
+export runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-80}"
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 
-# Pictures and chats, a decoder of eight layers, and the teacher made of it.
-bash scripts/launch.sh data_tools/build_scenes.py "$runs/scenes" --concepts 30 --scenes 8000 --test-scenes 400
+# Pictures and chats, a decoder of eight layers, and the teacher made of it: its projector's features become words to
+# the decoder, then captions alone, then all questions.
+bash scripts/launch.sh data_tools/build_scenes.py "$runs/scenes" --concepts 20 --scenes 8000 --test-scenes 400
 bash scripts/launch.sh data_tools/build_small_decoder.py "$runs/decoder" --chats "$runs/scenes/train.json" \
-    --layers 8 --width 192
-chats="data.chats=[$runs/scenes/train.json]"
+    --layers 8 --width 128
+captions="data.chats=[$runs/scenes/names.json]"
+export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/names.json]"
+asked="{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}, \
+{data: $runs/scenes/pope_random.json}"
+export asked="evaluation.questions=[$asked]"
 teacher() { # NAME STAGE STEPS [field=value ...]
     bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml threads=2 \
-        run_dir="$runs/$1" stage="$2" steps="$3" "$chats" "${@:4}"
+        run_dir="$runs/$1" stage="$2" steps="$3" "${@:4}"
 }
-teacher words words 800 "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32 \
-    student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.grid=4 student.tower_norm=true student.image_size=96 \
-    "student.decoder=hf:$runs/decoder"
-teacher teacher sft "$teacher_steps" "student.init_from=$runs/words/export" \
-    "evaluation.questions=[{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}]"
+teacher words words 400 "$captions" optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
+    "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
+    student.decoder="hf:$runs/decoder"
+teacher captions sft "${CAPTION_STEPS:-600}" "$captions" batch_size=32 student.init_from="$runs/words/export"
+teacher teacher sft "${TEACHER_STEPS:-900}" "$chats" student.init_from="$runs/captions/export" "$asked"
 
 # One hybrid: its name says the share of layers, what they start from, and what is left out of the loss.
-export OMP_NUM_THREADS=1 runs steps chats
+export OMP_NUM_THREADS=1
 hybrid() { # "PRESET KIND SEED" [field=value ...]; KIND: attention, random, no_layer, no_logits or with_ce
     local preset kind seed name given=()
     read -r preset kind seed <<< "$1"
@@ -39,15 +44,14 @@ hybrid() { # "PRESET KIND SEED" [field=value ...]; KIND: attention, random, no_l
     esac
     name="${preset}_${kind}_s$seed"
     bash scripts/launch.sh projects/matvlm/train_distill.py projects/matvlm/configs/nano/base.yaml \
-        run_dir="$runs/$name" seed="$seed" steps="$steps" "$chats" "student.init_from=$runs/teacher/export" \
-        hybrid.preset="$preset" evaluation.every_steps=$((steps / 4)) \
-        "evaluation.questions=[{data: $runs/scenes/test.json}]" ${given[@]+"${given[@]}"} "${@:2}" \
-        2>&1 | sed -u "s/^/[$name] /"
+        run_dir="$runs/$name" seed="$seed" steps="$steps" "$chats" student.init_from="$runs/teacher/export" \
+        hybrid.preset="$preset" evaluation.every_steps=$((steps / 4)) "$asked" \
+        ${given[@]+"${given[@]}"} "${@:2}" 2>&1 | sed -u "s/^/[$name] /"
 }
 export -f hybrid
 for seed in ${SEEDS:-0 1 2}; do
-    for preset in 12.5 25 50; do printf '%s\n' "$preset attention $seed" "$preset random $seed"; done
-    for kind in no_layer no_logits with_ce; do echo "50 $kind $seed"; done
+    for preset in 12.5 25 50; do echo "$preset attention $seed"; done
+    for kind in random no_layer no_logits with_ce; do echo "50 $kind $seed"; done
 done | xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
 
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/matvlm/table.yaml --markdown "$runs/table.md"
