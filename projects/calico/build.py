@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from projects.calico.balance import PasteDatabase, balanced
 from projects.calico.config import UNTRAINED, CalicoConfig
 from projects.calico.evaluation.frames import scene_evaluation
 from projects.calico.frames import open_frames
-from projects.calico.model import BevModel, Branch, load_pretrained
+from projects.calico.model import BevModel, load_pretrained
 from projects.calico.networks.parts import share_norms
 from projects.calico.pipeline import ContrastPipeline, LabelledPipeline, SceneItem, scenes_of
 from projects.calico.pretraining import WEIGHTS, PretrainStudent, Teacher
@@ -26,7 +25,6 @@ from vlmkd import distributed
 from vlmkd.data.loader import Loader
 from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.errors import UserError
-from vlmkd.evaluation.base import Evaluator
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
@@ -36,67 +34,48 @@ log = logging.getLogger("vlmkd.calico")
 
 def job(cfg: CalicoConfig) -> Job:
     """The run of any stage."""
-    data = cfg.data
+    data, rank, ranks = cfg.data, distributed.rank(), distributed.world_size()
     frames = open_frames(Path(data.info), Path(data.root) if data.root else None, sweeps=data.sweeps)
     indices, scenes = chosen(cfg, frames)
     log.info("%d frames of %d drives (%s)", len(indices), len(scenes), digest(scenes))
     items = items_of(cfg, frames, indices)
-    _, accumulation = batch_triple(cfg, distributed.world_size())
     source = ItemSource(
-        {"scenes": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=distributed.rank(),
-        world_size=distributed.world_size(), accumulation=accumulation,
+        {"scenes": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=rank, world_size=ranks,
+        accumulation=batch_triple(cfg, ranks)[1],
     )  # fmt: skip
     cfg = in_steps(cfg, len(items) // cfg.batch_size)
-    evaluators: list[Evaluator] = []
-    with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
-        torch.manual_seed(cfg.seed)
-        task = finetune_task(cfg) if cfg.stage == "finetune" else pretrain_task(cfg)
     pipeline: ContrastPipeline | LabelledPipeline
     if cfg.stage == "finetune":
         pipeline = LabelledPipeline(cfg, frames, paste_database(cfg, frames, indices, scenes))
-        evaluators = [scene_evaluation(cfg)] if cfg.evaluation.info else []
     else:
         pipeline = ContrastPipeline(cfg, frames)
+    task = task_of(cfg)
+    if ranks > 1 or cfg.deepspeed.precision != "fp32":  # one batch's norms; weights in half precision
+        for part in (task.student, *task.teachers):
+            share_norms(part)
+    evaluators = [scene_evaluation(cfg)] if cfg.evaluation.info else []
     return Job(cfg, task, Loader(source, pipeline, workers=data.workers, max_bad_share=0.0), evaluators)
 
 
-def pretrain_task(cfg: CalicoConfig) -> CalicoTask:
-    """PRC, RAD or both; the student of RAD is as wide as its teacher's map."""
-    teacher = None
-    if cfg.stage == "rad":
-        with torch.random.fork_rng(devices=[]):  # the student's weights are the same for each teacher
-            teacher = Teacher(cfg)
-        assert teacher.model.lidar is not None
-        if cfg.rad.teacher_ckpt == UNTRAINED:
-            log.warning("the teacher is untrained; this is the control, not the method")
-    student = PretrainStudent(cfg, 0 if teacher is None else teacher.model.lidar.out_channels)
-    start(cfg, student.model)
-    for part in (student, *([] if teacher is None else [teacher])):
-        with_shared_norms(cfg, part)
-    return PretrainTask(cfg, student, teacher)
-
-
-def finetune_task(cfg: CalicoConfig) -> CalicoTask:
-    """The whole model, its branches from earlier stages where they are named."""
-    model = BevModel(cfg.model)
-    start(cfg, model)
-    with_shared_norms(cfg, model)
-    return FinetuneTask(cfg, model)
-
-
-def with_shared_norms(cfg: CalicoConfig, module: nn.Module) -> None:
-    """Give a module the norms that several ranks, and weights in half precision, need."""
-    if distributed.world_size() > 1 or cfg.deepspeed.precision != "fp32":
-        share_norms(module)
-
-
-def start(cfg: CalicoConfig, model: BevModel) -> None:
-    """Fill the branches that `init` names."""
-    given: dict[Branch, str] = {"lidar": cfg.init.lidar, "camera": cfg.init.camera}
-    for branch, folder in given.items():
-        if folder:
-            report = load_pretrained(model, Path(folder) / WEIGHTS, [branch])
-            log.info("%s branch from %s: %s", branch, folder, report)
+def task_of(cfg: CalicoConfig) -> CalicoTask:
+    """Student, its branches from earlier stages where `init` names them, and the teacher of RAD."""
+    teacher, width = None, 0
+    with torch.random.fork_rng(devices=[]):  # new layers depend on the run's seed alone
+        torch.manual_seed(cfg.seed)
+        if cfg.stage == "rad":
+            with torch.random.fork_rng(devices=[]):  # the student's weights are the same for each teacher
+                teacher = Teacher(cfg)
+            assert teacher.model.lidar is not None
+            width = teacher.model.lidar.out_channels  # of the map that the student is held against
+            if cfg.rad.teacher_ckpt == UNTRAINED:
+                log.warning("the teacher is untrained; this is the control, not the method")
+        student = BevModel(cfg.model) if cfg.stage == "finetune" else PretrainStudent(cfg, width)
+    task = (FinetuneTask if cfg.stage == "finetune" else PretrainTask)(cfg, student, teacher)
+    for branch in ("lidar", "camera"):
+        if folder := getattr(cfg.init, branch):
+            told = load_pretrained(task.model, Path(folder) / WEIGHTS, branch)
+            log.info("%s branch from %s: %s", branch, folder, told)
+    return task
 
 
 def chosen(cfg: CalicoConfig, frames: Frames) -> tuple[list[int], tuple[str, ...]]:
@@ -111,10 +90,8 @@ def chosen(cfg: CalicoConfig, frames: Frames) -> tuple[list[int], tuple[str, ...
     if cfg.data.split_file:
         scenes = read_scenes(Path(cfg.data.split_file))
         if missing := set(scenes) - set(there):
-            raise UserError(
-                f"config field data.split_file: {cfg.data.info} lacks {len(missing)} of its {len(scenes)} drives, first"
-                f" {min(missing)}"
-            )
+            told = f"lacks {len(missing)} of its {len(scenes)} drives, first {min(missing)}"
+            raise UserError(f"config field data.split_file: {cfg.data.info} {told}")
     wanted = set(scenes)
     return [index for index, scene in enumerate(of_frame) if scene in wanted], scenes
 
@@ -123,13 +100,11 @@ def items_of(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> list[
     """What an epoch draws: each frame once, or with data.balance as often as its classes ask for."""
     if not cfg.data.balance:
         return [SceneItem(frames.tokens[index], index) for index in indices]
-    drawn = [
-        indices[place] for place in balanced([_names(cfg, frames, index) for index in indices], cfg.seed)
-    ]
-    log.info("an epoch has %d frames, drawn by class from %d", len(drawn), len(indices))
+    places = balanced([_names(cfg, frames, index) for index in indices], cfg.seed)
+    log.info("an epoch has %d frames, drawn by class from %d", len(places), len(indices))
     times: Counter[int] = Counter()
     items = []
-    for index in drawn:
+    for index in (indices[place] for place in places):
         times[index] += 1
         items.append(SceneItem(f"{frames.tokens[index]}#{times[index]}", index))
     return items

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from projects.calico.model_config import ModelConfig
+from projects.calico.model_config import ModelConfig, listed
 from vlmkd.config import (
     AboveZero,
     Amount,
@@ -29,7 +29,7 @@ UNTRAINED = "untrained"
 
 @dataclass(frozen=True, kw_only=True)
 class SceneDataConfig:
-    """Training frames and what is done to them. Without a value of its own nothing is done."""
+    """Training frames and what is done to them: without a value of its own, nothing."""
 
     info: str = ""
     """Folder or info file of the training frames; see `projects.calico.frames.open_frames`."""
@@ -45,7 +45,7 @@ class SceneDataConfig:
     """Loader processes per rank; 0 loads in the training process. Does not change the batches."""
     rotation: Degrees = 0.0
     """About z, uniform in plus or minus so many degrees."""
-    scale: RatioRange = field(default_factory=lambda: [1.0, 1.0])
+    scale: RatioRange = listed(1.0, 1.0)
     """Uniform in this range."""
     flip: bool = False
     """Mirror x and y, each with probability 1/2."""
@@ -53,7 +53,7 @@ class SceneDataConfig:
     """Standard deviation of a shift along each axis, metres."""
     drop: BelowOne = 0.0
     """Share of the points left out of each view, never those that are contrasted."""
-    image_resize: RatioRange = field(default_factory=lambda: [0.48, 0.48])
+    image_resize: RatioRange = listed(0.48, 0.48)
     """Factor on a picture's sides in training, uniform in this range; then the bottom is cropped."""
     image_rotation: Degrees = 0.0
     """Of a picture, uniform in plus or minus so many degrees."""
@@ -95,8 +95,6 @@ class PrcConfig:
     """Points of a frame that belong to none. PointContrast draws as many as both together from all points."""
     negatives: Literal["frame", "batch"] = "frame"
     """Whose points are an anchor's negatives."""
-    chunk: Count = 0
-    """Anchors at a time, which bounds the memory; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +135,9 @@ class SceneEvaluationConfig(EvaluationConfig):
     """As data.root."""
     frames: Count = 0
     """Only so many frames, spread over all; 0: all."""
-    classes: list[str] = field(default_factory=list)
+    classes: list[str] = listed()
     """Classes that are scored; empty: the model's."""
-    distances: Distances = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    distances: Distances = listed(0.5, 1.0, 2.0, 4.0)
     """Of centres, metres, over which AP is averaged; 2 must be one of them."""
 
     def __post_init__(self) -> None:
@@ -164,8 +162,6 @@ class CalicoConfig(RunConfig):
     """Where branches start."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The whole model; stages before fine-tuning take the branches that they train."""
-    map_weight: Amount = 1.0
-    """Of the map's loss beside the boxes'."""
     cycle: BelowOne = 0.0
     """One cycle: the share of the run in which the rate rises from a tenth of its peak; 0: optim.schedule."""
     evaluation: SceneEvaluationConfig = field(default_factory=SceneEvaluationConfig)
@@ -174,7 +170,7 @@ class CalicoConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         stage, model, rad, init = self.stage, self.model, self.rad, self.init
-        points, images = model.lidar.encoder != "none", model.camera.encoder != "none"
+        points, images = (branch.encoder != "none" for branch in (model.lidar, model.camera))
         heads = model.head.detection != "none" or model.head.map
         distils, before = stage in ("rad", "joint"), stage != "finetune"
         no_effect = f"has no effect with stage={stage}"
@@ -215,9 +211,6 @@ class CalicoConfig(RunConfig):
 
 def branches(model: ModelConfig, *, lidar: bool, camera: bool) -> ModelConfig:
     """The config of these branches alone, without heads."""
-    return replace(
-        model,
-        lidar=model.lidar if lidar else replace(model.lidar, encoder="none"),
-        camera=model.camera if camera else replace(model.camera, encoder="none"),
-        head=replace(model.head, detection="none", map=False),
-    )
+    kept = {"lidar": lidar, "camera": camera}
+    gone = {name: replace(getattr(model, name), encoder="none") for name in kept if not kept[name]}
+    return replace(model, head=replace(model.head, detection="none", map=False), **gone)

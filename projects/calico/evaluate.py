@@ -10,7 +10,6 @@ RUN is a run folder; its config says how frames are read, and its export has the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from projects.calico.task import BevPredictor
 from vlmkd import config, distributed
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.base import Context, Result
+from vlmkd.export.folder import PROVENANCE
 from vlmkd.files import check_writable, read_object
 from vlmkd.results import STUDENT, Tags, details_of, numbers_of, write_results
 
@@ -84,17 +84,10 @@ def finished(args: argparse.Namespace) -> Finished:
         raise UserError(f"{run} was not evaluated; name labelled frames by --info")
     if args.results:
         check_writable(args.results, "--results")
-    device = distributed.device_named(args.device)
-    model = exports.load(run / "export").to(device)
-    tags = read_object(run / "export" / exports.PROVENANCE, "provenance of an export")["calico"]
-    context = Context(device, args.batch_size or cfg.evaluation.batch_size)
-    return Finished(
-        cfg,
-        BevPredictor(STUDENT, model),
-        context,
-        run.name,
-        {"seed": cfg.seed} | json.loads(json.dumps(tags)),
-    )
+    context = Context(distributed.device_named(args.device), args.batch_size or cfg.evaluation.batch_size)
+    model = exports.load(run / "export").to(context.device)
+    tags = read_object(run / "export" / PROVENANCE, "provenance of an export")["calico"]
+    return Finished(cfg, BevPredictor(model), context, run.name, {"seed": cfg.seed} | tags)
 
 
 def main(argv: list[str]) -> int:

@@ -18,20 +18,12 @@ from torch import Tensor, nn
 
 from projects.calico.geometry import image_augmentation
 from projects.calico.model import BevModel, LidarInput, save_branches
-from projects.calico.model_config import ModelConfig
+from projects.calico.model_config import POINT, ModelConfig
 from projects.calico.networks.lss import CameraInput
 from projects.calico.pretraining import PROJECTORS, WEIGHTS
 from vlmkd import config
 from vlmkd.errors import UserError
-from vlmkd.export.folder import (
-    PROVENANCE,
-    Probe,
-    check_main,
-    replacing,
-    verify,
-    write_provenance,
-    write_tensors,
-)
+from vlmkd.export import folder as files
 from vlmkd.tensor_files import read_safetensors
 
 MODEL = "model.yaml"
@@ -39,23 +31,18 @@ MODEL = "model.yaml"
 
 def export(
     folder: Path,
-    cfg: ModelConfig,
     model: BevModel,
     weights: Mapping[str, Tensor],
     projectors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> BevModel:
     """Write `weights` of a model, complete and by its names, and return it with them on the CPU."""
-    with replacing(folder, [MODEL, PROVENANCE]) as partial:
-        present = {"lidar": model.lidar, "camera": model.camera}
-        save_branches(
-            partial / WEIGHTS, model, [name for name in ("lidar", "camera") if present[name] is not None],
-            weights, whole=True,
-        )  # fmt: skip
-        (partial / MODEL).write_text(config.to_yaml(cfg), encoding="utf-8")
+    with files.replacing(folder, [MODEL, files.PROVENANCE]) as partial:
+        save_branches(partial / WEIGHTS, model, weights)
+        (partial / MODEL).write_text(config.to_yaml(model.cfg), encoding="utf-8")
         if projectors:
-            write_tensors(partial / PROJECTORS, projectors)
-        write_provenance(partial / WEIGHTS, "CALICO", weights.values(), {"calico": dict(facts)})
+            files.write_tensors(partial / PROJECTORS, projectors)
+        files.write_provenance(partial / WEIGHTS, "CALICO", weights.values(), {"calico": dict(facts)})
     return load(folder)
 
 
@@ -67,7 +54,8 @@ def load(folder: Path) -> BevModel:
     """
     if not (folder / MODEL).is_file():
         raise UserError(f"{folder} is no export of CALICO: it has no {MODEL}; name RUN/export")
-    model = BevModel(unpretrained(config.load(ModelConfig, [str(folder / MODEL)])))
+    cfg = config.load(ModelConfig, [str(folder / MODEL)])
+    model = BevModel(replace(cfg, camera=replace(cfg.camera, pretrained=False)))
     try:
         model.load_state_dict(read_safetensors(folder / WEIGHTS, what="export"))
     except RuntimeError as error:
@@ -77,19 +65,14 @@ def load(folder: Path) -> BevModel:
     return model.eval()
 
 
-def unpretrained(cfg: ModelConfig) -> ModelConfig:
-    """The config without published weights, where others are filled in."""
-    return replace(cfg, camera=replace(cfg.camera, pretrained=False))
-
-
-def probe_of(model: BevModel, cfg: ModelConfig) -> Probe:
+def probe_of(model: BevModel) -> files.Probe:
     """A random sweep and picture, and what the model makes of them."""
-    make = torch.Generator().manual_seed(0)
+    make, cfg = torch.Generator().manual_seed(0), model.cfg
     low, high = torch.tensor(cfg.range[:3]), torch.tensor(cfg.range[3:])
     xyz = low + torch.rand(500, 3, generator=make) * (high - low)
-    points = torch.cat([xyz, torch.rand(500, cfg.point_features - 3, generator=make)], 1)
+    points = torch.cat([xyz, torch.rand(500, POINT - 3, generator=make)], 1)
     inputs = {"points": points, "images": torch.randn(1, 1, 3, *cfg.camera.image_size, generator=make)}
-    return Probe(inputs, outputs(copy.deepcopy(model).cpu().float(), inputs))
+    return files.Probe(inputs, outputs(copy.deepcopy(model).cpu().float(), inputs))
 
 
 @torch.no_grad()
@@ -99,27 +82,23 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
     rows, columns = images.shape[-2:]
     pose = torch.tensor([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
     lens = torch.tensor([[columns / 2, 0, columns / 2], [0, columns / 2, rows / 2], [0, 0, 1]]).double()
-    aug = image_augmentation(1.0, (0, 0), (rows, columns))
-    seen = CameraInput(
-        images, lens[None, None], pose[None, None], aug[None, None], torch.eye(4).double()[None]
-    )
+    aug, still = image_augmentation(1.0, (0, 0), (rows, columns)), torch.eye(4).double()
+    seen = CameraInput(images, lens[None, None], pose[None, None], aug[None, None], still[None])
     found = model.eval()(LidarInput(points, torch.zeros(len(points), dtype=torch.int64), 1), seen)
-    heat = found.detection
-    maps = {"lidar": found.lidar, "camera": found.camera, "map": found.map}
-    maps["heat"] = None if heat is None else heat[0].heat if isinstance(heat, list) else heat.heat
+    heat = found.detection[0] if isinstance(found.detection, list) else found.detection
+    maps = {
+        "lidar": found.lidar,
+        "camera": found.camera,
+        "map": found.map,
+        "heat": getattr(heat, "heat", None),
+    }
     return {name: value for name, value in maps.items() if value is not None}
 
 
 def check(written: Mapping[Path, BevModel]) -> None:
     """Load the folders in a fresh process and compare outputs."""
-    verify(
-        "projects.calico.export",
-        {
-            folder: probe_of(model, config.load(ModelConfig, [str(folder / MODEL)]))
-            for folder, model in written.items()
-        },
-    )
+    files.verify("projects.calico.export", {folder: probe_of(model) for folder, model in written.items()})
 
 
 if __name__ == "__main__":
-    sys.exit(check_main(lambda folder, probe: outputs(load(folder), probe.inputs), sys.argv[1:]))
+    sys.exit(files.check_main(lambda folder, probe: outputs(load(folder), probe.inputs), sys.argv[1:]))

@@ -3,8 +3,7 @@
 Letters: B batch, V cameras, N points, K boxes, C channels, X, Y, Z cells along the axes, D depth bins, H, W rows and
 columns of an image, h, w those of a feature map.
 
-- Lengths are metres in the LiDAR frame of the data set, angles are radians. Nothing here turns one data set's axes
-  into another's.
+- Lengths are metres in the LiDAR frame of the data set, angles are radians; no data set's axes become another's.
 - A box is (x, y, z, l, w, h, yaw[, vx, vy]): gravity centre, yaw counter-clockwise about +z from +x, heading along l.
 - A bird's-eye map is [B, C, X, Y]; cell i covers [min + i * cell, min + (i + 1) * cell).
 - A pixel is (u, v), column and row; the image holds 0 <= u < W and 0 <= v < H.
@@ -17,24 +16,26 @@ Everything is computed as sums of products, not as matrix products, so that auto
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-Rounding = Literal["floor", "trunc"]
-PixelGrid = Literal["corner", "center"]
+Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Grid:
     """Cells between two corners, each three numbers (x, y, z)."""
 
-    min: tuple[float, float, float]
-    max: tuple[float, float, float]
-    cell: tuple[float, float, float]
+    min: Three
+    max: Three
+    cell: Three
 
     def __post_init__(self) -> None:
         for low, high, size, cells in zip(self.min, self.max, self.cell, self.shape, strict=True):
@@ -44,46 +45,40 @@ class Grid:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Cells along x, y and z."""
-        x, y, z = (
-            round((high - low) / size) if size > 0 else 0
-            for low, high, size in zip(self.min, self.max, self.cell, strict=True)
-        )
+        axes = zip(self.min, self.max, self.cell, strict=True)
+        x, y, z = (round((high - low) / size) if size > 0 else 0 for low, high, size in axes)
         return x, y, z
 
-    def index(self, points: Tensor, rounding: Rounding = "floor") -> tuple[Tensor, Tensor]:
+    def index(self, points: Tensor, rounding: Literal["floor", "trunc"] = "floor") -> tuple[Tensor, Tensor]:
         """Cell [..., 2 or 3] of points [..., 2 or 3], int64, and whether it is one of the grid's, bool [...].
 
-        Outside the grid, and for points that are not finite, the index is 0. `trunc` rounds toward zero as BEVFusion
-        does, which puts points up to a cell below the lower bound into cell 0; it is for its released weights only.
+        Outside, and for points that are not finite, the index is 0. `trunc` rounds toward zero as BEVFusion's released
+        weights expect, which puts points up to a cell below the lower bound into cell 0.
         """
-        axes = points.shape[-1]
-        low, size = self._axis(points, self.min, axes), self._axis(points, self.cell, axes)
+        low, size, shape = (
+            points.new_tensor(v[: points.shape[-1]]) for v in (self.min, self.cell, self.shape)
+        )
         place = (points - low) / size
         place = place.floor() if rounding == "floor" else place.trunc()
-        inside = ((place >= 0) & (place < place.new_tensor(self.shape[:axes]))).all(-1)
+        inside = ((place >= 0) & (place < shape)).all(-1)
         return torch.where(inside[..., None], place, 0.0).long(), inside
 
     def centre(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Centre of cells [..., 2 or 3], in metres."""
         place = index.to(dtype) + 0.5
-        axes = index.shape[-1]
-        return self._axis(place, self.min, axes) + place * self._axis(place, self.cell, axes)
+        low, size = (place.new_tensor(v[: index.shape[-1]]) for v in (self.min, self.cell))
+        return low + place * size
 
     def normalised(self, points: Tensor) -> Tensor:
         """Points [..., 2 or 3] with the grid's bounds at -1 and 1, in the order x, y[, z]."""
-        axes = points.shape[-1]
-        low, high = self._axis(points, self.min, axes), self._axis(points, self.max, axes)
+        low, high = (points.new_tensor(v[: points.shape[-1]]) for v in (self.min, self.max))
         return 2 * (points - low) / (high - low) - 1
-
-    @staticmethod
-    def _axis(like: Tensor, values: tuple[float, float, float], axes: int) -> Tensor:
-        return like.new_tensor(values[:axes])
 
 
 def bev_sample(bev: Tensor, xy: Tensor, grid: Grid) -> Tensor:
     """Features [B, N, C] of a map [B, C, X, Y] at `xy` [B, N, 2], bilinear between cell centres, zero beyond the map.
 
-    The map covers the grid's bounds with cells of any size. Half precision is sampled in float32.
+    The map covers the grid's bounds with cells of any size; half precision is sampled in float32.
     """
     bev = bev if bev.dtype == torch.float64 else bev.float()
     # grid_sample addresses the last axis first, and that is y.
@@ -94,38 +89,35 @@ def bev_sample(bev: Tensor, xy: Tensor, grid: Grid) -> Tensor:
 def transform(points: Tensor, matrix: Tensor) -> Tensor:
     """Points [..., N, 3] under matrices [..., 4, 4] (or 3x3), in the points' dtype."""
     rows = matrix.to(points.dtype)[..., None, :3, :]
-    moved = (
-        points[..., 0:1] * rows[..., 0] + points[..., 1:2] * rows[..., 1] + points[..., 2:3] * rows[..., 2]
-    )
+    x, y, z = points.split(1, -1)
+    moved = x * rows[..., 0] + y * rows[..., 1] + z * rows[..., 2]
     return moved + rows[..., 3] if matrix.shape[-1] == 4 else moved
 
 
 def frustum(
-    image_size: tuple[int, int],
-    feature_size: tuple[int, int],
-    depth_bins: tuple[float, float, float],
-    pixel_grid: PixelGrid = "corner",
+    image_size: Sequence[int],
+    feature_size: Sequence[int],
+    depth_bins: Sequence[float],
+    pixel_grid: Literal["corner", "center"] = "corner",
 ) -> Tensor:
     """Pixel and depth (u, v, d) of every feature and depth bin: [D, h, w, 3].
 
-    `image_size` and `feature_size` are (rows, columns), `depth_bins` (first, end, step) with the end left out.
-    `corner` spreads the features from the first to the last pixel, as BEVFusion does; `center` takes the middle of
-    the patch of pixels that a feature stands for.
+    Sizes are (rows, columns), `depth_bins` (first, end, step) with the end left out. `corner` spreads the features from
+    the first to the last pixel, as BEVFusion does; `center` takes the middle of the patch that a feature stands for.
     """
     first, end, step = depth_bins
     depth = first + float(step) * torch.arange(math.ceil((end - first) / step - 1e-6))
-
-    def pixels(size: int, features: int) -> Tensor:
-        if pixel_grid == "corner":
-            return torch.linspace(0, size - 1, features)
-        return (torch.arange(features) + 0.5) * (size / features) - 0.5
-
-    v, u = pixels(image_size[0], feature_size[0]), pixels(image_size[1], feature_size[1])
+    v, u = (
+        torch.linspace(0, size - 1, count)
+        if pixel_grid == "corner"
+        else (torch.arange(count) + 0.5) * (size / count) - 0.5
+        for size, count in zip(image_size, feature_size, strict=True)
+    )
     d, v, u = torch.meshgrid(depth, v, u, indexing="ij")
     return torch.stack([u, v, d], -1)
 
 
-def unproject(
+def lift_points(
     pixels: Tensor,
     intrinsics: Tensor,
     cam2lidar: Tensor,
@@ -146,18 +138,6 @@ def unproject(
     return transform(rays, to_bev)
 
 
-def lift_points(
-    pixels: Tensor,
-    intrinsics: Tensor,
-    cam2lidar: Tensor,
-    img_aug: Tensor | None = None,
-    lidar_aug: Tensor | None = None,
-) -> Tensor:
-    """`unproject` of a `frustum` [D, h, w, 3], the same for every camera: [B, V, D, h, w, 3]."""
-    points = unproject(pixels.reshape(1, 1, -1, 3), intrinsics, cam2lidar, img_aug, lidar_aug)
-    return points.reshape(*cam2lidar.shape[:2], *pixels.shape)
-
-
 def project(
     points: Tensor,
     lidar2cam: Tensor,
@@ -165,13 +145,11 @@ def project(
     img_aug: Tensor | None = None,
     lidar_aug: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pixels [B, V, N, 2] and depths [B, V, N] of points [B, N, 3] of the bird's-eye map's frame: `unproject` undone.
+    """Pixels [B, V, N, 2] and depths [B, V, N] of points [B, N, 3] of the map's frame: `lift_points` undone.
 
     Points behind a camera have a depth of at most 0, and pixels without meaning.
     """
-    to_camera = lidar2cam
-    if lidar_aug is not None:
-        to_camera = _product(lidar2cam, _inverse(lidar_aug)[:, None])
+    to_camera = lidar2cam if lidar_aug is None else _product(lidar2cam, _inverse(lidar_aug)[:, None])
     seen = transform(points[:, None], _product(_square(intrinsics), to_camera))
     depth = seen[..., 2:]
     tiny = torch.finfo(depth.dtype).tiny
@@ -208,16 +186,14 @@ def lidar_augmentation(
     scale: float = 1.0,
     flip_x: bool = False,
     flip_y: bool = False,
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    shift: Three = (0.0, 0.0, 0.0),
 ) -> Tensor:
     """float64 [4, 4]: flips (`flip_x` changes the sign of x), then rotation about z, scale, shift."""
     cos, sin = scale * math.cos(yaw), scale * math.sin(yaw)
-    matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:2, :2] = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
-    matrix[2, 2] = scale
-    matrix[:3, 3] = torch.tensor(shift, dtype=torch.float64)
+    x, y, z = shift
+    matrix = [[cos, -sin, 0, x], [sin, cos, 0, y], [0, 0, scale, z], [0, 0, 0, 1]]
     flips = [-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0, 1.0, 1.0]
-    return matrix @ torch.diag(torch.tensor(flips, dtype=torch.float64))
+    return torch.tensor(matrix, dtype=torch.float64) @ torch.tensor(flips, dtype=torch.float64).diag()
 
 
 def image_augmentation(
@@ -229,17 +205,11 @@ def image_augmentation(
     its middle.
     """
     height, width = size
-    matrix = torch.eye(4, dtype=torch.float64)
-    matrix[0, 0] = matrix[1, 1] = resize
+    matrix = torch.diag(torch.tensor([resize, resize, 1, 1], dtype=torch.float64))
     matrix[:2, 3] = -torch.tensor(crop, dtype=torch.float64)
     if flip:
-        mirror = torch.eye(4, dtype=torch.float64)
-        mirror[0, 0], mirror[0, 3] = -1, width
-        matrix = mirror @ matrix
-    turn = torch.eye(4, dtype=torch.float64)
-    cos, sin = math.cos(angle), math.sin(angle)
-    turn[:2, :2] = torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float64)
-    middle = torch.tensor([width / 2, height / 2], dtype=torch.float64)
+        matrix[0] = width * matrix[3] - matrix[0]
+    turn, middle = lidar_augmentation(-angle), torch.tensor([width / 2, height / 2], dtype=torch.float64)
     turn[:2, 3] = middle - turn[:2, :2] @ middle
     return turn @ matrix
 
@@ -252,7 +222,7 @@ def wrap_yaw(yaw: Tensor) -> Tensor:
 def box_corners(boxes: Any) -> Tensor:
     """Corners [..., 8, 3] of boxes [..., >= 7], a tensor or an array.
 
-    Corners 0-3 are the bottom: front left, front right, back right, back left; 4-7 the top in the same order.
+    The bottom's front left, front right, back right, back left; then the top's.
     """
     boxes = torch.as_tensor(boxes)
     signs = [[1, 1], [1, -1], [-1, -1], [-1, 1]]
@@ -276,33 +246,24 @@ def points_in_boxes(points: Any, boxes: Any) -> Tensor:
 
 
 def transform_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
-    """Boxes [K, 7 or 9] under one matrix [4, 4] that keeps z upright: rotation, flips, even scale and shift.
-
-    The velocity turns and scales along. A flip turns the heading, as it turns the points.
-    """
-    linear = matrix[:3, :3].to(boxes.dtype)
-    scale = linear.double().det().abs() ** (1 / 3)
-    heading = torch.stack([boxes[:, 6].cos(), boxes[:, 6].sin(), torch.zeros_like(boxes[:, 6])], -1)
-    heading = transform(heading, linear)
-    parts = [
-        transform(boxes[:, :3], matrix),
-        boxes[:, 3:6] * scale.to(boxes.dtype),
-        torch.atan2(heading[:, 1], heading[:, 0])[:, None],
-    ]
+    """Boxes [K, 7 or 9] under one matrix [4, 4] of `lidar_augmentation`; headings and velocities turn along."""
+    linear, flat = matrix[:3, :3].to(boxes.dtype), torch.zeros_like(boxes[:, :1])
+    size = boxes[:, 3:6] * (linear.double().det().abs() ** (1 / 3)).to(boxes.dtype)
+    heading = transform(torch.cat([boxes[:, 6:7].cos(), boxes[:, 6:7].sin(), flat], 1), linear)
+    parts = [transform(boxes[:, :3], matrix), size, torch.atan2(heading[:, 1:2], heading[:, :1])]
     if boxes.shape[1] == 9:
-        velocity = torch.cat([boxes[:, 7:9], torch.zeros_like(boxes[:, :1])], 1)
-        parts.append(transform(velocity, linear)[:, :2])
+        parts.append(transform(torch.cat([boxes[:, 7:9], flat], 1), linear)[:, :2])
     return torch.cat(parts, 1)
 
 
 def boxes_from_old_mmdet(boxes: Tensor, z: Literal["gravity", "bottom"] = "gravity") -> Tensor:
     """Boxes (x, y, z, w, l, h, yaw'[, vx, vy]) of BEVFusion and mmdetection3d before 1.0 in our convention.
 
-    Their yaw' is -yaw - pi/2. Info files hold the gravity centre; box tensors of mmdetection3d hold the bottom.
-    The function undoes itself with z="gravity".
+    Their yaw' is -yaw - pi/2; info files hold the gravity centre, box tensors of mmdetection3d the bottom. Undoes itself
+    with z="gravity".
     """
     ours = boxes.clone()
-    ours[:, 3], ours[:, 4] = boxes[:, 4], boxes[:, 3]
+    ours[:, 3:5] = boxes[:, [4, 3]]
     ours[:, 6] = wrap_yaw(-boxes[:, 6] - math.pi / 2)
     if z == "bottom":
         ours[:, 2] += boxes[:, 5] / 2
@@ -310,10 +271,7 @@ def boxes_from_old_mmdet(boxes: Tensor, z: Literal["gravity", "bottom"] = "gravi
 
 
 def boxes_from_kitti(boxes: Tensor, cam2lidar: Tensor) -> Tensor:
-    """Boxes (x, y, z, l, h, w, ry) of KITTI's camera frame, (x, y, z) the middle of the bottom, in the LiDAR's.
-
-    In the camera frame y points down, and ry turns about it from +x.
-    """
+    """Boxes (x, y, z, l, h, w, ry) of KITTI's camera frame, (x, y, z) the middle of the bottom, in the LiDAR's."""
     x, y, z, length, height, width, ry = boxes.unbind(-1)
     centre = transform(torch.stack([x, y, z], -1), cam2lidar)
     centre[..., 2] += height / 2  # as mmdetection3d does, whose counts of points this reproduces
@@ -324,15 +282,8 @@ def boxes_from_kitti(boxes: Tensor, cam2lidar: Tensor) -> Tensor:
 
 def pose(quaternion: Any, translation: Any) -> Tensor:
     """float64 [4, 4] of a rotation (w, x, y, z), of any length above 0, and a translation."""
-    w, x, y, z = (torch.as_tensor(quaternion, dtype=torch.float64) / math.hypot(*quaternion)).tolist()
     matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:3, :3] = torch.tensor(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ],
-        dtype=torch.float64,
-    )
+    rotation = Rotation.from_quat(np.roll(np.asarray(quaternion, np.float64), -1))
+    matrix[:3, :3] = torch.from_numpy(rotation.as_matrix())
     matrix[:3, 3] = torch.as_tensor(translation, dtype=torch.float64)
     return matrix

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +27,33 @@ ATTRIBUTES = (
 )  # fmt: skip
 ERRORS = ("ate", "ase", "aoe", "ave", "aae")
 """Of translation (m), scale (1 - IoU), orientation (rad), velocity (m/s), attribute (1 - share right)."""
-_ATTRIBUTE_OF = (
-    dict.fromkeys(("car", "truck", "trailer", "construction_vehicle"), ("vehicle.parked", "vehicle.moving"))
-    | dict.fromkeys(("bicycle", "motorcycle"), ("cycle.without_rider", "cycle.with_rider"))
-    | {
-        "bus": ("vehicle.stopped", "vehicle.moving"),
-        "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
-    }
-)
+_MISSING = {"traffic_cone": ("aoe", "ave", "aae"), "barrier": ("ave", "aae")}
+"""Errors that a class does not have."""
+_HALF_TURN = ("barrier",)
+"""Classes whose front is not told from their back."""
+_TWO_WHEELED = ("bicycle", "motorcycle")
+_PARKED = ("vehicle.parked", "vehicle.moving")
+_ATTRIBUTE_OF = {
+    "car": _PARKED, "truck": _PARKED, "trailer": _PARKED, "construction_vehicle": _PARKED,
+    "bus": ("vehicle.stopped", "vehicle.moving"), "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+} | dict.fromkeys(_TWO_WHEELED, ("cycle.without_rider", "cycle.with_rider"))  # fmt: skip
 """Class -> attribute when it stands and when it moves, as mmdetection3d fills them in."""
 _MOVING_SPEED = 0.2  # m/s
+_ERROR_DISTANCE = 2.0  # m, of the matches that the errors are of
+MOST_BOXES = 500
 RECALLS = np.linspace(0, 1, 101)
 _FIRST = 11  # recalls up to 0.10 are noisy and left out
 _MIN_PRECISION = 0.1
-_TWO_WHEELED = ("bicycle", "motorcycle")
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What is evaluated, and how."""
-
-    ranges: Mapping[str, float]
-    """Class -> metres from the ego vehicle from which on its boxes, true or predicted, do not count."""
-    distances: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """Of centres on the ground, in metres, below which a prediction is right; AP is the mean over them."""
-    error_distance: float = 2.0
-    """The one of `distances` whose matches the errors are of."""
-    most_boxes: int = 500
-    half_turn: Collection[str] = ("barrier",)
-    """Classes whose front is not told from their back."""
-    without: Mapping[str, Collection[str]] = field(
-        default_factory=lambda: {"traffic_cone": ("aoe", "ave", "aae"), "barrier": ("ave", "aae")}
-    )
-    """Errors that a class does not have."""
-
-    def only(self, classes: Iterable[str]) -> Rules:
-        """The rules for these classes alone, as small sets need it: a class that no true box has counts as AP 0."""
-        return replace(self, ranges={name: self.ranges[name] for name in classes})
-
-
-NUSCENES = Rules(
+NUSCENES: dict[str, float] = (
     dict.fromkeys(("car", "truck", "bus", "trailer", "construction_vehicle"), 50.0)
     | dict.fromkeys(("pedestrian", "motorcycle", "bicycle"), 40.0)
     | dict.fromkeys(("traffic_cone", "barrier"), 30.0)
 )
+"""Class -> metres from the ego vehicle from which on its boxes, true or predicted, do not count."""
+DISTANCES = (0.5, 1.0, 2.0, 4.0)
+"""Of centres on the ground, in metres, below which a prediction is right; AP is the mean over them."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +81,22 @@ class Boxes:
         truth: bool = False,
     ) -> Boxes:
         """From (boxes [k,7 or 9], names, scores or None, attributes or None, numbers of points or None) a sample."""
-        index, name, box, attribute, score, points = [], [], [], [], [], []
+        none, words, numbers = np.empty((0, 9)), np.empty(0, np.str_), np.empty(0, np.int64)
+        parts = [cls(numbers, words, none, words, np.empty(0), numbers)]
         for number, (boxes, names, scores, attributes, counts) in enumerate(samples):
-            boxes, size = np.asarray(boxes, np.float64), len(names)
-            boxes = boxes.reshape(size, -1) if boxes.size else np.empty((0, 9))
-            box.append(np.pad(boxes, ((0, 0), (0, 9 - boxes.shape[1])), constant_values=np.nan))
-            index.append(np.full(size, number))
-            name += list(names)
-            attribute += [""] * size if attributes is None else list(attributes)
-            score.append(np.ones(size) if scores is None else np.asarray(scores, np.float64))
-            points.append(np.full(size, 1 if truth else -1) if counts is None else counts)
-        return cls(
-            np.concatenate([np.empty(0, np.int64), *index]), np.array(name, dtype=np.str_),
-            np.concatenate([np.empty((0, 9)), *box]), np.array(attribute, dtype=np.str_),
-            np.concatenate([np.empty(0), *score]), np.concatenate([np.empty(0), *points]).astype(np.int64),
-        )  # fmt: skip
+            size = len(names)
+            boxes = np.asarray(boxes, np.float64).reshape(size, -1) if size else none
+            parts.append(
+                cls(
+                    np.full(size, number),
+                    np.array(names, np.str_),
+                    np.pad(boxes, ((0, 0), (0, 9 - boxes.shape[1])), constant_values=np.nan),
+                    np.array([""] * size if attributes is None else attributes, np.str_),
+                    np.ones(size) if scores is None else np.asarray(scores, np.float64),
+                    np.full(size, 1 if truth else -1) if counts is None else np.asarray(counts, np.int64),
+                )
+            )
+        return cls(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -130,10 +114,12 @@ class ClassScores:
     """By matching distance."""
     errors: dict[str, float]
     """NaN for those that the class does not have."""
-    precision: dict[float, Floats]
-    """By matching distance, [101] at the recalls `RECALLS`."""
     num_truth: int
     num_predictions: int
+
+    @property
+    def mean_ap(self) -> float:
+        return float(np.mean(list(self.ap.values())))
 
 
 @dataclass(frozen=True)
@@ -145,20 +131,17 @@ class Scores:
     @property
     def mean_ap(self) -> float:
         """Over classes and distances."""
-        return float(np.mean([np.mean(list(one.ap.values())) for one in self.classes.values()]))
+        return float(np.mean([one.mean_ap for one in self.classes.values()]))
 
     @property
     def errors(self) -> dict[str, float]:
         """Means over the classes that have the error; 1 when none has."""
-        found = {}
-        for error in ERRORS:
-            values = [one.errors[error] for one in self.classes.values()]
-            found[error] = float(np.nanmean(values)) if not np.isnan(values).all() else 1.0
-        return found
+        values = {error: [one.errors[error] for one in self.classes.values()] for error in ERRORS}
+        return {key: 1.0 if np.isnan(own).all() else float(np.nanmean(own)) for key, own in values.items()}
 
     @property
     def nds(self) -> float:
-        """The nuScenes detection score."""
+        """The nuScenes detection score (docs/papers/calico.md, eq. 7)."""
         return (5 * self.mean_ap + sum(max(0.0, 1 - error) for error in self.errors.values())) / 10
 
     def metrics(self) -> dict[str, float]:
@@ -171,9 +154,6 @@ class Scores:
             name: {
                 "ap": {f"{distance:g}": value for distance, value in one.ap.items()},
                 "errors": {key: None if math.isnan(value) else value for key, value in one.errors.items()},
-                "precision": {
-                    f"{key:g}": np.round(curve, 4).tolist() for key, curve in one.precision.items()
-                },
                 "num_truth": one.num_truth,
                 "num_predictions": one.num_predictions,
             }
@@ -190,19 +170,19 @@ MEANINGS = {"nds": share("NDS", main=True), "map": share("mAP")} | {
 def evaluate(
     predictions: Boxes,
     truth: Boxes,
-    rules: Rules = NUSCENES,
+    ranges: Mapping[str, float] = NUSCENES,
+    distances: Sequence[float] = DISTANCES,
     *,
     ego: Floats | None = None,
     racks: Boxes | None = None,
 ) -> Scores:
-    """Filter and score.
+    """Filter and score the classes of `ranges`; one that no true box has counts as AP 0.
 
-    Args:
-        ego: [S,2], the vehicle's place in the boxes' frame; None: the origin.
-        racks: bicycle racks, in which no two-wheeled vehicle counts.
+    `ego` [S,2] is the vehicle's place in the boxes' frame (None: the origin), `racks` are bicycle racks, in which no
+    two-wheeled vehicle counts.
     """
-    predictions, truth = (_that_count(boxes, rules, ego, racks) for boxes in (predictions, truth))
-    return Scores({name: _score_class(predictions, truth, rules, name) for name in rules.ranges})
+    predictions, truth = (_that_count(boxes, ranges, ego, racks) for boxes in (predictions, truth))
+    return Scores({name: _score_class(predictions, truth, distances, name) for name in ranges})
 
 
 def attributes_of(names: Sequence[str], velocity: Floats) -> list[str]:
@@ -211,42 +191,38 @@ def attributes_of(names: Sequence[str], velocity: Floats) -> list[str]:
     return [_ATTRIBUTE_OF.get(name, ("", ""))[int(moves)] for name, moves in zip(names, moving, strict=True)]
 
 
-def _that_count(boxes: Boxes, rules: Rules, ego: Floats | None, racks: Boxes | None) -> Boxes:
+def _that_count(boxes: Boxes, ranges: Mapping[str, float], ego: Floats | None, racks: Boxes | None) -> Boxes:
     """Without boxes of other classes, beyond their class's range, without a point, or in a rack."""
     place = boxes.box[:, :2] - (0 if ego is None else np.asarray(ego)[boxes.sample])
-    limit = np.array([rules.ranges.get(name, -1.0) for name in boxes.name.tolist()])
+    limit = np.array([ranges.get(name, -1.0) for name in boxes.name.tolist()])
     boxes = boxes.pick((np.hypot(place[:, 0], place[:, 1]) < limit) & (boxes.num_points != 0))
     counts = np.ones(len(boxes), bool)
     for sample, box in zip(racks.sample, racks.box, strict=True) if racks is not None else ():
-        offset = boxes.box[:, :3] - box[:3]
-        cos, sin = np.cos(box[6]), np.sin(box[6])
-        inside = np.abs(offset[:, 0] * cos + offset[:, 1] * sin) <= box[3] / 2
-        inside &= np.abs(offset[:, 1] * cos - offset[:, 0] * sin) <= box[4] / 2
-        inside &= np.abs(offset[:, 2]) <= box[5] / 2
+        (x, y, z), cos, sin = (boxes.box[:, :3] - box[:3]).T, np.cos(box[6]), np.sin(box[6])
+        offset = np.abs([x * cos + y * sin, y * cos - x * sin, z])
+        inside = (offset <= box[3:6, None] / 2).all(0)
         counts &= ~(inside & (boxes.sample == sample) & np.isin(boxes.name, _TWO_WHEELED))
     return boxes.pick(counts)
 
 
-def _score_class(predictions: Boxes, truth: Boxes, rules: Rules, name: str) -> ClassScores:
+def _score_class(predictions: Boxes, truth: Boxes, distances: Sequence[float], name: str) -> ClassScores:
     predictions, truth = (boxes.pick(boxes.name == name) for boxes in (predictions, truth))
     # By falling score; of equal scores the last of the file comes first, as in the devkit.
     predictions = predictions.pick(np.lexsort((np.arange(len(predictions)), predictions.score))[::-1])
-    found = _match(predictions, truth, rules.distances)
-    ap, precision = {}, {}
-    errors = dict.fromkeys(ERRORS, 1.0)
-    for distance, matched in zip(rules.distances, found, strict=True):
+    found = _match(predictions, truth, distances)
+    ap, errors = {}, dict.fromkeys(ERRORS, 1.0)
+    for distance, matched in zip(distances, found, strict=True):
         curve, confidence = _curves(matched >= 0, predictions.score, len(truth))
-        precision[distance] = curve
         ap[distance] = float(np.clip(curve[_FIRST:] - _MIN_PRECISION, 0, None).mean() / (1 - _MIN_PRECISION))
         reached = np.flatnonzero(confidence).max(initial=0)
-        if distance == rules.error_distance and reached >= _FIRST:
+        if distance == _ERROR_DISTANCE and reached >= _FIRST:
             right = predictions.pick(matched >= 0)
-            each = _errors(right, truth.pick(matched[matched >= 0]), name in rules.half_turn)
+            each = _errors(right, truth.pick(matched[matched >= 0]), name in _HALF_TURN)
             for error, values in each.items():
                 mean = np.interp(confidence[::-1], right.score[::-1], _running_mean(values)[::-1])[::-1]
                 errors[error] = float(mean[_FIRST : reached + 1].mean())
-    errors |= dict.fromkeys(rules.without.get(name, ()), math.nan)
-    return ClassScores(ap, errors, precision, len(truth), len(predictions))
+    errors |= dict.fromkeys(_MISSING.get(name, ()), math.nan)
+    return ClassScores(ap, errors, len(truth), len(predictions))
 
 
 def _match(predictions: Boxes, truth: Boxes, distances: Sequence[float]) -> NDArray[np.int64]:
@@ -288,18 +264,15 @@ def _curves(right: NDArray[np.bool_], score: Floats, num_truth: int) -> tuple[Fl
 
 def _errors(predicted: Boxes, true: Boxes, half_turn: bool) -> dict[str, Floats]:
     """Of pairs, [n] each; NaN where the truth does not say."""
-    offset, speed = (predicted.box[:, at] - true.box[:, at] for at in (slice(0, 2), slice(7, 9)))
-    common = np.minimum(predicted.box[:, 3:6], true.box[:, 3:6]).prod(1)
-    union = predicted.box[:, 3:6].prod(1) + true.box[:, 3:6].prod(1) - common
-    period = np.pi if half_turn else 2 * np.pi
-    turn = (true.box[:, 6] - predicted.box[:, 6] + period / 2) % period - period / 2
-    wrong = np.where(true.attribute == "", np.nan, predicted.attribute != true.attribute)
+    said, there = predicted.box.T, true.box.T
+    offset, period = there - said, np.pi if half_turn else 2 * np.pi
+    common = np.minimum(said[3:6], there[3:6]).prod(0)
     return {
-        "ate": np.hypot(offset[:, 0], offset[:, 1]),
-        "ase": 1 - common / union,
-        "aoe": np.abs(turn),
-        "ave": np.hypot(speed[:, 0], speed[:, 1]),
-        "aae": wrong,
+        "ate": np.hypot(offset[0], offset[1]),
+        "ase": 1 - common / (said[3:6].prod(0) + there[3:6].prod(0) - common),
+        "aoe": np.abs((offset[6] + period / 2) % period - period / 2),
+        "ave": np.hypot(offset[7], offset[8]),
+        "aae": np.where(true.attribute == "", np.nan, predicted.attribute != true.attribute),
     }
 
 
@@ -315,19 +288,13 @@ def _running_mean(values: Floats) -> Floats:
 
 
 def write_submission(
-    path: Path,
-    predictions: Boxes,
-    tokens: Sequence[str],
-    *,
-    rules: Rules = NUSCENES,
-    camera: bool,
-    lidar: bool,
+    path: Path, predictions: Boxes, tokens: Sequence[str], *, camera: bool, lidar: bool
 ) -> None:
     """Write predictions in the global frame as a results file of the nuScenes server; of a sample the best boxes."""
     results: dict[str, list[dict[str, Any]]] = {token: [] for token in tokens}
     for row in np.lexsort((-predictions.score, predictions.sample)):
         token = tokens[predictions.sample[row]]
-        if len(results[token]) < rules.most_boxes:
+        if len(results[token]) < MOST_BOXES:
             x, y, z, length, width, height, yaw, vx, vy = predictions.box[row].tolist()
             results[token].append(
                 {
@@ -341,85 +308,67 @@ def write_submission(
                     "attribute_name": str(predictions.attribute[row]),
                 }
             )
-    meta = {f"use_{sensor}": False for sensor in ("radar", "map", "external")}
+    meta = dict.fromkeys(("use_radar", "use_map", "use_external"), False)
     meta |= {"use_camera": camera, "use_lidar": lidar}
     write_text(path, json.dumps({"meta": meta, "results": results}), "results file")
 
 
-def read_submission(path: Path, tokens: Sequence[str], rules: Rules = NUSCENES) -> Boxes:
+def read_submission(path: Path, tokens: Sequence[str]) -> Boxes:
     """The predictions of a results file for the samples `tokens`, in the file's order.
 
     Raises:
         UserError: a sample that is missing or unknown, too many boxes, or a box that the format does not permit.
     """
-    what = f"results file {path}"
-    content = read_object(path, "results file")
+    what, content = f"results file {path}", read_object(path, "results file")
     results = content.get("results")
     if not isinstance(results, dict) or not isinstance(content.get("meta"), dict):
-        raise UserError(
-            f"{what} lacks 'meta' or 'results'; write it in the format of the nuScenes detection server"
-        )
+        told = "lacks 'meta' or 'results'; write it in the format of the nuScenes detection server"
+        raise UserError(f"{what} {told}")
     for told, others in (("lacks", set(tokens) - set(results)), ("has unknown", set(results) - set(tokens))):
         if others:
-            raise UserError(
-                f"{what} {told} {len(others)} samples, first {min(others)}; it must have each of the {len(tokens)} of the split"
-            )
-    number_of = {token: number for number, token in enumerate(tokens)}
-    samples, rows = [], []
+            told += f" {len(others)} samples, first {min(others)}"
+            raise UserError(f"{what} {told}; it must have each of the {len(tokens)} of the split")
+    samples = []
     for token, boxes in results.items():
-        if not isinstance(boxes, list) or len(boxes) > rules.most_boxes:
-            told = (
-                f"{len(boxes)} boxes, more than {rules.most_boxes}"
-                if isinstance(boxes, list)
-                else "no list of boxes"
-            )
-            raise UserError(f"{what}: sample {token} has {told}; keep the best {rules.most_boxes}")
-        samples += [number_of[token]] * len(boxes)
-        rows += [_read_box(box, token, f"{what}: a box of sample {token}", rules) for box in boxes]
-    name, box, attribute, score = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Boxes(
-        np.array(samples, np.int64), np.array(name, np.str_), np.array(box, np.float64).reshape(-1, 9),
-        np.array(attribute, np.str_), np.array(score, np.float64), np.full(len(rows), -1),
-    )  # fmt: skip
+        if not isinstance(boxes, list):
+            raise UserError(f"{what}: sample {token} has no list of boxes; give it one, which may be empty")
+        if len(boxes) > MOST_BOXES:
+            told = f"{len(boxes)} boxes, more than {MOST_BOXES}; keep the best {MOST_BOXES}"
+            raise UserError(f"{what}: sample {token} has {told}")
+        rows = [_read_box(box, token, f"{what}: a box of sample {token}") for box in boxes]
+        samples.append((*(zip(*rows, strict=True) if rows else [()] * 4), None))
+    found, number_of = Boxes.stack(samples), {token: number for number, token in enumerate(tokens)}
+    return replace(found, sample=np.array([number_of[token] for token in results], np.int64)[found.sample])
 
 
-def _read_box(box: Any, token: str, where: str, rules: Rules) -> tuple[str, list[float], str, float]:
-    """Class, box, attribute and score."""
+_LENGTHS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2, "detection_score": 1}
+_NAMES = {
+    "detection_name": ("class", tuple(NUSCENES)),
+    "attribute_name": ("attribute", ("", *ATTRIBUTES)),
+}
+
+
+def _read_box(box: Any, token: str, where: str) -> tuple[list[float], str, float, str]:
+    """Box, class, score and attribute."""
     if not isinstance(box, dict) or box.get("sample_token") != token:
         raise UserError(f"{where} is no object whose sample_token is its own sample's")
-    for key, kind, known in (
-        ("detection_name", "class", tuple(rules.ranges)),
-        ("attribute_name", "attribute", ("", *ATTRIBUTES)),
-    ):
+    for key, (kind, known) in _NAMES.items():
         if box.get(key) not in known:
             told = did_you_mean(str(box.get(key)), known, f"known are {', '.join(known)}")
             raise UserError(f"{where} has the unknown {kind} {box.get(key)!r}; {told}")
     numbers: dict[str, list[float]] = {}
-    for key, count in (
-        ("translation", 3),
-        ("size", 3),
-        ("rotation", 4),
-        ("velocity", 2),
-        ("detection_score", 1),
-    ):
-        value = [box.get(key)] if count == 1 else box.get(key)
-        if (
-            not isinstance(value, list)
-            or len(value) != count
-            or any(type(one) not in (int, float) for one in value)
-        ):
-            raise UserError(
-                f"{where} needs {count} number{'s' * (count > 1)} as {key}; it has {box.get(key)!r}"
-            )
+    for key, count in _LENGTHS.items():
+        given = box.get(key)
+        value = numbers[key] = given if isinstance(given, list) and count > 1 else [given]
+        if len(value) != count or any(type(one) not in (int, float) for one in value):
+            raise UserError(f"{where} needs {count} number{'s' * (count > 1)} as {key}; it has {given!r}")
         if key != "velocity" and not all(map(math.isfinite, value)):
-            raise UserError(f"{where} has {key} {box[key]}; only velocities may be unknown (NaN)")
-        numbers[key] = value
+            raise UserError(f"{where} has {key} {given}; only velocities may be unknown (NaN)")
     if min(numbers["size"]) <= 0 or not any(numbers["rotation"]):
-        raise UserError(
-            f"{where} has size {box['size']} and rotation {box['rotation']}; sizes are positive, a quaternion is not 0"
-        )
+        told = f"size {box['size']} and rotation {box['rotation']}; sizes are positive, a quaternion is not 0"
+        raise UserError(f"{where} has {told}")
     width, length, height = numbers["size"]
     w, x, y, z = numbers["rotation"]
     yaw = math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)  # of the x axis, seen from above
     placed = [*numbers["translation"], length, width, height, yaw, *numbers["velocity"]]
-    return box["detection_name"], placed, box["attribute_name"], numbers["detection_score"][0]
+    return placed, box["detection_name"], numbers["detection_score"][0], box["attribute_name"]

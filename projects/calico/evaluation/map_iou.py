@@ -26,20 +26,16 @@ class MapIoU:
         values, there = probabilities.reshape(shape), np.asarray(truth, bool).reshape(shape)
         for column, threshold in enumerate(THRESHOLDS):
             said = values >= threshold
-            self.counts[:, :, column] += [
-                (a & b).sum((0, 2)) for a, b in ((said, there), (said, ~there), (~said, there))
-            ]
+            cases = (said & there, said & ~there, ~said & there)
+            self.counts[:, :, column] += [case.sum((0, 2)) for case in cases]
 
     def scores(self) -> dict[str, float]:
         """`miou`, the mean over layers of each one's best threshold, `miou_at_50`, and `iou_LAYER`."""
-        right, wrong, missed = self.counts
-        iou = right / (right + wrong + missed + 1e-7)
+        iou = self.counts[0] / (self.counts.sum(0) + 1e-7)
         best = iou.max(1)
-        return {
-            "miou": float(best.mean()),
-            "miou_at_50": float(iou[:, THRESHOLDS.index(0.50)].mean()),
-            **{f"iou_{layer}": float(value) for layer, value in zip(self.layers, best, strict=True)},
-        }
+        means = {"miou": best.mean(), "miou_at_50": iou[:, THRESHOLDS.index(0.50)].mean()}
+        each = {f"iou_{layer}": value for layer, value in zip(self.layers, best, strict=True)}
+        return {name: float(value) for name, value in (means | each).items()}
 
     def meanings(self) -> dict[str, Meaning]:
         """Of `scores`. The best threshold is chosen on the evaluated set itself, so `miou` is optimistic."""

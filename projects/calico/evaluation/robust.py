@@ -1,4 +1,4 @@
-"""Damaged and attacked frames, and what they cost a detector. NumPy and SciPy only.
+"""Damaged and attacked frames, and what they cost a detector.
 
 A damage is a function of (frame, name, severity), so every model meets the same one. Strengths are those of nuScenes-C where they
 need no simulator; those of beams, cameras and images are ours. Letters: n points, V cameras.
@@ -6,7 +6,6 @@ need no simulator; those of beams, cameras and images are ours. Letters: n point
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +17,15 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from projects.calico.geometry import points_in_boxes
+from projects.calico.pipeline import generator
 from projects.calico.scenes import DRIVING_AXIS, Camera, Frame
 from vlmkd.errors import UserError, did_you_mean
 
 Floats = NDArray[np.floating[Any]]
-SEVERITIES = (1, 2, 3, 4, 5)
+Draw = np.random.Generator
 Size = tuple[int, ...]
-_MOVED: dict[str, tuple[tuple[float, ...], Callable[[np.random.Generator, int, Size], Floats]]] = {
+SEVERITIES = (1, 2, 3, 4, 5)
+_MOVED: dict[str, tuple[tuple[float, ...], Callable[[Draw, int, Size], Floats]]] = {
     # Name: share of the points at each severity, and what is added to their coordinates, in metres.
     "gaussian": ((1,) * 5, lambda draw, severity, size: draw.normal(0, 0.02 * severity, size)),
     "uniform": ((1,) * 5, lambda draw, severity, size: draw.uniform(-0.02 * severity, 0.02 * severity, size)),
@@ -32,21 +33,19 @@ _MOVED: dict[str, tuple[tuple[float, ...], Callable[[np.random.Generator, int, S
         (1 / 30, 1 / 25, 1 / 20, 1 / 15, 1 / 10),
         lambda draw, _, size: draw.choice([-0.1, 0.1], size),
     ),
-    "crosstalk": (
-        (0.004, 0.008, 0.012, 0.016, 0.02),
-        lambda draw, _, size: draw.normal(0, 3, size),
-    ),  # other LiDARs
-    "glare": ((0.01, 0.02, 0.03, 0.04, 0.05), lambda draw, _, size: draw.normal(0, 2, size)),  # sunlight
+    # Other LiDARs, and sunlight.
+    "crosstalk": ((0.004, 0.008, 0.012, 0.016, 0.02), lambda draw, _, size: draw.normal(0, 3, size)),
+    "glare": ((0.01, 0.02, 0.03, 0.04, 0.05), lambda draw, _, size: draw.normal(0, 2, size)),
 }
 _LOST = ("density", "cutout", "fov_loss", "beam_drop")
-_IMAGES: dict[str, Callable[[Floats, int, np.random.Generator], Floats]] = {
+_NOISE, _BLUR = (0.08, 0.12, 0.18, 0.26, 0.38), (0.0025, 0.005, 0.0075, 0.01, 0.015)
+_IMAGES: dict[str, Callable[[Floats, int, Draw], Floats]] = {
     # Of float32 [H,W,3], 0 to 255; noise and brightness as in ImageNet-C, the blur a share of the width.
     "image_noise": lambda image, severity, draw: (
-        image
-        + 255 * (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1] * draw.standard_normal(image.shape, np.float32)
+        image + 255 * _NOISE[severity - 1] * draw.standard_normal(image.shape, np.float32)
     ),
     "image_blur": lambda image, severity, draw: gaussian_filter(
-        image, [(0.0025, 0.005, 0.0075, 0.01, 0.015)[severity - 1] * image.shape[1]] * 2 + [0]
+        image, _BLUR[severity - 1] * image.shape[1], axes=(0, 1)
     ),
     "image_brightness": lambda image, severity, draw: image + 25.5 * severity,
 }
@@ -58,66 +57,59 @@ CORRUPTIONS = (*_LOST, *_MOVED, *OF_CAMERAS)
 def corrupt(frame: Frame, name: str, severity: int) -> Frame:
     """The frame damaged in the way `name` (of `CORRUPTIONS`) with severity 1 to 5; labels of points are dropped."""
     if name not in CORRUPTIONS:
-        raise UserError(
-            f"--corruptions names {name!r}; {did_you_mean(name, CORRUPTIONS, ', '.join(CORRUPTIONS))}"
-        )
+        told = did_you_mean(name, CORRUPTIONS, ", ".join(CORRUPTIONS))
+        raise UserError(f"--corruptions names {name!r}; {told}")
     if severity not in SEVERITIES:
         raise UserError(f"--severities holds {severity}; severities are 1 to 5")
-    draw = _generator(frame.token, name, severity)
+    draw = generator(frame.token, name, severity)
     if name in _MOVED:
         share, noise = _MOVED[name]
         points, rows = frame.points.copy(), _some(frame, share[severity - 1], draw)
         points[rows, :3] += noise(draw, severity, (len(rows), 3))  # intensity and time stay
-        frame = replace(frame, points=points)
-    elif name in _LOST:
-        frame = _keep(frame, _left(frame, name, severity, draw))
-    else:
-        cameras = {key: _damaged(camera, name, severity, draw) for key, camera in frame.cameras.items()}
-        if name == "missing_cameras":  # 1 to 5 of 6 are black; of other numbers that share, and at least one
-            black = draw.permutation(list(cameras))[: math.ceil(len(cameras) * severity / 6)]
-            cameras |= {
-                key: replace(cameras[key], image=np.zeros((*cameras[key].size, 3), np.uint8)) for key in black
-            }
-        frame = replace(frame, cameras=cameras)
-    return replace(frame, labels=frame.labels and replace(frame.labels, instance=None, ground=None))
+        return _with(frame, points, frame.key)
+    if name in _LOST:
+        left = _left(frame, name, severity, draw)
+        return _with(frame, frame.points[left], frame.key[left])
+    cameras = {key: _damaged(camera, name, severity, draw) for key, camera in frame.cameras.items()}
+    if name == "missing_cameras":  # 1 to 5 of 6 are black; of other numbers that share, and at least one
+        for key in draw.permutation(list(cameras))[: math.ceil(len(cameras) * severity / 6)]:
+            cameras[key] = replace(cameras[key], image=np.zeros((*cameras[key].size, 3), np.uint8))
+    return _with(replace(frame, cameras=cameras), frame.points, frame.key)
 
 
-def _generator(*parts: object) -> np.random.Generator:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+def _with(frame: Frame, points: Floats, key: NDArray[np.bool_]) -> Frame:
+    """The frame with other points, of which labels tell nothing."""
+    labels = frame.labels and replace(frame.labels, instance=None, ground=None)
+    return replace(frame, points=points, key=key, labels=labels)
 
 
-def _some(frame: Frame, share: float, draw: np.random.Generator) -> NDArray[np.int64]:
+def _some(frame: Frame, share: float, draw: Draw) -> NDArray[np.int64]:
     """Rows of a share of the points, each once."""
     return draw.choice(len(frame.points), round(share * len(frame.points)), replace=False)
 
 
-def _keep(frame: Frame, keep: NDArray[np.bool_]) -> Frame:
-    return replace(frame, points=frame.points[keep], key=frame.key[keep])
-
-
-def _left(frame: Frame, name: str, severity: int, draw: np.random.Generator) -> NDArray[np.bool_]:
+def _left(frame: Frame, name: str, severity: int, draw: Draw) -> NDArray[np.bool_]:
     """[n]: the points that are not lost."""
-    points = frame.points[:, :3]
+    x, y, z = points = frame.points[:, :3].T
     if name == "fov_loss":  # only so many degrees to either side of the driving direction are seen
-        ahead, aside = points.T[:2] if DRIVING_AXIS[frame.frame] == "x" else (points[:, 1], -points[:, 0])
+        ahead, aside = (x, y) if DRIVING_AXIS[frame.frame] == "x" else (y, -x)
         return np.abs(np.degrees(np.arctan2(aside, ahead))) <= (105, 90, 75, 60, 45)[severity - 1]
     if name == "beam_drop":  # 4 to 20 of 32; a beam is a thirty-second of the angles of elevation that occur
-        up = np.arctan2(points[:, 2], np.hypot(points[:, 0], points[:, 1]))
+        up = np.arctan2(z, np.hypot(x, y))
         beam = (32 * (up - up.min()) / max(np.ptp(up), 1e-9)).astype(int).clip(0, 31)
         return ~np.isin(beam, draw.choice(32, 4 * severity, replace=False))
-    left = np.ones(len(points), bool)
+    left = np.ones(len(x), bool)
     if name == "density":
         left[_some(frame, 0.06 * severity, draw)] = False
         return left
     for _ in range((2, 3, 5, 7, 10)[severity - 1]):  # cutout: 2 % of the points, the nearest to one of them
         rows = np.flatnonzero(left)
-        apart = np.linalg.norm(points[rows] - points[draw.choice(rows)], axis=1)
+        apart = np.linalg.norm(points.T[rows] - points.T[draw.choice(rows)], axis=1)
         left[rows[np.argsort(apart, kind="stable")[: len(rows) // 50]]] = False
     return left
 
 
-def _damaged(camera: Camera, name: str, severity: int, draw: np.random.Generator) -> Camera:
+def _damaged(camera: Camera, name: str, severity: int, draw: Draw) -> Camera:
     if name in _IMAGES:
         image = _IMAGES[name](camera.load().astype(np.float32), severity, draw)
         return replace(camera, image=np.clip(np.rint(image), 0, 255).astype(np.uint8))
@@ -135,10 +127,11 @@ def mean_corruption_error(
 ) -> tuple[float, dict[str, float]]:
     """mCE and the error CE of each corruption, as shares of the errors (1 - NDS) of a model trained from scratch.
 
-    `nds`: corruption -> NDS at each severity; of the model and of the one from scratch, which has mCE 1.
+    `nds`: corruption -> NDS at each severity; of the model and of the one from scratch, which has mCE 1
+    (docs/papers/calico.md, eq. 8).
     """
     each = {
-        name: float(np.sum(1 - np.array(own)) / np.sum(1 - np.array(scratch[name])))
+        name: float((1 - np.array(own)).sum() / (1 - np.array(scratch[name])).sum())
         for name, own in nds.items()
     }
     return float(np.mean(list(each.values()))), each
@@ -171,12 +164,12 @@ def traces(frames: Iterable[Frame]) -> list[Trace]:
     found = []
     for frame in frames:
         cloud, labels = frame.points[frame.key], frame.labels
-        if labels is not None:
-            inside = points_in_boxes(cloud, labels.boxes).numpy()
-            for box, name, rows in zip(labels.boxes, labels.names, inside.T, strict=True):
-                sparse = _FEWEST_POINTS <= rows.sum() <= _MOST_POINTS
-                if name in VEHICLES and sparse and np.hypot(box[0], box[1]) > 10:
-                    found.append(Trace(frame.token, cloud[rows], box[:2].astype(np.float64)))
+        assert labels is not None
+        inside = points_in_boxes(cloud, labels.boxes).numpy()
+        for box, name, rows in zip(labels.boxes, labels.names, inside.T, strict=True):
+            sparse = _FEWEST_POINTS <= rows.sum() <= _MOST_POINTS
+            if name in VEHICLES and sparse and np.hypot(box[0], box[1]) > 10:
+                found.append(Trace(frame.token, cloud[rows], box[:2].astype(np.float64)))
     return found
 
 
@@ -192,10 +185,9 @@ def plan_attack(frame: Frame, known: Sequence[Trace], points: int) -> Trace | No
     fit = [trace for trace in known if len(trace.points) <= points]
     fit = [trace for trace in fit if trace.token != frame.token] or fit
     if not fit:
-        raise UserError(
-            f"no labelled vehicle has {_FEWEST_POINTS} to {points} points to attack with; give more labelled frames"
-        )
-    draw = _generator(frame.token, "spoof", points)
+        told = f"{_FEWEST_POINTS} to {points} points to attack with; give more labelled frames"
+        raise UserError(f"no labelled vehicle has {told}")
+    draw = generator(frame.token, "spoof", points)
     trace = fit[draw.integers(len(fit))]
     distance, side = draw.uniform(_NEAREST, _FURTHEST), draw.uniform(-0.5, 0.5)
     centre = np.array([distance, side] if DRIVING_AXIS[frame.frame] == "x" else [-side, distance])
@@ -218,23 +210,12 @@ def _angles(points: Floats, centre: Floats) -> tuple[Floats, Floats, Floats]:
 
 def spoof(frame: Frame, attack: Trace) -> Frame:
     """The frame under the attack planned for it: false points are added, and true ones that they hide are gone."""
-    assert frame.token == attack.token
     left, up, away = _angles(attack.points, attack.centre)
     at, height, distance = _angles(frame.points, attack.centre)
-    seen = (
-        (at < left.min())
-        | (at > left.max())
-        | (height < up.min())
-        | (height > up.max())
-        | (distance <= away.min())
-    )
-    frame = _keep(frame, seen)
-    return replace(
-        frame,
-        points=np.concatenate([frame.points, attack.points]),
-        key=np.concatenate([frame.key, np.ones(len(attack.points), bool)]),
-        labels=frame.labels and replace(frame.labels, instance=None, ground=None),
-    )
+    shadow = (at >= left.min()) & (at <= left.max()) & (height >= up.min()) & (height <= up.max())
+    seen = ~(shadow & (distance > away.min()))
+    points = np.concatenate([frame.points[seen], attack.points])
+    return _with(frame, points, np.concatenate([frame.key[seen], np.ones(len(attack.points), bool)]))
 
 
 def succeeded(attack: Trace, boxes: Floats, names: Sequence[str], scores: Floats) -> bool:
@@ -242,5 +223,5 @@ def succeeded(attack: Trace, boxes: Floats, names: Sequence[str], scores: Floats
 
     The attack success rate is the mean over all attacked frames.
     """
-    near = np.hypot(*(np.asarray(boxes)[:, :2] - attack.centre).T) <= _REACH
-    return bool((near & (np.asarray(scores) >= _SCORE) & np.isin(names, VEHICLES)).any())
+    near = np.hypot(*(boxes[:, :2] - attack.centre).T) <= _REACH
+    return bool((near & (scores >= _SCORE) & np.isin(names, VEHICLES)).any())

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from projects.calico.evaluation.detection import Boxes, by_sample
+from projects.calico.evaluation.detection import Boxes, Floats, by_sample
 from projects.calico.networks.boxes import overlaps
+from vlmkd.results import share
 
 OVERLAP = {"vehicle": 0.7, "pedestrian": 0.5, "cyclist": 0.5}
 """Least 3-D intersection over union of a match."""
 HARD = "LEVEL_2"
 """Attribute of a box that people marked as hard; those with at most five points are hard too."""
-_FEW_POINTS = 5
+MEANINGS = {
+    name: share(name.replace("_", " ").upper(), main=name == "ap_l2")
+    for name in ("ap_l1", "aph_l1", "ap_l2", "aph_l2")
+}
 
 
 def evaluate(predictions: Boxes, truth: Boxes, overlap: Mapping[str, float] = OVERLAP) -> dict[str, float]:
-    """`ap_l1`, `aph_l1`, `ap_l2`, `aph_l2`: means over the classes, and of each class (`vehicle_ap_l1`).
+    """`MEANINGS`, means over the classes, and the same of each class (`vehicle_ap_l1`).
 
     Level 1 asks for the boxes that are not hard, where a match with a hard one is neither right nor wrong; level 2 for all.
     A true box without a point is not asked for at any level.
@@ -35,18 +38,17 @@ def evaluate(predictions: Boxes, truth: Boxes, overlap: Mapping[str, float] = OV
     for name, least in overlap.items():
         own, true = (boxes.pick(boxes.name == name) for boxes in (predictions, truth))
         own = own.pick(np.argsort(-own.score, kind="stable"))
-        hard = (true.attribute == HARD) | (true.num_points <= _FEW_POINTS)
+        hard = (true.attribute == HARD) | (true.num_points <= 5)
         for level, asked in (("l1", ~hard), ("l2", np.ones(len(true), bool))):
             matched = _match(own, true, least, asked)
-            counted = (matched < 0) | asked[matched] if len(true) else np.ones(len(own), bool)
-            turn = own.box[:, 6] - true.box[matched, 6] if len(true) else np.zeros(len(own))
+            right = matched >= 0
+            counted, turn = np.ones(len(own), bool), np.zeros(len(own))
+            counted[right] = asked[matched[right]]
+            turn[right] = own.box[right, 6] - true.box[matched[right], 6]
             heading = 1 - np.abs((turn + math.pi) % (2 * math.pi) - math.pi) / math.pi
-            for metric, weight in (("ap", np.ones(len(own))), ("aph", heading)):
-                value = np.where(matched >= 0, weight, 0.0)[counted]
-                found[f"{name}_{metric}_{level}"] = _area(value, int(asked.sum()))
-    for mean in ("ap_l1", "aph_l1", "ap_l2", "aph_l2"):
-        found[mean] = float(np.mean([found[f"{name}_{mean}"] for name in overlap]))
-    return found
+            for metric, value in (("ap", right), ("aph", right * heading)):
+                found[f"{name}_{metric}_{level}"] = _area(value[counted], int(asked.sum()))
+    return found | {mean: float(np.mean([found[f"{name}_{mean}"] for name in overlap])) for mean in MEANINGS}
 
 
 def _match(own: Boxes, true: Boxes, least: float, asked: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -55,9 +57,8 @@ def _match(own: Boxes, true: Boxes, least: float, asked: NDArray[np.bool_]) -> N
     rows_of = by_sample(own.sample)
     for sample, targets in by_sample(true.sample).items():
         rows = rows_of.get(sample, np.empty(0, np.int64))
-        common = overlaps(
-            torch.from_numpy(own.box[rows]), torch.from_numpy(true.box[targets]), height=True
-        ).numpy()
+        said, there = (torch.from_numpy(boxes) for boxes in (own.box[rows], true.box[targets]))
+        common = overlaps(said, there, height=True).numpy()
         value = np.where(common >= least, common + asked[targets], 0.0)
         for row, line in zip(rows, value, strict=True):
             best = line.argmax()
@@ -67,7 +68,7 @@ def _match(own: Boxes, true: Boxes, least: float, asked: NDArray[np.bool_]) -> N
     return found
 
 
-def _area(value: NDArray[Any], asked: int) -> float:
+def _area(value: Floats | NDArray[np.bool_], asked: int) -> float:
     """Area under the highest precision from each recall on. `value` [P]: what each prediction adds, best score first."""
     if not asked or not len(value):
         return 0.0

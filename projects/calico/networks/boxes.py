@@ -22,14 +22,11 @@ CODE_WEIGHTS = (1.0,) * 8 + (0.2, 0.2)
 
 
 class Detections(NamedTuple):
-    """Boxes of one frame, the highest scores first."""
+    """Boxes [k, 9] of one frame, the highest scores [k] first; labels [k] are places in the head's `classes`."""
 
     boxes: Tensor
-    """float32 [k, 9]."""
     scores: Tensor
-    """float32 [k]."""
     labels: Tensor
-    """int64 [k], places in the head's `classes`."""
 
 
 def encode(boxes: Tensor, grid: Grid) -> Tensor:
@@ -54,11 +51,12 @@ def code_loss(code: Tensor, target: Tensor) -> Tensor:
     return (distance * distance.new_tensor(CODE_WEIGHTS)).sum()
 
 
-def gaussian_radius(length: Tensor, width: Tensor, overlap: float = 0.1) -> Tensor:
-    """How far, in cells, a corner may move until the boxes' overlap is `overlap`, as the references compute it.
+def gaussian_radius(length: Tensor, width: Tensor) -> Tensor:
+    """How far, in cells, a corner may move until the boxes' overlap is 0.1, as the references compute it.
 
-    Their quadratic formula does not divide by the leading coefficient; the slip is kept, so that targets are theirs.
+    Their quadratic formula does not divide by the leading coefficient, a slip that is kept for comparison.
     """
+    overlap = 0.1
     total, area = length + width, length * width
     first = (total**2 - 4 * area * (1 - overlap) / (1 + overlap)).sqrt()
     second = (4 * total**2 - 16 * (1 - overlap) * area).sqrt()
@@ -66,22 +64,13 @@ def gaussian_radius(length: Tensor, width: Tensor, overlap: float = 0.1) -> Tens
     return torch.stack([total + first, 2 * total + second, third - 2 * overlap * total]).amin(0) / 2
 
 
-def heat_map(
-    boxes: Tensor, labels: Tensor, classes: int, grid: Grid, overlap: float = 0.1, least: int = 2
-) -> Tensor:
+def heat_map(boxes: Tensor, labels: Tensor, classes: int, grid: Grid) -> Tensor:
     """[C, X, Y]: 1 at the cell of a box's centre and a Gaussian around it, of several the highest.
 
-    `boxes` [k, 7+] lie in the grid; the radius is at least `least` cells, and sigma a sixth of the diameter.
+    `boxes` [k, 7+] lie in the grid; the radius is at least 2 cells, and sigma a sixth of the diameter.
     """
     x, y = grid.shape[:2]
-    heat = boxes.new_zeros(classes, x * y)
-    if not len(boxes):
-        return heat.reshape(classes, x, y)
-    radius = (
-        gaussian_radius(boxes[:, 3] / grid.cell[0], boxes[:, 4] / grid.cell[1], overlap)
-        .floor()
-        .clamp(min=least)
-    )
+    radius = gaussian_radius(boxes[:, 3] / grid.cell[0], boxes[:, 4] / grid.cell[1]).floor().clamp(min=2)
     cell, _ = grid.index(boxes[:, :2])
 
     def along(size: int, axis: int) -> Tensor:
@@ -90,7 +79,7 @@ def heat_map(
         return bell * (step.abs() <= radius[:, None])
 
     bells = (along(x, 0)[:, :, None] * along(y, 1)[:, None]).flatten(1)
-    heat.scatter_reduce_(0, labels[:, None].expand_as(bells), bells, "amax")
+    heat = boxes.new_zeros(classes, x * y).scatter_reduce(0, labels[:, None].expand_as(bells), bells, "amax")
     return heat.reshape(classes, x, y)
 
 
@@ -98,17 +87,15 @@ def gaussian_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     """CenterNet's loss, divided by the number of ones in the targets of all ranks (at least 1). Both of one shape."""
     logits = logits.float()
     p, hit = logits.sigmoid(), target == 1
-    rows = torch.where(
-        hit, F.logsigmoid(logits) * (1 - p) ** 2, F.logsigmoid(-logits) * p**2 * (1 - target) ** 4
-    )
-    return -rows.sum() / rank_share(hit.sum(), 1)
+    seen, missed = F.logsigmoid(logits) * (1 - p) ** 2, F.logsigmoid(-logits) * p**2 * (1 - target) ** 4
+    return -torch.where(hit, seen, missed).sum() / rank_share(hit.sum(), 1)
 
 
-def focal_loss(logits: Tensor, target: Tensor, alpha: float | None = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss of every logit (Lin et al. 2017), not reduced; `alpha` None weighs both sides the same."""
+def focal_loss(logits: Tensor, target: Tensor, alpha: float | None = 0.25) -> Tensor:
+    """Sigmoid focal loss of every logit (Lin et al. 2017), gamma 2, not reduced; `alpha` None weighs both sides the same."""
     logits, target = logits.float(), target.float()
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    loss = loss * (1 - (-loss).exp()) ** gamma
+    loss = loss * (1 - (-loss).exp()) ** 2
     return loss if alpha is None else loss * (alpha * target + (1 - alpha) * (1 - target))
 
 
@@ -170,12 +157,10 @@ def circle_nms(boxes: Tensor, scores: Tensor, squared: float, after: int = 83) -
 
 def _greedy(near: Tensor) -> Tensor:
     """Rows of the symmetric `near` [k, k] in their order, without those near to an earlier one that is kept."""
-    rows = near.cpu().numpy()
-    dead, kept = rows[:0].any(0), []
-    for row in range(len(rows)):
-        if not dead[row]:
+    rows, kept = near.cpu().numpy(), []
+    for row, others in enumerate(rows):
+        if not others[kept].any():
             kept.append(row)
-            dead = dead | rows[row]
     return torch.tensor(kept, dtype=torch.long, device=near.device)
 
 

@@ -11,31 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projects.calico.model_config import CameraConfig
 from projects.calico.networks.parts import conv_block
 
 
 class TimmBackbone(nn.Module):
     """A timm model's feature maps at `stages`, always [I, C, h, w]; images [I, 3, H, W] in ImageNet's statistics."""
 
-    def __init__(
-        self,
-        name: str,
-        image_size: tuple[int, int],
-        stages: Sequence[int],
-        pretrained: bool = False,
-        drop_path: float = 0.0,
-    ) -> None:
+    def __init__(self, cfg: CameraConfig) -> None:
         import timm  # seconds, which the toy world does not need
 
         super().__init__()
-        swin = {"img_size": image_size} if "swin" in name else {}
-        drop = {"drop_path_rate": drop_path} if drop_path else {}
+        self.channels_last = "swin" in cfg.encoder  # timm gives Swin's maps as [I, h, w, C]
+        given: dict[str, object] = {"img_size": tuple(cfg.image_size)} if self.channels_last else {}
+        given |= {"drop_path_rate": cfg.drop_path} if cfg.drop_path else {}
         self.model = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=tuple(stages), **swin, **drop
+            cfg.encoder, pretrained=cfg.pretrained, features_only=True, out_indices=tuple(cfg.stages), **given
         )
         self.channels: list[int] = self.model.feature_info.channels()
         self.strides: list[int] = self.model.feature_info.reduction()
-        self.channels_last = "swin" in name  # timm gives Swin's maps as [I, h, w, C]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.model(images)
@@ -45,35 +39,32 @@ class TimmBackbone(nn.Module):
 class TinyBackbone(nn.Module):
     """Stages of two 3x3 convolutions, each of which halves the size, for the toy world; returns the last two maps."""
 
-    def __init__(self, channels: Sequence[int] = (16, 32, 64)) -> None:
+    def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        pairs = zip([3, *channels], channels, strict=False)
         self.stages = nn.ModuleList(
             nn.Sequential(conv_block(before, width, stride=2), conv_block(width, width))
-            for before, width in pairs
+            for before, width in zip([3, *channels], channels, strict=False)
         )
         self.channels = list(channels[-2:])
         self.strides = [2 ** (len(channels) - 1), 2 ** len(channels)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps = []
+        maps = [images]
         for stage in self.stages:
-            images = stage(images)
-            maps.append(images)
+            maps.append(stage(maps[-1]))
         return maps[-2:]
 
 
 class LssFpn(nn.Module):
     """BEVFusion's pyramid, down to its finest level, the only one that the view transform reads: [I, C, h, w]."""
 
-    def __init__(self, inputs: Sequence[int], channels: int = 256) -> None:
+    def __init__(self, inputs: Sequence[int], channels: int) -> None:
         super().__init__()
         above = [*[channels] * (len(inputs) - 2), inputs[-1]]
         self.laterals = nn.ModuleList(
             conv_block(own + up, channels, kernel=1) for own, up in zip(inputs[:-1], above, strict=True)
         )
         self.convs = nn.ModuleList(conv_block(channels, channels) for _ in inputs[:-1])
-        self.out_channels = channels
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """`maps` from fine to coarse."""

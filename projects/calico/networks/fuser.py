@@ -18,9 +18,9 @@ from projects.calico.networks.parts import RowNorm, conv_block
 class ConvFuser(nn.Module):
     """One 3x3 convolution over the concatenated maps [B, C, X, Y] of all modalities."""
 
-    def __init__(self, inputs: Sequence[int], channels: int = 256) -> None:
+    def __init__(self, inputs: Sequence[int], channels: int) -> None:
         super().__init__()
-        self.conv, self.out_channels = conv_block(sum(inputs), channels), channels
+        self.conv = conv_block(sum(inputs), channels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         return self.conv(torch.cat(list(maps), 1))
@@ -42,8 +42,6 @@ class PointProjector(nn.Module):
 class BoxProjector(nn.Module):
     """Boxes of a map -> unit vectors [k, D] (the author's prototype): RoIAlign 7x7, two convolutions, maximum, linear."""
 
-    SIZE, RATIO = 7, 2
-
     def __init__(self, inputs: int, outputs: int = 64) -> None:
         super().__init__()
         self.convs = nn.Sequential(
@@ -55,12 +53,12 @@ class BoxProjector(nn.Module):
         """`bev` [B, C, X, Y] over `grid`, `boxes` of each frame (x1, y1, x2, y2) [k, 4] in metres."""
         from torchvision.ops import roi_align
 
-        low = torch.tensor(grid.min[:2] * 2, device=bev.device)
-        high = torch.tensor(grid.max[:2] * 2, device=bev.device)
-        size = torch.tensor(bev.shape[2:] * 2, device=bev.device)
-        # RoIAlign calls the last axis x, and that is y.
-        cells = [((box.float() - low) / (high - low) * size)[:, [1, 0, 3, 2]] for box in boxes]
-        crops = roi_align(bev.float(), cells, self.SIZE, 1.0, self.RATIO, aligned=True)
+        # RoIAlign calls the last axis x, and that is y; n in [-1, 1] is (n + 1) / 2 of the map.
+        size = torch.tensor([bev.shape[2:]], device=bev.device) / 2
+        corners = [(grid.normalised(box.float().unflatten(1, (2, 2))) + 1) * size for box in boxes]
+        crops = roi_align(
+            bev.float(), [c.flip(2).flatten(1) for c in corners], 7, sampling_ratio=2, aligned=True
+        )
         hidden = self.convs(crops.to(self.last.weight.dtype)).amax((2, 3))
         return F.normalize(self.last(hidden).float(), dim=-1)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vlmkd import distributed
 from vlmkd.errors import UserError
 
-BN_EPS, BN_MOMENTUM = 1e-3, 0.01
+BN_EPS = 1e-3
 """Of the LiDAR branch and the decoder (BEVFusion); the camera branch and the heads have torch's."""
+_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class RowNorm(nn.BatchNorm1d):
@@ -23,42 +24,31 @@ class RowNorm(nn.BatchNorm1d):
     def forward(self, rows: Tensor) -> Tensor:
         if len(rows) > 1 or not self.training:
             return super().forward(rows)
-        return F.batch_norm(
-            rows, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
+        known = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(rows, *known, training=False, eps=self.eps)
 
 
-class SharedNorm(nn.modules.batchnorm._BatchNorm):
+class SharedNorm(_BatchNorm):
     """BatchNorm over the rows [n, C, ...] of all ranks, in float32 whatever the precision of the run.
 
     Ranks may bring different n, also none, and come here as often as each other. Fewer than two rows in all take the
     running statistics.
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
     def forward(self, rows: Tensor) -> Tensor:
-        assert self.running_mean is not None and self.running_var is not None
-        given, axes = rows.float(), [0, *range(2, rows.ndim)]
-        shape = [1, -1, *[1] * (rows.ndim - 2)]
+        given, axes, shape = rows.float(), [0, *range(2, rows.ndim)], [1, -1, *[1] * (rows.ndim - 2)]
         mean, var = self.running_mean.float(), self.running_var.float()
         count = torch.tensor(rows.numel() / rows.shape[1])
         if self.training and (total := distributed.total(count).item()) > 1:
             mean = _summed(given.sum(axes)) / total
             var = _summed((given - mean.reshape(shape)).square().sum(axes)) / total
-            self._follow(mean.detach(), var.detach() * total / (total - 1))
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_((var * total / (total - 1)).to(self.running_var), self.momentum)
         scale = self.weight.float() * (var + self.eps).rsqrt()
         found = (given - mean.reshape(shape)) * scale.reshape(shape) + self.bias.float().reshape(shape)
         return found.to(rows.dtype)
-
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.momentum is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(var.to(self.running_var), self.momentum)
 
 
 def _summed(value: Tensor) -> Tensor:
@@ -68,7 +58,7 @@ def _summed(value: Tensor) -> Tensor:
 
 def share_norms(module: nn.Module) -> nn.Module:
     """`module` with a SharedNorm of the same state in the place of every BatchNorm."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SharedNorm):
+    if isinstance(module, _BatchNorm) and not isinstance(module, SharedNorm):
         if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, RowNorm):
             raise UserError(
                 f"the image backbone has {type(module).__name__}, which several ranks cannot share and half precision cannot"
@@ -92,11 +82,8 @@ def rank_share(count: Tensor | float, least: float = 0.0, extra: float = 0.0) ->
 
 
 def conv_block(
-    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, eps: float = 1e-5, momentum: float = 0.1
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, eps: float = 1e-5
 ) -> nn.Sequential:
     """Convolution without a bias that keeps the size (divided by `stride`), BatchNorm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False),
-        nn.BatchNorm2d(outputs, eps=eps, momentum=momentum),
-        nn.ReLU(inplace=True),
-    )
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps), nn.ReLU(inplace=True))

@@ -5,15 +5,16 @@ Letters: B frames, n points of all frames together, F numbers of a point, C chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.calico.geometry import Grid
-from projects.calico.networks.parts import BN_EPS, BN_MOMENTUM, RowNorm
+from projects.calico.model_config import POINT, LidarConfig
+from projects.calico.networks.parts import BN_EPS, RowNorm
+
+MOST_PILLARS = (30_000, 60_000)
+"""Of a frame in `hard` mode, in training and else (BEVFusion)."""
 
 
 def scatter_max(rows: Tensor, cell: Tensor, cells: int) -> Tensor:
@@ -30,8 +31,7 @@ def scatter_mean(rows: Tensor, cell: Tensor, cells: int) -> Tensor:
 
 def place_in_group(group: Tensor) -> Tensor:
     """How many earlier rows [n] belong to the same group."""
-    order = group.argsort(stable=True)
-    ordered = group[order]
+    ordered, order = group.sort(stable=True)
     place = torch.empty_like(group)
     place[order] = torch.arange(len(group), device=group.device) - torch.searchsorted(ordered, ordered)
     return place
@@ -44,29 +44,20 @@ class PillarEncoder(nn.Module):
     layer but the last has half its channels for the point and half for the pillar's maximum.
 
     `dynamic` takes all points, in any order. `hard` is for released weights: the first `max_points` of the first
-    `max_pillars` (in training, else) of a frame; rows of zeros, to which the reference pads, take part in the maximum
-    of a pillar that is not full, and in training in the statistics of BatchNorm.
+    `MOST_PILLARS` of a frame; rows of zeros, to which the reference pads, take part in the maximum of a pillar that is
+    not full, and in training in the statistics of BatchNorm.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        channels: Sequence[int] = (64, 64),
-        mode: Literal["dynamic", "hard"] = "dynamic",
-        features: int = 5,
-        max_points: int = 20,
-        max_pillars: tuple[int, int] = (30_000, 60_000),
-    ) -> None:
+    def __init__(self, grid: Grid, cfg: LidarConfig) -> None:
         super().__init__()
         if grid.shape[2] != 1:
             raise ValueError(f"{grid} has {grid.shape[2]} cells along z; a pillar is one")
-        self.grid, self.mode, self.max_points, self.max_pillars = grid, mode, max_points, max_pillars
-        self.out_channels, self.stride = channels[-1], 1
-        widths, inputs = [width // 2 for width in channels[:-1]] + [channels[-1]], features + 5
+        self.grid, self.hard, self.max_points = grid, cfg.mode == "hard", cfg.max_points
+        self.out_channels, inputs = cfg.channels[-1], POINT + 5
         self.linears, self.norms = nn.ModuleList(), nn.ModuleList()
-        for width in widths:
+        for width in [*(width // 2 for width in cfg.channels[:-1]), cfg.channels[-1]]:
             self.linears.append(nn.Linear(inputs, width, bias=False))
-            self.norms.append(RowNorm(width, eps=BN_EPS, momentum=BN_MOMENTUM))
+            self.norms.append(RowNorm(width, BN_EPS))
             inputs = 2 * width
 
     def forward(self, points: Tensor, frame: Tensor, frames: int) -> Tensor:
@@ -75,34 +66,31 @@ class PillarEncoder(nn.Module):
         points, index, frame = points[inside], index[inside], frame[inside]
         x, y, _ = self.grid.shape
         cell = (frame * x + index[:, 0]) * y + index[:, 1]
-        if self.mode == "hard":
+        if self.hard:
             kept = self._first(cell, frame)
             points, index, cell = points[kept], index[kept], cell[kept]
         local = points[:, :3] - self.grid.centre(index, points.dtype)
         mean = scatter_mean(local, cell, frames * x * y)
         rows = torch.cat([points, local - mean[cell], local[:, :2]], 1)
-        if self.mode == "hard":
-            rows, cell = self._padded(rows, cell)
+        if (
+            self.hard
+        ):  # a row of zeros for each free place; one a pillar is enough where no statistics are taken
+            pillars, counts = cell.unique(return_counts=True)
+            free = (self.max_points - counts).clamp(max=self.max_points if self.training else 1)
+            padding = pillars.repeat_interleave(free)
+            rows, cell = F.pad(rows, (0, 0, 0, len(padding))), torch.cat([cell, padding])
         canvas = rows
         for layer, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
+            rows = torch.cat([rows, canvas[cell]], 1) if layer else rows
             # In float32: half precision would round metres to quarters.
             rows = F.linear(rows.float(), linear.weight.float()).to(linear.weight.dtype)
             rows = norm(rows).relu()
             canvas = scatter_max(rows, cell, frames * x * y)
-            if layer + 1 < len(self.linears):
-                rows = torch.cat([rows, canvas[cell]], 1)
         return canvas.reshape(frames, x, y, -1).permute(0, 3, 1, 2).contiguous()
 
     def _first(self, cell: Tensor, frame: Tensor) -> Tensor:
         """bool [n]: the first points of the first pillars of each frame."""
         place = place_in_group(cell)
         heads = (place == 0).nonzero()[:, 0]
-        early = place_in_group(frame[heads]) < self.max_pillars[0 if self.training else 1]
+        early = place_in_group(frame[heads]) < MOST_PILLARS[0 if self.training else 1]
         return (place < self.max_points) & torch.isin(cell, cell[heads[early]])
-
-    def _padded(self, rows: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """With a row of zeros for each free place; one a pillar is enough where no statistics are taken."""
-        pillars, counts = cell.unique(return_counts=True)
-        free = (self.max_points - counts).clamp(max=self.max_points if self.training else 1)
-        padding = pillars.repeat_interleave(free)
-        return torch.cat([rows, rows.new_zeros(len(padding), rows.shape[1])]), torch.cat([cell, padding])

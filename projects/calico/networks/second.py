@@ -5,79 +5,45 @@ Letters: B frames, C channels, X, Y cells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor, nn
 
-from projects.calico.networks.parts import BN_EPS, BN_MOMENTUM, conv_block
-
-
-class Second(nn.Module):
-    """Stages of 3x3 convolutions: the first of a stage has its stride, `layers` more follow. Returns every stage's map."""
-
-    def __init__(
-        self, inputs: int, layers: Sequence[int], channels: Sequence[int], strides: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList()
-        for count, width, stride in zip(layers, channels, strides, strict=True):
-            sizes = [(inputs, stride), *[(width, 1)] * count]
-            blocks = [conv_block(i, width, stride=s, eps=BN_EPS, momentum=BN_MOMENTUM) for i, s in sizes]
-            self.stages.append(nn.Sequential(*blocks))
-            inputs = width
-
-    def forward(self, bev: Tensor) -> list[Tensor]:
-        maps = []
-        for stage in self.stages:
-            bev = stage(bev)
-            maps.append(bev)
-        return maps
-
-
-class SecondFpn(nn.Module):
-    """Brings the maps of all stages to one size, `ups` times theirs (0.5 halves), and concatenates them: [B, C, X, Y]."""
-
-    def __init__(self, inputs: Sequence[int], channels: Sequence[int], ups: Sequence[float]) -> None:
-        super().__init__()
-        self.out_channels = sum(channels)
-        self.levels = nn.ModuleList()
-        for before, width, up in zip(inputs, channels, ups, strict=True):
-            scale = round(max(up, 1 / up))
-            layer = nn.ConvTranspose2d if up >= 1 else nn.Conv2d
-            norm = nn.BatchNorm2d(width, eps=BN_EPS, momentum=BN_MOMENTUM)
-            conv = layer(before, width, scale, stride=scale, bias=False)
-            self.levels.append(nn.Sequential(conv, norm, nn.ReLU(inplace=True)))
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return torch.cat([level(bev) for level, bev in zip(self.levels, maps, strict=True)], 1)
+from projects.calico.model_config import SecondConfig
+from projects.calico.networks.parts import BN_EPS, conv_block
 
 
 class SecondWithFpn(nn.Module):
-    """Both. `stride` is the size of the input's map over that of the output's."""
+    """Stages of 3x3 convolutions, whose maps are brought to one size and concatenated: [B, C, X, Y].
 
-    def __init__(
-        self,
-        inputs: int,
-        layers: Sequence[int],
-        channels: Sequence[int],
-        strides: Sequence[int],
-        fpn_channels: Sequence[int],
-        ups: Sequence[float],
-    ) -> None:
+    The first convolution of a stage has its stride, `layers` more follow; a map becomes `ups` times as large (0.5 halves).
+    `stride` is the size of the input's map over that of the output's.
+    """
+
+    def __init__(self, inputs: int, cfg: SecondConfig) -> None:
         super().__init__()
-        self.backbone = Second(inputs, layers, channels, strides)
-        self.fpn = SecondFpn(channels, fpn_channels, ups)
-        self.out_channels = self.fpn.out_channels
-        total, found = 1, set()
-        for stride, up in zip(strides, ups, strict=True):
-            total *= stride
-            found.add(total / up)
-        if len(found) > 1 or not found.copy().pop().is_integer():
-            raise ValueError(
-                f"strides {list(strides)} and ups {list(ups)} give maps of different sizes: 1/{found}"
-            )
-        self.stride = round(found.pop())
+        sizes = {total / up for total, up in zip(accumulate(cfg.strides, mul), cfg.ups, strict=True)}
+        stride = sizes.pop()
+        if sizes or not stride.is_integer():
+            raise ValueError(f"strides {cfg.strides} and ups {cfg.ups} give maps of different sizes")
+        self.stride, self.out_channels = round(stride), sum(cfg.fpn_widths)
+        stages, levels = nn.ModuleList(), nn.ModuleList()
+        for count, width, step in zip(cfg.layers, cfg.widths, cfg.strides, strict=True):
+            first = conv_block(inputs, width, stride=step, eps=BN_EPS)
+            stages.append(nn.Sequential(first, *(conv_block(width, width, eps=BN_EPS) for _ in range(count))))
+            inputs = width
+        for inputs, width, up in zip(cfg.widths, cfg.fpn_widths, cfg.ups, strict=True):
+            scale, layer = round(max(up, 1 / up)), nn.ConvTranspose2d if up >= 1 else nn.Conv2d
+            conv = layer(inputs, width, scale, stride=scale, bias=False)
+            levels.append(nn.Sequential(conv, nn.BatchNorm2d(width, BN_EPS), nn.ReLU(inplace=True)))
+        # Two levels of names, as files have them.
+        self.backbone, self.fpn = nn.ModuleDict({"stages": stages}), nn.ModuleDict({"levels": levels})
 
     def forward(self, bev: Tensor) -> Tensor:
-        return self.fpn(self.backbone(bev))
+        maps = []
+        for stage, level in zip(self.backbone["stages"], self.fpn["levels"], strict=True):
+            bev = stage(bev)
+            maps.append(level(bev))
+        return torch.cat(maps, 1)

@@ -5,8 +5,6 @@ Letters: B frames, C channels, M classes of the map, X, Y cells of the label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -14,25 +12,15 @@ from projects.calico.geometry import Grid, bev_sample
 from projects.calico.networks.boxes import focal_loss
 from projects.calico.networks.parts import conv_block
 
-MAP_CLASSES = ("drivable_area", "ped_crossing", "walkway", "stop_line", "carpark_area", "divider")
-MAP_GRID = Grid((-50.0, -50.0, -10.0), (50.0, 50.0, 10.0), (0.5, 0.5, 20.0))
-
 
 class SegHead(nn.Module):
     """A map [B, C, X', Y'] over `grid` -> logits [B, M, X, Y] at the centres of the cells of `labels`."""
 
-    def __init__(
-        self,
-        inputs: int,
-        grid: Grid,
-        classes: Sequence[str] = MAP_CLASSES,
-        labels: Grid = MAP_GRID,
-        width: int = 0,
-    ) -> None:
+    def __init__(self, inputs: int, grid: Grid, classes: int, labels: Grid, width: int = 0) -> None:
         super().__init__()
-        self.grid, self.labels, self.classes, width = grid, labels, list(classes), width or inputs
+        self.grid, self.labels, width = grid, labels, width or inputs
         self.convs = nn.Sequential(
-            conv_block(inputs, width), conv_block(width, width), nn.Conv2d(width, len(classes), 1)
+            conv_block(inputs, width), conv_block(width, width), nn.Conv2d(width, classes, 1)
         )
 
     def forward(self, bev: Tensor) -> Tensor:

@@ -14,20 +14,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from projects.calico.geometry import Grid
-from projects.calico.networks.boxes import (
-    CODE,
-    Detections,
-    code_loss,
-    decode,
-    encode,
-    focal_loss,
-    gaussian_focal_loss,
-    heat_map,
-    overlaps,
-)
+from projects.calico.model_config import HeadConfig
+from projects.calico.networks import boxes as coding
+from projects.calico.networks.boxes import CODE, Detections
 from projects.calico.networks.center import BOX_WEIGHT, HEAT_BIAS
 from projects.calico.networks.parts import conv_block, rank_share
 
+HEADS, DROPOUT = 8, 0.1
 COSTS = (0.15, 0.25, 0.25)
 """Of the assignment: focal, L1 distance of centres as shares of the map, overlap of volumes."""
 SMALL = ("pedestrian", "traffic_cone")
@@ -35,18 +28,13 @@ SMALL = ("pedestrian", "traffic_cone")
 
 
 class QueryOutput(NamedTuple):
-    """What the head finds."""
+    """Heat logits [B, C, X, Y]; class and height [B, Q] of the peak that a query began as; logits [B, Q, C], codes [B, Q, 10]."""
 
     heat: Tensor
-    """Logits [B, C, X, Y]."""
     label: Tensor
-    """int64 [B, Q], the class of the peak that a query began as."""
     peak: Tensor
-    """[B, Q], its height."""
     score: Tensor
-    """Logits [B, Q, C]."""
     code: Tensor
-    """Box codes [B, Q, 10]."""
 
 
 class _Position(nn.Module):
@@ -65,16 +53,17 @@ class _Position(nn.Module):
 class _DecoderLayer(nn.Module):
     """Self-attention of the queries, attention to all cells, feed-forward; norms come after."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.own_place, self.cell_place = _Position(width), _Position(width)
-        self.own = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
-        self.cross = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.own, self.cross = (
+            nn.MultiheadAttention(width, HEADS, DROPOUT, batch_first=True) for _ in range(2)
+        )
         self.feed = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+            nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(hidden, width)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(DROPOUT)
 
     def forward(self, query: Tensor, cells: Tensor, query_place: Tensor, cell_place: Tensor) -> Tensor:
         own, keys = self.own_place(query_place), cells + self.cell_place(cell_place)
@@ -90,37 +79,18 @@ class TransFusionHead(nn.Module):
     The highest `queries` local maxima over all classes start with the feature of their cell and a vector of their class.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        grid: Grid,
-        classes: Sequence[str],
-        width: int = 128,
-        queries: int = 200,
-        heads: int = 8,
-        hidden: int = 256,
-        dropout: float = 0.1,
-        least_score: float = 0.0,
-        small: Sequence[str] = SMALL,
-        box_weight: float = BOX_WEIGHT,
-    ) -> None:
+    def __init__(self, inputs: int, grid: Grid, classes: Sequence[str], cfg: HeadConfig) -> None:
         super().__init__()
-        self.grid, self.classes, self.queries, self.least_score = grid, list(classes), queries, least_score
-        self.box_weight = box_weight
-        self.wide = [n for n, name in enumerate(classes) if name not in small]
+        self.grid, self.cfg, self.classes, width = grid, cfg, len(classes), cfg.width
+        self.wide = [n for n, name in enumerate(classes) if name not in SMALL]
         self.shared = nn.Conv2d(inputs, width, 3, padding=1)
         self.heat = nn.Sequential(conv_block(width, width), nn.Conv2d(width, len(classes), 3, padding=1))
         self.class_vector = nn.Linear(len(classes), width)
-        self.layer = _DecoderLayer(width, heads, hidden, dropout)
-        sizes = {"score": len(classes), **CODE}
-        self.towers = nn.ModuleDict(
-            {
-                name: nn.Sequential(
-                    nn.Conv1d(width, 64, 1, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Conv1d(64, n, 1)
-                )
-                for name, n in sizes.items()
-            }
-        )
+        self.layer = _DecoderLayer(width, cfg.hidden)
+        self.towers = nn.ModuleDict()
+        for name, n in {"score": len(classes), **CODE}.items():
+            first = nn.Conv1d(width, 64, 1, bias=False)
+            self.towers[name] = nn.Sequential(first, nn.BatchNorm1d(64), nn.ReLU(), nn.Conv1d(64, n, 1))
         for last in (self.heat[1], self.towers["score"][3]):
             nn.init.constant_(last.bias, HEAT_BIAS)
 
@@ -128,10 +98,9 @@ class TransFusionHead(nn.Module):
         bev = self.shared(bev)
         heat = self.heat(bev)
         peak, label, cell = self.peaks(heat)
-        y = heat.shape[3]
-        cells = bev.flatten(2).mT
+        cells, y = bev.flatten(2).mT, heat.shape[3]
         query = cells.gather(1, cell[..., None].expand(-1, -1, cells.shape[2]))
-        query = query + self.class_vector(F.one_hot(label, len(self.classes)).to(query.dtype))
+        query = query + self.class_vector(F.one_hot(label, self.classes).to(query.dtype))
         everywhere = torch.arange(cells.shape[1], device=bev.device).expand(len(bev), -1)
         place, cell_places = (torch.stack([i // y, i % y], -1) + 0.5 for i in (cell, everywhere))
         query = self.layer(query, cells, place, cell_places).mT
@@ -141,29 +110,28 @@ class TransFusionHead(nn.Module):
 
     @torch.no_grad()
     def peaks(self, heat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Height, class and cell [B, Q] of the highest maxima; of 3x3 cells, but for the `small` classes."""
+        """Height, class and cell [B, Q] of the highest maxima; of 3x3 cells, but for the `SMALL` classes."""
         height = heat.float().sigmoid()
         highest = height.clone()
         highest[:, self.wide] = F.max_pool2d(height[:, self.wide], 3, 1, 1)
-        height = height * (height == highest)
+        height = (height * (height == highest)).flatten(1)
+        peak, place = height.topk(min(self.cfg.queries, height.shape[1]))
         cells = heat.shape[2] * heat.shape[3]
-        peak, place = height.flatten(1).topk(min(self.queries, height[0].numel()))
         return peak, place // cells, place % cells
 
     @torch.no_grad()
     def assign(self, score: Tensor, code: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and boxes [k'] of the cheapest matching of one frame: logits [Q, C], codes [Q, 10], boxes [k, 9]."""
-        p, found = score.sigmoid()[:, labels], decode(code, self.grid)
+        p, found = score.sigmoid()[:, labels], coding.decode(code, self.grid)
         negative = -(1 - p + 1e-12).log() * 0.75 * p**2
         positive = -(p + 1e-12).log() * 0.25 * (1 - p) ** 2
-        distance = torch.cdist(
-            self.grid.normalised(found[:, :2]) / 2, self.grid.normalised(boxes[:, :2]) / 2, p=1
-        )
+        distance = torch.cdist(*(self.grid.normalised(one[:, :2]) / 2 for one in (found, boxes)), p=1)
+        overlap = coding.overlaps(found, boxes, height=True)
         focal, near, common = COSTS
-        cost = focal * (positive - negative) + near * distance - common * overlaps(found, boxes, height=True)
+        cost = focal * (positive - negative) + near * distance - common * overlap
         # A diverged run is the trainer's to report, not the matcher's to fail on.
         rows, columns = linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())
-        return tuple(torch.as_tensor(index, device=score.device) for index in (rows, columns))
+        return torch.as_tensor(rows, device=score.device), torch.as_tensor(columns, device=score.device)
 
     def loss(
         self, output: QueryOutput, boxes: Sequence[Tensor], labels: Sequence[Tensor]
@@ -173,16 +141,16 @@ class TransFusionHead(nn.Module):
         for row, (box, label) in enumerate(zip(boxes, labels, strict=True)):
             inside = self.grid.index(box[:, :2])[1]
             box, label = box[inside], label[inside]
-            heats.append(heat_map(box, label, len(self.classes), self.grid))
+            heats.append(coding.heat_map(box, label, self.classes, self.grid))
             query, matched = self.assign(output.score[row], output.code[row], box, label)
             wanted[row, query, label[matched]] = 1
-            total = total + code_loss(output.code[row, query], encode(box[matched], self.grid))
+            total = total + coding.code_loss(output.code[row, query], coding.encode(box[matched], self.grid))
             count += len(query)
         shared = rank_share(count, 1).to(total.device)
         return {
-            "heat": gaussian_focal_loss(output.heat, torch.stack(heats)),
-            "score": focal_loss(output.score, wanted).sum() / shared,
-            "box": self.box_weight * total / shared,
+            "heat": coding.gaussian_focal_loss(output.heat, torch.stack(heats)),
+            "score": coding.focal_loss(output.score, wanted).sum() / shared,
+            "box": BOX_WEIGHT * total / shared,
         }
 
     @torch.no_grad()
@@ -192,6 +160,6 @@ class TransFusionHead(nn.Module):
         frames = []
         for scores, labels, code in zip(own, output.label, output.code, strict=True):
             order = scores.argsort(descending=True, stable=True)
-            order = order[scores[order] > self.least_score]
-            frames.append(Detections(decode(code[order], self.grid), scores[order], labels[order]))
+            order = order[scores[order] > self.cfg.least_score]
+            frames.append(Detections(coding.decode(code[order], self.grid), scores[order], labels[order]))
         return frames

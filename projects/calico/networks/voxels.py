@@ -6,44 +6,45 @@ Letters: B frames, n occupied voxels (or points) of all frames together, C chann
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.calico.geometry import Grid
-from projects.calico.networks.parts import BN_EPS, BN_MOMENTUM, RowNorm
+from projects.calico.model_config import POINT, LidarConfig
+from projects.calico.networks.parts import BN_EPS, RowNorm
 from projects.calico.networks.pillars import place_in_group
 
 Three = tuple[int, int, int]
-Backend = Literal["torch", "spconv"]
+ONE: Three = (1, 1, 1)
 
 
 @dataclass
 class SparseMap:
-    """The occupied voxels of a batch, in ascending order of `key`."""
+    """The occupied voxels of a batch."""
 
     rows: Tensor
     """[n, C]."""
-    coords: Tensor
-    """int64 [n, 4]: frame, x, y, z."""
+    key: Tensor
+    """int64 [n], ascending: a number for each frame and place, see `_key`."""
     shape: Three
     frames: int
 
     @cached_property
-    def key(self) -> Tensor:
-        """int64 [n], one number for each place."""
-        return _key(self.coords, self.shape)
+    def coords(self) -> Tensor:
+        """int64 [n, 4]: frame, x, y, z."""
+        return torch.stack(torch.unravel_index(self.key, (self.frames, *self.shape)), 1)
 
     @cached_property
     def neighbours(self) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of a 3x3x3 kernel that keeps the places."""
-        return pairs(self, self.coords, (3, 3, 3), (1, 1, 1), (1, 1, 1))
+        """`pairs` of a 3x3x3 kernel that keeps the places."""
+        return pairs(self, (3, 3, 3), ONE, ONE)[1]
 
     def with_rows(self, rows: Tensor) -> SparseMap:
         """The same places, and what is known of them, with other rows."""
@@ -53,9 +54,14 @@ class SparseMap:
 
     def dense(self) -> Tensor:
         """[B, C, X, Y, Z], zero where nothing is."""
-        canvas = self.rows.new_zeros(self.frames, *self.shape, self.rows.shape[1])
-        canvas[tuple(self.coords.T)] = self.rows
-        return canvas.permute(0, 4, 1, 2, 3)
+        canvas = self.rows.new_zeros(self.frames * math.prod(self.shape), self.rows.shape[1])
+        canvas[self.key] = self.rows
+        return canvas.reshape(self.frames, *self.shape, -1).permute(0, 4, 1, 2, 3)
+
+
+def _key(frame: Tensor, place: Tensor, shape: Three) -> Tensor:
+    x, y, z = place.unbind(-1)
+    return ((frame * shape[0] + x) * shape[1] + y) * shape[2] + z
 
 
 def voxelise(points: Tensor, frame: Tensor, frames: int, grid: Grid, max_points: int = 0) -> SparseMap:
@@ -63,94 +69,97 @@ def voxelise(points: Tensor, frame: Tensor, frames: int, grid: Grid, max_points:
 
     The map has one more layer of voxels on top, where nothing is, as SECOND's has.
     """
-    shape = (*grid.shape[:2], grid.shape[2] + 1)
+    x, y, z = grid.shape
     index, inside = grid.index(points[:, :3])
-    coords = torch.cat([frame[:, None], index], 1)[inside]
-    rows, key = points[inside], _key(coords, shape)
+    rows, key = points[inside], _key(frame, index, (x, y, z + 1))[inside]
     if max_points:
         first = place_in_group(key) < max_points
         rows, key = rows[first], key[first]
     key, place, counts = key.unique(return_inverse=True, return_counts=True)
     total = rows.new_zeros(len(key), rows.shape[1]).index_add(0, place, rows)
-    return SparseMap(total / counts[:, None], _coords(key, shape), shape, frames)
+    return SparseMap(total / counts[:, None], key, (x, y, z + 1), frames)
 
 
 def pairs(
-    given: SparseMap, wanted: Tensor, kernel: Three, stride: Three, padding: Three
-) -> list[tuple[Tensor, Tensor]]:
-    """For each place of the kernel, which rows of `wanted` [m, 4] read which rows of `given`."""
-    place = wanted.new_tensor(given.shape)
-    base = wanted[:, 1:] * wanted.new_tensor(stride) - wanted.new_tensor(padding)
-    found = []
-    for offset in product(*map(range, kernel)):
-        xyz = base + base.new_tensor(offset)
-        inside = ((xyz >= 0) & (xyz < place)).all(1).nonzero()[:, 0]
-        key = _key(torch.cat([wanted[inside, :1], xyz[inside]], 1), given.shape)
-        at = torch.searchsorted(given.key, key).clamp(max=max(len(given.key) - 1, 0))
-        hit = given.key[at] == key if len(given.key) else torch.zeros_like(key, dtype=torch.bool)
-        found.append((inside[hit], at[hit]))
-    return found
+    given: SparseMap, kernel: Three, stride: Three, padding: Three
+) -> tuple[SparseMap, list[tuple[Tensor, Tensor]]]:
+    """The places of a convolution's output, and for each place of its kernel which of them read which rows of `given`.
 
-
-def sparse_conv(
-    given: SparseMap,
-    weight: Tensor,
-    kernel: Three,
-    stride: Three = (1, 1, 1),
-    padding: Three = (1, 1, 1),
-    submanifold: bool = True,
-    backend: Backend = "torch",
-) -> SparseMap:
-    """Convolution of the occupied voxels with `weight` [K, C, C'], K in the order x, y, z.
-
-    `submanifold` keeps the places; else every place whose kernel touches an occupied one is occupied.
+    Stride 1 keeps the places ("submanifold"); else every place whose kernel touches an occupied one is occupied.
     """
-    if backend == "spconv":
-        return _spconv(given, weight, kernel, stride, padding, submanifold)
-    if submanifold:
-        out, found = given, given.neighbours
-    else:
-        out = _strided(given, kernel, stride, padding)
-        found = pairs(given, out.coords, kernel, stride, padding)
-    rows = given.rows.new_zeros(len(out.coords), weight.shape[2])
-    for (target, source), part in zip(found, weight, strict=True):
-        rows = rows.index_add(
-            0, target, given.rows[source] @ part
-        )  # a target comes once: the sum has one order
-    return out.with_rows(rows)
+    sizes = zip(given.shape, padding, kernel, stride, strict=True)
+    x, y, z = ((size + 2 * pad - width) // step + 1 for size, pad, width, step in sizes)
+    offsets, pad, step, shape = (
+        given.key.new_tensor(v) for v in (list(product(*map(range, kernel))), padding, stride, (x, y, z))
+    )
+    reach = given.coords[:, 1:] + pad - offsets[:, None]
+    place = reach.div(step, rounding_mode="floor")
+    hit = ((place * step == reach) & (place >= 0) & (place < shape)).all(2)
+    key = _key(given.coords[:, 0], place, (x, y, z))
+    out = given.key if stride == ONE else key[hit].unique()
+    target = torch.searchsorted(out, key)
+    hit &= F.pad(out, (0, 1), value=-1)[target] == key
+    found = [(to[own], own.nonzero()[:, 0]) for to, own in zip(target, hit, strict=True)]
+    return SparseMap(given.rows[:0], out, (x, y, z), given.frames), found
 
 
 class SparseConv(nn.Module):
-    """`sparse_conv`, BatchNorm over the occupied voxels, ReLU (which `relu=False` leaves to the caller)."""
+    """Convolution of the occupied voxels, BatchNorm over them, ReLU (which `relu=False` leaves to the caller)."""
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
         kernel: Three = (3, 3, 3),
-        stride: Three = (1, 1, 1),
-        padding: Three = (1, 1, 1),
-        submanifold: bool = True,
+        stride: Three = ONE,
+        padding: Three = ONE,
         relu: bool = True,
-        backend: Backend = "torch",
+        backend: str = "torch",
     ) -> None:
         super().__init__()
-        self.shape = (kernel, stride, padding, submanifold)
-        self.relu, self.backend = relu, backend
-        places = kernel[0] * kernel[1] * kernel[2]
+        self.shape, self.relu, self.backend = (kernel, stride, padding), relu, backend
+        places = math.prod(kernel)  # in the order x, y, z
         self.weight = nn.Parameter(torch.randn(places, inputs, outputs) * (2 / (places * inputs)) ** 0.5)
-        self.norm = RowNorm(outputs, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.norm = RowNorm(outputs, BN_EPS)
 
     def forward(self, given: SparseMap) -> SparseMap:
-        out = sparse_conv(given, self.weight, *self.shape, self.backend)
+        if self.backend == "spconv":
+            out = self._spconv(given)
+        else:
+            keeps = self.shape[1] == ONE
+            out, found = (given, given.neighbours) if keeps else pairs(given, *self.shape)
+            rows = given.rows.new_zeros(len(out.key), self.weight.shape[2])
+            for (target, source), part in zip(found, self.weight, strict=True):
+                # A target comes once: the sum has one order.
+                rows = rows.index_add(0, target, given.rows[source] @ part)
+            out = out.with_rows(rows)
         rows = self.norm(out.rows)
         return out.with_rows(rows.relu() if self.relu else rows)
+
+    def _spconv(self, given: SparseMap) -> SparseMap:
+        """The same by spconv 2, whose CPU wheel has no backward pass; its rows are put into our order."""
+        spconv = importlib.import_module("spconv.pytorch")
+        kernel, stride, padding = self.shape
+        _, inputs, outputs = self.weight.shape
+        # A tensor that is not contiguous gives wrong sums without a word.
+        places = given.coords.int().contiguous()
+        tensor = spconv.SparseConvTensor(given.rows, places, list(given.shape), given.frames)
+        conv = (
+            spconv.SubMConv3d(inputs, outputs, kernel, bias=False)
+            if stride == ONE
+            else spconv.SparseConv3d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
+        ).to(self.weight.device)
+        weight = self.weight.permute(2, 0, 1).reshape(outputs, *kernel, inputs).contiguous()
+        found = torch.func.functional_call(conv, {"weight": weight}, (tensor,))
+        frame, place = found.indices.long().split([1, 3], 1)
+        key, order = _key(frame[:, 0], place, found.spatial_shape).sort()
+        return SparseMap(found.features[order], key, tuple(found.spatial_shape), given.frames)
 
 
 class SparseBlock(nn.Module):
     """Two submanifold convolutions and the way around them."""
 
-    def __init__(self, channels: int, backend: Backend = "torch") -> None:
+    def __init__(self, channels: int, backend: str = "torch") -> None:
         super().__init__()
         self.first = SparseConv(channels, channels, backend=backend)
         self.second = SparseConv(channels, channels, relu=False, backend=backend)
@@ -161,94 +170,35 @@ class SparseBlock(nn.Module):
 
 
 class VoxelEncoder(nn.Module):
-    """Points -> voxels -> sparse convolutions -> [B, C Z', X', Y'].
+    """Points -> voxels -> sparse convolutions -> [B, C Z', X / 8, Y / 8].
 
-    Each stage but the last has residual blocks of its width and then a strided convolution to the last number of the
-    stage; the last stage has blocks only. One more convolution of stride 2 along z follows, and z joins the channels.
+    Four stages of two residual blocks, each twice as wide as the one before; a strided convolution leads from one to the
+    next. One more of stride 2 along z follows, and z joins the channels.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        stages: Sequence[Sequence[int]] = ((16, 16, 32), (32, 32, 64), (64, 64, 128), (128, 128)),
-        channels: int = 128,
-        features: int = 5,
-        max_points: int = 0,
-        backend: Backend = "torch",
-    ) -> None:
+    def __init__(self, grid: Grid, cfg: LidarConfig) -> None:
         super().__init__()
-        self.grid, self.max_points, self.stride = grid, max_points, 2 ** (len(stages) - 1)
-        layers: list[nn.Module] = [SparseConv(features, stages[0][0], backend=backend)]
+        self.grid, self.max_points, self.stride = grid, cfg.max_points, 8
+        width, last = cfg.channels
+        layers: list[nn.Module] = [SparseConv(POINT, width, backend=cfg.backend)]
         depth = grid.shape[2] + 1
-        for number, widths in enumerate(stages):
-            last = number + 1 == len(stages)
-            blocks = widths if last else widths[:-1]
-            layers += [SparseBlock(width, backend) for width in blocks]
-            if not last:
-                # The third stage of the released encoder has no padding along z.
-                padding = (1, 1, 0 if number == 2 else 1)
-                down = SparseConv(
-                    widths[-2], widths[-1], (3, 3, 3), (2, 2, 2), padding, False, backend=backend
-                )
+        for stage in range(4):
+            layers += [SparseBlock(width, cfg.backend) for _ in range(2)]
+            if stage < 3:
+                high = (
+                    0 if stage == 2 else 1
+                )  # the third stage of the released encoder has no padding along z
+                down = SparseConv(width, 2 * width, (3, 3, 3), (2, 2, 2), (1, 1, high), backend=cfg.backend)
                 layers.append(down)
-                depth = (depth + 2 * padding[2] - 3) // 2 + 1
-        layers.append(
-            SparseConv(stages[-1][-1], channels, (1, 1, 3), (1, 1, 2), (0, 0, 0), False, backend=backend)
-        )
+                width, depth = 2 * width, (depth + 2 * high - 3) // 2 + 1
+        layers.append(SparseConv(width, last, (1, 1, 3), (1, 1, 2), (0, 0, 0), backend=cfg.backend))
         depth = (depth - 3) // 2 + 1
         if depth < 1:
-            raise ValueError(f"{grid} has {grid.shape[2]} cells along z, too few for {len(stages)} stages")
-        self.layers, self.out_channels = nn.Sequential(*layers), channels * depth
+            raise ValueError(f"{grid} has {grid.shape[2]} cells along z, too few for 4 stages")
+        self.layers, self.out_channels = nn.Sequential(*layers), last * depth
 
     def forward(self, points: Tensor, frame: Tensor, frames: int) -> Tensor:
         """`points` [n, F] start with x, y, z; `frame` int64 [n] is which of the `frames` each belongs to."""
         voxels = voxelise(points, frame, frames, self.grid, self.max_points)
         voxels = voxels.with_rows(voxels.rows.to(next(self.parameters()).dtype))
         return self.layers(voxels).dense().permute(0, 1, 4, 2, 3).flatten(1, 2)
-
-
-def _key(coords: Tensor, shape: Three) -> Tensor:
-    frame, x, y, z = coords.unbind(1)
-    return ((frame * shape[0] + x) * shape[1] + y) * shape[2] + z
-
-
-def _coords(key: Tensor, shape: Three) -> Tensor:
-    z, y, x = key % shape[2], key // shape[2] % shape[1], key // (shape[2] * shape[1]) % shape[0]
-    return torch.stack([key // (shape[0] * shape[1] * shape[2]), x, y, z], 1)
-
-
-def _strided(given: SparseMap, kernel: Three, stride: Three, padding: Three) -> SparseMap:
-    """The places, without rows, whose kernel touches an occupied one."""
-    sizes = zip(given.shape, padding, kernel, stride, strict=True)
-    x, y, z = ((size + 2 * pad - width) // step + 1 for size, pad, width, step in sizes)
-    offsets = given.coords.new_tensor(list(product(*map(range, kernel))))
-    reach = given.coords[None, :, 1:] + given.coords.new_tensor(padding) - offsets[:, None]
-    step = reach.new_tensor(stride)
-    place = reach.div(step, rounding_mode="floor")
-    valid = ((place * step == reach) & (place >= 0) & (place < place.new_tensor((x, y, z)))).all(2)
-    frame = given.coords[:, 0].expand(len(offsets), -1)[valid]
-    key = _key(torch.cat([frame[:, None], place[valid]], 1), (x, y, z)).unique()
-    return SparseMap(given.rows[:0], _coords(key, (x, y, z)), (x, y, z), given.frames)
-
-
-def _spconv(
-    given: SparseMap, weight: Tensor, kernel: Three, stride: Three, padding: Three, submanifold: bool
-) -> SparseMap:
-    """The same by spconv 2, whose CPU wheel has no backward pass; its rows are put into our order."""
-    spconv = importlib.import_module("spconv.pytorch")
-
-    # A tensor that is not contiguous gives wrong sums without a word.
-    tensor = spconv.SparseConvTensor(
-        given.rows, given.coords.int().contiguous(), list(given.shape), given.frames
-    )
-    channels = weight.shape[1:]
-    if submanifold:
-        conv = spconv.SubMConv3d(*channels, kernel, bias=False)
-    else:
-        conv = spconv.SparseConv3d(*channels, kernel, stride=stride, padding=padding, bias=False)
-    kernels = weight.permute(2, 0, 1).reshape(-1, *kernel, weight.shape[1])
-    found = torch.func.functional_call(conv.to(weight.device), {"weight": kernels.contiguous()}, (tensor,))
-    shape = tuple(found.spatial_shape)
-    coords = found.indices.long()
-    order = _key(coords, shape).argsort()
-    return SparseMap(found.features[order], coords[order], shape, given.frames)

@@ -109,4 +109,4 @@ def test_objects_are_pasted_where_nothing_stands(database: PasteDatabase) -> Non
 
 
 def test_counts_are_of_the_ten_classes() -> None:
-    assert NUSCENES_COUNTS.keys() == NUSCENES.ranges.keys()
+    assert NUSCENES_COUNTS.keys() == NUSCENES.keys()

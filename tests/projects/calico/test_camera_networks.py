@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from projects.calico.geometry import Grid, image_augmentation, lidar_augmentation, project
+from projects.calico.model_config import CameraConfig
 from projects.calico.networks.camera import LssFpn, TimmBackbone, TinyBackbone
 from projects.calico.networks.lss import (
     CameraInput,
-    DepthLSS,
+    LidarInput,
     LSSTransform,
     bev_pool,
     depth_images,
-    lift_pool,
 )
 
 GRID = Grid((-8.0, -6.0, -10.0), (8.0, 6.0, 10.0), (0.5, 0.5, 20.0))
@@ -41,27 +41,26 @@ def cameras(
     )
 
 
-@pytest.mark.parametrize("method", ["index_add", "sparse", "sorted"])
-def test_pooling_equals_a_dense_one_hot_product(method: Any) -> None:
+def view_of(grid: Grid = GRID, **fields: Any) -> LSSTransform:
+    """From maps [8, 5, 10] of images 40 x 80 to 4 channels by 14 bins."""
+    given = {"image_size": [40, 80], "neck": 8, "channels": 4, "depth": [1.0, 8.0, 0.5], **fields}
+    return LSSTransform(CameraConfig(**given), 8, grid)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_pooling_equals_a_dense_one_hot_product(deterministic: bool) -> None:
     make = torch.Generator().manual_seed(0)
     depth = torch.rand(23, 7, generator=make, dtype=torch.float64).requires_grad_()
     context = torch.randn(23, 5, generator=make, dtype=torch.float64).requires_grad_()
     cell = torch.randint(-1, 11, (23, 7), generator=make)
     hot = F.one_hot(cell + 1, 12).double()[..., 1:]
     expected = torch.einsum("pdk,pd,pc->kc", hot, depth, context)
-    out = lift_pool(depth, context, cell, 11, method)
+    out = bev_pool(depth, context, cell, 11, deterministic)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     seed = torch.randn(11, 5, generator=make, dtype=torch.float64)
     got, wanted = (torch.autograd.grad((o * seed).sum(), (depth, context)) for o in (out, expected))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    rows = (depth[..., None] * context[:, None]).flatten(0, 1)
-    pooled = bev_pool(rows, cell.flatten(), 11, deterministic=method == "sorted")
-    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-12)
-    (rows_grad,) = torch.autograd.grad((pooled * seed).sum(), rows)
-    torch.testing.assert_close(
-        rows_grad, torch.einsum("pdk,kc->pdc", hot, seed).flatten(0, 1), rtol=0, atol=1e-12
-    )
-    none = lift_pool(depth, context, torch.full_like(cell, -1), 11, method)
+    none = bev_pool(depth, context, torch.full_like(cell, -1), 11, deterministic)
     assert none.shape == (11, 5) and not none.any()
 
 
@@ -69,7 +68,7 @@ def test_what_lies_where_a_pixel_looks_falls_into_that_cell() -> None:
     """Features one by one: the cell of pixel and depth is that of the point which projects there."""
     aug = lidar_augmentation(yaw=0.4, scale=1.05, flip_y=True, shift=(0.3, -0.2, 0.0))
     given = cameras(lidar_aug=aug)
-    view = LSSTransform(8, 4, (40, 80), (5, 10), (1.0, 8.0, 0.5), GRID, downsample=1)
+    view = view_of(downsample=1)
     cells = view.cells(given)
     assert cells.shape == (1, 2, 14, 5, 10) and (cells >= 0).float().mean() > 0.5
     x, y, _ = GRID.shape
@@ -100,35 +99,29 @@ def test_what_lies_where_a_pixel_looks_falls_into_that_cell() -> None:
 
 def test_a_view_transform_trains_and_leaves_geometry_in_float32() -> None:
     given = cameras(2)
-    view = LSSTransform(8, 4, (40, 80), (5, 10), (1.0, 8.0, 0.5), GRID)
+    view = view_of()
     features = torch.randn(4, 8, 5, 10, requires_grad=True)
     bev = view(features, given)
-    assert bev.shape == (2, 4, 16, 12) and view.stride == 2
+    assert bev.shape == (2, 4, 16, 12)
     bev.square().sum().backward()
     assert features.grad.abs().sum() > 0 and all(p.grad.isfinite().all() for p in view.parameters())
     cells = view.cells(given)
     half = view.bfloat16()
     assert torch.equal(half.cells(given), cells)
     assert half(features.bfloat16(), given).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="8 cells along z"):
-        LSSTransform(
-            8, 4, (40, 80), (5, 10), (1, 8, 1), Grid((-8.0, -8.0, -8.0), (8.0, 8.0, 8.0), (1.0, 1.0, 2.0))
-        )
     # Truncation keeps what lies up to a cell below the bound: with 20 m along z, all down to -30 m.
     low = Grid((-8.0, -6.0, 2.0), (8.0, 6.0, 22.0), (0.5, 0.5, 20.0))
-    floor, trunc = (
-        LSSTransform(8, 4, (40, 80), (5, 10), (1.0, 8.0, 0.5), low, rounding=r).cells(given)
-        for r in ("floor", "trunc")
-    )
+    floor, trunc = (view_of(low, rounding=r).cells(given) for r in ("floor", "trunc"))
     assert (floor >= 0).sum() < (trunc >= 0).sum()
 
 
 def test_the_depth_image_holds_the_nearest_point_of_a_pixel() -> None:
     given = cameras(2, views=1)
-    view = DepthLSS(8, 4, (40, 80), (5, 10), (1.0, 8.0, 0.5), GRID, downsample=1)
+    view = view_of(view="depth_lss", downsample=1)
     # On the optical axis, 3 and 5 m from the camera; a third beside it; one behind; the fourth belongs to frame 1.
     points = torch.tensor([[5.5, 0, 0.2], [3.5, 0, 0.2], [4.5, 1, 0.2], [-5, 0, 0], [4.5, 0, 0.2]])
-    depth = depth_images(points, torch.tensor([0, 0, 0, 0, 1]), given)
+    lidar = LidarInput(points, torch.tensor([0, 0, 0, 0, 1]), 2)
+    depth = depth_images(lidar, given)
     assert depth.shape == (2, 1, 1, 40, 80)
     assert sorted(depth[0][depth[0] > 0].tolist()) == pytest.approx([3, 4], abs=1e-5)
     (v, u) = (depth[1, 0, 0] > 0).nonzero()[0].tolist()
@@ -138,10 +131,9 @@ def test_the_depth_image_holds_the_nearest_point_of_a_pixel() -> None:
         3, abs=1e-5
     )
     features = torch.randn(2, 8, 5, 10)
-    assert view(features, given, depth).shape == (2, 4, 32, 24)
-    assert not torch.equal(
-        view.eval()(features, given, depth), view(features, given, torch.zeros_like(depth))
-    )
+    assert view(features, given, lidar).shape == (2, 4, 32, 24)
+    nothing = LidarInput(points[:0], lidar.frame[:0], 2)
+    assert not torch.equal(view.eval()(features, given, lidar), view(features, given, nothing))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +146,10 @@ def test_the_depth_image_holds_the_nearest_point_of_a_pixel() -> None:
 def test_timm_backbones_give_maps_of_the_paper(
     name: str, stages: tuple[int, ...], channels: list[int]
 ) -> None:
-    backbone = TimmBackbone(name, (64, 96), stages, drop_path=0.2).eval()
-    neck = LssFpn(backbone.channels).eval()
+    backbone = TimmBackbone(
+        CameraConfig(encoder=name, pretrained=False, image_size=[64, 96], stages=list(stages))
+    ).eval()
+    neck = LssFpn(backbone.channels, 256).eval()
     with torch.no_grad():
         maps = backbone(torch.zeros(2, 3, 64, 96))
         assert [list(m.shape) for m in maps] == [

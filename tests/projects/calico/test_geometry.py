@@ -120,13 +120,13 @@ def test_pixels_return_under_any_augmentation(seed: int) -> None:
         6.28 * draw[4], 0.9 + 0.2 * draw[5], draw[6] > 0.5, draw[7] > 0.5, (0.5, -0.3, 0.1)
     )[None]
     pixels = geo.frustum((256, 704), (8, 22), (1, 60, 5))
-    points = geo.lift_points(pixels, intrinsics, cam2lidar, img_aug.float(), lidar_aug.float())
-    assert points.shape == (1, 3, 12, 8, 22, 3) and points.dtype == torch.float32
+    points = geo.lift_points(
+        pixels.reshape(1, 1, -1, 3), intrinsics, cam2lidar, img_aug.float(), lidar_aug.float()
+    )
+    assert points.shape == (1, 3, 12 * 8 * 22, 3) and points.dtype == torch.float32
     lidar2cam = torch.linalg.inv(cam2lidar.double()).float()
     for camera in range(3):
-        uv, depth = geo.project(
-            points[:, camera].reshape(1, -1, 3), lidar2cam, intrinsics, img_aug.float(), lidar_aug.float()
-        )
+        uv, depth = geo.project(points[:, camera], lidar2cam, intrinsics, img_aug.float(), lidar_aug.float())
         assert (uv[0, camera] - pixels[..., :2].reshape(-1, 2)).abs().max() < 1e-3
         torch.testing.assert_close(depth[0, camera], pixels[..., 2].flatten(), atol=1e-4, rtol=0)
         other = geo.in_image(uv[0], depth[0], (256, 704), 0.5)[camera - 1]
@@ -146,15 +146,15 @@ def test_an_object_lands_in_one_cell_for_lidar_and_cameras(seed: int) -> None:
     seen = geo.in_image(uv, depth, (256, 704))[0, :, 0]
     assert seen.tolist() == [True, False, False]
     pixels = torch.cat([uv, depth[..., None]], -1)
-    back = geo.unproject(pixels, intrinsics, cam2lidar, img_aug, lidar_aug[None])[0, 0]
+    back = geo.lift_points(pixels, intrinsics, cam2lidar, img_aug, lidar_aug[None])[0, 0]
     assert GRID.index(back)[0].equal(GRID.index(moved)[0])
-    without = geo.unproject(pixels, intrinsics, cam2lidar, img_aug)[0, 0]
+    without = geo.lift_points(pixels, intrinsics, cam2lidar, img_aug)[0, 0]
     assert not GRID.index(without)[0].equal(GRID.index(moved)[0])
 
 
 def test_geometry_stays_in_float32_under_autocast() -> None:
     intrinsics, cam2lidar = (m.float() for m in rig())
-    pixels = geo.frustum((256, 704), (4, 4), (1, 60, 20))
+    pixels = geo.frustum((256, 704), (4, 4), (1, 60, 20)).reshape(1, 1, -1, 3)
     with torch.autocast("cpu", torch.bfloat16):
         half = geo.lift_points(pixels, intrinsics, cam2lidar)
     assert half.equal(geo.lift_points(pixels, intrinsics, cam2lidar))

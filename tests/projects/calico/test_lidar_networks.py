@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from projects.calico.geometry import Grid
+from projects.calico.model_config import DecoderConfig, LidarConfig, SecondConfig
+from projects.calico.networks import pillars as pillar_module
 from projects.calico.networks.fuser import BoxProjector, ConvFuser, PointProjector, region_boxes
 from projects.calico.networks.parts import RowNorm
 from projects.calico.networks.pillars import PillarEncoder, place_in_group, scatter_max, scatter_mean
@@ -62,7 +64,7 @@ def pillar_loop(encoder: PillarEncoder, points: Tensor, frame: Tensor, padded: b
 @pytest.mark.parametrize("mode", ["dynamic", "hard"])
 def test_pillars_equal_the_reference_one_by_one(mode: Any) -> None:
     """`hard` is the reference with padded rows of zeros, though it adds only one to a pillar that is not full."""
-    encoder = trained(PillarEncoder(GRID, (16, 16), mode))
+    encoder = trained(PillarEncoder(GRID, LidarConfig(channels=[16, 16], mode=mode, max_points=20)))
     points, frame = cloud(0)
     with torch.no_grad():
         got, expected = encoder(points, frame, 2), pillar_loop(encoder, points, frame, mode == "hard")
@@ -71,7 +73,7 @@ def test_pillars_equal_the_reference_one_by_one(mode: Any) -> None:
 
 
 def test_pillars_do_not_know_the_order_of_points_nor_those_outside() -> None:
-    encoder = trained(PillarEncoder(GRID, (16, 16)))
+    encoder = trained(PillarEncoder(GRID, LidarConfig(channels=[16, 16])))
     points, frame = cloud(1)
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -95,8 +97,9 @@ def test_pillars_do_not_know_the_order_of_points_nor_those_outside() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in encoder.parameters())
 
 
-def test_hard_pillars_pad_the_statistics_and_keep_the_first() -> None:
-    encoder = PillarEncoder(GRID, (8,), "hard", max_points=3, max_pillars=(2, 99))
+def test_hard_pillars_pad_the_statistics_and_keep_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pillar_module, "MOST_PILLARS", (2, 99))
+    encoder = PillarEncoder(GRID, LidarConfig(channels=[8], mode="hard", max_points=3))
     xyz = torch.tensor([[0.1, 0.1, 0.0]] * 5 + [[1.1, 0.1, 0.0]] + [[2.1, 0.1, 0.0]] * 2)
     points = torch.cat([xyz, torch.arange(8.0)[:, None], torch.zeros(8, 1)], 1)
     out = encoder.train()(points, torch.zeros(8, dtype=torch.long), 1)
@@ -132,11 +135,11 @@ def sites(seed: int, channels: int) -> SparseMap:
 
 def masked_conv(given: SparseMap, layer: SparseConv) -> tuple[Tensor, Tensor]:
     """The dense form: Conv3d, and the mask of what is occupied afterwards."""
-    kernel, stride, padding, submanifold = layer.shape
+    kernel, stride, padding = layer.shape
     weight = layer.weight.permute(2, 1, 0).reshape(layer.weight.shape[2], layer.weight.shape[1], *kernel)
     mask = given.with_rows(torch.ones_like(given.rows[:, :1])).dense()
     out = F.conv3d(given.dense(), weight, stride=stride, padding=padding)
-    if not submanifold:
+    if stride != (1, 1, 1):
         mask = (
             F.conv3d(mask, torch.ones(1, 1, *kernel, dtype=mask.dtype), stride=stride, padding=padding) > 0.5
         ).double()
@@ -146,9 +149,9 @@ def masked_conv(given: SparseMap, layer: SparseConv) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "shape",
     [
-        ((3, 3, 3), (1, 1, 1), (1, 1, 1), True),
-        ((3, 3, 3), (2, 2, 2), (1, 1, 0), False),
-        ((1, 1, 3), (1, 1, 2), (0, 0, 0), False),
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1)),
+        ((3, 3, 3), (2, 2, 2), (1, 1, 0)),
+        ((1, 1, 3), (1, 1, 2), (0, 0, 0)),
     ],
 )
 def test_sparse_convolutions_equal_masked_dense_ones(shape: Any) -> None:
@@ -169,7 +172,7 @@ def test_sparse_convolutions_equal_masked_dense_ones(shape: Any) -> None:
 
 def test_spconv_gives_the_same() -> None:
     pytest.importorskip("spconv.pytorch", reason="spconv is not installed")
-    for shape in [((3, 3, 3), (1, 1, 1), (1, 1, 1), True), ((3, 3, 3), (2, 2, 2), (1, 1, 0), False)]:
+    for shape in [((3, 3, 3), (1, 1, 1), (1, 1, 1)), ((3, 3, 3), (2, 2, 2), (1, 1, 0))]:
         layer = trained(SparseConv(3, 4, *shape))
         given = sites(1, 3)
         given = given.with_rows(given.rows.float())
@@ -197,16 +200,17 @@ def test_voxels_are_means_and_the_encoder_reaches_the_map() -> None:
         ]
     )
     assert torch.equal(first.rows, heads)
-    encoder = VoxelEncoder(VOXELS, ((4, 4, 8), (8, 8)), 16)
+    cfg = LidarConfig(encoder="voxels", channels=[4, 16])
+    encoder = VoxelEncoder(Grid(VOXELS.min, VOXELS.max, (0.5, 0.5, 0.125)), cfg)
     bev = encoder(points, frame, 2)
-    assert bev.shape == (2, encoder.out_channels, 8, 4) and encoder.stride == 2 and encoder.out_channels == 64
+    assert bev.shape == (2, encoder.out_channels, 2, 1) and encoder.stride == 8 and encoder.out_channels == 16
     bev.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
     assert not encoder.eval()(points[:0], frame[:0], 2).any()
     with pytest.raises(ValueError, match="too few for 4 stages"):
-        VoxelEncoder(VOXELS)
+        VoxelEncoder(VOXELS, cfg)
     paper = Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.075, 0.075, 0.2))
-    full = VoxelEncoder(paper)
+    full = VoxelEncoder(paper, LidarConfig(encoder="voxels", channels=[16, 128]))
     assert paper.shape == (1440, 1440, 40) and full.out_channels == 256 and full.stride == 8
     # The first, eight blocks of two, three that halve the size, the last.
     assert sum(isinstance(m, SparseConv) for m in full.modules()) == 1 + 16 + 3 + 1
@@ -214,22 +218,24 @@ def test_voxels_are_means_and_the_encoder_reaches_the_map() -> None:
     given = sites(2, 3)
     inner = block.second(block.first(given)).rows
     assert torch.equal(block(given).rows, (inner + given.rows).relu())
-    assert len(pairs(given, given.coords, (3, 3, 3), (1, 1, 1), (1, 1, 1))) == 27
+    assert len(pairs(given, (3, 3, 3), (1, 1, 1), (1, 1, 1))[1]) == 27
 
 
 def test_second_has_the_sizes_of_the_paper() -> None:
-    pillars = SecondWithFpn(64, (3, 5, 5), (64, 128, 256), (2, 2, 2), (128, 128, 128), (0.5, 1, 2))
+    pillars = SecondWithFpn(64, SecondConfig())
     assert pillars.out_channels == 384 and pillars.stride == 4
     assert pillars.eval()(torch.zeros(1, 64, 32, 24)).shape == (1, 384, 8, 6)
-    assert [len(stage) for stage in pillars.backbone.stages] == [4, 6, 6]
-    decoder = SecondWithFpn(256, (5, 5), (128, 256), (1, 2), (256, 256), (1, 2))
+    assert [len(stage) for stage in pillars.backbone["stages"]] == [4, 6, 6]
+    decoder = SecondWithFpn(256, DecoderConfig())
     assert decoder.out_channels == 512 and decoder.stride == 1
     # As BEVFusion's config counts them: 3x3 convolutions, (transposed) convolutions of the pyramid, norms.
     convs = 9 * (256 * 128 + 5 * 128**2 + 128 * 256 + 5 * 256**2) + 128 * 256 + 4 * 256 * 256
     norms = 2 * (6 * 128 + 6 * 256 + 2 * 256)
     assert sum(p.numel() for p in decoder.parameters()) == convs + norms
     with pytest.raises(ValueError, match="different sizes"):
-        SecondWithFpn(8, (1, 1), (8, 8), (2, 2), (8, 8), (1, 1))
+        SecondWithFpn(
+            8, SecondConfig(layers=[1, 1], widths=[8, 8], strides=[2, 2], fpn_widths=[8, 8], ups=[1.0, 1.0])
+        )
 
 
 def test_fuser_and_projectors() -> None:

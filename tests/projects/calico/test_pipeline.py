@@ -17,7 +17,6 @@ from projects.calico.build import chosen, items_of, job
 from projects.calico.config import CalicoConfig, SceneDataConfig
 from projects.calico.frames import open_frames
 from projects.calico.geometry import Grid, in_image, lidar_augmentation, points_in_boxes, project, transform
-from projects.calico.model_config import TOY
 from projects.calico.pipeline import (
     ContrastPipeline,
     LabelledPipeline,
@@ -31,6 +30,7 @@ from projects.calico.region_cache import build as build_regions
 from projects.calico.regions import RegionCache, preset_of
 from projects.calico.scenes import Camera, Frame, Labels
 from projects.calico.synthdrive import generate
+from tests.projects.calico.toy import TOY_MODEL as TOY
 from tests.projects.calico.toy import load, scenes
 from vlmkd.data.samples import RawSample
 from vlmkd.errors import UserError

@@ -39,3 +39,6 @@ def arguments(data: Path, *parts: str, **fields: Any) -> list[str]:
 def load(data: Path, *parts: str, **fields: Any) -> CalicoConfig:
     """The config of such a command."""
     return config.load(CalicoConfig, arguments(data, *parts, **fields))
+
+
+TOY_MODEL = load(ROOT, "prc").model
