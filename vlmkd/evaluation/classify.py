@@ -21,7 +21,7 @@ from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.predictors import DualEncoder, ImageClassifier
 from vlmkd.results import UNREADABLE, share
 
-TOP_K = 5
+_TOP_K = 5
 WORST = 24
 """Mistakes that are kept for the report."""
 
@@ -118,7 +118,7 @@ class Classification:
         [B,4] in fp32, which holds class numbers exactly.
         """
         labels = torch.tensor([self.items[index].label for index in indices.tolist()], dtype=torch.long)
-        order = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
+        order = logits.topk(min(_TOP_K, logits.shape[1]), dim=1).indices
         predicted = order[:, 0]
         probability = logits.softmax(dim=1).gather(1, order[:, :1])[:, 0]
         first_in_group = torch.zeros(len(labels), dtype=torch.bool)
@@ -136,7 +136,7 @@ class Classification:
         right = predicted == labels
         per_class = _by_group(right, labels, count)
         metrics = {"top1": int(right.sum()) / len(items)}
-        if count > TOP_K:
+        if count > _TOP_K:
             metrics["top5"] = int(in_top.sum()) / len(items)
         metrics["mean_per_class"] = fmean(hits / seen for hits, seen in per_class if seen)
         per_group: dict[str, list[int]] = {}
