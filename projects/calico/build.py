@@ -79,11 +79,7 @@ def task_of(cfg: CalicoConfig) -> CalicoTask:
 
 
 def chosen(cfg: CalicoConfig, frames: Frames) -> tuple[list[int], tuple[str, ...]]:
-    """Indices of the frames that are trained on, and their drives in order.
-
-    Raises:
-        UserError: a list of drives that the data set does not have.
-    """
+    """Indices of the frames that are trained on, and their drives in order."""
     of_frame = scenes_of(frames)
     there = tuple(dict.fromkeys(of_frame))
     scenes = fraction(there, cfg.data.fraction)

@@ -62,11 +62,7 @@ def parser(text: str) -> argparse.ArgumentParser:
 
 
 def finished(args: argparse.Namespace) -> Finished:
-    """The model of the options' run.
-
-    Raises:
-        UserError: the run is not finished, or was not fine-tuned.
-    """
+    """The model of the options' run."""
     run: Path = args.run
     if not (run / "done.json").is_file():
         raise UserError(f"{run} is no finished run; name the folder of one (it has done.json)")

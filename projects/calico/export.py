@@ -47,11 +47,7 @@ def export(
 
 
 def load(folder: Path) -> BevModel:
-    """The model of an export, on the CPU, in eval mode.
-
-    Raises:
-        UserError: no export, or weights of another model than its config's.
-    """
+    """The model of an export, on the CPU, in eval mode."""
     if not (folder / MODEL).is_file():
         raise UserError(f"{folder} is no export of CALICO: it has no {MODEL}; name RUN/export")
     cfg = config.load(ModelConfig, [str(folder / MODEL)])

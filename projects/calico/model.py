@@ -152,9 +152,6 @@ def load_pretrained(model: BevModel, path: Path, name: Branch) -> str:
 
     Returns how many tensors were loaded, and which of the branch's the file lacks (they stay as they were) or has beside
     them.
-
-    Raises:
-        UserError: no file of ours, other channels than the model's, a tensor of another shape, or none that matches.
     """
     branch = model.lidar if name == "lidar" else model.camera
     if branch is None:

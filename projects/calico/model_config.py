@@ -54,15 +54,15 @@ class LidarConfig(SecondConfig):
     """The LiDAR branch: points to the map that PRC trains and RAD teaches."""
 
     encoder: Literal["pillars", "voxels", "none"] = "pillars"
-    """`pillars` and SECOND, `voxels` and sparse convolutions, or `none` for a model that sees images only."""
+    """`pillars` and SECOND, `voxels` and sparse convolutions, or `none`: images only."""
     cell: Three = listed(0.2, 0.2, 8.0)
     """Metres of a pillar (as high as the grid) or a voxel; the paper's voxels are 0.075, 0.075, 0.2."""
     channels: Widths = listed(64, 64)
-    """Of the pillars' layers; of voxels the first stage's, which doubles from stage to stage, and the last layer's."""
+    """Of the pillars' layers; of voxels the first stage's, which later ones double, and the last layer's."""
     mode: Literal["dynamic", "hard"] = "dynamic"
     """Pillars: all points, or capped and padded as released weights expect."""
     max_points: Count = 0
-    """Points of a voxel that are averaged, the first so many (BEVFusion: 10), or of a hard pillar (20); 0: all."""
+    """First points of a voxel that are averaged (BEVFusion: 10), or of a hard pillar (20); 0: all."""
     backend: Literal["torch", "spconv"] = "torch"
     """What convolves voxels."""
 
@@ -76,7 +76,7 @@ class CameraConfig:
     """The camera branch: images to a map of the same cells."""
 
     encoder: str = "swin_tiny_patch4_window7_224"
-    """A timm model, `tiny` for the toy world's, or `none` for a model that sees points only."""
+    """A timm model, `tiny` (the toy world's), or `none`: points only."""
     pretrained: bool = True
     """Start from timm's ImageNet weights."""
     stages: Layers = listed(1, 2, 3)
@@ -106,7 +106,7 @@ class CameraConfig:
     rounding: Literal["floor", "trunc"] = "floor"
     """`trunc` repeats BEVFusion's cells for released weights."""
     deterministic: bool = False
-    """Sum cells so that a GPU gives the same to the last bit on every run."""
+    """Sum cells the same to the last bit on every run of a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ class ModelConfig:
     range: Bounds = listed(-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
     """Where points count and boxes are found."""
     norm_momentum: BelowOne = 0.01
-    """How fast BatchNorm's statistics of the LiDAR branch and the decoder follow (BEVFusion's; short runs need 0.1)."""
+    """Of BatchNorm in the LiDAR branch and the decoder (BEVFusion's; short runs need 0.1)."""
     classes: list[str] = listed(*"+".join(TASKS).split("+"))
     """Of boxes, in the order of their labels."""
     map_classes: list[str] = listed(*LAYERS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vlmkd.files import read_object, write_text
 from vlmkd.results import Meaning, share
 
 Floats = NDArray[np.floating[Any]]
+Rows = NDArray[np.int64]
 ATTRIBUTES = (
     "pedestrian.moving", "pedestrian.sitting_lying_down", "pedestrian.standing", "cycle.with_rider",
     "cycle.without_rider", "vehicle.moving", "vehicle.parked", "vehicle.stopped",
@@ -209,9 +210,13 @@ def _score_class(predictions: Boxes, truth: Boxes, distances: Sequence[float], n
     predictions, truth = (boxes.pick(boxes.name == name) for boxes in (predictions, truth))
     # By falling score; of equal scores the last of the file comes first, as in the devkit.
     predictions = predictions.pick(np.lexsort((np.arange(len(predictions)), predictions.score))[::-1])
-    found = _match(predictions, truth, distances)
+
+    def apart(rows: Rows, targets: Rows) -> Floats:
+        offset = predictions.box[rows, None, :2] - truth.box[targets, :2]
+        return np.hypot(offset[..., 0], offset[..., 1])
+
     ap, errors = {}, dict.fromkeys(ERRORS, 1.0)
-    for distance, matched in zip(distances, found, strict=True):
+    for distance, matched in zip(distances, match(predictions, truth, apart, distances), strict=True):
         curve, confidence = _curves(matched >= 0, predictions.score, len(truth))
         ap[distance] = float(np.clip(curve[_FIRST:] - _MIN_PRECISION, 0, None).mean() / (1 - _MIN_PRECISION))
         reached = np.flatnonzero(confidence).max(initial=0)
@@ -225,20 +230,22 @@ def _score_class(predictions: Boxes, truth: Boxes, distances: Sequence[float], n
     return ClassScores(ap, errors, len(truth), len(predictions))
 
 
-def _match(predictions: Boxes, truth: Boxes, distances: Sequence[float]) -> NDArray[np.int64]:
-    """[T,P]: the true box that each prediction, in their order, takes; -1: none.
+def match(
+    own: Boxes, true: Boxes, apart: Callable[[Rows, Rows], Floats], limits: Sequence[float]
+) -> NDArray[np.int64]:
+    """[T,P], for each limit: the true box that each prediction, in their order, takes; -1: none.
 
-    A prediction takes the nearest box of its sample that is still free, or none when that one is too far.
+    It is the nearest of its sample that is still free, or none when that one is too far. `apart` gives the distances of
+    rows of predictions from rows of true boxes.
     """
-    found = np.full((len(distances), len(predictions)), -1)
-    own = by_sample(predictions.sample)
-    for sample, targets in by_sample(truth.sample).items():
-        rows = own.get(sample, np.empty(0, np.int64))
-        offset = predictions.box[rows, None, :2] - truth.box[targets, :2]
-        apart = np.hypot(offset[..., 0], offset[..., 1])
-        for number, limit in enumerate(distances):
-            free = apart.copy()
-            for row in np.flatnonzero((apart < limit).any(1)):
+    found = np.full((len(limits), len(own)), -1)
+    rows_of = _by_sample(own.sample)
+    for sample, targets in _by_sample(true.sample).items():
+        rows = rows_of.get(sample, np.empty(0, np.int64))
+        distance = apart(rows, targets)
+        for number, limit in enumerate(limits):
+            free = distance.copy()
+            for row in np.flatnonzero((distance < limit).any(1)):
                 nearest = free[row].argmin()
                 if free[row, nearest] < limit:
                     found[number, rows[row]] = targets[nearest]
@@ -246,7 +253,7 @@ def _match(predictions: Boxes, truth: Boxes, distances: Sequence[float]) -> NDAr
     return found
 
 
-def by_sample(samples: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+def _by_sample(samples: Rows) -> dict[int, Rows]:
     """Sample -> its rows, in order."""
     order = np.argsort(samples, kind="stable")
     names, first = np.unique(samples[order], return_index=True)
@@ -314,11 +321,7 @@ def write_submission(
 
 
 def read_submission(path: Path, tokens: Sequence[str]) -> Boxes:
-    """The predictions of a results file for the samples `tokens`, in the file's order.
-
-    Raises:
-        UserError: a sample that is missing or unknown, too many boxes, or a box that the format does not permit.
-    """
+    """The predictions of a results file for the samples `tokens`, in the file's order."""
     what, content = f"results file {path}", read_object(path, "results file")
     results = content.get("results")
     if not isinstance(results, dict) or not isinstance(content.get("meta"), dict):

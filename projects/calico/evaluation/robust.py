@@ -178,9 +178,6 @@ def plan_attack(frame: Frame, known: Sequence[Trace], points: int) -> Trace | No
 
     A black-box attack: it asks no model, so all models meet the same. The points are turned about the sensor and pushed along
     the ground, and those within a window of 10 degrees are shown.
-
-    Raises:
-        UserError: no trace of so few points.
     """
     fit = [trace for trace in known if len(trace.points) <= points]
     fit = [trace for trace in fit if trace.token != frame.token] or fit

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from projects.calico.evaluation.detection import Boxes, Floats, by_sample
+from projects.calico.evaluation.detection import Boxes, Floats, Rows, match
 from projects.calico.networks.boxes import overlaps
 from vlmkd.results import share
 
@@ -40,7 +41,7 @@ def evaluate(predictions: Boxes, truth: Boxes, overlap: Mapping[str, float] = OV
         own = own.pick(np.argsort(-own.score, kind="stable"))
         hard = (true.attribute == HARD) | (true.num_points <= 5)
         for level, asked in (("l1", ~hard), ("l2", np.ones(len(true), bool))):
-            matched = _match(own, true, least, asked)
+            (matched,) = match(own, true, partial(_apart, own, true, least, asked), [0.0])
             right = matched >= 0
             counted, turn = np.ones(len(own), bool), np.zeros(len(own))
             counted[right] = asked[matched[right]]
@@ -51,21 +52,13 @@ def evaluate(predictions: Boxes, truth: Boxes, overlap: Mapping[str, float] = OV
     return found | {mean: float(np.mean([found[f"{name}_{mean}"] for name in overlap])) for mean in MEANINGS}
 
 
-def _match(own: Boxes, true: Boxes, least: float, asked: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """[P]: the true box of each prediction, -1 for none. Boxes that are asked for are taken before others."""
-    found = np.full(len(own), -1)
-    rows_of = by_sample(own.sample)
-    for sample, targets in by_sample(true.sample).items():
-        rows = rows_of.get(sample, np.empty(0, np.int64))
-        said, there = (torch.from_numpy(boxes) for boxes in (own.box[rows], true.box[targets]))
-        common = overlaps(said, there, height=True).numpy()
-        value = np.where(common >= least, common + asked[targets], 0.0)
-        for row, line in zip(rows, value, strict=True):
-            best = line.argmax()
-            if line[best] > 0:
-                found[row] = targets[best]
-                value[:, best] = 0
-    return found
+def _apart(
+    own: Boxes, true: Boxes, least: float, asked: NDArray[np.bool_], rows: Rows, targets: Rows
+) -> Floats:
+    """Below 0 for boxes that overlap enough; those that are asked for are taken before others."""
+    said, there = torch.from_numpy(own.box[rows]), torch.from_numpy(true.box[targets])
+    common = overlaps(said, there, height=True).numpy()
+    return -np.where(common >= least, common + asked[targets], 0.0)
 
 
 def _area(value: Floats | NDArray[np.bool_], asked: int) -> float:

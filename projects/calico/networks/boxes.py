@@ -1,7 +1,6 @@
 """What the detection heads share: the code of a box, heat maps, overlaps of turned boxes, suppression, losses.
 
-Letters: B frames, k, m boxes, p pairs of boxes, C classes, X, Y cells of the head's map. Boxes are
-(x, y, z, l, w, h, yaw, vx, vy); a velocity that is not known is NaN.
+Boxes are (x, y, z, l, w, h, yaw, vx, vy); a velocity that is not known is NaN.
 """
 
 from __future__ import annotations

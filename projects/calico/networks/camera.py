@@ -1,7 +1,4 @@
-"""Image backbones and the pyramid of LSS.
-
-Letters: I images (frames times cameras), C channels, H, W rows and columns of an image, h, w of a feature map.
-"""
+"""Image backbones and the pyramid of LSS."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""CenterPoint's head (Yin et al. 2021): boxes as peaks of a heat map.
-
-Letters: B frames, C channels or classes of a task, k boxes, X, Y cells.
-"""
+"""CenterPoint's head (Yin et al. 2021): boxes as peaks of a heat map."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Camera and LiDAR maps to one, and the projectors of the contrastive stages.
-
-Letters: B frames, n points, k boxes, C channels, D width of a projected vector, X, Y cells.
-"""
+"""Camera and LiDAR maps to one, and the projectors of the contrastive stages."""
 
 from __future__ import annotations
 

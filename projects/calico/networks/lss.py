@@ -1,8 +1,4 @@
-"""Lift, splat, shoot: image features to a bird's-eye map by a depth distribution (Philion and Fidler 2020).
-
-Letters: B frames, V cameras, P pixels of all feature maps together, D depth bins, C channels, h, w rows and columns of a
-feature map, H, W of an image, X, Y cells, n points.
-"""
+"""Lift, splat, shoot: image features to a bird's-eye map by a depth distribution (Philion and Fidler 2020)."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ _BINS_AT_ONCE = 2**25
 
 
 class LidarInput(NamedTuple):
-    """Points [n, F] of a batch (x, y, z, intensity, time lag) in the frame of the map, and which of B frames [n] they are of."""
+    """Points [n, 5] of a batch (x, y, z, intensity, time lag) on the augmented map, and which of B frames [n] they are of."""
 
     points: Tensor
     frame: Tensor
@@ -105,7 +101,6 @@ class LSSTransform(nn.Module):
         # Not a buffer, which a run in half precision would round.
         self.frustum = frustum(cfg.image_size, features, cfg.depth, cfg.pixel_grid)
         outputs = len(self.frustum) + channels
-        self.depth_in: nn.Module | None = None
         self.depth_in: nn.Module | None = None
         if cfg.view == "lss":
             self.depth_net: nn.Module = nn.Conv2d(inputs, outputs, 1)

@@ -1,7 +1,4 @@
-"""Blocks that several networks share.
-
-Letters: B frames, C channels, X, Y cells, n rows (points, pillars or voxels of all frames together).
-"""
+"""Blocks that several networks share."""
 
 from __future__ import annotations
 

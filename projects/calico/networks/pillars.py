@@ -1,7 +1,4 @@
-"""Points to a bird's-eye map by pillars, straight into the dense canvas (docs/papers/calico.md; Lang et al. 2019).
-
-Letters: B frames, n points of all frames together, F numbers of a point, C channels, X, Y cells.
-"""
+"""Points to a bird's-eye map by pillars, straight into the dense canvas (docs/papers/calico.md; Lang et al. 2019)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""SECOND's two-dimensional backbone and its pyramid (Yan et al. 2018), as in BEVFusion.
-
-Letters: B frames, C channels, X, Y cells.
-"""
+"""SECOND's two-dimensional backbone and its pyramid (Yan et al. 2018), as in BEVFusion."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Map segmentation: a bird's-eye map resampled to the label's cells, convolutions, one logit per class.
-
-Letters: B frames, C channels, M classes of the map, X, Y cells of the label.
-"""
+"""Map segmentation: a bird's-eye map resampled to the label's cells, convolutions, one logit per class."""
 
 from __future__ import annotations
 

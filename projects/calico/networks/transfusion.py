@@ -1,7 +1,4 @@
-"""TransFusion's head (Bai et al. 2022), as in BEVFusion: queries from the peaks of a heat map, one decoder layer.
-
-Letters: B frames, C channels or classes, Q queries, k boxes, X, Y cells.
-"""
+"""TransFusion's head (Bai et al. 2022), as in BEVFusion: queries from the peaks of a heat map, one decoder layer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""SECOND's sparse convolutions over voxels, in plain PyTorch; spconv behind the same function where it is installed.
-
-Letters: B frames, n occupied voxels (or points) of all frames together, C channels, X, Y, Z voxels, K places of a kernel.
-"""
+"""SECOND's sparse convolutions over voxels, in plain PyTorch; spconv behind the same function where it is installed."""
 
 from __future__ import annotations
 
@@ -106,6 +103,8 @@ def pairs(
 class SparseConv(nn.Module):
     """Convolution of the occupied voxels, BatchNorm over them, ReLU (which `relu=False` leaves to the caller)."""
 
+    backend = "torch"
+
     def __init__(
         self,
         inputs: int,
@@ -114,10 +113,9 @@ class SparseConv(nn.Module):
         stride: Three = ONE,
         padding: Three = ONE,
         relu: bool = True,
-        backend: str = "torch",
     ) -> None:
         super().__init__()
-        self.shape, self.relu, self.backend = (kernel, stride, padding), relu, backend
+        self.shape, self.relu = (kernel, stride, padding), relu
         places = math.prod(kernel)  # in the order x, y, z
         self.weight = nn.Parameter(torch.randn(places, inputs, outputs) * (2 / (places * inputs)) ** 0.5)
         self.norm = RowNorm(outputs, BN_EPS)
@@ -159,10 +157,9 @@ class SparseConv(nn.Module):
 class SparseBlock(nn.Module):
     """Two submanifold convolutions and the way around them."""
 
-    def __init__(self, channels: int, backend: str = "torch") -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = SparseConv(channels, channels, backend=backend)
-        self.second = SparseConv(channels, channels, relu=False, backend=backend)
+        self.first, self.second = SparseConv(channels, channels), SparseConv(channels, channels, relu=False)
 
     def forward(self, given: SparseMap) -> SparseMap:
         out = self.second(self.first(given))
@@ -180,22 +177,24 @@ class VoxelEncoder(nn.Module):
         super().__init__()
         self.grid, self.max_points, self.stride = grid, cfg.max_points, 8
         width, last = cfg.channels
-        layers: list[nn.Module] = [SparseConv(POINT, width, backend=cfg.backend)]
+        layers: list[nn.Module] = [SparseConv(POINT, width)]
         depth = grid.shape[2] + 1
         for stage in range(4):
-            layers += [SparseBlock(width, cfg.backend) for _ in range(2)]
+            layers += [SparseBlock(width), SparseBlock(width)]
             if stage < 3:
                 high = (
                     0 if stage == 2 else 1
                 )  # the third stage of the released encoder has no padding along z
-                down = SparseConv(width, 2 * width, (3, 3, 3), (2, 2, 2), (1, 1, high), backend=cfg.backend)
-                layers.append(down)
+                layers.append(SparseConv(width, 2 * width, (3, 3, 3), (2, 2, 2), (1, 1, high)))
                 width, depth = 2 * width, (depth + 2 * high - 3) // 2 + 1
-        layers.append(SparseConv(width, last, (1, 1, 3), (1, 1, 2), (0, 0, 0), backend=cfg.backend))
+        layers.append(SparseConv(width, last, (1, 1, 3), (1, 1, 2), (0, 0, 0)))
         depth = (depth - 3) // 2 + 1
         if depth < 1:
             raise ValueError(f"{grid} has {grid.shape[2]} cells along z, too few for 4 stages")
         self.layers, self.out_channels = nn.Sequential(*layers), last * depth
+        for layer in self.modules():
+            if isinstance(layer, SparseConv):
+                layer.backend = cfg.backend
 
     def forward(self, points: Tensor, frame: Tensor, frames: int) -> Tensor:
         """`points` [n, F] start with x, y, z; `frame` int64 [n] is which of the `frames` each belongs to."""
