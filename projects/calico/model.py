@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from projects.calico.geometry import Grid
 from projects.calico.model_config import POINT, CameraConfig, LidarConfig, ModelConfig
-from projects.calico.networks.camera import LssFpn, TimmBackbone, TinyBackbone
-from projects.calico.networks.center import CenterHead
 from projects.calico.networks.fuser import ConvFuser
-from projects.calico.networks.lss import CameraInput, LidarInput, LSSTransform
-from projects.calico.networks.pillars import PillarEncoder
-from projects.calico.networks.second import SecondWithFpn
-from projects.calico.networks.seg import SegHead
-from projects.calico.networks.transfusion import TransFusionHead
-from projects.calico.networks.voxels import VoxelEncoder
+from projects.calico.networks.heads import CenterHead, SegHead, TransFusionHead
+from projects.calico.networks.lidar import PillarEncoder, VoxelEncoder
+from projects.calico.networks.lss import (
+    CameraInput,
+    LidarInput,
+    LssFpn,
+    LSSTransform,
+    TimmBackbone,
+    TinyBackbone,
+)
+from projects.calico.networks.parts import SecondWithFpn
 from vlmkd.config import require
 from vlmkd.errors import UserError
 from vlmkd.export.folder import write_tensors

@@ -345,10 +345,7 @@ def read_submission(path: Path, tokens: Sequence[str]) -> Boxes:
 
 
 _LENGTHS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2, "detection_score": 1}
-_NAMES = {
-    "detection_name": ("class", tuple(NUSCENES)),
-    "attribute_name": ("attribute", ("", *ATTRIBUTES)),
-}
+_NAMES = {"detection_name": ("class", tuple(NUSCENES)), "attribute_name": ("attribute", ("", *ATTRIBUTES))}
 
 
 def _read_box(box: Any, token: str, where: str) -> tuple[list[float], str, float, str]:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from projects.calico.geometry import Grid, image_augmentation, lidar_augmentation, project
 from projects.calico.model_config import CameraConfig
-from projects.calico.networks.camera import LssFpn, TimmBackbone, TinyBackbone
 from projects.calico.networks.lss import (
     CameraInput,
     LidarInput,
+    LssFpn,
     LSSTransform,
+    TimmBackbone,
+    TinyBackbone,
     bev_pool,
     depth_images,
 )

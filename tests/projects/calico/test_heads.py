@@ -15,7 +15,7 @@ from torch import Tensor
 
 from projects.calico.geometry import Grid, box_corners, wrap_yaw
 from projects.calico.model_config import TASKS, HeadConfig
-from projects.calico.networks import transfusion
+from projects.calico.networks import heads
 from projects.calico.networks.boxes import (
     circle_nms,
     code_loss,
@@ -28,9 +28,7 @@ from projects.calico.networks.boxes import (
     overlaps,
     rotated_nms,
 )
-from projects.calico.networks.center import CenterHead, TaskOutput
-from projects.calico.networks.seg import SegHead
-from projects.calico.networks.transfusion import QueryOutput, TransFusionHead
+from projects.calico.networks.heads import CenterHead, QueryOutput, SegHead, TaskOutput, TransFusionHead
 from vlmkd.errors import UserError
 
 GRID = Grid((-12.8, -9.6, -5.0), (12.8, 9.6, 3.0), (0.8, 0.8, 8.0))
@@ -298,7 +296,7 @@ def test_center_heads_are_checked() -> None:
 def test_a_head_learns_one_frame(kind: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A map that tells where the boxes are: after a minute's fraction the head gives them back."""
     torch.manual_seed(0)
-    monkeypatch.setattr(transfusion, "DROPOUT", 0.0)
+    monkeypatch.setattr(heads, "DROPOUT", 0.0)
     head = kind(8, GRID, CLASSES, HeadConfig(**fields))
     given, labels = apart(5), torch.tensor([1, 1, 2, 0, 4])
     bev = torch.randn(1, 8, *GRID.shape[:2])

@@ -11,12 +11,21 @@ from torch import Tensor, nn
 
 from projects.calico.geometry import Grid
 from projects.calico.model_config import DecoderConfig, LidarConfig, SecondConfig
-from projects.calico.networks import pillars as pillar_module
+from projects.calico.networks import lidar as lidar_networks
 from projects.calico.networks.fuser import BoxProjector, ConvFuser, PointProjector, region_boxes
-from projects.calico.networks.parts import RowNorm
-from projects.calico.networks.pillars import PillarEncoder, place_in_group, scatter_max, scatter_mean
-from projects.calico.networks.second import SecondWithFpn
-from projects.calico.networks.voxels import SparseBlock, SparseConv, SparseMap, VoxelEncoder, pairs, voxelise
+from projects.calico.networks.lidar import (
+    PillarEncoder,
+    SparseBlock,
+    SparseConv,
+    SparseMap,
+    VoxelEncoder,
+    pairs,
+    place_in_group,
+    scatter_max,
+    scatter_mean,
+    voxelise,
+)
+from projects.calico.networks.parts import RowNorm, SecondWithFpn
 
 GRID = Grid((-4.0, -2.0, -3.0), (4.0, 2.0, 1.0), (0.5, 0.5, 4.0))
 
@@ -98,7 +107,7 @@ def test_pillars_do_not_know_the_order_of_points_nor_those_outside() -> None:
 
 
 def test_hard_pillars_pad_the_statistics_and_keep_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pillar_module, "MOST_PILLARS", (2, 99))
+    monkeypatch.setattr(lidar_networks, "MOST_PILLARS", (2, 99))
     encoder = PillarEncoder(GRID, LidarConfig(channels=[8], mode="hard", max_points=3))
     xyz = torch.tensor([[0.1, 0.1, 0.0]] * 5 + [[1.1, 0.1, 0.0]] + [[2.1, 0.1, 0.0]] * 2)
     points = torch.cat([xyz, torch.arange(8.0)[:, None], torch.zeros(8, 1)], 1)
