@@ -15,9 +15,8 @@ from projects.calico.evaluation.frames import scene_evaluation
 from projects.calico.frames import open_frames
 from projects.calico.model import BevModel, load_pretrained
 from projects.calico.networks.parts import share_norms
-from projects.calico.pipeline import ContrastPipeline, LabelledPipeline, SceneItem, scenes_of
+from projects.calico.pipeline import ContrastPipeline, LabelledPipeline, SceneItem
 from projects.calico.pretraining import WEIGHTS, PretrainStudent, Teacher
-from projects.calico.readers.nuscenes import NuScenesFrames
 from projects.calico.scenes import Frames
 from projects.calico.splits import digest, fraction, read_scenes
 from projects.calico.task import CalicoTask, FinetuneTask, PretrainTask
@@ -80,7 +79,7 @@ def task_of(cfg: CalicoConfig) -> CalicoTask:
 
 def chosen(cfg: CalicoConfig, frames: Frames) -> tuple[list[int], tuple[str, ...]]:
     """Indices of the frames that are trained on, and their drives in order."""
-    of_frame = scenes_of(frames)
+    of_frame = frames.scenes
     there = tuple(dict.fromkeys(of_frame))
     scenes = fraction(there, cfg.data.fraction)
     if cfg.data.split_file:
@@ -96,7 +95,8 @@ def items_of(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> list[
     """What an epoch draws: each frame once, or with data.balance as often as its classes ask for."""
     if not cfg.data.balance:
         return [SceneItem(frames.tokens[index], index) for index in indices]
-    places = balanced([_names(cfg, frames, index) for index in indices], cfg.seed)
+    known = [[name for name in frames.classes(index) if name in cfg.model.classes] for index in indices]
+    places = balanced(known, cfg.seed)
     log.info("an epoch has %d frames, drawn by class from %d", len(places), len(indices))
     times: Counter[int] = Counter()
     items = []
@@ -104,17 +104,6 @@ def items_of(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> list[
         times[index] += 1
         items.append(SceneItem(f"{frames.tokens[index]}#{times[index]}", index))
     return items
-
-
-def _names(cfg: CalicoConfig, frames: Frames, index: int) -> list[str]:
-    """Classes of a frame that the model knows."""
-    names: Sequence[str]
-    if isinstance(frames, NuScenesFrames) and hasattr(frames.records, "entries"):
-        names = frames.records.entries[index].names
-    else:
-        labels = frames.read(index, labels=True, cameras=False).labels
-        names = () if labels is None else labels.names
-    return [name for name in names if name in cfg.model.classes]
 
 
 def paste_database(

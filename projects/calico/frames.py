@@ -7,7 +7,7 @@ from pathlib import Path
 from projects.calico.readers.argoverse import ArgoverseFrames
 from projects.calico.readers.kitti import KittiFrames
 from projects.calico.readers.mmdet3d import nuscenes_frames
-from projects.calico.readers.nuscenes import NuScenesFrames
+from projects.calico.readers.nuscenes import Infos, NuScenesFrames
 from projects.calico.readers.waymo import WaymoFrames
 from projects.calico.scenes import Frames
 from projects.calico.synthdrive import SynthdriveFrames
@@ -17,11 +17,7 @@ from vlmkd.errors import UserError
 def open_frames(path: Path, root: Path | None = None, *, sweeps: int = 9) -> Frames:
     """The frames of a folder or of an info file, whose paths are below `root` (else beside it).
 
-    `sweeps`: past ones of a nuScenes frame; synthdrive gives those that it was written with, other data sets the key
-    sweep alone.
-
-    Raises:
-        UserError: it is none of those that there are readers for.
+    `sweeps`: past ones of a nuScenes frame; synthdrive gives those that it was written with, others the key sweep alone.
     """
     if (path / "synthdrive.json").is_file():
         return SynthdriveFrames.open(path)
@@ -32,7 +28,7 @@ def open_frames(path: Path, root: Path | None = None, *, sweeps: int = 9) -> Fra
     if (path / "vehicle_pose").is_dir():
         return WaymoFrames.of_folder(path)
     if path.suffix == ".jsonl":
-        return NuScenesFrames.of_info(path, root or path.parent, sweeps)
+        return NuScenesFrames(Infos(path), root or path.parent, sweeps)
     info = path if path.suffix in (".json", ".pkl") else path / "info.json"
     if info.is_file():
         return nuscenes_frames(info, root, sweeps) or KittiFrames.of_info(info)

@@ -1,4 +1,4 @@
-"""Vector maps drawn into bird's-eye cells: nuScenes' map expansion, and polygons and lines of other data sets.
+"""Vector maps drawn into bird's-eye cells: nuScenes' map expansion, and Argoverse 2's.
 
 A cell belongs to an area when its centre does (even-odd rule); that is exact, where drawing tools round corners to whole
 pixels. Letters: M layers, X, Y cells.
@@ -7,9 +7,8 @@ pixels. Letters: M layers, X, Y cells.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,11 @@ from vlmkd.files import read_object
 Floats = NDArray[np.float64]
 LAYERS = ("drivable_area", "ped_crossing", "walkway", "stop_line", "carpark_area", "divider")
 LOCATIONS = ("boston-seaport", "singapore-hollandvillage", "singapore-onenorth", "singapore-queenstown")
-_LINES = ("road_divider", "lane_divider")
 _LINE_WIDTH = 3.0
 """Cells: so wide the devkit draws dividers."""
 
 
-@dataclass(frozen=True)
-class VectorMap:
+class VectorMap(NamedTuple):
     """Areas and lines in the world, metres."""
 
     areas: Mapping[str, Sequence[Sequence[Floats]]]
@@ -54,17 +51,14 @@ def read_map(root: Path, location: str) -> VectorMap:
     Raises:
         UserError: the file is missing, of a version before 1.3, or names a node or polygon that it lacks.
     """
-    if missing := missing_maps(root):
-        if map_file(root, location).relative_to(root).as_posix() in missing:
-            raise UserError(
-                f"map segmentation needs {', '.join(missing)} below {root}; fetch nuScenes' map expansion (v1.3) into maps/expansion"
-            )
     path = map_file(root, location)
+    if not path.is_file():
+        told = f"map segmentation needs {', '.join(missing_maps(root))} below {root}"
+        raise UserError(f"{told}; fetch nuScenes' map expansion (v1.3) into maps/expansion")
     content = read_object(path, "vector map")
-    if str(content.get("version", "1.0")) < "1.3":
-        raise UserError(
-            f"vector map {path} is of version {content.get('version', '1.0')}; fetch map expansion v1.3"
-        )
+    version = content.get("version", "1.0")
+    if str(version) < "1.3":
+        raise UserError(f"vector map {path} is of version {version}; fetch map expansion v1.3")
     try:
         node = {one["token"]: (one["x"], one["y"]) for one in content["node"]}
         polygon = {one["token"]: one for one in content["polygon"]}
@@ -74,11 +68,8 @@ def read_map(root: Path, location: str) -> VectorMap:
             return np.array([node[token] for token in tokens], np.float64).reshape(-1, 2)
 
         def area(token: str) -> list[Floats]:
-            one = polygon[token]
-            return [
-                ring(tokens)
-                for tokens in (one["exterior_node_tokens"], *(hole["node_tokens"] for hole in one["holes"]))
-            ]
+            holes = [hole["node_tokens"] for hole in polygon[token]["holes"]]
+            return [ring(tokens) for tokens in (polygon[token]["exterior_node_tokens"], *holes)]
 
         areas = {
             layer: [
@@ -86,13 +77,28 @@ def read_map(root: Path, location: str) -> VectorMap:
                 for row in content[layer]
                 for token in (row["polygon_tokens"] if layer == "drivable_area" else [row["polygon_token"]])
             ]
-            for layer in LAYERS
-            if layer != "divider"
+            for layer in LAYERS[:-1]
         }
-        lines = [ring(line[row["line_token"]]) for layer in _LINES for row in content[layer]]
+        dividers = [*content["road_divider"], *content["lane_divider"]]
+        return VectorMap(areas, {"divider": [ring(line[row["line_token"]]) for row in dividers]})
     except (KeyError, TypeError) as error:
         raise UserError(f"vector map {path} lacks {error}; fetch the map expansion again") from None
-    return VectorMap(areas, {"divider": lines})
+
+
+def of_av2(content: Mapping[str, Any]) -> VectorMap:
+    """The drivable areas and crossings of an Argoverse 2 vector map, in city coordinates."""
+
+    def ring(points: Iterable[Mapping[str, float]]) -> list[Floats]:
+        return [np.array([(point["x"], point["y"]) for point in points], np.float64)]
+
+    areas, crossings = content["drivable_areas"].values(), content["pedestrian_crossings"].values()
+    return VectorMap(
+        {
+            "drivable_area": [ring(one["area_boundary"]) for one in areas],
+            "ped_crossing": [ring(one["edge1"] + one["edge2"][::-1]) for one in crossings],
+        },
+        {},
+    )
 
 
 def of_frame(
@@ -100,9 +106,8 @@ def of_frame(
 ) -> NDArray[np.bool_]:
     """[M,X,Y] in the cells of a frame, augmented by `lidar_aug` [4,4]; the ground is as high as the car stands."""
     to_bev = np.linalg.inv(frame.ego2global @ frame.lidar2ego)
-    return rasterise(
-        world, to_bev if lidar_aug is None else lidar_aug @ to_bev, grid, ground=float(frame.ego2global[2, 3])
-    )
+    to_bev = to_bev if lidar_aug is None else lidar_aug @ to_bev
+    return rasterise(world, to_bev, grid, ground=float(frame.ego2global[2, 3]))
 
 
 def rasterise(
@@ -145,13 +150,13 @@ def fill(rings: Sequence[Floats], shape: tuple[int, int]) -> NDArray[np.bool_]:
         for side in (np.minimum, np.maximum)
     )
     edge = np.repeat(np.arange(len(start)), high - low)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + low[edge]
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(high - low) - high, high - low)
     (x0, y0), (x1, y1) = start[edge].T, end[edge].T
     crossing = y0 + (row + 0.5 - x0) * (y1 - y0) / (x1 - x0)
     column = np.clip(np.ceil(crossing - 0.5), 0, shape[1]).astype(int)
-    width = shape[1] + 1
-    count = np.bincount(row * width + column, minlength=shape[0] * width).reshape(shape[0], width)
-    return np.cumsum(count, 1)[:, :-1] % 2 == 1
+    crossings = np.zeros((shape[0], shape[1] + 1), int)
+    np.add.at(crossings, (row, column), 1)
+    return np.cumsum(crossings, 1)[:, :-1] % 2 == 1
 
 
 def draw_line(mask: NDArray[np.bool_], line: Floats, reach: float) -> None:
@@ -159,27 +164,7 @@ def draw_line(mask: NDArray[np.bool_], line: Floats, reach: float) -> None:
     for start, end in zip(line[:-1], line[1:], strict=True):
         low = np.clip(np.floor(np.minimum(start, end) - reach), 0, mask.shape).astype(int)
         high = np.clip(np.ceil(np.maximum(start, end) + reach), 0, mask.shape).astype(int)
-        if (high <= low).any():
-            continue
         x, y = np.ogrid[low[0] : high[0], low[1] : high[1]]
         (dx, dy), px, py = end - start, x + 0.5 - start[0], y + 0.5 - start[1]
         along = np.clip((px * dx + py * dy) / max(dx * dx + dy * dy, 1e-12), 0, 1)
         mask[low[0] : high[0], low[1] : high[1]] |= np.hypot(px - along * dx, py - along * dy) <= reach
-
-
-def of_av2(content: Mapping[str, Any]) -> VectorMap:
-    """The drivable areas and crossings of an Argoverse 2 vector map, in city coordinates."""
-
-    def ring(points: Iterable[Mapping[str, float]]) -> Floats:
-        return np.array([(point["x"], point["y"]) for point in points], np.float64)
-
-    crossings = content["pedestrian_crossings"].values()
-    return VectorMap(
-        {
-            "drivable_area": [[ring(one["area_boundary"])] for one in content["drivable_areas"].values()],
-            "ped_crossing": [
-                [np.concatenate([ring(one["edge1"]), ring(one["edge2"])[::-1]])] for one in crossings
-            ],
-        },
-        {},
-    )

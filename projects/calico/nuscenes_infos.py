@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from projects.calico.maps import missing_maps
-from projects.calico.readers.nuscenes import Infos, Record, Tables, header, info_record
+from projects.calico.readers.nuscenes import Infos, Tables, header, info_record
 from projects.calico.splits import nuscenes_scenes
 from vlmkd.errors import UserError, at_least, run_tool
 
@@ -28,47 +28,36 @@ VERSIONS = dict(
 def build(root: Path, out: Path, version: str, split: str, *, sweeps: int = 10) -> Infos:
     """Write OUT and return what it holds."""
     tables = Tables(root, version)
-    scenes = tables.scenes()
-    wanted = nuscenes_scenes(split)
+    scenes, wanted = tables.scenes(), nuscenes_scenes(split)
     if missing := [name for name in wanted if name not in scenes]:
-        raise UserError(
-            f"{tables.folder} has {len(wanted) - len(missing)} of the {len(wanted)} scenes of {split}, not {missing[0]}; name the"
-            f" version of that split ({VERSIONS[split]})"
-        )
+        there = f"{len(wanted) - len(missing)} of the {len(wanted)} scenes of {split}, not {missing[0]}"
+        raise UserError(f"{tables.folder} has {there}; name the version of that split ({VERSIONS[split]})")
     samples = [sample for name in wanted for sample in scenes[name]]
     partial = out.with_name(f"{out.name}.partial")
-    first = json.dumps(header(version, split) | {"sweeps": sweeps})
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = _resume(partial, first)
-    line = tqdm(samples[done:], f"{version} {split}", initial=done, total=len(samples), mininterval=1)
+    # What an interrupted call with the same options wrote whole is kept; what it tore off is cut away.
+    first = json.dumps(header(version, split) | {"sweeps": sweeps}) + "\n"
+    content = partial.read_text("utf-8") if partial.is_file() else ""
+    whole = content[: content.rfind("\n") + 1]
+    whole = whole if whole.startswith(first) else first
+    partial.write_text(whole, "utf-8")
+    done = whole.count("\n") - 1
     with partial.open("a", encoding="utf-8") as file:
-        for sample in line:
-            file.write(
-                json.dumps(info_record(tables, sample, sweeps), separators=(",", ":"), allow_nan=False) + "\n"
-            )
+        for sample in tqdm(
+            samples[done:], f"{version} {split}", initial=done, total=len(samples), mininterval=1
+        ):
+            record = info_record(tables, sample, sweeps)
+            file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
     os.replace(partial, out)
     return Infos(out)
 
 
-def _resume(partial: Path, first: str) -> int:
-    """Records that an interrupted call with the same options wrote whole; what it tore off is cut away."""
-    content = partial.read_text("utf-8") if partial.is_file() else ""
-    whole = content[: content.rfind("\n") + 1]
-    if not whole.startswith(first + "\n"):
-        whole = first + "\n"
-    if whole != content:
-        partial.write_text(whole, "utf-8")
-    return whole.count("\n") - 1
-
-
 def missing_files(infos: Infos, root: Path) -> list[str]:
     """Sweeps and images that records name and the folder lacks."""
-
-    def files(record: Record) -> list[str]:
-        return [record["lidar"], *(one["path"] for one in (*record["sweeps"], *record["cams"].values()))]
-
-    line = tqdm(infos, "look for files", mininterval=1)
-    named = dict.fromkeys(file for record in line for file in files(record))
+    named: dict[str, None] = {}
+    for record in tqdm(infos, "look for files", mininterval=1):
+        readings = (*record["sweeps"], *record["cams"].values())
+        named |= dict.fromkeys([record["lidar"], *(one["path"] for one in readings)])
     return [file for file in named if not (root / file).is_file()]
 
 
@@ -86,13 +75,13 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     version = options.version or VERSIONS[options.split]
     infos = build(options.root, options.out, version, options.split, sweeps=options.sweeps)
-    print(f"{options.out}: {len(infos)} key frames of {len(infos.scenes)} scenes")
+    scenes = {entry.scene for entry in infos.entries}
+    print(f"{options.out}: {len(infos)} key frames of {len(scenes)} scenes")
     if options.no_check:
         return 0
     if missing := missing_files(infos, options.root):
-        raise UserError(
-            f"{len(missing)} files below {options.root} are missing, first {missing[0]}; fetch the archives that hold them"
-        )
+        told = f"{len(missing)} files below {options.root} are missing, first {missing[0]}"
+        raise UserError(f"{told}; fetch the archives that hold them")
     if absent := missing_maps(options.root, {entry.location for entry in infos.entries}):
         print(f"for map segmentation also fetch the map expansion (v1.3): {', '.join(absent)} missing")
     return 0

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -18,35 +18,11 @@ def each(
 ) -> list[Result]:
     """`job(number)` for each of the numbers, in order; `done` more were finished by an earlier call.
 
-    With more than one worker the job is pickled once for each: it is a `functools.partial` of a module's function.
+    With more than one worker the job is pickled: it is a `functools.partial` of a module's function.
     """
-    line = tqdm(
-        total=done + len(numbers), initial=done, desc=title, mininterval=1 if sys.stderr.isatty() else 10
-    )
-    found = []
+    shown = {"total": done + len(numbers), "initial": done, "mininterval": 1 if sys.stderr.isatty() else 10}
     if workers == 1:
-        for number in numbers:
-            found.append(job(number))
-            line.update()
-    else:
-        chunk = max(1, min(64, len(numbers) // (4 * workers)))
-        with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (job,)) as pool:
-            for result in pool.map(_do, numbers, chunksize=chunk):
-                found.append(result)
-                line.update()
-    line.close()
-    return found
-
-
-_job: Callable[[int], Any] | None = None
-"""Of a worker."""
-
-
-def _begin(job: Callable[[int], Any]) -> None:
-    global _job
-    _job = job
-
-
-def _do(number: int) -> Any:
-    assert _job is not None
-    return _job(number)
+        return list(tqdm(map(job, numbers), title, **shown))
+    chunk = max(1, min(64, len(numbers) // (4 * workers)))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(tqdm(pool.map(job, numbers, chunksize=chunk), title, **shown))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +29,13 @@ from projects.calico.geometry import (
     transform,
     transform_boxes,
 )
-from projects.calico.maps import LAYERS, VectorMap, of_frame, read_map
+from projects.calico.maps import LAYERS, of_frame, read_map
 from projects.calico.model import LidarInput
-from projects.calico.model_config import ModelConfig
 from projects.calico.networks.fuser import region_boxes
 from projects.calico.networks.lss import CameraInput
 from projects.calico.readers.nuscenes import NuScenesFrames
-from projects.calico.regions import RegionCache, preset_of, regions_of
+from projects.calico.region_cache import RegionCache
+from projects.calico.regions import preset_of, regions_of
 from projects.calico.scenes import Frame, Frames
 from projects.calico.synthdrive import HALF_RANGE, MAP_CELL
 from vlmkd.data.samples import RawSample
@@ -62,22 +61,7 @@ class SceneItem:
         return {}
 
 
-@dataclass
-class Cameras:
-    """The pictures of one frame as a network takes them."""
-
-    images: Tensor
-    """float32 [V, 3, H, W], normalised."""
-    intrinsics: Tensor
-    """float64 [V, 3, 3]."""
-    cam2lidar: Tensor
-    """float64 [V, 4, 4]."""
-    img_aug: Tensor
-    """float64 [V, 4, 4]."""
-
-
-@dataclass
-class View:
+class View(NamedTuple):
     """One augmented view of a sweep."""
 
     points: Tensor
@@ -94,8 +78,8 @@ class SceneSample:
     views: list[View]
     dropped: int
     """Points that were not finite."""
-    cameras: Cameras | None = None
-    """Under the augmentation of the first view."""
+    cameras: CameraInput | None = None
+    """Under the augmentation of the first view; without the axis of frames."""
     places: list[Tensor] = field(default_factory=list)
     """Of each view, float32 [s, 2]: the sampled points on its map."""
     region: Tensor | None = None
@@ -119,16 +103,18 @@ def generator(*parts: object) -> np.random.Generator:
 def draw_lidar_aug(data: SceneDataConfig, draw: np.random.Generator) -> Tensor:
     """float64 [4, 4]: flips, rotation, scale and shift as the config has them."""
     turn = math.radians(data.rotation)
-    flips = draw.random(2) < 0.5 if data.flip else (False, False)
-    x, y, z = draw.normal(0, 1, 3) * data.shift
-    return lidar_augmentation(
-        draw.uniform(-turn, turn), draw.uniform(*data.scale), bool(flips[0]), bool(flips[1]), (x, y, z)
-    )
+    flips = (draw.random(2) < 0.5).tolist() if data.flip else (False, False)
+    shift = draw.normal(0, 1, 3) * data.shift
+    return lidar_augmentation(draw.uniform(-turn, turn), draw.uniform(*data.scale), *flips, tuple(shift))
 
 
 def camera_input(
-    frame: Frame, size: tuple[int, int], data: SceneDataConfig, draw: np.random.Generator | None
-) -> Cameras:
+    frame: Frame,
+    size: tuple[int, int],
+    data: SceneDataConfig,
+    draw: np.random.Generator | None,
+    lidar_aug: Tensor | None = None,
+) -> CameraInput:
     """Pictures resized, cropped at the bottom, mirrored and turned to (rows, columns), with the matrices that tell so.
 
     Without `draw` they are as in evaluations: in the middle, unturned.
@@ -154,43 +140,58 @@ def camera_input(
             picture = picture.rotate(math.degrees(angle), Image.Resampling.BILINEAR)
         images.append(torch.from_numpy(np.array(picture)))
         matrices.append(image_augmentation(resize, (left, top), size, flip, angle))
-    pixels = (torch.stack(images).float() / 255 - _MEAN) / _STD
+    pixels = ((torch.stack(images).float() / 255 - _MEAN) / _STD).permute(0, 3, 1, 2).contiguous()
     intrinsics, cam2lidar = map(torch.from_numpy, frame.stacked())
-    return Cameras(pixels.permute(0, 3, 1, 2).contiguous(), intrinsics, cam2lidar, torch.stack(matrices))
+    aug = torch.eye(4, dtype=torch.float64) if lidar_aug is None else lidar_aug
+    return CameraInput(pixels, intrinsics, cam2lidar, torch.stack(matrices), aug)
 
 
 class ScenePipeline:
-    """What every stage shares; sent to loader processes."""
+    """What every stage shares (see `vlmkd.data.pipelines.Pipeline`); sent to loader processes.
+
+    Every draw is a function of the frame and the epoch.
+    """
 
     def __init__(self, cfg: CalicoConfig, frames: Frames) -> None:
         model = cfg.model
         self.data, self.model, self.frames = cfg.data, model, frames
         self.labels, self.images = cfg.reads_labels, cfg.reads_images
         self.low, self.high = torch.tensor(model.range[:3]), torch.tensor(model.range[3:])
+        rows, columns = model.camera.image_size
+        self.image_size = (rows, columns)
 
     def read(self, index: int, draw: np.random.Generator | None = None) -> Frame:
         """A frame with no more than the stage reads; of nuScenes `draw` chooses the sweeps."""
-        given: dict[str, Any] = {"labels": self.labels, "cameras": self.images}
-        if isinstance(self.frames, NuScenesFrames):
-            given["draw"] = draw
-        return self.frames.read(index, **given)
+        chosen = {"draw": draw} if isinstance(self.frames, NuScenesFrames) else {}
+        return self.frames.read(index, labels=self.labels, cameras=self.images, **chosen)
 
     def inside(self, points: Tensor) -> Tensor:
         """bool [n]: points [n, 2 or 3] that lie within the model's range."""
         axes = points.shape[-1]
         return ((points >= self.low[:axes]) & (points < self.high[:axes])).all(-1)
 
-    def pictures(self, frame: Frame, draw: np.random.Generator | None) -> Cameras | None:
+    def pictures(self, frame: Frame, draw: np.random.Generator | None, aug: Tensor) -> CameraInput | None:
         """See `camera_input`."""
-        rows, columns = self.model.camera.image_size
-        return camera_input(frame, (rows, columns), self.data, draw) if self.images else None
+        return camera_input(frame, self.image_size, self.data, draw, aug) if self.images else None
+
+    def labelled(self, frame: Frame, lidar_aug: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [k, 9] and labels [k] of the model's classes, with a point in them and their centre on the map."""
+        labels, classes = frame.labels, self.model.classes
+        assert labels is not None
+        # nuScenes' reader has looked at the radars' points too.
+        hit = (labels.num_points != 0) | (frame.frame == "nuscenes")
+        rows = [row for row, name in enumerate(labels.names) if name in classes and hit[row]]
+        boxes = transform_boxes(torch.from_numpy(labels.boxes[rows]), lidar_aug)
+        numbers = torch.tensor([classes.index(labels.names[row]) for row in rows], dtype=torch.int64)
+        kept = self.inside(boxes[:, :2])
+        return boxes[kept], numbers[kept]
 
     def process(self, raw: RawSample) -> SceneSample:
-        """See `vlmkd.data.pipelines.Pipeline`."""
         raise NotImplementedError
 
     def collate(self, samples: list[SceneSample]) -> dict[str, Any]:
         """A batch: `lidar`, a `LidarInput` a view; `cameras`; the lists, a tensor a frame, that the samples have."""
+        first = samples[0]
         batch: dict[str, Any] = {
             "keys": [one.key for one in samples],
             "lidar": [
@@ -203,29 +204,25 @@ class ScenePipeline:
             ],
             "dropped_points": torch.tensor(float(sum(one.dropped for one in samples))),
         }
-        seen = [one.cameras for one in samples if one.cameras is not None]
-        if seen:
-            columns = [torch.stack(part) for part in zip(*(vars(one).values() for one in seen), strict=True)]
-            batch["cameras"] = CameraInput(*columns, torch.stack([one.views[0].lidar_aug for one in samples]))
+        if first.cameras is not None:
+            columns = zip(*(one.cameras for one in samples if one.cameras is not None), strict=True)
+            batch["cameras"] = CameraInput(*map(torch.stack, columns))
         for name in ("places", "region_boxes"):
-            if getattr(samples[0], name):
-                batch[name] = [
-                    list(view) for view in zip(*(getattr(one, name) for one in samples), strict=True)
-                ]
-        for name in ("region", "boxes", "labels"):
-            if getattr(samples[0], name) is not None:
+            if getattr(first, name):
+                views = zip(*(getattr(one, name) for one in samples), strict=True)
+                batch[name] = [list(view) for view in views]
+        for name in ("region", "boxes", "labels", "masks"):
+            if getattr(first, name) is not None:
                 batch[name] = [getattr(one, name) for one in samples]
-        if samples[0].masks is not None:
-            batch["masks"] = torch.stack([one.masks for one in samples if one.masks is not None])
+        if "masks" in batch:
+            batch["masks"] = torch.stack(batch["masks"])
         return batch
 
     def check(self, batch: dict[str, Any], size: int) -> None:
-        """See `vlmkd.data.pipelines.Pipeline`."""
         assert len(batch["keys"]) == size and all(view.frames == size for view in batch["lidar"])
         assert ("boxes" in batch) == self.labels and ("cameras" in batch) == self.images
 
     def describe(self) -> dict[str, Any]:
-        """See `vlmkd.data.pipelines.Pipeline`."""
         return {"info": self.data.info, "labels": self.labels}
 
 
@@ -234,25 +231,22 @@ class ContrastPipeline(ScenePipeline):
 
     def __init__(self, cfg: CalicoConfig, frames: Frames) -> None:
         super().__init__(cfg, frames)
-        self.prc, self.views = cfg.prc, 1 if cfg.stage == "rad" else 2
-        self.in_pictures = cfg.stage == "rad"
+        self.prc, self.distils = cfg.prc, cfg.stage == "rad"
         self.preset = preset_of(cfg.regions.preset)
         self.cache = RegionCache(Path(cfg.regions.cache), self.preset) if cfg.regions.cache else None
 
     def process(self, raw: RawSample) -> SceneSample:
-        """Every draw is a function of the frame and the epoch."""
         draw = generator(raw.seed)
-        index = raw.item.index
-        frame = self.read(index, draw)
+        frame = self.read(raw.item.index, draw)
         region = np.full(len(frame.points), -1, np.int64)
         region[frame.key] = self.regions(frame)
-        augs = [draw_lidar_aug(self.data, draw) for _ in range(self.views)]
+        augs = [draw_lidar_aug(self.data, draw) for _ in range(1 if self.distils else 2)]
         points = torch.from_numpy(frame.points)
         moved = [transform(points[:, :3], aug) for aug in augs]
         usable = torch.stack([self.inside(view) for view in moved]).all(0) & torch.from_numpy(frame.key)
-        cameras = self.pictures(frame, draw)
-        if cameras is not None and self.in_pictures:
-            usable &= self._seen(moved[0], cameras, augs[0])
+        cameras = self.pictures(frame, draw, augs[0])
+        if cameras is not None and self.distils:
+            usable &= self.seen(moved[0], cameras)
         rows = self.sampled(usable.numpy(), region, draw)
         sample = SceneSample(raw.name, [], frame.dropped, cameras, region=torch.from_numpy(region[rows]))
         for xyz, aug in zip(moved, augs, strict=True):
@@ -264,7 +258,7 @@ class ContrastPipeline(ScenePipeline):
                 whole = torch.from_numpy(region)[usable]
                 sample.region_boxes.append(region_boxes(xyz[usable, :2], whole))
         if self.labels:  # the arm of RAD that weighs points by true boxes
-            sample.boxes, sample.labels = labelled(frame, augs[0], self.model, self.inside)
+            sample.boxes, sample.labels = self.labelled(frame, augs[0])
         return sample
 
     def regions(self, frame: Frame) -> np.ndarray:
@@ -273,26 +267,21 @@ class ContrastPipeline(ScenePipeline):
             return regions_of(frame, self.preset).region
         return self.cache.read(frame.token, frame.frame, int(frame.key.sum()))
 
+    def seen(self, points: Tensor, cameras: CameraInput) -> Tensor:
+        """bool [n]: points [n, 3] of the map's frame that lie in a picture as the network sees it."""
+        _, intrinsics, cam2lidar, img_aug, lidar_aug = (part[None] for part in cameras)
+        lidar2cam = torch.linalg.inv(cam2lidar)
+        pixels, depth = project(points.double()[None], lidar2cam, intrinsics, img_aug, lidar_aug)
+        return in_image(pixels, depth, self.image_size)[0].any(0)
+
     def sampled(self, usable: np.ndarray, region: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         """Rows [s], uniform without replacement: of regions, then of none; PointContrast's are of all."""
-
-        def some(pool: np.ndarray, most: int) -> np.ndarray:
-            rows = np.flatnonzero(pool)
-            return draw.choice(rows, min(most, len(rows)), replace=False)
-
         rich, less = self.prc.n_rich, self.prc.n_less
+        pools = [(usable & (region >= 0), rich), (usable & (region < 0), less)]
         if self.prc.arm == "pointcontrast":
-            return some(usable, rich + less)
-        return np.concatenate([some(usable & (region >= 0), rich), some(usable & (region < 0), less)])
-
-    def _seen(self, points: Tensor, cameras: Cameras, lidar_aug: Tensor) -> Tensor:
-        """bool [n]: points [n, 3] of the map's frame that lie in a picture as the network sees it."""
-        lidar2cam = torch.linalg.inv(cameras.cam2lidar)[None]
-        pixels, depth = project(
-            points.double()[None], lidar2cam, cameras.intrinsics[None], cameras.img_aug[None], lidar_aug[None]
-        )
-        rows, columns = self.model.camera.image_size
-        return in_image(pixels, depth, (rows, columns))[0].any(0)
+            pools = [(usable, rich + less)]
+        rows = ((np.flatnonzero(pool), most) for pool, most in pools)
+        return np.concatenate([draw.choice(some, min(most, len(some)), replace=False) for some, most in rows])
 
 
 class LabelledPipeline(ScenePipeline):
@@ -300,16 +289,12 @@ class LabelledPipeline(ScenePipeline):
 
     def __init__(self, cfg: CalicoConfig, frames: Frames, paste: PasteDatabase | None = None) -> None:
         super().__init__(cfg, frames)
-        self.labels = True
-        self.paste = paste
-        self.layers = cfg.model.map_classes if cfg.model.head.map else []
-        self.boxes = cfg.model.head.detection != "none"
-        x, y, z, x2, y2, z2 = cfg.model.head.map_range
-        cell = cfg.model.head.map_cell
-        self.map_grid = Grid((x, y, z), (x2, y2, z2), (cell, cell, z2 - z))
+        self.labels, self.paste, head = True, paste, cfg.model.head
+        self.layers = cfg.model.map_classes if head.map else []
+        x, y, z, x2, y2, z2 = head.map_range
+        self.map_grid = Grid((x, y, z), (x2, y2, z2), (head.map_cell, head.map_cell, z2 - z))
 
     def process(self, raw: RawSample) -> SceneSample:
-        """Every draw is a function of the frame and the epoch."""
         draw = generator(raw.seed)
         frame = self.read(raw.item.index, draw)
         late = self.data.paste_epochs and (raw.turn or 0) >= self.data.paste_epochs
@@ -327,10 +312,9 @@ class LabelledPipeline(ScenePipeline):
         if draw is not None and self.data.drop:
             points = points[torch.from_numpy(draw.random(len(points)) >= self.data.drop)]
         moved = torch.cat([transform(points[:, :3], aug), points[:, 3:]], 1)
-        sample = SceneSample(
-            key or frame.token, [View(moved, aug)], frame.dropped, self.pictures(frame, draw)
-        )
-        sample.boxes, sample.labels = labelled(frame, aug, self.model, self.inside)
+        cameras = self.pictures(frame, draw, aug)
+        sample = SceneSample(key or frame.token, [View(moved, aug)], frame.dropped, cameras)
+        sample.boxes, sample.labels = self.labelled(frame, aug)
         if self.layers:
             sample.masks = torch.from_numpy(self.masks(frame, index, aug))
         return sample
@@ -341,7 +325,7 @@ class LabelledPipeline(ScenePipeline):
         if set(self.layers) <= drawn.keys():
             return np.stack([moved_mask(drawn[name], lidar_aug, self.map_grid) for name in self.layers])
         if isinstance(self.frames, NuScenesFrames) and set(self.layers) <= set(LAYERS):
-            world = _map_of(self.frames.root, self.frames.records[index]["location"])
+            world = _cached_map(self.frames.root, self.frames.entries[index].location)
             layers = of_frame(world, frame, self.map_grid, lidar_aug.numpy())
             return layers[[LAYERS.index(name) for name in self.layers]]
         raise UserError(
@@ -350,23 +334,7 @@ class LabelledPipeline(ScenePipeline):
         )
 
 
-_map_of: Callable[[Path, str], VectorMap] = cache(read_map)
-
-
-def labelled(
-    frame: Frame, lidar_aug: Tensor, model: ModelConfig, inside: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Boxes [k, 9] and labels [k] of the model's classes, with a point in them and their centre on the map."""
-    labels = frame.labels
-    assert labels is not None
-    hit = labels.num_points != 0
-    if frame.frame == "nuscenes":  # whose reader has looked at the radars' points too
-        hit = np.ones(len(hit), bool)
-    rows = [row for row, name in enumerate(labels.names) if name in model.classes and hit[row]]
-    boxes = transform_boxes(torch.from_numpy(labels.boxes[rows]), lidar_aug)
-    numbers = torch.tensor([model.classes.index(labels.names[row]) for row in rows], dtype=torch.int64)
-    kept = inside(boxes[:, :2])
-    return boxes[kept], numbers[kept]
+_cached_map = cache(read_map)
 
 
 def moved_mask(mask: np.ndarray, lidar_aug: Tensor, grid: Grid) -> np.ndarray:
@@ -376,7 +344,7 @@ def moved_mask(mask: np.ndarray, lidar_aug: Tensor, grid: Grid) -> np.ndarray:
     assert mask.shape == drawn.shape[:2], "of synthdrive"
     x, y, _ = grid.shape
     centres = grid.centre(torch.cartesian_prod(torch.arange(x), torch.arange(y)), torch.float64)
-    centres = torch.cat([centres, torch.zeros(len(centres), 1, dtype=torch.float64)], 1)
+    centres = torch.nn.functional.pad(centres, (0, 1))
     index, there = drawn.index(transform(centres, torch.linalg.inv(lidar_aug))[:, :2])
     found = torch.from_numpy(mask)[index[:, 0], index[:, 1]] & there
     return found.reshape(x, y).numpy()
@@ -387,18 +355,3 @@ def evaluation_pipeline(cfg: CalicoConfig, frames: Frames) -> LabelledPipeline:
     pipeline = LabelledPipeline(cfg, frames)
     pipeline.images = cfg.model.camera.encoder != "none"
     return pipeline
-
-
-def scenes_of(frames: Frames) -> Sequence[str]:
-    """The drive of each frame, where the data set tells; else each frame is one."""
-    if isinstance(frames, NuScenesFrames):
-        return [
-            str(getattr(one, "scene", "")) or token
-            for one, token in zip(_entries(frames), frames.tokens, strict=True)
-        ]
-    return [token.rpartition("_")[0] if frames.kind == "waymo" else token for token in frames.tokens]
-
-
-def _entries(frames: NuScenesFrames) -> Sequence[Any]:
-    """What the info file tells of each record, or the records themselves."""
-    return getattr(frames.records, "entries", frames.records)

@@ -7,33 +7,27 @@ regions.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import zipfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import ConvexHull, QhullError, cKDTree
+from scipy.spatial.distance import cdist
 
-from projects.calico.scenes import DRIVING_AXIS, SENSOR_HEIGHT, Axis, Frame, FrameKind
+from projects.calico.scenes import DRIVING_AXIS, SENSOR_HEIGHT, Axis, Frame
 from vlmkd.errors import UserError, did_you_mean
-from vlmkd.files import new_file, one_line, unreadable
 
-_VERSION = 1
-"""Of the algorithm: with another one, cached regions are refused."""
 _STRIP, _LOWEST, _ROUNDS = 10.0, 50, 5
 """Of GPF: metres of a strip; points that tell its lowest level, and below which it is left out; planes fitted."""
+_SEED, _ABOVE = 0.5, 0.2
+"""Metres above the lowest level that GPF's seeds may have; above the plane that ground may have."""
 _CELL = 0.4
 """Side of DBSCAN's cells over eps: below 0.7, so that a cell's points are neighbours; this is fast on real sweeps."""
 _EGO = 1.5
 """Metres around the car that `Preset.ego` speaks of."""
-_SEED, _ABOVE = 0.5, 0.2
-"""Of GPF: metres above the lowest level that seeds may have; above the plane that ground may have."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +62,14 @@ PRESETS = {
 }
 
 
+def preset_of(name: str) -> Preset:
+    """The preset of a name."""
+    if name not in PRESETS:
+        known = f"there are {', '.join(PRESETS)}"
+        raise UserError(f"regions preset {name!r} does not exist; {did_you_mean(name, PRESETS, known)}")
+    return PRESETS[name]
+
+
 def gpf(points: np.ndarray, sensor_height: float, axis: Axis = "y", extent: float = 54.0) -> np.ndarray:
     """Ground-plane fitting (Zermas et al., ICRA 2017): whether each of the points [n, >= 3] is ground, bool [n].
 
@@ -78,11 +80,17 @@ def gpf(points: np.ndarray, sensor_height: float, axis: Axis = "y", extent: floa
     xyz = points[:, :3].astype(np.float64)
     strip = np.floor((xyz[:, "xy".index(axis)] + extent) / _STRIP)
     strip[(np.abs(xyz[:, :2]) > extent).any(1)] = -1
-    order = np.argsort(strip, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(strip[order])) + 1):
-        if len(rows) >= _LOWEST and strip[rows[0]] >= 0:
+    for rows in _groups(strip):
+        if len(rows) >= _LOWEST:
             ground[rows] = _strip_ground(xyz[rows], sensor_height)
     return ground
+
+
+def _groups(label: np.ndarray) -> list[np.ndarray]:
+    """Rows of each label that is not negative, in the order of the labels."""
+    order = np.argsort(label, kind="stable")
+    order = order[label[order] >= 0]
+    return np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
 
 
 def _strip_ground(xyz: np.ndarray, sensor_height: float) -> np.ndarray:
@@ -90,21 +98,17 @@ def _strip_ground(xyz: np.ndarray, sensor_height: float) -> np.ndarray:
     heights = z[z >= -sensor_height - 0.5]  # reflections from below the road do not count
     if not len(heights):
         return np.ones(len(z), bool)
-    lowest = np.sort(heights)[:_LOWEST].mean()
-    seeds = z < lowest + _SEED
+    seeds = z < np.sort(heights)[:_LOWEST].mean() + _SEED
     for _ in range(_ROUNDS):
         some = xyz[seeds]
         if len(some) < 3:
             break
-        mean = some.mean(0)
         values, vectors = np.linalg.eigh(np.cov(some.T))
         normal = vectors[:, 0]
-        if (
-            values[1] < 1e-9 or abs(normal[2]) < 1e-3
-        ):  # points on a line, or a wall, carry no plane to stand on
+        if values[1] < 1e-9 or abs(normal[2]) < 1e-3:  # on a line or a wall there is no plane to stand on
             break
         normal = normal * np.sign(normal[2])  # an eigenvector has no sign of its own
-        seeds = (xyz - mean) @ normal < _ABOVE
+        seeds = (xyz - some.mean(0)) @ normal < _ABOVE
     return seeds
 
 
@@ -113,9 +117,9 @@ def ransac_ground(
 ) -> np.ndarray:
     """The plane with the most points within `threshold`: whether points [n, >= 3] are within 0.2 m of it, bool [n]."""
     xyz = points[:, :3].astype(np.float64)
+    ground, most = np.zeros(len(xyz), bool), 0
     if len(xyz) < 3:
-        return np.zeros(len(xyz), bool)
-    best, most = None, 0
+        return ground
     some = xyz[rng.permutation(len(xyz))[:5000]]  # enough to compare planes by
     for triple in rng.integers(len(xyz), size=(iterations, 3)):
         a, b, c = xyz[triple]
@@ -125,10 +129,8 @@ def ransac_ground(
             continue
         count = int((np.abs((some - a) @ normal) < threshold * length).sum())
         if count > most:
-            best, most = (normal / length, a), count
-    if best is None:
-        return np.zeros(len(xyz), bool)
-    return np.abs((xyz - best[1]) @ best[0]) < _ABOVE
+            ground, most = np.abs((xyz - a) @ (normal / length)) < _ABOVE, count
+    return ground
 
 
 def dbscan2d(xy: np.ndarray, eps: float, min_samples: int) -> np.ndarray:
@@ -148,9 +150,9 @@ def dbscan2d(xy: np.ndarray, eps: float, min_samples: int) -> np.ndarray:
     )
     loose = np.flatnonzero(count[owner] < min_samples)
     dense = np.ones(len(xy), bool)
-    bound = np.nextafter(eps, np.inf)
     if len(loose):
         tree = cKDTree(xy, balanced_tree=False, compact_nodes=False)
+        bound = np.nextafter(eps, np.inf)
         near, who = tree.query(xy[loose], k=np.arange(1, min_samples + 1), distance_upper_bound=bound)
         dense[loose] = np.isfinite(near[:, -1])
     if not dense.any():
@@ -158,9 +160,8 @@ def dbscan2d(xy: np.ndarray, eps: float, min_samples: int) -> np.ndarray:
     core = np.flatnonzero(dense)
     order = core[np.argsort(owner[core], kind="stable")]
     start = np.flatnonzero(np.diff(owner[order], prepend=-1))  # of each cell's dense points in `order`
-    length = np.diff(start, append=len(order))
-    part = _linked(xy[order], start, length, eps, eps + 2 * math.sqrt(2) * size)
-    label[order] = np.repeat(part, length)
+    part = _linked(xy[order], start, eps, eps + 2 * math.sqrt(2) * size)
+    label[order] = np.repeat(part, np.diff(start, append=len(order)))
     label[core] = _by_first(label[core])
     if len(loose):
         # Those that are not dense know all that are within eps; the first cluster to reach one has it.
@@ -170,33 +171,26 @@ def dbscan2d(xy: np.ndarray, eps: float, min_samples: int) -> np.ndarray:
     return label
 
 
-def _linked(xy: np.ndarray, start: np.ndarray, length: np.ndarray, eps: float, reach: float) -> np.ndarray:
-    """The part [c] that each cell is of: cells are linked where points xy[start : start + length] of them are within eps."""
-    first = xy[start]
+def _linked(xy: np.ndarray, start: np.ndarray, eps: float, reach: float) -> np.ndarray:
+    """The part [c] that each cell is of: cells are linked where points of them, from xy[start] on, are within eps."""
+    first, low, high = xy[start], np.minimum.reduceat(xy, start), np.maximum.reduceat(xy, start)
     pairs = cKDTree(first).query_pairs(reach, output_type="ndarray")
-    near = ((first[pairs[:, 0]] - first[pairs[:, 1]]) ** 2).sum(1) <= eps * eps
-    links, part = pairs[near], _parts(pairs[near], len(first))
-    pairs = pairs[part[pairs[:, 0]] != part[pairs[:, 1]]]
-    low, high = np.minimum.reduceat(xy, start), np.maximum.reduceat(xy, start)
-    a, b = pairs.T
+
+    def parts(links: np.ndarray) -> np.ndarray:
+        graph = coo_array((np.ones(len(links), bool), links.T), shape=(len(first), len(first)))
+        return connected_components(graph, directed=False)[1]
+
+    links = pairs[((first[pairs[:, 0]] - first[pairs[:, 1]]) ** 2).sum(1) <= eps * eps]
+    part = parts(links)
+    a, b = pairs[part[pairs[:, 0]] != part[pairs[:, 1]]].T
     gap = np.maximum(np.maximum(low[a] - high[b], low[b] - high[a]), 0)
-    pairs = pairs[(gap**2).sum(1) <= eps * eps]
-    products = length[pairs[:, 0]] * length[pairs[:, 1]]
-    blocks = np.cumsum(products) // 2_000_000  # comparisons at a time
-    for some in np.split(pairs, np.flatnonzero(np.diff(blocks)) + 1):
-        a, b = some.T
-        total = length[a] * length[b]
-        pair = np.repeat(np.arange(len(some)), total)
-        number = np.arange(len(pair)) - np.repeat(np.cumsum(total) - total, total)
-        one, other = start[a][pair] + number // length[b][pair], start[b][pair] + number % length[b][pair]
-        touch = pair[((xy[one] - xy[other]) ** 2).sum(1) <= eps * eps]
-        links = np.concatenate([links, some[np.unique(touch)]])
-    return _parts(links, len(first))
-
-
-def _parts(links: np.ndarray, nodes: int) -> np.ndarray:
-    graph = coo_array((np.ones(len(links), bool), links.T), shape=(nodes, nodes))
-    return connected_components(graph, directed=False)[1]
+    points = np.split(xy, start[1:])
+    touching = [
+        (one, other)
+        for one, other in np.stack([a, b], 1)[(gap**2).sum(1) <= eps * eps]  # a few dozen of a sweep
+        if cdist(points[one], points[other], "sqeuclidean").min() <= eps * eps
+    ]
+    return parts(np.concatenate([links, np.array(touching, links.dtype).reshape(-1, 2)]))
 
 
 def _by_first(label: np.ndarray) -> np.ndarray:
@@ -205,54 +199,40 @@ def _by_first(label: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[dense]
 
 
-def hull_area(xy: np.ndarray) -> float:
-    """Area of the convex hull of points [m, 2]; 0 for points on a line."""
-    hull = _hull(xy)
-    return 0.0 if hull is None else float(hull.volume)
+def footprint(xy: np.ndarray) -> tuple[float, float]:
+    """Area of the convex hull of points [m, 2], and short over long side of the rectangle of least area around them.
 
-
-def thinness(xy: np.ndarray) -> float:
-    """Short side over long side of the rectangle of least area around points [m, 2]; 0 for points on a line."""
-    hull = _hull(xy)
-    if hull is None:
-        return 0.0
+    Both are 0 for points on a line.
+    """
+    try:
+        hull = ConvexHull(xy)
+    except (QhullError, ValueError):
+        return 0.0, 0.0
     corners = xy[hull.vertices]
     edges = np.roll(corners, -1, 0) - corners
     edges = edges / np.linalg.norm(edges, axis=1, keepdims=True)  # one side of it lies on an edge of the hull
     sides = np.stack([np.ptp(corners @ axis.T, axis=0) for axis in (edges, edges[:, ::-1] * [-1, 1])])
     short, long = np.sort(sides[:, sides.prod(0).argmin()])
-    return float(short / long)
-
-
-def _hull(xy: np.ndarray) -> ConvexHull | None:
-    try:
-        return ConvexHull(xy)
-    except (QhullError, ValueError):
-        return None
+    return float(hull.volume), float(short / long)
 
 
 def filter_regions(points: np.ndarray, label: np.ndarray, preset: Preset, sensor_height: float) -> np.ndarray:
     """`label` [m] of clusters of points [m, 3], with -1 for those that the preset refuses."""
     label = label.copy()
-    order = np.argsort(label, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
-        if len(rows) and label[rows[0]] >= 0 and not _keeps(points[rows], preset, sensor_height):
+    for rows in _groups(label):
+        if not _keeps(points[rows], preset, sensor_height):
             label[rows] = -1
     return label
 
 
 def _keeps(cluster: np.ndarray, preset: Preset, sensor_height: float) -> bool:
-    top = float(cluster[:, 2].max()) + sensor_height
-    xy = cluster[:, :2].astype(np.float64)
-    if not preset.top[0] <= top <= preset.top[1]:
+    near = np.abs(cluster[:, :2]) < _EGO
+    is_ego = near.all() if preset.ego == "inside" else near.all(0).any()
+    low, high = preset.top
+    if is_ego or not low <= float(cluster[:, 2].max()) + sensor_height <= high:
         return False
-    if preset.ego == "inside" and (np.abs(xy) < _EGO).all():
-        return False
-    if preset.ego == "cross" and (np.abs(xy) < _EGO).all(0).any():
-        return False
-    if not preset.area[0] <= hull_area(xy) <= preset.area[1]:
-        return False
-    return preset.thinness <= 0 or thinness(xy) >= preset.thinness
+    area, thinness = footprint(cluster[:, :2].astype(np.float64))
+    return preset.area[0] <= area <= preset.area[1] and thinness >= preset.thinness
 
 
 @dataclass(frozen=True)
@@ -274,10 +254,8 @@ class Regions:
 
 def propose(points: np.ndarray, preset: Preset, sensor_height: float, axis: Axis = "y") -> Regions:
     """Regions of the points [n, >= 3] of one key sweep; rows that are not finite belong to none."""
-    xyz = points[:, :3]
-    usable = np.isfinite(xyz).all(1) & (np.abs(xyz[:, :2]) <= preset.extent).all(1)
-    rows = usable.nonzero()[0]
-    ground = np.zeros(len(points), bool)
+    xyz, ground = points[:, :3], np.zeros(len(points), bool)
+    rows = np.flatnonzero(np.isfinite(xyz).all(1) & (np.abs(xyz[:, :2]) <= preset.extent).all(1))
     if preset.ground == "gpf":
         ground[rows] = gpf(xyz[rows], sensor_height, axis, preset.extent)
     else:
@@ -289,90 +267,10 @@ def propose(points: np.ndarray, preset: Preset, sensor_height: float, axis: Axis
     clusters = int(label.max(initial=-1)) + 1
     label = filter_regions(xyz[rows], label, preset, sensor_height)
     region = np.full(len(points), -1, np.int16)
-    kept = label >= 0
-    region[rows[kept]] = _by_first(label[kept])
+    region[rows[label >= 0]] = _by_first(label[label >= 0])
     return Regions(region, ground, clusters)
-
-
-def preset_of(name: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in PRESETS:
-        known = f"there are {', '.join(PRESETS)}"
-        raise UserError(f"regions preset {name!r} does not exist; {did_you_mean(name, PRESETS, known)}")
-    return PRESETS[name]
 
 
 def regions_of(frame: Frame, preset: Preset) -> Regions:
     """Regions of the points `frame.points[frame.key]`."""
     return propose(frame.points[frame.key], preset, SENSOR_HEIGHT[frame.frame], DRIVING_AXIS[frame.frame])
-
-
-@dataclass(frozen=True)
-class RegionCache:
-    """A folder with a file for each key sweep, written by `python -m projects.calico.region_cache`."""
-
-    folder: Path
-    preset: Preset
-
-    def told(self, kind: FrameKind) -> dict[str, Any]:
-        """Everything that the regions of a sweep depend on, beside its points."""
-        return {
-            **json.loads(json.dumps(asdict(self.preset))),
-            "sensor_height": SENSOR_HEIGHT[kind],
-            "driving_axis": DRIVING_AXIS[kind],
-            "version": _VERSION,
-        }
-
-    def digest(self, kind: FrameKind) -> str:
-        """The preset's hash: 16 hex digits of `told`."""
-        return hashlib.sha256(json.dumps(self.told(kind), sort_keys=True).encode()).hexdigest()[:16]
-
-    def path(self, token: str) -> Path:
-        """The file of a frame."""
-        return self.folder / f"{token}.npz"
-
-    def write(self, token: str, kind: FrameKind, regions: Regions) -> None:
-        """Keep the regions of a frame."""
-        made = json.dumps(
-            {"digest": self.digest(kind), "clusters": regions.clusters, "preset": self.told(kind)}
-        )
-        with new_file(self.path(token), "region cache") as partial, partial.open("wb") as file:
-            np.savez_compressed(file, region=regions.region, made=np.array(made))
-
-    def read(self, token: str, kind: FrameKind, points: int) -> np.ndarray:
-        """int16 [n] of a frame with `points` points in its key sweep.
-
-        Raises:
-            UserError: no such file, a damaged one, or one of another preset or another sweep.
-        """
-        path = self.path(token)
-        mend = f"run `python -m projects.calico.region_cache` into {self.folder} again"
-        try:
-            with np.load(path) as content:
-                region, made = content["region"], json.loads(str(content["made"]))
-        except OSError as error:
-            raise unreadable(error, path, "region cache", mend) from None
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"region cache {path} is damaged ({one_line(error)}); delete it, and {mend}"
-            ) from None
-        if made["digest"] != self.digest(kind):
-            now, then = self.told(kind), made["preset"]
-            parts = [
-                f"{key} {then.get(key)} and not {value}"
-                for key, value in now.items()
-                if then.get(key) != value
-            ]
-            raise UserError(
-                f"region cache {path} was made with another preset: {', '.join(parts)}; set regions.preset to that one, or"
-                " name another folder for this one"
-            )
-        if region.shape != (points,):
-            raise UserError(
-                f"region cache {path} is of a sweep of {len(region)} points, and this one has {points}; {mend}"
-            )
-        return region

@@ -5,10 +5,12 @@ Letters: n points, k boxes, V cameras. Boxes and points are in the LiDAR frame o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,21 +22,9 @@ from vlmkd.files import unreadable
 
 FrameKind = Literal["nuscenes", "kitti", "av2", "waymo", "synthdrive"]
 Axis = Literal["x", "y"]
-DRIVING_AXIS: dict[FrameKind, Axis] = {
-    "nuscenes": "y",
-    "kitti": "x",
-    "av2": "x",
-    "waymo": "x",
-    "synthdrive": "x",
-}
+DRIVING_AXIS: dict[FrameKind, Axis] = dict(nuscenes="y", kitti="x", av2="x", waymo="x", synthdrive="x")
 """The axis along which the car drives: +y in nuScenes (x right), +x elsewhere (y left)."""
-SENSOR_HEIGHT: dict[FrameKind, float] = {
-    "nuscenes": 1.841,
-    "kitti": 1.73,
-    "av2": 0.33,
-    "waymo": 0.0,
-    "synthdrive": 1.8,
-}
+SENSOR_HEIGHT: dict[FrameKind, float] = dict(nuscenes=1.841, kitti=1.73, av2=0.33, waymo=0.0, synthdrive=1.8)
 """Metres from the ground to the origin of the points: the LiDAR, in AV2 the rear axle, in Waymo the ground."""
 
 
@@ -48,33 +38,38 @@ class Camera:
     """float64 [3, 3]."""
     cam2lidar: np.ndarray
     """float64 [4, 4], from the camera at its time to the LiDAR frame of the sweep."""
-    time: float = 0.0
-    """Seconds, on the clock of the data set."""
 
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns; of a file, its header is read."""
         if isinstance(self.image, np.ndarray):
             return self.image.shape[0], self.image.shape[1]
-        with self._open(self.image) as image:
+        with _opened(self.image) as image:
             return image.height, image.width
 
     def load(self) -> np.ndarray:
         """uint8 [H, W, 3]."""
         if isinstance(self.image, np.ndarray):
             return self.image
-        with self._open(self.image) as image:
-            try:
-                return np.asarray(image.convert("RGB"))
-            except OSError as error:
-                raise UserError(f"camera image {self.image} is cut off or damaged ({error})") from None
+        with _opened(self.image) as image:
+            return np.asarray(image.convert("RGB"))
 
-    @staticmethod
-    def _open(path: Path) -> Image.Image:
-        try:
-            return Image.open(path)
-        except OSError as error:
-            raise unreadable(error, path, "camera image") from None
+    def pixels(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [n, 2] and depths [n] of points [n, >= 3]; depth 0 for those that are not in the picture."""
+        placed = torch.as_tensor(points[:, :3], dtype=torch.float64)[None]
+        intrinsics, cam2lidar = (torch.as_tensor(m)[None, None] for m in (self.intrinsics, self.cam2lidar))
+        uv, depth = project(placed, torch.linalg.inv(cam2lidar.double()), intrinsics)
+        depth = torch.where(in_image(uv, depth, self.size), depth, 0.0)
+        return uv[0, 0].numpy(), depth[0, 0].numpy()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except OSError as error:
+        raise unreadable(error, path, "camera image") from None
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,10 @@ class Labels:
     """Map layers, each bool [X, Y]."""
 
     def __post_init__(self) -> None:
-        rows = len(self.boxes)
-        wrong = self.boxes.ndim != 2 or self.boxes.shape[1] != 9
-        if wrong or len(self.names) != rows or len(self.num_points) != rows:
-            raise ValueError(
-                f"boxes {self.boxes.shape}, {len(self.names)} names, {len(self.num_points)} counts"
-            )
-        if self.attributes and len(self.attributes) != rows:
-            raise ValueError(f"{rows} boxes with {len(self.attributes)} attributes")
+        rows, attributes = len(self.names), len(self.attributes)
+        if self.boxes.shape != (rows, 9) or len(self.num_points) != rows or attributes not in (0, rows):
+            counts = f"{rows} names, {len(self.num_points)} counts, {attributes} attributes"
+            raise ValueError(f"boxes {self.boxes.shape}, {counts}")
 
 
 @dataclass(frozen=True)
@@ -124,44 +115,36 @@ class Frame:
     dropped: int = 0
     """Points that `checked` took out because one of their numbers was NaN or infinite."""
 
-    def without_labels(self) -> Frame:
-        """The same for pre-training."""
-        return replace(self, labels=None)
-
     def stacked(self) -> tuple[np.ndarray, np.ndarray]:
         """Intrinsics [V, 3, 3] and cam2lidar [V, 4, 4], float64, in the order of `cameras`."""
-        cameras = list(self.cameras.values())
+        cameras = self.cameras.values()
         return np.stack([c.intrinsics for c in cameras]), np.stack([c.cam2lidar for c in cameras])
 
-    def pixels(self, points: np.ndarray, nearest: float = 0.0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For each camera, pixels [n, 2] and depths [n] of points [n, >= 3]; depth 0 when not in its image."""
-        placed = torch.as_tensor(points[:, :3], dtype=torch.float64)[None]
-        return {name: _seen(camera, placed, nearest) for name, camera in self.cameras.items()}
+    def pixels(self, points: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What each camera sees of points, see `Camera.pixels`."""
+        return {name: camera.pixels(points) for name, camera in self.cameras.items()}
 
 
-def _seen(camera: Camera, points: torch.Tensor, nearest: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    intrinsics, cam2lidar = (torch.as_tensor(m)[None, None] for m in (camera.intrinsics, camera.cam2lidar))
-    uv, depth = project(points, torch.linalg.inv(cam2lidar.double()), intrinsics)
-    seen = in_image(uv, depth, camera.size, nearest)
-    return uv[0, 0].numpy(), torch.where(seen, depth, 0.0)[0, 0].numpy()
-
-
-class Frames(Protocol):
+class Frames(ABC):
     """The key frames of a data set on disk; `frames.open_frames` finds the right one."""
 
-    @property
-    def kind(self) -> FrameKind:
-        """Whose axes its frames have."""
-        ...
+    kind: ClassVar[FrameKind]
+    tokens: Sequence[str]
+    """One a frame, fit for the name of a file."""
 
-    @property
-    def tokens(self) -> Sequence[str]:
-        """One a frame, fit for the name of a file."""
-        ...
-
+    @abstractmethod
     def read(self, index: int, *, labels: bool = False, cameras: bool = True) -> Frame:
         """Frame number `index`, with labels and pictures only when asked for."""
-        ...
+
+    @property
+    def scenes(self) -> Sequence[str]:
+        """The drive of each frame; where the data set does not tell, each is one."""
+        return self.tokens
+
+    def classes(self, index: int) -> Sequence[str]:
+        """Of the labelled objects of a frame."""
+        labels = self.read(index, labels=True, cameras=False).labels
+        return () if labels is None else labels.names
 
 
 def checked(frame: Frame) -> Frame:
@@ -171,42 +154,30 @@ def checked(frame: Frame) -> Frame:
         UserError: points of another shape, a sweep without points, a matrix that is not finite or cannot be inverted,
             cameras none of which sees a point.
     """
-    name = f"frame {frame.token}"
-    points = frame.points
-    if points.ndim != 2 or points.shape[1] != 5 or len(frame.key) != len(points):
-        raise UserError(
-            f"{name}: points must be [n, 5] with n key flags; they are {list(points.shape)} with {len(frame.key)}"
-        )
+    name, points, labels = f"frame {frame.token}", frame.points, frame.labels
+    if points.shape != (len(frame.key), 5):
+        found = f"{list(points.shape)} with {len(frame.key)}"
+        raise UserError(f"{name}: points must be [n, 5] with n key flags; they are {found}")
     finite = np.isfinite(points).all(1)
     if not (finite & frame.key).any():
         why = f"all of its {len(points)} points are NaN" if len(points) else "its sweep file holds no points"
         raise UserError(f"{name}: the key sweep is empty, {why}; leave the frame out or fetch it again")
-    for camera, matrix in _matrices(frame):
+    matrices = [(n, m) for n, c in frame.cameras.items() for m in (c.intrinsics, c.cam2lidar)]
+    for which, matrix in (*matrices, ("lidar2ego", frame.lidar2ego), ("ego2global", frame.ego2global)):
         if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
-            raise UserError(f"{name}: the calibration of {camera} is not an invertible matrix")
+            raise UserError(f"{name}: the calibration of {which} is not an invertible matrix")
     if not finite.all():
-        frame = _kept(frame, finite)
-    placed = torch.as_tensor(frame.points[:, :3])[None]
-    if frame.cameras and not any((_seen(camera, placed)[1] > 0).any() for camera in frame.cameras.values()):
+        if labels is not None:
+            instance, ground = (
+                one if one is None else one[finite] for one in (labels.instance, labels.ground)
+            )
+            labels = replace(labels, instance=instance, ground=ground)
+        dropped = frame.dropped + int((~finite).sum())
+        frame = replace(frame, points=points[finite], key=frame.key[finite], labels=labels, dropped=dropped)
+    cameras = frame.cameras.values()
+    if cameras and not any(camera.pixels(frame.points)[1].any() for camera in cameras):
         raise UserError(
-            f"{name}: its calibration puts no point into any of {len(frame.cameras)} images; are cam2lidar and the"
+            f"{name}: its calibration puts no point into any of {len(cameras)} images; are cam2lidar and the"
             " intrinsics those of this car, and is cam2lidar not its inverse?"
         )
     return frame
-
-
-def _matrices(frame: Frame) -> list[tuple[str, Any]]:
-    found = [(n, m) for n, c in frame.cameras.items() for m in (c.intrinsics, c.cam2lidar)]
-    return [*found, ("lidar2ego", frame.lidar2ego), ("ego2global", frame.ego2global)]
-
-
-def _kept(frame: Frame, keep: np.ndarray) -> Frame:
-    labels = frame.labels
-    if labels is not None:
-        labels = replace(
-            labels,
-            instance=None if labels.instance is None else labels.instance[keep],
-            ground=None if labels.ground is None else labels.ground[keep],
-        )
-    dropped = frame.dropped + int((~keep).sum())
-    return replace(frame, points=frame.points[keep], key=frame.key[keep], labels=labels, dropped=dropped)

@@ -15,44 +15,33 @@ FRACTIONS = (5, 10, 20, 50, 100)
 
 
 @cache
-def _official() -> dict[str, tuple[str, ...]]:
-    content = read_yaml(Path(__file__).with_name("readers") / "nuscenes_splits.yaml", "list of splits")
-    found = {}
-    for split, text in content.items():
-        numbers: list[int] = []
-        for part in str(text).split():
-            first, _, last = part.partition("-")
-            numbers += range(int(first), int(last or first) + 1)
-        found[split] = tuple(f"scene-{number:04d}" for number in numbers)
-    return found
-
-
 def nuscenes_scenes(split: str) -> tuple[str, ...]:
     """Names of the scenes of `train`, `val`, `test`, `mini_train` or `mini_val`, in the official order."""
-    if split not in _official():
-        raise UserError(
-            f"nuScenes has no split {split!r}; {did_you_mean(split, _official(), ', '.join(_official()))}"
-        )
-    return _official()[split]
+    splits = read_yaml(Path(__file__).with_name("readers") / "nuscenes_splits.yaml", "list of splits")
+    if split not in splits:
+        raise UserError(f"nuScenes has no split {split!r}; {did_you_mean(split, splits, ', '.join(splits))}")
+    numbers: list[int] = []
+    for part in str(splits[split]).split():
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(f"scene-{number:04d}" for number in numbers)
 
 
 def fraction(scenes: Sequence[str], percent: int) -> tuple[str, ...]:
     """Every k-th scene, k = round(100 / percent): whole drives, because frames of one drive share their objects."""
     if percent not in FRACTIONS:
-        raise UserError(
-            f"config field data.fraction is {percent}; it is one of {', '.join(map(str, FRACTIONS))}"
-        )
+        known = ", ".join(map(str, FRACTIONS))
+        raise UserError(f"config field data.fraction is {percent}; it is one of {known}")
     return tuple(scenes[:: round(100 / percent)])
 
 
 def read_scenes(path: Path) -> tuple[str, ...]:
     """A list of one's own, a scene a line; lines that begin with # are comments."""
-    lines = [line.strip() for line in read_text(path, "config field data.split_file:").splitlines()]
+    field = "config field data.split_file:"
+    lines = [line.strip() for line in read_text(path, field).splitlines()]
     scenes = [line for line in lines if line and line[0] != "#"]
     if not scenes or len(set(scenes)) < len(scenes):
-        raise UserError(
-            f"config field data.split_file: {path} {'names a scene twice' if scenes else 'lists no scene'}"
-        )
+        raise UserError(f"{field} {path} {'names a scene twice' if scenes else 'lists no scene'}")
     return tuple(scenes)
 
 

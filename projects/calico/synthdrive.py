@@ -13,21 +13,20 @@ LiDAR, which may stand at any angle to the road; the car drives along the road.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from projects.calico.parallel import each
-from projects.calico.scenes import Camera, Frame, FrameKind, Labels, checked
+from projects.calico.readers.files import read_arrays
+from projects.calico.scenes import Camera, Frame, Frames, Labels, checked
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.files import new_file, new_folder, one_line, read_object, unreadable, write_json
+from vlmkd.files import new_file, new_folder, one_line, read_object, write_json
 
 VERSION = 1
 HEIGHT = 1.8
@@ -47,8 +46,7 @@ CAMERAS = ("FRONT", "LEFT", "BACK", "RIGHT")
 MAP_LAYERS = ("road", "crossing", "walkway")
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One kind of solid."""
 
     share: float
@@ -75,12 +73,9 @@ KINDS = {
     "bush": Kind(0, (1.6, 1.4, 1.2), (0.2, 0.45, 0.15), 0.3),
 }
 CLASSES = tuple(name for name, kind in KINDS.items() if kind.share)
-_SURFACES = (  # colour and intensity of open ground, road, crossing, walkway
-    ((0.45, 0.5, 0.35), 0.2),
-    ((0.3, 0.3, 0.32), 0.12),
-    ((0.85, 0.85, 0.85), 0.55),
-    ((0.6, 0.55, 0.55), 0.3),
-)
+# Of open ground, road, crossing, walkway.
+_COLOURS = np.array([[0.45, 0.5, 0.35], [0.3, 0.3, 0.32], [0.85, 0.85, 0.85], [0.6, 0.55, 0.55]])
+_INTENSITIES = np.array([0.2, 0.12, 0.55, 0.3])
 _ROAD, _WALKWAY, _CROSSING = 4.0, 2.5, 1.5
 """Metres: half the road, a walkway beside it, half a crossing."""
 _WORLD, _LIDAR, _CAMERA = range(3)
@@ -91,11 +86,7 @@ def _generator(scene: int, purpose: int, part: int = 0) -> np.random.Generator:
     return np.random.default_rng([scene, purpose, part, VERSION])
 
 
-# ------------------------------------------------------------------------------------------------------------- world
-
-
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """What stands where at the time of the key sweep, in its LiDAR frame."""
 
     slope: np.ndarray
@@ -116,13 +107,15 @@ class World:
         """Solids with a label; they come first."""
         return sum(kind in CLASSES for kind in self.kinds)
 
+    def of(self, name: str) -> np.ndarray:
+        """[s, ...]: a field of the solids' kinds."""
+        return np.array([getattr(KINDS[kind], name) for kind in self.kinds])
+
     def surface(self, xy: np.ndarray) -> np.ndarray:
         """int [...] of places [..., 2]: 0 open ground, 1 road, 2 crossing, 3 walkway."""
         yaw, left, ahead = self.road
-        cos, sin = math.cos(yaw), math.sin(yaw)
-        along = cos * xy[..., 0] + sin * xy[..., 1] - ahead
-        across = np.abs(cos * xy[..., 1] - sin * xy[..., 0] - left)
-        on_road = np.where(np.abs(along) < _CROSSING, 2, 1)
+        along, across = np.moveaxis(np.abs(_turn(xy, -yaw) - [ahead, left]), -1, 0)
+        on_road = np.where(along < _CROSSING, 2, 1)
         return np.where(across < _ROAD, on_road, np.where(across < _ROAD + _WALKWAY, 3, 0))
 
     def masks(self) -> dict[str, np.ndarray]:
@@ -133,8 +126,7 @@ class World:
 
     def bodies(self, seconds: float = 0.0) -> np.ndarray:
         """Boxes [s, 9] that rays meet that time before the key sweep, in its frame."""
-        boxes = self.boxes.copy()
-        clearance = np.array([KINDS[kind].clearance for kind in self.kinds])
+        boxes, clearance = self.boxes.copy(), self.of("clearance")
         boxes[:, 2] += clearance / 2
         boxes[:, 5] -= clearance
         boxes[:, :2] -= seconds * boxes[:, 7:]
@@ -182,9 +174,7 @@ def _draw(rng: np.random.Generator, name: str, road: tuple[float, float, float])
         size = rng.uniform([5, 1, 3], [18, 6, 8])
         aside = _ROAD + _WALKWAY + 0.5 + size[1] / 2 + rng.uniform(0, 5)
         along, across = rng.uniform(-18, 18), left + aside * rng.choice([-1, 1])
-        xy = np.array(
-            [math.cos(yaw) * along - math.sin(yaw) * across, math.sin(yaw) * along + math.cos(yaw) * across]
-        )
+        xy = _turn(np.array([along, across]), yaw)
     speed = kind.speed * max(0.0, rng.uniform(-0.5, 1))  # a third stands still
     turned = (turned + math.pi) % (2 * math.pi) - math.pi
     return np.array([*xy, 0.0, *size, turned, speed * math.cos(turned), speed * math.sin(turned)])
@@ -199,23 +189,17 @@ def _is_free(box: np.ndarray, placed: list[np.ndarray]) -> bool:
         return True
     others = np.stack(placed)
     gap, half, other_half = others[:, :2] - box[:2], box[3:5] / 2 + GAP, others[:, 3:5] / 2
-    turn = others[:, 6] - box[6]
+    turn = others[:, 6, None] - box[6]
     cos, sin = np.abs(np.cos(turn)), np.abs(np.sin(turn))
     mine, theirs = np.abs(_turn(gap, -box[6])), np.abs(_turn(gap, -others[:, 6]))
-    reach = np.stack(
-        [cos * other_half[:, 0] + sin * other_half[:, 1], sin * other_half[:, 0] + cos * other_half[:, 1]], 1
-    )
-    back = np.stack([cos * half[0] + sin * half[1], sin * half[0] + cos * half[1]], 1)
-    apart = (mine > half + reach).any(1) | (theirs > other_half + back).any(1)
-    return bool(apart.all())
+    reach, back = (cos * size + sin * size[..., ::-1] for size in (other_half, half))
+    return bool(((mine > half + reach) | (theirs > other_half + back)).any(1).all())
 
 
-def _turn(xy: np.ndarray, yaw: Any) -> np.ndarray:
+def _turn(xy: np.ndarray, yaw: np.ndarray | float) -> np.ndarray:
     cos, sin = np.cos(yaw), np.sin(yaw)
     return np.stack([cos * xy[..., 0] - sin * xy[..., 1], sin * xy[..., 0] + cos * xy[..., 1]], -1)
 
-
-# -------------------------------------------------------------------------------------------------------------- rays
 
 SKY, GROUND = -2, -1
 
@@ -276,22 +260,15 @@ def sweep(world: World, scene: int, seconds: float = 0.0) -> tuple[np.ndarray, n
     shine = rng.normal(0, 0.08, len(rays))[kept]
     solid = solid[kept]
     points = origin + rays[kept] * (distance + noise)[kept, None]
-    mean = np.array([KINDS[kind].reflects for kind in world.kinds])[solid]
-    open_ground = np.array([reflects for _, reflects in _SURFACES])[world.surface(points[:, :2])]
-    intensity = np.clip(np.where(solid == GROUND, open_ground, mean) + shine, 0, 1)
-    lag = np.full(len(points), seconds)
-    rows = np.column_stack([np.round(points, 3), np.round(intensity, 3), lag])  # a sensor counts millimetres
-    return rows.astype(np.float32), solid
+    mean = np.where(solid == GROUND, _INTENSITIES[world.surface(points[:, :2])], world.of("reflects")[solid])
+    rows = np.column_stack([points, np.clip(mean + shine, 0, 1)]).round(3)  # a sensor counts millimetres
+    return np.column_stack([rows, np.full(len(rows), seconds)]).astype(np.float32), solid
 
 
 def camera_pose(number: int) -> np.ndarray:
     """cam2lidar [4, 4] of a camera that looks out level, a quarter turn to the left of the one before."""
-    yaw = number * math.pi / 2
-    out, left = np.array([math.cos(yaw), math.sin(yaw), 0]), np.array([-math.sin(yaw), math.cos(yaw), 0])
-    pose = np.eye(4)
-    pose[:3, :3] = np.stack([-left, [0, 0, -1], out], 1)
-    pose[:3, 3] = 0.3 * out + [0, 0, -0.2]
-    return pose
+    cos, sin = math.cos(number * math.pi / 2), math.sin(number * math.pi / 2)
+    return np.array([[sin, 0, cos, 0.3 * cos], [-cos, 0, sin, 0.3 * sin], [0, -1, 0, -0.2], [0, 0, 0, 1]])
 
 
 def intrinsics(size: tuple[int, int]) -> np.ndarray:
@@ -308,20 +285,15 @@ def picture(world: World, scene: int, number: int, size: tuple[int, int]) -> np.
     pixels = np.stack([u.ravel(), v.ravel(), np.ones(u.size)])
     rays = (pose[:3, :3] @ np.linalg.solve(intrinsics(size), pixels)).T
     distance, solid, face = cast(pose[:3, 3], rays, world.bodies(), world.slope)
-    own = np.array([KINDS[kind].colour for kind in world.kinds]) + world.tints
-    shade = np.array([0.75, 1.0, 1.15])[face]
-    colour = own[solid] * shade[:, None]
+    colour = (world.of("colour") + world.tints)[solid] * np.array([0.75, 1.0, 1.15])[face, None]
     on_ground = solid == GROUND
     places = pose[:3, 3] + rays[on_ground] * distance[on_ground, None]
-    colour[on_ground] = np.array([c for c, _ in _SURFACES])[world.surface(places[:, :2])]
+    colour[on_ground] = _COLOURS[world.surface(places[:, :2])]
     fog = np.exp(-np.where(np.isinf(distance), 1e9, distance) / 50)[:, None]
     sky = np.array([0.65, 0.75, 0.9])
     colour = np.where((solid == SKY)[:, None], sky, fog * colour + (1 - fog) * sky)
     colour = colour + rng.normal(0, 0.02, colour.shape)
     return np.round(255 * np.clip(colour, 0, 1)).astype(np.uint8).reshape(*size, 3)
-
-
-# ------------------------------------------------------------------------------------------------------------ frames
 
 
 def generate(scene: int, *, sweeps: int = 1, image_size: tuple[int, int] = (40, 80)) -> Frame:
@@ -330,15 +302,13 @@ def generate(scene: int, *, sweeps: int = 1, image_size: tuple[int, int] = (40, 
     Without pictures with an image size of (0, 0).
     """
     world = build_world(scene)
-    clouds = [sweep(world, scene, n * LAG) for n in range(sweeps)]
-    points = np.concatenate([cloud for cloud, _ in clouds])
-    solid = np.concatenate([met for _, met in clouds])
-    key = np.arange(len(points)) < len(clouds[0][0])
+    clouds, solids = zip(*(sweep(world, scene, n * LAG) for n in range(sweeps)), strict=True)
+    points, solid = np.concatenate(clouds), np.concatenate(solids)
+    key = np.arange(len(points)) < len(clouds[0])
     objects = world.labelled
     instance = np.where((solid >= 0) & (solid < objects), solid, -1).astype(np.int16)
-    yaw = world.road[0]
     lidar2ego = np.eye(4)  # the car's x is along the road, its origin on the ground below the LiDAR
-    lidar2ego[:2, :2] = [[math.cos(yaw), math.sin(yaw)], [-math.sin(yaw), math.cos(yaw)]]
+    lidar2ego[:2, :2] = _turn(np.eye(2), -world.road[0]).T
     lidar2ego[2, 3] = HEIGHT
     labels = Labels(
         boxes=world.boxes[:objects].astype(np.float32),
@@ -348,126 +318,93 @@ def generate(scene: int, *, sweeps: int = 1, image_size: tuple[int, int] = (40, 
         ground=solid == GROUND,
         masks=world.masks(),
     )
+    drawn = [picture(world, scene, number, image_size) for number in range(len(CAMERAS)) if min(image_size)]
+    return _frame(f"{scene:06d}", points, key, drawn, lidar2ego, labels)
+
+
+def _frame(
+    token: str,
+    points: np.ndarray,
+    key: np.ndarray,
+    images: Sequence[np.ndarray],
+    lidar2ego: np.ndarray,
+    labels: Labels | None,
+) -> Frame:
     cameras = {
-        name: Camera(picture(world, scene, number, image_size), intrinsics(image_size), camera_pose(number))
-        for number, name in enumerate(CAMERAS)
-        if min(image_size)
+        name: Camera(image, intrinsics(image.shape[:2]), camera_pose(number))
+        for number, (name, image) in enumerate(zip(CAMERAS, images, strict=False))
     }
-    return checked(
-        Frame(f"{scene:06d}", f"{scene:06d}", "synthdrive", points, key, cameras, lidar2ego, labels=labels)
-    )
+    return checked(Frame(token, token, "synthdrive", points, key, cameras, lidar2ego, labels=labels))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a data set on disk was made with."""
-
-    sweeps: int = 1
-    image_size: tuple[int, int] = (40, 80)
-    version: int = VERSION
-
-
-@dataclass(frozen=True)
-class SynthdriveFrames:
+class SynthdriveFrames(Frames):
     """A data set on disk."""
 
     folder: Path
     tokens: Sequence[str]
-    settings: Settings
-    kind: FrameKind = field(default="synthdrive", init=False)
+    kind = "synthdrive"
 
     @classmethod
     def open(cls, folder: Path) -> SynthdriveFrames:
-        """What `write` wrote.
-
-        Raises:
-            UserError: no such folder, or one that was not finished or is of another version.
-        """
-        mend = f"write it by `python -m projects.calico.synthdrive {folder}`"
-        head = read_object(folder / "synthdrive.json", "synthdrive data set", mend)
+        """What `write` wrote, if it is of this version."""
+        head, mend = (
+            folder / "synthdrive.json",
+            f"write it by `python -m projects.calico.synthdrive {folder}`",
+        )
+        made = read_object(head, "synthdrive data set", mend)
         try:
-            made = Settings(head["sweeps"], tuple(head["image_size"]), head["version"])
-            tokens = [f"{number:06d}" for number in range(head["first"], head["first"] + head["scenes"])]
+            version, first, scenes = (made[name] for name in ("version", "first", "scenes"))
+            tokens = [f"{number:06d}" for number in range(first, first + scenes)]
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / 'synthdrive.json'} is not usable ({one_line(error)}); {mend}"
-            ) from None
-        if made.version != VERSION:
-            raise UserError(
-                f"{folder} holds scenes of version {made.version}, and this is {VERSION}; {mend} anew"
-            )
-        return cls(folder, tokens, made)
+            raise UserError(f"{head} is not usable ({one_line(error)}); {mend}") from None
+        if version != VERSION:
+            raise UserError(f"{folder} holds scenes of version {version}, and this is {VERSION}; {mend} anew")
+        return cls(folder, tokens)
 
     def read(self, index: int, *, labels: bool = False, cameras: bool = True) -> Frame:
-        """See `scenes.Frames`."""
-        path = self.folder / f"{self.tokens[index]}.npz"
-        mend = "write the data set again, which adds what is missing"
-        try:
-            with np.load(path) as content:
-                return self._frame(self.tokens[index], content, labels, cameras)
-        except OSError as error:
-            raise unreadable(error, path, "synthdrive scene", mend) from None
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"synthdrive scene {path} is damaged ({one_line(error)}); delete it and {mend}"
-            ) from None
-
-    def _frame(self, token: str, content: Any, labels: bool, cameras: bool) -> Frame:
-        seen = {}
-        if cameras and min(self.settings.image_size):
-            pictures, matrix = content["images"], intrinsics(self.settings.image_size)
-            seen = {
-                name: Camera(pictures[number], matrix, camera_pose(number))
-                for number, name in enumerate(CAMERAS)
-            }
+        """See `Frames`."""
+        token, mend = self.tokens[index], "write the data set again, which adds what is missing"
+        found = read_arrays(self.folder / f"{token}.npz", "synthdrive scene", mend)
         drawn = None
         if labels:
+            names = tuple(CLASSES[number] for number in found["names"])
+            masks = dict(zip(MAP_LAYERS, found["masks"], strict=True))
             drawn = Labels(
-                boxes=content["boxes"],
-                names=tuple(CLASSES[number] for number in content["names"]),
-                num_points=content["num_points"],
-                instance=content["instance"],
-                ground=content["ground"],
-                masks=dict(zip(MAP_LAYERS, content["masks"], strict=True)),
+                found["boxes"], names, found["num_points"], (), found["instance"], found["ground"], masks
             )
-        points, key = content["points"], content["key"]
-        return checked(
-            Frame(token, token, "synthdrive", points, key, seen, content["lidar2ego"], labels=drawn)
-        )
+        images = found.get("images", ()) if cameras else ()
+        return _frame(token, found["points"], found["key"], images, found["lidar2ego"], drawn)
 
 
 def write(
-    folder: Path, scenes: int, first: int = 0, settings: Settings | None = None, workers: int = 1
+    folder: Path,
+    scenes: int,
+    first: int = 0,
+    *,
+    sweeps: int = 1,
+    image_size: tuple[int, int] = (40, 80),
+    workers: int = 1,
 ) -> SynthdriveFrames:
-    """The scenes `first` to `first + scenes - 1` on disk; those that are there already stay.
-
-    Raises:
-        UserError: the folder has scenes of other settings.
-    """
-    settings = settings or Settings()
-    new_folder(folder, "synthdrive data set")
-    head = folder / "synthdrive.json"
-    asked = {**json.loads(json.dumps(asdict(settings))), "first": first}
-    if head.is_file():
-        there = read_object(head, "synthdrive data set")
-        for key, value in asked.items():
-            if there.get(key) != value:
-                raise UserError(
-                    f"{folder} holds scenes with {key}={there.get(key)} and not {value}; name another folder"
-                )
-    else:
-        write_json(head, {**asked, "scenes": 0}, "synthdrive data set")
+    """The scenes `first` to `first + scenes - 1` on disk; those that are there already stay, if they were made alike."""
+    head = new_folder(folder, "synthdrive data set") / "synthdrive.json"
+    asked = {"sweeps": sweeps, "image_size": list(image_size), "version": VERSION, "first": first}
+    there = read_object(head, "synthdrive data set") if head.is_file() else {**asked, "scenes": 0}
+    for key, value in asked.items():
+        if there.get(key) != value:
+            told = f"holds scenes with {key}={there.get(key)} and not {value}"
+            raise UserError(f"{folder} {told}; name another folder")
+    write_json(head, there, "synthdrive data set")
     numbers = range(first, first + scenes)
     missing = [number for number in numbers if not (folder / f"{number:06d}.npz").exists()]
-    each(partial(_write, folder, settings), missing, workers, "scenes", done=scenes - len(missing))
+    job = partial(_write, folder, sweeps, image_size)
+    each(job, missing, workers, "scenes", done=scenes - len(missing))
     write_json(head, {**asked, "scenes": scenes}, "synthdrive data set")
     return SynthdriveFrames.open(folder)
 
 
-def _write(folder: Path, settings: Settings, scene: int) -> None:
-    frame = generate(scene, sweeps=settings.sweeps, image_size=settings.image_size)
+def _write(folder: Path, sweeps: int, image_size: tuple[int, int], scene: int) -> None:
+    frame = generate(scene, sweeps=sweeps, image_size=image_size)
     labels = frame.labels
     assert labels is not None and labels.instance is not None and labels.ground is not None
     columns = {
@@ -483,10 +420,8 @@ def _write(folder: Path, settings: Settings, scene: int) -> None:
     }
     if frame.cameras:
         columns["images"] = np.stack([camera.load() for camera in frame.cameras.values()])
-    with (
-        new_file(folder / f"{frame.token}.npz", "synthdrive scene") as partial_file,
-        partial_file.open("wb") as file,
-    ):
+    path = folder / f"{frame.token}.npz"
+    with new_file(path, "synthdrive scene") as partial_file, partial_file.open("wb") as file:
         np.savez(file, allow_pickle=False, **columns)
 
 
@@ -495,18 +430,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--scenes", type=at_least(1), required=True, help="how many")
-    parser.add_argument("--first", type=at_least(0), default=0, help="number of the first (0)")
-    parser.add_argument("--sweeps", type=int, choices=(1, 2), default=1, help="2: with the sweep before (1)")
-    parser.add_argument(
-        "--image-size", type=at_least(1), nargs=2, default=[40, 80], metavar=("ROWS", "COLUMNS")
-    )
-    parser.add_argument("--workers", type=at_least(1), default=1, help="processes (1)")
-    options = parser.parse_args(argv)
-    settings = Settings(options.sweeps, tuple(options.image_size))
-    frames = write(options.out, options.scenes, options.first, settings, options.workers)
-    print(f"{options.out}: {len(frames.tokens)} scenes, {frames.tokens[0]} to {frames.tokens[-1]}")
+    add = parser.add_argument
+    add("out", type=Path)
+    add("--scenes", type=at_least(1), required=True, help="how many")
+    add("--first", type=at_least(0), default=0, help="number of the first (0)")
+    add("--sweeps", type=int, choices=(1, 2), default=1, help="2: with the sweep before (1)")
+    add("--image-size", type=at_least(1), nargs=2, default=[40, 80], metavar=("ROWS", "COLUMNS"))
+    add("--workers", type=at_least(1), default=1, help="processes (1)")
+    options = vars(parser.parse_args(argv))
+    out = options.pop("out")
+    frames = write(out, **options | {"image_size": tuple(options["image_size"])})
+    print(f"{out}: {len(frames.tokens)} scenes, {frames.tokens[0]} to {frames.tokens[-1]}")
     return 0
 
 

@@ -19,8 +19,8 @@ from vlmkd.tensor_files import reading
 _LIMIT = 1 << 31  # bytes; the info files of all of nuScenes' train split have a quarter
 
 
-class _Kind:
-    """Stands for a NumPy dtype: numbers alone, of either byte order."""
+class _Dtype:
+    """Stands for NumPy's: numbers alone, of either byte order."""
 
     def __init__(self, code: str = "", *_: Any) -> None:
         if not re.fullmatch(r"[fiub][1248]", code):
@@ -35,37 +35,32 @@ class _Kind:
 
 
 class _Array:
-    """Stands for a NumPy array while it is read."""
+    """Stands for NumPy's while it is read."""
+
+    values = np.empty(0)
 
     def __init__(self, *_: Any) -> None:
-        self.values = np.empty(0)
+        pass
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, by_columns, data = state
         self.values = kind.values(data).reshape(shape, order="F" if by_columns else "C")
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 hold bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
-    return text.encode("latin-1")
-
-
 class _Reader(pickle.Unpickler):
-    """Knows five names of NumPy, none of which is NumPy's own."""
+    """Knows five names of NumPy and of its pickles, none of which is NumPy's own."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
         own = {
-            "dtype": _Kind,
+            "dtype": _Dtype,
             "ndarray": _Array,
-            "scalar": lambda kind, data: kind.values(data)[0].item(),
             "_reconstruct": _Array,
+            "scalar": lambda kind, data: kind.values(data)[0].item(),
         }
         if re.fullmatch(r"numpy(\._?core\.multiarray)?", module) and name in own:
             return own[name]
+        if (module, name) == ("_codecs", "encode"):  # how protocol 2 holds bytes
+            return lambda text, encoding: text.encode("latin-1")
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is code and no data")
 
 
@@ -96,9 +91,10 @@ def read_infos(path: Path) -> dict[str, Any]:
     found = content if isinstance(content, dict) else {}
     version = found.get("metainfo", {}).get("info_version", "1.1")  # KITTI's says none
     if version != "1.1" or not isinstance(found.get("data_list"), list):
+        lacks = "" if found.get("data_list") else " and no data_list"
         raise UserError(
-            f"info file {path} has the info version {version!r}{'' if found.get('data_list') else ' and no data_list'}; 1.1 is"
-            " read (mmdetection3d's update_infos_to_v2.py makes it of older ones)"
+            f"info file {path} has the info version {version!r}{lacks}; 1.1 is read (mmdetection3d's"
+            " update_infos_to_v2.py makes it of older ones)"
         )
     return found
 
@@ -106,43 +102,40 @@ def read_infos(path: Path) -> dict[str, Any]:
 def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool = True) -> Record:
     """Frame number `index` of nuScenes as a record of `readers.nuscenes`; its boxes are of the ten classes.
 
-    What the file does not say (scene, instances, visibility, attributes) is empty.
-
-    Args:
-        folders: files lie in samples/SENSOR and sweeps/SENSOR, where info files name them without; else beside each other.
+    What the file does not say (scene, instances, visibility, attributes) is empty. `folders`: files lie in
+    samples/SENSOR and sweeps/SENSOR, where info files name them without; else beside each other.
     """
     category = {name: one for one, name in reversed(CLASS_OF.items())}
-    one, points = content["data_list"][index], content["data_list"][index]["lidar_points"]
-    names = {
-        label: category[name] for name, label in content["metainfo"]["categories"].items() if name in category
-    }
+    classes = content["metainfo"]["categories"].items()
+    names = {label: category[name] for name, label in classes if name in category}
+    one = content["data_list"][index]
     boxes = [box for box in one["instances"] if box["bbox_label_3d"] in names]
-    to_lidar = np.linalg.inv(np.array(one["ego2global"]) @ np.array(points["lidar2ego"]))
 
-    def place(folder: str, name: str) -> str:
-        return f"{folder}/{name}" if folders and "/" not in name else name
+    def reading_of(own: Mapping[str, Any], name: str, folder: str) -> Record:
+        path = f"{folder}/{name}" if folders and "/" not in name else name
+        return {"path": path, "timestamp": round(own["timestamp"] * 1e6)}
 
-    def past(sweep: Mapping[str, Any]) -> Record:
-        own = np.array(sweep["ego2global"]) @ np.array(sweep["lidar_points"]["lidar2ego"])
-        return {
-            "path": place("sweeps/LIDAR_TOP", sweep["lidar_points"]["lidar_path"]),
-            "timestamp": round(sweep["timestamp"] * 1e6),
-            "sensor2lidar": (to_lidar @ own).tolist(),
-        }
+    def lidar2global(own: Mapping[str, Any]) -> np.ndarray:
+        return np.array(own["ego2global"]) @ np.array(own["lidar_points"]["lidar2ego"])
 
+    to_lidar = np.linalg.inv(lidar2global(one))
+    key = reading_of(one, one["lidar_points"]["lidar_path"], "samples/LIDAR_TOP")
     return {
         "token": one["token"],
         "scene": "",
         "location": "",
-        "timestamp": round(one["timestamp"] * 1e6),
-        "lidar": place("samples/LIDAR_TOP", points["lidar_path"]),
-        "lidar2ego": points["lidar2ego"],
+        "timestamp": key["timestamp"],
+        "lidar": key["path"],
+        "lidar2ego": one["lidar_points"]["lidar2ego"],
         "ego2global": one["ego2global"],
-        "sweeps": [past(sweep) for sweep in one.get("lidar_sweeps", ())],
+        "sweeps": [
+            reading_of(past, past["lidar_points"]["lidar_path"], "sweeps/LIDAR_TOP")
+            | {"sensor2lidar": (to_lidar @ lidar2global(past)).tolist()}
+            for past in one.get("lidar_sweeps", ())
+        ],
         "cams": {
-            name: {
-                "path": place(f"samples/{name}", camera["img_path"]),
-                "timestamp": round(camera["timestamp"] * 1e6),
+            name: reading_of(camera, camera["img_path"], f"samples/{name}")
+            | {
                 "K": camera["cam2img"],
                 "cam2ego": camera["cam2ego"],
                 "cam2lidar": np.linalg.inv(np.array(camera["lidar2cam"])).tolist(),
@@ -150,9 +143,8 @@ def nuscenes_record(content: Mapping[str, Any], index: int = 0, *, folders: bool
             for name, camera in one["images"].items()
         },
         "boxes": [box["bbox_3d"][:7] for box in boxes],
-        "velocity": [box["velocity"] for box in boxes],
         "names": [names[box["bbox_label_3d"]] for box in boxes],
-        **{field: [box[field] for box in boxes] for field in ("num_lidar_pts", "num_radar_pts")},
+        **{field: [box[field] for box in boxes] for field in ("velocity", "num_lidar_pts", "num_radar_pts")},
         **{field: [""] * len(boxes) for field in ("attribute", "visibility", "instance")},
     }
 
@@ -162,7 +154,6 @@ def nuscenes_frames(path: Path, root: Path | None = None, sweeps: int = 9) -> Nu
     content = read_infos(path)
     if str(content["metainfo"].get("dataset")).lower() != "nuscenes":
         return None
-    records = [
-        nuscenes_record(content, n, folders=root is not None) for n in range(len(content["data_list"]))
-    ]
-    return NuScenesFrames(records, root or path.parent, [record["token"] for record in records], sweeps)
+    numbers = range(len(content["data_list"]))
+    records = [nuscenes_record(content, n, folders=root is not None) for n in numbers]
+    return NuScenesFrames(records, root or path.parent, sweeps)

@@ -1,8 +1,7 @@
 """nuScenes (v1.0 tables, full, mini or test) without other toolboxes: tables, info records, frames.
 
 An info file is JSON lines: a header, then one record a key frame, written by `python -m projects.calico.nuscenes_infos`; an
-unknown velocity is null.
-Letters: n points, k boxes. Matrices are 4x4 and act from the left; quaternions are (w, x, y, z).
+unknown velocity is null. Letters: n points, k boxes. Matrices are 4x4 and act from the left; quaternions are (w, x, y, z).
 """
 
 from __future__ import annotations
@@ -11,41 +10,40 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from projects.calico.evaluation.detection import Boxes
 from projects.calico.geometry import pose
-from projects.calico.scenes import Camera, Frame, FrameKind, Labels, checked
+from projects.calico.readers.files import read_sweep
+from projects.calico.scenes import Camera, Frame, Frames, Labels, checked
 from vlmkd.errors import UserError
 from vlmkd.files import one_line, read_text, unreadable
 
 Record = dict[str, Any]
 INFO_VERSION = 1
 LIDAR = "LIDAR_TOP"
-CLASS_OF = {
-    "vehicle.car": "car",
-    "vehicle.truck": "truck",
-    "vehicle.bus.bendy": "bus",
-    "vehicle.bus.rigid": "bus",
-    "vehicle.trailer": "trailer",
-    "vehicle.construction": "construction_vehicle",
-    "human.pedestrian.adult": "pedestrian",
-    "human.pedestrian.child": "pedestrian",
-    "human.pedestrian.construction_worker": "pedestrian",
-    "human.pedestrian.police_officer": "pedestrian",
-    "vehicle.motorcycle": "motorcycle",
-    "vehicle.bicycle": "bicycle",
-    "movable_object.trafficcone": "traffic_cone",
-    "movable_object.barrier": "barrier",
+_SOURCES = {
+    "car": "vehicle.car",
+    "truck": "vehicle.truck",
+    "bus": "vehicle.bus.bendy vehicle.bus.rigid",
+    "trailer": "vehicle.trailer",
+    "construction_vehicle": "vehicle.construction",
+    "pedestrian": "human.pedestrian.adult human.pedestrian.child human.pedestrian.construction_worker"
+    " human.pedestrian.police_officer",
+    "motorcycle": "vehicle.motorcycle",
+    "bicycle": "vehicle.bicycle",
+    "traffic_cone": "movable_object.trafficcone",
+    "barrier": "movable_object.barrier",
 }
+CLASSES = tuple(_SOURCES)
+CLASS_OF = {category: name for name, categories in _SOURCES.items() for category in categories.split()}
 """Category -> one of the ten classes; other categories are ignored."""
-CLASSES = tuple(dict.fromkeys(CLASS_OF.values()))
 RACK = "static_object.bicycle_rack"
 _TABLES = (
     "attribute", "sensor", "calibrated_sensor", "category", "instance", "log", "sample", "sample_annotation", "scene",
@@ -58,9 +56,6 @@ _LONGEST_GAP = 1.5  # seconds between two annotations of a thing that still tell
 _NEAR = 1.0  # metres from the sensor along x and y within which points of past sweeps are the car's own
 
 
-# ---------------------------------------------------------------------------------------------------------- tables
-
-
 class Tables:
     """The official tables of one version; of the readings those of the LiDAR and the key frames of the cameras.
 
@@ -71,9 +66,8 @@ class Tables:
     def __init__(self, root: Path, version: str) -> None:
         self.folder = root / version
         if not self.folder.is_dir():
-            raise UserError(
-                f"{root} has no folder {version}; name the data set's root, which holds samples/, sweeps/ and {version}/"
-            )
+            told = f"name the data set's root, which holds samples/, sweeps/ and {version}/"
+            raise UserError(f"{root} has no folder {version}; {told}")
         self._poses: set[str] = set()
         self.rows: dict[str, dict[str, Record]] = {}
         """Table -> token -> row, which also names its `table`."""
@@ -90,13 +84,13 @@ class Tables:
 
     def _is_used(self, table: str, row: Record) -> bool:
         """Of the tables with a row a reading, 2.6 million, a quarter is."""
-        if table == "sample_data":
-            channel = self.channel(row)
-            used = channel == LIDAR or (row["is_key_frame"] and channel.startswith("CAM"))
-            if used:
-                self._poses.add(row["ego_pose_token"])
-            return used
-        return table != "ego_pose" or row["token"] in self._poses
+        if table != "sample_data":
+            return table != "ego_pose" or row["token"] in self._poses
+        channel = self.channel(row)
+        used = channel == LIDAR or (row["is_key_frame"] and channel.startswith("CAM"))
+        if used:
+            self._poses.add(row["ego_pose_token"])
+        return used
 
     def _read(self, table: str) -> Iterator[Record]:
         """The rows one by one, so that of a file of a gigabyte only its text is in memory."""
@@ -146,17 +140,13 @@ class Tables:
 
     def velocity(self, annotation: Record) -> NDArray[np.float64]:
         """Global [3], m/s, from the annotations before and after; NaN when they are missing or too far apart."""
-        sides = [side for side in ("prev", "next") if annotation[side]]
-        if not sides:
-            return np.full(3, np.nan)
         first, last = (
-            self.follow(annotation, "sample_annotation", side) if side in sides else annotation
+            self.follow(annotation, "sample_annotation", side) if annotation[side] else annotation
             for side in ("prev", "next")
         )
-        seconds = 1e-6 * (
-            self.follow(last, "sample")["timestamp"] - self.follow(first, "sample")["timestamp"]
-        )
-        if seconds > _LONGEST_GAP * len(sides):
+        times = (self.follow(one, "sample")["timestamp"] for one in (last, first))
+        seconds, sides = 1e-6 * np.subtract(*times), bool(annotation["prev"]) + bool(annotation["next"])
+        if not sides or seconds > _LONGEST_GAP * sides:
             return np.full(3, np.nan)
         return np.subtract(last["translation"], first["translation"]) / seconds
 
@@ -165,16 +155,12 @@ def _pose(row: Record) -> NDArray[np.float64]:
     return pose(row["rotation"], row["translation"]).numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------- records
-
-
 def info_record(tables: Tables, sample: Record, sweeps: int = 10) -> Record:
     """The record of one key frame: paths below the root, poses, sweeps before it and boxes in its LiDAR frame."""
     data = tables.data[sample["token"]]
     if LIDAR not in data:
-        raise UserError(
-            f"nuScenes tables {tables.folder}: sample {sample['token']} has no {LIDAR}; fetch the tables again"
-        )
+        told = f"sample {sample['token']} has no {LIDAR}; fetch the tables again"
+        raise UserError(f"nuScenes tables {tables.folder}: {told}")
     key = row = data[LIDAR]
     scene = tables.follow(sample, "scene")
     lidar2ego, ego2global = tables.poses(key)
@@ -186,16 +172,15 @@ def info_record(tables: Tables, sample: Record, sweeps: int = 10) -> Record:
         matrix = (to_lidar @ ego @ sensor2ego).tolist()
         past.append({"path": row["filename"], "timestamp": row["timestamp"], "sensor2lidar": matrix})
     cams = {}
-    for name, one in sorted(data.items()):
-        if name != LIDAR:
-            cam2ego, ego = tables.poses(one)
-            cams[name] = {
-                "path": one["filename"],
-                "timestamp": one["timestamp"],
-                "K": tables.follow(one, "calibrated_sensor")["camera_intrinsic"],
-                "cam2ego": cam2ego.tolist(),
-                "cam2lidar": (to_lidar @ ego @ cam2ego).tolist(),
-            }
+    for name in sorted(data.keys() - {LIDAR}):
+        cam2ego, ego = tables.poses(data[name])
+        cams[name] = {
+            "path": data[name]["filename"],
+            "timestamp": data[name]["timestamp"],
+            "K": tables.follow(data[name], "calibrated_sensor")["camera_intrinsic"],
+            "cam2ego": cam2ego.tolist(),
+            "cam2lidar": (to_lidar @ ego @ cam2ego).tolist(),
+        }
     boxes = [_box(tables, row, to_lidar) for row in tables.annotations[sample["token"]]]
     return {
         "token": sample["token"],
@@ -235,8 +220,7 @@ def header(version: str, split: str) -> Record:
     return {"dataset": "nuscenes", "info_version": INFO_VERSION, "version": version, "split": split}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What is known of a record without reading it again."""
 
     token: str
@@ -246,6 +230,11 @@ class Entry:
     """Classes of its boxes, each once, for resampling."""
     offset: int
     """Byte at which its line begins."""
+
+
+def _entry(record: Record, offset: int = 0) -> Entry:
+    names = dict.fromkeys(CLASS_OF[name] for name in record.get("names", ()) if name in CLASS_OF)
+    return Entry(record["token"], record["scene"], record["location"], tuple(names), offset)
 
 
 class Infos(Sequence[Record]):
@@ -260,24 +249,18 @@ class Infos(Sequence[Record]):
         self.entries: list[Entry] = []
         try:
             with path.open("rb") as file:
-                self.header = self._parse(file.readline(), 1)
-                made = self.header.get("dataset"), self.header.get("info_version")
-                if made != ("nuscenes", INFO_VERSION):
-                    raise UserError(
-                        f"info file {path} is of data set {made[0]!r}, version {made[1]!r}; this reader knows nuscenes,"
-                        f" version {INFO_VERSION}: {self._hint}"
-                    )
+                head = self._parse(file.readline(), 1)
+                dataset, version = head.get("dataset"), head.get("info_version")
+                if (dataset, version) != ("nuscenes", INFO_VERSION):
+                    told = f"is of data set {dataset!r}, version {version!r}"
+                    knows = f"this reader knows nuscenes, version {INFO_VERSION}"
+                    raise UserError(f"info file {path} {told}; {knows}: {self._hint}")
                 offset = file.tell()
                 for number, line in enumerate(file, start=2):
-                    one = self._parse(line, number)
-                    names = tuple({CLASS_OF[name]: 0 for name in one.get("names", ()) if name in CLASS_OF})
-                    try:
-                        self.entries.append(Entry(one["token"], one["scene"], one["location"], names, offset))
-                    except KeyError as error:
-                        raise UserError(
-                            f"info file {path} line {number} has no {error}; {self._hint}"
-                        ) from None
+                    self.entries.append(_entry(self._parse(line, number), offset))
                     offset += len(line)
+        except KeyError as error:
+            raise UserError(f"info file {path} line {number} has no {error}; {self._hint}") from None
         except OSError as error:
             raise unreadable(error, path, "info file", self._hint) from None
 
@@ -298,52 +281,39 @@ class Infos(Sequence[Record]):
             file.seek(self.entries[index].offset)
             return self._parse(file.readline(), index + 2)
 
-    @cached_property
-    def scenes(self) -> tuple[str, ...]:
-        """Names, in order."""
-        return tuple(dict.fromkeys(entry.scene for entry in self.entries))
-
-    def of_scenes(self, scenes: Iterable[str]) -> list[int]:
-        """Indices of the frames of these scenes, all of which must be there."""
-        wanted = set(scenes)
-        if missing := wanted - set(self.scenes):
-            raise UserError(
-                f"info file {self.path} lacks {len(missing)} of {len(wanted)} scenes, first {min(missing)}; build it from the whole split"
-            )
-        return [index for index, entry in enumerate(self.entries) if entry.scene in wanted]
-
-
-# ----------------------------------------------------------------------------------------------------------- frames
-
 
 @dataclass(frozen=True)
-class NuScenesFrames:
-    """Frames of an info file, or of some of its records: see `scenes.Frames`."""
+class NuScenesFrames(Frames):
+    """Frames of an info file, or of records, see `Frames`."""
 
     records: Sequence[Record]
     root: Path
-    tokens: Sequence[str]
     sweeps: int = 9
     """Past ones of a frame."""
-    kind: FrameKind = field(default="nuscenes", init=False)
+    kind = "nuscenes"
 
-    @classmethod
-    def of_info(cls, path: Path, root: Path, sweeps: int = 9) -> NuScenesFrames:
-        """All frames of an info file of ours."""
-        infos = Infos(path)
-        return cls(infos, root, [entry.token for entry in infos.entries], sweeps)
+    @cached_property
+    def entries(self) -> Sequence[Entry]:
+        """One a record."""
+        return self.records.entries if isinstance(self.records, Infos) else list(map(_entry, self.records))
 
-    def read(
-        self,
-        index: int,
-        *,
-        labels: bool = False,
-        cameras: bool = True,
-        draw: np.random.Generator | None = None,
-    ) -> Frame:
-        """Frame number `index`; in training `draw` chooses the past sweeps."""
-        record = self.records[index]
-        return read_frame(record, self.root, sweeps=self.sweeps, labels=labels, cameras=cameras, draw=draw)
+    @property
+    def tokens(self) -> Sequence[str]:
+        """nuScenes' own."""
+        return [entry.token for entry in self.entries]
+
+    @property
+    def scenes(self) -> Sequence[str]:
+        """Names; mmdetection3d's info files do not tell them."""
+        return [entry.scene or entry.token for entry in self.entries]
+
+    def classes(self, index: int) -> Sequence[str]:
+        """Of the labelled objects of a frame, each once."""
+        return self.entries[index].names
+
+    def read(self, index: int, **given: Any) -> Frame:
+        """See `read_frame`."""
+        return read_frame(self.records[index], self.root, sweeps=self.sweeps, **given)
 
 
 def read_frame(
@@ -359,58 +329,37 @@ def read_frame(
 
     Past sweeps are the nearest, or drawn from all of the record by `draw`; the key sweep stands in for those that the
     beginning of a scene lacks.
-
-    Args:
-        labels: read the boxes of the ten classes that hold a LiDAR or radar point; else the frame has none.
-
-    Raises:
-        UserError: a missing or damaged sweep, or what `checked` refuses.
     """
-    current = read_sweep(root / record["lidar"])
-    clouds = [np.concatenate([current[:, :4], np.zeros((len(current), 1), np.float32)], 1)]
+    current = np.pad(read_sweep(root / record["lidar"], 5)[:, :4], ((0, 0), (0, 1)))
     past = record["sweeps"][:sweeps]
     if draw is not None and len(record["sweeps"]) > sweeps:
         past = [record["sweeps"][n] for n in sorted(draw.permutation(len(record["sweeps"]))[:sweeps])]
+    clouds = [current]
     for sweep in past:
-        points = _without_car(read_sweep(root / sweep["path"]))
+        points = _without_car(read_sweep(root / sweep["path"], 5))
         matrix = np.array(sweep["sensor2lidar"])
         moved = points[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
-        lag = np.full((len(points), 1), (record["timestamp"] - sweep["timestamp"]) * 1e-6)
-        clouds.append(np.concatenate([moved, points[:, 3:4], lag], 1).astype(np.float32))
-    clouds += [_without_car(clouds[0])] * (sweeps - len(past))
+        lag = np.full(len(points), (record["timestamp"] - sweep["timestamp"]) * 1e-6)
+        clouds.append(np.column_stack([moved, points[:, 3], lag]).astype(np.float32))
+    clouds += [_without_car(current)] * (sweeps - len(past))
     points = np.concatenate(clouds)
-    seen = {
-        name: Camera(
-            root / one["path"], np.array(one["K"]), np.array(one["cam2lidar"]), one["timestamp"] * 1e-6
-        )
-        for name, one in (record["cams"].items() if cameras else ())
-    }
+    seen = record["cams"].items() if cameras else ()
     return checked(
         Frame(
-            token=record["token"],
-            scene=record["scene"],
-            frame="nuscenes",
-            points=points,
-            key=np.arange(len(points)) < len(current),
-            cameras=seen,
-            lidar2ego=np.array(record["lidar2ego"]),
-            ego2global=np.array(record["ego2global"]),
-            labels=read_labels(record) if labels else None,
+            record["token"],
+            record["scene"],
+            "nuscenes",
+            points,
+            np.arange(len(points)) < len(current),
+            {
+                name: Camera(root / one["path"], np.array(one["K"]), np.array(one["cam2lidar"]))
+                for name, one in seen
+            },
+            np.array(record["lidar2ego"]),
+            np.array(record["ego2global"]),
+            read_labels(record) if labels else None,
         )
     )
-
-
-def read_sweep(path: Path) -> NDArray[np.float32]:
-    """[n,5]: x, y, z, intensity (0 to 255), ring."""
-    try:
-        values = np.fromfile(path, np.float32)
-    except OSError as error:
-        raise unreadable(error, path, "LiDAR sweep", "fetch samples/ and sweeps/ of the data set") from None
-    if len(values) % 5:
-        raise UserError(
-            f"LiDAR sweep {path} is cut off: {len(values)} numbers are no rows of five; fetch it again"
-        )
-    return values.reshape(-1, 5)
 
 
 def _without_car(points: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -457,9 +406,7 @@ def to_global(boxes: NDArray[Any], matrix: NDArray[np.float64]) -> NDArray[np.fl
 
 def truth(records: Iterable[Record]) -> tuple[Boxes, NDArray[np.float64], Boxes]:
     """What predictions are compared with: true boxes, the car's place [S,2], and bicycle racks, all global."""
-    samples: list[tuple[Any, ...]] = []
-    racks: list[tuple[Any, ...]] = []
-    ego = []
+    ego, samples, racks = [], [], []
     for record in records:
         placed = to_global(_with_velocity(record), lidar2global(record))
         ego.append(np.array(record["ego2global"])[:2, 3])

@@ -162,7 +162,6 @@ def test_the_real_frame_goes_through_the_stages_before_fine_tuning() -> None:
     frames = NuScenesFrames(
         [nuscenes_record(read_infos(FRAMES / "nuscenes/info.json"), folders=False)],
         FRAMES / "nuscenes",
-        ["f"],
         0,
     )
     item = SceneItem("f", 0)

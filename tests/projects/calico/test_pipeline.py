@@ -26,8 +26,9 @@ from projects.calico.pipeline import (
     generator,
     moved_mask,
 )
+from projects.calico.region_cache import RegionCache
 from projects.calico.region_cache import build as build_regions
-from projects.calico.regions import RegionCache, preset_of
+from projects.calico.regions import preset_of
 from projects.calico.scenes import Camera, Frame, Labels
 from projects.calico.synthdrive import generate
 from tests.projects.calico.toy import TOY_MODEL as TOY

@@ -13,7 +13,8 @@ from PIL import Image
 
 from projects.calico.frames import open_frames
 from projects.calico.geometry import points_in_boxes
-from projects.calico.readers.argoverse import ArgoverseFrames, read_table
+from projects.calico.readers.argoverse import ArgoverseFrames
+from projects.calico.readers.files import read_arrays
 from tests.projects.calico.frames import FRAMES, needs_frames
 from vlmkd.errors import UserError
 
@@ -23,9 +24,7 @@ def test_the_nuscenes_frame() -> None:
     frames = open_frames(FRAMES / "nuscenes", sweeps=0)
     frame = frames.read(0, labels=True)
     assert frames.kind == "nuscenes" and len(frames.tokens) == 1 and frame.points.shape == (34688, 5)
-    seen = {
-        name: int((depth > 1).sum()) for name, (_, depth) in frame.pixels(frame.points, nearest=1).items()
-    }
+    seen = {name: int((depth > 1).sum()) for name, (_, depth) in frame.pixels(frame.points).items()}
     assert len(seen) == 6 and min(seen.values()) == seen["CAM_FRONT"] == 3067 and seen["CAM_BACK"] == 4826
     assert frame.labels is not None and set(frame.labels.names) >= {"car", "pedestrian", "barrier"}
     middles = frame.pixels(frame.labels.boxes)
@@ -59,7 +58,7 @@ def test_argoverse_boxes_hold_exactly_the_stated_points() -> None:
 def test_argoverse_static_points_follow_the_ego_motion() -> None:
     frames = open_frames(FRAMES / "av2")
     first, second = frames.read(0), frames.read(1)
-    flow = read_table(FRAMES / "av2/flow_labels_sweep_0.npz")
+    flow = read_arrays(FRAMES / "av2/flow_labels_sweep_0.npz", "flow")
     motion = np.linalg.inv(second.ego2global) @ first.ego2global
     points = first.points[:, :3].astype(np.float64)
     expected = points @ motion[:3, :3].T + motion[:3, 3] - points
@@ -70,29 +69,13 @@ def test_argoverse_static_points_follow_the_ego_motion() -> None:
     assert np.median(error[near & flow["dynamic"].astype(bool)]) > 0.5
 
 
-@needs_frames
-def test_the_car_stands_on_one_drivable_area() -> None:
-    frames = ArgoverseFrames(FRAMES / "av2")
-    x, y = frames.read(0).ego2global[:2, 3]
-    areas = frames.map_polygons("drivable_areas")
-    crossings = frames.map_polygons("pedestrian_crossings")
-    assert len(areas) == 13 and len(crossings) == 11 and all(c.shape == (4, 3) for c in crossings)
-    holding = 0
-    for area in areas:
-        a, b = area[:, :2], np.roll(area[:, :2], -1, 0)
-        crosses = (a[:, 1] > y) != (b[:, 1] > y)
-        at = a[:, 0] + (y - a[:, 1]) * (b[:, 0] - a[:, 0]) / np.where(crosses, b[:, 1] - a[:, 1], 1)
-        holding += int((crosses & (x < at)).sum() % 2)
-    assert holding == 1
-
-
 @pytest.fixture
 def argoverse_log(tmp_path: Path) -> Path:
     """The frames in the layout of the release, with a picture that was taken 20 ms after the first sweep."""
     pyarrow, feather = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.feather")
     known = json.loads((FRAMES / "av2/annotations_calib.json").read_text())
     folder = tmp_path / known["log_id"]
-    for name in ("sensors/lidar", "sensors/cameras/ring_front_center", "calibration", "map"):
+    for name in ("sensors/lidar", "sensors/cameras/ring_front_center", "calibration"):
         (folder / name).mkdir(parents=True)
 
     def write(path: str, rows: list[dict[str, Any]]) -> None:
@@ -103,7 +86,7 @@ def argoverse_log(tmp_path: Path) -> Path:
         time = {"timestamp_ns": sweep["timestamp_ns"]}
         poses.append(time | sweep["city_SE3_egovehicle"])
         boxes += [time | box for box in sweep["boxes"]]
-        table = read_table(FRAMES / f"av2/sweep_{number}.npz")
+        table = read_arrays(FRAMES / f"av2/sweep_{number}.npz", "sweep")
         columns = dict(zip("xyz", table["xyz"].T, strict=True)) | {"intensity": table["intensity"]}
         columns = {name: pyarrow.array(np.ascontiguousarray(column)) for name, column in columns.items()}
         feather.write_feather(
@@ -116,9 +99,6 @@ def argoverse_log(tmp_path: Path) -> Path:
     for name, rows in known["calibration"].items():
         write(f"calibration/{name}.feather", rows)
     Image.new("RGB", (1550, 2048)).save(folder / f"sensors/cameras/ring_front_center/{shot}.jpg")
-    shutil.copy(
-        FRAMES / "av2/map_PIT_city_47896.json", folder / "map/log_map_archive_x____PIT_city_47896.json"
-    )
     return folder
 
 
@@ -138,7 +118,6 @@ def test_argoverse_logs_give_what_the_other_formats_give(argoverse_log: Path) ->
     mount = first.cameras["ring_front_center"].cam2lidar
     np.testing.assert_allclose(mount[:3, 3], [1.635017, 0.002676, 1.397967] + moved, atol=1e-5)
     assert first.pixels(np.array([[20.0, 0, 1]]))["ring_front_center"][1][0] == pytest.approx(18.4, abs=0.5)
-    assert len(frames.map_polygons("drivable_areas")) == 13
 
 
 @needs_frames
@@ -249,4 +228,4 @@ def test_paths_that_nothing_reads(tmp_path: Path) -> None:
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"PK")
     with pytest.raises(UserError, match="Argoverse table .* is damaged"):
-        read_table(broken)
+        read_arrays(broken, "Argoverse table")

@@ -12,7 +12,8 @@ import pytest
 from projects.calico import regions as pool
 from projects.calico.frames import open_frames
 from projects.calico.geometry import points_in_boxes
-from projects.calico.regions import PRESETS, Preset, RegionCache, Regions
+from projects.calico.region_cache import RegionCache
+from projects.calico.regions import PRESETS, Preset, Regions
 from projects.calico.scenes import Frame
 from tests.projects.calico.frames import FRAMES, needs_frames
 from vlmkd.errors import UserError
@@ -181,10 +182,9 @@ def test_areas_and_thinness_of_rectangles() -> None:
     for angle in (0, 0.3, 1.2, 2.9):
         cos, sin = np.cos(angle), np.sin(angle)
         turned = corners @ np.array([[cos, sin], [-sin, cos]]) + 30
-        assert pool.hull_area(turned) == pytest.approx(4)
-        assert pool.thinness(turned) == pytest.approx(0.25)
+        assert pool.footprint(turned) == pytest.approx((4, 0.25))
     for line in (corners[:2], np.array([[0.0, 0], [1, 1], [2, 2], [3, 3]]), corners[:1]):
-        assert pool.hull_area(line) == pool.thinness(line) == pytest.approx(0, abs=1e-9)
+        assert pool.footprint(line) == pytest.approx((0, 0), abs=1e-9)
 
 
 def cluster(x: float, y: float, size: tuple[float, float], top: float) -> np.ndarray:
