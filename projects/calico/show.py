@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import base64
 import colorsys
-import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,26 +32,21 @@ from vlmkd.files import new_file, write_text
 Colour = tuple[int, int, int]
 TRUTH, PREDICTION = (0, 150, 60), (220, 30, 60)
 _GROUND, _REST, _PAPER, _INK = (222, 222, 226), (150, 150, 156), (255, 255, 255), (40, 40, 44)
+_RING, _TEXT = (205, 205, 215), (140, 140, 150)
 _LAYERS = {"road": (232, 236, 244), "crossing": (246, 228, 200), "walkway": (236, 226, 240)}
-_EDGES = (
-    [(a, (a + 1) % 4) for a in range(4)]
-    + [(a + 4, (a + 1) % 4 + 4) for a in range(4)]
-    + [(a, a + 4) for a in range(4)]
-)
+_EDGES = [(a + up, b + up) for up in (0, 4) for a, b in ((0, 1), (1, 2), (2, 3), (3, 0))] + [
+    (a, a + 4) for a in range(4)
+]
 """Pairs of a box's corners, see `geometry.box_corners`; corners 0, 1, 4, 5 are its front."""
 _NEAREST = 0.1
 """Metres before a camera at which lines end."""
 
 
-@dataclass(frozen=True)
-class Outlines:
-    """Boxes in one colour."""
+class Outlines(NamedTuple):
+    """Boxes [k, >= 7] in one colour."""
 
     boxes: np.ndarray
-    """[k, >= 7]."""
     colour: Colour = TRUTH
-    texts: Sequence[str] = ()
-    """One a box, or none."""
 
 
 def region_colours(region: np.ndarray, ground: np.ndarray | None = None) -> np.ndarray:
@@ -81,7 +76,7 @@ def from_above(
 
     `masks`: map layers of synthdrive, [X, Y].
     """
-    scale = side / (2 * half)
+    scale, middle = side / (2 * half), side / 2
     ahead_is_x = DRIVING_AXIS[kind] == "x"
 
     def place(xy: np.ndarray) -> np.ndarray:
@@ -89,44 +84,26 @@ def from_above(
         return np.stack([(half + across) * scale, (half - ahead) * scale], -1)
 
     canvas = np.full((side, side, 3), _PAPER, np.uint8)
-    v, u = np.meshgrid(np.arange(side) + 0.5, np.arange(side) + 0.5, indexing="ij")
+    v, u = np.indices((side, side)) + 0.5
+    ahead, across = half - v / scale, u / scale - half
+    xy = np.stack([ahead, -across] if ahead_is_x else [across, ahead], -1)
     for layer, mask in (masks or {}).items():
-        ahead, across = half - v / scale, u / scale - half
-        x, y = (ahead, -across) if ahead_is_x else (across, ahead)
-        i, j = (np.floor((c + HALF_RANGE) / (2 * HALF_RANGE) * len(mask)).astype(int) for c in (x, y))
-        there = (i >= 0) & (i < len(mask)) & (j >= 0) & (j < len(mask))
-        there[there] = mask[i[there], j[there]]
+        cell = np.floor((xy + HALF_RANGE) / (2 * HALF_RANGE) * len(mask)).astype(int)
+        there = ((cell >= 0) & (cell < len(mask))).all(-1)
+        there[there] = mask[tuple(cell[there].T)]
         canvas[there] = _LAYERS.get(layer, _PAPER)
     image = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(image)
-    font = _font(max(10, side // 70))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(10, side // 70))
     step = 10 if half > 15 else 5
     for metres in range(step, int(half) + 1, step):
-        ring = [
-            side / 2 - metres * scale,
-            side / 2 - metres * scale,
-            side / 2 + metres * scale,
-            side / 2 + metres * scale,
-        ]
-        draw.ellipse(ring, outline=(205, 205, 215))
-        draw.text(
-            (side / 2 + 3, side / 2 - metres * scale + 1), f"{metres} m", fill=(140, 140, 150), font=font
-        )
-    draw.polygon(
-        [(side / 2, side / 2 - 9), (side / 2 - 6, side / 2 + 7), (side / 2 + 6, side / 2 + 7)], fill=_INK
-    )
-    for some in outlines:
-        for row, corners in enumerate(place(box_corners(some.boxes[:, :7]).numpy()[:, :4, :2])):
-            draw.polygon([tuple(c) for c in corners], outline=some.colour, width=2)
-            middle, front = corners.mean(0), corners[:2].mean(0)
-            draw.line([tuple(middle), tuple(front)], fill=some.colour, width=2)
-            if some.texts:
-                draw.text(
-                    (corners[:, 0].max() + 2, corners[:, 1].min() - 4),
-                    some.texts[row],
-                    fill=some.colour,
-                    font=font,
-                )
+        top, bottom = middle - metres * scale, middle + metres * scale
+        draw.ellipse([top, top, bottom, bottom], outline=_RING)
+        draw.text((middle + 3, top + 1), f"{metres} m", fill=_TEXT, font=font)
+    draw.polygon([(middle + x, middle + y) for x, y in ((0, -9), (-6, 7), (6, 7))], fill=_INK)
+    for boxes, colour in outlines:
+        for corners in place(box_corners(boxes[:, :7]).numpy()[:, :4, :2]):
+            draw.polygon([tuple(c) for c in corners], outline=colour, width=2)
+            draw.line([tuple(corners.mean(0)), tuple(corners[:2].mean(0))], fill=colour, width=2)
     canvas = np.array(image)  # points over the outlines, on which many of them lie
     order = np.argsort((colours == _GROUND).all(1) * -2 - (colours == _REST).all(1), kind="stable")
     pixels = np.floor(place(points[order, :2].astype(np.float64))).astype(int)
@@ -150,9 +127,8 @@ def camera_view(
     """A picture `width` pixels wide with points [n, >= 3], the nearest on top, and boxes."""
     rows, columns = camera.size
     scale = width / columns
-    image = Image.fromarray(camera.load()).resize(
-        (width, round(rows * scale)), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    )
+    smooth = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    image = Image.fromarray(camera.load()).resize((width, round(rows * scale)), smooth)
     draw = ImageDraw.Draw(image)
     to_camera = np.linalg.inv(camera.cam2lidar)
 
@@ -163,63 +139,52 @@ def camera_view(
         spots = xyz @ camera.intrinsics.T
         return (spots[..., :2] / spots[..., 2:] + 0.5) * scale
 
+    def line(one: np.ndarray, other: np.ndarray, colour: Colour, width: int) -> None:
+        if max(one[2], other[2]) <= _NEAREST:
+            return
+        ends = []
+        for end, far in ((one, other), (other, one)):
+            if end[2] < _NEAREST:
+                end = end + (far - end) * (_NEAREST - end[2]) / (far[2] - end[2])
+            ends.append(pixels(end))
+        if np.abs(ends).max() < 1e5:
+            draw.line([tuple(end) for end in ends], fill=colour, width=width)
+
     cloud = seen(points[:, :3].astype(np.float64))
     front = cloud[:, 2] > _NEAREST
     cloud, shades = cloud[front], colours[front]
     spots = pixels(cloud)
     inside = ((spots >= 0) & (spots < [image.width, image.height])).all(1)
     for n in np.flatnonzero(inside)[np.argsort(-cloud[inside, 2])]:
-        (u, v), shade = spots[n], tuple(int(c) for c in shades[n])
+        (u, v), shade = spots[n], tuple(shades[n].tolist())
         if shade in (_GROUND, _REST):
             draw.point((u, v), fill=shade)
         else:
             size = 1.5 * max(1.0, width / 640)
             draw.ellipse([u - size, v - size, u + size, v + size], fill=shade)
-    for some in outlines:
-        for corners in seen(box_corners(some.boxes[:, :7]).numpy().astype(np.float64)):
+    for boxes, colour in outlines:
+        for corners in seen(box_corners(boxes[:, :7]).numpy().astype(np.float64)):
             for one, other in _EDGES:
-                _line(draw, corners[one], corners[other], pixels, some.colour, 2)
+                line(corners[one], corners[other], colour, 2)
             for one, other in ((0, 5), (1, 4)):  # a cross on the front
-                _line(draw, corners[one], corners[other], pixels, some.colour, 1)
+                line(corners[one], corners[other], colour, 1)
     if title:
         draw.rectangle([0, 0, 8 + 8 * len(title), 18], fill=_INK)
-        draw.text((5, 2), title, fill=_PAPER, font=_font(13))
+        draw.text((5, 2), title, fill=_PAPER, font=ImageFont.load_default(13))
     return image
 
 
-def _line(
-    draw: ImageDraw.ImageDraw, one: np.ndarray, other: np.ndarray, pixels: object, colour: Colour, width: int
-) -> None:
-    """The part of a line [3] to [3] of the camera's frame that is before it."""
-    assert callable(pixels)
-    if max(one[2], other[2]) <= _NEAREST:
-        return
-    ends = []
-    for end, far in ((one, other), (other, one)):
-        if end[2] < _NEAREST:
-            end = end + (far - end) * (_NEAREST - end[2]) / (far[2] - end[2])
-        ends.append(pixels(end))
-    if np.abs(ends).max() < 1e5:
-        draw.line([tuple(end) for end in ends], fill=colour, width=width)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-# -------------------------------------------------------------------------------------------------------- the command
-
-
-def pictures(frame: Frame, regions: Regions, half: float, side: int = 900) -> dict[str, Image.Image]:
-    """The picture from above, and each camera's."""
-    points = frame.points[frame.key]
+def pictures(
+    frame: Frame, regions: Regions, half: float, side: int = 900, found: np.ndarray | None = None
+) -> dict[str, Image.Image]:
+    """The picture from above, and each camera's, with true boxes and those that were `found` [k, >= 7]."""
+    points, labels = frame.points[frame.key], frame.labels
     colours = region_colours(regions.region, regions.ground)
-    labels = frame.labels
     outlines = [] if labels is None else [Outlines(labels.boxes, TRUTH)]
+    outlines += [] if found is None else [Outlines(found, PREDICTION)]
     masks = labels.masks if labels and frame.frame == "synthdrive" else None
-    drawn = {
-        "from above": from_above(frame.frame, points, colours, outlines, half=half, side=side, masks=masks)
-    }
+    above = from_above(frame.frame, points, colours, outlines, half=half, side=side, masks=masks)
+    drawn = {"from above" if found is None else "true boxes green, found boxes red": above}
     for name, camera in frame.cameras.items():
         rows, columns = camera.size
         width = 640 if columns < 2.5 * rows else 1240  # KITTI's are three times as wide as high
@@ -244,12 +209,11 @@ def montage(drawn: dict[str, Image.Image], title: str) -> Image.Image:
     above, *views = drawn.values()
     height, top = above.height, 26
     columns = 2 if len(views) > 2 else 1
-    rows = max(1, -(-len(views) // columns))
-    tile = min([height // rows] + [view.height for view in views])
+    tile = min([height // max(1, -(-len(views) // columns))] + [view.height for view in views])
     tiles = [view.resize((round(view.width * tile / view.height), tile)) for view in views]
     wide = max([one.width for one in tiles], default=0) + 6
     sheet = Image.new("RGB", (above.width + columns * wide * bool(tiles), top + height), _PAPER)
-    ImageDraw.Draw(sheet).text((6, 5), title, fill=_INK, font=_font(15))
+    ImageDraw.Draw(sheet).text((6, 5), title, fill=_INK, font=ImageFont.load_default(15))
     sheet.paste(above, (0, top))
     for n, one in enumerate(tiles):
         sheet.paste(one, (above.width + 6 + n % columns * wide, top + n // columns * (tile + 4)))
@@ -258,35 +222,33 @@ def montage(drawn: dict[str, Image.Image], title: str) -> Image.Image:
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>{{ title }}</title>
 <style>
-body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 1500px; padding: 0 1rem; color: #222; }}
-.views {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: .5rem; }}
-figure {{ margin: 0; }} figcaption {{ color: #555; font-size: .85rem; }}
-img {{ width: 100%; height: auto; display: block; border: 1px solid #ddd; }}
-.above {{ max-width: 900px; margin: 0 auto 1rem; }}
+body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto; max-width: 1500px; padding: 0 1rem; color: #222; }
+.views { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: .5rem; }
+figure { margin: 0; } figcaption { color: #555; font-size: .85rem; }
+figure:first-child { grid-column: 1 / -1; width: min(100%, 900px); margin: 0 auto 1rem; }
+img { width: 100%; height: auto; display: block; border: 1px solid #ddd; }
 </style>
-<h1>{title}</h1>
-<p>{facts}</p>
-{figures}
+<h1>{{ title }}</h1>
+<p>{{ facts }}</p>
+<div class="views">
+{% for name, data in figures %}
+<figure><img alt="{{ name }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ name }}</figcaption></figure>
+{% endfor %}
+</div>
 </html>
 """
 
 
 def page(drawn: dict[str, Image.Image], title: str, told: str) -> str:
     """The pictures as a page of HTML that needs no other file."""
-
-    def figure(name: str, image: Image.Image, kind: str) -> str:
-        data = io.BytesIO()
-        image.save(data, "PNG")
-        source = base64.b64encode(data.getvalue()).decode()
-        name = html.escape(name)
-        return f'<figure class="{kind}"><img alt="{name}" src="data:image/png;base64,{source}"><figcaption>{name}</figcaption></figure>'
-
-    (name, above), *views = drawn.items()
-    figures = figure(name, above, "above") + '\n<div class="views">\n'
-    figures += "\n".join(figure(name, view, "view") for name, view in views) + "\n</div>"
-    return _PAGE.format(title=html.escape(title), facts=html.escape(told), figures=figures)
+    figures = []
+    for name, image in drawn.items():
+        image.save(data := io.BytesIO(), "PNG")
+        figures.append((name, base64.b64encode(data.getvalue()).decode()))
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    return template.render(title=title, facts=told, figures=figures)
 
 
 def find(frames: Frames, wanted: str) -> int:
@@ -296,9 +258,8 @@ def find(frames: Frames, wanted: str) -> int:
         return tokens.index(wanted)
     if wanted.isdecimal() and int(wanted) < len(tokens):
         return int(wanted)
-    raise UserError(
-        f"--frame {wanted} is neither a token nor a number below {len(tokens)}; the first token is {tokens[0]}"
-    )
+    told = f"is neither a token nor a number below {len(tokens)}; the first token is {tokens[0]}"
+    raise UserError(f"--frame {wanted} {told}")
 
 
 def main(argv: list[str]) -> int:
@@ -306,19 +267,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--frame", default="0", help="its token, or its number (0)")
-    parser.add_argument("--root", type=Path, help="folder that an info file's paths are below; else its own")
-    parser.add_argument("--preset", default="default", help=f"of regions: {' or '.join(PRESETS)} (default)")
-    parser.add_argument(
-        "--half",
-        type=float,
-        default=0.0,
-        help="metres from the car to the picture's edge (54; synthdrive 24)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("frame.png"), help="a .png or .html file (frame.png)"
-    )
+    add = parser.add_argument
+    add("data", type=Path)
+    add("--frame", default="0", help="its token, or its number (0)")
+    add("--root", type=Path, help="folder that an info file's paths are below; else its own")
+    add("--preset", default="default", help=f"of regions: {' or '.join(PRESETS)} (default)")
+    add("--half", type=float, help="metres from the car to the picture's edge (54; synthdrive 24)")
+    add("--out", type=Path, default=Path("frame.png"), help="a .png or .html file (frame.png)")
     options = parser.parse_args(argv)
     if options.out.suffix not in (".png", ".html"):
         raise UserError(f"--out {options.out} must end in .png or .html")
