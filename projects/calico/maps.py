@@ -1,4 +1,4 @@
-"""Vector maps drawn into bird's-eye cells: nuScenes' map expansion, and Argoverse 2's.
+"""Vector maps drawn into bird's-eye cells: nuScenes' map expansion.
 
 A cell belongs to an area when its centre does (even-odd rule); that is exact, where drawing tools round corners to whole
 pixels. Letters: M layers, X, Y cells.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,22 +83,6 @@ def read_map(root: Path, location: str) -> VectorMap:
         return VectorMap(areas, {"divider": [ring(line[row["line_token"]]) for row in dividers]})
     except (KeyError, TypeError) as error:
         raise UserError(f"vector map {path} lacks {error}; fetch the map expansion again") from None
-
-
-def of_av2(content: Mapping[str, Any]) -> VectorMap:
-    """The drivable areas and crossings of an Argoverse 2 vector map, in city coordinates."""
-
-    def ring(points: Iterable[Mapping[str, float]]) -> list[Floats]:
-        return [np.array([(point["x"], point["y"]) for point in points], np.float64)]
-
-    areas, crossings = content["drivable_areas"].values(), content["pedestrian_crossings"].values()
-    return VectorMap(
-        {
-            "drivable_area": [ring(one["area_boundary"]) for one in areas],
-            "ped_crossing": [ring(one["edge1"] + one["edge2"][::-1]) for one in crossings],
-        },
-        {},
-    )
 
 
 def of_frame(

@@ -30,9 +30,9 @@ from projects.calico.geometry import (
     transform_boxes,
 )
 from projects.calico.maps import LAYERS, of_frame, read_map
-from projects.calico.model import LidarInput
+from projects.calico.model import map_grid
 from projects.calico.networks.fuser import region_boxes
-from projects.calico.networks.lss import CameraInput
+from projects.calico.networks.lss import CameraInput, LidarInput
 from projects.calico.readers.nuscenes import NuScenesFrames
 from projects.calico.region_cache import RegionCache
 from projects.calico.regions import preset_of, regions_of
@@ -289,10 +289,9 @@ class LabelledPipeline(ScenePipeline):
 
     def __init__(self, cfg: CalicoConfig, frames: Frames, paste: PasteDatabase | None = None) -> None:
         super().__init__(cfg, frames)
-        self.labels, self.paste, head = True, paste, cfg.model.head
-        self.layers = cfg.model.map_classes if head.map else []
-        x, y, z, x2, y2, z2 = head.map_range
-        self.map_grid = Grid((x, y, z), (x2, y2, z2), (head.map_cell, head.map_cell, z2 - z))
+        self.labels, self.paste = True, paste
+        self.layers = cfg.model.map_classes if cfg.model.head.map else []
+        self.map_grid = map_grid(cfg.model)
 
     def process(self, raw: RawSample) -> SceneSample:
         draw = generator(raw.seed)

@@ -348,10 +348,8 @@ class SynthdriveFrames(Frames):
     @classmethod
     def open(cls, folder: Path) -> SynthdriveFrames:
         """What `write` wrote, if it is of this version."""
-        head, mend = (
-            folder / "synthdrive.json",
-            f"write it by `python -m projects.calico.synthdrive {folder}`",
-        )
+        head = folder / "synthdrive.json"
+        mend = f"write it by `python -m projects.calico.synthdrive {folder}`"
         made = read_object(head, "synthdrive data set", mend)
         try:
             version, first, scenes = (made[name] for name in ("version", "first", "scenes"))

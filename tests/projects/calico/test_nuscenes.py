@@ -18,7 +18,7 @@ import pytest
 from projects.calico import nuscenes_infos
 from projects.calico.frames import open_frames
 from projects.calico.geometry import Grid, lidar_augmentation, points_in_boxes, pose
-from projects.calico.maps import LAYERS, VectorMap, fill, map_file, of_av2, of_frame, rasterise, read_map
+from projects.calico.maps import LAYERS, VectorMap, fill, map_file, of_frame, rasterise, read_map
 from projects.calico.readers import mmdet3d
 from projects.calico.readers.nuscenes import (
     CLASSES,
@@ -451,7 +451,14 @@ def test_missing_and_old_maps_are_named(root: Path, tmp_path: Path) -> None:
 @needs_frames
 def test_a_real_map_has_the_car_on_the_road() -> None:
     """Argoverse 2: exactly one drivable area holds the car, and most annotated vehicles stand on the road."""
-    world = of_av2(json.loads((FRAMES / "av2/map_PIT_city_47896.json").read_text()))
+    content = json.loads((FRAMES / "av2/map_PIT_city_47896.json").read_text())
+
+    def ring(points: list[dict[str, float]]) -> list[np.ndarray]:
+        return [np.array([(point["x"], point["y"]) for point in points])]
+
+    drivable = [ring(one["area_boundary"]) for one in content["drivable_areas"].values()]
+    crossed = [ring(one["edge1"] + one["edge2"][::-1]) for one in content["pedestrian_crossings"].values()]
+    world = VectorMap({"drivable_area": drivable, "ped_crossing": crossed}, {})
     sweep = json.loads((FRAMES / "av2/annotations_calib.json").read_text())["sweeps"]["0"]
     at = sweep["city_SE3_egovehicle"]
     to_bev = np.linalg.inv(
