@@ -65,7 +65,7 @@ class RegionCache:
         """
         mend = f"run `python -m projects.calico.region_cache` into {self.folder} again"
         what = f"region cache {self.path(token)}"
-        found = read_arrays(self.path(token), "region cache", mend)
+        found = read_arrays(self.path(token), "region cache", mend, ("region", "made"))
         region, then, now = found["region"], json.loads(str(found["made"]))["preset"], self.told(kind)
         if other := [key for key in now if then.get(key) != now[key]]:
             told = ", ".join(f"{key} {then.get(key)} and not {now[key]}" for key in other)

@@ -29,6 +29,9 @@ from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import new_file, new_folder, one_line, read_object, write_json
 
 VERSION = 1
+_ARRAYS = (
+    "points", "key", "lidar2ego", "boxes", "names", "num_points", "instance", "ground", "masks",
+)  # fmt: skip
 HEIGHT = 1.8
 """Metres from the ground to the LiDAR."""
 HALF_RANGE, MAP_CELL = 19.2, 0.4
@@ -363,7 +366,7 @@ class SynthdriveFrames(Frames):
     def read(self, index: int, *, labels: bool = False, cameras: bool = True) -> Frame:
         """See `Frames`."""
         token, mend = self.tokens[index], "write the data set again, which adds what is missing"
-        found = read_arrays(self.folder / f"{token}.npz", "synthdrive scene", mend)
+        found = read_arrays(self.folder / f"{token}.npz", "synthdrive scene", mend, _ARRAYS)
         drawn = None
         if labels:
             names = tuple(CLASSES[number] for number in found["names"])

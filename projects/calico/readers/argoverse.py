@@ -26,6 +26,10 @@ from vlmkd.files import read_object
 _SYNC = 50_000_000
 """Greatest nanoseconds between a sweep and a picture of it."""
 _WHAT = "Argoverse table"
+_POINT = ("x", "y", "z", "intensity")
+_POSE = ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")
+_BOX = ("length_m", "width_m", "height_m", "num_interior_pts", "category")
+_LENS = ("sensor_name", "fx_px", "fy_px", "cx_px", "cy_px")
 Row = dict[str, Any]
 
 
@@ -51,15 +55,17 @@ class ArgoverseFrames(Frames):
         if self._plain:
             found = read_object(self.folder / "annotations_calib.json", "Argoverse log")
             return found | {"sweeps": {f"sweep_{n}": sweep for n, sweep in found["sweeps"].items()}}
-        poses = {row["timestamp_ns"]: row for row in self._rows("city_SE3_egovehicle")}
+        poses = {
+            row["timestamp_ns"]: row for row in self._rows("city_SE3_egovehicle", ["timestamp_ns", *_POSE])
+        }
         boxes: dict[int, list[Row]] = defaultdict(list)
         if (self.folder / "annotations.feather").is_file():  # the test split has none
-            for row in self._rows("annotations"):
+            for row in self._rows("annotations", ["timestamp_ns", *_POSE, *_BOX]):
                 boxes[row["timestamp_ns"]].append(row)
         times = sorted(int(path.stem) for path in (self.folder / "sensors/lidar").glob("*.feather"))
         if missing := [time for time in times if time not in poses]:
             raise UserError(f"Argoverse log {self.folder} has no pose at {missing[0]}; fetch it again")
-        tables = ("intrinsics", "egovehicle_SE3_sensor")
+        tables = {"intrinsics": _LENS, "egovehicle_SE3_sensor": ("sensor_name", *_POSE)}
         return {
             "log_id": self.folder.name,
             "poses": poses,
@@ -67,14 +73,14 @@ class ArgoverseFrames(Frames):
                 str(time): {"timestamp_ns": time, "city_SE3_egovehicle": poses[time], "boxes": boxes[time]}
                 for time in times
             },
-            "calibration": {name: self._rows(f"calibration/{name}") for name in tables},
+            "calibration": {name: self._rows(f"calibration/{name}", needs) for name, needs in tables.items()},
         }
 
-    def _table(self, name: str) -> Any:
-        return read_table(self.folder / f"{name}.feather", _WHAT, "fetch the log again")
+    def _table(self, name: str, needs: Sequence[str]) -> Any:
+        return read_table(self.folder / f"{name}.feather", _WHAT, "fetch the log again", needs)
 
-    def _rows(self, name: str) -> list[Row]:
-        rows: list[Row] = self._table(name).to_pylist()
+    def _rows(self, name: str, needs: Sequence[str]) -> list[Row]:
+        rows: list[Row] = self._table(name, needs).to_pylist()
         return rows
 
     def read(self, index: int, *, labels: bool = False, cameras: bool = True) -> Frame:
@@ -83,14 +89,14 @@ class ArgoverseFrames(Frames):
         sweep = self.log["sweeps"][token]
         ground = None
         if self._plain:
-            arrays = read_arrays(self.folder / f"{token}.npz", _WHAT)
+            arrays = read_arrays(self.folder / f"{token}.npz", _WHAT, needs=("xyz", "intensity"))
             columns = [*arrays["xyz"].T, arrays["intensity"]]
             flow = self.folder / f"flow_labels_{token}.npz"
             if labels and flow.is_file():
-                ground = read_arrays(flow, _WHAT)["is_ground"].astype(bool)
+                ground = read_arrays(flow, _WHAT, needs=("is_ground",))["is_ground"].astype(bool)
         else:
-            table = self._table(f"sensors/lidar/{token}")
-            columns = [table[name].to_numpy() for name in ("x", "y", "z", "intensity")]
+            table = self._table(f"sensors/lidar/{token}", _POINT)
+            columns = [table[name].to_numpy() for name in _POINT]
         points = np.pad(np.stack(columns, 1, dtype=np.float32, casting="unsafe"), ((0, 0), (0, 1)))
         return checked(
             Frame(

@@ -229,3 +229,8 @@ def test_paths_that_nothing_reads(tmp_path: Path) -> None:
     broken.write_bytes(b"PK")
     with pytest.raises(UserError, match="Argoverse table .* is damaged"):
         read_arrays(broken, "Argoverse table")
+    np.savez(broken, xyz=np.zeros((1, 3)))
+    with pytest.raises(
+        UserError, match=r"Argoverse table .*broken.npz has no intensity; delete it, and fetch"
+    ):
+        read_arrays(broken, "Argoverse table", needs=("xyz", "intensity"))

@@ -311,6 +311,12 @@ def test_a_damaged_cache_is_refused(tmp_path: Path, content: bytes) -> None:
         RegionCache(tmp_path, Preset()).read("a", "nuscenes", 4)
 
 
+def test_a_cache_without_its_preset_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", region=np.zeros(4))
+    with pytest.raises(UserError, match="region cache .*a.npz has no made; delete it"):
+        RegionCache(tmp_path, Preset()).read("a", "nuscenes", 4)
+
+
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(UserError, match="'protoype' does not exist; did you mean prototype"):
         pool.preset_of("protoype")

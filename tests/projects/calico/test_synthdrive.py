@@ -257,6 +257,9 @@ def test_data_sets_that_are_not_whole(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="synthdrive scene .*000000.npz is damaged .*delete it"):
         frames.read(0)
+    np.savez(path, points=np.zeros((1, 5)))
+    with pytest.raises(UserError, match="synthdrive scene .*000000.npz has no key; delete it"):
+        frames.read(0)
     path.unlink()
     with pytest.raises(UserError, match="synthdrive scene .*000000.npz does not exist"):
         frames.read(0)
