@@ -2,9 +2,10 @@
 
     python data_tools/build_scenes.py FOLDER --concepts 100 --scenes 20000
 
-One to four emoji stand on a plain, gradient or photographic ground. `train.json` has one conversation a scene (a caption
-and several questions); `names.json` the captions alone; `preferences.json` pairs of answers, one of which names what is not there; `test.json` single
-questions about scenes in drawings that no training scene shows (each concept's held-out style), `captions.json` captions
+One to four emoji stand on a plain, gradient or photographic ground. `train.json` has one conversation a scene, some of: what
+is there and what is not, how many, where, which is left or above, of which category, a caption; `names.json` the captions
+alone; `preferences.json` pairs of answers, one of which names what is not there; `test.json` single questions about scenes
+in drawings that no training scene shows (each concept's held-out style), `captions.json` captions
 of them, and `pope_{random,popular,adversarial}.json` as many questions with "yes" as with "no". Every record also says
 what its scene holds. A scene is a function of its number, so the same call goes on where it stopped.
 """
@@ -128,7 +129,7 @@ class World:
         return self.concepts[rng.choices(left, weights)[0]]
 
     def existence(self, things: list[Thing], rng: random.Random) -> list[tuple[str, str]]:
-        """Questions about up to two things that are there and as many that are not, mixed, with their answers."""
+        """Questions about up to two things that are there and up to as many that are not, mixed, with their answers."""
         there = [one.name for one in rng.sample(things, min(2, len(things)))]
         away = [self.absent(things, rng.choice(POPE), rng).name for _ in there]
         asked = {name: (is_there(name), "Yes." if name in there else "No.") for name in there + away}

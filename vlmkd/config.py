@@ -422,7 +422,8 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
             raise UserError(f"unknown config field {prefix}{key}; {hint}")
         return {key: fitted(hints[key], part, prefix + key, kind) for key, part in value.items()}
     if isinstance(value, dict) and kind in (dict, Any):
-        return {fitted(str, key, path): fitted(Any, part, f"{path}.{key}") for key, part in value.items()}
+        _, inner = arguments or (str, Any)
+        return {fitted(str, key, path): fitted(inner, part, f"{path}.{key}") for key, part in value.items()}
     if isinstance(value, list) and kind in (list, Any):
         (inner,) = arguments or (Any,)
         return [fitted(inner, part, f"{path}.{index}") for index, part in enumerate(value)]
@@ -444,7 +445,7 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
         or (kind in (bool, str) and type(value) is kind)
     ):
         return value
-    if kind is str and isinstance(value, (int, float)):
+    if kind is str and number:
         return str(value)
     if kind is type(None) and value is None:
         return None

@@ -203,6 +203,10 @@ def test_mistakes_of_a_specification_and_old_runs_are_told(tmp_path: Path) -> No
             {"tables": [{"rows": {}, "columns": "x", "scores": [], "before": ["size"]}]},
             r"before\.0 is 'size'; it must be one of parameters",
         ),
+        (  # YAML's yes without quotes
+            {"tables": [{"rows": {}, "columns": "x", "scores": [{"tags": {"set": True}}]}]},
+            r"tables\.0\.scores\.0\.tags\.set is 'True'; it must be text",
+        ),
     ):
         spec.write_text(yaml.safe_dump(content))
         with pytest.raises(UserError, match=message):
