@@ -3,11 +3,12 @@
     python data_tools/build_scenes.py FOLDER --concepts 100 --scenes 20000
 
 One to four emoji stand on a plain, gradient or photographic ground. `train.json` has one conversation a scene, some of: what
-is there and what is not, how many, where, which is left or above, of which category, a caption; `names.json` the captions
-alone; `preferences.json` pairs of answers, one of which names what is not there; `test.json` single questions about scenes
-in drawings that no training scene shows (each concept's held-out style), `captions.json` captions
-of them, and `pope_{random,popular,adversarial}.json` as many questions with "yes" as with "no". Every record also says
-what its scene holds. A scene is a function of its number, so the same call goes on where it stopped.
+is there and what is not, how many, where, which is left or above, of which category, a caption or what is where;
+`names.json`, `places.json` and `exists.json` have of every scene the caption, what is where, and what is there and what is
+not; `preferences.json` pairs of answers, one of which names what is not there; `test.json` single questions about scenes in
+drawings that no training scene shows (each concept's held-out style), `captions.json` captions of them, and
+`pope_{random,popular,adversarial}.json` as many questions with "yes" as with "no". Every record also says what its scene
+holds. A scene is a function of its number, so the same call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -146,8 +147,13 @@ def ask(kind: str, things: list[Thing], rng: random.Random) -> tuple[str, str]:
     one = rng.choice(things)
     if kind == "category":
         return f"Which category does the {one.name} belong to?", f"{one.concept.group}."
+    return f"Where is the {one.name}?", f"{place(one).capitalize()}."
+
+
+def place(one: Thing) -> str:
+    """The quarter of the picture that it is in."""
     x, y = one.middle
-    return f"Where is the {one.name}?", f"{PLACES[x > PIXELS / 2, y > PIXELS / 2].capitalize()}."
+    return PLACES[x > PIXELS / 2, y > PIXELS / 2]
 
 
 def article(name: str) -> str:
@@ -169,14 +175,18 @@ def relation(one: Thing, other: Thing, rng: random.Random) -> tuple[str, str]:
     return f"Is the {one.name} {words[asked]} the {other.name}?", "Yes." if holds else "No."
 
 
-def caption(things: list[Thing]) -> str:
-    """What is there, from left to right."""
-    words = [article(one.name) for one in sorted(things, key=lambda thing: thing.box)]
+def caption(things: list[Thing], placed: bool = False) -> str:
+    """What is there, from left to right; `placed`: and where each is."""
+    words = [
+        article(one.name) + (f" {place(one)}" if placed else "")
+        for one in sorted(things, key=lambda thing: thing.box)
+    ]
     text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
     return f"{text[0].upper()}{text[1:]}."
 
 
 DESCRIBE = "What is in the picture?"
+LOCATE = "What is where in the picture?"
 
 
 def record(
@@ -197,10 +207,11 @@ def record(
 
 
 def training(world: World, number: int, things: list[Thing], rng: random.Random) -> dict[str, dict[str, Any]]:
-    """The conversation about a training scene, its caption, and a pair of answers, by file."""
-    said = (DESCRIBE, caption(things))
+    """The conversation about a training scene, three kinds of questions alone, and a pair of answers, by file."""
+    said, placed = (DESCRIBE, caption(things)), (LOCATE, caption(things, placed=True))
     kinds = KINDS if len(things) > 1 else [kind for kind in KINDS if kind != "relation"]
-    groups = [world.existence(things, rng), *([ask(kind, things, rng)] for kind in kinds), [said]]
+    groups = [world.existence(things, rng), *([ask(kind, things, rng)] for kind in kinds)]
+    groups.append([rng.choice([said, placed])])
     # In this order no answer is given away by what was said before; as any may be left out, any may come first.
     turns = [turn for group in groups if rng.random() < 0.6 for turn in group] or [said]
     wrong = list(things)
@@ -212,6 +223,8 @@ def training(world: World, number: int, things: list[Thing], rng: random.Random)
     return {
         "train": record(number, "train", things, turns),
         "names": names,
+        "places": record(number, "train", things, [placed]),
+        "exists": record(number, "train", things, world.existence(things, rng)),
         "preferences": shared | {"chosen": chosen, "rejected": rejected},
     }
 

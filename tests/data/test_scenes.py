@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def test_a_conversation_may_begin_with_any_question_and_names_the_image_there(sc
         assert said[0].startswith("<image>\n") and not any("<image>" in text for text in said[1:])
 
 
+def test_as_much_is_asked_about_what_is_there_as_about_what_is_not(scenes) -> None:
+    answers = Counter()
+    for record in scenes["exists"]:
+        said = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            there = any(f" {name} in the picture?" in question for name in record["things"])
+            assert question.startswith("Is there a") and there == (answer == "Yes."), question
+            answers[answer] += 1
+    assert sum(answers.values()) / 2 * 0.9 < answers["Yes."] <= sum(answers.values()) * 0.6
+
+
 def test_no_answer_is_given_away_by_what_was_said_before(scenes) -> None:
     order = ["Is there", "How many", "Where", "Is the", "Which", "What is"]
     for record in scenes["train"]:
@@ -51,6 +63,24 @@ def test_no_answer_is_given_away_by_what_was_said_before(scenes) -> None:
             if question in asked:
                 there = any(f" {name} in the" in question for name in record["things"])
                 assert there == (answer == "Yes."), question
+
+
+def test_what_is_where_agrees_with_the_captions_and_with_where_each_thing_is(scenes) -> None:
+    wheres = 0
+    for record, captions, talk in zip(scenes["places"], scenes["names"], scenes["train"], strict=True):
+        placed = record["conversations"][1]["value"].lower()
+        assert (
+            re.sub(r" at the (top|bottom) (left|right)", "", placed)
+            == captions["conversations"][1]["value"].lower()
+        )
+        assert placed.count(" at the ") == len(record["things"])
+        said = [turn["value"].removeprefix("<image>\n") for turn in talk["conversations"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            if question.startswith("Where is the "):
+                name = question.removeprefix("Where is the ").removesuffix("?")
+                assert f"{name} {answer.lower().removesuffix('.')}" in placed
+                wheres += 1
+    assert wheres
 
 
 def test_captions_name_what_is_there_and_rejected_ones_something_else(scenes) -> None:

@@ -21,9 +21,9 @@ launch data_tools/build_small_decoder.py "$runs/small" --chats "$runs/scenes/tra
 asked="evaluation.questions=[{data: $runs/scenes/test.json}, \
 {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}"
 for kind in random popular adversarial; do asked+=", {data: $runs/scenes/pope_$kind.json}"; done
-export asked+="]" captions="data.chats=[$runs/scenes/names.json]"
-# Captions once more beside the conversations: what a small decoder sees is learned from them.
-export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/names.json]"
+export asked+="]" captions="data.chats=[$runs/scenes/names.json,$runs/scenes/places.json]"
+# Beside the conversations once more what is where and what is there: a small decoder learns to look from them.
+export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/places.json,$runs/scenes/exists.json]"
 
 train() { # "NAME STAGE STEPS" [field=value ...]
     local name stage count
@@ -33,8 +33,8 @@ train() { # "NAME STAGE STEPS" [field=value ...]
         2>&1 | sed -u "s/^/[$name] /"
 }
 from() { echo "student.init_from=$runs/$1/export"; }
-# A model that sees: its projector's features become words to the decoder, then captions alone. With all questions from
-# the start a small decoder does not look at the picture.
+# A model that sees: its projector's features become words to the decoder, then captions and what is where alone. With all
+# questions from the start a small decoder does not look at the picture.
 seeing() { # large or small
     train "$1_words words 400" "$captions" optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
         "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \

@@ -8,16 +8,16 @@
 # arguments go to every hybrid. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-80}"
+export runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-48}"
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 
 # Pictures and chats, a decoder of eight layers, and the teacher made of it: its projector's features become words to
-# the decoder, then captions alone, then all questions.
+# the decoder, then captions and what is where alone, then all questions.
 bash scripts/launch.sh data_tools/build_scenes.py "$runs/scenes" --concepts 20 --scenes 8000 --test-scenes 400
 bash scripts/launch.sh data_tools/build_small_decoder.py "$runs/decoder" --chats "$runs/scenes/train.json" \
     --layers 8 --width 128
-captions="data.chats=[$runs/scenes/names.json]"
-export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/names.json]"
+captions="data.chats=[$runs/scenes/names.json,$runs/scenes/places.json]"
+export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/places.json,$runs/scenes/exists.json]"
 asked="{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}, \
 {data: $runs/scenes/pope_random.json}"
 export asked="evaluation.questions=[$asked]"
