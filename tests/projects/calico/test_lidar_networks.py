@@ -131,6 +131,24 @@ def test_scatter_and_places() -> None:
     assert place_in_group(torch.tensor([3, 1, 3, 3, 1])).tolist() == [0, 0, 1, 2, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_maxima_are_those_of_scatter_reduce(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(600, 3, generator=generator).mul(2).round().relu().to(dtype)  # with many equal maxima
+    cell = torch.randint(20, (600,), generator=generator)
+    weights = torch.randn(25, 3, generator=generator, dtype=torch.float64)
+    ours, theirs = rows.clone().requires_grad_(), rows.double().requires_grad_()
+    (scatter_max(ours, cell, 25) * weights.to(dtype)).sum().backward()
+    found = theirs.new_zeros(25, 3).scatter_reduce(
+        0, cell[:, None].expand(-1, 3), theirs, "amax", include_self=False
+    )
+    (found * weights.to(dtype).double()).sum().backward()
+    assert ours.grad.dtype == dtype
+    torch.testing.assert_close(
+        ours.grad.double(), theirs.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )
+
+
 VOXELS = Grid((-4.0, -2.0, -3.0), (4.0, 2.0, 1.0), (0.5, 0.5, 0.25))
 
 
