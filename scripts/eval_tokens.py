@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How close a chat model's next tokens are to its teacher's, and how well it still knows prose.
 
-  python scripts/eval_tokens.py --model runs/chat/d2d --teacher zoo:llava-mod-emoji-teacher --chats runs/scenes/train.json \
+  python scripts/eval_tokens.py --model runs/chat/d2d --teacher zoo:llava-mod-emoji-teacher --chats runs/scenes/captions.json \
       --most 200 --results tokens.jsonl
   python scripts/eval_tokens.py --model runs/matvlm/25 --teacher zoo:llava-mod-emoji-teacher --text prose.txt
 
