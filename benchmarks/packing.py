@@ -2,10 +2,10 @@
 
     python benchmarks/packing.py [--threads 1] [--rounds 2] [--chats 32] [--max-length 1024] [--layers 4]
 
-One forward and backward pass of a decoder of SmolLM2's widths over a small vocabulary, and of one with half of its layers as Mamba-2, over chats
-whose lengths are drawn from a log-normal law (median 150 tokens), with cross entropy of the second half of each. All forms
-must give the same loss. `flattened` is what `DataCollatorWithFlattening` makes: one row of everything. They take turns, and
-the table gives medians; `filled` is the share of places that hold a token.
+One forward and backward pass of a decoder of SmolLM2's widths over a small vocabulary, and of one with half of its layers as
+Mamba-2, over chats whose lengths are drawn from a log-normal law (median 150 tokens), with cross entropy of the second half
+of each. All forms must give the same loss. `flattened` is what `DataCollatorWithFlattening` makes: one row of everything.
+They take turns, and the table gives medians; `filled` is the share of places that hold a token.
 """
 
 from __future__ import annotations
