@@ -16,7 +16,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import clock  # noqa: E402
 from projects.calico import synthdrive  # noqa: E402
 from projects.calico.build import job  # noqa: E402
 from projects.calico.config import CalicoConfig  # noqa: E402
@@ -98,10 +98,10 @@ def in_turns(forms: Mapping[str, Form], inputs: tuple[Any, ...], rounds: int) ->
         for name, form in forms.items():
             for leaf in leaves:
                 leaf.grad = None
-            began = clock()
+            began = clock(DEVICE)
             out = form(*inputs)
             out.square().sum().backward()
-            took = clock() - began
+            took = clock(DEVICE) - began
             if turn:  # the first warms up, and is compared
                 seconds[name].append(took)
                 continue
@@ -193,17 +193,17 @@ def measured(stage: str, folder: str, rounds: int) -> dict[str, float]:
     batches = iter(run.loader)
     for turn in range(rounds + 1):
         running.clear()
-        began = clock()
+        began = clock(DEVICE)
         batch = moved(next(batches))
-        running["data"] = clock() - began
-        began = clock()
+        running["data"] = clock(DEVICE) - began
+        began = clock(DEVICE)
         output = task.step(batch, turn)
         running["losses and the rest"] = (
-            clock() - began - sum(s for name, s in running.items() if name != "data")
+            clock(DEVICE) - began - sum(s for name, s in running.items() if name != "data")
         )
-        began = clock()
+        began = clock(DEVICE)
         output.loss.backward()
-        running["backward"] = clock() - began
+        running["backward"] = clock(DEVICE) - began
         if turn:
             for name, value in running.items():
                 seconds[name].append(value)
@@ -223,10 +223,10 @@ def named(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def timed(part: nn.Module, name: str, running: dict[str, float]) -> None:
     """Add the part's forward time to `running` under its name."""
     began: list[float] = []
-    part.register_forward_pre_hook(lambda *_: began.append(clock()))
+    part.register_forward_pre_hook(lambda *_: began.append(clock(DEVICE)))
 
     def stop(*_: Any) -> None:
-        running[name] += clock() - began.pop()
+        running[name] += clock(DEVICE) - began.pop()
 
     part.register_forward_hook(stop)
 
@@ -240,14 +240,6 @@ def moved(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(moved, value))
     return [moved(one) for one in value] if isinstance(value, list) else value
-
-
-def clock() -> float:
-    """Seconds; CPU time on a CPU, so that other work beside does not count."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def main() -> None:

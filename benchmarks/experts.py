@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import clock  # noqa: E402
 from projects.llava_mod.experts import Experts, Routing, route  # noqa: E402
 
 COUNT, TOP_K = 4, 2
@@ -108,14 +108,6 @@ def main() -> None:
         for name, found in seconds.items():
             middle = statistics.median(found)
             print(f"| {tokens} | {name} | {middle:.3f} | {middle / base:.2f} |", flush=True)
-
-
-def clock(device: str) -> float:
-    """Seconds; CPU time on a CPU, so that other work beside does not count."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import random
 import statistics
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import clock  # noqa: E402
 from projects.matvlm.config import HybridConfig  # noqa: E402
 from projects.matvlm.surgery import to_hybrid  # noqa: E402
 from projects.matvlm.task import mixer_masks  # noqa: E402
@@ -137,14 +137,6 @@ def main() -> None:
                 f"| {kind} | {name} | {shape} | {share:.0f} % | {middle:.2f} | {middle / base:.2f} |",
                 flush=True,
             )
-
-
-def clock(device: str) -> float:
-    """Seconds; CPU time on a CPU, so that other work beside does not count."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 if __name__ == "__main__":
