@@ -1,6 +1,6 @@
 """Chats packed into rows against padded ones, and against transformers' flattened batches, as a Markdown table.
 
-    python benchmarks/packing.py [--threads 1] [--rounds 2] [--chats 32] [--max-length 1024] [--layers 4]
+    python benchmarks/packing.py [--threads 1] [--rounds 2] [--chats 16] [--max-length 1024] [--layers 4]
 
 One forward and backward pass of a decoder of SmolLM2's widths over a small vocabulary, and of one with half of its layers as
 Mamba-2, over chats whose lengths are drawn from a log-normal law (median 150 tokens), with cross entropy of the second half
@@ -98,7 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--chats", type=int, default=32)
+    parser.add_argument("--chats", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
