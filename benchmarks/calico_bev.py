@@ -3,11 +3,11 @@
     python benchmarks/calico_bev.py [--threads 1] [--rounds 3] [--parts pillars pooling step] [--largest]
 
 `pillars` sets the maximum of each pillar against torch's `scatter_reduce` with autograd's own backward pass, and against one
-over the pillars that there are, whose numbers are found by sorting (mmdetection3d's dynamic scatter). `pooling` sets the sum of depth times context without their products
-against `index_add` of all products, and against the original code's sort and cumulative sum (Philion and Fidler 2020).
-All forms must agree; each is a forward and a backward pass. `step` is what a step of each stage in the toy world takes by part,
-from scenes that it writes to a temporary folder. Seconds of CPU time on a CPU, medians, the forms in turns.
-`--largest` adds six cameras of 256 x 704 pixels with 118 depth bins.
+over the pillars that there are, whose numbers are found by sorting (mmdetection3d's dynamic scatter). `pooling` sets the sum
+of depth times context without their products against `index_add` of all products, and against the original code's sort and
+cumulative sum (Philion and Fidler 2020). All forms must agree; each is a forward and a backward pass. `step` is what a step
+of each stage in the toy world takes by part, from scenes that it writes to a temporary folder. Seconds of CPU time on a CPU,
+medians, the forms in turns. `--largest` adds six cameras of 256 x 704 pixels with 118 depth bins.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from scripts import chat
 from scripts import evaluation_command as command
 from vlmkd import distributed
 from vlmkd.chat_ids import IGNORED
+from vlmkd.chat_runs import check_alike
 from vlmkd.data.chats import ChatItem, ChatPipeline, read_chats
 from vlmkd.data.samples import BadSample, RawSample
 from vlmkd.errors import UserError, at_least, run_tool
@@ -89,7 +90,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     student, teacher = chat.load(args), None
     if args.teacher:
         teacher = chat.load(argparse.Namespace(**vars(args) | {"model": args.teacher, "project": ""}))
-        _check(student, teacher)
+        check_alike(
+            (args.model, student.tokens.tokenizer, student.model, student.image_spec),
+            (args.teacher, teacher.tokens.tokenizer, teacher.model, teacher.image_spec),
+        )
     results = []
     for path in args.chats:
         items = spread(read_chats(path, args.images or str(Path(path).parent)), args.most)
@@ -110,19 +114,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         if args.results:
             details = {"command": sys.argv, "torch": torch.__version__}
             write_results(Path(args.results), numbers, details, "--results")
-
-
-def _check(student: ChatModel, teacher: ChatModel) -> None:
-    both: tuple[Any, Any] = student, teacher
-    vocabularies = [one.tokens.tokenizer.get_vocab() for one in both]
-    if vocabularies[0] != vocabularies[1]:
-        raise UserError("the vocabularies of --model and --teacher differ; compare models of one tokenizer")
-    ours, theirs = ((one.tokens.image_tokens, one.image_spec) for one in both)
-    if ours != theirs:
-        raise UserError(
-            f"--model has {ours[0]} features an image of {ours[1].size}, --teacher {theirs[0]} of {theirs[1].size}; compare "
-            "models that read images alike"
-        )
 
 
 def of_chats(pipeline: ChatPipeline, items: Sequence[ChatItem]) -> dict[str, Any]:

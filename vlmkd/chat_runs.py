@@ -34,6 +34,7 @@ from vlmkd.export.mllm import (
     load_mllm,
 )
 from vlmkd.files import read_json, read_object
+from vlmkd.image_spec import ImageSpec
 from vlmkd.losses.tokens import TopK
 from vlmkd.models.mllm import Mllm
 from vlmkd.train.engine import Engine, batch_triple
@@ -45,16 +46,27 @@ log = logging.getLogger(__name__)
 
 def check_pair(student: ChatParts, teacher: ChatParts) -> None:
     """Refuse a teacher that does not read what the student reads."""
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    check_alike(
+        (f"student {student.config.decoder}", student.tokenizer, student.module, student.image_spec),
+        (f"teacher {teacher.config.decoder}", teacher.tokenizer, teacher.module, teacher.image_spec),
+    )
+
+
+Reader = tuple[str, Any, Any, ImageSpec]
+"""How a message calls a model, its tokenizer, its `Mllm`, and the images that it takes."""
+
+
+def check_alike(student: Reader, teacher: Reader) -> None:
+    """Refuse models of two vocabularies, or that do not read images alike."""
+    (ours, own, first, spec), (theirs, other, second, wanted) = student, teacher
+    if own.get_vocab() != other.get_vocab():
         raise UserError(
-            f"the vocabularies of student {student.config.decoder} and teacher {teacher.config.decoder} differ; distil "
-            "between models of one tokenizer"
+            f"the vocabularies of {ours} and {theirs} differ; distil between models of one tokenizer"
         )
-    ours, theirs = ((one.module.tower.tokens, one.image_spec) for one in (student, teacher))
-    if ours != theirs:
+    if (first.tower.tokens, spec) != (second.tower.tokens, wanted):
         raise UserError(
-            f"the student has {ours[0]} features an image of {ours[1].size}, the teacher {theirs[0]} of {theirs[1].size}; "
-            "give both the same tower, grid and image_size"
+            f"the student has {first.tower.tokens} features an image of {spec.size}, the teacher {second.tower.tokens} of "
+            f"{wanted.size}; give both the same tower, grid and image_size"
         )
 
 

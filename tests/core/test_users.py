@@ -72,8 +72,8 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
     ),
     "chat_runs": (
-        "which files of chats are shards, for data_tools/embed_chats.py too; what tools open any export with",
-        {"is_shards", "open_chat"},
+        "which files of chats are shards, for data_tools/embed_chats.py too; what tools open and compare exports with",
+        {"check_alike", "is_shards", "open_chat"},
     ),
     "data/chats": (
         "as in data/samples, the templates for the tools' options, and what a record is, for the tools of shards",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from scripts import eval_tokens
 from tests.evaluation.test_chat_scripts import made
+from vlmkd.chat_runs import check_alike
 from vlmkd.data.chats import ChatTokens
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
@@ -135,3 +138,15 @@ def test_what_cannot_be_scored_is_refused_in_one_line(pair, capsys) -> None:
     assert re.search(r"has \d+ tokens, fewer than --length 512", capsys.readouterr().err)
     assert eval_tokens.main([*model, "--chats", str(folder / "talks.json"), "--length", "4"]) == 2
     assert re.search("chat 0 .*nothing to learn", capsys.readouterr().err)
+
+
+def test_models_that_read_otherwise_are_not_compared(pair) -> None:
+    _, (student, teacher) = pair
+    ours = ("ours", student.tokenizer, student.module, student.image_spec)
+    check_alike(ours, ("theirs", teacher.tokenizer, teacher.module, teacher.image_spec))
+    smaller = dataclasses.replace(teacher.image_spec, size=(8, 8))
+    with pytest.raises(UserError, match=r"features an image of .* the teacher \d+ of \(8, 8\)"):
+        check_alike(ours, ("theirs", teacher.tokenizer, teacher.module, smaller))
+    other = SimpleNamespace(get_vocab=lambda: {"a": 0})
+    with pytest.raises(UserError, match="vocabularies of ours and theirs differ"):
+        check_alike(ours, ("theirs", other, teacher.module, teacher.image_spec))
