@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.chat_parts import byte_tokenizer
 from vlmkd.chat_ids import IGNORED, IMAGE_ID
@@ -63,6 +67,43 @@ def test_answers_and_their_ends_are_learned(tokenizer, spec, template, text, ans
     assert learned(tokenizer, ids, targets) == answers
     prompt = pipeline.tokens.prompt([("Where?", "On the couch.")], "And now?")
     assert ids[: len(prompt)] == prompt and targets[len(prompt) - 1] != IGNORED
+
+
+def qwen2_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's tokens, of the ranks that Alibaba's client package holds (`pip install --no-deps dashscope`)."""
+    package = importlib.util.find_spec("dashscope")
+    if package is None or package.origin is None:
+        pytest.skip("dashscope, which has Qwen's tokens, is not installed")
+    lines = (Path(package.origin).parent / "resources" / "qwen.tiktoken").read_text().splitlines()
+    character = bytes_to_unicode()
+    ranks = {
+        "".join(character[byte] for byte in base64.b64decode(token)): int(rank)
+        for token, rank in (line.split() for line in lines)
+    }
+    merges = [
+        (ranks[token], ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
+        for token in ranks
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    ends = {"<|endoftext|>": len(ranks), "<|im_start|>": len(ranks) + 1, "<|im_end|>": len(ranks) + 2}
+    return Qwen2Tokenizer(vocab=ranks | ends, merges=[merge[3:] for merge in sorted(merges)])
+
+
+def test_qwen2_learns_the_tokens_that_the_released_code_does(spec, encoded_image):
+    """The released code's own results; of the questions it shows one alone."""
+    pipeline = ChatPipeline(ChatTokens(qwen2_tokenizer(), "llava", 1), spec)
+
+    def answers(*turns: str) -> list[str]:
+        chat = pipeline.process(raw(["<image>\n" + turns[0], *turns[1:]], [encoded_image(1)]))
+        ((ids, targets),) = chat.rows
+        assert ids.count(IMAGE_ID) == 1
+        return [pipeline.tokens.tokenizer.decode([target]) for target in targets if target != IGNORED]
+
+    end = "<|endoftext|>"
+    assert answers("How many?", "3") == [" ", "3", end]
+    said = answers("Where?", "On the couch.", "And now?", "Sleeping.")
+    assert said == [" On", " the", " couch", ".", end, " Sleeping", ".", end]
 
 
 def test_an_answer_that_looks_like_the_template_is_learned_whole(tokenizer, spec):
