@@ -98,6 +98,11 @@ class LlavaModConfig(ChatRunConfig):
         require(
             self.student.named, "student", "is empty; name tower and decoder, or the export of the run before"
         )
+        require(
+            not (self.stage == "words" and self.data.pack),
+            "data.pack",
+            "does not go with stage words, which compares the words of rows",
+        )
         needs, stored = self.stage in FROM_TEACHER, bool(self.data.teacher_outputs)
         told = f"goes with {', '.join(FROM_TEACHER)}, and only with them"
         require(needs == (self.teacher.named or stored), "teacher", f"{told} (or data.teacher_outputs)")

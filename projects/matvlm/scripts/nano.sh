@@ -25,7 +25,7 @@ teacher() { # NAME STAGE STEPS [field=value ...]
     bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml threads=2 \
         run_dir="$runs/$1" stage="$2" steps="$3" "${@:4}"
 }
-teacher words words 400 "data.chats=[$runs/scenes/names.json]" optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
+teacher words words 400 "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
     "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
     student.decoder="hf:$runs/decoder"
 teacher captions sft "${CAPTION_STEPS:-600}" "$captions" batch_size=32 student.init_from="$runs/words/export"
