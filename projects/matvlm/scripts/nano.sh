@@ -4,8 +4,9 @@
 #
 #   bash projects/matvlm/scripts/nano.sh
 #
-# RUNS (default runs/matvlm_nano), SEEDS, STEPS, TEACHER_STEPS and CAPTION_STEPS may be set; further field=value
-# arguments go to every hybrid. Finished runs are kept. DRY_RUN=1 prints the commands.
+# RUNS (default runs/matvlm_nano), SEEDS, STEPS, HYBRIDS ("50_attention 50_random"), TEACHER_STEPS and CAPTION_STEPS may be
+# set; further field=value arguments go to every hybrid. Finished runs are kept, and other steps or hybrids are added to
+# the table. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 export runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-48}"
@@ -31,28 +32,27 @@ teacher words words 400 "data.chats=[$runs/scenes/names.json]" data.pack=false o
 teacher captions sft "${CAPTION_STEPS:-600}" "$captions" batch_size=32 student.init_from="$runs/words/export"
 teacher teacher sft "${TEACHER_STEPS:-900}" "$chats" student.init_from="$runs/captions/export" "$asked"
 
-# One hybrid: its name says the share of layers, what they start from, and what is left out of the loss.
+# One hybrid: its name says the share of layers, what they start from or what is left out of the loss, and the steps.
 export OMP_NUM_THREADS=1
-hybrid() { # "PRESET KIND SEED" [field=value ...]; KIND: attention, random, no_layer, no_logits or with_ce
+hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, random, no_layer, no_logits or with_ce
     local preset kind seed name given=()
-    read -r preset kind seed <<< "$1"
+    read -r preset seed <<< "$1"
+    kind="${preset#*_}" preset="${preset%%_*}"
     case "$kind" in
         random) given+=(hybrid.start=random) ;;
         no_layer) given+=(loss.layer=0) ;;
         no_logits) given+=(loss.logits=0) ;;
         with_ce) given+=(loss.ce=1) ;;
     esac
-    name="${preset}_${kind}_s$seed"
+    name="${preset}_${kind}_${steps}_s$seed"
     bash scripts/launch.sh projects/matvlm/train_distill.py projects/matvlm/configs/nano/base.yaml \
         run_dir="$runs/$name" seed="$seed" steps="$steps" "$chats" student.init_from="$runs/teacher/export" \
         hybrid.preset="$preset" evaluation.every_steps=$((steps / 4)) "$asked" \
         ${given[@]+"${given[@]}"} "${@:2}" 2>&1 | sed -u "s/^/[$name] /"
 }
 export -f hybrid
-for seed in ${SEEDS:-0 1 2}; do
-    for preset in 12.5 25 50; do echo "$preset attention $seed"; done
-    for kind in random no_layer no_logits with_ce; do echo "50 $kind $seed"; done
-done | xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
+hybrids="${HYBRIDS:-12.5_attention 25_attention 50_attention 50_random 50_no_layer 50_no_logits 50_with_ce}"
+for seed in ${SEEDS:-0 1 2}; do printf "%s $seed\n" $hybrids; done | xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
 
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/matvlm/table.yaml --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"

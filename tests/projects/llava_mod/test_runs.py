@@ -333,6 +333,7 @@ def test_each_stage_trains_its_part(stage: str, trained: set[str]) -> None:
             "config field loss.on_policy does not go with moe.backend=deepspeed",
         ),
         (["stage=adapt", "moe.mode=sparse"], "config field moe.mode goes with sft, d2s and prefer only"),
+        (["stage=words", "data.pack=true"], "config field data.pack does not go with stage words"),
         (["stage=adapt", "student.decoder=smollm2"], "config field init_from leaves no choice"),
         (["stage=sft", "data.teacher_outputs=y"], "config field teacher goes with d2d, d2s, prefer"),
         (
