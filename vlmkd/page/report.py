@@ -142,6 +142,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
 
 
 def size_plots(rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str, Any]]:
+    """Main metrics of two models or more over their sizes, with captions."""
     found = []
     for one in columns:
         points = [
@@ -149,7 +150,7 @@ def size_plots(rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str
             for row in rows
             if one.main and row.parameters and one.key in row.scores
         ]
-        if points:
+        if len(points) > 1:
             plot = plots.scatter_plot(points, x_label="million parameters", y_label=_axis(one))
             found.append((f"{one.dataset}: {_axis(one)}", plot))
     return found
