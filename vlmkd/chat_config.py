@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from vlmkd.config import Count, EvaluationConfig, Positive, Processes, RunConfig, Share, require
 
@@ -108,6 +108,7 @@ class ChatEvaluationConfig(EvaluationConfig):
 class ChatRunConfig(RunConfig):
     """A run on chats."""
 
+    varied: ClassVar[bool] = True
     data: ChatDataConfig = field(default_factory=ChatDataConfig)
     """Conversations to train on."""
     student: MllmConfig = field(default_factory=MllmConfig)

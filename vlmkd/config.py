@@ -16,7 +16,7 @@ import types
 import typing
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -299,6 +299,8 @@ class CheckpointConfig:
 class RunConfig:
     """What every run has; a project's config adds its data and its method's fields."""
 
+    varied: ClassVar[bool] = False
+    """Whether batches differ in shape; no setting."""
     run_dir: str = ""
     """Folder of this run, e.g. runs/tinyclip_nano."""
     seed: Seed = 0

@@ -119,7 +119,7 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     if given.threads:
         torch.set_num_threads(given.threads)
     if not torch.cuda.is_available():
-        keep_freed_memory()
+        keep_freed_memory(varied=given.varied)
     start_ranks()
     # What libraries draw outside our own generators is the same on every rank, so that initial weights agree.
     random.seed(given.seed)
