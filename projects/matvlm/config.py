@@ -27,6 +27,8 @@ class HybridConfig:
     """random (paper), or the convolution lets each token pass unchanged at the start."""
     fold_scale: bool = False
     """Multiply the queries' rows by head width^-0.5, attention's scale, which the paper leaves out."""
+    norm_start: Amount = 1.0
+    """Weight of the gated norm at the start; 1 (paper) makes every head's output of length 1 per number, whatever attention's was."""
     chunk: Positive = CHUNK
     """Tokens a chunk of the scan; no result depends on it. mamba-ssm's kernels are fastest with 256."""
     backend: Backend = "auto"

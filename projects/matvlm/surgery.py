@@ -109,6 +109,7 @@ def mixer_from_attention(
         return mixer
     mixer.start(generator)
     with torch.no_grad():
+        mixer.norm.weight.fill_(options.norm_start)
         if options.conv_start == "identity":
             mixer.conv1d.weight.copy_(torch.eye(shape.taps)[-1])
             mixer.conv1d.bias.zero_()

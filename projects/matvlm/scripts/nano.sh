@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The nano tables of the README: a small model and its hybrids on composed scenes, mixers that start as attention
-# against random ones, with and without each term of the loss, accuracy against steps; two CPU cores.
+# The nano tables of the README: a small model and its hybrids on composed scenes, mixers that start near attention, as published, and
+# at random, with and without each term of the loss, accuracy against steps; two CPU cores.
 #
 #   bash projects/matvlm/scripts/nano.sh
 #
@@ -34,12 +34,13 @@ teacher teacher sft "${TEACHER_STEPS:-900}" "$chats" student.init_from="$runs/ca
 
 # One hybrid: its name says the share of layers, what they start from or what is left out of the loss, and the steps.
 export OMP_NUM_THREADS=1
-hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, random, no_layer, no_logits or with_ce
+hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, published, random, no_layer, no_logits or with_ce
     local preset kind seed name given=()
     read -r preset seed <<< "$1"
     kind="${preset#*_}" preset="${preset%%_*}"
     case "$kind" in
-        random) given+=(hybrid.start=random) ;;
+        random) given+=(hybrid.start=random hybrid.conv_start=random) ;;
+        published) given+=(hybrid.conv_start=random hybrid.fold_scale=false hybrid.norm_start=1) ;;
         no_layer) given+=(loss.layer=0) ;;
         no_logits) given+=(loss.logits=0) ;;
         with_ce) given+=(loss.ce=1) ;;
@@ -51,7 +52,7 @@ hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, random, no_l
         ${given[@]+"${given[@]}"} "${@:2}" 2>&1 | sed -u "s/^/[$name] /"
 }
 export -f hybrid
-hybrids="${HYBRIDS:-12.5_attention 25_attention 50_attention 50_random 50_no_layer 50_no_logits 50_with_ce}"
+hybrids="${HYBRIDS:-12.5_attention 25_attention 50_attention 50_published 50_random 50_no_layer 50_no_logits 50_with_ce}"
 for seed in ${SEEDS:-0 1 2}; do printf "%s $seed\n" $hybrids; done | xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
 
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/matvlm/table.yaml --markdown "$runs/table.md"

@@ -120,15 +120,17 @@ def test_projections_are_the_attention_s_to_the_bit(kind: str, bias: Any) -> Non
 def test_other_starts() -> None:
     attention = made("llama").model.layers[0].self_attn
     mixer = (
-        to_hybrid(made("llama"), replace(FIRST, conv_start="identity", fold_scale=True))
+        to_hybrid(made("llama"), replace(FIRST, conv_start="identity", fold_scale=True, norm_start=0.1))
         .model.layers[0]
         .self_attn
     )
     C = mixer.in_proj.weight.split(mixer.shape.rows)[3]
     assert C.equal(attention.q_proj.weight * 8**-0.5)
+    assert (mixer.norm.weight == 0.1).all()
     xBC = torch.randn(2, 5, 80, dtype=torch.float64)
     close(mixer._convolve(xBC, None, None, None)[0], torch.nn.functional.silu(xBC), 1e-15)
     random = to_hybrid(made("llama"), replace(FIRST, start="random")).model.layers[0].self_attn
+    assert (random.norm.weight == 1).all()
     assert random.in_proj.weight.abs().max() <= 48**-0.5 and not random.out_proj.weight.equal(
         attention.o_proj.weight
     )
