@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.chat_parts import byte_tokenizer, picture
 from vlmkd.data.chats import ChatItem, ChatTokens
 from vlmkd.evaluation.answers import Answers, ChatModel, Question, chair, mentions, pope, scores
-from vlmkd.evaluation.base import Context
+from vlmkd.evaluation.base import Context, spread
 from vlmkd.models.backbones import load_backbone
 from vlmkd.models.mllm import Mllm, Projector, VisionTower
 
@@ -119,3 +119,11 @@ def test_every_question_is_asked_and_kept(model: ChatModel, tmp_path) -> None:
     assert result.count == 5 and {one["key"] for one in result.details["answers"]} == set("01234")
     assert result.metrics["recall"] == result.metrics["yes_ratio"]
     json.dumps(result.details)
+
+
+def test_a_part_of_the_questions_has_all_kinds() -> None:
+    questions = [(number, number % 16) for number in range(800)]  # kinds that take turns
+    part = spread(questions, 200)
+    assert len(part) == 200 and list(part) == sorted(part) == list(spread(questions, 200))
+    assert {kind for _, kind in part} == set(range(16))
+    assert spread(questions, 0) == spread(questions, 800) == questions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,10 +92,13 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
 
 
 def spread(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of the items, from all over them; 0: all."""
+    """At most so many of the items, drawn from all over them, always the same, in their order; 0: all.
+
+    Drawn, because every so many-th would leave out whole kinds of a file whose kinds take turns.
+    """
     if not 0 < most < len(items):
         return items
-    return [items[index * len(items) // most] for index in range(most)]
+    return [items[index] for index in sorted(random.Random(0).sample(range(len(items)), most))]
 
 
 def progress(items: Iterable[T], total: int, title: str, context: Context) -> Iterator[T]:
