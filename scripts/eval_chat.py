@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     add("--judge-file", type=Path, metavar="FILE", help="what the judge said of the answers, in their order")
     add("--results", default="", metavar="FILE", help="write a line a number to FILE")
     add("--name", default="", help="name of the data in the table (default: the benchmark's)")
-    add("--most", type=count, default=0, help="ask so many questions, spread over the files (default: all)")
+    add("--most", type=count, default=0, help="ask so many questions, drawn from the files (default: all)")
     add("--batch-size", type=at_least(1), default=16, help="questions per forward pass (default 16)")
     add("--threads", type=count, default=0, help="CPU threads (default: torch's)")
     add("--quiet", action="store_true", help="no progress lines")

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         "--most",
         type=count,
         default=0,
-        help="so many chats, and windows, of each file, spread over it (default: all)",
+        help="so many chats, and windows, of each file, drawn from it (default: all)",
     )
     add("--results", default="", metavar="FILE", help="write a line a number to FILE")
     add("--batch-size", type=at_least(1), default=8, help="chats or windows per forward pass (default 8)")

@@ -93,7 +93,7 @@ class QuestionsConfig:
     vocabulary: str = ""
     """JSON list of all things that a caption may name."""
     most: Count = 0
-    """Ask so many of them, spread over the file; 0: all."""
+    """Ask so many of them, drawn from the file; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ class SceneEvaluationConfig(EvaluationConfig):
     data_root: str = ""
     """As data.root."""
     frames: Count = 0
-    """Only so many frames, spread over all; 0: all."""
+    """Only so many frames, drawn from all; 0: all."""
     classes: list[str] = listed()
     """Classes that are scored; empty: the model's."""
     distances: Distances = listed(0.5, 1.0, 2.0, 4.0)

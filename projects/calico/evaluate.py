@@ -54,7 +54,7 @@ def parser(text: str) -> argparse.ArgumentParser:
     add("run", type=Path, metavar="RUN", help="folder of a finished fine-tuning run")
     add("--info", default="", help="labelled frames; default: those of the run's own evaluation")
     add("--root", default="", help="folder that an info file's paths are below; else its own")
-    add("--frames", type=at_least(0), help="so many frames, spread over all; 0: all (the run's)")
+    add("--frames", type=at_least(0), help="so many frames, drawn from all; 0: all (the run's)")
     add("--batch-size", type=at_least(1), help="frames at a time (the run's)")
     add("--device", default="", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     add("--results", type=Path, metavar="FILE", help="write a line a number to FILE, and details beside it")
