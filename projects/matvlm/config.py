@@ -28,7 +28,7 @@ class HybridConfig:
     fold_scale: bool = False
     """Multiply the queries' rows by head width^-0.5, attention's scale, which the paper leaves out."""
     norm_start: Amount = 1.0
-    """Weight of the gated norm at the start; 1 (paper) makes every head's output of length 1 per number, whatever attention's was."""
+    """Weight of the gated norm at the start; 1 (paper) gives every head's output a root mean square of 1, whatever attention's was."""
     chunk: Positive = CHUNK
     """Tokens a chunk of the scan; no result depends on it. mamba-ssm's kernels are fastest with 256."""
     backend: Backend = "auto"

@@ -23,7 +23,7 @@ from vlmkd.train.task import Task
 log = logging.getLogger(__name__)
 
 MOST_IMAGES = 256
-"""Labelled images that the teacher is asked about, spread over what there is."""
+"""Labelled images that the teacher is asked about, drawn from what there is."""
 FEWEST_IMAGES = 20
 """With fewer, or with fewer than half an image a class, nothing is said."""
 

@@ -36,8 +36,8 @@ from() { echo "student.init_from=$runs/$1/export"; }
 # A model that sees: its projector's features become words to the decoder, then captions and what is where alone. With all
 # questions from the start a small decoder does not look at the picture.
 seeing() { # large or small
-    train "$1_words words 400" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
-        "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
+    train "$1_words words 400" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
+        student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
         student.decoder="hf:$runs/$1"
     train "$1_captions sft $caption_steps" "$captions" batch_size=32 "$(from "$1_words")"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The nano tables of the README: a small model and its hybrids on composed scenes, mixers that start near attention, as published, and
-# at random, with and without each term of the loss, accuracy against steps; two CPU cores.
+# The nano tables of the README: a small model and its hybrids on composed scenes, mixers that start near attention, as
+# published, and at random, with and without each term of the loss, accuracy against steps; two CPU cores.
 #
 #   bash projects/matvlm/scripts/nano.sh
 #
@@ -26,8 +26,8 @@ teacher() { # NAME STAGE STEPS [field=value ...]
     bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml threads=2 \
         run_dir="$runs/$1" stage="$2" steps="$3" "${@:4}"
 }
-teacher words words 400 "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 student.tower=efficientnet-lite0 \
-    "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
+teacher words words 400 "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
+    student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
     student.decoder="hf:$runs/decoder"
 teacher captions sft "${CAPTION_STEPS:-600}" "$captions" batch_size=32 student.init_from="$runs/words/export"
 teacher teacher sft "${TEACHER_STEPS:-900}" "$chats" student.init_from="$runs/captions/export" "$asked"
@@ -53,7 +53,8 @@ hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, published, r
 }
 export -f hybrid
 hybrids="${HYBRIDS:-12.5_attention 25_attention 50_attention 50_published 50_random 50_no_layer 50_no_logits 50_with_ce}"
-for seed in ${SEEDS:-0 1 2}; do printf "%s $seed\n" $hybrids; done | xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
+for seed in ${SEEDS:-0 1 2}; do printf "%s $seed\n" $hybrids; done |
+    xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
 
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/matvlm/table.yaml --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"
