@@ -4,13 +4,13 @@
 #
 #   bash projects/calico/scripts/nano.sh [field=value ...]
 #
-# RUNS (default runs/calico_nano), SEEDS, FRACTIONS (per cent of the scenes), SCENES, TEST_SCENES, PRC_STEPS, RAD_STEPS, STEPS (of
-# fine-tuning) and ARMS (of the comparison: pointcontrast, untrained) may be set; further field=value go to every run.
-# Finished runs are kept. DRY_RUN=1 prints the commands.
+# RUNS (default runs/calico_nano), SEEDS, FRACTIONS (per cent of the scenes : steps of fine-tuning), SCENES, TEST_SCENES, PRC_STEPS,
+# RAD_STEPS and ARMS (of the comparison, at the first fraction alone: pointcontrast, untrained) may be set; further field=value go
+# to every run. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export runs="${RUNS:-runs/calico_nano}" fractions="${FRACTIONS:-5 20}" arms="${ARMS-pointcontrast untrained}"
-export prc_steps="${PRC_STEPS:-400}" rad_steps="${RAD_STEPS:-300}" steps="${STEPS:-300}"
+export runs="${RUNS:-runs/calico_nano}" fractions="${FRACTIONS:-5:300 20:600}" arms="${ARMS-pointcontrast untrained}"
+export prc_steps="${PRC_STEPS:-400}" rad_steps="${RAD_STEPS:-300}"
 scenes="${SCENES:-320}"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
@@ -27,12 +27,12 @@ train() { # NAME STAGE [file or field=value ...]
 }
 
 finetune() { # NAME MODALITY LIDAR CAMERA SEED [field=value ...]: with every share of labels
-    local fraction parts=() given=()
+    local part parts=() given=()
     [ "$2" = fusion ] || parts+=("projects/calico/configs/toy/$2.yaml")
     [ "$3" = - ] || given+=(init.lidar="$runs/$3_s$5/export")
     [ "$4" = - ] || given+=(init.camera="$runs/$4_s$5/export")
-    for fraction in $fractions; do
-        train "$2_$1_${fraction}_s$5" finetune "${parts[@]}" steps="$steps" data.fraction="$fraction" seed="$5" \
+    for part in $fractions; do
+        train "$2_$1_${part%:*}_s$5" finetune "${parts[@]}" steps="${part#*:}" data.fraction="${part%:*}" seed="$5" \
             evaluation.info="$runs/test" "${given[@]}" "${@:6}"
     done
 }
@@ -51,6 +51,7 @@ student() { # SEED [field=value ...]: everything of a seed
     finetune prc fusion prc - "$s" "$@"
     finetune calico fusion prc rad "$s" "$@"
     # Controls: points in the place of regions, and a teacher that knows nothing.
+    fractions="${fractions%% *}"
     for arm in $arms; do
         case "$arm" in
             untrained)
