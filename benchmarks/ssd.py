@@ -13,7 +13,6 @@ import argparse
 import itertools
 import math
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.matvlm.ssd import CHUNK, ssd  # noqa: E402
+from vlmkd.memory import peak  # noqa: E402
 
 MIB = 2**20
 FORMS = ("ours", f"transformers, chunk {CHUNK}", "transformers, chunk 256", "attention (SDPA)")
@@ -123,14 +123,13 @@ def measure(name: str, length: int, args: argparse.Namespace) -> tuple[float, fl
 
     once(inputs(64, args))
     given = inputs(length, args)
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     times = []
     for _ in range(3 if length <= 4096 else 1):
         start = time.process_time()
         once(given)
         times.append(time.process_time() - start)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1000 * min(times), float(max(peak - before, MIB))
+    return 1000 * min(times), float(max(peak() - before, MIB))
 
 
 if __name__ == "__main__":

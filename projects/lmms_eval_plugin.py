@@ -50,6 +50,8 @@ class Exported(import_module("lmms_eval.api.model").lmms):  # type: ignore[misc]
 
         if not str(batch_size).isdigit() or not int(batch_size):
             raise UserError(f"--batch_size {batch_size} is not supported; give a number")
+        if precision not in ("fp32", "bf16"):
+            raise UserError(f"precision={precision} is not supported; give fp32 or bf16")
         self.batch_size = int(batch_size)
         alone = distributed.environment()["WORLD_SIZE"] == "1"
         self.device = distributed.device_named(device if alone else "")

@@ -41,6 +41,7 @@ from vlmkd.tensor_files import read_safetensors
 CONFIG, MAMBA_CONFIG, WEIGHTS, INDEX = (
     "config.json", "mamba_config.json", "model.safetensors", "model.safetensors.index.json",
 )  # fmt: skip
+TOWER, DECODER = "timm:vit_so400m_patch14_siglip_384", "hf:microsoft/phi-2"
 MODELING = "modeling_hybrid"
 CODE = [
     *(Path(__file__).with_name(f"{name}.py") for name in (MODELING, "surgery", "mixer", "cache", "ssd")),
@@ -164,13 +165,30 @@ def read_published(folder: Path) -> tuple[State, list[int], bool]:
     if both:
         raise UserError(f"{folder}: layers {both} have attention and a mixer; download the folder again")
     mamba = sorted(layer for layer, kind in kinds.items() if kind == {"mamba"})
+    for name, value in state.items():  # the convolution runs over x, B and C; z and dt are beside them
+        if name.endswith(".mamba.conv1d.weight"):
+            mixer = name.removesuffix("conv1d.weight")
+            rows, inner, heads = (
+                len(state[mixer + part]) for part in ("in_proj.weight", "norm.weight", "A_log")
+            )
+            if len(value) != rows - inner - heads:
+                raise UserError(
+                    f"{folder}: {name} has {len(value)} channels, not {rows - inner - heads}: keys and values are repeated "
+                    "before the convolution (repeat_kv_before_conv), which this mixer does after it"
+                )
     biased = any(".mamba.in_proj.bias" in name for name in state)
     if (folder / MAMBA_CONFIG).is_file():
         told = read_object(folder / MAMBA_CONFIG, "hybrid's config")
         attention = sorted(kinds.keys() - set(mamba))
-        if sorted(told.get("attn_layers", [])) != attention or bool(told.get("is_bias", biased)) != biased:
+        given = told.get("attn_layers")
+        same = (
+            isinstance(given, list)
+            and len(given) == len(attention)
+            and all(one in given for one in attention)
+        )
+        if not same or bool(told.get("is_bias", biased)) != biased:
             raise UserError(
-                f"{folder / MAMBA_CONFIG}: attn_layers and is_bias are {told.get('attn_layers')} and {told.get('is_bias')}, "
+                f"{folder / MAMBA_CONFIG}: attn_layers and is_bias are {given} and {told.get('is_bias')}, "
                 f"the weights have attention in {attention} and is_bias={biased}; correct the file"
             )
     elif mamba:
@@ -213,8 +231,19 @@ def fill(parts: ChatParts, folder: Path) -> None:
 
 
 def write_published(folder: Path, parts: ChatParts) -> None:
-    """Write a model as the published code lays it out: weights, both configs, the tokenizer."""
+    """Write a model as the published code lays it out: weights, both configs, the tokenizer.
+
+    Raises:
+        UserError: a tower that the layout has no place for.
+    """
     decoder: Any = parts.module.decoder
+    tower: Any = parts.module.tower
+    cfg = parts.config
+    if not hasattr(tower.backbone, "attn_pool") or len(cfg.tower_layers) > 1 or cfg.grid or cfg.tower_norm:
+        raise UserError(
+            f"the published layout has one layer of a SigLIP of timm as it is, not {cfg.tower} with tower_layers="
+            f"{cfg.tower_layers}, grid={cfg.grid}, tower_norm={cfg.tower_norm}; --transformers writes the language model alone"
+        )
     mixers = {
         index: layer.self_attn for index, layer in enumerate(decoder.model.layers)
         if isinstance(layer.self_attn, Mamba2Mixer)
@@ -303,12 +332,12 @@ def main(argv: list[str]) -> int:
     ways.add_argument(
         "--transformers", action="store_true", help="from an export to a folder for transformers"
     )
-    parser.add_argument(
-        "--tower", default="timm:vit_so400m_patch14_siglip_384", help="stock tower (%(default)s)"
-    )
-    parser.add_argument("--decoder", default="hf:microsoft/phi-2", help="stock decoder (%(default)s)")
+    parser.add_argument("--tower", help=f"stock tower ({TOWER})")
+    parser.add_argument("--decoder", help=f"stock decoder ({DECODER})")
     parser.add_argument("--keep-first", action="store_true", help="729 features an image; published: 728")
     args = parser.parse_args(argv)
+    if (args.back or args.transformers) and (args.tower or args.decoder or args.keep_first):
+        parser.error("--tower, --decoder and --keep-first are for a published model; an export names its own")
     if args.back:
         write_published(args.target, load_mllm(args.source, surgery=surgery))
         return 0
@@ -316,13 +345,16 @@ def main(argv: list[str]) -> int:
         parts = load_mllm(args.source, surgery=surgery)
         write_transformers(args.target, parts.module.decoder, parts.tokenizer)
         return 0
-    cfg = MllmConfig(tower=args.tower, decoder=args.decoder, resize="squash", drop_first=not args.keep_first)
+    cfg = MllmConfig(
+        tower=args.tower or TOWER,
+        decoder=args.decoder or DECODER,
+        resize="squash",
+        drop_first=not args.keep_first,
+    )
     parts = replace(build_mllm(cfg), project="matvlm")
     fill(parts, args.source)
     export_mllm(args.target, parts, parts.module.state_dict())
-    print(
-        f"wrote {args.target}: {len(parts.trained)} tensors that are not {args.tower}'s or {args.decoder}'s"
-    )
+    print(f"wrote {args.target}: {len(parts.trained)} tensors that are not {cfg.tower}'s or {cfg.decoder}'s")
     return 0
 
 

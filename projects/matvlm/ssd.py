@@ -15,7 +15,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, einsum
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 Backend = Literal["auto", "torch", "mamba_ssm"]
 """Whose scan: mamba-ssm's kernels where they run, else this one; or one of the two."""
@@ -37,7 +36,6 @@ def ssd(
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     chunk: int = CHUNK,
-    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`y_t = S_t C_t + D x_t` with `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T` (eq. 1), and the last `S`.
 
@@ -46,8 +44,7 @@ def ssd(
     computed in float32 (float64 for float64), and the state comes back so, whatever autocast says.
 
     `seq_idx` [b, l] names each token's document, equal numbers side by side: a document starts from zeros, the first
-    one from `state`, and the last one's state is returned. With `recompute` the backward pass computes the tables of a
-    block of chunks again instead of keeping them: memory grows with l p and l n / chunk, no longer with l chunk.
+    one from `state`, and the last one's state is returned.
     """
     if x.shape[2] not in (B.shape[2], dt.shape[2]) or C.shape[2] not in (B.shape[2], dt.shape[2]):
         raise ValueError(
@@ -70,11 +67,7 @@ def ssd(
             end = min(start + chunks * chunk, length)
             part = [t[:, start:end].to(exact) for t in (x, dt, B, C)]
             ids = None if seq_idx is None else seq_idx[:, start:end]
-            given = (*part, A.to(exact), D, state, ids, before, chunks)
-            if recompute and torch.is_grad_enabled():
-                y, state = checkpoint(_block, *given, use_reentrant=False)
-            else:
-                y, state = _block(*given)
+            y, state = _block(*part, A.to(exact), D, state, ids, before, chunks)
             outputs.append(y.to(x.dtype))
             before = None if ids is None else ids[:, -1]
             start = end

@@ -59,20 +59,26 @@ def to_hybrid(
     """
     decoder = model.get_decoder()
     layers = chosen_layers(options, len(decoder.layers))
+    config = decoder.config
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+    if "sliding_attention" in types and not hasattr(decoder, "has_sliding_layers"):
+        raise UserError(
+            f"{type(decoder).__name__} has sliding attention in a form of its own (Gemma 2 and later), which has no place for "
+            "Mamba-2 layers; Phi, Llama, Mistral and Qwen2 have"
+        )
     mixers = {}
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     for index in layers:
         attention = getattr(decoder.layers[index], "self_attn", None)
-        if isinstance(attention, Mamba2Mixer):
-            continue  # 25 % of the layers after 12.5 %: those that are Mamba-2 stay, with what they learned
+        if isinstance(attention, Mamba2Mixer):  # 25 % after 12.5 %: those stay, with what they learned
+            attention.chunk, attention.backend = options.chunk, options.backend
+            continue
         if attention is not None:
             merge_lora(attention)
         mixers[index] = mixer_from_attention(attention, index, options, generator)
     for index, mixer in mixers.items():
         decoder.layers[index].self_attn = mixer.train(decoder.training)
     mamba = [isinstance(layer.self_attn, Mamba2Mixer) for layer in decoder.layers]
-    config = decoder.config
-    types = getattr(config, "layer_types", None) or ["full_attention"] * len(mamba)
     config.layer_types = ["linear_attention" if one else kind for one, kind in zip(mamba, types, strict=True)]
     config.matvlm = {**vars(options), "preset": 0.0, "layers": [i for i, one in enumerate(mamba) if one]}
     model._is_stateful = True  # generate then refuses what would take tokens back
@@ -114,7 +120,7 @@ def mixer_from_attention(
             mixer.conv1d.weight.copy_(torch.eye(shape.taps)[-1])
             mixer.conv1d.bias.zero_()
         if options.start == "attention":
-            scale = size**-0.5 if options.fold_scale else 1.0
+            scale = getattr(attention, "scaling", size**-0.5) if options.fold_scale else 1.0
             for name in ("weight", "bias")[: 1 + shape.bias]:
                 rows = getattr(mixer.in_proj, name).split(shape.rows)[1:4]
                 for row, layer, factor in zip(rows, (V, K, Q), (1.0, 1.0, scale), strict=True):
@@ -163,7 +169,8 @@ def pass_masks(
     if token_mask is not None and given.get("token_mask") is None:
         if torch.compiler.is_compiling() or not bool(token_mask.all()):
             given["token_mask"] = token_mask
-    if positions is not None and mask is None and given.get("seq_idx") is None:
+    whole = mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)  # which has no padding, or hides it
+    if positions is not None and whole and given.get("seq_idx") is None:
         documents = find_packed_sequence_indices(positions.expand(batch, -1))
         if documents is not None:
             given["seq_idx"] = documents

@@ -134,8 +134,10 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
         facts = {"ds_config": generated, "env": _environment(), "data": job.loader.describe()}
         for name, content in facts.items():
             _write(run_dir / f"{name}.json", content)
-    parameters = sum(p.numel() for p in job.task.student.parameters())
-    log.info("student: %.2f M parameters, %d teacher(s) loaded", parameters / 1e6, len(job.task.teachers))
+    sizes = [(p.numel(), p.requires_grad) for p in job.task.student.parameters()]
+    whole, trained = (sum(size for size, learns in sizes if learns or every) / 1e6 for every in (True, False))
+    told = "student: %.2f M parameters, %.2f M of them trained; %d teacher(s) loaded"
+    log.info(told, whole, trained, len(job.task.teachers))
     engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
     told = "is 3, but averages and selections need whole weights on each rank; use 1 or 2"
     require(not job.task.kept() or engine.zero_stage < 3, "deepspeed.zero_stage", told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     (folder / MAMBA_CONFIG).write_text(json.dumps({**told, "attn_layers": [0, 3]}))
     refused(r"attn_layers and is_bias are \[0, 3\] and False, the weights have attention in \[1, 3\]")
+    (folder / MAMBA_CONFIG).write_text(json.dumps({**told, "attn_layers": 5}))
+    refused("attn_layers and is_bias are 5 and False")
     (folder / MAMBA_CONFIG).unlink()
     refused("has mixers and no mamba_config.json")
     (folder / MAMBA_CONFIG).write_text(json.dumps(told))
@@ -178,6 +181,13 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     refused(r"1 tensors that the model has no place for \(first: decoder.model.extra\)")
     write_tensors(folder / WEIGHTS, {**weights, "language_model.model.layers.0.self_attn.q_proj.bias": head})
     refused(r"layers \[0\] have attention and a mixer")
+    name = "language_model.model.layers.0.mamba.conv1d.weight"
+    write_tensors(folder / WEIGHTS, {**weights, name: weights[name].repeat(2, 1, 1)})
+    refused(r"conv1d.weight has 192 channels, not 96: keys and values are repeated before the convolution")
+    other = hybrid(1)
+    other.config = replace(other.config, tower_norm=True)
+    with pytest.raises(UserError, match="one layer of a SigLIP of timm as it is, not .* tower_norm=True"):
+        write_published(tmp_path / "other", other)
 
 
 def test_shards_are_read_by_their_index(tmp_path: Path) -> None:

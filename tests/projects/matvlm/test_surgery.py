@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -26,6 +30,7 @@ from projects.matvlm.config import HybridConfig
 from projects.matvlm.mixer import Mamba2Mixer
 from projects.matvlm.surgery import chosen_layers, mixers_of, to_hybrid
 from vlmkd.errors import UserError
+from vlmkd.models.mllm import masks
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -126,6 +131,10 @@ def test_other_starts() -> None:
     )
     C = mixer.in_proj.weight.split(mixer.shape.rows)[3]
     assert C.equal(attention.q_proj.weight * 8**-0.5)
+    granite = GraniteForCausalLM(GraniteConfig(**SIZES, attention_multiplier=0.5))  # its own scale
+    q_proj = granite.model.layers[0].self_attn.q_proj
+    folded = to_hybrid(granite, replace(FIRST, fold_scale=True)).model.layers[0].self_attn
+    assert folded.in_proj.weight.split(folded.shape.rows)[3].equal(q_proj.weight * 0.5)
     assert (mixer.norm.weight == 0.1).all()
     xBC = torch.randn(2, 5, 80, dtype=torch.float64)
     close(mixer._convolve(xBC, None, None, None)[0], torch.nn.functional.silu(xBC), 1e-15)
@@ -144,7 +153,9 @@ def test_a_higher_share_keeps_the_mixers_of_the_lower_one() -> None:
     trained = model.model.layers[0].self_attn
     to_hybrid(model, FIRST)
     assert model.model.layers[0].self_attn is trained and len(mixers_of(model)) == 2
-    assert model.config.matvlm["layers"] == [0, 2] and len(model.model._forward_pre_hooks) == 1
+    to_hybrid(model, HybridConfig(layers=[0, 2, 3], chunk=16, backend="torch"))
+    assert {(mixer.chunk, mixer.backend) for mixer in mixers_of(model).values()} == {(16, "torch")}
+    assert model.config.matvlm["layers"] == [0, 2, 3] and len(model.model._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize(("preset", "trained"), [(12.5, 131_563_904), (25, 263_127_808), (50, 526_255_616)])
@@ -168,6 +179,9 @@ def test_attention_that_is_something_else_is_refused() -> None:
         to_hybrid(Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)), FIRST)
     with pytest.raises(UserError, match="layer 0: the attention has q_layernorm, k_layernorm"):
         to_hybrid(made("phi", qk_layernorm=True), FIRST)
+    gemma = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(UserError, match="Gemma2Model has sliding attention in a form of its own"):
+        to_hybrid(Gemma2ForCausalLM(gemma), FIRST)
     model = made("llama")
     model.model.layers[2].self_attn = torch.nn.Identity()
     with pytest.raises(UserError, match="layer 2 has no attention with q, k, v and o projections: Identity"):
@@ -199,6 +213,11 @@ def test_documents_packed_in_a_row_are_each_alone(kind: str) -> None:
         packed = model(ids, position_ids=positions, use_cache=False).logits
         alone = [model(document).logits for document in ids.split((5, 2, 7), 1)]
     close(packed, torch.cat(alone, 1))
+    whole = masks(
+        torch.tensor([[1] * 5 + [2] * 2 + [3] * 7])
+    )  # attention's own, as a model's forward passes it
+    with torch.no_grad():
+        close(model(ids, use_cache=False, **whole).logits, packed)
 
 
 @pytest.mark.parametrize("plain", [False, True])
