@@ -17,9 +17,9 @@ class ChatDataConfig:
     images: str = ""
     """Folder that the image paths of JSON files are below."""
     template: str = "llava"
-    """How a conversation is written: `llava` (USER: ... ASSISTANT: ...), `chatml`, or `plain` (image and caption)."""
+    """How a conversation is written: `llava` (USER: ... ASSISTANT: ...), `chatml`, or `plain` (questions and answers alone)."""
     max_length: Positive = 2048
-    """Tokens of a row, those of images included; a longer chat loses the tail of its last answer, and is counted."""
+    """Tokens of a row, places of images included; a longer chat loses its end and is counted, or is bad if that has an image."""
     pack: bool = False
     """Put several chats into a row."""
     workers: Processes = 2
@@ -91,7 +91,7 @@ class QuestionsConfig:
     images: str = ""
     """Folder of the images."""
     vocabulary: str = ""
-    """JSON list of all things that a caption may name."""
+    """JSON list of all things that a caption may name; captions need it."""
     most: Count = 0
     """Ask so many of them, drawn from the file; 0: all."""
 

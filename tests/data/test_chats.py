@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.chat_parts import byte_tokenizer
 from vlmkd.chat_ids import IGNORED, IMAGE_ID
-from vlmkd.data.chats import ChatItem, ChatPipeline, ChatTokens, read_chats
+from vlmkd.data.chats import TEMPLATES, ChatItem, ChatPipeline, ChatTokens, read_chats
 from vlmkd.data.samples import BadSample, RawSample
 from vlmkd.errors import UserError
 
@@ -228,6 +229,10 @@ def test_records_of_a_file(tmp_path, encoded_image):
     assert items[2].members().keys() == {"json"} and isinstance(items[2], ChatItem)
     (tmp_path / "chats.jsonl").write_text(f"{json.dumps(record)}\n\n{{}}\n")
     assert [item.key for item in read_chats(str(tmp_path / "chats.jsonl"), "")] == ["x/1", "1"]
+    (tmp_path / "chats.jsonl").write_text(
+        '{"id": "a\u2028b"}\r\n{"id": "c\x85"}', encoding="utf-8", newline=""
+    )
+    assert [item.key for item in read_chats(str(tmp_path / "chats.jsonl"), "")] == ["a\u2028b", "c\x85"]
     (tmp_path / "chats.jsonl").write_text("{}\n{,")
     with pytest.raises(UserError, match="chats.jsonl: line 2 is no JSON"):
         read_chats(str(tmp_path / "chats.jsonl"), "")
@@ -236,3 +241,60 @@ def test_records_of_a_file(tmp_path, encoded_image):
         read_chats(str(tmp_path / "chats.json"), "")
     with pytest.raises(UserError, match="data.template is 'vicuna'; choose one of llava"):
         ChatTokens(None, "vicuna", 1)
+
+
+def test_the_prompt_has_the_tokens_of_the_whole_text():
+    """` USER` is one token, as in Qwen's vocabulary, also behind the system's text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )  # fmt: skip
+    core.train_from_iterator([" USER: ASSISTANT: questions."] * 3, trainer)
+    assert core.token_to_id("ĠUSER") is not None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    tokens = ChatTokens(tokenizer, "llava", 2)
+    turns = [("<image>\nWhere?", "On it."), ("And now?", "3")]
+    ids, _ = tokens.encode(turns)
+    before, behind = (
+        f"{TEMPLATES['llava'].system}USER: ",
+        "\nWhere? ASSISTANT: On it.<|endoftext|>USER: And now? ASSISTANT: 3<|endoftext|>",
+    )
+    assert ids == tokenizer(before)["input_ids"] + [IMAGE_ID] * 2 + tokenizer(behind)["input_ids"]
+    # A chat goes on with what it has: each prompt begins as the conversation did.
+    for said in (0, 1):
+        prompt = tokens.prompt(turns[:said], turns[said][0])
+        assert ids[: len(prompt)] == prompt
+        assert tokens.encode(turns[: said + 1])[0] == ids[: len(tokens.encode(turns[: said + 1])[0])]
+
+
+def test_an_image_in_an_answer_is_not_learned(tokenizer, spec, encoded_image):
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec)
+    ((ids, targets),) = pipeline.process(raw(["?", "a<image>b"], [encoded_image(1)])).rows
+    assert ids[1:5] == [*tokenizer("a")["input_ids"], IMAGE_ID, IMAGE_ID, *tokenizer("b")["input_ids"]]
+    assert learned(tokenizer, ids, targets) == "ab\n<|endoftext|>"
+    short = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec, max_length=3)
+    alone = raw(["?", "<image>and more"], [encoded_image(1)])
+    assert refusal(short, alone) == ("too_long", "has nothing to learn within the first 3 tokens")
+
+
+@pytest.mark.parametrize("length", [6, 7])  # before the second image, and inside
+def test_a_chat_that_would_lose_an_image_is_dropped(tokenizer, spec, encoded_image, length):
+    """Cut, its image would stand in the places of its neighbour's."""
+    pictures = [encoded_image(1), encoded_image(2)]
+    pipeline = ChatPipeline(ChatTokens(tokenizer, "plain", 2), spec, max_length=length)
+    told = ("too_long", f"has an image beyond the first {length} tokens")
+    assert refusal(pipeline, raw(["<image>a", "b", "<image>c", "d"], pictures)) == told
+    whole = pipeline.process(raw(["<image><image>?", "and a long answer"], pictures))
+    batch = pipeline.collate([whole, whole])
+    assert batch["cut"] == 2
+    pipeline.check(batch, 2)
+
+
+def test_an_end_that_the_tokenizer_does_not_have_is_refused():
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"?": 0}, merges=[])))
+    with pytest.raises(UserError, match="template: chatml ends answers with <.im_end.>, which the tokenizer"):
+        ChatTokens(plain, "chatml", 1)
+    with pytest.raises(UserError, match="template: llava needs a tokenizer with an end; choose another"):
+        ChatTokens(plain, "llava", 1)

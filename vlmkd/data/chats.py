@@ -110,7 +110,8 @@ def read_chats(path: str, images: str) -> list[ChatItem]:
 def _lines(path: str) -> list[Any]:
     """A record a line."""
     found = []
-    for number, line in enumerate(read_text(path, "chats").splitlines(), 1):
+    # A text in JSON may hold other ends of lines.
+    for number, line in enumerate(read_text(path, "chats").split("\n"), 1):
         try:
             found += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
@@ -179,27 +180,39 @@ class ChatTokens:
             )
         self.tokenizer, self.template, self.image_tokens = tokenizer, TEMPLATES[template], image_tokens
         self.template_name = template
-        end = self.template.end
-        self.end: int = tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
+        end = self.template.end or tokenizer.eos_token
+        if end not in tokenizer.get_vocab():
+            told = (
+                f"ends answers with {end}, which the tokenizer does not have"
+                if end
+                else "needs a tokenizer with an end"
+            )
+            raise UserError(f"config field data.template: {template} {told}; choose another")
+        self.end: int = tokenizer.convert_tokens_to_ids(end)
         """Id behind every answer."""
 
     def prompt(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
         """Ids up to where the answer to `question` begins, after `turns`."""
-        ids, _ = self.encode(turns) if turns else (self._ids(self.template.system), [])
-        return ids + self._ids(self.template.turn.format(question))
+        ids, _ = self.encode(turns)
+        return ids + self._asked(question, first=not turns)
 
     def encode(self, turns: Iterable[tuple[str, str]]) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, and which of them are learned: answers with their ends."""
         shape = self.template
-        pieces = [(self._ids(shape.system), False)]
+        pieces: list[tuple[list[int], bool]] = []
         for question, answer in turns:
             pieces += [
-                (self._ids(shape.turn.format(question)), False),
+                (self._asked(question, first=not pieces), False),
                 ([*self._ids(shape.answer.format(answer)), self.end], True),
                 (self._ids(shape.after), False),
             ]
         ids = [token for piece, _ in pieces for token in piece]
         return ids, [counts for piece, counts in pieces for _ in piece]
+
+    def _asked(self, question: str, *, first: bool) -> list[int]:
+        """A question's turn. The first goes with the system's text: in a whole text a space is one token with what follows."""
+        turn = self.template.turn.format(question)
+        return self._ids(self.template.system + turn if first else turn)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -247,7 +260,7 @@ class ChatPipeline:
         max_pixels: int = 89_478_485,
         stored: ChatOutputs | None = None,
     ) -> None:
-        """A longer conversation loses the tail of its last answer; one whose prompt alone is longer is dropped.
+        """A longer conversation loses its end; one that would lose an image or all that is learned is dropped.
 
         `pack`: several chats share a row of at most `max_length` tokens; see `Batch` in `collate`. `stored`: a teacher that
         does not run.
@@ -281,11 +294,16 @@ class ChatPipeline:
     def _row(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], bool]:
         ids, learned = self.tokens.encode(turns)
         cut = len(ids) > self._length
+        if IMAGE_ID in ids[self._length :]:
+            raise BadSample("too_long", f"has an image beyond the first {self._length} tokens")
         ids, learned = ids[: self._length], learned[: self._length]
-        if not any(learned[1:]):
+        targets = [
+            token if counts and token != IMAGE_ID else IGNORED
+            for token, counts in zip(ids[1:], learned[1:], strict=True)
+        ]
+        if all(target == IGNORED for target in targets):
             where = f"within the first {self._length} tokens" if cut else "in its answers"
             raise BadSample("too_long" if cut else "nothing_to_learn", f"has nothing to learn {where}")
-        targets = [token if counts else IGNORED for token, counts in zip(ids[1:], learned[1:], strict=True)]
         return ids, [*targets, IGNORED], cut
 
     def _picture(self, data: bytes) -> Tensor:
