@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -144,11 +145,22 @@ def stored_teacher(batch: Batch) -> TopK | None:
 def questions(cfg: QuestionsConfig) -> Answers:
     """The evaluator of a file of questions."""
     folder = Path(cfg.data).parent
-    items = spread(read_chats(cfg.data, cfg.images or str(folder)), cfg.most)
+    items = read_chats(cfg.data, cfg.images or str(folder))
     vocabulary: Any = read_json(cfg.vocabulary, "vocabulary") if cfg.vocabulary else []
     credits_file = folder / ATTRIBUTIONS
     owners: Any = read_json(credits_file, "attributions") if credits_file.is_file() else []
-    return Answers(items, cfg.name or Path(cfg.data).stem, vocabulary=vocabulary, attributions=owners)
+    where = f"evaluation.questions: {cfg.data}"
+    require(bool(items), where, "has no question; name another file")
+    twice = [key for key, times in Counter(item.key for item in items).items() if times > 1]
+    require(not twice, where, f"has two questions {', '.join(twice[:1])}; give each its own id")
+    named = isinstance(vocabulary, list) and all(isinstance(name, str) for name in vocabulary)
+    if any(item.record.get("kind") == "caption" for item in items):
+        require(bool(named and vocabulary), where, "has captions; give their `vocabulary`, a list of names")
+    asked, name = spread(items, cfg.most), cfg.name or Path(cfg.data).stem
+    try:
+        return Answers(asked, name, vocabulary=vocabulary if named else (), attributions=owners)
+    except UserError as error:
+        raise UserError(f"config field {where}: {error}") from None
 
 
 def open_chat(

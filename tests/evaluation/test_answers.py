@@ -9,7 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.chat_parts import byte_tokenizer, picture
+from vlmkd.chat_config import QuestionsConfig
+from vlmkd.chat_runs import questions
 from vlmkd.data.chats import ChatItem, ChatTokens
+from vlmkd.errors import UserError
 from vlmkd.evaluation.answers import Answers, ChatModel, Question, chair, mentions, pope, scores
 from vlmkd.evaluation.base import Context, spread
 from vlmkd.models.backbones import load_backbone
@@ -104,6 +107,7 @@ def test_scores_by_kind() -> None:
     assert (metrics["count"], metrics["where"], metrics["f1"]) == (0.5, 1.0, pytest.approx(1))
     assert (metrics["chair_i"], metrics["chair_s"], metrics["cover"]) == (1, 1, 0)
     assert meanings.keys() == metrics.keys()
+    assert metrics["exists"] == 1.0  # whose accuracy has another name beside that of the kinds
     assert metrics["accuracy"] == 0.75 and meanings["chair_s"].higher_is_better is False
 
 
@@ -127,3 +131,39 @@ def test_a_part_of_the_questions_has_all_kinds() -> None:
     assert len(part) == 200 and list(part) == sorted(part) == list(spread(questions, 200))
     assert {kind for _, kind in part} == set(range(16))
     assert spread(questions, 0) == spread(questions, 800) == questions
+
+
+def test_a_question_names_its_images(model: ChatModel) -> None:
+    one, two = picture(1), picture(2)
+    for asked, told in (
+        ([([], [], "<image>what?")], r"'<image>what\?' and what was said before have 1 <image> for 0 images"),
+        ([([one], [], "what?")], "have 0 <image> for 1 images; write one for each"),
+        ([([], [("<image>", "a")], "?"), ([one, two], [], "<image>?")], r"'\?' and .* have 1 <image> for 0"),
+    ):
+        with pytest.raises(UserError, match=told):
+            model.answer(asked, most_tokens=1)  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_asked_is_refused(tmp_path) -> None:
+    path, names = tmp_path / "asked.json", tmp_path / "names.json"
+    talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A cat."}]
+    caption = {"conversations": talk, "kind": "caption", "things": ["cat"]}
+    names.write_text('["cat", "dog"]')
+    for records, vocabulary, told in (
+        ([], "", "asked.json has no question; name another file"),
+        ([{"id": "a"}], "", "asked.json: question a has no list of turns .*; correct the record"),
+        ([{"conversations": talk[:1]}], "", "question 0 ends without an answer"),
+        ([{"id": 1, "conversations": talk}] * 2, "", "asked.json has two questions 1; give each its own id"),
+        ([caption], "", "has captions; give their `vocabulary`, a list of names"),
+        ([caption], path, "has captions; give their `vocabulary`, a list of names"),
+        (
+            [caption | {"things": None}],
+            names,
+            "question 0 is of kind caption and has no list `things`; add it",
+        ),
+    ):
+        path.write_text(json.dumps(records))
+        with pytest.raises(UserError, match=f"config field evaluation.questions: .*{told}"):
+            questions(QuestionsConfig(data=str(path), vocabulary=str(vocabulary)))
+    path.write_text(json.dumps([caption]))
+    assert len(questions(QuestionsConfig(data=str(path), vocabulary=str(names))).questions) == 1

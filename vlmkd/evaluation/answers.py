@@ -21,7 +21,8 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmkd import distributed
-from vlmkd.data.chats import ChatItem, ChatTokens, turns_of
+from vlmkd.data.chats import IMAGE, ChatItem, ChatTokens, turns_of
+from vlmkd.data.samples import BadSample
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, progress, spread
@@ -55,6 +56,11 @@ class ChatModel:
         `temperature` 0 is greedy; a decoder's own settings, such as Qwen's penalty on repetitions, take no part. `options`
         go to `generate` of transformers, e.g. a streamer.
         """
+        for files, turns, question in asked:
+            named = sum(text.count(IMAGE) for text in (question, *itertools.chain.from_iterable(turns)))
+            if named != len(files):
+                told = f"{named} {IMAGE} for {len(files)} images; write one for each"
+                raise UserError(f"{question[:60]!r} and what was said before have {told}")
         rows = [self.tokens.prompt(turns, question) for _, turns, question in asked]
         images = self.pictures_of([data for images, _, _ in asked for data in images])
         options |= {"most_tokens": most_tokens, "temperature": temperature}
@@ -109,8 +115,19 @@ class Question:
 
     @classmethod
     def of(cls, item: ChatItem) -> Question:
-        *before, (text, truth) = turns_of(item.record["conversations"])
-        return cls(item, before, text, truth)
+        """A record as a question.
+
+        Raises:
+            UserError: it lacks an answer, or as a caption its things.
+        """
+        try:
+            *before, (text, truth) = turns_of(item.record.get("conversations"))
+        except BadSample as error:
+            raise UserError(f"question {item.key} {error}; correct the record") from None
+        found = cls(item, before, text, truth)
+        if found.kind == "caption" and not isinstance(item.record.get("things"), list):
+            raise UserError(f"question {item.key} is of kind caption and has no list `things`; add it")
+        return found
 
     @property
     def kind(self) -> str:
@@ -203,6 +220,8 @@ def scores(
             meanings[kind] = share(main=len(kinds) == 1)
     rest = kinds.keys() - {"exists", "caption"}
     if len(rest) > 1:
+        if "exists" in kinds:  # whose accuracy is another
+            metrics["exists"], meanings["exists"] = metrics["accuracy"], share()
         metrics["accuracy"] = fmean(metrics[kind] for kind in rest)
         meanings["accuracy"] = share("mean of kinds", main=True)
     return metrics, meanings
