@@ -33,7 +33,7 @@ from scripts.chat_benchmarks import (
 )
 from vlmkd import distributed
 from vlmkd.data.chats import ChatItem
-from vlmkd.errors import at_least, run_tool
+from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.evaluation.answers import ChatModel, Question, ask
 from vlmkd.evaluation.base import Context, spread
 from vlmkd.files import check_writable, write_json
@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.most and BENCHMARKS[args.benchmark].groups:
+        raise UserError(f"--most leaves out part of what {args.benchmark} scores together; ask all")
     context = command.start(args)
     name = args.name or args.benchmark
     images = args.images or str(args.data[0] if args.data[0].is_dir() else args.data[0].parent)
@@ -92,7 +94,7 @@ def _asked(
     """Key -> answer; those of a run that was stopped are kept beside --out, and not asked for again."""
     said: dict[str, str] = {}
     if distributed.is_main() and _partial(args).is_file():
-        told, kept = read_answers(_partial(args), args.benchmark, [])
+        told, kept = read_answers(_partial(args), args.benchmark, items, whole=False)
         said = kept if told == args.model else {}
     said = distributed.broadcast_object(said)
     order = sorted(map(Question.of, items), key=lambda one: len(one.text))  # of about one length together

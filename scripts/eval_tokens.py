@@ -97,6 +97,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     results = []
     for path in args.chats:
         items = spread(read_chats(path, args.images or str(Path(path).parent)), args.most)
+        if not items:
+            raise UserError(f"--chats {path} has no chat; name another file")
         pipeline = ChatPipeline(student.tokens, student.image_spec, max_length=args.length)
         results.append(
             measure(Path(path).stem, items, partial(of_chats, pipeline), student, teacher, context)

@@ -36,6 +36,8 @@ class Benchmark:
     judged: bool = False
     submission: Callable[[Said], list[dict[str, str]]] | None = None
     """What its server takes."""
+    groups: bool = False
+    """A question counts by several rows together."""
 
 
 BENCHMARKS = {
@@ -53,9 +55,11 @@ BENCHMARKS = {
     ),
     "mme": Benchmark(
         questions.read_mme, questions.mme, "perception", "short answer; yes or no in the first four letters; accuracy + accuracy+",
+        groups=True,
     ),
     "mmbench": Benchmark(
         questions.read_mmbench, questions.circular, "accuracy", "letters by rule, no judge; right in every rotation of the file",
+        groups=True,
     ),
     "pope": Benchmark(
         questions.read_pope, questions.pope_splits, "f1", "short answer; no if No, no or not before the first full stop; F1 of yes",
@@ -125,16 +129,22 @@ def write_answers(
 ) -> None:
     """One line a question: benchmark, model, key, question, answer."""
     lines = [
-        {"benchmark": name, "model": model, "key": item.key, "question": item.record["conversations"][0]["value"],
+        {"benchmark": name, "model": model, "key": item.key, "question": _question(item),
          "said": said[item.key]}
         for item in items
     ]  # fmt: skip
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "--out")
 
 
-def read_answers(path: Path, name: str, items: Sequence[ChatItem]) -> tuple[str, dict[str, str]]:
-    """Model and answers of a file that `write_answers` wrote, which must have one for each of `items`."""
+def read_answers(
+    path: Path, name: str, items: Sequence[ChatItem], *, whole: bool = True
+) -> tuple[str, dict[str, str]]:
+    """Model and answers to `items` of a file that `write_answers` wrote; `whole`: it must have one for each.
+
+    A line counts where it has the question in the words of `items`.
+    """
     said, model = {}, ""
+    asked = {item.key: _question(item) for item in items}
     if not path.is_file():
         raise UserError(
             f"--out {path} does not exist; give --model, which is asked, or name the file of answers"
@@ -142,13 +152,19 @@ def read_answers(path: Path, name: str, items: Sequence[ChatItem]) -> tuple[str,
     for number, line in json_lines(path, "--out"):
         if line.get("benchmark") != name or not isinstance(line.get("said"), str):
             raise UserError(f"--out {path} line {number} is no answer to {name}; name another file")
-        said[str(line.get("key"))], model = line["said"], str(line.get("model"))
+        key, model = str(line.get("key")), str(line.get("model"))
+        if key in asked and line.get("question") == asked[key]:
+            said[key] = line["said"]
     lacking = [item.key for item in items if item.key not in said]
-    if lacking:
+    if lacking and whole:
         raise UserError(
-            f"--out {path} has no answer to {len(lacking)} questions (first: {lacking[0]}); ask again"
+            f"--out {path} has no answer to {len(lacking)} questions in --data's words (first: {lacking[0]}); ask again"
         )
     return model, said
+
+
+def _question(item: ChatItem) -> str:
+    return str(item.record["conversations"][0]["value"])
 
 
 def read_judge(path: Path, items: Sequence[ChatItem]) -> dict[str, Any]:

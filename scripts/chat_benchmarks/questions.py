@@ -105,7 +105,8 @@ def read_scenes(files: Sequence[Path], images: str) -> list[ChatItem]:
 def score_scenes(pairs: Said) -> dict[str, float]:
     """By kind, as while a run trains: equal words, POPE's figures, CHAIR."""
     asked = [(Question.of(item), text) for item, text in pairs]
-    metrics, _ = scores(asked, pairs[0][0].record.get("vocabulary", []))
+    vocabularies = (item.record["vocabulary"] for item, _ in pairs if "vocabulary" in item.record)
+    metrics, _ = scores(asked, next(vocabularies, []))
     return metrics
 
 

@@ -318,7 +318,11 @@ def test_answers_are_saved_and_read(tmp_path) -> None:
     with pytest.raises(UserError, match="line 1 is no answer to pope"):
         read_answers(path, "pope", items)
     write_answers(path, "object_halbench", "tiny", items[:1], said)
-    with pytest.raises(UserError, match="no answer to 1 questions .first: 12.; ask again"):
+    with pytest.raises(UserError, match="no answer to 1 questions in --data's words .first: 12.; ask again"):
+        read_answers(path, "object_halbench", items)
+    assert read_answers(path, "object_halbench", items, whole=False) == ("tiny", {"9": said["9"]})
+    path.write_text(path.read_text().replace('"question": "', '"question": "other '))
+    with pytest.raises(UserError, match="no answer to 2 questions in --data's words .first: 9."):
         read_answers(path, "object_halbench", items)
 
 
@@ -373,6 +377,9 @@ def test_scenes(tmp_path) -> None:
     exists = as_json(tmp_path / "pope.json", [one(0, "exists", "Yes."), one(1, "exists", "No.")])
     found = score("scenes", read_benchmark("scenes", [exists], ""), ["Yes.", "Yes."])
     assert (found["accuracy"], found["recall"], found["yes_ratio"]) == (0.5, 1.0, 1.0)
+    mixed = as_json(tmp_path / "mixed.json", [one(0, "exists", "Yes."), one(1, "caption", "A cat.", "cat")])
+    found = score("scenes", read_benchmark("scenes", [mixed], ""), ["Yes.", "A dog."])
+    assert (found["chair_i"], found["accuracy"]) == (1.0, 1.0)
     with pytest.raises(UserError, match="--data names 2 files of scenes; give one a call"):
         read_benchmark("scenes", [test, captions], "")
     (tmp_path / "concepts.json").unlink()

@@ -119,6 +119,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
         (["--image", "none.png"], "image none.png does not exist"),
         (["--image", str(tmp_path / "torn.png")], "torn.png is no picture that can be read; name another"),
         (["--temperature", "-1"], "--temperature -1.0 is not 0 or more"),
+        (["--question", "<image>?"], "have 1 <image> for 0 images; write one for each"),
         (["--project", "llava_mid"], "llava_mid is no project with chat models; did you mean llava_mod"),
     ):
         with pytest.raises(UserError, match=message):
@@ -240,6 +241,37 @@ def test_a_stopped_run_goes_on(run: Path, tmp_path: Path, monkeypatch) -> None:
     assert eval_chat.main([*options, str(tmp_path / "cut.jsonl")]) == 0
     assert len(asked) == 4 + 3 and not list(tmp_path.glob("*.partial*"))  # two of five were kept
     assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_answers_to_other_questions_are_asked_again(run: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "answers.jsonl", tmp_path / "answers.partial.jsonl"
+    options = [*pope_files(run), "--model", str(run), "--out", str(out)]
+    assert eval_chat.main(options) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = [line["said"] for line in lines]
+    for line in lines:
+        line["said"] = "kept"
+    lines[1]["question"] = "another?"
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert eval_chat.main(options) == 0
+    said = [json.loads(line)["said"] for line in out.read_text().splitlines()]
+    assert said == ["kept", expected[1], "kept", "kept", "kept"]
+
+
+@pytest.mark.parametrize("name", ["mme", "mmbench"])
+def test_no_part_is_drawn_of_rows_that_are_scored_together(tmp_path: Path, capsys, name: str) -> None:
+    options = [
+        "--benchmark",
+        name,
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "a.jsonl"),
+        "--most",
+        "1",
+    ]
+    assert eval_chat.main(options) == 2
+    assert f"--most leaves out part of what {name} scores together; ask all" in capsys.readouterr().err
 
 
 def test_a_judge_is_waited_for(run: Path, tmp_path: Path, capsys) -> None:

@@ -138,6 +138,9 @@ def test_what_cannot_be_scored_is_refused_in_one_line(pair, capsys) -> None:
     assert re.search(r"has \d+ tokens, fewer than --length 512", capsys.readouterr().err)
     assert eval_tokens.main([*model, "--chats", str(folder / "talks.json"), "--length", "4"]) == 2
     assert re.search("chat 0 .*nothing to learn", capsys.readouterr().err)
+    (folder / "none.json").write_text("[]")
+    assert eval_tokens.main([*model, "--chats", str(folder / "none.json")]) == 2
+    assert "none.json has no chat; name another file" in capsys.readouterr().err
 
 
 def test_models_that_read_otherwise_are_not_compared(pair) -> None:
