@@ -7,8 +7,8 @@ is there and what is not, how many, where, which is left or above, of which cate
 `names.json`, `places.json` and `exists.json` have of every scene the caption, what is where, and what is there and what is
 not; `preferences.json` pairs of answers, one of which names what is not there; `test.json` single questions about scenes in
 drawings that no training scene shows (each concept's held-out style), `captions.json` captions of them, and
-`pope_{random,popular,adversarial}.json` as many questions with "yes" as with "no". Every record also says what its scene
-holds. A scene is a function of its number, so the same call goes on where it stopped.
+`pope_{random,popular,adversarial}.json` as many questions with "yes" as with "no" in every eight scenes. Every record also
+says what its scene holds. A scene is a function of its number and of the concepts, so the same call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from data_tools.emoji.catalog import Concept, concepts, training_styles, unit_ha
 from data_tools.emoji.draw import background, drawing, free_boxes, paste
 from vlmkd.data.chats import ATTRIBUTIONS
 from vlmkd.datasets.emoji import LICENCES
-from vlmkd.errors import at_least, run_tool
-from vlmkd.files import new_file, new_folder, write_json
+from vlmkd.errors import UserError, at_least, run_tool
+from vlmkd.files import new_file, new_folder, read_json, write_json
 
 PIXELS = 160
 SIZES = {1: (72, 120), 2: (52, 72), 3: (44, 60), 4: (40, 52)}
@@ -117,7 +117,7 @@ class World:
         return sorted(range(len(self.concepts)), key=lambda index: -self._weights[index])
 
     def absent(self, things: list[Thing], kind: str, rng: random.Random) -> Concept:
-        """One that the scene does not hold: any, one of the ten most frequent, or one that goes with what is there."""
+        """One that the scene does not hold: any, one of the 14 most frequent, or one that goes with what is there."""
         here = {one.name for one in things}
         pool = list(range(len(self.concepts)))
         if kind == "popular":
@@ -256,9 +256,15 @@ def main(argv: list[str]) -> int:
         "--concepts", type=at_least(20), default=100, help="how many different things there are"
     )
     parser.add_argument("--scenes", type=at_least(1), default=20_000, help="scenes to train on")
-    parser.add_argument("--test-scenes", type=at_least(1), default=800, help="scenes to test on")
+    parser.add_argument("--test-scenes", type=at_least(8), default=800, help="scenes to test on")
     options = parser.parse_args(argv)
     folder, world = new_folder(options.folder, "FOLDER"), World(options.concepts)
+    names = [one.name for one in world.concepts]
+    if (folder / "concepts.json").is_file() and read_json(folder / "concepts.json", "FOLDER") != names:
+        raise UserError(
+            f"FOLDER {folder} has pictures of other concepts; give its own --concepts, or another folder"
+        )
+    write_json(folder / "concepts.json", names, "FOLDER")
     files: dict[str, list[dict[str, Any]]] = {}
     for split, count in (("train", options.scenes), ("test", options.test_scenes)):
         new_folder(folder / split, "FOLDER")
@@ -277,7 +283,6 @@ def main(argv: list[str]) -> int:
         write_json(folder / f"{name}.json", records, "FOLDER")
         print(f"{folder / f'{name}.json'}: {len(records)} records")
     write_json(folder / ATTRIBUTIONS, list(LICENCES.values()), "FOLDER")
-    write_json(folder / "concepts.json", [one.name for one in world.concepts], "FOLDER")
     return 0
 
 

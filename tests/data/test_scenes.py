@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import build_scenes
+from vlmkd.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,28 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("scenes")
     assert build_scenes.main([str(folder), "--concepts", "20", "--scenes", "80", "--test-scenes", "64"]) == 0
     return {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
+
+
+def test_a_folder_goes_on_with_its_own_concepts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other concepts make other scenes, whose pictures would not be drawn where there are some."""
+    call = [str(tmp_path), "--scenes", "2", "--test-scenes", "8", "--concepts"]
+    assert build_scenes.main([*call, "20"]) == 0
+    first = (tmp_path / "train.json").read_text()
+    with pytest.raises(
+        UserError, match="has pictures of other concepts; give its own --concepts, or another"
+    ):
+        build_scenes.main([*call, "21"])
+    (tmp_path / "train" / "000001.jpg").unlink()
+    assert build_scenes.main([*call, "20"]) == 0
+    assert (tmp_path / "train" / "000001.jpg").is_file() and (tmp_path / "train.json").read_text() == first
+    (tmp_path / "new").mkdir()
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(build_scenes.World, "scene", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        build_scenes.main([str(tmp_path / "new"), *call[1:], "21"])
+    with pytest.raises(UserError, match="has pictures of other concepts"):
+        build_scenes.main([str(tmp_path / "new"), *call[1:], "20"])
 
 
 def test_any_kind_is_asked_about_any_number_of_things(scenes) -> None:
