@@ -133,6 +133,12 @@ def test_a_part_of_the_questions_has_all_kinds() -> None:
     assert spread(questions, 0) == spread(questions, 800) == questions
 
 
+def test_a_placeholder_that_is_said_is_left_out(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = model.tokens.tokenizer("an <image> of it")["input_ids"]
+    monkeypatch.setattr(model, "complete", lambda *_, **__: [ids])
+    assert model.answer([([], [], "what?")], most_tokens=1) == ["an  of it"]
+
+
 def test_a_question_names_its_images(model: ChatModel) -> None:
     one, two = picture(1), picture(2)
     for asked, told in (

@@ -66,7 +66,7 @@ class ChatModel:
         options |= {"most_tokens": most_tokens, "temperature": temperature}
         said = self.complete(rows, images, torch.arange(len(images)), **options)
         texts = [self.tokens.tokenizer.decode(row, skip_special_tokens=True) for row in said]
-        return [text.strip() for text in texts]
+        return [text.replace(IMAGE, "").strip() for text in texts]  # in a next turn it would ask for an image
 
     @torch.no_grad()
     def complete(
