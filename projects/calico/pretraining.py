@@ -17,6 +17,7 @@ from projects.calico.config import UNTRAINED, CalicoConfig, branches
 from projects.calico.geometry import Grid, bev_sample
 from projects.calico.model import BevModel, load_pretrained
 from projects.calico.networks.fuser import BoxProjector, PointProjector
+from vlmkd.errors import UserError
 from vlmkd.tensor_files import read_safetensors
 from vlmkd.train.task import Batch, frozen
 
@@ -112,6 +113,9 @@ class Teacher(nn.Module):
             own = {
                 key.removeprefix("rapc."): value for key, value in given.items() if key.startswith("rapc.")
             }
+            if own.keys() != self.projector.state_dict().keys():
+                told = "is frozen_rapc, but the run of rad.teacher_ckpt trained no projector of RAPC; use own"
+                raise UserError(f"config field rad.teacher_projector {told}")
             self.projector.load_state_dict(own)
         frozen(self)
 

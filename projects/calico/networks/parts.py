@@ -67,6 +67,7 @@ def share_norms(module: nn.Module) -> nn.Module:
             )
         norm = SharedNorm(module.num_features, module.eps, module.momentum)
         norm.load_state_dict(module.state_dict())
+        norm.requires_grad_(module.weight.requires_grad)  # of a teacher it is frozen
         return norm.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, share_norms(child))

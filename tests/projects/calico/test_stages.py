@@ -17,7 +17,7 @@ from projects.calico.losses import prc_loss, rad_loss
 from projects.calico.networks import parts
 from projects.calico.networks.parts import rank_share, share_norms
 from projects.calico.pretraining import samples
-from tests.projects.calico.toy import load, scenes
+from tests.projects.calico.toy import TOY, load, scenes
 from vlmkd import config
 from vlmkd.errors import UserError
 from vlmkd.train.trainer import Job
@@ -131,6 +131,22 @@ def test_the_teacher_is_the_same_to_the_last_bit_after_ten_steps(data: Path, tea
     assert not any(p.requires_grad for p in module.parameters())
 
 
+def test_a_shared_norm_of_a_teacher_stays_frozen(data: Path, teacher: Path) -> None:
+    (module,) = job(load(data, "rad", rad__teacher_ckpt=teacher)).task.teachers
+    assert not any(p.requires_grad for p in share_norms(module).parameters())
+    assert all(p.requires_grad for p in share_norms(nn.BatchNorm2d(3)).parameters())
+
+
+def test_a_teacher_without_the_projector_is_refused(data: Path, tmp_path: Path) -> None:
+    run = job(load(data, "prc", prc__arm="plrc"))
+    run.task.export(tmp_path / "plrc", run.task.student.state_dict(), "student")
+    fields = {"rad__teacher_ckpt": tmp_path / "plrc", "rad__teacher_projector": "frozen_rapc"}
+    with pytest.raises(
+        UserError, match="rad.teacher_projector is frozen_rapc, but .* no projector of RAPC; use own"
+    ):
+        job(load(data, "rad", **fields))
+
+
 def test_a_frame_without_regions_counts_nothing(data: Path) -> None:
     run = job(load(data, "prc"))
     batch = next(iter(run.loader))
@@ -188,6 +204,42 @@ def test_the_rate_of_one_cycle(data: Path) -> None:
     assert factors[0] == pytest.approx(0.1) and factors[40] == 1.0 == max(factors)
     assert factors[100] == pytest.approx(1e-4) and factors[20] == pytest.approx(0.55)
     assert factors[:41] == sorted(factors[:41]) and factors[40:] == sorted(factors[40:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "steps", "peak", "cycle"),
+    [
+        ("prc", "20ep", 1e-4, 0),
+        ("rad", "20ep", 1e-4, 0),
+        ("detection", "max(2000, 6ep)", 2e-4, 0.4),
+        ("detection lidar", "max(2000, 20ep)", 1e-3, 0.4),
+        ("detection camera", "max(2000, 20ep)", 1e-3, 0.4),
+        ("detection map", "max(2000, 20ep)", 1e-3, 0.4),
+        ("detection lidar map", "max(2000, 20ep)", 1e-3, 0.4),
+        ("detection camera map", "max(2000, 20ep)", 1e-3, 0.4),
+    ],
+)
+def test_the_published_runs(parts: str, steps: str, peak: float, cycle: float) -> None:
+    """The stacks of scripts/recipe.sh: sweeps, schedule and warm start, and the rate at both ends of the cycle."""
+    folder = TOY.parent / "nuscenes"
+    files = [str(folder / f"{part}.yaml") for part in ("base", *parts.split())]
+    cfg = config.load(CalicoConfig, [*files, "data.paste="])
+    optim, data = cfg.optim, cfg.data
+    assert (data.sweeps, cfg.batch_size, cfg.steps) == (9, 32, steps)
+    assert (optim.lr, cfg.cycle, optim.weight_decay, optim.clip_grad_norm) == (peak, cycle, 0.01, 35.0)
+    if cfg.stage == "finetune":
+        seen = {name: getattr(cfg.model, name).encoder != "none" for name in ("lidar", "camera")}
+        assert {name: bool(getattr(cfg.init, name)) for name in seen} == seen
+        assert data.balance and (data.rotation, data.scale, data.shift) == (45.0, [0.9, 1.1], 0.5)
+        if (
+            peak == 1e-3
+        ):  # BEVFusion's own lr is where its cycle begins: a tenth, or of the cameras' boxes a fifth
+            assert 0.1 * optim.lr == pytest.approx(1e-4)
+        groups = {group.match: group.lr for group in optim.groups}
+        assert groups == ({"camera.backbone": pytest.approx(peak / 10)} if "camera" in parts.split() else {})
+    else:
+        assert (optim.schedule, optim.warmup_steps) == ("cosine", 500)
+        assert (cfg.prc.n_rich, cfg.prc.n_less, cfg.prc.tau, cfg.prc.alpha) == (1024, 1024, 0.1, 0.5)
 
 
 @pytest.mark.parametrize(
