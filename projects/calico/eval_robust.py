@@ -11,7 +11,7 @@ this command on a model that was trained from scratch, errors are told as shares
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,10 +42,25 @@ def main(argv: list[str]) -> int:
     points, images = (part.encoder != "none" for part in (model.cfg.model.lidar, model.cfg.model.camera))
     met = [name for name in known if (images if name in robust.OF_CAMERAS else points)]
     names = met if args.corruptions is None else args.corruptions
-    attacks = (ATTACKS if points else ()) if args.attacks is None else args.attacks
+    finds = model.cfg.model.head.detection != "none"
+    attacks = (ATTACKS if points and finds else ()) if args.attacks is None else args.attacks
+    if attacks and not finds:
+        raise UserError("--attacks: the model finds no boxes, so that no false vehicle can be shown to it")
     evaluation = scene_evaluation(model.cfg)
-    results = damaged(model, evaluation, names, args.severities, args.scratch)
-    results += attacked(model, evaluation, attacks) if attacks else []
+    # What can go wrong does so before the hours, not after them.
+    pairs = [(name, severity) for name in names for severity in args.severities]
+    for pair in pairs:
+        robust.check(*pair)
+    before = _nds(args.scratch) if args.scratch else {}
+    if lacking := [pair for pair in pairs if args.scratch and pair not in before]:
+        told = f"{lacking[0][0]} {lacking[0][1]}; run it with the same options"
+        raise UserError(f"--scratch has no NDS under {told}")
+    read = evaluation.pipeline.read
+    vehicles = robust.traces(read(index) for index in evaluation.indices) if attacks else []
+    for most in attacks:
+        robust.fitting(vehicles, most)
+    results = damaged(model, evaluation, pairs, before)
+    results += attacked(model, evaluation, attacks, vehicles)
     model.write(results, args.results)
     return 0
 
@@ -53,27 +68,21 @@ def main(argv: list[str]) -> int:
 def damaged(
     model: Finished,
     plain: SceneEvaluation,
-    names: Sequence[str],
-    severities: Sequence[int],
-    scratch: Path | None,
+    pairs: Sequence[tuple[str, int]],
+    before: Mapping[tuple[str, int], float],
 ) -> list[Result]:
-    """Scores on whole frames, then under each corruption at each severity; and mCE, where it can be told."""
+    """Scores on whole frames, then under each corruption and severity; and mCE, where `before` has their NDS from scratch."""
     results = plain.run(model.predictor, model.context)
-    before = _nds(scratch) if scratch else {}
     found: dict[str, list[float]] = defaultdict(list)
     others: dict[str, list[float]] = defaultdict(list)
-    for name in names:
-        for severity in severities:
-            title = f"{plain.dataset} {name} {severity}"
-            change = partial(robust.corrupt, name=name, severity=severity)
-            own = replace(plain, change=change, dataset=title).run(model.predictor, model.context)
-            results += own
-            if scratch is not None:
-                if (name, severity) not in before:
-                    told = f"has no NDS under {name} {severity}; run it with the same options"
-                    raise UserError(f"--scratch {told}")
-                found[name] += [one.metrics["nds"] for one in own if "nds" in one.metrics]
-                others[name].append(before[name, severity])
+    for name, severity in pairs:
+        title = f"{plain.dataset} {name} {severity}"
+        change = partial(robust.corrupt, name=name, severity=severity)
+        own = replace(plain, change=change, dataset=title).run(model.predictor, model.context)
+        results += own
+        if before:
+            found[name] += [one.metrics["nds"] for one in own if "nds" in one.metrics]
+            others[name].append(before[name, severity])
     if any(found.values()):
         mean, each = robust.mean_corruption_error(found, others)
         lower = partial(Meaning, unit="share", higher_is_better=False)
@@ -94,10 +103,11 @@ def _nds(path: Path) -> dict[tuple[str, int], float]:
     return found
 
 
-def attacked(model: Finished, evaluation: SceneEvaluation, attacks: Sequence[int]) -> list[Result]:
-    """The share of the attacked frames in which the false vehicle was seen."""
+def attacked(
+    model: Finished, evaluation: SceneEvaluation, attacks: Sequence[int], known: Sequence[robust.Trace]
+) -> list[Result]:
+    """The share of the attacked frames in which the false vehicle, one of the known traces, was seen."""
     pipeline, classes, frames = evaluation.pipeline, model.cfg.model.classes, evaluation.indices
-    known = robust.traces(pipeline.read(index) for index in frames)
     meaning = Meaning("attack success rate", "share", higher_is_better=False, main=True)
     results = []
     for points in attacks:
@@ -110,9 +120,7 @@ def attacked(model: Finished, evaluation: SceneEvaluation, attacks: Sequence[int
                 continue
             shown = robust.spoof(frame, attack)
             found, _ = evaluation.predicted(model.predictor, [(shown, index)], model.context)
-            if found is None:
-                told = "the model finds no boxes, so that no false vehicle can be shown to it; use --attacks"
-                raise UserError(told)
+            assert found is not None
             boxes, scores, labels = (part.cpu().numpy() for part in found[0])
             seen.append(robust.succeeded(attack, boxes, [classes[label] for label in labels], scores))
         if seen:

@@ -53,7 +53,11 @@ def parser(text: str) -> argparse.ArgumentParser:
     add = made.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a finished fine-tuning run")
     add("--info", default="", help="labelled frames; default: those of the run's own evaluation")
-    add("--root", default="", help="folder that an info file's paths are below; else its own")
+    add(
+        "--root",
+        default="",
+        help="folder that an info file's paths are below; else that of --info, or the run's",
+    )
     add("--frames", type=at_least(0), help="so many frames, drawn from all; 0: all (the run's)")
     add("--batch-size", type=at_least(1), help="frames at a time (the run's)")
     add("--device", default="", help="cpu, cuda or cuda:N; default: a GPU where there is one")
@@ -68,7 +72,9 @@ def finished(args: argparse.Namespace) -> Finished:
         raise UserError(f"{run} is no finished run; name the folder of one (it has done.json)")
     given = [str(run / "config.yaml"), f"run_dir={run}"]
     if args.info:
-        given += [f"evaluation.info={args.info}", f"evaluation.data_root={args.root}"]
+        given.append(f"evaluation.info={args.info}")
+    if args.info or args.root:
+        given.append(f"evaluation.data_root={args.root}")
     if args.frames is not None:
         given.append(f"evaluation.frames={args.frames}")
     cfg = config.load(CalicoConfig, given)

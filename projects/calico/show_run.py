@@ -56,7 +56,11 @@ def main(argv: list[str]) -> int:
     add("run", type=Path, metavar="RUN", help="folder of a finished run of RAD or fine-tuning")
     add("--frame", default="0", help="token or number (0), among the frames that the run was evaluated on")
     add("--info", default="", help="other frames")
-    add("--root", type=Path, help="folder that an info file's paths are below; else its own")
+    add(
+        "--root",
+        type=Path,
+        help="folder that an info file's paths are below; else that of --info, or the run's",
+    )
     add("--score", type=float, default=0.2, help="boxes below are left out (0.2)")
     add("--out", type=Path, default=Path("run.html"), help="the page (run.html)")
     args = parser.parse_args(argv)
@@ -66,8 +70,13 @@ def main(argv: list[str]) -> int:
     if cfg.stage not in ("rad", "finetune"):
         told = f"is a run of stage={cfg.stage}; boxes and maps of rad and finetune are drawn"
         raise UserError(f"{args.run} {told}")
-    info = Path(args.info or cfg.evaluation.info or cfg.data.info)
-    frames = open_frames(info, args.root, sweeps=cfg.data.sweeps)
+    own = (
+        (cfg.evaluation.info, cfg.evaluation.data_root)
+        if cfg.evaluation.info
+        else (cfg.data.info, cfg.data.root)
+    )
+    info, root = (args.info, args.root) if args.info else (own[0], args.root or own[1])
+    frames = open_frames(Path(info), Path(root) if root else None, sweeps=cfg.data.sweeps)
     pipeline = evaluation_pipeline(cfg, frames)
     pipeline.layers = []
     index = find(frames, args.frame)
@@ -82,6 +91,7 @@ def main(argv: list[str]) -> int:
             boxes = seen.boxes[seen.scores >= args.score].numpy()
         maps = {"features of the LiDAR": output.lidar, "features of the cameras": output.camera}
         if cfg.stage == "rad":
+            torch.manual_seed(cfg.seed)  # an untrained one has the run's weights
             teacher = Teacher(cfg).model.lidar
             assert teacher is not None
             maps = {"features of the teacher, LiDAR": teacher(batch["lidar"][0]), **maps}

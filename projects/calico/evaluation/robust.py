@@ -56,11 +56,7 @@ CORRUPTIONS = (*_LOST, *_MOVED, *OF_CAMERAS)
 
 def corrupt(frame: Frame, name: str, severity: int) -> Frame:
     """The frame damaged in the way `name` (of `CORRUPTIONS`) with severity 1 to 5; labels of points are dropped."""
-    if name not in CORRUPTIONS:
-        told = did_you_mean(name, CORRUPTIONS, ", ".join(CORRUPTIONS))
-        raise UserError(f"--corruptions names {name!r}; {told}")
-    if severity not in SEVERITIES:
-        raise UserError(f"--severities holds {severity}; severities are 1 to 5")
+    check(name, severity)
     draw = generator(frame.token, name, severity)
     if name in _MOVED:
         share, noise = _MOVED[name]
@@ -75,6 +71,15 @@ def corrupt(frame: Frame, name: str, severity: int) -> Frame:
         for key in draw.permutation(list(cameras))[: math.ceil(len(cameras) * severity / 6)]:
             cameras[key] = replace(cameras[key], image=np.zeros((*cameras[key].size, 3), np.uint8))
     return _with(replace(frame, cameras=cameras), frame.points, frame.key)
+
+
+def check(name: str, severity: int) -> None:
+    """Refuse what `corrupt` does not know."""
+    if name not in CORRUPTIONS:
+        told = did_you_mean(name, CORRUPTIONS, ", ".join(CORRUPTIONS))
+        raise UserError(f"--corruptions names {name!r}; {told}")
+    if severity not in SEVERITIES:
+        raise UserError(f"--severities holds {severity}; severities are 1 to 5")
 
 
 def _with(frame: Frame, points: Floats, key: NDArray[np.bool_]) -> Frame:
@@ -139,7 +144,10 @@ def mean_corruption_error(
 
 # ------------------------------------------------------------------------------------------------------------ attacks
 
-VEHICLES = ("car", "truck", "bus", "vehicle")
+VEHICLES = (
+    "car", "truck", "bus", "van", "vehicle", "regular_vehicle", "large_vehicle", "box_truck", "school_bus"
+)  # fmt: skip
+"""Of all data sets, in small letters."""
 _MOST_POINTS, _FEWEST_POINTS = 200, 10  # of a vehicle that is shown again
 _WINDOW = math.radians(10)  # in which a spoofer can place points
 _NEAREST, _FURTHEST = 5.0, 8.0  # metres before the car
@@ -168,9 +176,18 @@ def traces(frames: Iterable[Frame]) -> list[Trace]:
         inside = points_in_boxes(cloud, labels.boxes).numpy()
         for box, name, rows in zip(labels.boxes, labels.names, inside.T, strict=True):
             sparse = _FEWEST_POINTS <= rows.sum() <= _MOST_POINTS
-            if name in VEHICLES and sparse and np.hypot(box[0], box[1]) > 10:
+            if name.lower() in VEHICLES and sparse and np.hypot(box[0], box[1]) > 10:
                 found.append(Trace(frame.token, cloud[rows], box[:2].astype(np.float64)))
     return found
+
+
+def fitting(known: Sequence[Trace], points: int) -> list[Trace]:
+    """The traces of at most `points` points, of which there must be one."""
+    fit = [trace for trace in known if len(trace.points) <= points]
+    if not fit:
+        told = f"{_FEWEST_POINTS} to {points} points to attack with; give more labelled frames"
+        raise UserError(f"no labelled vehicle has {told}, or --attacks without this number")
+    return fit
 
 
 def plan_attack(frame: Frame, known: Sequence[Trace], points: int) -> Trace | None:
@@ -179,11 +196,8 @@ def plan_attack(frame: Frame, known: Sequence[Trace], points: int) -> Trace | No
     A black-box attack: it asks no model, so all models meet the same. The points are turned about the sensor and pushed along
     the ground, and those within a window of 10 degrees are shown.
     """
-    fit = [trace for trace in known if len(trace.points) <= points]
+    fit = fitting(known, points)
     fit = [trace for trace in fit if trace.token != frame.token] or fit
-    if not fit:
-        told = f"{_FEWEST_POINTS} to {points} points to attack with; give more labelled frames"
-        raise UserError(f"no labelled vehicle has {told}")
     draw = generator(frame.token, "spoof", points)
     trace = fit[draw.integers(len(fit))]
     distance, side = draw.uniform(_NEAREST, _FURTHEST), draw.uniform(-0.5, 0.5)
@@ -221,4 +235,4 @@ def succeeded(attack: Trace, boxes: Floats, names: Sequence[str], scores: Floats
     The attack success rate is the mean over all attacked frames.
     """
     near = np.hypot(*(boxes[:, :2] - attack.centre).T) <= _REACH
-    return bool((near & (scores >= _SCORE) & np.isin(names, VEHICLES)).any())
+    return bool((near & (scores >= _SCORE) & np.isin([name.lower() for name in names], VEHICLES)).any())

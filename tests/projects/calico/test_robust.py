@@ -215,6 +215,15 @@ def test_attacks_stand_before_the_car(kind: str, most: int) -> None:
         assert shadow.sum() <= gone <= shadow.sum() + 80 and gone > 0
 
 
+@pytest.mark.parametrize("name", ["Car", "REGULAR_VEHICLE", "vehicle"])
+def test_vehicles_have_the_names_of_their_data_sets(name: str) -> None:
+    one = street("a", "kitti", 30)
+    assert one.labels is not None
+    (trace,) = traces([replace(one, labels=replace(one.labels, names=(name,)))])
+    box = np.array([[*trace.centre, 0, 4, 2, 1.5, 0, 0, 0]])
+    assert succeeded(trace, box, [name], np.array([0.9]))
+
+
 def test_attacks_need_sparse_vehicles() -> None:
     with pytest.raises(UserError, match="no labelled vehicle has 10 to 60 points"):
         plan_attack(street("a", "kitti", 30), traces([street("a", "kitti", 30)]), 60)

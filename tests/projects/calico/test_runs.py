@@ -12,12 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from projects.calico import eval_robust, evaluate, show_run
+from projects.calico.build import task_of
+from projects.calico.config import CalicoConfig
 from projects.calico.evaluation.detection import read_submission
+from projects.calico.evaluation.frames import SceneEvaluation
 from projects.calico.evaluation.robust import CORRUPTIONS
+from projects.calico.pretraining import Teacher
 from scripts.table import read_spec
 from tests.projects.calico.toy import ROOT, arguments
 from tests.projects.calico.toy import scenes as toy_scenes
 from tests.projects.zygote import Zygote
+from vlmkd import config
 from vlmkd.errors import UserError
 from vlmkd.results import FILE, last_of, read_results
 
@@ -159,6 +164,8 @@ def test_the_commands_evaluate_a_finished_run(
         read_submission(folder / "boxes.json", ["000000"])
     with pytest.raises(UserError, match="run of stage=rad, which has no heads"):
         evaluate.main([str(runs.rad())])
+    told = evaluate.parser("").parse_args([str(run_dir), "--root", "elsewhere"])
+    assert evaluate.finished(told).cfg.evaluation.data_root == "elsewhere"
     with pytest.raises(UserError, match="is no finished run"):
         evaluate.main([str(folder)])
     assert "miou" in capsys.readouterr().out
@@ -185,11 +192,39 @@ def test_robustness_is_one_command(runs: Runs, folder: Path) -> None:
     assert found["scenes", "mce"].value == pytest.approx(1.0)  # of itself
     assert found["scenes", "mce"].higher_is_better is False
     assert found["scenes spoofed by 200 points", "attack_success"].unit == "share"
-    with pytest.raises(UserError, match="--scratch has no NDS under glare 1"):
-        eval_robust.main(
-            [run_dir, "--corruptions", "glare", "--severities", "1", "--scratch", str(out), "--frames", "1"]
-        )
     assert "density" in CORRUPTIONS
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--corruptions densty", "--corruptions names 'densty'; did you mean density"),
+        ("--severities 7", "--severities holds 7; severities are 1 to 5"),
+        ("--scratch nothing.jsonl", "nothing.jsonl does not exist"),
+        ("--corruptions glare --severities 1 --scratch empty.jsonl", "--scratch has no NDS under glare 1"),
+        ("--attacks 9", "no labelled vehicle has 10 to 9 points"),
+    ],
+)
+def test_mistakes_are_told_before_hours_of_evaluation(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, told: str
+) -> None:
+    monkeypatch.setattr(SceneEvaluation, "run", lambda *_: pytest.fail("it was evaluated"))
+    (tmp_path / "empty.jsonl").write_text("")
+    run_dir = runs.finetune()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=told):
+        eval_robust.main([str(run_dir), *words.split()])
+
+
+def test_an_untrained_teacher_is_drawn_as_the_run_had_it(
+    runs: Runs, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = runs("rad_untrained", "rad", rad__teacher_ckpt="untrained", seed=5)
+    drawn: list[Teacher] = []
+    monkeypatch.setattr(show_run, "Teacher", lambda cfg: drawn.append(Teacher(cfg)) or drawn[0])
+    show_run.main([str(run_dir), "--out", str(folder / "untrained.html")])
+    (own,) = task_of(config.load(CalicoConfig, [str(run_dir / "config.yaml")])).teachers
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in drawn[0].state_dict().items())
 
 
 def test_a_run_is_drawn(runs: Runs, folder: Path) -> None:
