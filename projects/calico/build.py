@@ -21,14 +21,18 @@ from projects.calico.scenes import Frames
 from projects.calico.splits import digest, fraction, read_scenes
 from projects.calico.task import CalicoTask, FinetuneTask, PretrainTask
 from vlmkd import distributed
+from vlmkd.config import require
 from vlmkd.data.loader import Loader
 from vlmkd.data.sources import ItemSource, Stream
 from vlmkd.errors import UserError
+from vlmkd.evaluation.base import spread
 from vlmkd.train.durations import in_steps
 from vlmkd.train.engine import batch_triple
 from vlmkd.train.trainer import Job
 
 log = logging.getLogger("vlmkd.calico")
+_LOOKED_AT = 200
+"""Frames in which an object of the model's classes is looked for before a run starts."""
 
 
 def job(cfg: CalicoConfig) -> Job:
@@ -37,6 +41,8 @@ def job(cfg: CalicoConfig) -> Job:
     frames = open_frames(Path(data.info), Path(data.root) if data.root else None, sweeps=data.sweeps)
     indices, scenes = chosen(cfg, frames)
     log.info("%d frames of %d drives (%s)", len(indices), len(scenes), digest(scenes))
+    if cfg.reads_labels and cfg.model.head.detection != "none":
+        check_classes(cfg, frames, indices)
     items = items_of(cfg, frames, indices)
     source = ItemSource(
         {"scenes": Stream(items, cfg.batch_size)}, seed=cfg.seed, rank=rank, world_size=ranks,
@@ -87,14 +93,33 @@ def chosen(cfg: CalicoConfig, frames: Frames) -> tuple[list[int], tuple[str, ...
         if missing := set(scenes) - set(there):
             told = f"lacks {len(missing)} of its {len(scenes)} drives, first {min(missing)}"
             raise UserError(f"config field data.split_file: {cfg.data.info} {told}")
+    # The toy world's frames are drives of their own; elsewhere frames of a drive would lie on both sides.
+    told = f"is {cfg.data.fraction}, but {cfg.data.info} does not tell the drives of its frames"
+    known = frames.kind == "synthdrive" or list(of_frame) != list(frames.tokens)
+    whole = cfg.data.split_file or cfg.data.fraction == 100
+    require(bool(known or whole), "data.fraction", f"{told}; use 100, or list frames in data.split_file")
     wanted = set(scenes)
     return [index for index, scene in enumerate(of_frame) if scene in wanted], scenes
 
 
+def check_classes(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> None:
+    """Refuse a data set that has no object of the model's classes, as far as some of its frames tell."""
+    seen: dict[str, None] = {}
+    some = spread(indices, _LOOKED_AT)
+    for index in some:
+        names = frames.classes(index)
+        if set(names) & set(cfg.model.classes):
+            return
+        seen |= dict.fromkeys(names)
+    told = f"are {', '.join(cfg.model.classes)}, of which {cfg.data.info} has none in {len(some)} frames"
+    raise UserError(f"config field model.classes {told}; it has {', '.join(seen) or 'no labelled objects'}")
+
+
 def items_of(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> list[SceneItem]:
     """What an epoch draws: each frame once, or with data.balance as often as its classes ask for."""
+    tokens = frames.tokens  # which some readers make anew for each call
     if not cfg.data.balance:
-        return [SceneItem(frames.tokens[index], index) for index in indices]
+        return [SceneItem(tokens[index], index) for index in indices]
     known = [[name for name in frames.classes(index) if name in cfg.model.classes] for index in indices]
     places = balanced(known, cfg.seed)
     log.info("an epoch has %d frames, drawn by class from %d", len(places), len(indices))
@@ -102,7 +127,7 @@ def items_of(cfg: CalicoConfig, frames: Frames, indices: Sequence[int]) -> list[
     items = []
     for index in (indices[place] for place in places):
         times[index] += 1
-        items.append(SceneItem(f"{frames.tokens[index]}#{times[index]}", index))
+        items.append(SceneItem(f"{tokens[index]}#{times[index]}", index))
     return items
 
 

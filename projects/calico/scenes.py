@@ -142,9 +142,9 @@ class Frames(ABC):
         return self.tokens
 
     def classes(self, index: int) -> Sequence[str]:
-        """Of the labelled objects of a frame."""
+        """Of the labelled objects of a frame that hold a point."""
         labels = self.read(index, labels=True, cameras=False).labels
-        return () if labels is None else labels.names
+        return [] if labels is None else [labels.names[row] for row in np.flatnonzero(labels.num_points)]
 
 
 def checked(frame: Frame) -> Frame:

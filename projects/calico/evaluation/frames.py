@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from projects.calico.config import CalicoConfig, SceneEvaluationConfig
 from projects.calico.evaluation import detection, waymo
@@ -62,9 +63,7 @@ class SceneEvaluation:
             if maps is not None:
                 counts.add(*maps)
             for place, (number, frame) in enumerate(zip(numbers, frames, strict=True)):
-                true = frame.labels
-                assert true is not None
-                labels = (true.boxes, true.names, None, true.attributes or None, true.num_points)
+                labels = self._true(frame)
                 own.append((number, None if found is None else self._named(found[place]), labels))
         parts = distributed.gather_objects((own, counts.counts))
         rows = sorted((row for part, _ in parts for row in part), key=lambda row: row[0])
@@ -86,6 +85,14 @@ class SceneEvaluation:
         batch: Batch = self.pipeline.collate([self.pipeline.prepare(*frame) for frame in frames])
         found, drawn = predictor.predict(to_device(batch, context.device))
         return found, None if drawn is None else (drawn.cpu().numpy(), batch["masks"].numpy())
+
+    def _true(self, frame: Frame) -> Any:
+        """What `Boxes.stack` takes of the true boxes whose centre lies on the map; of nuScenes its own rules choose."""
+        true = frame.labels
+        assert true is not None
+        rows = np.flatnonzero(self.pipeline.inside(torch.from_numpy(true.boxes[:, :2])))
+        attributes = [true.attributes[row] for row in rows] if true.attributes else None
+        return true.boxes[rows], [true.names[row] for row in rows], None, attributes, true.num_points[rows]
 
     def _named(self, found: Detections) -> FrameBoxes:
         """Of the classes that are scored, no more than nuScenes permits."""
@@ -111,8 +118,9 @@ class SceneEvaluation:
         )
         if self.submission is not None and distributed.is_main():
             seen = {"camera": self.pipeline.images, "lidar": self.pipeline.model.lidar.encoder != "none"}
-            tokens = [frames.tokens[index] for index in self.indices]
-            detection.write_submission(self.submission, predicted, tokens, **seen)
+            tokens = frames.tokens
+            named = [tokens[index] for index in self.indices]
+            detection.write_submission(self.submission, predicted, named, **seen)
         if frames.kind == "waymo":
             numbers = waymo.evaluate(predicted, true, {name: waymo.OVERLAP[name] for name in self.ranges})
             metrics, details = {name: numbers[name] for name in waymo.MEANINGS}, numbers
@@ -130,11 +138,13 @@ def ranges_of(model: ModelConfig, options: SceneEvaluationConfig, kind: str) -> 
     """nuScenes' own ranges for its frames; else every box within the model's range counts."""
     classes = options.classes or model.classes
     reach = max(math.hypot(x, y) for x in model.range[::3] for y in model.range[1::3])
-    ranges = NUSCENES if kind == "nuscenes" else dict.fromkeys(model.classes, reach)
+    official = {"nuscenes": ("nuScenes", NUSCENES), "waymo": ("Waymo", dict.fromkeys(waymo.OVERLAP, reach))}
+    whose, ranges = official.get(kind, ("", dict.fromkeys(model.classes, reach)))
     for name in classes:
         told = f"has {name}; the model knows {', '.join(model.classes)}"
         require(name in model.classes, "evaluation.classes", told)
-        require(name in ranges, "evaluation.classes", f"has {name}, which nuScenes does not score")
+        told = f"has {name}, which {whose} does not score; it scores {', '.join(ranges)}"
+        require(name in ranges, "evaluation.classes", told)
     return {name: ranges[name] for name in classes}
 
 

@@ -233,11 +233,11 @@ class SparseConv(nn.Module):
             keeps = self.shape[1] == ONE
             out, found = (given, given.neighbours) if keeps else pairs(given, *self.shape)
             rows = given.rows.new_zeros(len(out.key), self.weight.shape[2])
-            for (target, source), part in zip(found, self.weight, strict=True):
+            for (target, source), part in zip(found, self.weight.to(rows.dtype), strict=True):
                 # A target comes once: the sum has one order.
                 rows = rows.index_add(0, target, given.rows[source] @ part)
             out = out.with_rows(rows)
-        rows = self.norm(out.rows)
+        rows = self.norm(out.rows).to(self.weight.dtype)
         return out.with_rows(rows.relu() if self.relu else rows)
 
     def _spconv(self, given: SparseMap) -> SparseMap:
@@ -253,7 +253,9 @@ class SparseConv(nn.Module):
             if stride == ONE
             else spconv.SparseConv3d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
         ).to(self.weight.device)
-        weight = self.weight.permute(2, 0, 1).reshape(outputs, *kernel, inputs).contiguous()
+        weight = (
+            self.weight.to(given.rows.dtype).permute(2, 0, 1).reshape(outputs, *kernel, inputs).contiguous()
+        )
         found = torch.func.functional_call(conv, {"weight": weight}, (tensor,))
         frame, place = found.indices.long().split([1, 3], 1)
         key, order = _key(frame[:, 0], place, found.spatial_shape).sort()
@@ -304,6 +306,6 @@ class VoxelEncoder(nn.Module):
 
     def forward(self, points: Tensor, frame: Tensor, frames: int) -> Tensor:
         """`points` [n, F] start with x, y, z; `frame` int64 [n] is which of the `frames` each belongs to."""
+        # The first layer reads float32: half precision would round metres to quarters.
         voxels = voxelise(points, frame, frames, self.grid, self.max_points)
-        voxels = voxels.with_rows(voxels.rows.to(next(self.parameters()).dtype))
         return self.layers(voxels).dense().permute(0, 1, 4, 2, 3).flatten(1, 2)

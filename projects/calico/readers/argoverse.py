@@ -45,6 +45,11 @@ class ArgoverseFrames(Frames):
         """Nanoseconds; `sweep_0`, ... without Feather tables."""
         return list(self.log["sweeps"])
 
+    @property
+    def scenes(self) -> Sequence[str]:
+        """The log's name, for each."""
+        return [self.log["log_id"]] * len(self.tokens)
+
     @cached_property
     def _plain(self) -> bool:
         return (self.folder / "annotations_calib.json").is_file()

@@ -227,13 +227,16 @@ class Entry(NamedTuple):
     scene: str
     location: str
     names: tuple[str, ...]
-    """Classes of its boxes, each once, for resampling."""
+    """Classes of its boxes that hold a point, each once, for resampling."""
     offset: int
     """Byte at which its line begins."""
 
 
 def _entry(record: Record, offset: int = 0) -> Entry:
-    names = dict.fromkeys(CLASS_OF[name] for name in record.get("names", ()) if name in CLASS_OF)
+    counts = (record.get(field, ()) for field in ("names", "num_lidar_pts", "num_radar_pts"))
+    names = dict.fromkeys(
+        CLASS_OF[name] for name, *hits in zip(*counts, strict=True) if name in CLASS_OF and any(hits)
+    )
     return Entry(record["token"], record["scene"], record["location"], tuple(names), offset)
 
 
@@ -255,6 +258,7 @@ class Infos(Sequence[Record]):
                     told = f"is of data set {dataset!r}, version {version!r}"
                     knows = f"this reader knows nuscenes, version {INFO_VERSION}"
                     raise UserError(f"info file {path} {told}; {knows}: {self._hint}")
+                self.sweeps: int | None = head.get("sweeps")
                 offset = file.tell()
                 for number, line in enumerate(file, start=2):
                     self.entries.append(_entry(self._parse(line, number), offset))
@@ -347,7 +351,7 @@ def read_frame(
     return checked(
         Frame(
             record["token"],
-            record["scene"],
+            record["scene"] or record["token"],
             "nuscenes",
             points,
             np.arange(len(points)) < len(current),

@@ -15,12 +15,14 @@ from PIL import Image
 from projects.calico import nuscenes_infos
 from projects.calico.config import CalicoConfig
 from projects.calico.evaluation.detection import NUSCENES, read_submission
+from projects.calico.evaluation.detection import evaluate as score
 from projects.calico.evaluation.frames import SceneEvaluation, ranges_of, scene_evaluation
 from projects.calico.evaluation.robust import corrupt
 from projects.calico.networks.boxes import Detections
 from projects.calico.pipeline import ContrastPipeline, SceneItem
 from projects.calico.readers.mmdet3d import nuscenes_record, read_infos
-from projects.calico.readers.nuscenes import NuScenesFrames
+from projects.calico.readers.nuscenes import NuScenesFrames, truth
+from projects.calico.scenes import Frame, Labels
 from tests.projects.calico import tiny_nuscenes
 from tests.projects.calico.frames import FRAMES, needs_frames
 from tests.projects.calico.toy import TOY as TOY_CONFIGS
@@ -99,6 +101,22 @@ def test_damage_is_done_before_the_model_sees_a_frame(data: Path) -> None:
     assert seen[1] == pytest.approx(0.7 * seen[0], abs=1)
 
 
+def test_true_boxes_beyond_the_map_do_not_count(data: Path) -> None:
+    cfg = load(data, "finetune", evaluation__info=data)
+
+    def with_one_more(frame: Frame) -> Frame:
+        labels = frame.labels
+        assert labels is not None
+        far = np.array([[19.4, 3, 0, 4, 2, 1.5, 0, 0, 0]], np.float32)  # the map ends at 19.2
+        names, counts = (*labels.names, "car"), np.append(labels.num_points, 50)
+        more = Labels(np.concatenate([labels.boxes, far]), names, counts, masks=labels.masks)
+        return replace(frame, labels=more)
+
+    plain = scene_evaluation(cfg)
+    found = [run(one, Oracle())["detection"] for one in (plain, replace(plain, change=with_one_more))]
+    assert found[0].metrics == found[1].metrics and found[1].metrics["map"] == pytest.approx(1.0)
+
+
 # ----------------------------------------------------------------------------------------------------------- nuScenes
 
 
@@ -142,9 +160,9 @@ def test_nuscenes_is_scored_in_the_world_by_its_own_rules(
     assert found["map"].metrics["miou"] > 0.1 and found["map"].count == len(evaluation.indices)
     tokens = [evaluation.pipeline.frames.tokens[index] for index in evaluation.indices]
     again = read_submission(tmp_path / "boxes.json", tokens)
-    assert len(again) == sum(
-        one["num_predictions"] for one in found["detection"].details["classes"].values()
-    ) or len(again)
+    details = found["detection"].details["classes"]
+    true, ego, racks = truth([evaluation.pipeline.frames.records[index] for index in evaluation.indices])
+    assert score(again, true, ego=ego, racks=racks).details() == details
     assert json.loads((tmp_path / "boxes.json").read_text())["meta"]["use_lidar"]
 
 
@@ -153,6 +171,13 @@ def test_ranges_of_other_data_sets_cover_the_whole_map(data: Path) -> None:
     assert set(ranges) == set(TOY.classes) and min(ranges.values()) == pytest.approx(19.2 * 2**0.5)
     with pytest.raises(UserError, match="cyclist, which nuScenes does not score"):
         ranges_of(TOY, replace(load(data, "finetune").evaluation, classes=["cyclist"]), "nuscenes")
+    assert set(ranges_of(TOY, replace(load(data, "finetune").evaluation, classes=["cyclist"]), "waymo")) == {
+        "cyclist"
+    }
+    with pytest.raises(
+        UserError, match="evaluation.classes has car, which Waymo does not score; it scores vehicle"
+    ):
+        ranges_of(TOY, load(data, "finetune").evaluation, "waymo")
 
 
 @needs_frames

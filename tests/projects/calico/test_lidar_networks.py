@@ -25,7 +25,7 @@ from projects.calico.networks.lidar import (
     scatter_mean,
     voxelise,
 )
-from projects.calico.networks.parts import RowNorm, SecondWithFpn
+from projects.calico.networks.parts import RowNorm, SecondWithFpn, share_norms
 
 GRID = Grid((-4.0, -2.0, -3.0), (4.0, 2.0, 1.0), (0.5, 0.5, 4.0))
 
@@ -246,6 +246,23 @@ def test_voxels_are_means_and_the_encoder_reaches_the_map() -> None:
     inner = block.second(block.first(given)).rows
     assert torch.equal(block(given).rows, (inner + given.rows).relu())
     assert len(pairs(given, (3, 3, 3), (1, 1, 1), (1, 1, 1))[1]) == 27
+
+
+def test_the_first_layer_of_voxels_reads_whole_metres() -> None:
+    """In half precision 50.13 m are 50.25, and a voxel is 0.1 m."""
+    torch.manual_seed(0)
+    grid = Grid((48.0, -1.6, -1.0), (51.2, 1.6, 1.4), (0.1, 0.1, 0.1))
+    cfg = LidarConfig(encoder="voxels", cell=[0.1, 0.1, 0.1], channels=[8, 16])
+    encoder = VoxelEncoder(grid, cfg).eval()
+    layer, seen = encoder.layers[0], []
+    layer.register_forward_hook(lambda _, given, out: seen.append(out.rows))
+    layer.weight.data.zero_()[13, 0, 0] = 1  # its x, as it is
+    points = torch.tensor([[50.13, 0.0, 0, 0, 0], [50.22, 0, 0, 0, 0]])
+    layer.norm.running_mean[0] = 50.0
+    share_norms(encoder).bfloat16()  # as a run in half precision has it
+    encoder(points, torch.zeros(2, dtype=torch.long), 1)
+    assert seen[0].dtype == torch.bfloat16
+    assert seen[0][:, 0].tolist() == pytest.approx([0.13, 0.22], abs=2e-3)
 
 
 def test_second_has_the_sizes_of_the_paper() -> None:

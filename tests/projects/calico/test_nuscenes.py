@@ -21,6 +21,7 @@ from projects.calico.geometry import Grid, lidar_augmentation, points_in_boxes, 
 from projects.calico.maps import LAYERS, VectorMap, fill, map_file, of_frame, rasterise, read_map
 from projects.calico.readers import mmdet3d
 from projects.calico.readers.nuscenes import (
+    CLASS_OF,
     CLASSES,
     INFO_VERSION,
     Infos,
@@ -171,6 +172,23 @@ def test_info_files_are_built_once_and_resumed(
     assert 0 < len(asked) < 8
 
 
+def test_past_sweeps_that_the_file_was_not_written_with_are_refused(root: Path, tmp_path: Path) -> None:
+    infos = nuscenes_infos.build(root, tmp_path / "few.jsonl", "v1.0-mini", "mini_val", sweeps=2)
+    assert len(open_frames(infos.path, root, sweeps=2).read(3).points) > 60
+    with pytest.raises(
+        UserError, match="data.sweeps is 9, but .*few.jsonl has 2 past sweeps.*; set it to 2, or"
+    ):
+        open_frames(infos.path, root)
+
+
+def test_classes_are_drawn_by_boxes_that_hold_a_point(root: Path, infos: Infos) -> None:
+    frames = open_frames(infos.path, root)
+    own = [set(read_labels(one).names) for one in infos]
+    assert [set(frames.classes(index)) for index in range(8)] == own
+    every = [{CLASS_OF[name] for name in one["names"] if name in CLASS_OF} for one in infos]
+    assert any(some < whole for some, whole in zip(own, every, strict=True))
+
+
 def test_the_command_says_what_is_missing(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,11 +307,13 @@ def test_the_real_frame_through_mmdetections_info_file() -> None:
     assert named["cams"]["CAM_FRONT"]["path"].startswith("samples/CAM_FRONT/n015")
     frame = read_frame(ours, FRAMES / "nuscenes", sweeps=0, labels=True)
     assert frame.points.shape == (34688, 5) and frame.key.all() and not frame.points[:, 4].any()
-    opened = open_frames(FRAMES / "nuscenes")
+    opened = open_frames(FRAMES / "nuscenes", sweeps=0)
     assert opened.kind == "nuscenes" and list(opened.tokens) == [frame.token]
-    again = opened.read(0)  # without past sweeps in the file, the key sweep stands in for all nine
+    again = opened.read(0)
     assert again.labels is None and (again.points[again.key] == frame.points).all()
-    assert len(again.points) > 9 * 30_000
+    assert again.scene == opened.scenes[0] == frame.token  # the file tells no drive
+    with pytest.raises(UserError, match="data.sweeps is 9, but info file .*info.json has 0 past sweeps"):
+        open_frames(FRAMES / "nuscenes")
     seen = {name: int((depth > 1).sum()) for name, (_, depth) in frame.pixels(frame.points).items()}
     assert (
         len(seen) == 6

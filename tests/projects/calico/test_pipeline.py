@@ -26,6 +26,7 @@ from projects.calico.pipeline import (
     generator,
     moved_mask,
 )
+from projects.calico.readers.nuscenes import NuScenesFrames
 from projects.calico.region_cache import RegionCache
 from projects.calico.region_cache import build as build_regions
 from projects.calico.regions import preset_of
@@ -252,6 +253,40 @@ def test_label_fractions_take_whole_drives(data: Path, tmp_path: Path) -> None:
         chosen(load(data, "finetune", data__split_file=tmp_path / "list.txt"), frames)
     with pytest.raises(UserError, match="data.fraction is 30; it is one of"):
         chosen(load(data, "finetune", data__fraction=30), frames)
+
+
+def test_a_fraction_needs_drives(data: Path, tmp_path: Path) -> None:
+    """Frames whose drives are not told are no drives of their own, but in the toy world."""
+    record = {"scene": "", "location": "", "names": []}
+    frames = NuScenesFrames([record | {"token": str(number)} for number in range(6)], tmp_path)
+    assert chosen(load(data, "finetune", data__fraction=100), frames)[0] == list(range(6))
+    with pytest.raises(UserError, match="data.fraction is 50, but .* does not tell the drives of its frames"):
+        chosen(load(data, "finetune"), frames)
+    (tmp_path / "list.txt").write_text("3\n")
+    assert chosen(load(data, "finetune", data__split_file=tmp_path / "list.txt"), frames)[0] == [3]
+
+
+def test_a_run_on_no_object_of_its_classes_does_not_start(data: Path) -> None:
+    fields = {"model__classes": "[tram, boat]", "evaluation__classes": "[tram]"}
+    with pytest.raises(
+        UserError, match="model.classes are tram, boat, of which .* has none in 3 frames; it has .*car"
+    ):
+        job(load(data, "finetune", **fields))
+    job(load(data, "finetune", model__head__detection="none", **fields))  # maps alone
+
+
+def test_tokens_are_listed_once_an_epoch(data: Path) -> None:
+    """Some readers make the list anew for each call, and a data set has a hundred thousand."""
+    frames, calls = open_frames(data), []
+
+    class Counts:
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            return getattr(frames, name)
+
+    for balance in ("false", "true"):
+        items_of(load(data, "finetune", data__balance=balance), Counts(), range(6))  # type: ignore[arg-type]
+    assert calls.count("tokens") == 2
 
 
 def test_generators_are_functions_of_names() -> None:

@@ -32,13 +32,14 @@ def test_the_nuscenes_frame() -> None:
     bare = frames.read(0, cameras=False)
     assert not bare.cameras and bare.labels is None
     with pytest.raises(UserError, match="LIDAR_TOP.* does not exist"):  # where the whole data set has it
-        open_frames(FRAMES / "nuscenes/info_mmdet3d_v1.1.pkl").read(0)
+        open_frames(FRAMES / "nuscenes/info_mmdet3d_v1.1.pkl", sweeps=0).read(0)
 
 
 @needs_frames
 def test_argoverse_boxes_hold_exactly_the_stated_points() -> None:
     frames = open_frames(FRAMES / "av2")
     assert frames.kind == "av2" and list(frames.tokens) == ["sweep_0", "sweep_1"]
+    assert list(frames.scenes) == [frames.read(0).scene] * 2  # one drive
     for index, size in enumerate((99229, 99466)):
         frame = frames.read(index, labels=True)
         assert (
