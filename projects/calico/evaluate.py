@@ -2,6 +2,7 @@
 
   python -m projects.calico.evaluate runs/NAME --info DATA --results out.jsonl
   python -m projects.calico.evaluate runs/NAME --info val.jsonl --root /data/nuscenes --submission results.json
+  python -m projects.calico.evaluate runs/NAME --info val.jsonl --root /data/nuscenes --boxes results.json
 
 RUN is a run folder; its config says how frames are read, and its export has the weights. DATA is what
 `projects.calico.frames.open_frames` takes; by default the frames that the run was evaluated on.
@@ -65,19 +66,24 @@ def parser(text: str) -> argparse.ArgumentParser:
     return made
 
 
+def config_of(run: Path, *given: str) -> CalicoConfig:
+    """The config of a finished run, with other `field=value`."""
+    if not (run / "done.json").is_file():
+        raise UserError(f"{run} is no finished run; name the folder of one (it has done.json)")
+    return config.load(CalicoConfig, [str(run / "config.yaml"), f"run_dir={run}", *given])
+
+
 def finished(args: argparse.Namespace) -> Finished:
     """The model of the options' run."""
     run: Path = args.run
-    if not (run / "done.json").is_file():
-        raise UserError(f"{run} is no finished run; name the folder of one (it has done.json)")
-    given = [str(run / "config.yaml"), f"run_dir={run}"]
+    given: list[str] = []
     if args.info:
         given.append(f"evaluation.info={args.info}")
     if args.info or args.root:
         given.append(f"evaluation.data_root={args.root}")
     if args.frames is not None:
         given.append(f"evaluation.frames={args.frames}")
-    cfg = config.load(CalicoConfig, given)
+    cfg = config_of(run, *given)
     if cfg.stage != "finetune":
         raise UserError(
             f"{run} is a run of stage={cfg.stage}, which has no heads; name one of stage=finetune"
@@ -98,12 +104,15 @@ def main(argv: list[str]) -> int:
     options.add_argument(
         "--submission", type=Path, metavar="FILE", help="write the boxes for the nuScenes server"
     )
+    told = "score the boxes of such a file, instead of the model's"
+    options.add_argument("--boxes", type=Path, metavar="FILE", help=told)
     args = options.parse_args(argv)
     if args.submission:
         check_writable(args.submission, "--submission")
     model = finished(args)
     evaluation = scene_evaluation(model.cfg, submission=args.submission)
-    model.write(evaluation.run(model.predictor, model.context), args.results)
+    given = [evaluation.of_file(args.boxes)] if args.boxes else None
+    model.write(given or evaluation.run(model.predictor, model.context), args.results)
     return 0
 
 

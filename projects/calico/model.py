@@ -80,7 +80,8 @@ class CameraBranch(nn.Module):
         told = f"is depth_lss, which needs maps of stride 8, not {stride}; use lss"
         require(fits, "model.camera.view", told)
         low, high = cfg.height
-        given = grid_of([*bounds[:2], low, *bounds[3:5], high], [cfg.cell, cfg.cell, high - low])
+        cell = [cfg.cell, cfg.cell, high - low]
+        given = grid_of([*bounds[:2], low, *bounds[3:5], high], cell, "model.camera.cell")
         self.view = LSSTransform(cfg, stride, given)
         self.channels = [*self.backbone.channels, cfg.neck, cfg.channels]
         self.out_channels, self.grid = cfg.channels, _coarser(given, cfg.downsample)
@@ -186,21 +187,22 @@ def _set_momentum(part: nn.Module, momentum: float) -> None:
             norm.momentum = momentum
 
 
-def grid_of(bounds: Sequence[float], cell: Sequence[float]) -> Grid:
-    """Cells between the two corners of `bounds`, which are a config's."""
+def grid_of(bounds: Sequence[float], cell: Sequence[float], field: str = "model.range") -> Grid:
+    """Cells between the two corners of `bounds`, which the config's `field` tells."""
     try:
         return Grid(tuple(bounds[:3]), tuple(bounds[3:]), tuple(cell))
     except ValueError:
         told = (
             f"from {list(bounds[:3])} to {list(bounds[3:])} m is no whole number of cells of {list(cell)} m"
         )
-        raise UserError(f"config field model.range: {told}") from None
+        raise UserError(f"config field {field}: {told}") from None
 
 
 def map_grid(cfg: ModelConfig) -> Grid:
     """Where the map's labels lie."""
     low, high = cfg.head.map_range[2::3]
-    return grid_of(cfg.head.map_range, [cfg.head.map_cell, cfg.head.map_cell, high - low])
+    cell = [cfg.head.map_cell, cfg.head.map_cell, high - low]
+    return grid_of(cfg.head.map_range, cell, "model.head.map_range")
 
 
 def _coarser(grid: Grid, stride: int) -> Grid:

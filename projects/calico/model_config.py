@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from itertools import accumulate
+from operator import mul
+from typing import Annotated, Any, ClassVar, Literal
 
 from projects.calico.maps import LAYERS
 from vlmkd.config import AboveZero, BelowOne, Count, Positive, Range, Share, require
@@ -37,6 +39,8 @@ def listed(*values: Any) -> Any:
 class SecondConfig:
     """SECOND and its pyramid; without layers there is none."""
 
+    where: ClassVar[str] = ""
+    """The config field that it is."""
     layers: Layers = listed(3, 5, 5)
     """SECOND: convolutions of a stage beside its first."""
     widths: Widths = listed(64, 128, 256)
@@ -48,11 +52,26 @@ class SecondConfig:
     ups: Ups = listed(0.5, 1.0, 2.0)
     """SECOND: how many times each stage's size the map is."""
 
+    def __post_init__(self) -> None:
+        if not self.layers:
+            return
+        for name in ("widths", "strides", "fpn_widths", "ups"):
+            count, told = len(getattr(self, name)), f"numbers for the {len(self.layers)} stages of layers"
+            require(count == len(self.layers), f"{self.where}.{name}", f"has {count} {told}")
+        told = f"are {self.ups} for strides {self.strides}, which give maps of different sizes or none of whole cells"
+        require(len(self.sizes) == 1 and min(self.sizes).is_integer(), f"{self.where}.ups", told)
+
+    @property
+    def sizes(self) -> set[float]:
+        """The size of the input's map over that of each stage's contribution to the output."""
+        return {total / up for total, up in zip(accumulate(self.strides, mul), self.ups, strict=True)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LidarConfig(SecondConfig):
     """The LiDAR branch: points to the map that PRC trains and RAD teaches."""
 
+    where: ClassVar[str] = "model.lidar"
     encoder: Literal["pillars", "voxels", "none"] = "pillars"
     """`pillars` and SECOND, `voxels` and sparse convolutions, or `none`: images only."""
     cell: Three = listed(0.2, 0.2, 8.0)
@@ -67,7 +86,10 @@ class LidarConfig(SecondConfig):
     """What convolves voxels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         capped = self.mode == "dynamic" or self.max_points > 0
+        told = f"is {self.channels}; of voxels it is the first stage's width and the last layer's"
+        require(self.encoder != "voxels" or len(self.channels) == 2, "model.lidar.channels", told)
         require(capped, "model.lidar.max_points", "is 0; mode=hard needs a cap, such as 20")
 
 
@@ -79,7 +101,7 @@ class CameraConfig:
     """A timm model, `tiny` (the toy world's), or `none`: points only."""
     pretrained: bool = True
     """Start from timm's ImageNet weights."""
-    stages: Layers = listed(1, 2, 3)
+    stages: Annotated[list[int], Range(ascending=True)] = listed(1, 2, 3)
     """timm's feature maps that are read, from fine to coarse; of a ResNet 2, 3, 4."""
     widths: Widths = listed(16, 32, 64)
     """Channels of `tiny`."""
@@ -108,11 +130,22 @@ class CameraConfig:
     deterministic: bool = False
     """Sum cells the same to the last bit on every run of a GPU."""
 
+    def __post_init__(self) -> None:
+        enough = self.encoder != "tiny" or len(self.widths) > 1
+        require(
+            enough, "model.camera.widths", f"is {self.widths}; tiny gives the maps of its last two stages"
+        )
+        enough = self.encoder in ("tiny", "none") or len(self.stages) > 1
+        require(enough, "model.camera.stages", f"is {self.stages}; the pyramid needs two maps or more")
+        first, end, _ = self.depth
+        require(first < end, "model.camera.depth", f"is {self.depth}; it is the first bin, the end, the step")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(SecondConfig):
     """From the maps of the modalities to what the heads read."""
 
+    where: ClassVar[str] = "model.decoder"
     fuser: Positive = 256
     """Channels after both maps were concatenated; a model of one modality has no fuser."""
     layers: Layers = listed(5, 5)
@@ -178,3 +211,6 @@ class ModelConfig:
         require(
             seen, "model.camera.encoder", "is none, and so is model.lidar.encoder; a model sees something"
         )
+        high, cell = self.range[5] - self.range[2], self.lidar.cell[2]
+        told = f"is {self.lidar.cell}; a pillar is as high as model.range, {high:g} m"
+        require(self.lidar.encoder != "pillars" or abs(high - cell) < 1e-4, "model.lidar.cell", told)

@@ -43,6 +43,8 @@ from vlmkd.errors import UserError
 
 _MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 """Of ImageNet, whose weights image backbones start from."""
+_AWAY = 1e6
+"""Metres above the map at which a camera that a frame lacks looks further up."""
 _PASTED = 2
 """Objects of a class up to which more are pasted, for classes that BEVFusion has no number for."""
 
@@ -84,6 +86,8 @@ class SceneSample:
     """Of each view, float32 [s, 2]: the sampled points on its map."""
     region: Tensor | None = None
     """int64 [s]: the region of each sampled point, -1 for none."""
+    seen: Tensor | None = None
+    """bool [s]: sampled points that lie in a picture (joint; RAD samples no others)."""
     region_boxes: list[Tensor] = field(default_factory=list)
     """Of each view, float32 [R, 4]: x1, y1, x2, y2 of the same regions (box_clip)."""
     boxes: Tensor | None = None
@@ -146,6 +150,20 @@ def camera_input(
     return CameraInput(pixels, intrinsics, cam2lidar, torch.stack(matrices), aug)
 
 
+def _with_views(given: CameraInput, count: int) -> CameraInput:
+    """Of a frame that lacks cameras which others of its batch have: grey pictures in their place, which no cell sees."""
+    lacking = count - len(given.images)
+    if not lacking:
+        return given
+    eye, away = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    away[2, 3] = _AWAY
+    more = (given.images.new_zeros(given.images.shape[1:]), eye[:3, :3], away, eye)
+    columns = (
+        torch.cat([own, one.expand(lacking, *one.shape)]) for own, one in zip(given[:4], more, strict=True)
+    )
+    return CameraInput(*columns, given.lidar_aug)
+
+
 class ScenePipeline:
     """What every stage shares (see `vlmkd.data.pipelines.Pipeline`); sent to loader processes.
 
@@ -205,13 +223,15 @@ class ScenePipeline:
             "dropped_points": torch.tensor(float(sum(one.dropped for one in samples))),
         }
         if first.cameras is not None:
-            columns = zip(*(one.cameras for one in samples if one.cameras is not None), strict=True)
+            seen = [one.cameras for one in samples if one.cameras is not None]
+            most = max(len(one.images) for one in seen)
+            columns = zip(*(_with_views(one, most) for one in seen), strict=True)
             batch["cameras"] = CameraInput(*map(torch.stack, columns))
         for name in ("places", "region_boxes"):
             if getattr(first, name):
                 views = zip(*(getattr(one, name) for one in samples), strict=True)
                 batch[name] = [list(view) for view in views]
-        for name in ("region", "boxes", "labels", "masks"):
+        for name in ("region", "seen", "boxes", "labels", "masks"):
             if getattr(first, name) is not None:
                 batch[name] = [getattr(one, name) for one in samples]
         if "masks" in batch:
@@ -249,6 +269,8 @@ class ContrastPipeline(ScenePipeline):
             usable &= self.seen(moved[0], cameras)
         rows = self.sampled(usable.numpy(), region, draw)
         sample = SceneSample(raw.name, [], frame.dropped, cameras, region=torch.from_numpy(region[rows]))
+        if cameras is not None and not self.distils:
+            sample.seen = self.seen(moved[0][torch.from_numpy(rows)], cameras)
         for xyz, aug in zip(moved, augs, strict=True):
             kept = draw.random(len(points)) >= self.data.drop
             kept[rows] = True

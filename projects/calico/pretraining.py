@@ -157,15 +157,24 @@ def pretrain_losses(
             true = zip(batch["places"][0], batch["boxes"], strict=True)
             weights = [losses.centre_weights(places, boxes) for places, boxes in true]
             weights = [torch.cat(weights)] if together else weights
+        taught = list(zip(pairs["rad"], region, weights, strict=True))
+        if "seen" in batch:  # stage=joint: the cameras learn where they look
+            seen = [torch.cat(batch["seen"])] if together else batch["seen"]
+            taught = [_at(rows, *row) for rows, row in zip(seen, taught, strict=True)]
         rows = [
             (losses.feature_mse(*pair, None if weight == "uniform" else own), {})
             if rad.arm == "mse"
             else losses.rad_loss(*pair, own, rad.tau, weight=weight, direction=rad.direction)
-            for pair, own, weight in zip(pairs["rad"], region, weights, strict=True)
+            for pair, own, weight in taught
         ]
         terms[rad.arm], told = _mean(rows)
         metrics |= {f"rad_{name}": value for name, value in told.items()}
     return terms, metrics
+
+
+def _at(rows: Tensor, pair: Sequence[Tensor], region: Tensor, weight: Any) -> tuple[Any, Tensor, Any]:
+    """Of a frame's samples those of `rows`, bool [s]."""
+    return [part[rows] for part in pair], region[rows], weight[rows] if isinstance(weight, Tensor) else weight
 
 
 def _mean(rows: Sequence[tuple[Tensor, losses.Stats]]) -> tuple[Tensor, losses.Stats]:

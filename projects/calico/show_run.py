@@ -17,14 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from projects.calico import export as exports
-from projects.calico.config import CalicoConfig
+from projects.calico.evaluate import config_of
 from projects.calico.frames import open_frames
 from projects.calico.pipeline import evaluation_pipeline
 from projects.calico.pretraining import Teacher
 from projects.calico.regions import preset_of, regions_of
 from projects.calico.scenes import DRIVING_AXIS, FrameKind
 from projects.calico.show import facts, find, page, pictures
-from vlmkd import config
 from vlmkd.errors import UserError, run_tool
 from vlmkd.files import write_text
 
@@ -64,9 +63,7 @@ def main(argv: list[str]) -> int:
     add("--score", type=float, default=0.2, help="boxes below are left out (0.2)")
     add("--out", type=Path, default=Path("run.html"), help="the page (run.html)")
     args = parser.parse_args(argv)
-    if not (args.run / "done.json").is_file():
-        raise UserError(f"{args.run} is no finished run; name the folder of one (it has done.json)")
-    cfg = config.load(CalicoConfig, [str(args.run / "config.yaml"), f"run_dir={args.run}"])
+    cfg = config_of(args.run)
     if cfg.stage not in ("rad", "finetune"):
         told = f"is a run of stage={cfg.stage}; boxes and maps of rad and finetune are drawn"
         raise UserError(f"{args.run} {told}")

@@ -23,6 +23,7 @@ from projects.calico.readers.nuscenes import NuScenesFrames, lidar2global, to_gl
 from projects.calico.scenes import Frame
 from vlmkd import distributed
 from vlmkd.config import require
+from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, progress, spread
 from vlmkd.results import share
 from vlmkd.train.task import Batch
@@ -101,6 +102,17 @@ class SceneEvaluation:
         boxes, scores = (part.float().cpu().numpy()[kept] for part in (found.boxes, found.scores))
         return boxes, [names[row] for row in kept], scores
 
+    def of_file(self, path: Path) -> Result:
+        """The scores of a results file in the format of the nuScenes server, in the place of a model's boxes."""
+        frames = self.pipeline.frames
+        if not isinstance(frames, NuScenesFrames):
+            raise UserError(f"--boxes {path} is a results file of nuScenes; name its frames by --info")
+        tokens = frames.tokens
+        true, ego, racks = truth(frames.records[index] for index in self.indices)
+        found = detection.read_submission(path, [tokens[index] for index in self.indices])
+        scores = detection.evaluate(found, true, self.ranges, self.distances, ego=ego, racks=racks)
+        return self._result(scores, len(self.indices))
+
     def _detection(self, found: Sequence[FrameBoxes], labels: Sequence[Any]) -> Result:
         frames, given = self.pipeline.frames, {}
         true = Boxes.stack(labels, truth=True)
@@ -121,17 +133,21 @@ class SceneEvaluation:
             tokens = frames.tokens
             named = [tokens[index] for index in self.indices]
             detection.write_submission(self.submission, predicted, named, **seen)
-        if frames.kind == "waymo":
-            numbers = waymo.evaluate(predicted, true, {name: waymo.OVERLAP[name] for name in self.ranges})
-            metrics, details = {name: numbers[name] for name in waymo.MEANINGS}, numbers
-            meanings = waymo.MEANINGS
-        else:
+        if frames.kind != "waymo":
             scores = detection.evaluate(predicted, true, self.ranges, self.distances, **given)
-            metrics, details, meanings = scores.metrics(), scores.details(), dict(detection.MEANINGS)
-            for name, one in scores.classes.items():
-                metrics[f"ap_{name}"] = one.mean_ap
-                meanings[f"ap_{name}"] = share(f"AP {name.replace('_', ' ')}")
-        return Result("detection", self.dataset, metrics, len(found), {"classes": details}, meanings=meanings)
+            return self._result(scores, len(found))
+        numbers = waymo.evaluate(predicted, true, {name: waymo.OVERLAP[name] for name in self.ranges})
+        metrics, details = {name: numbers[name] for name in waymo.MEANINGS}, {"classes": numbers}
+        return Result("detection", self.dataset, metrics, len(found), details, meanings=waymo.MEANINGS)
+
+    def _result(self, scores: detection.Scores, count: int) -> Result:
+        metrics, meanings = scores.metrics(), dict(detection.MEANINGS)
+        for name, one in scores.classes.items():
+            metrics[f"ap_{name}"] = one.mean_ap
+            meanings[f"ap_{name}"] = share(f"AP {name.replace('_', ' ')}")
+        return Result(
+            "detection", self.dataset, metrics, count, {"classes": scores.details()}, meanings=meanings
+        )
 
 
 def ranges_of(model: ModelConfig, options: SceneEvaluationConfig, kind: str) -> dict[str, float]:

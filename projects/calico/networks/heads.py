@@ -184,6 +184,8 @@ class TransFusionHead(nn.Module):
 
     def __init__(self, inputs: int, grid: Grid, classes: Sequence[str], cfg: HeadConfig) -> None:
         super().__init__()
+        fits = cfg.width % HEADS == 0
+        require(fits, "model.head.width", f"is {cfg.width}; transfusion has {HEADS} heads, use a multiple")
         self.grid, self.cfg, self.classes, width = grid, cfg, len(classes), cfg.width
         self.wide = [n for n, name in enumerate(classes) if name not in SMALL]
         self.shared = nn.Conv2d(inputs, width, 3, padding=1)

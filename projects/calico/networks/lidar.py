@@ -5,7 +5,7 @@ All plain PyTorch; spconv stands behind the same function where it is installed.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 from copy import copy
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from projects.calico.geometry import Grid
 from projects.calico.model_config import POINT, LidarConfig
 from projects.calico.networks.parts import BN_EPS, RowNorm
+from vlmkd.config import require
 
 MOST_PILLARS = (30_000, 60_000)
 """Of a frame in `hard` mode, in training and else (BEVFusion)."""
@@ -78,8 +79,6 @@ class PillarEncoder(nn.Module):
 
     def __init__(self, grid: Grid, cfg: LidarConfig) -> None:
         super().__init__()
-        if grid.shape[2] != 1:
-            raise ValueError(f"{grid} has {grid.shape[2]} cells along z; a pillar is one")
         self.grid, self.hard, self.max_points = grid, cfg.mode == "hard", cfg.max_points
         self.out_channels, inputs = cfg.channels[-1], POINT + 5
         self.linears, self.norms = nn.ModuleList(), nn.ModuleList()
@@ -297,8 +296,10 @@ class VoxelEncoder(nn.Module):
                 width, depth = 2 * width, (depth + 2 * high - 3) // 2 + 1
         layers.append(SparseConv(width, last, (1, 1, 3), (1, 1, 2), (0, 0, 0)))
         depth = (depth - 3) // 2 + 1
-        if depth < 1:
-            raise ValueError(f"{grid} has {grid.shape[2]} cells along z, too few for 4 stages")
+        told = f"is {cfg.cell}; {grid.shape[2]} cells along z are too few for 4 stages"
+        require(depth > 0, "model.lidar.cell", told)
+        there = cfg.backend == "torch" or importlib.util.find_spec("spconv") is not None
+        require(there, "model.lidar.backend", "is spconv, which is not installed; install it, or use torch")
         self.layers, self.out_channels = nn.Sequential(*layers), last * depth
         for layer in self.modules():
             if isinstance(layer, SparseConv):

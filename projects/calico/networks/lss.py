@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from projects.calico.geometry import Grid, frustum, in_image, lift_points, project
 from projects.calico.model_config import CameraConfig
 from projects.calico.networks.parts import conv_block
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, did_you_mean
+from vlmkd.models.clip import downloading
 
 
 class TimmBackbone(nn.Module):
@@ -25,9 +27,19 @@ class TimmBackbone(nn.Module):
         self.channels_last = "swin" in cfg.encoder  # timm gives Swin's maps as [I, h, w, C]
         given: dict[str, object] = {"img_size": tuple(cfg.image_size)} if self.channels_last else {}
         given |= {"drop_path_rate": cfg.drop_path} if cfg.drop_path else {}
-        self.model = timm.create_model(
-            cfg.encoder, pretrained=cfg.pretrained, features_only=True, out_indices=tuple(cfg.stages), **given
+        if not timm.is_model(cfg.encoder):
+            hint = did_you_mean(cfg.encoder, timm.list_models(), "see timm.list_models()")
+            raise UserError(f"config field model.camera.encoder: timm has no model {cfg.encoder}; {hint}")
+        given |= {"features_only": True, "out_indices": tuple(cfg.stages)}
+        fetched = downloading(
+            f"timm:{cfg.encoder}: its weights file", ", or set model.camera.pretrained=false"
         )
+        with fetched if cfg.pretrained else nullcontext():
+            try:
+                self.model = timm.create_model(cfg.encoder, pretrained=cfg.pretrained, **given)
+            except (IndexError, AssertionError):
+                told = f"is {cfg.stages}, which {cfg.encoder} does not have"
+                raise UserError(f"config field model.camera.stages {told}; it has fewer maps") from None
         self.channels: list[int] = self.model.feature_info.channels()
         self.strides: list[int] = self.model.feature_info.reduction()
 

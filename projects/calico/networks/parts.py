@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-from operator import mul
-
 import torch
 import torch.distributed.nn.functional as collective
 import torch.nn.functional as F
@@ -100,11 +97,7 @@ class SecondWithFpn(nn.Module):
 
     def __init__(self, inputs: int, cfg: SecondConfig) -> None:
         super().__init__()
-        sizes = {total / up for total, up in zip(accumulate(cfg.strides, mul), cfg.ups, strict=True)}
-        stride = sizes.pop()
-        if sizes or not stride.is_integer():
-            raise ValueError(f"strides {cfg.strides} and ups {cfg.ups} give maps of different sizes")
-        self.stride, self.out_channels = round(stride), sum(cfg.fpn_widths)
+        self.stride, self.out_channels = round(min(cfg.sizes)), sum(cfg.fpn_widths)
         stages, levels = nn.ModuleList(), nn.ModuleList()
         for count, width, step in zip(cfg.layers, cfg.widths, cfg.strides, strict=True):
             first = conv_block(inputs, width, stride=step, eps=BN_EPS)

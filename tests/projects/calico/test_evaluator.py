@@ -163,6 +163,25 @@ def test_nuscenes_is_scored_in_the_world_by_its_own_rules(
     details = found["detection"].details["classes"]
     true, ego, racks = truth([evaluation.pipeline.frames.records[index] for index in evaluation.indices])
     assert score(again, true, ego=ego, racks=racks).details() == details
+    own = evaluation.of_file(tmp_path / "boxes.json")
+    assert own.metrics == found["detection"].metrics and own.count == found["detection"].count
+    # What a user's file may have wrong is told by the command that reads it.
+    content = json.loads((tmp_path / "boxes.json").read_text())
+    first = next(token for token in tokens if content["results"][token])
+    box = content["results"][first][0]
+    for boxes, told in (
+        ([box] * 501, "501 boxes, more than 500"),
+        ([box | {"detection_name": "tram"}], "'tram'"),
+    ):
+        (tmp_path / "wrong.json").write_text(
+            json.dumps(content | {"results": content["results"] | {first: boxes}})
+        )
+        with pytest.raises(UserError, match=told):
+            evaluation.of_file(tmp_path / "wrong.json")
+    del content["results"][first]
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"lacks 1 samples, first {first}"):
+        evaluation.of_file(tmp_path / "wrong.json")
     assert json.loads((tmp_path / "boxes.json").read_text())["meta"]["use_lidar"]
 
 

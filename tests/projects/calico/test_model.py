@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from projects.calico.model import BevModel, LidarInput, load_pretrained, save_br
 from projects.calico.model_config import ModelConfig
 from projects.calico.networks.fuser import PointProjector
 from projects.calico.networks.lss import CameraInput
+from tests.projects.calico.toy import ROOT, load
 from tests.projects.calico.toy import TOY_MODEL as TOY
 from vlmkd import config
 from vlmkd.errors import UserError
@@ -108,7 +110,7 @@ def test_a_model_without_heads_is_its_branches() -> None:
 
 @pytest.mark.parametrize("detection", ["center", "transfusion"])
 def test_weights_in_half_precision_train(detection: Any) -> None:
-    """As DeepSpeed has them: geometry, pooling and losses stay in float32."""
+    """Geometry, pooling and losses stay in float32, here even with the norms' buffers rounded, which DeepSpeed leaves."""
     torch.manual_seed(0)
     cfg = replace(TOY, head=replace(TOY.head, detection=detection, queries=12, hidden=16))
     full = BevModel(cfg)
@@ -303,6 +305,58 @@ def test_hand_overs_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 def test_configs_that_do_not_fit_are_one_line(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         BevModel(replace(TOY, **changes))
+
+
+VOXELS = {"model__lidar__encoder": "voxels", "model__lidar__channels": "[4,8]"}
+TIMM = {
+    "model__camera__encoder": "resnet18",
+    "model__camera__stages": "[2,3,4]",
+    "model__camera__drop_path": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model__lidar__cell": "[0.4,0.4,4.0]"}, r"lidar.cell is .*; a pillar is as high as model.range, 8 m"),
+        (VOXELS | {"model__lidar__cell": "[0.4,0.4,4.0]"}, "lidar.cell is .*2 cells along z are too few"),
+        (VOXELS | {"model__lidar__channels": "[24]"}, r"lidar.channels is \[24\]; of voxels it is"),
+        (VOXELS | {"model__lidar__cell": "[0.4,0.4,0.25]", "model__lidar__backend": "spconv"},
+         "lidar.backend is spconv, which is not installed"),
+        ({"model__lidar__strides": "[2,1]"}, r"lidar.ups are .* for strides \[2, 1\], .* different sizes"),
+        ({"model__lidar__widths": "[32]"}, "lidar.widths has 1 numbers for the 2 stages"),
+        ({"model__decoder__layers": "[1]"}, "decoder.widths has 0 numbers for the 1 stages"),
+        ({"model__camera__widths": "[16]"}, "camera.widths is .16.; tiny gives the maps of its last two stages"),
+        ({"model__camera__depth": "[20,1,1]"}, "camera.depth is .*; it is the first bin, the end, the step"),
+        ({"model__head__detection": "transfusion", "model__head__width": 20}, "head.width is 20; .* 8 heads"),
+        ({"model__head__map_range": "[-19.3,-19.2,-10,19.2,19.2,10]"}, "head.map_range: .* no whole number"),
+        ({"model__camera__cell": 0.7}, "camera.cell: .* no whole number"),
+        (TIMM | {"model__camera__encoder": "resnet1"}, "camera.encoder: timm has no model resnet1; did you mean"),
+        (TIMM | {"model__camera__stages": "[2,3,7]"}, r"camera.stages is \[2, 3, 7\], which resnet18 does not"),
+        (TIMM | {"model__camera__stages": "[2]"}, "camera.stages is .2.; the pyramid needs two maps"),
+        (TIMM | {"model__camera__stages": "[3,2]"}, "camera.stages is .3, 2."),
+    ],
+)  # fmt: skip
+def test_mistakes_of_a_config_name_its_field(
+    fields: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spconv" else find(name))
+    with pytest.raises(UserError, match=f"config field model.{told}"):
+        BevModel(load(ROOT, "finetune", **fields).model)
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(ROOT, "finetune", **TIMM, model__camera__pretrained="true").model
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no net")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(
+        UserError, match="timm:resnet18: its weights .*no net.*set model.camera.pretrained=false"
+    ):
+        BevModel(cfg)
 
 
 def test_configs_are_checked_and_load_back() -> None:

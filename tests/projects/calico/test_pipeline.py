@@ -17,6 +17,8 @@ from projects.calico.build import chosen, items_of, job
 from projects.calico.config import CalicoConfig, SceneDataConfig
 from projects.calico.frames import open_frames
 from projects.calico.geometry import Grid, in_image, lidar_augmentation, points_in_boxes, project, transform
+from projects.calico.model import BevModel
+from projects.calico.networks.lss import depth_images
 from projects.calico.pipeline import (
     ContrastPipeline,
     LabelledPipeline,
@@ -297,6 +299,30 @@ def test_a_data_set_without_maps_says_so(data: Path) -> None:
     cfg = load(data, "finetune", model__map_classes="[drivable_area]")
     with pytest.raises(UserError, match="no map of the layers drivable_area; set model.head.map=false"):
         sample(cfg)
+
+
+def test_a_frame_may_lack_cameras_that_others_have(data: Path) -> None:
+    """Its map is what it would be by itself; nothing falls into a cell that its missing camera would see."""
+    cfg = load(data, "finetune", "camera", data__fraction=100)
+    frames = open_frames(data, sweeps=0)
+    pipeline = LabelledPipeline(cfg, frames)
+    whole, few = (frames.read(index, labels=True) for index in (0, 1))
+    few = dataclasses.replace(few, cameras=dict(list(few.cameras.items())[:3]))
+    samples = [pipeline.prepare(frame, index) for index, frame in enumerate((whole, few))]
+    both, alone = pipeline.collate(samples), pipeline.collate(samples[1:])
+    assert both["cameras"].images.shape[:2] == (2, 4) and alone["cameras"].images.shape[:2] == (1, 3)
+    torch.manual_seed(0)
+    camera = BevModel(cfg.model).eval().camera
+    assert camera is not None
+    torch.testing.assert_close(camera(both["cameras"])[1], camera(alone["cameras"])[0], rtol=1e-4, atol=1e-5)
+    depths = depth_images(both["lidar"][0], both["cameras"])
+    assert depths[1, :3].any() and not depths[1, 3].any()
+
+
+def test_points_that_no_picture_has_are_told(data: Path) -> None:
+    found = sample(load(data, "prc", stage="joint"))
+    assert found.seen is not None and found.seen.any() and not found.seen.all()
+    assert sample(load(data, "prc")).seen is None
 
 
 def test_pictures_of_files_are_read(tmp_path: Path) -> None:

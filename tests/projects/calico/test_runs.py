@@ -168,6 +168,8 @@ def test_the_commands_evaluate_a_finished_run(
     assert evaluate.finished(told).cfg.evaluation.data_root == "elsewhere"
     with pytest.raises(UserError, match="is no finished run"):
         evaluate.main([str(folder)])
+    with pytest.raises(UserError, match="--boxes .*boxes.json is a results file of nuScenes"):
+        evaluate.main([str(run_dir), "--boxes", str(folder / "boxes.json")])
     assert "miou" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from projects.calico.config import CalicoConfig
 from projects.calico.losses import prc_loss, rad_loss
 from projects.calico.networks import parts
 from projects.calico.networks.parts import rank_share, share_norms
-from projects.calico.pretraining import samples
+from projects.calico.pretraining import pretrain_losses, samples
 from tests.projects.calico.toy import TOY, load, scenes
 from vlmkd import config
 from vlmkd.errors import UserError
@@ -118,6 +118,25 @@ def test_a_step_of_rad_is_the_loss_of_its_samples(data: Path, teacher: Path) -> 
     sizes = [len(region) for region in batch["region"]]
     losses = [rad_loss(*row)[0] for row in zip(c.split(sizes), l2.split(sizes), batch["region"], strict=True)]
     assert float(output.loss.detach()) == pytest.approx(float(torch.stack(losses).mean().detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("negatives", ["frame", "batch"])
+@pytest.mark.parametrize("arm", ["rad", "mse"])
+def test_joint_training_distils_where_the_cameras_look(data: Path, arm: str, negatives: str) -> None:
+    cfg = load(data, "prc", stage="joint", rad__arm=arm, prc__negatives=negatives)
+    run = job(cfg)
+    batch = next(iter(run.loader))
+    found, seen = run.task.student(batch, None), torch.cat(batch["seen"])
+    assert not seen.all()
+
+    def loss(moved: torch.Tensor) -> float:
+        other = found | {
+            "rad": [torch.where(moved[:, None], found["rad"][0].flip(1), found["rad"][0]), found["rad"][1]]
+        }
+        return float(pretrain_losses(cfg, other, batch)[0][arm].detach())
+
+    plain = loss(torch.zeros_like(seen))
+    assert loss(~seen) == plain != loss(seen)
 
 
 def test_the_teacher_is_the_same_to_the_last_bit_after_ten_steps(data: Path, teacher: Path) -> None:
