@@ -4,7 +4,8 @@
 
 Seconds of one CPU thread, the least of some rounds, the two DBSCANs in turns; it fails unless they agree on every point.
 Sweeps of growing size are drawn: a road with stacked walls and things, whose points have neighbours by the thousand. With
-FOLDER (or $VLMKD_BEV_SAMPLES) its real frames follow. scikit-learn is no requirement: `pip install scikit-learn`.
+FOLDER (or $VLMKD_BEV_SAMPLES) its real frames follow; last, what a scene of the toy world costs. scikit-learn is no
+requirement: `pip install scikit-learn`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.calico.frames import open_frames  # noqa: E402
-from projects.calico.regions import PRESETS, dbscan2d, gpf, propose  # noqa: E402
+from projects.calico.regions import PRESETS, dbscan2d, gpf, propose, regions_of  # noqa: E402
 from projects.calico.scenes import DRIVING_AXIS, SENSOR_HEIGHT, Axis  # noqa: E402
+from projects.calico.synthdrive import generate  # noqa: E402
 
 Sweep = tuple[str, np.ndarray, float, Axis]
+_SCENES = 20
 
 
 def drawn(points: int) -> Sweep:
@@ -47,9 +51,9 @@ def sweeps(folder: Path | None) -> Iterator[Sweep]:
             yield name, frame.points, SENSOR_HEIGHT[frame.frame], DRIVING_AXIS[frame.frame]
 
 
-def in_turns(rounds: int, *forms: Callable[[], np.ndarray]) -> tuple[list[float], list[np.ndarray]]:
+def in_turns(rounds: int, *forms: Callable[[], Any]) -> tuple[list[float], list[Any]]:
     """Least seconds of each form, and what each gives."""
-    least, found = [float("inf")] * len(forms), [np.empty(0)] * len(forms)
+    least, found = [float("inf")] * len(forms), [None] * len(forms)
     for _ in range(rounds):
         for n, form in enumerate(forms):
             begin = time.process_time()
@@ -92,6 +96,15 @@ def main() -> None:
         cells = [name, len(points), len(xy), found.max() + 1]
         times = [f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.0f}", f"{ground:.3f}", f"{whole:.3f}"]
         print("| " + " | ".join(str(cell) for cell in [*cells, *times]) + " |", flush=True)
+    forms = {
+        "without pictures": lambda: [generate(n, image_size=(0, 0)) for n in range(_SCENES)],
+        "with four": lambda: [generate(n) for n in range(_SCENES)],
+        "regions": lambda: [regions_of(frame, preset) for frame in frames],
+    }
+    frames = forms["without pictures"]()
+    seconds, _ = in_turns(options.rounds, *forms.values())
+    told = ", ".join(f"{name} {value / _SCENES:.3f} s" for name, value in zip(forms, seconds, strict=True))
+    print(f"\nA scene of synthdrive, mean of {_SCENES}: {told}")
 
 
 if __name__ == "__main__":
