@@ -74,7 +74,7 @@ class ComdConfig(Service):
     threshold: Amount = 1.0
     """tau: an instruction is difficult where the teacher leads by so much."""
     new: Positive = 6000
-    """Instructions to write, half of them from difficult ones."""
+    """Most instructions to write: as many from difficult ones as from easy ones, unless there are none of one kind."""
     most_alike: Share = 0.7
     """A new instruction with more than this ROUGE-L F to one that there is already is left out."""
     kept: Amount = 1.0
@@ -186,11 +186,11 @@ def augment(cfg: ComdConfig) -> str:
     folder = Path(cfg.folder)
     train, cache = read_pool(cfg.train, cfg.images), read_pool(cfg.pool, cfg.images)
     draw = random.Random(f"{cfg.seed} comd {folder.name}")
-    requests, seeds = [], {}
+    requests, seeds, images = [], {}, cfg.images or str(Path(cfg.pool).parent)
+    parts = {kind: read_pool(str(folder / f"{kind}.jsonl"), images) for kind in _WISHES}
+    count = min(cfg.new // 2, *(len(part) or cfg.new for part in parts.values()))
     for kind, wish in _WISHES.items():
-        path = folder / f"{kind}.jsonl"
-        part = read_pool(str(path), cfg.images or str(Path(cfg.pool).parent))
-        for one in draw.sample(part, min(cfg.new // 2, len(part))):
+        for one in draw.sample(parts[kind], min(count, len(parts[kind]))):
             key = f"{folder.name}-{one.item.key}"
             seeds[key] = one
             requests.append(_shown(cfg, key, one, f"{wish}\n\n{one.words}"))

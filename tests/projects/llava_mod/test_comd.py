@@ -267,7 +267,7 @@ def test_two_rounds_against_a_service_ask_nothing_twice(server: Server, tmp_path
             ]
             assert parts == [["c0", "c3"], ["c1"]]  # the odd one has no scores, so it is neither
             new = read_pool(str(folder / "new.jsonl"), "")
-            assert len(new) == 2 and new[0].words == "same again"  # the second of these is a copy
+            assert len(new) == 2 and new[0].words == "same again"
             assert new[1].text.count("<image>") == 1 and new[1].item.record["image"] in (
                 "0.png",
                 "1.png",
@@ -280,6 +280,26 @@ def test_two_rounds_against_a_service_ask_nothing_twice(server: Server, tmp_path
     )  # train and cache have the same words
     grown = [one.item.key for one in read_pool(str(pools["cache"]), "")]
     assert grown[:4] == ["c0", "c1", "c2", "c3"] and len(grown) > 6
+
+
+@pytest.mark.parametrize(
+    ("difficult", "easy", "asked"),
+    [(3, 9, (3, 3)), (9, 1, (1, 1)), (9, 8, (5, 5)), (0, 9, (0, 5)), (2, 0, (2, 0))],
+)
+def test_as_many_are_written_from_difficult_ones_as_from_easy_ones(
+    difficult: int, easy: int, asked: tuple[int, int], server: Server, tmp_path: Path
+) -> None:
+    for name, count in (("difficult", difficult), ("easy", easy), ("train", 1), ("cache", 1)):
+        lines = [
+            {"id": f"{name}{n}", "conversations": [{"from": "human", "value": f"a {name} one, {n}"}]}
+            for n in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = [f"train={tmp_path / 'train.jsonl'}", f"pool={tmp_path / 'cache.jsonl'}", f"folder={tmp_path}"]
+    said = [f"next={tmp_path / 'next'}", f"url={server.url}", "model=augmentor", "retries=0", "new=10"]
+    assert comd.main(["augment", *files, *said]) == 0
+    wishes = [one["messages"][-1]["content"] for one in server.asked]
+    assert tuple(sum(f"a {kind} one" in wish for wish in wishes) for kind in ("difficult", "easy")) == asked
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
