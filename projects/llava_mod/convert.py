@@ -12,6 +12,7 @@ import argparse
 import re
 import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from projects.llava_mod.student import SPARSE_FACTS, surgery
 from vlmkd.chat_config import MllmConfig
 from vlmkd.errors import UserError, run_tool
 from vlmkd.export.folder import replacing, write_tensors
-from vlmkd.export.mllm import CONFIG, build_mllm, export_mllm
+from vlmkd.export.mllm import CONFIG, ChatParts, build_mllm, export_mllm
 from vlmkd.files import read_object, write_json
 from vlmkd.models.checkpoints import differences
 from vlmkd.tensor_files import read_torch
@@ -46,7 +47,7 @@ def read_folder(folder: Path) -> tuple[Whole, Callable[[Path], object]]:
     if (folder / CONFIG).is_file():
         parts = build_mllm(MllmConfig(init_from=str(folder)), surgery=surgery)
         config, layers = plain_config(parts.module.decoder.config), parts.config.tower_layers
-        allow(len(layers) == 1, "ours", "goes elsewhere with one of tower.layers only")
+        _check_tower(parts)
         left = {UNUSED, HEAD} if config["tie_word_embeddings"] else {UNUSED}
         state = {name: value for name, value in parts.module.state_dict().items() if name not in left}
         whole = Whole(state, config, parts.facts.get(SPARSE_FACTS, {}), parts.config.tower, layers[0])
@@ -60,6 +61,21 @@ def read_folder(folder: Path) -> tuple[Whole, Callable[[Path], object]]:
         file for file in folder.iterdir() if re.match("tokenizer|vocab|merges|special_|added_", file.name)
     ]
     return from_layout(state, config), lambda out: [shutil.copy(file, out) for file in words]
+
+
+def _check_tower(parts: ChatParts) -> None:
+    """Refuse settings of the tower that no other layout can say."""
+    cfg, tower = parts.config, copy(parts.module.tower)
+    tower.grid = 0  # type: ignore[assignment]
+    whole = tower(torch.zeros(1, 3, *parts.image_spec.size)).shape[1] == tower.tokens
+    for fits, only in (
+        (len(cfg.tower_layers) == 1, "one of tower_layers"),
+        (whole, "grid=0 or the tower's own"),
+        (not cfg.tower_norm, "tower_norm=false"),
+        (not cfg.drop_first, "drop_first=false"),
+        (cfg.resize == "longest", "resize=longest"),
+    ):
+        allow(fits, "ours", f"goes elsewhere with {only} only")
 
 
 def write_folder(folder: Path, whole: Whole, layout: str, tokenizer: Callable[[Path], object]) -> None:

@@ -47,6 +47,10 @@ def build_student(cfg: LlavaModConfig) -> ChatParts:
             torch.manual_seed(cfg.seed)
             upcycle(decoder, **facts)
         parts.facts = parts.facts | {SPARSE_FACTS: facts}
+        made = tuple(
+            f"decoder.model.layers.{layer}.mlp." for layer in layers
+        )  # no longer stock, trained or not
+        parts.trained = parts.trained | {n for n, _ in parts.module.named_parameters() if n.startswith(made)}
     elif sparse and cfg.stage not in ("sft", *SPARSE):
         raise UserError(
             f"config field student.init_from is a sparse export; stage {cfg.stage} trains dense students"

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.convert import main, read_folder
 from projects.llava_mod.experts import sparse_layers
 from projects.llava_mod.layouts import (
@@ -28,9 +29,10 @@ from projects.llava_mod.layouts import (
     plain_config,
     to_layout,
 )
-from projects.llava_mod.student import SPARSE_FACTS, surgery
+from projects.llava_mod.student import SPARSE_FACTS, build_student, surgery
 from tests.chat_parts import byte_tokenizer
 from vlmkd.chat_config import MllmConfig
+from vlmkd.config import load
 from vlmkd.errors import UserError
 from vlmkd.export.mllm import build_mllm, export_mllm, load_mllm
 
@@ -243,6 +245,41 @@ def test_a_foreign_folder_becomes_an_export_with_the_tensors_that_differ(
         UserError, match="is of another architecture: tie_word_embeddings False instead of True"
     ):
         main([*args[:-1], other])
+
+
+def test_an_export_holds_sparse_layers_that_were_not_trained(clip_tower, tmp_path) -> None:
+    decoder = stock_decoder(tmp_path / "decoder", tied=True)
+    given = [f"student.tower={clip_tower}", f"student.decoder={decoder}", "data.chats=[x]", "run_dir=r"]
+    cfg = load(LlavaModConfig, [*given, "stage=sft", "train=projector", "moe.mode=sparse"])
+    parts = build_student(cfg)
+    assert all(".mlp." not in name for name, p in parts.module.named_parameters() if p.requires_grad)
+    export_mllm(tmp_path / "export", parts, parts.module.state_dict())
+    back = load_mllm(tmp_path / "export", surgery=surgery)
+    equal(back.module.state_dict(), parts.module.state_dict())  # routers and all
+    assert len(sparse_layers(back.module.decoder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "only"),
+    [
+        ({"grid": 1}, "grid=0 or the tower's own"),
+        ({"tower_norm": True}, "tower_norm=false"),
+        ({"drop_first": True}, "drop_first=false"),
+        ({"resize": "shortest"}, "resize=longest"),
+        ({"tower_layers": [-2, -1]}, "one of tower_layers"),
+        ({"grid": 2}, ""),  # what the tower has
+    ],
+)
+def test_settings_of_the_tower_that_no_layout_says_are_refused(changed, only, clip_tower, tmp_path) -> None:
+    cfg = MllmConfig(tower=clip_tower, decoder=stock_decoder(tmp_path / "decoder", tied=True), **changed)
+    parts = build_mllm(cfg)
+    export_mllm(tmp_path / "export", parts, parts.module.state_dict())
+    args = [str(tmp_path / "export"), str(tmp_path / "out"), "--to", "llava_mod"]
+    if not only:
+        assert main(args) == 0
+        return
+    with pytest.raises(UserError, match=f"layout ours goes elsewhere with {only} only"):
+        main(args)
 
 
 def test_what_does_not_fit_is_one_error(clip_tower, tmp_path) -> None:
