@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
 from vlmkd.chat_config import ChatRunConfig
 from vlmkd.config import AboveZero, Amount, Count, Positive, Share, require
+from vlmkd.losses.preference import PreferenceKind
 
 Stage = Literal["words", "adapt", "sft", "d2d", "d2s", "prefer"]
 FROM_TEACHER: tuple[Stage, ...] = ("d2d", "d2s", "prefer")
@@ -30,7 +32,11 @@ class MoeConfig:
     expert_parallel: Positive = 1
     """Ranks that share the experts of backend=deepspeed, each of which keeps an equal number of them."""
     aux: Amount = 0.01
-    """Weight of the balance losses, summed over layers."""
+    """Weight of the balance losses, summed over layers, and in prefer over preferred and rejected answers."""
+
+    def __post_init__(self) -> None:
+        least = f"is {self.top_k}, but a layer has {self.experts} experts (moe.experts)"
+        require(self.top_k <= self.experts, "moe.top_k", least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +53,18 @@ class LossConfig:
     """Of both models' softmax."""
     vocabulary: Count = 0
     """First entries that the divergence is over; 0: those that both models have."""
-    preference: Literal["kto_pair", "sigmoid", "hinge", "ipo"] = "kto_pair"
+    skew: Share = 0.0
+    """The student's own share of what the forward divergence is from, or the teacher's of the reverse one's; DistiLLM's alpha."""
+    taid: Share = 1.0
+    """The teacher's share of the target at first, the rest the student's; it grows to 1 (TAID). 1: the teacher alone."""
+    preference: Literal["kto_pair", "sigmoid", "hinge", "ipo", "bco_pair"] = "kto_pair"
     """Of stage prefer."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weights of several kinds in the place of `preference`, sft too; MPO's are {sigmoid: 0.8, bco_pair: 0.2, sft: 1}."""
+    label_smoothing: Share = 0.0
+    """Of the sigmoid preference."""
+    by_length: bool = False
+    """Log-ratios of preferences are means over an answer's tokens, not sums."""
     beta: AboveZero = 0.1
     """Scale of the log-ratios."""
     jsd_beta: Share = 0.5
@@ -61,6 +77,24 @@ class LossConfig:
     """Most tokens of a sampled answer."""
     chunk: Positive = 128
     """Rows whose logits are held at a time."""
+
+    def __post_init__(self) -> None:
+        skewed = self.skew == 0 or self.divergence in ("forward", "reverse")
+        require(
+            skewed and self.skew < 1,
+            "loss.skew",
+            "is below 1, and of the forward and the reverse divergence only",
+        )
+        kinds = typing.get_args(PreferenceKind)
+        for kind in self.mixture:
+            require(kind in kinds, f"loss.mixture.{kind}", f"is no kind; choose from {', '.join(kinds)}")
+        smooth = not self.label_smoothing or "sigmoid" in self.preferences()
+        require(smooth, "loss.label_smoothing", "is of the sigmoid preference only")
+
+    def preferences(self) -> dict[PreferenceKind, float]:
+        """Weights of the preference losses."""
+        mixture = typing.cast("dict[PreferenceKind, float]", self.mixture)
+        return mixture or {self.preference: 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +144,11 @@ class LlavaModConfig(ChatRunConfig):
             not (stored and self.parity.unshifted_mask),
             "parity.unshifted_mask",
             "needs the teacher at other positions than data.teacher_outputs has",
+        )
+        require(
+            self.loss.taid == 1 or (self.stage in ("d2d", "d2s") and not stored),
+            "loss.taid",
+            "goes with d2d and d2s only, and needs the teacher itself; leave data.teacher_outputs empty",
         )
         require(
             not (stored and self.loss.on_policy),

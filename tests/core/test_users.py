@@ -69,8 +69,9 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "losses/preference": (
         "preference losses are offered to every project on chats",
-        {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss"},
+        {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss", "PreferenceKind"},
     ),
+    "losses/tokens": ("token losses are offered to every project on chats", {"Taid", "TokenLoss"}),
     "chat_runs": (
         "which files of chats are shards, for data_tools/embed_chats.py too; what tools open and compare exports with",
         {"check_alike", "is_shards", "open_chat"},

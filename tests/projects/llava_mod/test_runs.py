@@ -217,7 +217,7 @@ def test_a_killed_on_policy_run_goes_on_to_the_same_weights_and_two_ranks_sample
 ) -> None:
     teacher = [name.replace("student.", "teacher.") for name in model(place, "student")]
     arguments = [
-        "stage=d2s", "moe.mode=sparse", "loss.on_policy=0.5", "loss.sample_tokens=6", *model(place, "student"),
+        "stage=d2s", "moe.mode=sparse", "loss.on_policy=0.5", "loss.sample_tokens=6", "loss.taid=0.3", *model(place, "student"),
         "student.decoder_layers=[0,3]", *teacher, "data.pack=true", "seed=4",
     ]  # fmt: skip
     assert run(zygote, place, "whole", *arguments, without=UNCHECKED)[0] == 0
@@ -242,7 +242,7 @@ def test_a_killed_on_policy_run_goes_on_to_the_same_weights_and_two_ranks_sample
     assert run(zygote, place, "alone", *greedy, without=UNCHECKED)[0] == 0
     code, said = run(zygote, place, "both", *greedy, "micro_batch_size=1", ranks=2, without=UNCHECKED)
     assert code == 0, said
-    assert losses(place / "both") == pytest.approx(losses(place / "alone"), rel=1e-4)
+    assert losses(place / "both") == pytest.approx(losses(place / "alone"), rel=1e-4, abs=1e-7)
 
 
 def test_a_competitive_round_of_an_export_and_saved_answers(zygote: Zygote, place: Path) -> None:
