@@ -69,7 +69,7 @@ class LlavaModTask(ChatTask):
             with self.watch.span("loss"), self.teacher_head():
                 terms, weights, metrics = self._terms(batch, hidden, seen, share)
                 if sparse_layers(self.core) and self.cfg.moe.aux:
-                    terms["balance"] = balance(self.core, valid, self.cfg.parity.aux_counts)
+                    terms["balance"] = self._balance(valid)
                     weights["balance"] = self.cfg.moe.aux
             return terms, weights, metrics
 
@@ -77,6 +77,14 @@ class LlavaModTask(ChatTask):
         output = combine(terms, weights)
         output.metrics = metrics
         return output
+
+    def _balance(self, valid: Tensor) -> Tensor:
+        """Of all rows; of pairs as published, that of the preferred rows and that of the rejected ones, added."""
+        counts = self.cfg.parity.aux_counts
+        if self.cfg.stage != "prefer":
+            return balance(self.core, valid, counts)
+        preferred = (torch.arange(len(valid), device=valid.device) < len(valid) // 2)[:, None]
+        return balance(self.core, valid & preferred, counts) + balance(self.core, valid & ~preferred, counts)
 
     def _teacher_hidden(self, batch: Batch) -> Tensor | None:
         if self.teacher is None:

@@ -158,7 +158,7 @@ def test_taids_share_follows_the_loss_of_whole_steps_and_is_resumed() -> None:
         ["loss.preference=ipo", "loss.by_length=true"],
     ],
 )
-def test_pairs_are_compared_with_the_teacher(options: list[str]) -> None:
+def test_pairs_are_compared_with_the_teacher_and_balanced_apart(options: list[str]) -> None:
     beta = 0.3
     task, batch = made("stage=prefer", f"loss.beta={beta}", "moe.aux=0.05", *options, pairs=True)
     found = task.step(batch, 0)
@@ -184,7 +184,13 @@ def test_pairs_are_compared_with_the_teacher(options: list[str]) -> None:
             assert found.metrics[f"preference/{kind}"].item() == pytest.approx(term.mean().item(), rel=1e-5)
     else:
         expected = (good - bad - 1 / (2 * beta)) ** 2
+    even = []
+    for half in (slice(0, 3), slice(3, 6)):  # as two passes
+        rows = {name: batch[name][half] for name in ("input_ids", "targets", "segments", "image_rows")}
+        task.core({"images": batch["images"], **rows})
+        even.append(balance(task.core, rows["segments"] > 0))
     assert found.terms["preference"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert found.terms["balance"].item() == pytest.approx(0.05 * (even[0] + even[1]).item(), rel=1e-5)
     reward = beta * ratios
     logged = {
         "reward_chosen": reward[:3].mean(),
