@@ -19,7 +19,7 @@ class ChatDataConfig:
     template: str = "llava"
     """How a conversation is written: `llava` (USER: ... ASSISTANT: ...), `chatml`, or `plain` (questions and answers alone)."""
     max_length: Positive = 2048
-    """Tokens of a row, places of images included; a longer chat loses its end and is counted, or is bad if that has an image."""
+    """Tokens of a row, places of images included; a longer chat loses its end (`cut` in metrics.jsonl), an image in it: all."""
     pack: bool = False
     """Put several chats into a row."""
     workers: Processes = 2

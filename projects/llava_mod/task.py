@@ -75,7 +75,7 @@ class LlavaModTask(ChatTask):
 
         terms, weights, metrics = self.student(batch, then=losses)
         output = combine(terms, weights)
-        output.metrics = metrics
+        output.metrics = metrics | {"cut": batch["cut"]}
         return output
 
     def _balance(self, valid: Tensor) -> Tensor:

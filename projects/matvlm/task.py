@@ -80,7 +80,7 @@ class MatvlmTask(ChatTask):
 
         terms, weights, metrics = self.student(batch, then=losses, **masks)
         output = combine(terms, weights)
-        output.metrics = metrics
+        output.metrics = metrics | {"cut": batch["cut"]}
         return output
 
     def weight(self, batch: Batch) -> float:

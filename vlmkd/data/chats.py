@@ -346,7 +346,7 @@ class ChatPipeline:
             },
             "images": torch.stack(images) if images else torch.zeros(0, 3, *self._spec.size),
             "image_rows": torch.tensor([index for n in order for index in image_rows[n]], dtype=torch.int64),
-            "cut": sum(sample.cut for sample in samples),
+            "cut": torch.tensor(float(sum(sample.cut for sample in samples))),
             **_said([sample.said for sample in samples], order),
         }
 

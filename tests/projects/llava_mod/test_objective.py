@@ -71,7 +71,9 @@ def test_the_released_mask_moves_the_divergence_and_not_the_cross_entropy(
 ) -> None:
     options = [f"parity.unshifted_mask={unshifted}", "loss.ce=0.5", "loss.kd=2"]
     task, batch = made("stage=d2s", *options, pack=pack)
+    batch["cut"] += 2
     found = task.step(batch, 0)
+    assert found.metrics["cut"] == 2
     own = log_probs(task.core, batch)
     even = 0.01 * balance(task.core, batch["segments"] > 0)
     q, p = own[..., :259].log_softmax(-1), log_probs(task.teacher.module, batch, 259)  # type: ignore[union-attr]

@@ -70,7 +70,9 @@ def test_counts_of_the_paper_s_model(
 
 def test_a_step_is_the_published_loss_in_plain_torch(given: list[str]) -> None:
     task, (batch, _) = task_of(given, "hybrid.layers=[0,3,7]", *PUBLISHED)
+    batch["cut"] += 2
     found = task.step(batch, 0)
+    assert found.metrics["cut"] == 2
     student, teacher = task.core, task.teacher.module
     segments = batch["segments"]
     with torch.no_grad():
