@@ -81,6 +81,8 @@ class Conversation:
 
     def ask(self, model: ChatModel, question: str) -> str:
         """The answer, which is printed while it comes."""
+        if IMAGE in question:
+            raise UserError(f"leave {IMAGE} out of the question; the picture is put before the first one")
         text = question if self.turns or not self.images else f"{IMAGE}\n{question}"
         streamer = transformers.TextStreamer(model.tokens.tokenizer, skip_special_tokens=True)
         (said,) = model.answer(
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> int:
     )
     add_model_options(parser, required=True)
     parser.add_argument("--image", default="", metavar="FILE", help="the picture")
-    parser.add_argument("--question", default="", help="ask this alone")
+    parser.add_argument("--question", help="ask this alone")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest words")
     parser.add_argument("--most-tokens", type=at_least(1), default=256, help="longest answer (default 256)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of sampled answers (default 0)")
@@ -108,7 +110,9 @@ def main(argv: list[str]) -> int:
     talk = Conversation(args.image, most_tokens=args.most_tokens, temperature=args.temperature)
     model = load(args)
     torch.manual_seed(args.seed)
-    if args.question:
+    if args.question is not None:
+        if not args.question.strip():
+            raise UserError("--question is empty; write a question, or leave it out to talk")
         with suppress(KeyboardInterrupt):
             talk.ask(model, args.question)
         return 0
@@ -120,7 +124,8 @@ def main(argv: list[str]) -> int:
             if question == NEW:
                 talk.begin(talk.image)
             elif command == OTHER and file:
-                talk.begin(file.strip())
+                talk.begin(file.strip().strip("\"'"))
+                print(f"{OTHER}: {talk.image}")
             elif question.startswith("/"):
                 raise UserError(f"{command} is no command; write {OTHER} FILE or {NEW}")
             else:

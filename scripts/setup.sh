@@ -68,4 +68,6 @@ if [ -w "$prefix" ]; then
     { grep -F "${wanted%% *}" "$stamp" 2>/dev/null || true; echo "$wanted"; } >"$stamp.part"
     mv "$stamp.part" "$stamp"
 fi
-echo "setup: done" >&2
+activate="; for its python: . $prefix/bin/activate"
+[ -z "${VLMKD_NO_VENV:-}" ] || activate=""
+echo "setup: done$activate" >&2

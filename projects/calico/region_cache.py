@@ -63,7 +63,7 @@ class RegionCache:
         Raises:
             UserError: no such file, a damaged one, or one of another preset or another sweep.
         """
-        mend = f"run `python -m projects.calico.region_cache` into {self.folder} again"
+        mend = f"run `python -m projects.calico.region_cache DATA {self.folder}`, or set regions.cache to nothing"
         what = f"region cache {self.path(token)}"
         found = read_arrays(self.path(token), "region cache", mend, ("region", "made"))
         region, then, now = found["region"], json.loads(str(found["made"]))["preset"], self.told(kind)

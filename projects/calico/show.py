@@ -220,6 +220,11 @@ def montage(drawn: dict[str, Image.Image], title: str) -> Image.Image:
     return sheet
 
 
+LEGEND = (
+    "Points of a region have a colour of their own, ground is light, all else grey. Labels are green with their front "
+    "marked, boxes that a model found red. From above, road is tinted blue, crossings yellow, walkways violet."
+)
+
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
@@ -232,6 +237,7 @@ img { width: 100%; height: auto; display: block; border: 1px solid #ddd; }
 </style>
 <h1>{{ title }}</h1>
 <p>{{ facts }}</p>
+<p>{{ legend }}</p>
 <div class="views">
 {% for name, data in figures %}
 <figure><img alt="{{ name }}" src="data:image/png;base64,{{ data }}"><figcaption>{{ name }}</figcaption></figure>
@@ -248,7 +254,7 @@ def page(drawn: dict[str, Image.Image], title: str, told: str) -> str:
         image.save(data := io.BytesIO(), "PNG")
         figures.append((name, base64.b64encode(data.getvalue()).decode()))
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
-    return template.render(title=title, facts=told, figures=figures)
+    return template.render(title=title, facts=told, legend=LEGEND, figures=figures)
 
 
 def find(frames: Frames, wanted: str) -> int:

@@ -390,6 +390,8 @@ def write(
     """The scenes `first` to `first + scenes - 1` on disk; those that are there already stay, if they were made alike."""
     head = new_folder(folder, "synthdrive data set") / "synthdrive.json"
     asked = {"sweeps": sweeps, "image_size": list(image_size), "version": VERSION, "first": first}
+    if not head.is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files; name a folder of its own")
     there = read_object(head, "synthdrive data set") if head.is_file() else {**asked, "scenes": 0}
     for key, value in asked.items():
         if there.get(key) != value:

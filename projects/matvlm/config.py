@@ -76,6 +76,9 @@ class MatvlmConfig(ChatRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        preset, layers = self.hybrid.preset, self.hybrid.layers
+        told = f"is {preset:g}; write 12.5, 25 or 50, or give hybrid.layers instead"
+        require(preset in (0, 12.5, 25, 50) and not (preset and layers), "hybrid.preset", told)
         require(self.student.named, "student", "is empty; name tower and decoder, or the export of a run")
         require(
             self.deepspeed.zero_stage < 3 or self.deepspeed.precision == "fp32",

@@ -119,7 +119,8 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
         (["--image", "none.png"], "image none.png does not exist"),
         (["--image", str(tmp_path / "torn.png")], "torn.png is no picture that can be read; name another"),
         (["--temperature", "-1"], "--temperature -1.0 is not 0 or more"),
-        (["--question", "<image>?"], "have 1 <image> for 0 images; write one for each"),
+        (["--question", "<image>?"], "leave <image> out of the question"),
+        (["--question", " "], "--question is empty; write a question"),
         (["--project", "llava_mid"], "llava_mid is no project with chat models; did you mean llava_mod"),
     ):
         with pytest.raises(UserError, match=message):

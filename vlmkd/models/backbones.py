@@ -111,7 +111,7 @@ def prompted_config(clip_config: Mapping[str, Any], tower: PromptedImageTower) -
 def package_folder(distribution: str) -> Path:
     spec = importlib.util.find_spec(distribution.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {distribution} is missing; run: pip install {distribution}")
+        raise UserError(f"the package {distribution} is missing; run: pip install --no-deps {distribution}")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -204,7 +204,7 @@ def _smollm2() -> Path:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # transformers says so of accelerate by the other
         raise UserError(f"reading {_GGUF} needs `pip install gguf accelerate` ({one_line(error)})") from None
     # `save_pretrained` refuses a model that remembers its GGUF.
     if hasattr(model.config, "quantization_config"):

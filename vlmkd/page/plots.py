@@ -70,6 +70,10 @@ def scatter_plot(points: Sequence[tuple[str, int, Point]], *, x_label: str, y_la
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.15)
+    ys = [y for _, _, (_, y) in points]
+    middle, least = (min(ys) + max(ys)) / 2, 0.05 * max(map(abs, ys))
+    if max(ys) - min(ys) < least:  # else equal models look far apart
+        axes.set_ylim(middle - least, middle + least)
     return figure
 
 

@@ -248,6 +248,10 @@ def test_data_sets_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         drive.main([str(folder), "--scenes", "4", "--first", "100"])
     with pytest.raises(UserError, match="holds scenes with first=100 and not 0"):
         drive.main([str(folder), "--scenes", "4", "--sweeps", "2"])
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "train.json").write_text("[]")
+    with pytest.raises(UserError, match="chats holds other files; name a folder of its own"):
+        drive.write(tmp_path / "chats", 1)
 
 
 def test_data_sets_that_are_not_whole(tmp_path: Path) -> None:
