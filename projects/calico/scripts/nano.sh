@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tables of the README in the toy world: LiDAR, cameras and both, from random weights and from pre-training, against the
-# share of labelled scenes; two CPU cores.
+# The tables and pages of the README in the toy world: LiDAR, cameras and both, from random weights and from
+# pre-training, against the share of labelled scenes; two CPU cores.
 #
 #   bash projects/calico/scripts/nano.sh [field=value ...]
 #
@@ -69,4 +69,9 @@ export -f train finetune student
 printf '%s\n' ${SEEDS:-0 1 2} | xargs -P 2 -I SEED bash -euo pipefail -c 'student "$@"' student SEED "$@"
 
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/calico/table.yaml --markdown "$runs/table.md" --json "$runs/table.json"
+# The first seed's runs on a page, and what its model of both sensors finds in a frame.
+seed="${SEEDS:-0}" seed="${seed%% *}" part="${fractions%%:*}"
+bash scripts/launch.sh scripts/report.py "$runs/prc_s$seed" "$runs/rad_s$seed" "$runs/fusion_random_${part}_s$seed" \
+    "$runs/fusion_calico_${part}_s$seed" --out "$runs/report.html"
+bash scripts/launch.sh projects/calico/show_run.py "$runs/fusion_calico_${part}_s$seed" --out "$runs/found.html"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"
