@@ -98,9 +98,9 @@ class LlavaModTask(ChatTask):
         if self.cfg.stage == "prefer":
             return self._preference(batch, hidden, seen)
         loss = self.cfg.loss
-        mimicked = batch["targets"] != IGNORED
+        learned = mimicked = batch["targets"] != IGNORED
         if self.cfg.parity.unshifted_mask and seen is not None:
-            mimicked = torch.cat([torch.zeros_like(mimicked[:, :1]), mimicked[:, :-1]], dim=1)
+            mimicked = torch.cat([torch.zeros_like(learned[:, :1]), learned[:, :-1]], dim=1)
         teacher: Teacher | None = stored_teacher(batch)
         if seen is not None and self.teacher is not None:
             head = self.teacher.module.head
@@ -110,7 +110,7 @@ class LlavaModTask(ChatTask):
             divergence=loss.divergence, temperature=loss.temperature, vocabulary=loss.vocabulary, chunk=loss.chunk,
             skew=loss.skew, beta=loss.jsd_beta, taid=share, weight=0.0 if alone else loss.kd, ce_weight=1.0 if alone else 0.0 if sampled else loss.ce,
         )  # fmt: skip
-        found = self._token_loss(batch["targets"], hidden, mimicked, teacher, objective)
+        found = self._token_loss(batch["targets"][learned], hidden, learned, mimicked, teacher, objective)
         rows = found.num_rows.clamp_min(1)
         labels = found.num_labels.clamp_min(1)
         metrics = {"next_token": found.ce / labels}
@@ -130,18 +130,17 @@ class LlavaModTask(ChatTask):
         return {name: found.total / rows}, {name: 1.0}, metrics
 
     def _token_loss(
-        self, targets: Tensor, hidden: Tensor, mimicked: Tensor, teacher: Teacher | None, o: TokenObjective
-    ) -> TokenLoss:
+        self, labels: Tensor, hidden: Tensor, learned: Tensor, mimicked: Tensor, teacher: Teacher | None, o: TokenObjective
+    ) -> TokenLoss:  # fmt: skip
         """In one walk, or in two where the divergence is not at the positions of the cross entropy."""
-        head, learned = self.core.head, targets != IGNORED
-        labels = targets[learned]
+        head = self.core.head
 
         def walk(
             rows: Tensor, teacher: Teacher | None, o: TokenObjective, labels: Tensor | None = None
         ) -> TokenLoss:
             return token_loss(hidden[rows], head.weight, teacher, o, labels=labels, bias=head.bias)
 
-        if torch.equal(mimicked, learned):
+        if mimicked is learned:
             return walk(learned, teacher, o, labels)
         found = walk(mimicked, teacher, replace(o, ce_weight=0.0))
         said = walk(learned, None, replace(o, weight=0.0), labels)

@@ -26,7 +26,7 @@ class HybridConfig:
     conv_start: Literal["random", "identity"] = "random"
     """random (paper), or the convolution lets each token pass unchanged at the start."""
     fold_scale: bool = False
-    """Multiply the queries' rows by head width^-0.5, attention's scale, which the paper leaves out."""
+    """Multiply the queries' rows by attention's scale (head width^-0.5 in most), which the paper leaves out."""
     norm_start: Amount = 1.0
     """Weight of the gated norm at the start; 1 (paper) gives every head's output a root mean square of 1, whatever attention's was."""
     chunk: Positive = CHUNK
