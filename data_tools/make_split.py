@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from projects.dho.lists import LIST_MARK, digest_of, percent_list, read_list
 from vlmkd.datasets.folders import class_folder_names, images_of_classes
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.datasets.published_sets import SETS, missing_files, set_folder
-from vlmkd.datasets.splits import LIST_MARK, ImageList, percent_list, read_list
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_object, read_text, write_text
 
@@ -236,21 +236,21 @@ def make(key: str, root: str, seed: int) -> Path:
     return path
 
 
-def write_list(path: Path, images: ImageList, percent: float) -> None:
+def write_list(path: Path, names: list[str], percent: float) -> None:
     """Write the list of a share as text under its digest; an existing file with the same list is left as it is.
 
     Raises:
         UserError: the file exists with other images.
     """
     if path.exists():
-        if read_list(path, images.kind).names == images.names:
+        if read_list(path, "cascade") == names:
             return
         raise UserError(f"{path} exists and lists other images; delete it or name another file")
     head = [
-        f"{LIST_MARK}, kind {images.kind}, percent {percent:g}, {len(images.names)} images",
-        f"# sha256 {images.sha256}",
+        f"{LIST_MARK}, percent {percent:g}, {len(names)} images",
+        f"# sha256 {digest_of(names)}",
     ]
-    write_text(path, "\n".join([*head, *images.names]) + "\n", "image list")
+    write_text(path, "\n".join([*head, *names]) + "\n", "image list")
 
 
 def main(argv: list[str]) -> int:
@@ -272,7 +272,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--percent is {options.percent:g}; it is above 0 and at most 100")
         listed = percent_list(items_of(load_set(options.set, options.root), "train"), options.percent)
         write_list(options.out, listed, options.percent)
-        print(f"{options.out}: {len(listed.names)} images, sha256 {listed.sha256}")
+        print(f"{options.out}: {len(listed)} images, sha256 {digest_of(listed)}")
         return 0
     path = make(options.set, options.root, options.seed)
     content = read_object(path, "split file")

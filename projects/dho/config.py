@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from projects.dho.lists import ListKind
 from projects.dho.objective import USES_FEATURES, USES_LABELS, USES_LOGITS, Balance, Method, term_weights
 from vlmkd.config import (
     AboveZero,
@@ -21,7 +22,7 @@ from vlmkd.config import (
     in_steps_already,
     require,
 )
-from vlmkd.datasets.splits import Fewer, ListKind
+from vlmkd.datasets.splits import Fewer
 from vlmkd.models.class_vectors import Normalise
 from vlmkd.models.heads import KdHead
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from projects.dho.config import SplitConfig
+from projects.dho.lists import digest_of, percent_list, pick_listed, read_list
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item, LabelledSet, by_class
 from vlmkd.datasets.labelled_sets import configured_set, items_of
-from vlmkd.datasets.splits import coop_few_shot, percent_list, pick_listed, read_list, rest_of
+from vlmkd.datasets.splits import coop_few_shot
 from vlmkd.errors import UserError
 
 log = logging.getLogger("vlmkd.dho")
@@ -46,7 +47,7 @@ def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
         lacking, other = (
             ("it has no split val", "train")
             if split.validation == "val"
-            else ("no class has two images beside its labelled ones to hold one out for validation", "val")
+            else ("no class has two images beside its labelled ones", "val")
         )
         raise UserError(
             f"{dataset.name}: {lacking}; set split.validation={other}, or none with mixing.mode=fixed and selection=last"
@@ -75,14 +76,19 @@ def _labelled(train: list[Item], split: SplitConfig, class_names: list[str]) -> 
         return coop_few_shot(  # Tip-Adapter's picks are CoOp's
             train, [], split.shots, split.seed, fewer=split.fewer, class_names=class_names
         )[0]
-    listed = (
-        read_list(Path(split.list_file), split.list_kind)
-        if split.list_file
-        else percent_list(train, split.percent)
-    )
-    if len(listed.names) < len(train):  # a draw, which others may want to have again
-        log.info("labels: list %s, %d images, sha256 %s", listed.kind, len(listed.names), listed.sha256)
-    return pick_listed(train, listed)
+    if split.list_file:
+        names = read_list(Path(split.list_file), split.list_kind)
+    else:
+        names = percent_list(train, split.percent)
+    if len(names) < len(train):  # a draw, which others may want to have again
+        log.info("labels: list %s, %d images, sha256 %s", split.list_kind, len(names), digest_of(names))
+    return pick_listed(train, names, split.list_kind)
+
+
+def rest_of(items: list[Item], picked: list[Item]) -> list[Item]:
+    """The items whose key is not among `picked`, without their labels."""
+    taken = {item.key for item in picked}
+    return [item.unlabelled() for item in items if item.key not in taken]
 
 
 def _held_out(train: list[Item], labelled: list[Item], split: SplitConfig) -> list[Item]:

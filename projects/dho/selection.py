@@ -6,6 +6,7 @@ Letters: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -25,20 +26,17 @@ from vlmkd.results import share
 NAME = "heads"
 
 
+@dataclass(frozen=True)
 class HeadClassifier:
     """An ImageClassifier whose two heads can be asked apart."""
 
-    def __init__(
-        self,
-        name: str,
-        image_spec: ImageSpec,
-        class_names: list[str],
-        heads: Callable[[Tensor], DualLogits],
-        answer: Callable[[DualLogits], Tensor],
-    ) -> None:
-        """`heads`: images [B, 3, h, w] -> logits [B, C] of both; `answer` makes one of the two."""
-        self.name, self.image_spec, self.class_names = name, image_spec, class_names
-        self.heads, self.answer = heads, answer
+    name: str
+    image_spec: ImageSpec
+    class_names: list[str]
+    heads: Callable[[Tensor], DualLogits]
+    """Images [B, 3, h, w] -> logits [B, C] of both."""
+    answer: Callable[[DualLogits], Tensor]
+    """Makes one of the two."""
 
     def classify(self, images: Tensor) -> Tensor:
         return self.answer(self.heads(images))

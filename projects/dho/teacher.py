@@ -15,6 +15,7 @@ from projects.dho.config import TeacherConfig
 from vlmkd.class_names import read_templates, require_same_classes
 from vlmkd.data.teacher_outputs import TeacherOutputs
 from vlmkd.errors import UserError
+from vlmkd.files import read_object
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.models.clip import ClipModel, load_clip
 from vlmkd.models.heads import TextClassifier
@@ -91,7 +92,9 @@ def load_adapter(path: str, class_names: list[str], digest: str) -> tip_adapter.
     classes = adapter.values.shape[1]
     if classes != len(class_names):
         raise UserError(f"Tip-Adapter {path} has {classes} classes, the data set {len(class_names)}")
-    if facts := tip_adapter.read_facts(Path(path)):
+    beside = Path(path).with_suffix(".json")
+    if beside.is_file():  # a released one has none
+        facts = read_object(beside, "Tip-Adapter facts")
         require_same_classes(facts["class_names"], class_names, f"Tip-Adapter {path}")
         if facts["teacher_digest"] != digest:
             raise UserError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from projects.dho.legacy import number_of, read_plain_pickle
 from vlmkd.errors import UserError
-from vlmkd.files import new_file, read_object, write_json
+from vlmkd.files import new_file, write_json
 
 SCALE = 100.0
 """Factor of the cosines, for which the file has no place."""
@@ -113,10 +113,8 @@ def accuracy(adapter: TipAdapter, embeds: Tensor, labels: Tensor) -> float:
 
 def search_grid(beta_end: float, alpha_end: float) -> tuple[list[float], list[float]]:
     """The values of beta and alpha that are tried: from 0.1 in 200 and 20 equal steps, up to but without the end."""
-    betas, alphas = (
-        np.linspace(0.1, end, steps, endpoint=False).tolist()
-        for end, steps in ((beta_end, 200), (alpha_end, 20))
-    )
+    ends = ((beta_end, 200), (alpha_end, 20))
+    betas, alphas = (np.linspace(0.1, end, steps, endpoint=False).tolist() for end, steps in ends)
     return betas, alphas
 
 
@@ -138,7 +136,7 @@ def search(
 
 
 def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write the file that the released code reads, and `facts` (plain data) into a JSON file of the same name beside it."""
+    """Write the file that the released code reads, and `facts` into a JSON file beside it."""
     keys = adapter.keys.detach().cpu()
     content = {
         "adapter_weight": keys.clone(),
@@ -152,12 +150,6 @@ def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None
         torch.save(content, partial)
     if facts is not None:
         write_json(path.with_suffix(".json"), facts, "Tip-Adapter facts")
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the file; empty for a released one."""
-    file = path.with_suffix(".json")
-    return read_object(file, "Tip-Adapter facts") if file.is_file() else {}
 
 
 def load(path: Path) -> TipAdapter:

@@ -42,20 +42,6 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "datasets/published_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
     "datasets/labelled_sets": ("forms of a data set's name, which the tools look for", {"DOMAINS", "FOLDER"}),
-    "datasets/splits": (
-        "splits are protocols of benchmarks, which any paper may be compared on",
-        {
-            *(
-                "ListKind",
-                "coop_few_shot",
-                "pick_listed",
-                "read_list",
-                "rest_of",
-            ),
-            "ImageList",
-            "LIST_MARK",
-        },
-    ),
     "evaluation/answers": (
         "one record as a question, and rules of scoring, which scripts/eval_chat.py takes too",
         {"Question", "ask", "plain", "pope"},

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from projects.dho import lists
 from vlmkd import class_names
 from vlmkd.data import shards, teacher_outputs
 from vlmkd.datasets import evaluation_sets as datasets
-from vlmkd.datasets import folders, published_sets, splits
+from vlmkd.datasets import folders, published_sets
 from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import ClassVectors
@@ -101,7 +102,7 @@ def _listed(path: Path) -> Any:
 
 
 def _image_list(path: Path) -> Any:
-    return splits.read_list(path, "cascade"), splits.read_list(path, "simclr")
+    return lists.read_list(path, "cascade"), lists.read_list(path, "simclr")
 
 
 def _sizes(path: Path) -> Any:
