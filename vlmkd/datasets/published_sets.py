@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -46,22 +46,22 @@ class PublishedSet:
     key: str
     title: str
     layout: Literal["split", "variants", "train_val", "wnids", "numbers", "domains"]
-    folders: tuple[str, ...]
+    folders: list[str]
     num_classes: int
     licence: str
     source: str
-    builds: Mapping[str, tuple[int, ...]]
-    halves: tuple[int, int] | None = None
+    builds: dict[str, list[int]]
+    halves: list[int] = field(default_factory=list)
     template: str = "a photo of a {}."
-    marks: tuple[str, ...] = ()
+    marks: list[str] = field(default_factory=list)
     images: str = ""
     split_file: str = ""
     split_drive: str = ""
     class_from: Literal["", "folder", "stem", "path"] = ""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
 
     def class_of(self, path: str) -> str:
         """Class name that a path of the split file says, by `class_from`."""
@@ -74,29 +74,17 @@ class PublishedSet:
 
     @property
     def hint(self) -> str:
-        """What to do when something is missing."""
         return f"get it from {self.source}"
 
     @property
     def split_hint(self) -> str:
-        """What to do when the split file is missing or wrong."""
         return (
             f"get it from https://drive.google.com/uc?id={self.split_drive} or inside {self.source}; `python "
             f"data_tools/make_split.py --set {self.key} --root ROOT --seed 1` draws one whose numbers compare with nobody's"
         )
 
-    def build_of(self, labelled: LabelledSet) -> str:
-        """Name of the published build that has these image counts (TerraIncognita has two), or an empty string."""
-        return next((name for name, build in self.builds.items() if build == _counts(labelled)), "")
 
-
-def _frozen(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _frozen(value) for key, value in content.items()}
-    return tuple(content) if isinstance(content, list) else content
-
-
-_TABLE = _frozen(read_yaml(Path(__file__).with_name("sets.yaml"), "data sets"))
+_TABLE = read_yaml(Path(__file__).with_name("sets.yaml"), "data sets")
 SETS = {key: PublishedSet(key, **facts) for section in _TABLE.values() for key, facts in section.items()}
 
 
@@ -107,7 +95,7 @@ def load(key: str, root: str) -> LabelledSet:
     """
     described = SETS[key]
     names, splits = _READERS[described.layout](described, set_folder(key, root))
-    found = LabelledSet(key, names, [described.template], splits, list(described.domains))
+    found = LabelledSet(key, names, [described.template], splits, described.domains)
     _compare_counts(described, found)
     return found
 
@@ -118,35 +106,31 @@ def set_folder(key: str, root: str) -> Path:
     where = root_folder(root, key, f"it is the folder that holds {described.folders[0]}/")
     if there := [where / name for name in described.folders if (where / name).is_dir()]:
         return there[0]
-    marks = (*(described.marks or described.domains or [described.images]), described.split_file)
+    marks = [*(described.marks or described.domains or [described.images]), described.split_file]
     if any(any(where.glob(mark)) for mark in filter(None, marks)):
         return where
     raise UserError(f"data set {key}: {where / described.folders[0]} does not exist; {described.hint}")
 
 
-def _counts(labelled: LabelledSet) -> tuple[int, ...]:
-    """Images of each domain, or of train, val and test."""
-    if labelled.domains:
-        images = Counter(item.domain for item in labelled.splits[ALL])
-        return tuple(images[domain] for domain in range(len(labelled.domains)))
-    return tuple(len(labelled.splits.get(split, [])) for split in SPLITS)
-
-
 def _compare_counts(described: PublishedSet, found: LabelledSet) -> None:
-    """Log where a set has other numbers than the published ones."""
-    build = described.build_of(found)
+    """Log where a set has other numbers than the published ones, and which of several builds it is."""
+    counts = [len(found.splits.get(split, [])) for split in SPLITS]
+    if found.domains:
+        images = Counter(item.domain for item in found.splits[ALL])
+        counts = [images[domain] for domain in range(len(found.domains))]
+    build = next((name for name, build in described.builds.items() if build == counts), "")
     if not build or len(found.class_names) != described.num_classes:
         log.warning(
             "%s has %d classes and %s images (of %s); published are %d and %s: splits and numbers do not compare",
-            described.title, len(found.class_names), _counts(found), ", ".join(found.domains or SPLITS),
+            described.title, len(found.class_names), counts, ", ".join(found.domains or SPLITS),
             described.num_classes, "; ".join(f"{name} {counts}" for name, counts in described.builds.items()),
         )  # fmt: skip
         return
-    if described.domains:
+    if found.domains:
         log.info("%s: the build of %s", described.title, build)
     if described.halves:
         groups = base_and_novel(found.splits["train"])
-        halves = tuple(sum(item.label in half for item in found.splits["test"]) for half in map(set, groups))
+        halves = [sum(item.label in half for item in found.splits["test"]) for half in map(set, groups)]
         if halves != described.halves:
             log.warning(
                 "%s has %s test images of base and novel classes; the published split has %s",
@@ -214,30 +198,22 @@ def _read_variants(described: PublishedSet, folder: Path) -> Found:
 
 
 def _checked(described: PublishedSet, folder: Path, names: list[str], splits: dict[str, list[Item]]) -> Found:
-    """Names in words and the splits; every image is there, every class is trained on, and the names are the set's."""
+    """Names in words and the splits, if all images are there, every class is trained on, and the names are the set's."""
     listed = folder / (described.split_file or "images_variant_*.txt")
-    images = folder / described.images
-    if not images.is_dir():
-        raise UserError(f"data set {described.key}: image folder {images} does not exist; {described.hint}")
     keys = [item.key for items in splits.values() for item in items]
     missing = missing_files(folder, keys)
     if 2 * len(missing) > len(keys):
         raise UserError(
-            f"{listed} seems to be of another data set: {len(missing)} of its {len(keys)} images are not below {images}, "
-            f"first {missing[0]}; put the list of {described.title} there, or unpack the images"
+            f"{listed} seems to be of another data set: {len(missing)} of its {len(keys)} images are not below {folder}, "
+            f"first {missing[0]}; put the list of {described.title} there, or unpack the images ({described.hint})"
         )
     if missing:
-        raise UserError(
-            f"data set {described.key}: {len(missing)} of {len(keys)} images are missing, first {folder / missing[0]}; "
-            f"unpack the images again ({described.hint})"
-        )
+        told = f"{len(missing)} of {len(keys)} images are missing, first {folder / missing[0]}"
+        raise UserError(f"data set {described.key}: {told}; unpack them again ({described.hint})")
     names = [name.replace("_", " ") for name in names]
     path_of = {item.label: item.key.removeprefix(f"{described.images}/") for item in splits["train"]}
     if absent := [name for label, name in enumerate(names) if label not in path_of]:
-        more = f" and {len(absent) - 1} more classes" if len(absent) > 1 else ""
-        raise UserError(
-            f"data set {described.key}: {listed} gives no training image to class {absent[0]!r}{more}; fetch it again"
-        )
+        raise UserError(f"{listed} gives no training image to class {absent[0]!r}; fetch it again")
     wanted = {label: described.class_of(path).replace("_", " ") for label, path in path_of.items()}
     wrong = [label for label, name in wanted.items() if name.lower() != names[label].lower()]
     if described.class_from and 2 * len(wrong) > len(names):
@@ -250,26 +226,27 @@ def _checked(described: PublishedSet, folder: Path, names: list[str], splits: di
 
 def missing_files(folder: Path, keys: Sequence[str]) -> list[str]:
     """Those of the paths that do not exist; every folder is listed once, which is much faster than asking per file."""
-    present: dict[str, set[str]] = defaultdict(set)
-    for parent in {key.rpartition("/")[0] for key in keys}:
+    present: set[str] = set()
+    for parent in {os.path.dirname(key) for key in keys}:
         if (folder / parent).is_dir():
-            present[parent] = {entry.name for entry in os.scandir(folder / parent) if entry.is_file()}
-    return [key for key in keys if key.rpartition("/")[2] not in present[key.rpartition("/")[0]]]
+            present |= {
+                os.path.join(parent, entry.name) for entry in os.scandir(folder / parent) if entry.is_file()
+            }
+    return [key for key in keys if key not in present]
 
 
 def _read_train_val(described: PublishedSet, folder: Path) -> Found:
     """ImageNet: `train` and `val`, or `images/train` and `images/val`; val is `test`, and only one may be there."""
     base = folder / "images" if (folder / "images").is_dir() else folder
-    places = {
-        split: base / name for split, name in (("train", "train"), ("test", "val")) if (base / name).is_dir()
-    }
+    both = {"train": base / "train", "test": base / "val"}
+    places = {split: place for split, place in both.items() if place.is_dir()}
     if not places:
         raise UserError(f"data set {described.key}: {base} has neither train nor val; {described.hint}")
     wnids = [set(_wnids(place)) for place in places.values()]
     if other := wnids[0] ^ wnids[-1]:
         raise UserError(f"{base / 'val'} and {base / 'train'} have different classes, such as {min(other)}")
     labels, names = named_classes(next(iter(places.values())), first_file([folder], "classnames.txt"))
-    for split in {"train", "test"} - set(places):
+    for split in both.keys() - places:
         log.warning("%s: %s has no %s split", base, described.key, split)
     return names, {
         split: class_items(place, labels, prefix=f"{place.name}/") for split, place in places.items()
@@ -300,7 +277,7 @@ def _read_domains(described: PublishedSet, folder: Path) -> Found:
     """`<domain>/<class>/*` with the published domains and classes."""
     found = read_domains(folder, described.key)
     own = f"load it as domains:{folder} if it is your own set"
-    if found.domains != list(described.domains):
+    if found.domains != described.domains:
         raise UserError(
             f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has "
             f"{', '.join(described.domains)}: complete it, or move other folders away; {own}"
