@@ -18,7 +18,7 @@ from vlmkd.data.chats import ATTRIBUTIONS
 from vlmkd.errors import UserError
 from vlmkd.evaluation.answers import SHOWN, Answers
 from vlmkd.evaluation.base import Context, OfQuestions
-from vlmkd.page.gallery import read_pictures, write_pictures
+from vlmkd.page.gallery import write_pictures
 from vlmkd.page.report import build_report
 from vlmkd.results import details_of
 
@@ -117,7 +117,7 @@ def test_shown_questions_are_bounded_and_of_every_kind(answers: Answers, tmp_pat
     assert sorted(kinds[:3]) == sorted(kind for kind, _, _ in ASKED) and kinds.count("count") == SHOWN // 3
     write_pictures(tmp_path / "pictures.json", {"many": shown}, [])
     assert (tmp_path / "pictures.json").stat().st_size < SHOWN * 20_000
-    assert list(read_pictures(tmp_path / "pictures.json")["pictures"]["many"]) == list(shown)
+    assert list(json.loads((tmp_path / "pictures.json").read_text())["pictures"]["many"]) == list(shown)
 
 
 def test_a_picture_from_outside_is_refused(answers: Answers, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Result
 from vlmkd.image_spec import ImageSpec
-from vlmkd.page import plots, report
+from vlmkd.page import gallery, plots, report
 from vlmkd.page.gallery import write_gallery, write_mistakes
 from vlmkd.results import FILE, Meaning, Number, details_of, numbers_of, parameters, share, write_results
 
@@ -88,14 +88,15 @@ def write_run(folder: Path, scores: dict[str, float], *, dataset: str = "unseen"
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> list[Path]:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two runs with the same teacher and one gallery each."""
+    monkeypatch.setattr(gallery, "RETRIEVED", 2)
     first = write_run(tmp_path / "inherited", {"top1": 0.21875, "top5": 0.5, "image_to_text_r1": 0.2})
     second = write_run(tmp_path / "scratch", {"top1": 0.125, "top5": 0.75, "image_to_text_r1": 0.1})
     images = [Image.new("RGB", (40, 20), colour) for colour in ("red", "lime", "blue")]
     for folder, swapped in ((first, False), (second, True)):
         models = {TEACHER: Colours("t"), "student": Colours("s", swapped)}
-        write_gallery(folder / "eval/gallery.json", models, images, ["red", "green", "blue"], top=2)
+        write_gallery(folder / "eval/gallery.json", models, images, ["red", "green", "blue"])
     return [first, second]
 
 
@@ -215,13 +216,13 @@ def test_plots_follow_the_theme_and_are_the_same_for_the_same_numbers() -> None:
 
 
 def test_affinity_is_the_softmax_of_scaled_cosines(runs: list[Path]) -> None:
-    gallery = json.loads((runs[0] / "eval/gallery.json").read_text())
+    written = json.loads((runs[0] / "eval/gallery.json").read_text())
     own = math.exp(20.0) / (math.exp(20.0) + 2.0)
     for model in (TEACHER, "student"):
-        for index, line in enumerate(gallery["models"][model]["affinity"]):
+        for index, line in enumerate(written["models"][model]["affinity"]):
             assert line[index] == pytest.approx(own, abs=1e-5)
             assert sum(line) == pytest.approx(1.0, abs=1e-4)
-    assert [line[0] for line in gallery["models"]["student"]["retrieved"]] == [0, 1, 2]
+    assert [line[0] for line in written["models"]["student"]["retrieved"]] == [0, 1, 2]
     # The second run's student takes red for green.
     swapped = json.loads((runs[1] / "eval/gallery.json").read_text())["models"]["student"]
     assert [line[0] for line in swapped["retrieved"]] == [1, 0, 2]
@@ -236,17 +237,6 @@ def test_right_and_wrong_pictures_are_marked(runs: list[Path], tmp_path: Path) -
     hits = [re.findall(r'<span class="thumb (right|wrong)">', card) for card in cards]
     assert [marks[:4] for marks in hits] == [["right", "wrong", "right", "wrong"]] * 3
     assert hits[0][4] == hits[1][4] == "wrong" and hits[2][4] == "right"
-
-
-def test_targets_may_hold_several_pictures(tmp_path: Path) -> None:
-    images = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue", "maroon")]
-    path = tmp_path / "gallery.json"
-    write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0, 2], [1]], top=3)
-    gallery = json.loads(path.read_text())
-    assert set(gallery["models"]["m"]["retrieved"][0][:2]) == {0, 2}
-    assert gallery["targets"] == [[0, 2], [1]]
-    with pytest.raises(ValueError, match="targets"):
-        write_gallery(path, {"m": Colours("m")}, images, ["red", "blue"], targets=[[0], [3]])
 
 
 def test_markdown_equals_the_inputs(runs: list[Path]) -> None:
@@ -317,12 +307,15 @@ def test_a_run_without_evaluation_has_a_page(tmp_path: Path) -> None:
 
 
 def test_pictures_from_outside_are_refused(runs: list[Path], tmp_path: Path) -> None:
-    gallery = json.loads((runs[0] / "eval/gallery.json").read_text())
-    gallery["images"][1] = "http://127.0.0.1/picture.png"
-    (tmp_path / "bad.json").write_text(json.dumps(gallery))
+    written = json.loads((runs[0] / "eval/gallery.json").read_text())
+    written["images"][1] = "http://127.0.0.1/picture.png"
+    (tmp_path / "bad.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match="data:image/"):
         report.build_report(runs, tmp_path / "page.html", title="x", samples=tmp_path / "bad.json")
     assert not (tmp_path / "page.html").exists()
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UserError, match="bad.json is not a gallery"):
+        report.build_report(runs, tmp_path / "page.html", title="x", samples=tmp_path / "bad.json")
 
 
 def test_the_script_writes_both_files_and_refuses_a_wrong_folder(runs: list[Path], tmp_path: Path) -> None:

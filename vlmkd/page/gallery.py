@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmkd.errors import UserError
-from vlmkd.files import read_object, write_text
+from vlmkd.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -21,32 +20,26 @@ if TYPE_CHECKING:
     from vlmkd.predictors import DualEncoder
 
 GALLERY, MISTAKES, PICTURES = "gallery.json", "mistakes.json", "pictures.json"
+RETRIEVED = 5  # images that are shown of a text
 _SIDE = 96  # pixels
 _SCENE = 160  # of a picture that questions are asked about
 
 
 def write_gallery(
     path: Path,
-    predictors: dict[str, DualEncoder],
+    predictors: Mapping[str, DualEncoder],
     images: Sequence[Image.Image],
     texts: Sequence[str],
-    *,
-    targets: Sequence[Sequence[int]] | None = None,
-    top: int = 5,
     device: torch.device | None = None,
 ) -> None:
-    """Write how each model (teachers first) relates `texts` to `images`: affinities, and the `top` images of a text.
+    """Write how each model (teachers first) relates `texts` to `images`, of which text i belongs to image i.
 
     The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
-    `targets` has the indexes of each text's right images; None: text i belongs to image i.
     """
     import torch  # here, because pages are made without it
 
     from vlmkd.data.transforms import eval_transform
 
-    right = [[i] for i in range(len(texts))] if targets is None else [list(line) for line in targets]
-    if len(right) != len(texts) or not {index for line in right for index in line} <= {*range(len(images))}:
-        raise ValueError(f"{len(texts)} texts and {len(images)} images do not fit targets {right}")
     models: dict[str, Any] = {}
     for name, predictor in predictors.items():
         transform = eval_transform(predictor.image_spec)
@@ -56,10 +49,9 @@ def write_gallery(
         affinity = torch.softmax(float(predictor.logit_scale) * similarity, dim=1)
         models[name] = {
             "affinity": [[round(value, 5) for value in line] for line in affinity.tolist()],
-            "retrieved": similarity.argsort(dim=1, descending=True, stable=True)[:, :top].tolist(),
+            "retrieved": similarity.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist(),
         }
-    pictures = [_data_uri(image) for image in images]
-    content = {"texts": list(texts), "images": pictures, "targets": right, "models": models}
+    content = {"texts": list(texts), "images": [*map(_data_uri, images)], "models": models}
     write_text(path, json.dumps(content))
 
 
@@ -68,10 +60,8 @@ def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Se
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         if "mistakes" in result.details and result.dataset in items:
-            images, names = (
-                {item.key: item.image for item in items[result.dataset]},
-                result.details["classes"],
-            )
+            images = {item.key: item.image for item in items[result.dataset]}
+            names = result.details["classes"]
             found[result.dataset] = [
                 one
                 | {which: names[one[which]] for which in ("label", "predicted")}
@@ -92,40 +82,6 @@ def write_pictures(
     }
     if found:
         write_text(path, json.dumps({"pictures": found, "attributions": list(attributions)}))
-
-
-def read_gallery(path: Path) -> dict[str, Any]:
-    """What `write_gallery` wrote.
-
-    Raises:
-        UserError: something else, or pictures that a page would load from outside.
-    """
-    gallery = read_object(path, "gallery")
-    if missing := {"texts", "images", "targets", "models"} - gallery.keys():
-        told = f"{', '.join(sorted(missing))} is missing; write it with write_gallery"
-        raise UserError(f"{path} is not a gallery: {told}")
-    return _checked(path, gallery, gallery["images"])
-
-
-def read_mistakes(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """What `write_mistakes` wrote, if anything; errors as `read_gallery`."""
-    mistakes = read_object(path, "mistakes") if path.is_file() else {}
-    return _checked(path, mistakes, (one["image"] for found in mistakes.values() for one in found))
-
-
-def read_pictures(path: Path) -> dict[str, Any]:
-    """What `write_pictures` wrote, if anything; errors as `read_gallery`."""
-    content = read_object(path, "pictures") if path.is_file() else {"pictures": {}}
-    shown = (images for of_set in content["pictures"].values() for images in of_set.values())
-    return _checked(path, content, (one for images in shown for one in images))
-
-
-def _checked(path: Path, content: dict[str, Any], images: Iterable[str]) -> dict[str, Any]:
-    for uri in images:
-        if not uri.startswith("data:image/"):
-            told = "is not a data:image/ URI; the page would load it from outside"
-            raise UserError(f"{path}: image {uri[:40]!r} {told}")
-    return content
 
 
 def _data_uri(image: Image.Image | bytes, side: int = _SIDE) -> str:

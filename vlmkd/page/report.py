@@ -13,9 +13,9 @@ from typing import Any
 
 from vlmkd.datasets.emoji import LICENCES
 from vlmkd.errors import UserError
-from vlmkd.files import write_text
+from vlmkd.files import read_object, write_text
 from vlmkd.page import chats, plots
-from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, read_gallery, read_mistakes, read_pictures
+from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES
 from vlmkd.page.runs import Key, Run
 from vlmkd.results import STUDENT, TEACHER, Number, short, title_of
 
@@ -37,11 +37,6 @@ class Row:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder.
-
-    Raises:
-        UserError: no metrics.jsonl there, a folder of an earlier version, or a line that is not JSON.
-    """
     if not (folder / "metrics.jsonl").is_file():
         told = "has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
         raise UserError(f"{folder} {told}")
@@ -106,11 +101,8 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
     runs = [read_run(folder) for folder in run_dirs]
     rows = rows_of(runs)
     columns = columns_of(rows)
-    files = [(run.name, run.path / "eval" / GALLERY) for run in runs]
-    files = [(runs[0].name, samples)] if samples else [one for one in files if one[1].is_file()]
-    galleries = merge_galleries([(name, read_gallery(path)) for name, path in files])
-    pictures = [read_pictures(run.path / "eval" / PICTURES) for run in runs]
-    speakers = chats.speakers(runs, [one["pictures"] for one in pictures])
+    galleries = merge_galleries(runs, samples)
+    speakers = chats.speakers(runs, [run.json(f"eval/{PICTURES}").get("pictures", {}) for run in runs])
     main = [one for one in columns if one.main]
     preferred = [one for one in main if one.dataset == main_set(runs)]
     environment = jinja2.Environment(
@@ -119,7 +111,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
     )  # fmt: skip
     environment.filters |= {
         "millions": millions, "title_of": title_of, "short": short, "color": plots.color_of,
-        "median": statistics.median_high,
+        "median": statistics.median_high, "inline": _inline,
     }  # fmt: skip
     page = environment.get_template("report.html").render(
         title=title,
@@ -131,11 +123,11 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
         curves=[(name, plots.svg(plot, name)) for name, plot in curve_plots(runs, rows, columns)],
         runs=runs,
         confusion=confusion,
-        mistakes={run: read_mistakes(run.path / "eval" / MISTAKES) for run in runs},
+        mistakes={run: run.json(f"eval/{MISTAKES}") for run in runs},
         asked=chats.questions(speakers),
         speakers=speakers,
         galleries=galleries,
-        attributions=_attributions(runs, [*galleries, *pictures]),
+        attributions=_attributions(runs),
     )
     write_text(out, page, "--out")
     return out
@@ -176,25 +168,29 @@ def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Numb
     return found
 
 
-def merge_galleries(galleries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def merge_galleries(runs: Sequence[Run], samples: Path | None) -> list[dict[str, Any]]:
     """One gallery for each set of texts and images, with the models of all runs (by name) that share it, teachers first.
 
-    `right` is the share of a text's affinity that its own images have.
+    `right` is the share of a text's affinity that its own image has.
     """
+    if samples:
+        galleries = [(runs[0].name, read_object(samples, "gallery"))]
+    else:
+        galleries = [(run.name, own) for run in runs if (own := run.json(f"eval/{GALLERY}"))]
     merged: list[dict[str, Any]] = []
     for name, own in galleries:
+        if not {"texts", "images", "models"} <= own.keys():
+            raise UserError(f"{samples or name} is not a gallery; name a run's eval/{GALLERY}")
         same = [one for one in merged if (one["texts"], one["images"]) == (own["texts"], own["images"])]
         if not same:
             same = [own | {"models": {}}]
             merged += same
         for model, entry in own["models"].items():
-            same[0]["models"].setdefault(name if model == STUDENT else model, entry)
+            right = statistics.fmean(line[index] for index, line in enumerate(entry["affinity"]))
+            same[0]["models"].setdefault(name if model == STUDENT else model, entry | {"right": right})
     students = {name for name, _ in galleries}
     for one in merged:
         one["models"] = dict(sorted(one["models"].items(), key=lambda item: item[0] in students))
-        for entry in one["models"].values():
-            pairs = zip(entry["affinity"], one["targets"], strict=True)
-            entry["right"] = statistics.fmean(sum(line[index] for index in right) for line, right in pairs)
     return merged
 
 
@@ -214,9 +210,16 @@ def millions(parameters: float | None) -> str:
     return "-" if parameters is None else f"{parameters:.2f} M"
 
 
-def _attributions(runs: Sequence[Run], galleries: Sequence[dict[str, Any]]) -> list[str]:
-    sources = (*(run.json("data.json") for run in runs), *galleries)
-    found = [str(line) for source in sources for line in source.get("attributions", [])]
+def _inline(uri: str, file: str) -> str:
+    if not uri.startswith("data:image/"):
+        told = "is not a data:image/ URI; the page would load it from outside"
+        raise UserError(f"{file}: image {uri[:40]!r} {told}")
+    return uri
+
+
+def _attributions(runs: Sequence[Run]) -> list[str]:
+    files = [run.json(name) for name in ("data.json", f"eval/{PICTURES}") for run in runs]
+    found = [str(line) for content in files for line in content.get("attributions", [])]
     for run in runs:
         config = run.path / "config.yaml"
         if config.is_file() and "emoji:" in config.read_text(encoding="utf-8"):

@@ -243,7 +243,7 @@ def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
     shown = list(rows.items())[:_GALLERY_IMAGES]
     images = [Image.open(io.BytesIO(dataset.images[index].read())) for _, index in shown]
     predictors = {**job.task.teacher_predictors(), STUDENT: job.task.predictor()}
-    write_gallery(path, predictors, images, [dataset.texts[text] for text, _ in shown], device=device)
+    write_gallery(path, predictors, images, [dataset.texts[text] for text, _ in shown], device)
 
 
 @contextmanager
