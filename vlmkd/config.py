@@ -1,7 +1,4 @@
-"""Run configuration: frozen dataclasses, values from YAML files and `key=value` overrides.
-
-YAML never names a Python class. What a number may be is part of its type, as in `steps: Positive`: see `Range`.
-"""
+"""Run configuration: frozen dataclasses, filled from YAML files and `key=value` overrides; YAML names no Python class."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import MissingMandatoryValue, OmegaConf
 
 from vlmkd.errors import UserError
 from vlmkd.files import parse_yaml, read_yaml
@@ -31,7 +28,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Range:
-    """What a field's number, or each number of its list, may be; never infinite, never not-a-number."""
+    """What a field's number, or each number of its list, may be, as part of its type (`steps: Positive`); always finite."""
 
     low: float = 0
     high: float = _MOST
@@ -40,9 +37,8 @@ class Range:
     below: bool = False
     """`high` itself is too high."""
     length: int = 0
-    """Numbers of the list; 0: any."""
+    """Of the list; 0: any."""
     ascending: bool = False
-    """The list's numbers do not fall."""
 
     def refusal(self, value: Any) -> str:
         """What `value` must be and is not, or nothing."""
@@ -56,13 +52,12 @@ class Range:
             low = number > self.low if self.above else number >= self.low
             high = number < self.high if self.below else number <= self.high
             if not (low and high and math.isfinite(number)):
-                who = "each number" if isinstance(value, list) else "it"
                 if self.high < _MOST:
                     ends = "(" if self.above else "[", ")" if self.below else "]"
-                    return f"{who} must be in {ends[0]}{self.low}, {self.high}{ends[1]}"
+                    return f"it must be in {ends[0]}{self.low}, {self.high}{ends[1]}"
                 if low:
-                    return f"{who} must be at most {self.high}"
-                return f"{who} must be {'above' if self.above else 'at least'} {self.low}"
+                    return f"it must be at most {self.high}"
+                return f"it must be {'above' if self.above else 'at least'} {self.low}"
         falls = self.ascending and numbers != sorted(numbers)
         return "the first number must not be above the second" if falls else ""
 
@@ -74,7 +69,7 @@ DURATION = re.compile(
 )
 """A length that is not given in steps; see vlmkd.train.durations."""
 
-if TYPE_CHECKING:  # for the code that reads one: after start-up every duration is a number of steps
+if TYPE_CHECKING:  # after start-up every duration is a number of steps
     Duration = int
     Length = int
 else:
@@ -97,12 +92,12 @@ RatioRange = Annotated[list[float], Range(above=True, length=2, ascending=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One training source: shards, their share of the stream, and stored teacher embeddings."""
+    """Shards, their share of the stream, and stored teacher embeddings."""
 
     shards: list[str] = field(default_factory=list)
-    """Shard names: local paths, brace ranges, globs, `https://...`, `emoji:train`, or `pipe:COMMAND`, which a shell runs."""
+    """Local paths, brace ranges, globs, `https://...`, `emoji:train`, or `pipe:COMMAND`, which a shell runs."""
     weight: AboveZero = 1.0
-    """Share of this source in the mixture, relative to the other sources' weights."""
+    """Share of this source in the mixture, relative to the others' weights."""
     teacher_caches: list[str] = field(default_factory=list)
     """Folders written by data_tools/embed_teacher.py, one per teacher in the order of `teachers`; empty: none."""
 
@@ -112,19 +107,19 @@ class ImageDataConfig:
     """How training images are read and changed, wherever they come from."""
 
     workers: Processes = 2
-    """Loader processes per rank; 0 loads in the training process. Indexed items are drawn alike with any number."""
+    """Loader processes per rank; 0: the training process. Indexed items are drawn alike with any number."""
     crop_scale: AreaRange = field(default_factory=lambda: [0.08, 1.0])
-    """Area range of RandomResizedCrop; [1.0, 1.0] with crop_ratio [1, 1] resizes and centre-crops."""
+    """Area range of RandomResizedCrop; [1, 1] with crop_ratio [1, 1] resizes and centre-crops."""
     crop_ratio: RatioRange = field(default_factory=lambda: [0.75, 1.3333333333333333])
     """Aspect-ratio range of RandomResizedCrop."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     color_jitter: BelowOne = 0.0
-    """Strength of brightness, contrast and saturation jitter; a teacher that sees the same view sees the same jitter."""
+    """Strength of brightness, contrast and saturation jitter; a teacher that sees the same view sees it too."""
     max_pixels: Positive = 89_478_485
-    """Images with more pixels than this are refused as `oversized_image` before they are decoded."""
+    """Larger images are refused as `oversized_image` before they are decoded."""
     max_bad_share: Share = 0.05
-    """The run stops when more than this share was bad: of 1,000 samples or more, of a pass, or of a whole short run."""
+    """The run stops when more than this share of 1,000 samples or more, of a pass, or of a whole short run was bad."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,35 +127,35 @@ class DataConfig(ImageDataConfig):
     """The training stream."""
 
     kind: Literal["webdataset", "synthetic"] = "webdataset"
-    """`webdataset` reads `sources`; `synthetic` makes noise images and is for dry runs only."""
+    """`webdataset` reads `sources`; `synthetic` makes noise images, for dry runs only."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Where the samples come from."""
     shuffle_buffer: Count = 2000
-    """Samples held (still encoded) for shuffling, per worker."""
+    """Encoded samples held for shuffling, per worker."""
     crop_scale: AreaRange = field(default_factory=lambda: [0.9, 1.0])
     flip: Share = 0.0
     image_keys: list[str] = field(default_factory=lambda: ["jpg", "png", "jpeg", "webp"])
-    """Sample members that may hold the image, first match wins."""
+    """Sample members that may hold the image; the first match counts."""
     text_key: str = "txt"
-    """Sample member that holds the caption."""
+    """Sample member with the caption."""
     samples_per_epoch: Count = 0
     """Samples of one pass over all sources, for lengths in epochs; 0: not known."""
     shard_cache: str = ""
-    """Folder for downloaded remote shards; empty streams them each epoch."""
+    """Folder for downloaded shards; empty: streamed each epoch."""
     synthetic_samples: Positive = 4096
     """Samples of one `synthetic` epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDataConfig(ImageDataConfig):
-    """Training images of a labelled set; which items a run trains on is its project's matter."""
+    """Training images of a labelled set; which of them a run trains on is its project's matter."""
 
     set: str = ""
-    """Name of the set as `vlmkd.datasets.labelled_sets.load_set` takes it, e.g. `emoji`, `eurosat` or `folder:PATH`."""
+    """Name of the set, e.g. `emoji`, `eurosat` or `folder:PATH`; docs/datasets.md lists them."""
     root: str = ""
     """Folder of the data sets on disk; embedded sets need none."""
     class_names: str = ""
-    """Text file for `folder:` and `domains:` sets with a class a line, NAME or FOLDER<tab>NAME; empty: the folders' names."""
+    """For `folder:` and `domains:` sets: a text file of lines NAME or FOLDER<tab>NAME; empty: the folders' names."""
     templates: list[str] = field(default_factory=list)
     """Prompts of a `folder:` or `domains:` set, with `{}` for the class name; empty: `a photo of a {}`."""
     hue: Annotated[float, Range(0, 0.5)] = 0.0
@@ -168,13 +163,13 @@ class LabelledDataConfig(ImageDataConfig):
     grayscale: Share = 0.0
     """Probability of a view without colours."""
     interpolation: Literal["model", "bicubic", "bilinear"] = "model"
-    """Resizing of training views: as each model was trained, or for student and teacher alike as a recipe says."""
+    """Resizing of training views: as each model was trained, or alike for student and teacher."""
     view_count: Count = 0
-    """Views per image, one a pass, then again from the first; 0: all stored ones, or a new view each pass."""
+    """Views per image, one a pass, then again from the first; 0: all stored ones, or a new one each pass."""
     teacher_outputs: str = ""
-    """Folder written by data_tools/embed_labelled.py, whose vectors take the place of the teacher's image tower."""
+    """Folder written by data_tools/embed_labelled.py, which takes the place of the teacher's image tower."""
     teacher_view: Literal["same", "clean"] = "same"
-    """What the stored teacher saw: the student's very view, or the whole picture once, without augmentation."""
+    """What the stored teacher saw: the student's very view, or the whole picture without augmentation."""
 
     def __post_init__(self) -> None:
         unstored = self.teacher_view == "clean" and not self.teacher_outputs
@@ -186,7 +181,7 @@ class ParamGroupConfig:
     """Trained parameters with a rate or decay of their own."""
 
     match: str = ""
-    """Regular expression that is searched in the parameters' names; the first group that matches counts."""
+    """Regular expression to find in the parameters' names; the first group that matches counts."""
     lr: Amount | None = None
     """Peak learning rate; null: optim.lr."""
     weight_decay: Amount | None = None
@@ -196,9 +191,8 @@ class ParamGroupConfig:
         try:
             re.compile(self.match)
         except re.error as error:
-            raise UserError(
-                f"config field optim.groups.N.match: {self.match!r} is no pattern ({error})"
-            ) from None
+            told = f"{self.match!r} is no pattern ({error})"
+            raise UserError(f"config field optim.groups.N.match: {told}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +204,7 @@ class OptimConfig:
     lr: Amount = 1e-4
     """Peak learning rate."""
     weight_decay: Amount = 0.2
-    """Decay of tensors with two or more dimensions whose name holds none of bn, ln, bias, logit_scale."""
+    """Decay of tensors of two or more dimensions whose name holds none of bn, ln, bias, logit_scale."""
     decay_all: bool = False
     """Decay every trained tensor, biases and norms too (PromptKD, DHO)."""
     betas: Betas = field(default_factory=lambda: [0.9, 0.98])
@@ -220,20 +214,20 @@ class OptimConfig:
     momentum: BelowOne = 0.0
     """Momentum of SGD (not Nesterov's)."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Learning rate over the steps; the formulas are those of vlmkd.train.optim.lr_factor."""
+    """After warm-up: `cosine` to 0, `wsd` (constant, then a linear decay to 0), or `constant`."""
     warmup_steps: Duration = 2000
     """Linear warm-up: lr * (step + 1) / warmup_steps."""
     decay_steps: Duration = 0
-    """Length of the final linear decay of `wsd`."""
+    """Length of the decay of `wsd`."""
     groups: list[ParamGroupConfig] = field(default_factory=list)
-    """Rates and decays by the names of parameters, e.g. [{match: "projector", lr: 1.0e-3}]."""
+    """Rates and decays by parameters' names, e.g. [{match: "projector", lr: 1.0e-3}]."""
     clip_grad_norm: Amount = 5.0
-    """Global gradient-norm clip; 0 turns it off."""
+    """Global gradient-norm clip; 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig:
-    """What goes into DeepSpeed's JSON; vlmkd writes the file and keeps it in the run folder."""
+    """What goes into DeepSpeed's JSON, which the run folder keeps."""
 
     zero_stage: Annotated[int, Range(-1, 3)] = -1
     """ZeRO stage 0 to 3; -1: 1, or 0 for one rank in fp32 without offload, which has nothing to partition."""
@@ -244,13 +238,13 @@ class DeepSpeedConfig:
     nvme_path: str = ""
     """Folder on a fast disk for offload=nvme."""
     shard_teacher: bool = False
-    """Spread frozen teachers over the ranks by ZeRO stage 3 instead of a whole copy on each."""
+    """Spread frozen teachers over the ranks by ZeRO stage 3, in place of a copy on each."""
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass."""
     file: str = ""
-    """A hand-written DeepSpeed JSON; its "auto" values are filled in from this config."""
+    """A DeepSpeed JSON of yours; its "auto" values are filled in from this config."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further entries merged into the generated JSON."""
+    """Entries merged into the JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +258,9 @@ class EvaluationConfig:
     batch_size: Positive = 64
     """Images per evaluation batch."""
     workers: Processes = 0
-    """Processes per rank that decode an evaluation's images; 0 decodes in the training process. Does not change results."""
+    """Processes per rank that decode images; 0: the training process. Does not change results."""
     teacher: bool = True
-    """Also evaluate the teachers, once, at the end (ignored when they are not loaded)."""
+    """Also evaluate the loaded teachers, once, at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +268,7 @@ class LogConfig:
     """Console, metrics.jsonl (always) and trackers."""
 
     every_steps: Length = 20
-    """Console and metrics line every so many optimiser steps; a short run has at least ten."""
+    """A line every so many optimiser steps; a short run has at least ten."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
     wandb: str = ""
@@ -285,14 +279,14 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the resumable state is written and how much of it is kept."""
+    """When the resumable state is written, and how much is kept."""
 
     every_steps: Duration = 1000
     """Save every so many optimiser steps; 0: only by hours, at SIGTERM and at the end."""
     every_hours: Amount = 0.0
-    """Save when so many hours have passed since the last save; 0: off."""
+    """Save so many hours after the last save; 0: off."""
     keep: Annotated[int, Range(2)] = 2
-    """How many of the newest checkpoints stay; at least 2, so that a torn one has a predecessor."""
+    """How many of the newest stay; at least 2, so that a torn one has a predecessor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,13 +298,13 @@ class RunConfig:
     run_dir: str = ""
     """Folder of this run, e.g. runs/tinyclip_nano."""
     seed: Seed = 0
-    """Seed of initialisation, data order, views and masks."""
+    """Of initialisation, data order, views and masks."""
     steps: Length = 1000
-    """Length: optimiser steps, or `20ep` (epochs), `1e6ex` (examples). Parts of a run may also be shares of it: `10%`."""
+    """Optimiser steps, or `20ep` (epochs), `1e6ex` (examples); parts of a run may also be shares of it: `10%`."""
     batch_size: Positive = 1024
-    """Global batch: samples per optimiser step over all ranks."""
+    """Samples per optimiser step over all ranks."""
     micro_batch_size: Count = 0
-    """Samples per rank and forward pass; 0: batch_size / ranks, no gradient accumulation. BatchNorm sees so many at a time."""
+    """Samples per rank and forward pass, which BatchNorm sees at a time; 0: batch_size / ranks, no accumulation."""
     threads: Processes = 0
     """CPU threads per rank; 0: torch's default."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -343,12 +337,12 @@ class RunConfig:
 
 
 def in_steps_already(*durations: int | str) -> bool:
-    """Whether all of these are plain numbers, so that they can be compared."""
+    """Whether these can be compared."""
     return all(isinstance(duration, int) for duration in durations)
 
 
 def require(condition: bool, path: str, message: str) -> None:
-    """Raise a UserError that names the config field `path` unless `condition` holds."""
+    """Raise a UserError about the config field `path` unless `condition` holds."""
     if not condition:
         raise UserError(f"config field {path} {message}")
 
@@ -369,27 +363,28 @@ def load(cls: type[C], argv: list[str]) -> C:
             if not isinstance(layer, dict):
                 raise UserError(f"config file {arg} must hold `field: value` lines at its top level")
         try:
-            values = fitted(cls, _merged(values, layer, len(path) if is_override else math.inf), "")
+            values = fitted(cls, merged(values, layer, len(path) if is_override else math.inf), "")
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
-    return typing.cast(C, _made(cls, values))
+    try:
+        return typing.cast(C, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
+    except MissingMandatoryValue as error:
+        raise UserError(f"config field {error.full_key} is missing; give it") from None
 
 
-def _merged(old: Any, new: Any, depth: float, path: str = "") -> Any:
+def merged(old: Any, new: Any, depth: float = math.inf, path: str = "") -> Any:
     """`new` over `old`: sections are merged down to `depth`, and `{index: value}` changes an element of a list."""
     if depth == 0 or not isinstance(new, dict) or not isinstance(old, (dict, list)):
         return new
-    merged: Any = old.copy()
+    result: Any = old.copy()
     for key, part in new.items():
         if isinstance(old, list):
-            if not str(key).isdecimal() or int(key) >= len(old):
-                raise UserError(
-                    f"config field {path}[{key}] is out of range; the list has {len(old)} elements"
-                )
+            there = str(key).isdecimal() and int(key) < len(old)
+            require(there, f"{path}[{key}]", f"is out of range; the list has {len(old)} elements")
             key = int(key)
         known = isinstance(old, list) or key in old
-        merged[key] = _merged(old[key] if known else None, part, depth - 1, f"{path}.{key}".lstrip("."))
-    return merged
+        result[key] = merged(old[key] if known else None, part, depth - 1, f"{path}.{key}".lstrip("."))
+    return result
 
 
 _WORDS: dict[Any, str] = {
@@ -398,7 +393,7 @@ _WORDS: dict[Any, str] = {
 
 
 def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
-    """Plain data as a field of type `hint` has it; refuses what it cannot have. `owner`: the field's dataclass."""
+    """Plain data as a field of type `hint` has it, or a refusal; `owner`: the field's dataclass."""
     kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Annotated:
         value = fitted(arguments[0], value, path)
@@ -430,47 +425,25 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
         (inner,) = arguments or (Any,)
         return [fitted(inner, part, f"{path}.{index}") for index, part in enumerate(value)]
     if isinstance(value, str) and kind in (str, Any, Literal):
-        # OmegaConf, which writes the file in the run folder, takes the first and the last for something else.
-        if "${" in value:
-            raise UserError(f"config field {path} holds ${{, which fills nothing in; write the value itself")
-        if _CONTROL.search(value):
-            raise UserError(f"config field {path} holds a control character; leave it out")
-        if value == "???":
-            raise UserError(f"config field {path} is ???; write a value")
+        # OmegaConf takes the first and the last for something else.
+        require("${" not in value, path, "holds ${, which fills nothing in; write the value itself")
+        require(not _CONTROL.search(value), path, "holds a control character; leave it out")
+        require(value != "???", path, "is ???; write a value")
     if isinstance(value, str) and kind in (int, float):  # as `nan`, which YAML takes for a word
         with suppress(ValueError):
             value = kind(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (
-        kind is Any
-        or (kind is Literal and value in arguments)
-        or (kind in (bool, str) and type(value) is kind)
-    ):
+    same = kind in (bool, str, type(None)) and type(value) is kind
+    if same or kind is Any or (kind is Literal and value in arguments):
         return value
     if kind is str and number:
         return str(value)
-    if kind is type(None) and value is None:
-        return None
-    if kind is float and number and abs(value) < 1e300 or kind is float and isinstance(value, float):
+    if kind is float and number and (abs(value) < 1e300 or isinstance(value, float)):
         return float(value)
     if kind is int and number and value == value // 1:
         return int(value)
     wanted = f"one of {', '.join(map(str, arguments))}" if kind is Literal else _WORDS.get(kind, "a section")
     raise UserError(f"config field {path} is {str(value)[:80]!r}; it must be {wanted}")
-
-
-def _made(hint: Any, value: Any, path: str = "") -> Any:
-    """Objects of the dataclasses in `hint` for their plain data."""
-    cls = _dataclass_of(hint)
-    if cls is None:
-        return value
-    if isinstance(value, list):
-        return [_made(cls, part, f"{path}{index}.") for index, part in enumerate(value)]
-    for item in dataclasses.fields(cls):
-        optional = item.default is not item.default_factory  # both are MISSING of a field without a default
-        require(optional or value.get(item.name, "???") != "???", path + item.name, "is missing; give it")
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _made(hints[name], part, f"{path}{name}.") for name, part in value.items()})
 
 
 def defaults(cls: type[Any]) -> dict[str, Any]:
@@ -479,7 +452,7 @@ def defaults(cls: type[Any]) -> dict[str, Any]:
 
 
 def has_field(cls: type[Any], path: str) -> bool:
-    """Whether `cls` has the field `path`, such as `optim.lr`; what lies below a list or a plain value is not looked at."""
+    """Whether `cls` has the field `path`, such as `optim.lr`; not looked at below a list or a plain value."""
     name, _, rest = path.partition(".")
     hint = typing.get_type_hints(cls).get(name)
     if rest and isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -495,22 +468,20 @@ def to_yaml(cfg: Any) -> str:
 def help_text(cls: type[Any], prefix: str = "") -> str:
     """Every field of `cls` with its type, default and docstring, one block a field."""
     lines = []
-    docs, hints = _field_docs(cls), typing.get_type_hints(cls)
+    docs, hints, values = _field_docs(cls), typing.get_type_hints(cls), defaults(cls)
     for item in dataclasses.fields(cls):
         path, doc, nested = f"{prefix}{item.name}", docs[item.name], _dataclass_of(hints[item.name])
         if nested is not None and nested is hints[item.name]:
             lines += [f"{path}: {doc}", help_text(nested, f"{path}.")]
             continue
-        factory = item.default_factory
-        default = item.default if factory is dataclasses.MISSING else factory()
-        lines.append(f"{path} = {default!r}\n    {doc}")
+        lines.append(f"{path} = {values[item.name]!r}\n    {doc}")
         if nested is not None:
             lines.append(textwrap.indent(help_text(nested, f"{path}.N."), "    "))
     return "\n".join(lines)
 
 
 def print_help(cls: type[Any]) -> None:
-    """Print usage and every field; used for `--help`."""
+    """What `--help` prints."""
     print(f"usage: CONFIG.yaml [MORE.yaml ...] [field=value ...]\n\n{help_text(cls)}")
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed around one task; the only module that imports deepspeed, and only when an engine is made."""
+"""DeepSpeed around one task; only this module imports it, and only for a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkd import distributed
-from vlmkd.config import RunConfig, require
+from vlmkd.config import RunConfig, merged, require
 from vlmkd.errors import UserError
 from vlmkd.files import one_line, read_object
 from vlmkd.tensor_files import read_torch
@@ -25,7 +25,7 @@ _TAG = "deepspeed"
 
 
 def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
-    """Micro-batch per rank and accumulation steps that make up `cfg.batch_size`; a UserError names sizes that fit."""
+    """Micro-batch per rank and accumulation steps that make up `cfg.batch_size`."""
     micro = cfg.micro_batch_size or cfg.batch_size // world_size
     unit = max(1, cfg.micro_batch_size) * world_size
     lower, rest = cfg.batch_size // unit * unit, cfg.batch_size % unit
@@ -37,7 +37,7 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
 
 
 def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: generated, or the user's file with its "auto" values filled in."""
+    """DeepSpeed's configuration: generated, or the user's file with its "auto" values filled in."""
     micro, accumulation = batch_triple(cfg, world_size)
     given = cfg.deepspeed
     alone = world_size == 1 and given.precision == "fp32" and given.offload == "none"
@@ -60,20 +60,20 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         config["zero_allow_untested_optimizer"] = True  # tests/multiproc compares it with plain torch
     if given.file:
         config = _fill_auto(read_object(given.file, "config field deepspeed.file:"), config, given.file)
-    merged = _merge(config, given.extra)
+    config = merged(config, given.extra)
     for key in ("optimizer", "scheduler"):
-        require(key not in merged, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
-    # DeepSpeed 0.19 does it wrong without ZeRO: its half-precision optimisers begin with a step of their own.
-    sections = (merged.get(name) for name in ("bf16", "fp16", "zero_optimization"))
+        require(key not in config, "deepspeed", f"brings its own {key}, which would be ignored; set optim")
+    # Without ZeRO, DeepSpeed 0.19's half-precision optimisers begin with a step of their own.
+    sections = (config.get(name) for name in ("bf16", "fp16", "zero_optimization"))
     bf16, fp16, zero = (section if isinstance(section, dict) else {} for section in sections)
     plain = not (bf16.get("enabled") or fp16.get("enabled") or "offload_optimizer" in zero)
     fits = zero.get("stage", 0) != 0 or plain
     require(fits, "deepspeed.zero_stage", "is 0, which works in fp32 and without offload only; use 1")
-    return merged
+    return config
 
 
 def check_machine(cfg: RunConfig) -> None:
-    """Refuse what this machine cannot do, before anything is loaded."""
+    """Before anything is loaded."""
     precision, gpu = cfg.deepspeed.precision, torch.cuda.is_available()
     field, lacks = "deepspeed.precision", precision == "bf16" and gpu and not torch.cuda.is_bf16_supported()
     require(precision != "fp16" or gpu, field, "is fp16, which needs a GPU; use bf16 or fp32")
@@ -81,7 +81,7 @@ def check_machine(cfg: RunConfig) -> None:
 
 
 class Engine:
-    """Trains `task.student` under DeepSpeed; afterwards `task.student` is the wrapped module."""
+    """Trains `task.student`, and puts DeepSpeed's wrapper in its place."""
 
     def __init__(self, task: Task, cfg: RunConfig) -> None:
         self.task = task
@@ -111,18 +111,17 @@ class Engine:
         self._norm = math.nan
         if not self.zero_stage:
             engine.clip_fp32_gradients = lambda: None  # `_clip` does it, and keeps the norm
-            # It copies, also with nobody to add to.
-            engine.enable_backward_allreduce = distributed.world_size() > 1
+            engine.enable_backward_allreduce = distributed.world_size() > 1  # it copies, even for one rank
         # DeepSpeed's own reader runs what a file names, and a run folder may come from anybody.
         engine.checkpoint_engine.load = _read_state
         self._engine = task.student = engine
         self.device: torch.device = engine.device
-        self.module: nn.Module = engine.module  # the student without DeepSpeed's wrapper
+        self.module: nn.Module = engine.module  # the student without its wrapper
         self.backward: Callable[[Tensor], object] = engine.backward
         self._read_masters()
 
     def set_lr(self, factor: float) -> float:
-        """Give every scheduled group `factor` times its peak; returns the first scheduled group's rate."""
+        """Give every scheduled group `factor` times its peak; returns the first one's rate."""
         scheduled = [group for group in self.optimizer.param_groups if group["schedule"]]
         for group in scheduled:
             group["lr"] = group["peak_lr"] * factor
@@ -145,7 +144,7 @@ class Engine:
         return math.nan if norm is None else float(norm)
 
     def _clip(self) -> float:
-        """Clip the gradients as ZeRO does, where a parameter that no loss has touched has gradient 0; the norm before."""
+        """The gradients' norm, then clipped as by ZeRO, where what no loss has touched has gradient 0."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:
@@ -154,12 +153,12 @@ class Engine:
 
     @torch.no_grad()
     def _clamp(self) -> None:
-        """Apply `task.bounds()` to the weights and to this rank's part of the fp32 master weights."""
+        """Apply `task.bounds()` to the weights and this rank's part of the fp32 master weights."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
         parameter: Any  # DeepSpeed hangs its own attributes on it
         for parameter, low, high in self.task.bounds():
-            # Empty where ZeRO 3 has freed it; whole for small parameters, which ZeRO 3 keeps gathered.
+            # Empty where ZeRO 3 has freed it; small parameters it keeps whole.
             parameter.data.clamp_(low, high)
             if hasattr(parameter, "ds_id"):
                 local = safe_get_local_fp32_param(parameter)
@@ -171,7 +170,7 @@ class Engine:
                 mapping.get_hp_fragment().data.clamp_(low, high)
 
     def _read_masters(self) -> None:
-        """Give the parameters of `task.masters()` their fp32 master values, which `master_value` reads; a collective."""
+        """Give the parameters of `task.masters()` the values that `master_value` reads; a collective."""
         if self.dtype is torch.float32:
             return
         from deepspeed.utils import safe_get_full_fp32_param
@@ -183,9 +182,9 @@ class Engine:
     @staticmethod
     @contextmanager
     def whole_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Inside, every rank sees the complete parameters of `modules`, and may call any of their methods, each another one.
+        """Inside, each rank has the complete parameters of `modules` and may call what it likes of them; a collective.
 
-        A collective, also under ZeRO 3 and with experts spread over ranks.
+        Also under ZeRO 3, and with experts spread over ranks.
         """
         parts: list[Any] = [part for module in modules for part in module.modules()]
         with ExitStack() as stack:
@@ -201,7 +200,7 @@ class Engine:
             yield
 
     def student_weights(self) -> dict[str, Tensor] | None:
-        """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective at any ZeRO stage."""
+        """Complete fp32 state dict of the student on rank 0's CPU, None elsewhere; a collective."""
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -220,9 +219,8 @@ class Engine:
         weights: dict[str, Tensor] = {}
         for name, layer in self.module.named_modules():
             if hasattr(layer, "deepspeed_moe"):
-                weights |= {
-                    f"{name}.{leaf}": value.cpu() for leaf, value in all_experts(layer, whole).items()
-                }
+                experts = all_experts(layer, whole)
+                weights |= {f"{name}.{leaf}": value.cpu() for leaf, value in experts.items()}
         if not distributed.is_main():
             return None
         for name, value in self.module.state_dict(keep_vars=True).items():
@@ -241,11 +239,12 @@ class Engine:
         assert path is not None, f"checkpoint {folder} was checked"
         self._read_masters()
 
-    def place_teacher(self, teacher: nn.Module, shard: bool) -> nn.Module:
-        """The frozen teacher in compute precision on this rank, or sharded over the ranks by ZeRO stage 3."""
+    def place_teacher(self, teacher: nn.Module, shard: bool) -> None:
+        """Bring a frozen teacher to compute precision on this rank, or shard it over the ranks by ZeRO stage 3."""
         teacher.to(self.dtype)
         if not shard:
-            return teacher.to(self.device)
+            teacher.to(self.device)
+            return
         _give_dimensions(teacher)
         config = {
             "train_micro_batch_size_per_gpu": 1,
@@ -255,13 +254,12 @@ class Engine:
         }
         import deepspeed
 
-        engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
-        return engine.module
+        deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
 
 
 @contextmanager
 def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, DeepSpeed does nothing around a call, where it would free weights and ask the other ranks for the same call."""
+    """Inside, DeepSpeed does nothing around a call: it would free weights and want the same call from the other ranks."""
     kinds = ("_forward_pre_hooks", "_forward_hooks")
     before = [(part, kind, getattr(part, kind)) for part in parts for kind in kinds]
     for part, kind, hooks in before:
@@ -275,10 +273,10 @@ def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def spread_experts(experts: Sequence[nn.Module], ranks: int, dim: int) -> nn.Module:
-    """DeepSpeed-MoE with these experts, of which each of `ranks` ranks keeps its share; its router is not used.
+    """DeepSpeed-MoE with these experts, of which each of `ranks` ranks keeps its share, without its router.
 
-    It takes tokens [S, D] and (experts [S, K], weights [S, K]), where a weight of 0 is a token that is not sent, and returns
-    their weighted sums [S, D] as the first of a tuple. A call is a collective.
+    It takes tokens [S, D] and (experts [S, K], weights [S, K]), where a token of weight 0 is not sent, and returns their
+    weighted sums [S, D] as the first of a tuple. A call is a collective.
     """
     from deepspeed.moe.layer import MoE
 
@@ -292,7 +290,7 @@ def spread_experts(experts: Sequence[nn.Module], ranks: int, dim: int) -> nn.Mod
 
 
 class _Slots(nn.Module):
-    """In the place of DeepSpeed's gate: where each token that is routed already lies among those of its experts."""
+    """In place of DeepSpeed's gate: where each token, routed already, lies among those of its expert."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -313,7 +311,7 @@ class _Slots(nn.Module):
 
 @torch.no_grad()
 def all_experts(layer: Any, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """`value` of the parameters of all experts that `spread_experts` spread, each [E, ...], by name; a collective."""
+    """`value` of the parameters of all experts in a layer of `spread_experts`, each [E, ...], by name; a collective."""
     inner, found = layer.deepspeed_moe, {}
     own = inner.experts.deepspeed_experts
     for name, _ in own[0].named_parameters():
@@ -325,7 +323,7 @@ def all_experts(layer: Any, value: Callable[[Tensor], Tensor] = Tensor.detach) -
 
 
 def _is_expert(parameter: Any) -> bool:
-    """Whether other ranks have other experts in this parameter's place (DeepSpeed's mark)."""
+    """Whether other ranks have other experts in its place (DeepSpeed's mark)."""
     return not getattr(parameter, "allreduce", True)
 
 
@@ -342,14 +340,14 @@ def _optimizer(groups: list[dict[str, Any]], cfg: RunConfig) -> torch.optim.Opti
 
 
 def _give_dimensions(module: nn.Module) -> None:
-    """Scalars become vectors of one element, because DeepSpeed 0.19 cannot broadcast parameters without dimensions."""
+    """Scalars become vectors, because DeepSpeed 0.19 cannot broadcast what has no dimensions."""
     for parameter in module.parameters():
         if parameter.ndim == 0:
             parameter.data = parameter.data.reshape(1)
 
 
 def _read_state(path: str, map_location: Any = None) -> Any:
-    """A file of DeepSpeed's checkpoint, in its checkpoint engine's place; on the CPU, from where DeepSpeed copies."""
+    """A file of DeepSpeed's checkpoint, on the CPU, from where DeepSpeed copies."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -359,18 +357,18 @@ def _read_state(path: str, map_location: Any = None) -> Any:
 
 
 def start_ranks() -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs), for one process too."""
+    """Join the process group, for one process too."""
     gpu = torch.cuda.is_available()
     if not gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
-    # Where DeepSpeed calls torch.load by itself, torch gives it the restricted reader, and refuses to be asked for both.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns
+    # The restricted reader where DeepSpeed calls torch.load; torch refuses to be asked for both.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         import deepspeed
     except ImportError:
         raise UserError("training needs the package deepspeed: pip install deepspeed") from None
-    # A collective for inference on CPUs that training never calls; building it needs a C++ compiler and half a minute.
+    # For inference on CPUs; building it takes a C++ compiler and half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.update(distributed.environment())
     if gpu:
@@ -404,9 +402,3 @@ def _fill_auto(given: dict[str, Any], generated: dict[str, Any], origin: str) ->
             value = own
         filled[key] = value
     return filled
-
-
-def _merge(base: Any, extra: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(extra, dict)):
-        return extra
-    return base | {key: _merge(base.get(key), value) for key, value in extra.items()}
