@@ -1,4 +1,4 @@
-"""How this process gets memory from the operating system."""
+"""How freed memory serves the next step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ _LARGEST = 32 * 2**20  # that glibc takes as a threshold
 
 
 def keep_freed_memory(_: int = 0, *, varied: bool = False) -> bool:
-    """Let glibc keep freed memory for the next tensor; call it once, before the first step on a CPU.
+    """Let glibc keep freed memory for the next tensor; once, before the first step on a CPU, or as a `worker_init_fn`.
 
-    By default glibc maps every large tensor anew and unmaps it when it is freed, so each step pays for zeroed pages:
-    measured on two cores, up to two fifths of the CPU time of a convolutional tower and a fifteenth of a ViT's. The
-    process then holds on to its peak memory. Where batches differ in shape (`varied`), freed memory seldom fits the next
-    step, and holes add up (13 GB after 20 steps of a chat model, and growing, in place of 4.4): tensors above 32 MB are then
-    mapped as by default, at no measured cost. Returns whether there was something to set (not on macOS, musl or Windows).
-    Also a DataLoader's `worker_init_fn`: its processes each free a batch as large as the next.
+    By default it maps every large tensor anew, so each step pays for zeroed pages: measured on two cores, up to two fifths
+    of the CPU time of a convolutional tower and a fifteenth of a ViT's. The process then holds on to its peak memory.
+    Where batches differ in shape (`varied`), freed memory seldom fits the next step, and holes add up (13 GB after 20 steps
+    of a chat model, and growing, in place of 4.4): tensors above 32 MB are then mapped as by default, at no measured cost.
+    Returns whether there was something to set (not on macOS, musl or Windows).
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,4 +1,4 @@
-"""Rank facts and the few collectives that tasks and loops use. One process needs no process group."""
+"""Ranks, and the few collectives that tasks and loops use; one process needs no process group."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """On its machine, from torchrun, DeepSpeed or SLURM variables."""
+    """On its machine."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
@@ -45,7 +45,7 @@ def device() -> torch.device:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of a `--device` option; empty: this rank's. A UserError where there is no such device."""
+    """The device of a `--device` option; empty: this rank's."""
     try:
         found = torch.device(name) if name else device()
     except RuntimeError:
@@ -58,7 +58,7 @@ def device_named(name: str) -> torch.device:
 
 
 def environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from torchrun, DeepSpeed or SLURM, or for one process."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, DeepSpeed or SLURM gave them, or of one process."""
     env, found = os.environ, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if "RANK" in env and "WORLD_SIZE" in env:
         found |= {name: env[name] for name in found if name in env}
@@ -71,10 +71,10 @@ def environment() -> dict[str, str]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks, [B/W, ...] -> [B, ...], in rank order; every rank must bring the same shape.
+    """Rows of all ranks in their order, [B/W, ...] -> [B, ...]; every rank brings the same shape.
 
-    Carries gradients when `x` needs them: the backward pass sums what all ranks ask of this rank's rows, so that
-    the mean over ranks of a local-rows loss has exactly the gradient of the global loss.
+    The backward pass sums what all ranks ask of this rank's rows, so that the mean over ranks of a loss of local rows
+    has exactly the gradient of the global loss.
     """
     return x if world_size() == 1 else torch.cat(all_gather(x, None))
 
@@ -84,16 +84,13 @@ def row_offset(local_rows: int) -> int:
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:
-    """Mean over ranks of a flat dictionary with the same keys on every rank."""
-    if world_size() == 1:
-        return values
-    names = sorted(values)
-    packed = total(torch.tensor([values[name] for name in names], dtype=torch.float64))
-    return dict(zip(names, (packed / world_size()).tolist(), strict=True))
+    """Mean over ranks, which bring the same keys."""
+    parts = gather_objects(values)
+    return {name: sum(part[name] for part in parts) / len(parts) for name in values}
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in their order."""
+    """Of every rank, in their order."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -102,12 +99,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def rank_share(count: int) -> range:
-    """The indices below `count` that this rank works on: every W-th, from its rank on."""
+    """The indices below `count` that this rank works on."""
     return range(rank(), count, world_size())
 
 
 def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids [n], rows [n,D]) of all ranks on the CPU, sorted by id; ranks may bring different n, also none."""
+    """(ids [n], rows [n,D]) of all ranks on the CPU, sorted by id; n may differ between ranks, and be 0."""
     parts = gather_objects((ids.cpu(), rows.cpu()))
     all_ids, all_rows = (torch.cat(column) for column in zip(*parts, strict=True))
     order = all_ids.argsort()
@@ -115,11 +112,7 @@ def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def broadcast_object(value: Any) -> Any:
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather_objects(value)[0]
 
 
 def barrier() -> None:
@@ -130,10 +123,8 @@ def barrier() -> None:
 def leave(*, together: bool = True) -> None:
     """Leave the process group; `together`: once all ranks have come here, and rank 0, which may hold the store, last.
 
-    The ranks are counted in the store: who has left a collective of gloo's may close what another still reads.
-
-    Raises:
-        RuntimeError: another rank left over a mistake, or did not come.
+    Ranks are counted in the store, for who leaves a collective of gloo's may close what another still reads. RuntimeError:
+    another rank left over a mistake, or did not come.
     """
     if not dist.is_initialized():
         return
@@ -153,7 +144,7 @@ def leave(*, together: bool = True) -> None:
 
 
 def tell_mistake() -> None:
-    """Before this rank leaves over a mistake of the user's that it has told: spare the others a traceback about it."""
+    """This rank leaves over a mistake that it has told: spare the others a traceback."""
     if world_size() == 1:
         return
     store, own, others = distributed_c10d._get_default_store(), rank(), world_size() - 1
@@ -165,7 +156,7 @@ def tell_mistake() -> None:
 
 
 def mistake_told() -> bool:
-    """Whether another rank has told a mistake, so that the error at hand is only that it left."""
+    """Whether another rank has told a mistake, and the error at hand is only that it left."""
     if world_size() == 1:
         return False
     store = distributed_c10d._get_default_store()
@@ -178,7 +169,7 @@ def mistake_told() -> bool:
 
 
 def _counted(store: dist.Store, key: str, ranks: int, seconds: float) -> bool:
-    """Wait until so many ranks have counted themselves in; False when the time is over or a mistake was told first."""
+    """Wait for so many ranks to count themselves in; False: the time is over, or a mistake was told first."""
     end = time.monotonic() + seconds
     while True:
         time.sleep(0.05)  # at least once: threads that still drop a finished collective get the processor
@@ -189,7 +180,7 @@ def _counted(store: dist.Store, key: str, ranks: int, seconds: float) -> bool:
 
 
 def total(value: Tensor) -> Tensor:
-    """Sum over the ranks of a tensor on this rank's device, where it stays."""
+    """Sum over the ranks; it stays on the tensor's device."""
     if world_size() == 1:
         return value
     summed = value.to(device() if dist.get_backend() == "nccl" else "cpu", copy=True)
@@ -198,6 +189,4 @@ def total(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool | Tensor) -> bool:
-    if world_size() == 1:
-        return bool(flag)
-    return bool(total(torch.as_tensor(flag, dtype=torch.float32)).item())
+    return bool(total(torch.as_tensor(flag, dtype=torch.float32)))

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exception that a user is meant to read, and how tools end with it."""
 
 import argparse
 import difflib
@@ -8,11 +8,9 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake in the user's input, told in one line that names the thing and the mend.
+    """A mistake of the user's, told in one line that names the thing and the mend; what breaks a line becomes an escape.
 
-    Entry points (`vlmkd.train.run.main`, every script) print the message alone and exit with code 2; any other
-    exception is a defect of ours and keeps its traceback. Line breaks and control characters, which may come with a
-    quoted name or text, are written as escapes.
+    Entry points print it and exit with code 2; any other exception is a defect of ours and keeps its traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -20,16 +18,13 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error about an unknown `name`: the nearest of the `known` ones, or `otherwise` without one."""
+    """The end of an error about an unknown `name`: the nearest `known` ones, or `otherwise`."""
     near = difflib.get_close_matches(name, list(known), n=2)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a tool's `main` with the command line and exit with its code.
-
-    A UserError is one line and exit code 2; so is what the system refuses about a file, such as a missing permission.
-    """
+    """Exit with the code of a tool's `main`; a UserError, or what the system refuses about a file, is one line and code 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -42,7 +37,7 @@ def run_tool(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """`type` of a command-line option that is a whole number from `low` on."""
+    """`type` of a whole number from `low` on."""
 
     def number(text: str) -> int:
         value = int(text)

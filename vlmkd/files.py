@@ -1,7 +1,4 @@
-"""Text files that a user gave, read, and files of our own, written: what fails is a UserError of one line.
-
-`what` names the file's option or field in that line, `hint` ends it.
-"""
+"""A user's text files, read, and our own, written: what fails is a UserError that `what` begins and `hint` ends."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ _DEPTH = 64  # of nested YAML lists and mappings
 
 
 def cache_root() -> Path:
-    """Folder for everything that is built or fetched once: $VLMKD_CACHE, else ~/.cache/vlmkd."""
+    """Folder for what is built or fetched once."""
     return Path(os.environ.get("VLMKD_CACHE") or "~/.cache/vlmkd").expanduser()
 
 
 def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMIT) -> str:
-    """The UTF-8 text of a file of at most `limit` bytes, without a byte-order mark."""
+    """UTF-8 of at most `limit` bytes, without a byte-order mark."""
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -40,13 +37,12 @@ def read_text(path: str | Path, what: str, hint: str = "", *, limit: int = _LIMI
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{what} {path} is not UTF-8 text (byte {error.start}); save it as UTF-8, or name the right file"
-        ) from None
+        told = f"is not UTF-8 text (byte {error.start}); save it as UTF-8, or name the right file"
+        raise UserError(f"{what} {path} {told}") from None
 
 
 def unreadable(error: OSError | ValueError, path: str | Path, what: str, hint: str = "") -> UserError:
-    """The line for a file whose opening or reading raised `error`."""
+    """For a file whose opening or reading raised `error`."""
     told = f"{what} {path}"
     if isinstance(error, FileNotFoundError):
         told += " does not exist"
@@ -60,7 +56,6 @@ def unreadable(error: OSError | ValueError, path: str | Path, what: str, hint: s
 
 
 def read_json(path: str | Path, what: str, hint: str = "") -> Any:
-    """The content of a JSON file."""
     text = read_text(path, what, hint)
     try:
         content = json.loads(text)
@@ -74,7 +69,6 @@ def read_json(path: str | Path, what: str, hint: str = "") -> Any:
 
 
 def read_object(path: str | Path, what: str, hint: str = "") -> dict[str, Any]:
-    """As `read_json`, for a file that must hold a JSON object."""
     content = read_json(path, what, hint)
     if not isinstance(content, dict):
         told = f"{what} {path} must hold a JSON object; it holds a {type(content).__name__}"
@@ -83,15 +77,12 @@ def read_object(path: str | Path, what: str, hint: str = "") -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path, what: str, hint: str = "") -> Any:
-    """The content of a YAML file, see `parse_yaml`."""
+    """See `parse_yaml`."""
     return parse_yaml(read_text(path, what, hint, limit=_YAML_LIMIT), f"{what} {path}")
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """`text` as plain data: null, booleans, numbers, strings, lists and mappings.
-
-    Aliases (`*name`) are refused, because a few lines of them unfold to gigabytes; so is deep nesting.
-    """
+    """`text` as plain data. Aliases (`*name`) are refused, because a few lines of them unfold to gigabytes."""
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except yaml.MarkedYAMLError as error:
@@ -105,15 +96,15 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters."""
+    """What an exception says, in at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def new_file(path: str | Path, what: str = "file") -> Iterator[Path]:
-    """A temporary path beside `path` for the body to write, which then takes its place; gone when the body fails.
+    """A temporary path for the body to write, which then takes the place of `path`, or goes when the body fails.
 
-    The body only writes, because an OSError in it is taken for one of writing.
+    The body only writes: an OSError in it is taken for one of writing.
     """
     with _partial(Path(path), what) as partial:
         yield partial
@@ -121,7 +112,7 @@ def new_file(path: str | Path, what: str = "file") -> Iterator[Path]:
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Refuse a file that `new_file` could not write, before the work whose result it is to hold."""
+    """Refuse a file that `new_file` could not write, before the work for it."""
     with _partial(Path(path), what):
         pass
 
@@ -136,16 +127,15 @@ def _partial(path: Path, what: str) -> Iterator[Path]:
         partial.touch()
         yield partial
     except OSError as error:
-        raise UserError(
-            f"{what} {path} cannot be written ({error.strerror or error}); free space or name another"
-        ) from None
+        told = f"cannot be written ({error.strerror or error}); free space or name another"
+        raise UserError(f"{what} {path} {told}") from None
     finally:
         with suppress(OSError):  # what kept it from being written has been told
             partial.unlink(missing_ok=True)
 
 
 def new_folder(path: str | Path, what: str) -> Path:
-    """`path` as a folder that can be written, made when it is not there."""
+    """`path`, as a folder that can be written."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -158,13 +148,12 @@ def new_folder(path: str | Path, what: str) -> Path:
 
 
 def write_text(path: str | Path, text: str, what: str = "file") -> None:
-    """Write `text` by `new_file`."""
+    """By `new_file`."""
     with new_file(path, what) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any, what: str = "file") -> None:
-    """Write `content` as JSON by `new_file`."""
     write_text(path, json.dumps(content, indent=1) + "\n", what)
 
 
@@ -173,7 +162,7 @@ def _with(told: str, hint: str) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain data only; `1e-4` is a number (YAML 1.2) and a date is a string. No aliases, no key that comes twice."""
+    """Plain data only; `1e-4` is a number (YAML 1.2) and a date is a string."""
 
     _depth = 0
 

@@ -16,7 +16,7 @@ _FILES = {"v2": ("memory.max", "memory.current"), "v1": ("memory.limit_in_bytes"
 
 
 def available() -> int:
-    """Of the GPU, or of the machine as far as the control groups of this process let it."""
+    """Of the GPU, or of the machine as far as control groups let this process have it."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return min([psutil.virtual_memory().available, *(most - used for most, used in _group_limits())])
@@ -37,7 +37,7 @@ def peak() -> int:
 
 
 def _group_limits() -> Iterator[tuple[int, int]]:
-    """(limit, use) of the Linux control groups around this process that have one; files in the page cache are no use."""
+    """(limit, use without page cache) of the Linux control groups around this process that have a limit."""
     lines = _MEMBERSHIP.read_text().splitlines() if _MEMBERSHIP.is_file() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)

@@ -1,7 +1,4 @@
-"""What evaluations, teacher stores and class vectors ask of a model.
-
-Letters: B images, N texts, D embedding width, C classes.
-"""
+"""What evaluations, teacher stores and class vectors ask of a model; B images, N texts, D embedding width, C classes."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ class ImageEncoder(Protocol):
 
     @property
     def logit_scale(self) -> float:
-        """Factor (not its logarithm) of cosine similarities in the softmax."""
+        """Factor of cosine similarities in the softmax, not its logarithm."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B,3,H,W] in the statistics of `image_spec` -> [B,D] unit vectors, float32."""
@@ -27,8 +24,7 @@ class TextEncoder(Protocol):
     name: str
 
     @property
-    def logit_scale(self) -> float:
-        """As an ImageEncoder's."""
+    def logit_scale(self) -> float: ...
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """N captions -> [N,D] unit vectors, float32."""
