@@ -1,4 +1,4 @@
-"""The resumable state of a run: written under a temporary name, verified, renamed; torn ones are skipped."""
+"""The resumable state of a run: written under a temporary name, then renamed; torn ones are skipped."""
 
 from __future__ import annotations
 
@@ -33,12 +33,9 @@ _NAME = re.compile(r"step_(\d{6,})$")
 def save(
     state_dir: Path, step: int, engine: Engine, *, shared: dict[str, Any], per_rank: dict[str, Any], keep: int
 ) -> None:
-    """Write `state_dir/step_NNNNNN`, then drop all but the newest `keep` checkpoints.
+    """Write `state_dir/step_NNNNNN`, then drop all but the newest `keep` checkpoints; a collective.
 
-    `shared` comes from rank 0, `per_rank` from each rank; both hold tensors and plain data only. A collective.
-
-    Raises:
-        UserError: the disk is full or cannot be written; earlier checkpoints stay as they were.
+    `shared` comes from rank 0, `per_rank` from each; both hold tensors and plain data only.
     """
     final = state_dir / f"step_{step:06d}"
     partial = state_dir / f".partial_{final.name}"
@@ -71,7 +68,7 @@ def save(
 
 @contextmanager
 def _together(final: Path, partial: Path) -> Iterator[None]:
-    """Run the body on every rank; when it fails on one, all drop `partial` and raise the same UserError."""
+    """When the body fails on one rank, all drop `partial` and raise the same UserError."""
     problem = None
     try:
         yield
@@ -81,12 +78,12 @@ def _together(final: Path, partial: Path) -> Iterator[None]:
     if problems:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        told = "free disk space and start the same command again: the run continues from the checkpoint before it"
+        told = "free disk space and start the same command again, to go on from the checkpoint before it"
         raise UserError(f"checkpoint {final} could not be written ({problems[0]}); {told}")
 
 
 def latest(state_dir: Path) -> Path | None:
-    """The newest whole checkpoint, agreed on by all ranks; damaged ones are reported and renamed `damaged_step_N`."""
+    """The newest whole checkpoint, the same on all ranks; damaged ones are told and renamed `damaged_step_N`."""
     found = None
     for folder in _steps(state_dir) if distributed.is_main() else ():
         reason = damage(folder)
@@ -105,7 +102,7 @@ def latest(state_dir: Path) -> Path | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when the manifest and every file have the recorded sha256."""
+    """What is wrong with a checkpoint folder; None: every file has its recorded sha256."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -127,11 +124,7 @@ def damage(folder: Path) -> str | None:
 
 
 def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run.
-
-    Raises:
-        UserError: written by another version, by other ranks or at another ZeRO stage, or of another model.
-    """
+    """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run."""
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("format") != _FORMAT:
         told = "another version of vlmkd; end the run with that one, or choose another run_dir"
@@ -145,13 +138,13 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, RuntimeError, LookupError) as error:
         told = f"does not fit this run ({one_line(error)}); choose another run_dir"
         raise UserError(f"checkpoint {folder} {told}") from None
-    files = (folder / _SHARED, folder / f"rank_{distributed.rank()}.pt")
-    shared, own = (read_torch(file, what="checkpoint file") for file in files)
-    return shared, own
+    own = f"rank_{distributed.rank()}.pt"
+    shared, per_rank = (read_torch(folder / file, what="checkpoint file") for file in (_SHARED, own))
+    return shared, per_rank
 
 
 def _shape(engine: Engine) -> dict[str, int]:
-    """What decides which files there are and what is in them."""
+    """What a checkpoint's files depend on."""
     return {"ranks": distributed.world_size(), "deepspeed.zero_stage": engine.zero_stage}
 
 
@@ -164,7 +157,7 @@ def _steps(state_dir: Path) -> list[Path]:
 
 
 def _is_own(name: str) -> bool:
-    """Whether this rank writes a file: by `rank_R` in its name (DeepSpeed's and ours); rank 0 those without."""
+    """Whether this rank writes a file: by `rank_R` in its name; rank 0 those without."""
     match = None if name.startswith("mp_rank") else re.search(r"rank_(\d+)", name)
     return int(match[1] if match else 0) == distributed.rank()
 

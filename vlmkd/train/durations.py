@@ -1,8 +1,4 @@
-"""Lengths of a run and its parts, in whatever unit their paper gives them, as optimiser steps.
-
-`5000` steps, `20ep` epochs, `1e6ex` examples, `10%` of the run's steps, `max(500, 12ep)` and `min(100, 20%)`. Fields
-that take them have the types `Duration` and `Length`; `in_steps` replaces them all once the data are known.
-"""
+"""Lengths of a run and its parts, in whatever unit their paper gives them (`Range.refusal` lists them), as optimiser steps."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def in_steps(cfg: C, steps_per_epoch: int) -> C:
-    """`cfg` with every duration as optimiser steps; `steps_per_epoch` is 0 where nobody knows, and epochs are refused.
+    """`cfg` with every `Duration` and `Length` in steps; `steps_per_epoch` is 0 where nobody knows, and epochs are refused.
 
     Examples that fill no batch are dropped, shares rounded; what is longer than nothing has a step at least.
     """
@@ -38,7 +34,7 @@ def _resolved(cfg: Any, prefix: str, units: dict[str, float]) -> Any:
 
 
 def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
-    """Steps of one duration; `units` are the steps of an example, an epoch and a hundredth of the run."""
+    """`units`: steps of an example, an epoch and a hundredth of the run."""
     if isinstance(value, int):
         return value
     found = DURATION.fullmatch(value)
@@ -50,8 +46,8 @@ def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
     number, unit = float(found["number"]), found["unit"]
     told = f"is {value}, a share of itself; give steps, epochs (ep) or examples (ex)"
     require(unit in units, path, told)
-    told = f"is {value}, but how many whole batches these data are is not known, or none; give steps or examples (1e6ex), a"
-    more = " smaller batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
-    require(units[unit] > 0, path, told + more)
+    told = f"is {value}, but how many whole batches these data are is not known, or none; give steps or examples (1e6ex),"
+    more = "a smaller batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
+    require(units[unit] > 0, path, f"{told} {more}")
     steps = number * units[unit]
     return max(int(number > 0), int(steps + 1e-6) if unit == "ex" else round(steps))

@@ -1,4 +1,4 @@
-"""Whether the data sets and zoo models that a config names are known, before anything is read, built or fetched."""
+"""Whether the data sets and zoo models that a config names are known."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vlmkd.errors import UserError
 
 
 def check_names(config: Mapping[str, Any]) -> None:
-    """Refuse a name in a config's plain tree that the look-up of its run would refuse.
+    """Refuse names in a config's plain tree that its run would refuse.
 
-    `set` is a labelled data set; `zoo:` and `emoji:` begin names wherever they stand. Files are not looked for: an earlier
-    run may still have to write them. Architectures are the business of libraries that a dry run does not import.
+    `set` is a labelled data set; `zoo:` and `emoji:` begin names wherever they stand. Not files, which an earlier run may
+    have to write first, and not architectures, whose libraries a dry run does not import.
     """
     for field, key, value in _fields(config, ""):
         try:
@@ -29,7 +29,7 @@ def check_names(config: Mapping[str, Any]) -> None:
 
 
 def _fields(node: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf: its name with dots, its key and its value."""
+    """Of every leaf: its name with dots, its key and its value."""
     pairs = node.items() if isinstance(node, Mapping) else enumerate(node)
     for key, value in pairs:
         name = f"{path}.{key}" if path else str(key)

@@ -1,4 +1,4 @@
-"""Console lines, metrics.jsonl (always), and trackers when installed and asked for. Rank 0 writes."""
+"""Console, metrics.jsonl, results.jsonl, and the trackers that are asked for; rank 0 writes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from vlmkd.evaluation.base import Result
 from vlmkd.files import write_text
 from vlmkd.results import FILE, Number, Tags, lines, numbers_of, parameters
 
-log = logging.getLogger("vlmkd")
-
 
 def start_console(run_dir: Path) -> None:
     """vlmkd's messages go to the terminal and to `run_dir/log.txt`; ranks above 0 only warn."""
@@ -40,18 +38,14 @@ def start_console(run_dir: Path) -> None:
 
 
 class _RunLog(logging.FileHandler):
-    """A log file whose full disk is an error of the run's, not a traceback a line."""
+    """A full disk is an error of the run's, not a traceback a line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
         raise  # noqa: PLE0704
 
 
 class Metrics:
-    """A line a log step in metrics.jsonl, the same to every tracker asked for, and the run's results.jsonl.
-
-    Lines of steps from `resume_step` on belong to work that was lost with a killed process; they are dropped. `tags` go
-    with every result.
-    """
+    """`tags` go with every result; lines of steps from `resume_step` on, lost with a killed process, are dropped."""
 
     def __init__(
         self,
@@ -81,7 +75,7 @@ class Metrics:
                 self._trackers.append(tracker)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line; not-a-number becomes null. Trackers get the numbers, not what is nested."""
+        """Append a line, with null for what is not finite; trackers get its numbers."""
         if not self._active:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -93,7 +87,7 @@ class Metrics:
             tracker.log(scalars, step=step)
 
     def write_results(self, results: list[Result], model: str, step: int) -> None:
-        """Append an evaluation of `model` to results.jsonl, and write it as `write` does."""
+        """Append an evaluation of `model` to results.jsonl, and `write` it."""
         numbers = numbers_of(results, run=self._run, model=model, tags=self._tags, step=step)
         self._append(numbers)
         values = {f"{one.dataset}/{one.metric}": one.value for one in numbers}
@@ -136,7 +130,7 @@ def _package(name: str, field: str) -> Any:
 
 
 def _step_of(line: str) -> float:
-    """Step of a metrics line; a line torn by a kill counts as lost."""
+    """A line torn by a kill counts as lost."""
     try:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):

@@ -14,12 +14,12 @@ NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
 
 
 def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters of `module` in a decayed and an undecayed group.
+    """Trainable parameters of `module` in decayed and undecayed groups.
 
-    Decay goes to tensors of two or more dimensions whose name holds none of `NO_DECAY_NAMES` (the rule of the
-    TinyCLIP reference), or to all of them with `optim.decay_all`. Rate and decay are those of the first of
-    `optim.groups` whose pattern is found in the name, else the run's; a pattern that counts for nothing is refused.
-    A group may carry its own `lr` and `schedule: False` (constant); see `Engine.set_lr`.
+    Decay goes to tensors of two or more dimensions whose name holds none of `NO_DECAY_NAMES` (as in the TinyCLIP
+    reference), or to all with `optim.decay_all`. Rate and decay are those of the first of `optim.groups` whose pattern is
+    in the name, else the run's; a pattern that counts for nothing is refused. A group may have an `lr` of its own, and
+    `schedule: False` (constant).
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     rules = [*optim.groups, ParamGroupConfig()]
@@ -29,7 +29,7 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY_NAMES)
         members[rule][plain and not optim.decay_all].append(parameter)
     groups = []
-    # The run's own rate comes first, because the log tells that.
+    # The log tells the first rate: the run's own.
     for index in (len(rules) - 1, *range(len(rules) - 1)):
         rule, kinds = rules[index], members[index]
         example = " and ".join(dict.fromkeys([*trained][:1] + [*trained][-1:])) or "none"
@@ -45,11 +45,7 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
-    """Learning rate at optimiser step `step` of `steps`, as a share of the peak.
-
-    (step + 1) / W up to W = warmup_steps, so that no step is lost; then a cosine to zero (`cosine`), a constant with a
-    linear fall over the last `decay_steps` (`wsd`), or a constant.
-    """
+    """Learning rate at optimiser step `step` of `steps`, as a share of the peak; warm-up wastes no step."""
     warmup = optim.warmup_steps
     if step < warmup:
         return (step + 1) / warmup

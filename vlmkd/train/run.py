@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RunConfig)
 
-# What may differ when a run is continued, by whole names: none of it changes the weights, except that other workers
-# re-start the stream. Which sets are evaluated and when is no part of it: weights are selected by them.
+# What may differ when a run goes on: none of it changes the weights, except that other workers re-start the stream. Not
+# the evaluations, by which weights are selected.
 _CHANGEABLE = {
     "run_dir", "threads", "data.workers", "data.shard_cache", "data.max_bad_share",
     "evaluation.batch_size", "evaluation.workers", "evaluation.teacher",
@@ -65,7 +65,7 @@ _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "
 def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | None = None) -> None:
     """Entry point of every train script: `CONFIG.yaml [MORE.yaml ...] [field=value ...] [--help] [--dry-run]`.
 
-    Exits with 0 when the run is complete, 2 with one line on a UserError, 143 after a SIGTERM whose state is saved.
+    Exits with 0 when the run is complete, 2 and one line on a UserError, 143 after a SIGTERM and a save.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -90,11 +90,11 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
             raise
         file = error.filename or f"a file of {cfg.run_dir}"
         told = f"{file} could not be written ({error.strerror}); free disk space and start the same command again"
-        _exit_with(f"{told}: the run goes on from its newest checkpoint")
+        _exit_with(f"{told}, to go on from the newest checkpoint")
     except RuntimeError:
         if not distributed.mistake_told():
             raise
-        sys.exit(2)  # another rank has said it, and left; what broke here was the connection to it
+        sys.exit(2)  # another rank has said it; what broke here was the connection to it
     except Stopped as stopped:
         print(stopped, flush=True)
         distributed.leave()
@@ -121,7 +121,7 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
     if not torch.cuda.is_available():
         keep_freed_memory(varied=given.varied)
     start_ranks()
-    # What libraries draw outside our own generators is the same on every rank, so that initial weights agree.
+    # What libraries draw outside our generators is the same on every rank, as initial weights must be.
     random.seed(given.seed)
     np.random.seed(given.seed % 2**32)
     torch.manual_seed(given.seed)
@@ -134,8 +134,8 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
         facts = {"ds_config": generated, "env": _environment(), "data": job.loader.describe()}
         for name, content in facts.items():
             _write(run_dir / f"{name}.json", content)
-    sizes = [(p.numel(), p.requires_grad) for p in job.task.student.parameters()]
-    whole, trained = (sum(size for size, learns in sizes if learns or every) / 1e6 for every in (True, False))
+    sizes = [(p.numel() / 1e6, p.requires_grad) for p in job.task.student.parameters()]
+    whole, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
     told = "student: %.2f M parameters, %.2f M of them trained; %d teacher(s) loaded"
     log.info(told, whole, trained, len(job.task.teachers))
     engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
@@ -160,7 +160,7 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
 
 
 def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int) -> None:
-    """Final evaluation of student and teachers, export, and its check in a fresh process."""
+    """Final evaluation, export, and its check in a fresh process."""
     task, folder = job.task, run_dir / "eval"
     chosen = {STUDENT: trainer.present_weights(task)}
     results = _final_results(job, engine, metrics, step, chosen)
@@ -169,17 +169,15 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
         if distributed.is_main():
             folder.mkdir(exist_ok=True)
             metrics.write_sizes(task.parameter_counts())
-            models = {"exported": exported, "selections": list(chosen)[1:]}
-            _write(folder / MODELS, models)
+            _write(folder / MODELS, {"exported": exported, "selections": list(chosen)[1:]})
             _write(folder / DETAILS, json.dumps(details_of(results)))
             _write_gallery(folder / GALLERY, job, engine.device)
     weights = engine.student_weights()
     written = {}
     with engine.whole_weights([engine.module]):  # an export may ask the student itself
         if weights is not None:
-            kept = {one.folder: one.name for one in task.selections if one.folder and one.name in chosen}
-            others = {place: name for place, name in kept.items() if name != exported}
-            for place, name in ({"export": exported} | others).items():
+            others = [one for one in task.selections if one.folder and one.name in chosen.keys() - {exported}]
+            for place, name in [("export", exported), *((one.folder, one.name) for one in others)]:
                 whole = completed(weights, chosen[name])
                 written[run_dir / place] = task.export(run_dir / place, whole, name)
     if weights is not None:
@@ -200,9 +198,9 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
 def _final_results(
     job: Job, engine: Engine, metrics: Metrics, step: int, chosen: dict[str, Weights]
 ) -> dict[str, list[Result]]:
-    """Results by model: the student, each of its selections, whose weights are added to `chosen`, and the teachers.
+    """Results by model: the student, its selections, whose weights are added to `chosen`, and the teachers.
 
-    The final evaluators look at the selections, or at the student where there are none.
+    The final evaluators look at the selections, or the student where there are none.
     """
     cfg, task = job.cfg, job.task
     # Where an evaluation ended the run, the selections have seen these weights.
@@ -228,10 +226,8 @@ def _draw_page(run_dir: Path) -> None:
     try:
         build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
     except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
-        log.warning(
-            "the run is complete, but its page could not be drawn (%s: %s); to try again: python scripts/report.py %s",
-            type(error).__name__, error, run_dir,
-        )  # fmt: skip
+        told = "the run is complete, but its page could not be drawn (%s: %s); to try again: python scripts/report.py %s"
+        log.warning(told, type(error).__name__, error, run_dir)
 
 
 def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
@@ -248,7 +244,7 @@ def _write_gallery(path: Path, job: Job, device: torch.device) -> None:
 
 @contextmanager
 def _run_folder(cfg: RunConfig) -> Iterator[None]:
-    """Made or opened again and locked (by rank 0); another run's is refused."""
+    """Made or opened again, and locked, by rank 0; another run's is refused."""
     if distributed.environment()["RANK"] != "0":
         yield
         return
@@ -258,7 +254,7 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
         raise UserError(f"{field} is a file; name a folder")
     if config_file.is_file():
         _check_same_run(config_file, cfg)
-    # What a run leaves that was stopped before it had written its config may lie there.
+    # A run may have been stopped before it had written its config.
     elif {one.name for one in run_dir.glob("*") if one.suffix != ".partial"} - {".lock", "log.txt"}:
         raise UserError(f"{field} holds files of something else; choose an empty or new folder")
     try:
@@ -276,7 +272,7 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
 
 
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
-    """Refuse a folder whose config differs in anything that changes the weights, or is damaged."""
+    """Refuse a folder whose config is damaged, or differs in what changes the weights."""
     folder, mend = f"run folder {path.parent}", "delete the folder or choose another run_dir"
     loaded = read_yaml(path, f"{folder}:", mend)
     whole = {item.name for item in dataclasses.fields(RunConfig)}
@@ -289,10 +285,9 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
     changed = sorted({name for name in names if old.get(name) != new.get(name)} - _CHANGEABLE)
     if changed:
         first, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(
-            f"{folder} belongs to a run with {first}={old.get(first)!r}, now {new.get(first)!r}{more}; choose another "
-            f"run_dir or give the same config to go on"
-        )
+        told = f"{first}={old.get(first)!r}, now {new.get(first)!r}{more}"
+        mend = "choose another run_dir or give the same config to go on"
+        raise UserError(f"{folder} belongs to a run with {told}; {mend}")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -321,7 +316,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    """A text, or plain data as JSON."""
+    """A text, or plain data as JSON; `main` tells what the disk refuses."""
     partial_path = path.with_name(path.name + ".partial")
     text = content if isinstance(content, str) else json.dumps(content, indent=1)
     partial_path.write_text(text, encoding="utf-8")

@@ -1,8 +1,6 @@
-"""Which weights of the student count: the present ones, an average of them, or those of the best evaluation.
+"""Which weights of the student count: the present ones, or what `Task.average` and `Task.selections` keep.
 
-A task names an `average`, which takes the place of the present weights whenever the student is evaluated, and
-`selections`, each evaluated once when training has ended, the last of them exported. All of them need whole weights on
-each rank, so ZeRO stage 3 is refused.
+They need whole weights on each rank, so ZeRO stage 3 is refused.
 """
 
 from __future__ import annotations
@@ -23,18 +21,18 @@ Weights = dict[str, Tensor]
 
 
 class Selection:
-    """A rule that keeps weights; after `load_state` of what `state` returned everything goes on bit for bit."""
+    """A rule that keeps weights; after `load_state` of what `state` returned, all goes on bit for bit."""
 
     name = ""
     """How results call the student with these weights."""
     folder = ""
-    """Folder of the run that they are exported to too, where they are not the last selection."""
+    """Of the run, for their export where they are not the last selection; empty: none."""
 
     def after_update(self, student: nn.Module, step: int) -> None:
         """Called after optimiser step `step` (from 0)."""
 
     def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
-        """Called after an evaluation at `step` (steps done), inside it: `student` has its weights; True ends the run."""
+        """Called after `step` steps and an evaluation, whose weights `student` still has; True ends the run."""
         return False
 
     def weights(self) -> Weights:
@@ -42,16 +40,15 @@ class Selection:
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Plain data."""
+        """Tensors and plain data."""
         raise NotImplementedError
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
         raise NotImplementedError
 
 
 class MovingAverage(Selection):
-    """average = decay * average + (1 - decay) * weight in fp32, from the first step's weights."""
+    """average = decay * average + (1 - decay) * weight in fp32, from the first step on."""
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
@@ -79,7 +76,7 @@ class MovingAverage(Selection):
 
 
 class Best(Selection):
-    """The weights and buffers of the evaluation with the highest score, on the CPU in float32."""
+    """Weights and buffers of the evaluation with the highest score, on the CPU in float32."""
 
     def __init__(
         self,
@@ -89,15 +86,11 @@ class Best(Selection):
         tie: Literal["earlier", "later"],
         after_step: int = 0,
     ) -> None:
-        """`tie`: which of two equal scores counts (PromptKD and DHO the earlier, VL2V-ADiP the later).
-
-        Evaluations with no more than `after_step` steps done do not count.
-        """
+        """`tie`: which of two equal scores counts; evaluations up to step `after_step` do not count."""
         self.name, self._rule, self._earlier, self._after = name, score, tie == "earlier", after_step
         self._weights: Weights = {}
         self.score = -math.inf
         self.step = 0
-        """Steps done at the best evaluation."""
 
     def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
         score = self._rule(results) if step > self._after else -math.inf
@@ -120,10 +113,7 @@ class Best(Selection):
 
 
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
-    """The trained parameters of `module` by name, detached; with `buffers` also its floating-point buffers.
-
-    In half precision: the master weights of those that `Task.masters` lists.
-    """
+    """The trained parameters of `module`, master weights where `Task.masters` lists them; `buffers`: and those with fractions."""
     weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:
         weights |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}
@@ -131,14 +121,14 @@ def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
 
 
 def kept_copy(value: Tensor) -> Tensor:
-    """A copy on the CPU, numbers with a fraction in float32."""
+    """On the CPU, numbers with a fraction in float32."""
     dtype = torch.float32 if value.is_floating_point() else value.dtype
     return value.detach().to(device="cpu", dtype=dtype, copy=True)
 
 
 @contextmanager
 def using(student: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """`student` with these weights in the types of its own inside, its own afterwards."""
+    """Inside, `student` has these weights, in its own types."""
     held: dict[str, Any] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     before = [(held[name], held[name].data, getattr(held[name], "master", None)) for name in weights]
     try:
@@ -155,7 +145,7 @@ def using(student: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def completed(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
-    """Complete `weights` with those of `own` in their places, types and shapes (the engine makes vectors of scalars)."""
+    """`weights`, with those of `own` in their places, types and shapes (the engine makes vectors of scalars)."""
     return {
         name: own[name].detach().cpu().to(value.dtype).reshape(value.shape) if name in own else value
         for name, value in weights.items()

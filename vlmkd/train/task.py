@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmkd.train.selection import Selection
 
 Batch = dict[str, Any]
-"""`keys`, the names of its samples, and whatever the loader and the task agree on, nested as they like."""
+"""`keys`, the names of its samples, and whatever loader and task agree on, nested as they like."""
 
 
 @dataclass
@@ -39,47 +39,47 @@ class Task:
     """
 
     student: nn.Module
-    """Holds every trainable parameter; called once per step."""
+    """Holds every trainable parameter; called once per micro-batch."""
     teachers: list[nn.Module]
     """Frozen, in eval mode, outside the student, never checkpointed; empty when cached or none."""
     average: Selection | None = None
-    """Takes the place of the present weights in evaluations and the export, as soon as it has any."""
+    """Takes the place of the present weights in evaluations and the export, once it has any."""
     selections: Sequence[Selection] = ()
-    """Other weights, evaluated once when training has ended; the last that has any is exported."""
+    """Other weights, evaluated when training has ended; the last that has any is exported."""
     without_teacher: str = ""
-    """The override that trains on the labels alone, where there is one: advice for users of a bad teacher."""
+    """The override that trains on labels alone, if any: advice for users of a bad teacher."""
     watch: Stopwatch
-    """Times the parts of a step, e.g. `with self.watch.span("teacher"): ...`; spans `teacher` and `loss` are logged."""
+    """Times parts of a step, as in `with self.watch.span("teacher"): ...`; the metrics tell each."""
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """What optimiser step `step` trains on in the place of a micro-batch from the loader, before it is weighed.
+        """What optimiser step `step` trains on in place of a micro-batch, as the loader left it, before it is weighed.
 
-        Called under the step's random state, on the micro-batch where the loader left it.
+        Called under the step's random state.
         """
         return batch
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Forward pass and losses of one micro-batch at optimiser step `step`.
 
-        Every trained parameter takes part in every micro-batch, because ZeRO waits for its gradient on all ranks: what a
-        micro-batch has no input for gets a blank one, times zero.
+        Every trained parameter takes part, because ZeRO waits for its gradient on all ranks: what a micro-batch has no
+        input for gets a blank one, times zero.
         """
         raise NotImplementedError
 
     def weight(self, batch: Batch) -> float:
         """What a micro-batch's loss is a mean over: its rows, or e.g. the tokens that are learned.
 
-        An optimiser step trains on the mean over this number in all its micro-batches on all ranks. A loss of the batch
-        as a set (contrastive) has no such mean, and its micro-batches are equally large.
+        An optimiser step trains on the mean over all that its micro-batches on all ranks count so. A loss of the batch as
+        a set (contrastive) has no such mean, and its micro-batches are equally large.
         """
         return len(batch["keys"])
 
     def items(self, batch: Batch) -> dict[str, float]:
-        """How much of what a micro-batch holds, by kind; the log tells each as a rate."""
+        """What a micro-batch holds, by kind; the log tells rates."""
         return {"samples": len(batch["keys"])}
 
     def flops(self, batch: Batch) -> float:
-        """That a micro-batch asks of the models, forward and backward; 0: not known."""
+        """Of the models for a micro-batch, forward and backward; 0: not known."""
         return 0.0
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -95,18 +95,18 @@ class Task:
         return lr_factor(step, cfg.steps, cfg.optim)
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
-        """Parameters that the engine clamps to [low, high] after each optimiser step, master weights included."""
+        """Parameters, and their master weights, that are clamped to [low, high] after each optimiser step."""
         return []
 
     def kept(self) -> list[Selection]:
-        return [*([] if self.average is None else [self.average]), *self.selections]
+        return [one for one in (self.average, *self.selections) if one is not None]
 
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that `master_value` reads in fp32 whatever the precision: by default all that are kept."""
+        """Parameters that `master_value` reads in fp32 whatever the precision: all, if any are kept."""
         return [p for p in self.student.parameters() if p.requires_grad] if self.kept() else []
 
     def after_evaluation(self, results: list[Result], step: int) -> None:
-        """Called after each evaluation of the student by `Job.evaluators`, with whatever weights."""
+        """Called after each evaluation of the student, with whatever weights."""
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers beside the parameters that a resumed run needs."""
@@ -115,11 +115,11 @@ class Task:
     def load_state(self, state: dict[str, Any]) -> None: ...
 
     def predictor(self) -> Any:
-        """What evaluators receive (see vlmkd.predictors): the student with the weights that it holds at the call."""
+        """What evaluators receive (see vlmkd.predictors): the student with its weights at the call."""
         raise NotImplementedError
 
     def teacher_predictors(self) -> dict[str, Any]:
-        """Predictors of the loaded teachers by name, evaluated once beside the student."""
+        """Predictors of the loaded teachers by name."""
         return {}
 
     def teacher_logits(self, embeds: Tensor) -> Tensor | None:
@@ -127,22 +127,22 @@ class Task:
         return None
 
     def tags(self) -> dict[str, str | int | float]:
-        """What tables may pivot this run's results by beside its seed and name, e.g. method and held-out domain."""
+        """What tables may pivot results by beside seed and run, e.g. method and held-out domain."""
         return {}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the exported student (`student`) and of the loaded teachers, under their predictors' names."""
+        """Of the exported student (`student`) and the loaded teachers, under their predictors' names."""
         return {}
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Any:
-        """Write the student into `folder` from the complete `weights` of the selection `name` (rank 0 only).
+        """On rank 0, write the student into `folder` with the complete `weights` of the selection `name`.
 
-        Returns what `check_exports` compares with the folder.
+        Returns what `check_exports` compares.
         """
         raise NotImplementedError
 
     def check_exports(self, written: dict[Path, Any]) -> None:
-        """Reload the folders with an outside library in a fresh process and compare with what `export` returned."""
+        """Reload the folders with an outside library in a fresh process; compare with what `export` returned."""
         raise NotImplementedError
 
 
@@ -150,8 +150,7 @@ class Task:
 def teacher_image_embeds(batch: Batch, teacher: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Unit vectors [B, D] of a labelled batch's images by its teacher, and which rows [B] it has answered (None: all).
 
-    Stored ones come with the batch. Else `teacher`, which returns them or a `ClipOutput`, looks at its own view where the
-    batch has one, or at the student's pixels.
+    Stored with the batch, or by `teacher`, which returns them or a `ClipOutput`, from its own view or the student's pixels.
     """
     if "teacher_image_embeds" in batch:
         return batch["teacher_image_embeds"][0], batch["teacher_valid"][0]
@@ -162,9 +161,9 @@ def teacher_image_embeds(batch: Batch, teacher: nn.Module | None) -> tuple[Tenso
 
 
 def master_value(parameter: Tensor) -> Tensor:
-    """`parameter` in fp32 (float64 stays): its master weight where the engine gave it one, with gradients to it.
+    """`parameter` in fp32 (float64 stays): its master weight where `Task.masters` asks for it, with gradients to itself.
 
-    Rounding a parameter to bf16 may turn a decision that hangs on it; see `Task.masters`.
+    Rounded to bf16 it may turn a decision that hangs on it.
     """
     value = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
     master: Tensor | None = getattr(parameter, "master", None)
@@ -172,9 +171,8 @@ def master_value(parameter: Tensor) -> Tensor:
 
 
 def combine(terms: dict[str, Tensor], weights: dict[str, float]) -> StepOutput:
-    """Sum `terms` times `weights`, which have the same names; the caller computes no term whose weight is zero."""
-    if terms.keys() != weights.keys():
-        raise ValueError(f"terms {sorted(terms)} and weights {sorted(weights)} must have the same names")
+    """Sum `terms` times `weights` of the same names; the caller computes no term of weight 0."""
+    assert terms.keys() == weights.keys(), f"terms {sorted(terms)} and weights {sorted(weights)}"
     weighted = {name: term * weights[name] for name, term in terms.items()}
     loss = torch.stack([term.float() for term in weighted.values()]).sum()
     return StepOutput(loss=loss, terms={name: term.detach() for name, term in weighted.items()})

@@ -1,7 +1,4 @@
-"""A look at the teacher before anything is learned from it: does it know the classes of the run?
-
-N images, D embedding width, C classes.
-"""
+"""Does the teacher know the classes of the run, before anything is learned from it?"""
 
 from __future__ import annotations
 
@@ -23,15 +20,14 @@ from vlmkd.train.task import Task
 log = logging.getLogger(__name__)
 
 MOST_IMAGES = 256
-"""Labelled images that the teacher is asked about, drawn from what there is."""
+"""Labelled images that the teacher is asked about."""
 FEWEST_IMAGES = 20
-"""With fewer, or with fewer than half an image a class, nothing is said."""
+"""With fewer, or fewer than half an image a class, nothing is said."""
 
 
 def look_at_teachers(task: Task, evaluators: list[Evaluator], loader: Loader, context: Context) -> None:
-    """Say how many of the validation images each teacher knows, and warn where it hardly does better than guessing.
+    """Say how many labelled validation images each teacher knows, stored or loaded, and warn of one that guesses.
 
-    Stored outputs are looked up, a loaded teacher is asked. Nothing is said of tasks whose evaluators have no labels.
     A collective.
     """
     items = [item for one in evaluators if isinstance(one, OfItems) for item in one.items]
@@ -53,14 +49,14 @@ def look_at_teachers(task: Task, evaluators: list[Evaluator], loader: Loader, co
 
 
 def hardly_knows(right: int, count: int, classes: int) -> bool:
-    """Whether `right` of `count` is less than twice chance, or less than a tenth of the way from chance to all."""
+    """Whether `right` of `count` is less than twice chance, or a tenth of the way from chance to all."""
     chance = 1 / classes
     enough = count >= min(MOST_IMAGES, max(FEWEST_IMAGES, classes // 2))
     return enough and right / count < min(2 * chance, chance + 0.1 * (1 - chance))
 
 
 def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | None:
-    """Vectors [N, D] and labels [N] of the validation images in a run's stored outputs, else of training images."""
+    """Stored vectors [images, width] and labels of validation images, else of training images; and whose."""
     source, pipeline = loader.source, loader.pipeline
     if not (isinstance(source, ItemSource) and isinstance(pipeline, ImagePipeline) and pipeline.stored):
         return None
@@ -76,7 +72,7 @@ def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | N
 
 
 def _tell(name: str, right: int, count: int, classes: int, without: str) -> None:
-    if not distributed.is_main() or right == count:  # as where the labels are the teacher's own answers
+    if not distributed.is_main() or right == count:  # the labels may be its own answers
         return
     log.info(
         "%s: %d of %d images right before the run (%.1f %%; guessing among %d classes: %.1f %%)",

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without stalling a GPU to find out."""
+"""Where the time of a step goes, without stalling a GPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 _PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "V100": 125,
 }  # fmt: skip
-"""Dense half-precision TFLOP/s by the maker's data sheets; the first name that is part of the device's counts."""
+"""Dense half-precision TFLOP/s by the maker's data sheets; the first that is part of the device's name counts."""
 
 
 def peak_tflops() -> float:
-    """Of this process's GPU; 0 where it is not known."""
+    """Of this process's GPU; 0: not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), 0)
 
 
 class Stopwatch:
-    """Sums named spans; on CUDA it records events and reads them only when asked."""
+    """Sums named spans; on CUDA by events, read only when asked."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)

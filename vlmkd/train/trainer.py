@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ from vlmkd.train.timing import peak_tflops
 log = logging.getLogger(__name__)
 
 _FEWEST_LINES = 10  # in the log of the shortest run
-_NEAR = 0.8  # share of the memory that a process can have above which it is told so
+_NEAR = 0.8  # share of the memory there is above which a warning is due
 
 
 @dataclass
@@ -48,19 +48,17 @@ class Job:
     loader: Loader
     evaluators: list[Evaluator]
     final_evaluators: list[Evaluator] = field(default_factory=list)
-    """Run once, when training has ended: what must not be looked at before, such as a held-out domain."""
+    """What must not be looked at before training has ended, such as a held-out domain."""
 
 
 class Stopped(Exception):
-    """SIGTERM came; the state is saved and the run can be resumed."""
+    """SIGTERM came, and the state is saved."""
 
 
 def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: int) -> int:
-    """Train from optimiser step `start` to the run's last; returns the step reached.
+    """Train from optimiser step `start` on, and return the step reached.
 
-    Raises:
-        UserError: a non-finite loss (before it touches the weights), bad data, a full disk.
-        Stopped: SIGTERM; the checkpoint of the last whole step is written.
+    UserError: bad data, or a loss that is not finite, before it touches the weights. Stopped: SIGTERM, saved.
     """
     cfg = job.cfg
     _, accumulation = batch_triple(cfg, distributed.world_size())
@@ -103,7 +101,7 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
                     save_state(job, engine, state_dir, done, ended=True)
                     job.loader.check_bad_share()
                     return done
-            # Each step for one process; with several, where a check is a collective, at most every tenth step.
+            # With several processes the check is a collective, so not at each step.
             check = distributed.world_size() == 1 or done % min(10, _log_every(cfg)) == 0
             stop = check and distributed.any_rank(terminated())
             hours = cfg.checkpoint.every_hours
@@ -121,7 +119,7 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
 def evaluate_student(
     job: Job, engine: Engine, metrics: Metrics, step: int, *, judge: bool = True
 ) -> tuple[list[Result], bool]:
-    """Results of the student, as `present_weights` has it, and whether they end the run; `judge`: selections take part."""
+    """Results of the student with `present_weights`, and whether they end the run; `judge`: selections see them."""
     with using(engine.module, present_weights(job.task)):
         results = evaluate(job.cfg, job.evaluators, job.task.predictor(), engine, metrics, step)
         kept = job.task.kept() if judge else []
@@ -131,7 +129,7 @@ def evaluate_student(
 
 
 def present_weights(task: Task) -> Weights:
-    """The student's as long as no selection is asked for: the average's, or (empty) its own."""
+    """What stands for the student's where no selection is asked for: the average's, or (empty) its own."""
     return {} if task.average is None else task.average.weights()
 
 
@@ -145,7 +143,7 @@ def evaluate(
     model: str = "student",
     modules: Sequence[nn.Module] | None = None,
 ) -> list[Result]:
-    """Run every evaluator on `predictor`, which holds `modules` (None: the student); logs and returns the results."""
+    """Results of `predictor`, which holds `modules` (None: the student); they are logged."""
     if not evaluators:
         return []
     options = cfg.evaluation
@@ -162,7 +160,7 @@ def evaluate(
 
 
 def save_state(job: Job, engine: Engine, state_dir: Path, step: int, *, ended: bool = False) -> None:
-    """Checkpoint all that a resumed run needs to go on bit for bit; `ended`: an evaluation ended the run here."""
+    """All that a resumed run needs to go on bit for bit; `ended`: by an evaluation."""
     kept = [selection.state() for selection in job.task.kept()]
     shared = {"step": step, "steps": job.cfg.steps, "ended": ended, "task": job.task.state(), "kept": kept}
     per_rank = {"loader": job.loader.state_dict()}
@@ -171,7 +169,7 @@ def save_state(job: Job, engine: Engine, state_dir: Path, step: int, *, ended: b
 
 
 def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
-    """Restore the newest whole checkpoint, if any; returns the step to go on from, and whether the run ended there."""
+    """Restore the newest whole checkpoint, if any; returns the step to go on from, and whether the run ended."""
     folder = checkpoint.latest(state_dir)
     if folder is None:
         return 0, False
@@ -188,16 +186,13 @@ def resume(job: Job, engine: Engine, state_dir: Path) -> tuple[int, bool]:
 
 
 def stream_seed(*parts: int | str) -> int:
-    """A 63-bit seed from what names a random stream, e.g. (run seed, rank, step, purpose)."""
+    """63 bits from what names a random stream, e.g. (run seed, rank, step, purpose)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def loss_factors(weights: list[float], device: torch.device) -> list[torch.Tensor]:
-    """What each micro-batch's mean loss is multiplied by, so that a step trains on the mean over all it weighs.
-
-    The engine divides by micro-batches and ranks. A collective that waits for no device.
-    """
+    """Times which the engine's mean over micro-batches and ranks is the mean over all that they weigh; a collective."""
     total = distributed.total(torch.tensor(sum(weights), dtype=torch.float64, device=device))
     return [weight * len(weights) * distributed.world_size() / total for weight in weights]
 
@@ -210,20 +205,20 @@ def to_device(value: Any, device: torch.device) -> Any:
 class _Window:
     def __init__(self, engine: Engine, job: Job) -> None:
         self._cfg, self._engine, self._job = job.cfg, engine, job
-        self._recent: deque[tuple[float, int]] = deque(maxlen=5)  # seconds and steps of lines
+        self._recent: deque[tuple[float, int]] = deque(maxlen=5)  # seconds and steps of the last lines
         self._evaluation_s = 0.0
         self._restart()
 
     def _restart(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps: Counter[str] = Counter()  # that have the value; some kinds of steps have their own
+        self._sums: dict[str, Any] = defaultdict(int)
+        self._steps: Counter[str] = Counter()  # that have the value
         self._items: Counter[str] = Counter()
         self._count, self._flops, self._wait, self._lr = 0, 0.0, 0.0, 0.0
         self._start = time.monotonic()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Leave the body out of the training time; the time left counts it once for each evaluation to come."""
+        """Leave the body out of the training time; `_left` counts it for each evaluation to come."""
         start = time.monotonic()
         yield
         self._evaluation_s = time.monotonic() - start
@@ -239,14 +234,14 @@ class _Window:
         self, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch], lr: float
     ) -> None:
         """Count one optimiser step; values stay on the device until the line is written."""
-        step: dict[str, torch.Tensor] = {}
+        step: dict[str, Any] = defaultdict(int)
         for output, factor in zip(outputs, factors, strict=True):
+            step["loss"] += output.loss.detach().float() / len(outputs)
             named = {f"loss/{name}": value for name, value in output.terms.items()} | output.metrics
-            shares = {name: value.detach().float() * factor.float() for name, value in named.items()}
-            for name, value in ({"loss": output.loss.detach().float()} | shares).items():
-                step[name] = step.get(name, 0) + value / len(outputs)
+            for name, value in named.items():
+                step[name] += value.detach().float() * factor.float() / len(outputs)
         for name, value in step.items():
-            self._sums[name] = self._sums.get(name, 0) + value
+            self._sums[name] += value
         self._steps.update(step.keys())
         for part in parts:
             self._flops += self._job.task.flops(part)
@@ -254,7 +249,7 @@ class _Window:
         self._count, self._lr = self._count + 1, lr
 
     def write(self, metrics: Metrics, done: int) -> None:
-        """One console line and one metrics line, averaged over the window and the ranks."""
+        """A console line and a metrics line, averaged over the window and the ranks."""
         elapsed, count = max(time.monotonic() - self._start, 1e-9), self._count
         values = {name: float(total) / self._steps[name] for name, total in self._sums.items()}
         values |= {f"{name}_s": spent / count for name, spent in self._job.task.watch.read().items()}
@@ -287,7 +282,7 @@ class _Window:
         self._restart()
 
     def _left(self, done: int) -> float:
-        """Seconds to the end: the rest at the rate of the last lines, and the evaluations to come, the closing one too."""
+        """Seconds to the end: steps at the rate of the last lines, and evaluations, the closing one too."""
         seconds, steps = (sum(column) for column in zip(*self._recent, strict=True))
         every, phase = self._cfg.evaluation.every_steps, self._cfg.evaluation.phase
         evaluations = (self._cfg.steps - 1 - phase) // every - (done - 1 - phase) // every if every else 0
@@ -295,24 +290,23 @@ class _Window:
 
 
 def _warn_of_memory(cfg: RunConfig) -> None:
-    """Say so when the first step came near the memory there is: evaluations, and everybody else, want some too."""
+    """Where the first step came near the memory there is, of which evaluations and others want some too."""
     taken, there = memory.peak(), memory.held() + memory.available()
     if taken > _NEAR * there:
         micro, _ = batch_triple(cfg, distributed.world_size())
         log.warning(
             "the first step took %.1f of the %.1f GB that this process can have; with micro_batch_size=%d (now %d) in "
-            "another run_dir it takes less, and a step still sees batch_size images",
+            "another run_dir it takes less, and still trains on batch_size samples",
             taken / 1e9, there / 1e9, max(1, micro // 2), micro,
         )  # fmt: skip
 
 
 def _log_every(cfg: RunConfig) -> int:
-    """Steps between two log lines; a short run has ten all the same."""
     return max(1, min(cfg.log.every_steps, cfg.steps // _FEWEST_LINES))
 
 
 def _evaluation_due(cfg: RunConfig, done: int) -> bool:
-    """Never after the last step, where the closing evaluation follows."""
+    """Not after the last step, where the closing evaluation follows."""
     every = cfg.evaluation.every_steps
     return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
 
@@ -320,7 +314,7 @@ def _evaluation_due(cfg: RunConfig, done: int) -> bool:
 def _non_finite(
     run_dir: Path, step: int, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch]
 ) -> UserError:
-    """Write down the samples of this rank's batch and say what was not finite."""
+    """What was not finite; the samples of this rank's batch are written down."""
     path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
     keys = [key for part in parts for key in part["keys"]]
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
@@ -332,14 +326,14 @@ def _non_finite(
         return UserError(told)
     where = f"terms {', '.join(bad)}" if bad else "on another rank"
     return UserError(
-        f"the loss is not finite at step {step} ({where}); the weights were not touched; samples of the batch are in "
-        f"{path} (first: {', '.join(keys[:3])}); lower optim.lr or remove the samples, then start the same command again"
+        f"the loss is not finite at step {step} ({where}), and the weights were not touched; the batch's samples are in "
+        f"{path} (first: {', '.join(keys[:3])}); lower optim.lr or remove them, then start the same command again"
     )
 
 
 @contextmanager
 def _sigterm() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGTERM has come; the signal no longer kills at once."""
+    """A function that tells whether SIGTERM, which no longer kills, has come."""
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
