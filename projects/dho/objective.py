@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkd.losses.features import l2_loss
 from vlmkd.losses.logits import kl_divergence
 from vlmkd.losses.precision import wide
 
@@ -50,9 +49,8 @@ def distillation(
 
 def feature_distillation(student_embeds: Tensor, teacher_embeds: Tensor, labelled: int) -> Tensor:
     """Squared distance of unit vectors [B, D], summed over D, mean over the labelled plus mean over the other rows."""
-    return _per_part(
-        lambda rows: l2_loss(student_embeds[rows], teacher_embeds[rows]), labelled, len(student_embeds)
-    )
+    distances = (wide(student_embeds) - wide(teacher_embeds).detach()).square().sum(-1)
+    return _per_part(lambda rows: distances[rows].mean(), labelled, len(distances))
 
 
 def _per_part(loss: Callable[[slice], Tensor], labelled: int, rows: int) -> Tensor:

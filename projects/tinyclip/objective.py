@@ -10,8 +10,8 @@ from torch import Tensor
 
 from projects.tinyclip.config import LossConfig
 from vlmkd.losses.affinity import PairEmbeds, affinity_loss
-from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
-from vlmkd.losses.features import feature_distillation_loss
+from vlmkd.losses.contrastive import clip_loss, pair_loss, sigmoid_loss
+from vlmkd.losses.precision import wide
 
 
 @dataclass
@@ -76,16 +76,27 @@ def objective(
         terms["feature"] = torch.stack(parts).mean()
     if loss.interactive:
         parts = [
-            interactive_contrastive_loss(
-                *mine,
-                teacher.image_embeds,
-                teacher.text_embeds,
-                student.interactive_scale,
-                all_teacher_image_embeds=teacher.all_image_embeds,
-                all_teacher_text_embeds=teacher.all_text_embeds,
-                offset=offset,
-            )
+            interactive_contrastive_loss(*mine, teacher, student.interactive_scale, offset)
             for mine, teacher in zip(student.projected, teachers, strict=True)
         ]
         terms["interactive"] = torch.stack(parts).mean()
     return terms, {name: getattr(loss, name) for name in terms}, metrics
+
+
+def feature_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """FD: squared error of unit vectors [b, D'], mean over both axes; it is 2 (1 - cosine) / D', so its weight is large."""
+    # Not mse_loss, which saves the teacher's features; autograd refuses to when they come from inference mode.
+    return (wide(student) - wide(teacher).detach()).square().mean()
+
+
+def interactive_contrastive_loss(
+    images: Tensor, texts: Tensor, teacher: PairEmbeds, scale: Tensor | float, offset: int = 0
+) -> Tensor:
+    """ICL: student anchors [b, D'] against teacher keys of the other modality, half each way, mean over local rows.
+
+    `scale` is that of these logits, not the student's own.
+    """
+    gathered = teacher.all_image_embeds, teacher.all_text_embeds
+    keys = (teacher.image_embeds, teacher.text_embeds) if gathered[0] is None else gathered
+    # Copies, because autograd cannot save the output of a teacher that ran in inference mode.
+    return pair_loss(images, texts, *(key.detach().clone() for key in keys), scale, offset)

@@ -51,7 +51,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     "export/clip": ("type of an option that tools pass as text", {"Layout"}),
     "losses/contrastive": (
         "losses are offered to every project",
-        {"interactive_contrastive_loss", "sigmoid_loss"},
+        {"pair_loss", "sigmoid_loss"},
     ),
     "losses/preference": (
         "preference losses are offered to every project on chats",
@@ -67,13 +67,12 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"Chat", "REASONS", "TEMPLATES", "parts_of"},
     ),
     "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
-    "losses/features": ("losses are offered to every project", {"feature_distillation_loss", "l2_loss"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
         {"load_backbone_weights", "package_folder", "prompted_config"},
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
-    "models/heads": ("a head that exports and `load_classifier` know", {"KdHead"}),
+    "models/heads": ("a head that exports and `load_classifier` know", {"DualHead", "KdHead"}),
     "models/prompted": (
         "parts of the prompted image tower, which backbones load",
         {"INIT_STD", "check_depth"},
@@ -88,7 +87,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "models/towers": (
         "any CLIP in one call, and what a frozen one does with another's pixels",
-        {"ClipTowers", "convert_images"},
+        {"ClipOutput", "ClipTowers", "convert_images"},
     ),
     "page/report": (
         "what scripts/report.py and scripts/distill_folder.py call",

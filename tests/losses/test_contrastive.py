@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
+from vlmkd.losses.contrastive import clip_loss, sigmoid_loss
 
 
 def unit(seed: int, *shape: int) -> Tensor:
@@ -50,7 +50,7 @@ def test_sigmoid_hand_worked() -> None:
 
 @pytest.mark.parametrize("offset", [0, 2, 5])
 def test_gathered_columns_equal_loops(offset: int) -> None:
-    all_images, all_texts, teacher_images, teacher_texts = (unit(seed, 9, 4) for seed in range(4))
+    all_images, all_texts = unit(0, 9, 4), unit(1, 9, 4)
     part = slice(offset, offset + 4)
     image, text = all_images[part], all_texts[part]
     loss = clip_loss(image, text, 7.0, all_image_embeds=all_images, all_text_embeds=all_texts, offset=offset)
@@ -61,21 +61,6 @@ def test_gathered_columns_equal_loops(offset: int) -> None:
 
     loss = sigmoid_loss(image, text, 7.0, -3.0, all_text_embeds=all_texts, offset=offset)
     assert loss.item() == pytest.approx(sigmoid_loops(image, all_texts, 7, -3, offset), abs=1e-12)
-
-    loss = interactive_contrastive_loss(
-        image,
-        text,
-        teacher_images[part],
-        teacher_texts[part],
-        7.0,
-        all_teacher_image_embeds=teacher_images,
-        all_teacher_text_embeds=teacher_texts,
-        offset=offset,
-    )
-    expected = cross_entropy_loops(image, teacher_texts, 7, offset) + cross_entropy_loops(
-        text, teacher_images, 7, offset
-    )
-    assert loss.item() == pytest.approx(expected / 2, abs=1e-12)
 
 
 def test_equal_open_clip_with_gradients() -> None:
@@ -112,46 +97,18 @@ def test_gradcheck() -> None:
     def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return sigmoid_loss(images[part], texts[part], scale, bias, all_text_embeds=texts, offset=2)
 
-    def interactive(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-        return interactive_contrastive_loss(images, texts, unit(2, 6, 3), unit(3, 6, 3), scale)
-
     assert torch.autograd.gradcheck(clip, (images, texts, scale))
     assert torch.autograd.gradcheck(sigmoid, (images, texts, scale, bias))
-    assert torch.autograd.gradcheck(interactive, (images, texts, scale))
 
 
 def test_order_of_pairs_does_not_matter() -> None:
-    image, text, teacher_image, teacher_text = (unit(seed, 7, 4) for seed in range(4))
+    image, text = unit(0, 7, 4), unit(1, 7, 4)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(5))
-    moved = [x[order] for x in (image, text, teacher_image, teacher_text)]
-    assert clip_loss(*moved[:2], 9.0).item() == pytest.approx(clip_loss(image, text, 9.0).item(), abs=1e-12)
-    assert sigmoid_loss(*moved[:2], 9.0, -2.0).item() == pytest.approx(
+    moved = image[order], text[order]
+    assert clip_loss(*moved, 9.0).item() == pytest.approx(clip_loss(image, text, 9.0).item(), abs=1e-12)
+    assert sigmoid_loss(*moved, 9.0, -2.0).item() == pytest.approx(
         sigmoid_loss(image, text, 9.0, -2.0).item()
     )
-    assert interactive_contrastive_loss(*moved, 9.0).item() == pytest.approx(
-        interactive_contrastive_loss(image, text, teacher_image, teacher_text, 9.0).item(), abs=1e-12
-    )
-
-
-def test_interactive_is_clip_when_teacher_is_student_and_teacher_gets_no_gradient() -> None:
-    image, text = unit(0, 6, 4), unit(1, 6, 4).requires_grad_()
-    teacher = unit(2, 6, 4).requires_grad_()
-    assert interactive_contrastive_loss(image, text, image, text, 8.0).item() == pytest.approx(
-        clip_loss(image, text, 8.0).item(), abs=1e-12
-    )
-    interactive_contrastive_loss(image, text, teacher, teacher, 8.0).backward()
-    assert teacher.grad is None and text.grad is not None
-
-
-def test_interactive_with_teacher_in_inference_mode() -> None:
-    image, fixed = unit(0, 6, 4).requires_grad_(), unit(1, 6, 4)
-    with torch.inference_mode():
-        teacher = 1.0 * fixed
-    (gradient,) = torch.autograd.grad(
-        interactive_contrastive_loss(image, fixed, teacher, teacher, 8.0), image
-    )
-    (expected,) = torch.autograd.grad(interactive_contrastive_loss(image, fixed, fixed, fixed, 8.0), image)
-    assert torch.equal(gradient, expected)
 
 
 def test_sigmoid_is_exact_for_large_logits() -> None:
@@ -178,8 +135,6 @@ def test_bad_arguments_are_named() -> None:
         clip_loss(image, text, 1.0, offset=-1)
     with pytest.raises(ValueError, match="must be given together"):
         clip_loss(image, text, 1.0, all_text_embeds=text)
-    with pytest.raises(ValueError, match="must be given together"):
-        interactive_contrastive_loss(image, text, image, text, 1.0, all_teacher_text_embeds=text)
 
 
 def test_gathered_columns_without_their_gradient_are_refused() -> None:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from projects.tinyclip.objective import interactive_contrastive_loss
 from tests.projects.zygote import Zygote
 from vlmkd.distributed import gather, row_offset
 from vlmkd.losses.affinity import PairEmbeds, affinity_loss
-from vlmkd.losses.contrastive import clip_loss, interactive_contrastive_loss, sigmoid_loss
+from vlmkd.losses.contrastive import clip_loss, sigmoid_loss
 
 RANKS, ROWS, WIDTH, TEACHER_WIDTH = 2, 5, 4, 6
 Leaves = dict[str, Tensor]
@@ -92,8 +93,8 @@ def sigmoid(leaves: Leaves, part: slice) -> Tensor:
 def interactive(leaves: Leaves, part: slice) -> Tensor:
     image, text, scale = student(leaves)
     local = [x[part] for x in teachers_of_all(WIDTH)[:2]]
-    keys = {name.replace("all_", "all_teacher_"): value for name, value in columns(*local).items()}
-    return interactive_contrastive_loss(image, text, *local, scale, offset=offset(), **keys)
+    teacher = PairEmbeds(*local, 1.0, **columns(*local))
+    return interactive_contrastive_loss(image, text, teacher, scale, offset())
 
 
 def offset() -> int:

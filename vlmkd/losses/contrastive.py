@@ -1,4 +1,4 @@
-"""Contrastive losses over unit embeddings: CLIP, SigLIP, interactive (student against teacher).
+"""Contrastive losses over unit embeddings: CLIP's and SigLIP's.
 
 Letters: b local rows, B gathered columns (B = b without gathering), D width. Row i of images belongs to row i
 of texts; `logit_scale` is already exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the
@@ -36,7 +36,7 @@ def clip_loss(
         return -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
     check_gathered(image_embeds, all_image_embeds, "all_image_embeds")
     check_gathered(text_embeds, all_text_embeds, "all_text_embeds")
-    return _both_ways(image_embeds, text_embeds, all_image_embeds, all_text_embeds, logit_scale, offset)
+    return pair_loss(image_embeds, text_embeds, all_image_embeds, all_text_embeds, logit_scale, offset)
 
 
 def sigmoid_loss(
@@ -50,7 +50,7 @@ def sigmoid_loss(
 ) -> Tensor:
     """Binary loss on every pair: (1/b) sum_ij softplus(-y_ij (s I_i.T_j + c)), y = 1 on pairs, else -1 (SigLIP, eq. 1).
 
-    The sum over columns is not divided. Images need no gathering: each rank's rows meet all texts once.
+    Images need no gathering: each rank's rows meet all texts once.
     """
     columns = text_embeds if all_text_embeds is None else all_text_embeds
     check_gathered(text_embeds, columns, "all_text_embeds")
@@ -62,46 +62,17 @@ def sigmoid_loss(
     return -F.logsigmoid(signed).sum() / image_embeds.shape[0]
 
 
-def interactive_contrastive_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    teacher_image_embeds: Tensor,
-    teacher_text_embeds: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    all_teacher_image_embeds: Tensor | None = None,
-    all_teacher_text_embeds: Tensor | None = None,
-    offset: int = 0,
-) -> Tensor:
-    """Student anchors against teacher keys of the other modality, half each way, mean over local rows (CLIP-KD, ICL).
-
-    The student's embeddings are projected to the teacher's width if they differ; no gradient reaches the
-    teacher's. The scale is that of these logits, not the student's own.
-    """
-    images, texts = all_teacher_image_embeds, all_teacher_text_embeds
-    if (images is None) != (texts is None):
-        raise ValueError("all_teacher_image_embeds and all_teacher_text_embeds must be given together")
-    if images is None or texts is None:
-        images, texts = teacher_image_embeds, teacher_text_embeds
-    # A copy, because autograd cannot save the output of a teacher that ran in inference mode.
-    images, texts = images.detach().clone(), texts.detach().clone()
-    return _both_ways(image_embeds, text_embeds, images, texts, logit_scale, offset)
-
-
 def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
-    """Refuse gathered student columns that hold `rows` but not their gradient: part of the gradient would be lost.
-
-    Columns of a teacher, and of a frozen tower, are right without one.
-    """
+    """Refuse gathered student columns that hold `rows` but not their gradient: part of it would be lost."""
     if torch.is_grad_enabled() and rows.requires_grad and not columns.requires_grad:
         told = "carries no gradient, but its local rows do; gather with vlmkd.distributed.gather"
         raise ValueError(f"{name} {told}")
 
 
-def _both_ways(
+def pair_loss(
     image_rows: Tensor, text_rows: Tensor, images: Tensor, texts: Tensor, scale: Tensor | float, offset: int
 ) -> Tensor:
-    """Cross entropy of the rows' own pairs among the columns of the other modality, half each way."""
+    """Cross entropy of the rows' own pairs among the columns [B, D] of the other modality, half each way."""
     _check_offset(image_rows, images, offset)
     labels = torch.arange(offset, offset + len(image_rows), device=image_rows.device)
     image_loss = F.cross_entropy(_logits(image_rows, texts, scale), labels)
