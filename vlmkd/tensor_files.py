@@ -1,7 +1,6 @@
 """Tensor files of unknown origin, read as data: nothing that a file carries is run, and what is wrong is one line.
 
-safetensors, and what `torch.save` writes (its zip archives and the format before them) through torch's
-restricted reader. The other readers of weights stand on these two functions.
+safetensors, and what `torch.save` writes (its zip archives and the format before them) through torch's restricted reader.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _TYPES = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 }  # fmt: skip
-_SAVE_AGAIN = "get the weights as safetensors, or save its tensors alone from a program you trust"
+_SAVE_AGAIN = "get it as safetensors, or save its tensors alone from a program you trust"
 
 
 def read_torch(
@@ -55,13 +54,12 @@ def read_torch(
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path, what=what)
-    described = f"{what} {path}"
     allowed = list(plain)
-    try:
+    with reading(path, what):
         members = zip_members(path, what=what)
         if sum(member.file_size for member in members or []) > path.stat().st_size:
             raise UserError(  # a small file could fill the memory
-                f"{described} is a compressed archive, which torch.save never writes; {_SAVE_AGAIN}"
+                f"{what} {path} is a compressed archive, which torch.save never writes; {_SAVE_AGAIN}"
             )
         if inert and members is not None:
             with torch.serialization.safe_globals(allowed):
@@ -70,22 +68,15 @@ def read_torch(
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # torch's hints to its own developers
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        raise UserError(f"{described} {_what_is_wrong(error)}") from None
-    except OSError as error:
-        raise unreadable(error, path, what, "check the file") from None
-    _check(content, path.stat().st_size, described)
+    _check(content, path, what)
     return content
 
 
 def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[str, Tensor]:
-    """The tensors of a safetensors file; errors as `read_torch`."""
     path = Path(path)
     with reading(path, what):
         state: dict[str, Tensor] = load_file(path)
-    _check(state, path.stat().st_size, f"{what} {path}")
+    _check(state, path, what)
     return state
 
 
@@ -106,30 +97,26 @@ def reading(path: Path, what: str = "weights file") -> Iterator[None]:
     except UserError:
         raise
     except (SafetensorError, *_DAMAGE) as error:
-        raise UserError(f"{what} {path} is damaged ({_short(error)}); fetch it again") from None
+        raise UserError(f"{what} {path} {_what_is_wrong(error)}") from None
     except OSError as error:
         raise unreadable(error, path, what, "check the file") from None
 
 
 class _Inert:
-    """Stands for any class or function of a file: whatever it is called with, an ordered dictionary comes of it.
-
-    The one container that torch's restricted reader fills both with items and with attributes.
-    """
+    """Stands for any class or function of a file: whatever it is called with, an ordered dictionary comes of it."""
 
     def __new__(cls, *_: Any) -> Any:
+        # The one container that torch's restricted reader fills both with items and with attributes.
         return OrderedDict()
 
 
 def _what_is_wrong(error: BaseException) -> str:
     told = str(error)
     if code := re.search(r"GLOBAL ([\w.]+)", told):
-        return f"names {code[1]}, which is code and no data; it is not read: {_SAVE_AGAIN}"
+        return f"names {code[1]}, which is code and no data; {_SAVE_AGAIN}"
     if "legacy .tar format" in told or "TorchScript" in told:
-        return f"is an archive of old torch or a TorchScript program, which are not read; {_SAVE_AGAIN}"
-    if isinstance(error, (RuntimeError, MemoryError)):
-        return f"is damaged ({_short(error)}); fetch it again"
-    return f"is no tensor file of torch.save, or a damaged one; fetch it again, or {_SAVE_AGAIN}"
+        return f"is an archive of old torch or a TorchScript program; {_SAVE_AGAIN}"
+    return f"is damaged or of another kind ({_short(error)}); fetch it again"
 
 
 def _short(error: BaseException) -> str:
@@ -139,20 +126,20 @@ def _short(error: BaseException) -> str:
     return told.split(". ")[0][:200]
 
 
-def _check(content: Any, size: int, described: str) -> None:
+def _check(content: Any, path: Path, what: str) -> None:
     """Refuse what only looks like weights: tensors without values, or larger than the file, and names no line can hold."""
-    waiting, seen = [content], set()
+    size, waiting, seen = path.stat().st_size, [content], set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
             if wrong := _what_is_odd(value, size):
-                raise UserError(f"{described} {wrong}")
+                raise UserError(f"{what} {path} {wrong}")
         elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, Mapping):
                 for name, item in value.items():
                     if isinstance(item, Tensor) and not str(name).isprintable():
-                        raise UserError(f"{described} is damaged (tensor name {name!r}); fetch it again")
+                        raise UserError(f"{what} {path} is damaged (tensor name {name!r}); fetch it again")
                 value = value.values()
             waiting.extend(value)
 

@@ -186,7 +186,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(how: str, tmp_path: Path) -> 
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(UserError) as caught:
         read_state_dict(path)
-    wanted = "no tensor file" if how == "protocol 5" else f"{os.system.__module__}.system"
+    wanted = "is damaged or of another kind" if how == "protocol 5" else f"{os.system.__module__}.system"
     assert str(path) in str(caught.value) and wanted in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not ran.exists()
@@ -195,9 +195,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(how: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no tensor file|is damaged"),
-        (b"not a checkpoint at all", "no tensor file"),
-        (b"PK\x03\x04 torn", "no tensor file|is damaged"),
+        (b"", "is damaged or of another kind"),
+        (b"not a checkpoint at all", "is damaged or of another kind"),
+        (b"PK\x03\x04 torn", "is damaged or of another kind"),
     ],
 )
 def test_damaged_files(content: bytes, message: str, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_truncated_files(name: str, tmp_path: Path) -> None:
         original(), path
     )
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match="is damaged|no tensor file"):
+    with pytest.raises(UserError, match="is damaged"):
         read_state_dict(path)
 
 
