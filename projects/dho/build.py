@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from projects.dho.config import DhoConfig
 from projects.dho.labels import Images, choose
@@ -19,6 +19,7 @@ from vlmkd.data.labelled import LabelledSet
 from vlmkd.data.loader import Loader, build_labelled_loader
 from vlmkd.data.sources import Stream
 from vlmkd.datasets.labelled_sets import load_set
+from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Evaluator
 from vlmkd.evaluation.classify import Classification
 from vlmkd.models.backbones import Backbone, load_backbone
@@ -88,7 +89,7 @@ def build_student(
 
 
 def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> None:
-    """Heads become class vectors of the text tower that belongs to the backbone."""
+    """Start from class vectors of the text tower that belongs to the backbone."""
     name = cfg.student.backbone.removeprefix("clip:")
     whole = name.startswith(("zoo:", "local-dir:", "hf:"))
     model, _, pretrained = (name, "", "") if whole else name.partition("@")
@@ -101,13 +102,22 @@ def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> N
         cfg.student.text_init,
         teacher_digest=clip.digest,
     ).vectors
-    if isinstance(head, DualHead):
-        head.init_from_text(vectors)
-    else:
-        assert isinstance(head, LinearHead)
-        with torch.no_grad():
-            head.weight.copy_(vectors)
-            head.bias.zero_()
+    start_from_vectors(head, vectors)
+
+
+@torch.no_grad()
+def start_from_vectors(head: nn.Module, vectors: Tensor) -> None:
+    """The head's weight, or both of a dual one, becomes the class vectors [C, d], un-normalised as they are; biases 0."""
+    for one in head.children() if isinstance(head, DualHead) else [head]:
+        assert isinstance(one, LinearHead)
+        if vectors.shape != (wanted := one.weight.shape):
+            raise UserError(
+                f"text initialisation: class vectors are {[*vectors.shape]}, but the heads need {[*wanted]}; take the text "
+                "tower that belongs to this backbone, or head_init=default"
+            )
+        one.weight.copy_(vectors)
+        if one.bias is not None:
+            one.bias.zero_()
 
 
 def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher | None) -> Loader:

@@ -132,7 +132,7 @@ def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
         model = {"embed_dim": width, "vision_cfg": vision, "quick_gelu": True, "text_cfg": dict(_NO_TEXT)}
         config = {"kind": "clip", "model": model}
         spec = ImageSpec(size=(vision["image_size"],) * 2, mean=OPENAI_MEAN, std=OPENAI_STD)
-        backbone = Backbone(build_backbone(config), width, spec, "", config)
+        backbone = Backbone(build_backbone(config), width, spec, config)
     else:
         backbone = load_backbone(f"torchvision:{read.family}", pretrained=False)
     load_backbone_weights(backbone, read.backbone, str(path))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vlmkd.models.towers import ClipTowers
+from vlmkd.models.towers import ClipOutput, ClipTowers
 
 
 class CLIPEncoder(ClipTowers):
@@ -33,6 +34,12 @@ class CLIPEncoder(ClipTowers):
                 told = "activation checkpointing has no effect on open_clip's ResNet tower; the text tower has it"
                 warnings.warn(told, stacklevel=2)
             self.model.set_grad_checkpointing(True)
+
+    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
+        output = super().forward(images, tokens)
+        if self.fixed_scale is None:
+            return output
+        return output._replace(logit_scale=torch.full_like(output.logit_scale.detach(), self.fixed_scale))
 
     @property
     def logit_scale(self) -> nn.Parameter:

@@ -131,7 +131,8 @@ def test_timm_weights(kind: str, backbone: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     else:
         assert facts["logits"] == "same order"
-        lengths = module.features(pixels()).norm(dim=1, keepdim=True)  # what folding leaves out
+        embeds = module.projector(module.backbone(pixels()))
+        lengths = embeds.norm(dim=1, keepdim=True)  # what folding leaves out
         torch.testing.assert_close(found, expected * lengths, rtol=1e-4, atol=1e-4)
 
 

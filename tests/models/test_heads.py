@@ -1,4 +1,4 @@
-"""Heads against their formulas in float64, in every precision; mixing; text initialisation."""
+"""Heads against their formulas in float64, in every precision; mixing."""
 
 from __future__ import annotations
 
@@ -78,17 +78,6 @@ def test_gradients_reach_the_feature_through_both_heads() -> None:
                 head(z + step)[part].double().square().sum() - head(z - step)[part].double().square().sum()
             )
         assert (2 * (gradient * step).sum()).item() == pytest.approx(numeric.item(), rel=1e-2)
-
-
-def test_text_initialisation() -> None:
-    vectors = draw(4, 6)
-    head = DualHead(6, 4, kd="scaled_linear")
-    head.init_from_text(vectors)
-    z = draw(3, 6, seed=1)
-    torch.testing.assert_close(head(z).ce, z @ vectors.T)
-    torch.testing.assert_close(head(z).kd, 100 * F.normalize(z, dim=-1) @ vectors.T)
-    with pytest.raises(UserError, match=r"class vectors are \[4, 8\], but the heads need \[4, 6\]"):
-        head.init_from_text(draw(4, 8))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (0.0, 2.0), (1.0, 1.0), (0.05, 4.0)])

@@ -1,7 +1,4 @@
-"""Image backbones of classifiers, by name: timm, torchvision, CLIP image towers and EfficientNet-Lite0.
-
-A backbone gives pooled features without a head. Its `config` rebuilds the same module later without any download.
-"""
+"""Image backbones of classifiers, by name: timm, torchvision, CLIP image towers and EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -27,8 +24,6 @@ from vlmkd.zoo import weights_file
 
 LITE0 = "efficientnet-lite0"
 _TORCHVISION_WEIGHTS = "IMAGENET1K_V1"  # the first release, which the papers used
-_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8}
-"""A text tower that costs next to nothing, for CLIPs of which only the image tower is wanted."""
 _PREFIXES = ("backbone.", "featurizer.network.", "visual.")
 """Where training checkpoints (ours and DHO's; VL2V-ADiP's; CLIP's) keep the backbone."""
 _HEADS = ("fc", "classifier", "ce_head", "kd_head")
@@ -38,13 +33,13 @@ _OR_ELSE = ", give a weights file, or use pretrained=false"
 @dataclass
 class Backbone:
     module: nn.Module
-    """images [B, 3, h, w] in `image_spec`'s statistics -> features [B, dim], not normalised; every parameter trains."""
+    """images [B, 3, h, w] in `image_spec`'s statistics -> pooled features [B, dim], not normalised."""
     dim: int
     image_spec: ImageSpec
     """Of the weights; timm's crop_pct is not kept: size is what is cropped."""
-    source: str
     config: Config
     """What `build_backbone` takes; plain data."""
+    source: str = ""
 
 
 def load_backbone(
@@ -58,11 +53,10 @@ def load_backbone(
     """The image backbone that a user names.
 
     `timm:NAME` (pin the weights: `timm:vit_base_patch16_224.augreg_in21k_ft_in1k`), `torchvision:NAME[@TAG]` (ResNets and
-    MobileNetV2; TAG is IMAGENET1K_V1 where none is given), `clip:` and what load_clip takes
-    (`clip:ViT-B-16-quickgelu@openai`, `clip:zoo:NAME`, `clip:local-dir:PATH`), or `efficientnet-lite0`, whose weights
-    come inside a package.
+    MobileNetV2; the default TAG is IMAGENET1K_V1), `clip:` and what load_clip takes (`clip:ViT-B-16-quickgelu@openai`,
+    `clip:zoo:NAME`, `clip:local-dir:PATH`), or `efficientnet-lite0`, whose weights come inside a package.
 
-    `pretrained` False leaves the weights random, drawn from `seed` where it is given. `weights` is a file or `zoo:NAME`
+    Without `pretrained` the weights are random, drawn from `seed` where it is given. `weights` is a file or `zoo:NAME`
     instead of the library's (see `load_backbone_weights`), `image_size` an input size instead of the weights' own.
     """
     kind, _, rest = name.partition(":")
@@ -79,8 +73,8 @@ def load_backbone(
         load = {"timm": _timm, "torchvision": _torchvision, "clip": _clip}[kind]
         backbone = load(rest, download, image_size, seed)
     else:
-        told = f"is unknown; write timm:NAME, torchvision:NAME, clip:NAME@TAG, or {LITE0}"
-        raise UserError(f"backbone {name!r} {told}")
+        known = f"timm:NAME, torchvision:NAME, clip:NAME@TAG, or {LITE0}"
+        raise UserError(f"backbone {name!r} is unknown; write {known}")
     if weights:
         load_backbone_weights(backbone, read_tensors(weights_file(weights)), f"{weights} ({name})")
     backbone.source = f"{name}@{weights}" if weights else name
@@ -89,15 +83,14 @@ def load_backbone(
 
 
 def build_backbone(config: Mapping[str, Any]) -> nn.Module:
-    """The module of a `Backbone.config`, with random weights; nothing is downloaded."""
+    """The module of a `Backbone.config` with random weights; nothing is downloaded."""
     kind = config.get("kind")
     if kind == "timm":
         return _create_timm(config["name"], False, config["image_size"])
     if kind == "torchvision":
         return _create_torchvision(config["name"], None)
     if kind not in ("clip", "prompted_clip"):
-        told = "it is timm, torchvision, clip or prompted_clip"
-        raise UserError(f"backbone config: unknown kind {kind!r}; {told}")
+        raise UserError(f"backbone config: kind is {kind!r}, not timm, torchvision, clip or prompted_clip")
     tower = _image_tower(build_clip(config["model"]))
     return tower if kind == "clip" else PromptedImageTower(tower, config["depth"], config["length"])
 
@@ -129,7 +122,7 @@ def _timm(name: str, download: bool, image_size: int | None, seed: int | None) -
     )
     pinned = ".".join(filter(None, (defaults["architecture"], defaults.get("tag"))))
     config = {"kind": "timm", "name": pinned, "image_size": image_size}
-    return Backbone(module, module.head_hidden_size, spec, name, config)
+    return Backbone(module, module.head_hidden_size, spec, config)
 
 
 def _create_timm(name: str, download: bool, image_size: int | None) -> nn.Module:
@@ -147,10 +140,7 @@ def _create_timm(name: str, download: bool, image_size: int | None) -> nn.Module
             return timm.create_model(name, pretrained=download, num_classes=0, **size)
         except RuntimeError as error:  # timm's for an unknown tag, and for an architecture without weights
             tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
-            raise UserError(
-                f"timm:{name}: {one_line(error)} (published weights: {tags}); "
-                "pin one of them, give a weights file, or use pretrained=false"
-            ) from None
+            raise UserError(f"timm:{name}: {one_line(error)}; pin one of {tags}{_OR_ELSE}") from None
 
 
 def _torchvision(text: str, download: bool, image_size: int | None, seed: int | None) -> Backbone:
@@ -174,7 +164,7 @@ def _torchvision(text: str, download: bool, image_size: int | None, seed: int | 
     }
     spec = ImageSpec(size=(size, size), **pixels)
     *_, last = module.parameters()  # of a BatchNorm, in a ResNet and in MobileNetV2
-    return Backbone(module, len(last), spec, text, {"kind": "torchvision", "name": name})
+    return Backbone(module, len(last), spec, {"kind": "torchvision", "name": name})
 
 
 def _create_torchvision(name: str, tag: str | None) -> nn.Module:
@@ -187,8 +177,7 @@ def _create_torchvision(name: str, tag: str | None) -> nn.Module:
     elif isinstance(module, models.MobileNetV2):
         module.classifier = nn.Identity()
     else:
-        told = "is neither a ResNet nor MobileNetV2; use a timm model of this family"
-        raise UserError(f"torchvision:{name} {told}")
+        raise UserError(f"torchvision:{name} is neither a ResNet nor MobileNetV2; use one of timm")
     return module
 
 
@@ -196,30 +185,26 @@ def _clip(text: str, download: bool, image_size: int | None, seed: int | None) -
     whole = text.startswith(("zoo:", "local-dir:", "hf:"))
     model, _, pretrained = (text, "", "") if whole else text.partition("@")
     if download and not whole and not pretrained:
-        raise UserError(
-            f"backbone clip:{text} names no weights; write clip:{text}@TAG, or use pretrained=false"
-        )
+        raise UserError(f"backbone {text} names no weights; write clip:{text}@TAG, or use pretrained=false")
     clip = load_clip(model, pretrained if download else "", seed=seed)
     if image_size and clip.image_spec.size != (image_size, image_size):
-        raise UserError(
-            f"backbone clip:{text} sees {clip.image_spec.size[0]} px, not {image_size}: a CLIP has its own size only; "
-            "leave image_size out"
-        )
+        told = f"sees {clip.image_spec.size[0]} px, not {image_size}"
+        raise UserError(f"backbone clip:{text} {told}: a CLIP has its own size only; leave image_size out")
     config = _image_config(clip.config)
     # Folders and zoo entries bring their weights, so that a random start builds the tower anew.
     module = build_clip(config, seed=seed) if whole and not download else clip.module
     described = {"kind": "clip", "model": config}
-    return Backbone(_image_tower(module), clip.config["embed_dim"], clip.image_spec, text, described)
+    return Backbone(_image_tower(module), clip.config["embed_dim"], clip.image_spec, described)
 
 
 def _image_config(config: Mapping[str, Any]) -> Config:
     """A CLIP config with the same image tower and next to no text tower."""
     parts = ("embed_dim", "vision_cfg", "quick_gelu", "pruned", "activation")
     kept = {name: copy.deepcopy(config[name]) for name in parts if name in config}
-    layers: Config = {"heads": 1, "layers": 1}
-    if config.get("pruned"):
-        layers = {"heads": [], "mlp": [], "head_width": 8}
-    return kept | {"text_cfg": {**_NO_TEXT, **layers}}
+    text: Config = {"context_length": 1, "vocab_size": 1, "width": 8}
+    pruned = config.get("pruned")
+    text |= {"heads": [], "mlp": [], "head_width": 8} if pruned else {"heads": 1, "layers": 1}
+    return kept | {"text_cfg": text}
 
 
 def _image_tower(clip: nn.Module) -> nn.Module:
@@ -232,8 +217,8 @@ def _image_tower(clip: nn.Module) -> nn.Module:
 def load_backbone_weights(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
     """Fill `backbone` strictly from `state`: its own names, or a training checkpoint around them.
 
-    Prefixes of wrappers and of the places where checkpoints keep the backbone are taken off, layers of a head left out,
-    and torchvision's children by number (`0.weight`, DHO's CNN files) get their names.
+    Prefixes are taken off, layers of a head left out, and torchvision's children by number (`0.weight`, DHO's CNN files)
+    get their names.
     """
     module: Any = backbone.module
     named = {name.removeprefix("module."): tensor for name, tensor in state.items()}

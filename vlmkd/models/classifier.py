@@ -1,6 +1,6 @@
 """An image classifier made of parts: backbone, projector where there is one, head; and the predictor around it.
 
-Letters: B batch, C classes, d feature width.
+Letters: B batch, C classes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.backbones import Backbone, build_backbone
-from vlmkd.models.heads import DualHead, DualLogits, Projector, build_head, mix_heads
+from vlmkd.models.heads import DualLogits, Projector, build_head, mix_heads
 from vlmkd.models.towers import compute_dtype, evaluating
-
-DEFAULT_MIX = (0.5, 0.5)
-"""DHO's low-shot runs."""
 
 
 class Classifier(nn.Module):
@@ -29,18 +26,14 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone, self.projector, self.head = backbone, projector, head
 
-    def features(self, images: Tensor) -> Tensor:
-        """What the head sees, [B, d]."""
-        features = self.backbone(images.to(compute_dtype(self.backbone)))
-        return features if self.projector is None else self.projector(features)
-
     def forward(self, images: Tensor) -> Any:
-        return self.head(self.features(images))
+        features = self.backbone(images.to(compute_dtype(self.backbone)))
+        return self.head(features if self.projector is None else self.projector(features))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """All that a classifier is, but for its weights; `build` makes it without any download. Plain data."""
+    """All that a classifier is, but for its weights; plain data."""
 
     backbone: dict[str, Any]
     head: dict[str, Any]
@@ -52,15 +45,14 @@ class ClassifierConfig:
     templates: list[str] = field(default_factory=list)
     """Of the class vectors, where the head has such."""
     mix: tuple[float, float] | None = None
-    """Alpha and beta of a dual head."""
+    """Alpha and beta of a dual head, and of no other."""
 
     def __post_init__(self) -> None:
         classes, kind, names = self.head["classes"], self.head["kind"], len(self.class_names)
         if classes != names:
-            told = (
-                f"the head has {classes} classes, but there are {names} class names; give one name per class"
+            raise UserError(
+                f"classifier config: the head has {classes} classes, but there are {names} class names"
             )
-            raise UserError(f"classifier config: {told}")
         if (kind == "dual") != (self.mix is not None):
             raise UserError(f"classifier config: mix is {self.mix} with a {kind} head; a dual head needs one")
 
@@ -75,7 +67,7 @@ class ClassifierConfig:
         templates: Sequence[str] = (),
         mix: tuple[float, float] | None = None,
     ) -> ClassifierConfig:
-        """The config of Classifier(backbone.module, head, projector); a dual head has DEFAULT_MIX without a `mix`."""
+        """The config of Classifier(backbone.module, head, projector)."""
         return cls(
             backbone=backbone.config,
             head=head.config,
@@ -84,17 +76,17 @@ class ClassifierConfig:
             image_spec=backbone.image_spec,
             source=backbone.source,
             templates=list(templates),
-            mix=DEFAULT_MIX if mix is None and isinstance(head, DualHead) else mix,
+            mix=mix,
         )
 
     def build(self) -> Classifier:
-        """With random weights."""
+        """The module with random weights; nothing is downloaded."""
         projector = None if self.projector is None else Projector(**self.projector)
         return Classifier(build_backbone(self.backbone), build_head(self.head), projector)
 
 
 class ClassifierPredictor:
-    """The ImageClassifier that evaluators call, around any module with Classifier's forward (an engine's wrapper too)."""
+    """An ImageClassifier around any module with Classifier's forward (an engine's wrapper too)."""
 
     def __init__(
         self,
@@ -118,6 +110,6 @@ class ClassifierPredictor:
         with evaluating(self.module):
             output = self.module(images.to(device))
         if isinstance(output, DualLogits):
-            assert self.mix is not None, "a dual head needs mixing weights"
+            assert self.mix is not None
             return mix_heads(output, *self.mix)
         return output.float()

@@ -1,4 +1,4 @@
-"""What turns features into logits: linear, dual (DHO) and text-vector heads, and the projector before them.
+"""What turns features into logits: linear, dual (DHO) and text-vector heads; the projector before them.
 
 Logits are fp32 in every precision: the features and the head's weights are converted, and autocast is off inside.
 
@@ -18,8 +18,7 @@ from vlmkd.errors import UserError
 
 KdHead = Literal["linear", "scaled_linear", "cosine"]
 
-KD_SCALE = 100.0
-"""1/zeta of DHO's paper (zeta 0.01)."""
+KD_SCALE = 100.0  # 1/zeta of DHO's paper
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,7 +34,7 @@ class LinearHead(nn.Linear):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `build_head` takes, as of the other heads."""
+        """What `build_head` takes."""
         return {"kind": "linear", "width": self.in_features, "classes": self.out_features}
 
 
@@ -57,10 +56,10 @@ class DualLogits(NamedTuple):
 
 
 class DualHead(nn.Module):
-    """features [B, d] -> logits of a head for labels and a head for a teacher (docs/papers/dho.md, eq. 1 and 9).
+    """features [B, d] -> logits of a linear head for labels and a head for a teacher (docs/papers/dho.md, eq. 1 and 9).
 
-    The label head is linear. The teacher head, by `kd`: `linear`: W z + b; `scaled_linear`: 100 (W n(z) + b), the
-    reference's code, which its released weights need; `cosine`: 100 cos(z, w_c), the paper's formula.
+    The latter, by `kd`: `linear`: W z + b; `scaled_linear`: 100 (W n(z) + b), as the reference's code and its released
+    weights; `cosine`: 100 cos(z, w_c), the paper's formula.
     """
 
     def __init__(self, width: int, num_classes: int, *, kd: KdHead = "linear") -> None:
@@ -75,17 +74,6 @@ class DualHead(nn.Module):
             return DualLogits(self.ce_head(features), self.kd_head(features))
         features = features.float()
         return DualLogits(self.ce_head(features), KD_SCALE * self.kd_head(F.normalize(features, dim=-1)))
-
-    @torch.no_grad()
-    def init_from_text(self, vectors: Tensor) -> None:
-        """Both weights become the class vectors [C, d] (DHO: un-normalised, of the student's own text tower), biases 0."""
-        if vectors.shape != (wanted := self.ce_head.weight.shape):
-            told = f"class vectors are {[*vectors.shape]}, but the heads need {[*wanted]}; take the text tower that"
-            raise UserError(f"text initialisation: {told} belongs to this backbone, or head_init=default")
-        for head in (self.ce_head, self.kd_head):
-            head.weight.copy_(vectors)
-            if head.bias is not None:
-                head.bias.zero_()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -104,10 +92,7 @@ def mix_heads(logits: DualLogits, alpha: float, beta: float) -> Tensor:
 
 
 class Projector(nn.Module):
-    """features [B, d] -> [B, D] by `layers` linear layers, with BatchNorm and ReLU between them.
-
-    One layer is VL2V-ADiP's projector, two are PromptKD's, whose hidden width is D. PyTorch's default initialisation.
-    """
+    """features [B, d] -> [B, D] by `layers` linear layers with BatchNorm and ReLU between: VL2V-ADiP's has one, PromptKD's two."""
 
     def __init__(self, width: int, embed_dim: int, *, layers: int = 1) -> None:
         super().__init__()
@@ -125,10 +110,7 @@ class Projector(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """features [B, D] -> logit_scale times their cosines with class vectors [C, D]; fp32 logits, nothing to train.
-
-    The rows are used as they are given: `ClassVectors` of mode `each` are deliberately no unit vectors.
-    """
+    """Unit features [B, D] times class vectors [C, D], as these are given, times logit_scale; nothing to train."""
 
     vectors: Tensor
 
@@ -141,7 +123,7 @@ class TextClassifier(nn.Module):
         return self.logit_scale * _linear(F.normalize(features.float(), dim=-1), self.vectors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TextClassifier:
-        # Follows the module to its device, but stays fp32 when the other weights are made half precision.
+        # The vectors follow to a device, but stay fp32.
         exact = self.vectors
         super()._apply(fn, recurse)
         self.vectors = exact.to(self.vectors.device)

@@ -1,4 +1,4 @@
-"""A CLIP's towers in one call: as they are, trained, frozen as a teacher, and as the predictor that evaluators call.
+"""A CLIP's towers in one call: trained, frozen as a teacher, and as the predictor that evaluators call.
 
 Letters: B batch, N texts, T tokens, D embedding width.
 """
@@ -20,23 +20,21 @@ from vlmkd.models.text_tower import encode_text, needed
 
 class ClipOutput(NamedTuple):
     image_embeds: Tensor | None
-    """Unit vectors [B, D], fp32; as the texts', None when no such input was given."""
+    """Unit vectors [B, D], fp32, as the texts'; None without such an input."""
     text_embeds: Tensor | None
     logit_scale: Tensor
     """Scalar, fp32, not its logarithm."""
     logit_bias: Tensor | None
-    """Scalar, fp32; None unless the model is SigLIP-like."""
+    """Scalar, fp32, of a SigLIP-like model."""
 
 
 class ClipTowers(nn.Module):
-    fixed_scale: float | None = None  # what stands for the model's own
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> ClipOutput:
-        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T] -> ClipOutput; either may be left out."""
+        """images [B, 3, h, w] in the model's statistics, tokens int64 [B, T]; either may be left out."""
         image_embeds = text_embeds = None
         if images is not None:
             features = self.model.encode_image(images.to(compute_dtype(self.model.visual)))
@@ -44,8 +42,6 @@ class ClipTowers(nn.Module):
         if tokens is not None:
             text_embeds = F.normalize(encode_text(self.model, tokens).float(), dim=-1)
         scale = self.model.logit_scale.float().exp().reshape(())
-        if self.fixed_scale is not None:
-            scale = torch.full_like(scale.detach(), self.fixed_scale)
         bias = None if self.model.logit_bias is None else self.model.logit_bias.float().reshape(())
         return ClipOutput(image_embeds, text_embeds, scale, bias)
 
@@ -82,10 +78,10 @@ class ClipTeacher(ClipTowers):
 
 
 def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
-    """images [B, 3, h, w] from `source`'s statistics and size to `target`'s; returned as they are when both agree.
+    """images [B, 3, h, w] from `source`'s statistics and size to `target`'s.
 
-    The change of statistics is exact, another size is interpolated: an enlarged view is not what the teacher would see of
-    the original, so that the loader makes a view of its own where sizes differ, and this is the fallback.
+    The change of statistics is exact. Another size is interpolated, which is not what the teacher would see of the
+    original: where sizes differ, the loader makes a view of its own, and this is the fallback.
     """
     if source.mean != target.mean or source.std != target.std:
         # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
@@ -101,7 +97,7 @@ def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tens
 
 
 class ClipPredictor:
-    """The DualEncoder that evaluators call, around any module with ClipTowers' forward (an engine's wrapper too)."""
+    """A DualEncoder around any module with ClipTowers' forward (an engine's wrapper too)."""
 
     def __init__(
         self, name: str, encoder: nn.Module, image_spec: ImageSpec, tokenizer: Callable[[list[str]], Tensor]
@@ -121,7 +117,7 @@ class ClipPredictor:
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
-        """N texts -> the text tower's vectors [N, D] before they are made unit vectors, fp32."""
+        """N texts -> [N, D] fp32, not normalised."""
         model: Any = self._encoder.model
         with evaluating(self._encoder):
             return encode_text(model, self._tokens(texts)).float()
@@ -131,7 +127,7 @@ class ClipPredictor:
         return float(self._run().logit_scale)
 
     def _tokens(self, texts: list[str]) -> Tensor:
-        """On the device, without padding that does not count; the length is found before they are moved."""
+        """On the device, without padding that does not count, which is found before they are moved."""
         model, parameter = getattr(self._encoder, "model", self._encoder), next(self._encoder.parameters())
         return needed(model, self._tokenizer(texts)).to(parameter.device)
 
@@ -143,7 +139,7 @@ class ClipPredictor:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, afterwards each part in its own former mode."""
+    """Eval mode inside, afterwards each part in its former mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

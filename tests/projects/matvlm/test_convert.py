@@ -64,7 +64,7 @@ def siglip() -> SiglipVisionModel:
 
 def parts(seed: int) -> ChatParts:
     """A stock model: tower, projector, Phi."""
-    backbone = Backbone(tower(seed), 16, SPEC, "timm:tiny", {})
+    backbone = Backbone(tower(seed), 16, SPEC, {}, "timm:tiny")
     torch.manual_seed(seed)
     config = PhiConfig(
         vocab_size=260, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
@@ -108,8 +108,8 @@ def test_the_tower_is_transformers_siglip_and_drops_the_first_of_its_places() ->
     images = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         out: Any = theirs(images, output_hidden_states=True)
-        whole = VisionTower(Backbone(ours, 16, SPEC, "", {}))
-        short = VisionTower(Backbone(ours, 16, SPEC, "", {}), drop_first=True)
+        whole = VisionTower(Backbone(ours, 16, SPEC, {}))
+        short = VisionTower(Backbone(ours, 16, SPEC, {}), drop_first=True)
         assert (whole.tokens, short.tokens) == (9, 8)
         torch.testing.assert_close(whole(images), out.hidden_states[-2], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(short(images), out.hidden_states[-2][:, 1:], rtol=1e-4, atol=1e-5)
