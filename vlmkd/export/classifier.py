@@ -46,10 +46,7 @@ def export_classifier(
     *,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a classifier into `folder`, which appears complete or not at all; an older export there is replaced.
-
-    `weights` is the state dict of `config.build()`'s module, in any precision; fp32 is stored.
-    """
+    """Write a classifier into `folder` by `replacing`; `weights`, in any precision, are those of `config.build()`."""
     module = _filled(config, weights, str(folder))
     with replacing(folder, [CONFIG]) as partial:
         write_tensors(partial / WEIGHTS, module.state_dict())
@@ -59,7 +56,7 @@ def export_classifier(
 
 
 def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
-    """The ImageClassifier in an export folder, called `name` or by the folder, in eval mode on the CPU."""
+    """The ImageClassifier in an export folder, in eval mode on the CPU; its name is the folder's without a `name`."""
     config = read_config(folder)
     module = _filled(config, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return ClassifierPredictor.of(name or str(folder), module, config)
@@ -68,9 +65,7 @@ def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
 def read_config(folder: Path) -> ClassifierConfig:
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no {CONFIG}; name the folder of an exported classifier (a run's export/)"
-        )
+        raise UserError(f"{folder} has no {CONFIG}; name the folder of an exported classifier")
     content = read_object(path, "classifier config")
     if content.pop("format", None) != _FORMAT:
         raise UserError(f"{path} is of another format than {_FORMAT}; update vlmkd or export again")
@@ -93,8 +88,8 @@ def _filled(config: ClassifierConfig, weights: Mapping[str, Tensor], origin: str
 def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> None:
     """Weights that timm.create_model(NAME, num_classes=C) loads strictly, where a linear layer is enough.
 
-    A linear head gives the same logits. Class vectors behind a one-layer projector are folded into one layer, whose
-    logits have the same order but another scale in each image, because the length of the embedding is left out.
+    Class vectors, behind a one-layer projector too, are folded into a layer whose logits have the same order, but in each
+    image another scale, because the length of the embedding is left out.
     """
     head: Any = module.head
     layers: Any = () if module.projector is None else module.projector.layers
@@ -102,8 +97,10 @@ def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> Non
     folds = isinstance(head, TextClassifier) and len(layers) < 2
     if config.backbone["kind"] != "timm" or not (exact or folds):
         return
-    weight, bias = (head.weight, head.bias) if exact else (head.logit_scale * head.vectors, None)
-    if bias is None:
+    if exact:
+        weight, bias = head.weight, head.bias
+    else:
+        weight = head.logit_scale * head.vectors
         bias = weight @ layers[0].bias if layers else torch.zeros(len(weight))
         weight = weight @ layers[0].weight if layers else weight
     backbone: Any = module.backbone
@@ -120,7 +117,7 @@ def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> Non
 
 
 def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
-    """Reload folders in one fresh process and compare with their modules: the exported Classifier, or any with its forward."""
+    """Reload folders in one fresh process and compare with their modules: Classifiers, or any with its forward."""
     probes = {folder: probe_of(module, read_config(folder)) for folder, module in exports.items()}
     verify("vlmkd.export.classifier", probes)
 

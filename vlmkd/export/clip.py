@@ -50,10 +50,10 @@ def export_clip(
     layout: Layout = "open_clip",
     half: bool = False,
 ) -> None:
-    """Write `clip` into `folder`, which appears complete or not at all; an older export there is replaced.
+    """Write `clip` into `folder` by `replacing`.
 
-    Layout `open_clip` is what open_clip's `local-dir:` reads (a PrunedCLIP there is read by our load_clip only), `hf` what
-    transformers' CLIPModel reads. `half` stores fp16.
+    Layout `open_clip` is what open_clip's `local-dir:` reads (of a PrunedCLIP, our load_clip only), `hf` what transformers'
+    CLIPModel reads. `half` stores fp16.
     """
     with replacing(folder, list(_CONFIG.values())) as partial:
         weights = partial / _WEIGHTS[layout]
@@ -66,8 +66,8 @@ def _write_open_clip(folder: Path, clip: ClipModel) -> dict[str, Tensor]:
     """Config and tokenizer; returns the weights."""
     config, state = copy.deepcopy(clip.config), clip.module.state_dict()
     config["text_cfg"].pop("hf_tokenizer_name", None)
-    if _write_tokenizer(folder, clip):  # any name makes open_clip read the files of this folder
-        config["text_cfg"]["hf_tokenizer_name"] = "."
+    if _write_tokenizer(folder, clip):
+        config["text_cfg"]["hf_tokenizer_name"] = "."  # any name makes open_clip read this folder's files
     if not config.get("nonscalar_logit_scale"):
         state |= {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias") if name in state}
     spec = dataclasses.asdict(clip.image_spec)
@@ -123,10 +123,7 @@ def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
 
 
 def verify_export(folder: Path, clip: ClipModel) -> None:
-    """Reload `folder` in a fresh process and compare with `clip`: embeddings, logit scale, token ids, statistics.
-
-    The process uses plain open_clip or transformers (load_clip for a PrunedCLIP).
-    """
+    """Reload `folder` by its library in a fresh process and compare embeddings, logit scale, token ids, statistics."""
     if read_object(folder / PROVENANCE, "provenance")["half"]:
         clip = clip.with_weights({k: stored(v, half=True) for k, v in clip.module.state_dict().items()})
     verify("vlmkd.export.clip", {folder: probe_of(clip)})
@@ -141,13 +138,14 @@ def probe_of(clip: ClipModel) -> Probe:
 
 @torch.no_grad()
 def _outputs(module: Any, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    embeds = module.encode_image(images, normalize=True), module.encode_text(tokens, normalize=True)
-    return _named(tokens, *embeds, module)
-
-
-def _named(tokens: Tensor, image_embeds: Tensor, text_embeds: Tensor, module: Any) -> dict[str, Tensor]:
-    scale = module.logit_scale.exp().reshape(1)
-    return {"tokens": tokens, "image_embeds": image_embeds, "text_embeds": text_embeds, "logit_scale": scale}
+    """Of an open_clip model or PrunedCLIP, or of transformers' CLIPModel."""
+    if hasattr(module, "encode_image"):
+        embeds = module.encode_image(images, normalize=True), module.encode_text(tokens, normalize=True)
+    else:
+        output = module(input_ids=tokens, pixel_values=images)
+        embeds = output.image_embeds, output.text_embeds
+    named = {"image_embeds": embeds[0], "text_embeds": embeds[1]}
+    return {"tokens": tokens, **named, "logit_scale": module.logit_scale.exp().reshape(1)}
 
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
@@ -171,7 +169,6 @@ def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
     return _outputs(model, probe.inputs["images"], open_clip.get_tokenizer(name)(_PROBE_TEXTS))
 
 
-@torch.no_grad()
 def _transformers_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
     """Outputs on the probe's texts through the folder's tokenizer, after those on its token ids were compared.
 
@@ -185,11 +182,9 @@ def _transformers_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
     own = AutoTokenizer.from_pretrained(folder)(
         texts, padding="max_length", truncation=True, max_length=tokens.shape[1], return_tensors="pt"
     ).input_ids
-    outputs = [model(input_ids=ids, pixel_values=images) for ids in (tokens, own)]
-    found = [_named(tokens, output.image_embeds, output.text_embeds, model) for output in outputs]
-    if difference := compare(found[0], probe.outputs):
+    if difference := compare(_outputs(model, images, tokens), probe.outputs):
         raise UserError(f"of the same token ids {difference}")
-    return found[1]
+    return _outputs(model, images, own) | {"tokens": tokens}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """An exported model's folder: written whole or not at all, described, and checked in a fresh process.
 
-A format (clip.py, classifier.py, a project's own) says what a Probe of its model is, and what a reloaded folder makes
-of its inputs. Its module run as `python -m MODULE FOLDER PROBE ...` is that process (`check_main`).
+The module of a format (clip.py, classifier.py, a project's own) makes a Probe of its model, and, run as
+`python -m MODULE FOLDER PROBE ...`, is the process that compares what a reloaded folder makes of it (`check_main`).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _TOLERANCE = 1e-4
 def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` when the block ends without an error.
 
-    An older folder there is replaced if it holds one of the files `marks`, else refused.
+    An older one there must hold one of the files `marks`, or nothing.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; the export is a folder there: move the file away")
+        raise UserError(f"{folder} is a file, but the export is a folder; move the file away")
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in marks):
         raise UserError(f"{folder} exists and is no model export; choose another folder")
     partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
@@ -60,8 +60,7 @@ def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        told = f"{error.strerror}; free space or choose another folder"
-        raise UserError(f"cannot write the export {folder}: {told}") from None
+        raise UserError(f"cannot write {folder}: {error.strerror}; free space or choose another") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -76,18 +75,18 @@ def stored(tensor: Tensor, *, half: bool = False) -> Tensor:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None, *, half: bool = False
 ) -> None:
-    """Write tensors, as `stored` makes them, into a safetensors file with `facts` as its metadata."""
+    """Write tensors, as `stored`, into a safetensors file with `facts` as its metadata."""
     held = {name: stored(tensor, half=half) for name, tensor in tensors.items()}
     try:
         save_file(held, path, {"format": "pt", **(facts or {})})
     except SafetensorError as error:  # its form of every failure of the disk
-        raise UserError(f"cannot write {path}: {error}; free space or choose another folder") from None
+        raise UserError(f"cannot write {path}: {error}; free space or choose another") from None
 
 
 def write_provenance(
     weights: Path, source: str, parameters: Iterable[Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write provenance.json beside `weights`: sha256, source and size of the model, versions, command, `facts`."""
+    """Write provenance.json beside `weights`: where the model comes from, and `facts`."""
     content = {
         "file": weights.name,
         "sha256": sha256_of(weights),
@@ -131,12 +130,12 @@ class Probe:
 
 
 def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
-    """Random pixels [count, 3, h, w] of a model's size, always the same."""
+    """Random pixels [count, 3, h, w], always the same."""
     return torch.randn(count, 3, *spec.size, generator=torch.Generator().manual_seed(_SEED))
 
 
 def verify(module: str, probes: Mapping[Path, Probe]) -> None:
-    """Run `python -m MODULE FOLDER PROBE ...` in a fresh process on the CPU, without the network; a UserError has its last line.
+    """Run `python -m MODULE FOLDER PROBE ...` on the CPU, without the network; a UserError has its last line.
 
     One process for all the exports of a run: most of its seconds are those of its imports.
     """
@@ -155,10 +154,8 @@ def verify(module: str, probes: Mapping[Path, Probe]) -> None:
         child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if child.returncode:
         told = child.stderr.strip() or child.stdout.strip() or f"exit code {child.returncode}"
-        raise UserError(
-            f"export {' or '.join(map(str, probes))} does not reproduce the model: {told.splitlines()[-1]}; keep the run's "
-            "checkpoint and report this"
-        )
+        what = f"export {' or '.join(map(str, probes))} does not reproduce the model"
+        raise UserError(f"{what}: {told.splitlines()[-1]}; keep the run's checkpoint and report this")
 
 
 def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Weights files of every layout we know, read without running anything that a file carries.
+"""Weights files of CLIPs, read without running anything that a file carries.
 
 TinyCLIP's two training layouts, automatic (fused) files, plain open_clip, transformers' CLIPModel, OpenAI's archives;
 half or single precision.
@@ -26,7 +26,7 @@ _NESTED = ("state_dict", "model_state_dict", "model_dict", "model", "module")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that wrappers (DDP, torch.compile, our encoder) put before every name."""
 _TINYCLIP = r"^(?:(?:_image_encoder|_text_encoder|_logit_scale|\w+_without_ddp)\.)?(?:module\.)?"
-"""Prefixes of TinyCLIP's training code: each part apart, and a copy of each without DDP, which gives way to the first."""
+"""Prefixes of TinyCLIP's training code: each part apart, and a copy of each without DDP."""
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 """Extra tensors of OpenAI's archives."""
 
@@ -40,10 +40,7 @@ def read_tensors(path: str | Path) -> State:
     """The weights in `path` as they are, under the file's own names; damaged files, and code, are refused."""
     path = Path(path)
     if path.is_dir():
-        told = "is a folder; name it local-dir:PATH (open_clip) or hf:PATH (transformers)"
-        raise UserError(f"weights file {path} {told}")
-    if not path.is_file():
-        raise UserError(f"weights file {path} does not exist")
+        raise UserError(f"weights file {path} is a folder; name it local-dir:PATH (open_clip) or hf:PATH")
     if is_torchscript(path):
         content: Any = _read_openai_archive(path)
     else:
@@ -52,8 +49,7 @@ def read_tensors(path: str | Path) -> State:
     held = next((held[key] for key in _NESTED if isinstance(held.get(key), Mapping)), held)
     state = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
     if not state:
-        told = "holds no tensors by name; expected a state dict, bare or under `state_dict`"
-        raise UserError(f"weights file {path} {told}")
+        raise UserError(f"weights file {path} holds no tensors by name, bare or under `state_dict`")
     return state
 
 
@@ -86,13 +82,13 @@ def _read_openai_archive(path: Path) -> State:
     digest = sha256_of(path)
     urls = [get_pretrained_url(name, "openai") for name in list_pretrained_models_by_tag("openai")]
     if not any(f"/{digest}/" in url for url in urls):  # the digest is a part of OpenAI's addresses
-        told = f"none of OpenAI's (sha256 {digest}); it is not run: give its state dict as safetensors"
+        told = f"none of OpenAI's (sha256 {digest}); give its state dict as safetensors"
         raise UserError(f"weights file {path} is a TorchScript program and {told}")
     return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Fill `module` (open_clip model or PrunedCLIP) from `state` of any known layout, strictly."""
+    """Fill an open_clip model or PrunedCLIP strictly from `state` of any known layout."""
     from open_clip.convert import convert_state_dict
 
     named, wanted = normalise_names(convert_state_dict(module, dict(state))), module.state_dict()
@@ -112,27 +108,27 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """The first missing, unexpected and resized tensors in words; empty when there are all of `wanted` and no other."""
     want, have = ({name: list(tensor.shape) for name, tensor in held.items()} for held in (wanted, given))
+    resized = {name: shape for name, shape in want.items() if have.get(name, shape) != shape}
     groups = {
         "missing": [f"{name} {shape}" for name, shape in want.items() if name not in have],
         "unexpected": [f"{name} {shape}" for name, shape in have.items() if name not in want],
-        "resized": [
-            f"{name} {have[name]} instead of {shape}"
-            for name, shape in want.items()
-            if have.get(name, shape) != shape
-        ],
+        "resized": [f"{name} {have[name]} instead of {shape}" for name, shape in resized.items()],
     }
-    told = {kind: ", ".join(names[:3] + ["..."] * (len(names) > 3)) for kind, names in groups.items()}
-    return "; ".join(f"{len(groups[kind])} {kind}: {names}" for kind, names in told.items() if names)
+    return "; ".join(
+        f"{len(names)} {kind}: {', '.join(names[:3] + ['...'] * (len(names) > 3))}"
+        for kind, names in groups.items()
+        if names
+    )
 
 
 def _suggestion(named: State) -> str:
     """What `named` is instead, where its shapes tell."""
     try:
         config = identify(named)
-    except UserError:  # no CLIP that shapes can describe: there is nothing to suggest
+    except UserError:
         return ""
     if config.get("pruned"):
-        return "; they are a pruned CLIP with ragged layers: write identify()'s config as JSON and name that file as the model"
+        return "; they are a pruned CLIP with ragged layers: write identify()'s config as JSON and name that file"
     image, text = config["vision_cfg"], config["text_cfg"]
     return (
         f"; their shapes are vision {image['layers']} layers x {image['width']}, patch {image['patch_size']}, "
@@ -141,9 +137,9 @@ def _suggestion(named: State) -> str:
 
 
 def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
-    """The model config that fits the ViT CLIP in `state` (any layout), read from its shapes: open_clip's, or the pruned one.
+    """The model config, open_clip's or the pruned one, of the ViT CLIP in `state` (any layout), read from its shapes.
 
-    The activation is not in a file: GELU is assumed, which holds for every TinyCLIP; set `quick_gelu` for OpenAI's.
+    The activation is not in a file: GELU is assumed, as of every TinyCLIP; set `quick_gelu` for OpenAI's.
     """
     pruned = config_from_state_dict(normalise_names(state), head_width=head_width)
     image, text = pruned["vision_cfg"], pruned["text_cfg"]

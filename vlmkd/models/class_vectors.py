@@ -1,7 +1,6 @@
-"""Class vectors: what a teacher's text tower says about the classes, computed once and stored.
+"""Class vectors: what a text tower says about the classes, computed once and stored.
 
-What teacher and student share: PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits and its text
-initialisation.
+PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits and its text initialisation.
 
 Letters: C classes, P prompts per class, D embedding width, B batch.
 """
@@ -27,10 +26,10 @@ from vlmkd.predictors import TextEncoder
 from vlmkd.tensor_files import read_safetensors
 
 Normalise = Literal["each_and_mean", "each", "mean", "none"]
-"""Which vectors are made unit vectors: those of each prompt, their mean, both, or none.
+"""Which are made unit vectors: those of each prompt, their mean, both, or none.
 
-`each_and_mean`: OpenAI's and open_clip's classifiers, PromptKD, VL2V-ADiP. `each`: DHO's open_clip teachers, as its code
-has it. `mean`: PromptSRC's frozen text features. `none`: DHO's text initialisation.
+`each_and_mean`: OpenAI's and open_clip's classifiers, PromptKD, VL2V-ADiP. `each`: DHO's open_clip teachers, by its code.
+`mean`: PromptSRC's frozen text features. `none`: DHO's text initialisation.
 """
 
 
@@ -39,7 +38,7 @@ class ClassVectors:
     """One vector per class, and where they come from."""
 
     vectors: Tensor
-    """[C, D] fp32 on the CPU; unit rows where `normalise` makes them so."""
+    """[C, D] fp32 on the CPU."""
     class_names: list[str]
     templates: list[str]
     """With `{}` or `{c}` for the class name."""
@@ -47,7 +46,7 @@ class ClassVectors:
     teacher_digest: str
     """Of the weights (and trained prompts) behind the vectors."""
     logit_scale: float
-    """Factor of the cosines in the teacher's logits."""
+    """The teacher's factor of the cosines."""
     normalise: Normalise = "each_and_mean"
 
     def __post_init__(self) -> None:
@@ -68,7 +67,7 @@ class ClassVectors:
         return self.logit_scale * image_embeds.float() @ self.vectors.to(image_embeds.device).T
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file with the facts as its metadata."""
+        """Write a safetensors file whose metadata are the other fields."""
         from safetensors.torch import save_file
 
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "vectors"}
@@ -87,7 +86,7 @@ class ClassVectors:
         with safe_open(path, "pt") as stream:
             written = (stream.metadata() or {}).get("class_vectors")
         if written is None or "vectors" not in tensors:
-            raise UserError(f"{path} holds no class vectors; name a file that ClassVectors.save wrote")
+            raise UserError(f"{path} holds no class vectors")
         facts = json.loads(written)
         digest = facts.pop("digest")
         found = cls(vectors=tensors["vectors"], **facts)
@@ -114,20 +113,18 @@ def encode_classes(
     shared: bool = False,
     watch: Callable[[range], Iterable[int]] = iter,
 ) -> ClassVectors:
-    """Mean prompt vector of every class, by `encoder`; underscores in class names become spaces.
+    """Mean prompt vector of every class; underscores in class names become spaces.
 
     The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
-    vectors. With `shared` the ranks encode some classes each, and all call this; `watch` may show the batches' progress.
+    vectors. With `shared` each rank encodes some of the classes; `watch` may show the batches' progress.
     """
     assert normalise in get_args(Normalise), normalise
     check_templates(templates)
     raw = normalise in ("mean", "none")
     encode = getattr(encoder, "text_features", None) if raw else encoder.encode_text
     if encode is None:
-        told = f"which {encoder.name} does not give; use a CLIP, or normalise=each_and_mean"
-        raise UserError(
-            f"class vectors with normalise={normalise} need text features before normalisation, {told}"
-        )
+        told = f"text features that are no unit vectors, which {encoder.name} does not give"
+        raise UserError(f"normalise={normalise} needs {told}; use a CLIP, or normalise=each_and_mean")
     share = distributed.rank_share(len(class_names)) if shared else range(len(class_names))
     texts = class_prompts([class_names[index] for index in share], templates)
     starts = range(0, len(texts), batch_size)

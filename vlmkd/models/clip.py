@@ -62,19 +62,19 @@ class ClipModel:
     """Where tokenizer.json is; None: open_clip's own tokenizer."""
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> ClipModel:
-        """The same architecture with `weights` (any layout of load_weights) in a module of its own."""
+        """The same architecture in a module of its own with `weights` of any layout."""
         module = build_clip(self.config)
         load_weights(module, weights, self.source)
         return dataclasses.replace(self, module=module.eval(), digest=weights_digest(module.state_dict()))
 
 
 def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> ClipModel:
-    """Load the CLIP that a user names.
+    """The CLIP that a user names.
 
-    `model` is an open_clip architecture, a JSON model config, `local-dir:PATH` (open_clip folder or our export),
-    `hf:PATH` (transformers CLIPModel folder) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a
-    weights file of any layout, or empty for a random initialisation, drawn from `seed` where it is given.
-    Activation and pixel statistics are those of the weights: of the tag, or of the config beside the weights file.
+    `model` is an open_clip architecture, a JSON model config, `local-dir:PATH` (open_clip's or our export), `hf:PATH`
+    (transformers' CLIPModel) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a weights file of any
+    layout, or empty for a random initialisation, drawn from `seed` where it is given. Activation and pixel statistics
+    are those of the weights: of the tag, or of the config beside the file.
     """
     scheme, _, rest = model.partition(":")
     if scheme in ("zoo", *_FOLDERS) and rest:
@@ -88,8 +88,8 @@ def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> C
         config, folder = read_object(Path(model), "model config"), Path(model).parent
         config = config.get("model_cfg", config)
     elif (config := open_clip.get_model_config(architecture)) is None:
-        known, otherwise = open_clip.list_models(), "give a name, a .json file, local-dir:, hf: or zoo:"
-        hint = did_you_mean(model, known, otherwise)
+        otherwise = "give a name, a .json file, local-dir:, hf: or zoo:"
+        hint = did_you_mean(model, open_clip.list_models(), otherwise)
         raise UserError(f"model {model} is no open_clip architecture; {hint}")
     if not pretrained:
         return _loaded(build_clip(config, seed=seed), config, {}, model, folder, trained=False)
@@ -120,14 +120,14 @@ def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> C
 
 
 def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Module:
-    """A randomly initialised open_clip model, or PrunedCLIP when `config["pruned"]`; no weights are downloaded."""
+    """An open_clip model, or PrunedCLIP when `config["pruned"]`, with random weights; none are downloaded."""
     with drawn_from(seed):
         return PrunedCLIP(dict(config)) if config.get("pruned") else _build_open_clip(config)
 
 
 @contextlib.contextmanager
 def drawn_from(seed: int | None) -> Iterator[None]:
-    """Random initialisation from `seed`, the global random state left as it was; without a seed from that state."""
+    """Random numbers from `seed`, the global state left as it was; without a seed from that state."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def downloading(what: str, hint: str = "") -> Iterator[None]:
-    """Whatever keeps a library from fetching `what` is one line, which ends with `hint`."""
+    """Whatever keeps a library from fetching `what` is a UserError, which ends with `hint`."""
     trouble = ""
     try:
         with zoo.hub_or_cache() as trouble:

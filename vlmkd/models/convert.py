@@ -54,7 +54,7 @@ _BLOCK = {
 
 
 def _names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """open_clip's name -> CLIPModel's, for as many layers as `state` of either kind has; `*` stands for q, k and v."""
+    """open_clip's name -> CLIPModel's, for the layers of `state` of either kind; `*` stands for q, k and v."""
     layers = {found[1] for name in state if (found := re.search(r"\.(?:resblocks|layers)\.(\d+)\.", name))}
     parts = {f"{ours}.": f"{theirs}." for ours, theirs in _NORMS.items()} | {
         f"{ours}.{layer}.{part}": f"{theirs}.{layer}.{their_part}"
@@ -75,9 +75,7 @@ def to_hf_state(state: Mapping[str, Tensor]) -> State:
     names, result = _names(state), State()
     for name, tensor in state.items():
         if name not in names:
-            raise UserError(
-                f"weights: transformers' CLIPModel has no place for {name}; export to open_clip instead"
-            )
+            raise UserError(f"weights: transformers' CLIPModel has no place for {name}; export to open_clip")
         if "*" in names[name]:
             for letter, part in zip("qkv", rearrange(tensor, "(qkv d) ... -> qkv d ...", qkv=3), strict=True):
                 result[names[name].replace("*", letter)] = part.contiguous()
@@ -116,15 +114,11 @@ _SAID_OTHERWISE = {
     "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "head_width", "mlp_ratio",
     "norm_kwargs", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id",
 }  # fmt: skip
-"""Fields that CLIPModel says in another way, or that do not change what is computed."""
+"""Fields that CLIPModel has in another form, or that do not change what is computed."""
 
 
 def to_hf_config(config: Mapping[str, Any]) -> Config:
-    """The config.json of a CLIPModel that computes what open_clip's `config` computes.
-
-    The end-of-text id is 49407 with CLIP's vocabulary, else 2, with which transformers pools at the highest id, as
-    open_clip does.
-    """
+    """The config.json of a CLIPModel that computes what open_clip's `config` computes."""
     _refuse_foreign_parts(config)
     towers: list[Config] = []
     for section, sizes in _SIZES.items():
@@ -150,28 +144,24 @@ def to_hf_config(config: Mapping[str, Any]) -> Config:
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": config["embed_dim"],
-        "logit_scale_init_value": 2.6592,
         "vision_config": image,
         "text_config": text,
     }
 
 
 def _refuse_foreign_parts(config: Mapping[str, Any]) -> None:
-    """Refuse whatever differs from open_clip's defaults in a field that CLIPModel has no place for."""
+    """Refuse what differs from open_clip's defaults in a field that CLIPModel has no place for."""
     from open_clip import CLIPTextCfg, CLIPVisionCfg
 
-    told = "model config: transformers' CLIPModel"
-    image, text = config["vision_cfg"], config["text_cfg"]
+    told, image = "model config: transformers' CLIPModel", config["vision_cfg"]
     if isinstance(image.get("layers"), (list, tuple)):
         raise UserError(f"{told} has no ResNet tower; export to open_clip")
     if not isinstance(image.get("image_size", 224), int):
         raise UserError(f"{told} needs a square image_size; export to open_clip")
+    kinds: Any = {"": None, "vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
     defaults: Config = {"block_type": "default"}
-    for section, given, kind in (
-        ("", config, None),
-        ("vision_cfg", image, CLIPVisionCfg),
-        ("text_cfg", text, CLIPTextCfg),
-    ):
+    for section, kind in kinds.items():
+        given = config[section] if section else config
         defaults |= {item.name: item.default for item in dataclasses.fields(kind)} if kind else {}
         known = _SAID_OTHERWISE | _SIZES.get(section, {}).keys()
         for field, value in given.items():
@@ -217,8 +207,7 @@ def mlp_ratio(channels: int, width: int) -> float:
 def to_hf_processor(spec: ImageSpec) -> Config:
     height, width = spec.size
     if spec.resize_mode == "longest":
-        told = "transformers' CLIPImageProcessor cannot pad (resize_mode longest); export to open_clip"
-        raise UserError(f"image spec: {told}")
+        raise UserError("image spec: transformers cannot pad (resize_mode longest); export to open_clip")
     squash = spec.resize_mode == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -1,7 +1,7 @@
 """Deep visual prompts in the image tower of an open_clip CLIP, run through open_clip's own blocks.
 
-Prompts of block 0 enter with the input; before each of the blocks 1 to J - 1 the prompt positions are overwritten by
-that block's own vectors; from block J on they flow. The tower itself is frozen and is not changed.
+Before each of the blocks 0 to J - 1 the prompt positions are written with that block's own vectors; from block J on they
+flow. The tower itself is frozen and is not changed.
 
 Letters: B images, J prompted blocks (the depth), n prompts a block, w width of the tower, D embedding width.
 """
@@ -32,12 +32,13 @@ class PromptedImageTower(nn.Module):
 
         super().__init__()
         if not isinstance(tower, VisionTransformer):
-            told = f"not {type(tower).__name__}; choose a ViT CLIP such as ViT-B-16"
+            told = f"not {type(tower).__name__}; choose a CLIP such as ViT-B-16"
             raise UserError(f"prompts need open_clip's ViT image tower, {told}")
         # A mean over patches would include the prompts.
         if tower.attn_pool is not None or tower.pool_type != "tok":
-            told = f"not pool_type {tower.pool_type}"
-            raise UserError(f"prompts need an image tower that reads its class token, {told}")
+            raise UserError(
+                f"prompts need a tower that reads its class token; this one's pool_type is {tower.pool_type}"
+            )
         self.tower: Any = tower.eval().requires_grad_(False)
         check_depth("image", depth, length, len(self.tower.transformer.resblocks), lowest=0)
         self.depth, self.length = depth, length

@@ -1,7 +1,7 @@
 """CLIP with ragged layers, as automatic TinyCLIP inheritance leaves it and the published `auto` checkpoints hold it.
 
-Every layer has its own number of heads and FFN channels, every tower its own width. A layer may have lost all of them;
-the bias that its output projection added stays. The head width does not shrink.
+Every layer has its own number of heads and FFN channels, maybe none; the bias that its output projection added stays.
+Every tower has its own width. The head width does not shrink.
 
 Letters: B batch, T tokens, D width of the tower, H heads of the layer, F FFN channels of the layer, E embedding.
 """
@@ -50,7 +50,7 @@ class OutputBias(nn.Module):
 
 
 class PrunedAttention(nn.Module):
-    """x [B, T, D] -> self-attention [B, T, D] by `heads` heads of `head_width` channels; [1, 1, D] without heads."""
+    """x [B, T, D] -> self-attention [B, T, D]; [1, 1, D] without heads."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class PrunedAttention(nn.Module):
 
 
 class PrunedMLP(nn.Module):
-    """x [B, T, D] -> feed-forward layer [B, T, D] of `channels` hidden channels; [1, 1, D] without channels."""
+    """x [B, T, D] -> feed-forward layer [B, T, D]; [1, 1, D] without channels."""
 
     def __init__(self, width: int, channels: int, quick_gelu: bool) -> None:
         super().__init__()
@@ -181,10 +181,7 @@ class PrunedTextTower(nn.Module):
 
 
 class PrunedCLIP(nn.Module):
-    """A CLIP built from a pruned config (see `check_config`), with open_clip's interface and its names inside the towers.
-
-    The text tower is a module of its own, around whose call ZeRO 3 gathers its parameters.
-    """
+    """A CLIP of a pruned config (see `check_config`), with open_clip's interface and its names inside the towers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -192,6 +189,7 @@ class PrunedCLIP(nn.Module):
         self.config = config
         common = config["embed_dim"], config["activation"] == "quick_gelu"
         self.visual: nn.Module = PrunedImageTower(config["vision_cfg"], *common)
+        # A module of its own, around whose call ZeRO 3 gathers the parameters.
         self.text: nn.Module = PrunedTextTower(config["text_cfg"], *common)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.get("logit_bias") else None
@@ -205,7 +203,7 @@ class PrunedCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Unit embeddings [B, E] of both, exp(logit_scale), and logit_bias where there is one, as open_clip."""
+        """Unit embeddings [B, E], exp(logit_scale), and logit_bias where there is one, as open_clip."""
         embeds = self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True)
         bias = () if self.logit_bias is None else (self.logit_bias,)
         return (*embeds, self.logit_scale.exp(), *bias)
@@ -216,10 +214,9 @@ class PrunedCLIP(nn.Module):
                 part.grad_checkpointing = enable
 
     def completed(self, state: Mapping[str, Tensor]) -> State:
-        """`state` under this model's names, with what files of pruned models lack and without what they have too much.
+        """`state` under this model's names, made complete.
 
-        A file may lack the output bias of a removed part, which is zero, and keep tensors without elements, and the LayerNorm
-        before such a part.
+        Of a removed part, files may lack the output bias, which is zero, and keep the LayerNorm and empty tensors.
         """
         wanted = self.state_dict()
         given = {
@@ -241,7 +238,7 @@ def own_names(state: Mapping[str, Tensor]) -> State:
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a pruned config that lacks a field of `_FIELDS` or contradicts itself.
 
-    `heads` and `mlp` (FFN channels) have one number a layer; `pruned` is true, and `logit_bias`, where there is one, a bool.
+    `heads` and `mlp` (FFN channels) have one number a layer; besides, there may be `pruned` and `logit_bias`, both bools.
     """
     told = "pruned model config:"
     for section, fields in _FIELDS.items():
@@ -253,9 +250,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name in ("vision_cfg", "text_cfg"):
         width, heads, mlp, _ = (config[name][field] for field in _LAYERS)
         if not all(isinstance(sizes, (list, tuple)) for sizes in (heads, mlp)) or len(heads) != len(mlp):
-            raise UserError(
-                f"{told} {name}.heads and {name}.mlp must be lists of one length, one number a layer"
-            )
+            raise UserError(f"{told} {name}.heads and {name}.mlp must be lists of one number a layer")
         if min([*heads, *mlp, width - 1]) < 0:
             raise UserError(f"{told} {name} holds a negative size or no width")
 
@@ -269,20 +264,19 @@ def config_from_state_dict(
 ) -> Config:
     """The ragged config of `state` (open_clip.CLIP's names, or PrunedCLIP's), read from its shapes.
 
-    Parts whose keys are absent or empty have 0 heads or channels; the grid of patches is taken for a square. Head width
-    (`text_head_width` where the text tower's differs) and activation are not in a file and must be told.
+    Parts whose keys are absent or empty have 0 heads or channels. Head width (`text_head_width` where the text tower's
+    differs) and activation are not in a file and must be told.
     """
     named = own_names(state)
     for name in _READ:
         if name not in named:
-            told = f"{name.removeprefix('text.')} is missing, so this is no ViT and text transformer CLIP"
-            raise UserError(f"weights: {told}")
+            raise UserError(f"weights: {name.removeprefix('text.')} is missing, so this is no ViT CLIP")
     conv, tokens = named["visual.conv1.weight"], named["text.token_embedding.weight"]
     patches = len(named["visual.positional_embedding"]) - 1
     grid = math.isqrt(patches)
     if conv.ndim != 4 or conv.shape[1] != 3 or grid * grid != patches:
-        told = f"visual.conv1.weight {[*conv.shape]} with {patches} patches is no ViT on a square grid"
-        raise UserError(f"weights: {told}")
+        told = f"visual.conv1.weight {[*conv.shape]} with {patches} patches"
+        raise UserError(f"weights: {told} is no ViT on a square grid")
     config: Config = {
         "embed_dim": named["visual.proj"].shape[1],
         "pruned": True,
@@ -304,13 +298,14 @@ def config_from_state_dict(
 
 
 def _layers(named: State, tower: str, head_width: int) -> Config:
-    prefix, rows, mlp = f"{tower}transformer.resblocks.", 3 * head_width, []
+    prefix, rows = f"{tower}transformer.resblocks.", 3 * head_width
     heads: list[int] = []
+    mlp: list[int] = []
     layers = {int(name[len(prefix) :].split(".")[0]) for name in named if name.startswith(prefix)}
     for layer in range(max(layers, default=-1) + 1):
         in_proj = len(named.get(f"{prefix}{layer}.attn.in_proj_weight", ()))
         if in_proj % rows:
-            told = f"has {in_proj} rows, no multiple of 3 x head width {head_width}; tell the head width of this model"
+            told = f"has {in_proj} rows, no multiple of 3 x head width {head_width}; tell this model's head width"
             raise UserError(f"weights: {prefix}{layer}.attn.in_proj_weight {told}")
         heads.append(in_proj // rows)
         mlp.append(len(named.get(f"{prefix}{layer}.mlp.c_fc.weight", ())))

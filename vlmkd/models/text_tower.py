@@ -20,7 +20,7 @@ from vlmkd.models.pruned_clip import PrunedTextTower
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """`model.encode_text(tokens)` of an open_clip model or PrunedCLIP: tokens int64 [N,T] -> [N,D], not normalised.
 
-    Tokens on a CPU are cut by `needed`; on a GPU that would make the host wait, so that they are taken as they come.
+    Tokens on a CPU are cut by `needed`; on a GPU that would make the host wait.
     """
     if tokens.device.type == "cpu":
         tokens = needed(model, tokens)
@@ -35,8 +35,8 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 def needed(model: nn.Module, tokens: Tensor) -> Tensor:
     """tokens [N,T] up to the last position that can reach a feature of `model`'s text tower: [N,L].
 
-    They stay whole where padding may count: in towers that see both ways, read another position than the end token, or
-    put a class token behind the text, and in Hugging Face towers in training, for their dropout's random numbers.
+    They stay whole where padding may count (see `_is_causal_open_clip`), and in Hugging Face towers in training, for their
+    dropout's random numbers.
     """
     from open_clip import CustomTextCLIP
     from open_clip.hf_model import HFTextEncoder
@@ -53,7 +53,7 @@ def needed(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _is_causal_open_clip(model: nn.Module, text: Any) -> bool:
-    """Whether `text` is open_clip's transformer (or a CLIP that holds its parts), sees backwards only and reads the end."""
+    """Whether `text`, a CLIP or its text transformer, sees backwards only and reads the end token, not one behind it."""
     from open_clip import CLIP, CustomTextCLIP
     from open_clip.transformer import TextTransformer
 
