@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from projects.dho.teacher import class_vectors
 from vlmkd import config, distributed
 from vlmkd.data.labelled import Item
 from vlmkd.data.samples import BadSample, view_config
-from vlmkd.data.teacher_outputs import OutputsInfo, prepare
+from vlmkd.data.teacher_outputs import OutputsInfo, item_views, made
 from vlmkd.data.transforms import normalise
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context
@@ -110,7 +111,8 @@ def embed_views(
     dtype = compute_dtype(module.visual)
 
     def pixels() -> Iterator[Tensor]:
-        ready = prepare(items, info, cfg.data.max_pixels, cfg.data.workers)
+        make = partial(item_views, info=info, max_pixels=cfg.data.max_pixels)
+        ready = made(items, make, cfg.data.workers)
         for item, prepared in zip(items, ready, strict=True):
             if isinstance(prepared, BadSample):
                 reason = f"{prepared.reason} {prepared.detail}"

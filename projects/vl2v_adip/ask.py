@@ -36,8 +36,8 @@ from vlmkd.data.teacher_outputs import (
     Prepared,
     Writer,
     item_views,
+    made,
     missing_items,
-    prepare,
 )
 from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import run_tool
@@ -100,7 +100,8 @@ def ask_images(cfg: AskConfig) -> str:
         crops=cfg.views or 1, seed=cfg.seed, image_spec=spec,
         views=view_config(cfg.data) if cfg.views else CLEAN, set_name=cfg.data.set, dtype="float32",
     )  # fmt: skip
-    ready = prepare(missing_items(items, Path(cfg.out)), info, cfg.data.max_pixels, cfg.data.workers)
+    make = partial(item_views, info=info, max_pixels=cfg.data.max_pixels)
+    ready = made(missing_items(items, Path(cfg.out)), make, cfg.data.workers)
     good = (one for one in ready if not isinstance(one, BadSample))
     ledger.require_budget(query for one in good for query in image_queries(one, info))
     left_out: Counter[str] = Counter()
@@ -111,7 +112,6 @@ def ask_images(cfg: AskConfig) -> str:
         rows = [torch.zeros(ledger.dim) if vector is None else vector for vector in vectors]
         return {"image_embeds": F.normalize(torch.stack(rows), dim=-1).view(len(batch), info.crops, -1)}
 
-    make = partial(item_views, info=info, max_pixels=cfg.data.max_pixels)
     writer = Writer(Path(cfg.out), info, embed, cfg.batch_size, make, lambda line: print(line, flush=True))
     left_out += writer.items(items, workers=cfg.data.workers)
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))

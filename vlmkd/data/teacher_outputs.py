@@ -1,19 +1,18 @@
 """Teacher outputs stored beside the data: written once, then training needs no teacher.
 
-A folder belongs to one teacher and one labelled set or list of shards. `cache.json` says what was computed how. The
-samples lie in parts (one a shard, or some thousand items of a set): safetensors files with N samples, K views an image:
+A folder belongs to one teacher and one labelled set or list of shards; `cache.json` says what was computed how. Its parts
+(one a shard, or some thousand items of a set) are safetensors files with N samples, K views an image:
 
     keys uint8 (UTF-8, one line a key)   digests uint8 [N,32] (sha256 of image bytes + caption)
     boxes int32 [N,K,4] (left, top, width, height)   flips uint8 [N,K]   jitter float32 [N,K,3]
     with hue or grayscale also: hues float32 [N,K]   greys uint8 [N,K]
-    and the columns, rows of which are what the teacher said: image_embeds [N,K,D], text_embeds [N,D]
+    and the columns, rows of which are what the teacher said: image_embeds [N,K,D], of shards text_embeds [N,D]
 
 Parts of chats (`vlmkd.data.chat_outputs`) have no views, and columns of their own; where `counts` int64 [N] stands beside
 these, a sample has so many rows of each, one sample's behind the other's.
 
-Of a labelled set only image embeddings are stored: logits follow from them and the class vectors. Views are drawn from
-(seed of the folder, name of the sample, number of the view), so one folder serves every subset, split and run seed. To
-store several augmentations with their parameters is MobileCLIP's dataset reinforcement.
+Views are drawn from (seed of the folder, name of the sample, number of the view), so one folder serves every subset,
+split and run seed. To store several augmentations with their parameters is MobileCLIP's dataset reinforcement.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vlmkd import distributed, files
 from vlmkd.data.labelled import Item
@@ -112,9 +111,6 @@ class Stored:
     """Rows by name; a zero row of `image_embeds` is a view that a black box gave no usable answer to."""
 
 
-Info = TypeVar("Info", bound=StoreInfo)
-
-
 # -------------------------------------------------------------------------------------------------------- reading
 
 
@@ -124,35 +120,26 @@ class Store:
     kind: type[StoreInfo]
 
     def __init__(self, folder: str | Path) -> None:
-        """Read `cache.json`; columns are mapped, not read."""
         self.folder = Path(folder)
         self.info: Any = read_info(self.folder, self.kind)
-        self._parts = {path.stem: _Part(path) for path in _part_paths(self.folder) if self.info.set_name}
-        self._part_of = {key: name for name, part in self._parts.items() for key in part.rows}
+        paths = _part_paths(self.folder) if self.info.set_name else []
+        self._part = lru_cache(len(paths) or _OPEN_SHARDS)(_Part)
+        self._part_of = {key: path for path in paths for key in self._part(path).rows}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.folder,)  # another process maps the files for itself
 
     def __len__(self) -> int:
-        """Samples of a set whose outputs are stored."""
+        """Samples of a set."""
         return len(self._part_of)
 
     def __contains__(self, key: str) -> bool:
         return key in self._part_of
 
     def get(self, key: str, shard: str = "", digest: bytes | None = None, told: str = "") -> Stored | None:
-        """What is stored of a sample of a `shard` (short name) or a set, or None.
-
-        One of another `digest`, where that is given, is refused by the name `told`.
-        """
-        name = shard or self._part_of.get(key, "")
-        if not name:
-            return None
-        if name not in self._parts:
-            if len(self._parts) >= _OPEN_SHARDS:
-                del self._parts[next(iter(self._parts))]
-            self._parts[name] = _Part(_part_path(self.folder, name))
-        entry = self._parts[name].get(key)
+        """What is stored of a sample of a `shard` (short name) or a set, or None; `told` names one of another `digest`."""
+        path = _part_path(self.folder, shard) if shard else self._part_of.get(key)
+        entry = self._part(path).get(key) if path else None
         if entry is not None and digest not in (None, entry.digest):
             raise UserError(
                 f"{self.folder} was written for {self.info.content} than {told or key} has now; run {self.info.tools} "
@@ -163,7 +150,7 @@ class Store:
     def refuse(
         self, differences: list[str], shards: Sequence[str], keys: Sequence[str], max_missing_share: float
     ) -> None:
-        """Raise a UserError of the differences, shards without a part, and keys of which too large a share is missing."""
+        """Raise a UserError of what differs, of shards without a part, and of keys of which too large a share is missing."""
         if without := [url for url in shards if not _part_path(self.folder, shard_name(url)).is_file()]:
             differences.append(f"{len(without)} of {len(shards)} shards are not in it (first: {without[0]})")
         absent = [key for key in keys if key not in self]
@@ -185,12 +172,7 @@ class TeacherOutputs(Store):
     info: OutputsInfo
 
     def __init__(self, folder: str | Path, teacher_view: Literal["same", "clean"] = "same") -> None:
-        """As `Store`, which also refuses `clean` with drawn views.
-
-        Args:
-            teacher_view: `same`: the student is shown the stored views; `clean`: it is shown views of its own, and
-                the stored vector of the whole picture is the target of each.
-        """
+        """With `clean` the student is shown views of its own, whose target is the stored vector of the whole picture."""
         super().__init__(folder)
         self.teacher_view = teacher_view
         self.replays = teacher_view == "same"
@@ -214,21 +196,19 @@ class TeacherOutputs(Store):
         digest: str | None = None,
         max_missing_share: float = 0.0,
     ) -> None:
-        """Refuse a folder that does not fit the run; the message names what differs.
+        """Refuse a folder that does not fit the run.
 
         Args:
-            views, fill: distribution of the student's views, and its colour under transparent pixels; of replayed views.
-            shards: each needs a finished part.
+            views, fill: of the student, which replayed views must suit.
             items: of these `max_missing_share` may be without stored outputs.
-            digest: sha256 of the teacher that the run's config names; None when it names none.
+            digest: sha256 of the run's teacher; None: any.
         """
-        info, differences = self.info, []
-        keys = [item.key for item in items]
+        info, differences, keys = self.info, [], [item.key for item in items]
         if bool(info.set_name) != bool(keys):
             differences.append(f"it is of {info.set_name or 'shards'}")
         if self.replays:
             differences += [
-                f"data.{name} is {_plain(getattr(views, name))} but the views were drawn with {_plain(value)}"
+                f"data.{name} is {json.dumps(getattr(views, name))} but the views were drawn with {json.dumps(value)}"
                 for name, value in vars(info.views).items()
                 if getattr(views, name) != value
             ]
@@ -244,7 +224,7 @@ class TeacherOutputs(Store):
 
 
 class _Part:
-    """One file, memory-mapped: its tensors take no memory until rows of them are read."""
+    """One file, memory-mapped: its tensors take no memory until they are read."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -280,8 +260,7 @@ class _Part:
         ]
 
 
-def read_info(folder: Path, kind: type[Info]) -> Info:
-    """What cache.json says."""
+def read_info(folder: Path, kind: type[StoreInfo]) -> Any:
     path, hint = folder / "cache.json", f"write one with {kind.tools}"
     if not path.is_file():
         raise UserError(f"teacher outputs {folder} have no cache.json; {hint}")
@@ -311,11 +290,6 @@ def _part_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, the way a config shows them."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 # -------------------------------------------------------------------------------------------------------- writing
 
 
@@ -325,7 +299,7 @@ class Prepared:
 
     key: str
     image: bytes
-    """The file as it is; of a chat what its digest is over."""
+    """The file; of a chat what its digest is over."""
     views: list[View]
     pixels: list[Tensor]
     """uint8 [h,w,3] of each view, at the teacher's input size."""
@@ -336,11 +310,11 @@ class Prepared:
 Samples = Iterable[Prepared | BadSample]
 Embed = Callable[[list[Prepared]], dict[str, Tensor]]
 """What a teacher says about some samples: columns, a row a sample."""
-Progress = Callable[[str], None]
+Progress = Callable[[str], object]
 
 
 def _silent(line: str) -> None:
-    """Tell nobody."""
+    pass
 
 
 def image_embeds(
@@ -377,12 +351,9 @@ def embed_items(
     device: torch.device | str = "cpu",
     progress: Progress = _silent,
 ) -> Counter[str]:
-    """Embed `view_count` views of every item of the labelled set `name` into `folder`; see `Writer`.
+    """Embed `view_count` views of every item of the labelled set `name` into `folder`; see `Writer` and `OutputsInfo`.
 
-    Args:
-        source, digest: the teacher as its user named it, and sha256 over its weights.
-        views: distribution of the views; CLEAN with `view_count` 1 stores the whole picture.
-        dtype: float16, or float32 to store the vectors as they are.
+    CLEAN `views` with `view_count` 1 store the whole picture.
     """
     width = encoder.encode_image(torch.zeros(1, 3, *encoder.image_spec.size, device=device)).shape[-1]
     info = OutputsInfo(
@@ -398,18 +369,17 @@ def embed_items(
 
 @dataclass
 class Writer:
-    """Fills a folder with what `embed` says of the samples that `make` makes of items; data_tools/shard_writer.py has one for shards.
+    """Fills a folder with what `embed` says of what `make` makes of items; data_tools/shard_writer.py has one for shards.
 
-    What the folder holds already is not embedded again, so the same call continues an interrupted one, and other items
-    add to it. Samples that cannot be used are left out and counted by reason in the result. Ranks share the files, each
-    of which is written whole or not at all.
+    What the folder holds already is not embedded again: the same call continues an interrupted one, and other items add
+    to it. Samples that cannot be used are left out and counted by reason in the result. Ranks share the files.
     """
 
     folder: Path
     info: StoreInfo
     embed: Embed
     per_call: int
-    """Samples that `embed` is given at a time, at most."""
+    """Most samples that `embed` is given at a time."""
     make: Callable[[Any], Prepared]
     """Raises BadSample for one that cannot be used."""
     progress: Progress = _silent
@@ -440,9 +410,7 @@ class Writer:
                 )
             return self._write_info()
         old, new = asdict(read_info(self.folder, type(self.info))), asdict(self.info)
-        if differing := [
-            f"{name} {_plain(old[name])} (now {_plain(new[name])})" for name in new if old[name] != new[name]
-        ]:
+        if differing := [f"{name} {old[name]} (now {new[name]})" for name in new if old[name] != new[name]]:
             raise UserError(
                 f"--out {self.folder} holds outputs made with {'; '.join(differing)}; name another folder"
             )
@@ -455,7 +423,7 @@ class Writer:
         files.write_json(self.folder / "cache.json", {"info": asdict(self.info), "parts": parts}, "--out")
 
     def write(self, parts: Sequence[tuple[str, str, Samples]]) -> Counter[str]:
-        """Write each part (name, what to tell, samples); returns what was left out, by reason."""
+        """Write each part: its name, what to tell, and its samples."""
         skipped: Counter[str] = Counter()
         started, done = time.monotonic(), 0
         distributed.barrier()  # every rank has seen which parts are to be written
@@ -488,7 +456,6 @@ def missing_items(items: Sequence[Any], folder: Path) -> list[Any]:
 
 
 def _without_bad(samples: Samples, skipped: Counter[str]) -> Iterator[Prepared]:
-    """The good ones; the others are counted in `skipped`."""
     for sample in samples:
         if isinstance(sample, BadSample):
             skipped[sample.reason] += 1
@@ -525,11 +492,6 @@ def _save(
 # ------------------------------------------------------------------------------------------- samples to be embedded
 
 
-def prepare(items: Sequence[Item], info: OutputsInfo, max_pixels: int, workers: int = 0) -> Iterator[Any]:
-    """The views that `info` asks for of each item, in order, or why it has none; see `made`."""
-    return made(items, partial(item_views, info=info, max_pixels=max_pixels), workers)
-
-
 def item_views(item: Item, info: OutputsInfo, max_pixels: int) -> Prepared:
     """The views that `info` asks for of an item."""
     return drawn_views(item.key, item.key, item.read(), info, max_pixels)
@@ -548,21 +510,15 @@ def drawn_views(
 
 def made(items: Sequence[Any], make: Callable[[Any], Prepared], workers: int = 0) -> Iterator[Any]:
     """What `make` makes of each item, or the BadSample that it raises, in order, in `workers` processes."""
-    for prepared in DataLoader(_Items(items, make), batch_size=None, num_workers=workers):
-        if isinstance(prepared, UserError):
-            raise prepared
-        yield prepared
+    source: Any = items
+    for one in DataLoader(source, batch_size=None, collate_fn=partial(_made, make), num_workers=workers):
+        if isinstance(one, UserError):
+            raise one
+        yield one
 
 
-class _Items(Dataset[Any]):
-    def __init__(self, items: Sequence[Any], make: Callable[[Any], Prepared]) -> None:
-        self._items, self._make = items, make
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Prepared | BadSample | UserError:
-        try:
-            return self._make(self._items[index])
-        except (BadSample, UserError) as error:
-            return error  # raised by the process that asked
+def _made(make: Callable[[Any], Prepared], item: Any) -> Prepared | BadSample | UserError:
+    try:
+        return make(item)
+    except (BadSample, UserError) as error:
+        return error  # raised by the process that asked
