@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from projects.promptkd.config import StudentConfig, TeacherConfig
-from vlmkd.data.labelled import Item, LabelledSet, by_class, only_classes
+from vlmkd.data.labelled import Item, LabelledSet, by_class
 from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.datasets.splits import base_and_novel, coop_few_shot
 from vlmkd.errors import UserError
@@ -49,6 +50,12 @@ def teacher_protocol(cfg: TeacherConfig, dataset: LabelledSet) -> Protocol:
     classes = base_and_novel(whole)[0] if halves else sorted(by_class(whole))
     judged = few_val if cfg.select == "val" else None
     return _protocol(dataset, only_classes(train, classes), classes, halves, judged)
+
+
+def only_classes(items: Sequence[Item], classes: Sequence[int]) -> list[Item]:
+    """The items of these classes, relabelled 0, 1, ... in the order of `classes`."""
+    position = {label: index for index, label in enumerate(classes)}
+    return [replace(item, label=position[item.label]) for item in items if item.label in position]
 
 
 def student_protocol(cfg: StudentConfig, dataset: LabelledSet) -> Protocol:

@@ -17,7 +17,7 @@ class Item:
     """One image of a labelled set."""
 
     key: str
-    """Name inside the data set: relative path or shard key; views and caches are keyed by it."""
+    """Name inside the data set, by which views are drawn and outputs stored: relative path or shard key."""
     image: ImageRef
     label: int
     """Index into the set's class names, or UNLABELLED."""
@@ -25,11 +25,10 @@ class Item:
     """Index into the set's domains."""
 
     def unlabelled(self) -> Item:
-        """The same image without its label."""
         return replace(self, label=UNLABELLED)
 
     def read(self) -> bytes:
-        """The encoded image; refuses a file that is missing or cannot be read."""
+        """The encoded image."""
         try:
             return self.image.read()
         except OSError as error:
@@ -38,7 +37,6 @@ class Item:
             ) from None
 
     def members(self) -> dict[str, bytes]:
-        """The image as a raw sample has it."""
         return {"image": self.read()}
 
 
@@ -58,14 +56,8 @@ class LabelledSet:
 
 
 def by_class(items: Sequence[Item]) -> dict[int, list[Item]]:
-    """Items of each label, labels in the order of first appearance, items in their own order."""
+    """Items of each label, in the order of first appearance."""
     groups: dict[int, list[Item]] = {}
     for item in items:
         groups.setdefault(item.label, []).append(item)
     return groups
-
-
-def only_classes(items: Sequence[Item], classes: Sequence[int]) -> list[Item]:
-    """The items of these classes, relabelled 0, 1, ... in the order of `classes`."""
-    position = {label: index for index, label in enumerate(classes)}
-    return [replace(item, label=position[item.label]) for item in items if item.label in position]

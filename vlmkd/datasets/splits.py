@@ -71,7 +71,7 @@ def _pick(
 def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
     """Labels of the base classes and of the novel ones: halves of the sorted labels of the *whole* train split.
 
-    The base half is the larger one (PromptKD e.3). `labelled.only_classes` takes either half and relabels it from 0.
+    The base half is the larger one (PromptKD e.3).
     """
     labels = sorted({item.label for item in train} - {UNLABELLED})
     half = math.ceil(len(labels) / 2)

@@ -14,7 +14,7 @@ from projects.promptkd.build import _steps_per_epoch
 from projects.promptkd.config import BankConfig, StudentConfig, TeacherConfig
 from projects.promptkd.gaussian import GaussianAverage
 from projects.promptkd.objective import epoch_cosine
-from projects.promptkd.protocols import held_out, student_protocol, teacher_protocol
+from projects.promptkd.protocols import held_out, only_classes, student_protocol, teacher_protocol
 from vlmkd import config
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
@@ -99,6 +99,11 @@ def labelled(train: int = 20, val: int = 3, test: int = 4) -> LabelledSet:
         if count
     }
     return LabelledSet("five", list("abcde"), ["a photo of a {}."], splits)
+
+
+def test_chosen_classes_are_labelled_anew_in_their_order() -> None:
+    items = [Item(str(label), ImageRef("x"), label) for label in (7, 3, 9, 7)]
+    assert [(item.key, item.label) for item in only_classes(items, [9, 7])] == [("7", 1), ("9", 0), ("7", 1)]
 
 
 def test_a_teacher_sees_base_labels_and_a_student_sees_none() -> None:
