@@ -1,12 +1,13 @@
-"""Image bytes to pixels, fast: simplejpeg (libjpeg-turbo) for JPEG, Pillow for all that it cannot read.
+"""Image bytes to pixels: simplejpeg (libjpeg-turbo) for JPEG, Pillow for all that it cannot read.
 
-Both decode a JPEG to the same bytes; simplejpeg takes a third less time (benchmarks/loader.py). H, W: pixels.
+Both decode a JPEG to the same bytes; simplejpeg takes a third less time (benchmarks/loader.py).
 """
 
 from __future__ import annotations
 
 import io
 import math
+from contextlib import suppress
 
 import numpy as np
 import simplejpeg
@@ -39,11 +40,9 @@ def image_size(data: bytes) -> tuple[int, int]:
         BadSample: `undecodable_image`, or `oversized_image` where Pillow itself refuses the size.
     """
     if data.startswith(_JPEG_MAGIC):
-        try:
+        with suppress(ValueError):  # then Pillow decides
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             return width, height
-        except ValueError:
-            pass  # let Pillow decide
     with _open(data) as image:
         return image.size
 
@@ -51,16 +50,14 @@ def image_size(data: bytes) -> tuple[int, int]:
 def decode(data: bytes, *, fill: tuple[int, int, int] = (0, 0, 0), reduction: int = 1) -> Tensor:
     """Pixels as uint8 [H,W,3]; transparent ones lie on `fill`.
 
-    With `reduction` 2, 4 or 8 a JPEG is decoded to ceil(H/r) x ceil(W/r), straight from its DCT coefficients;
-    other images are decoded whole and then averaged over r x r blocks. EXIF orientation is ignored, as in open_clip.
+    With a `reduction` r a JPEG is decoded to ceil(H/r) x ceil(W/r) from its DCT coefficients; other images are averaged
+    over r x r blocks. EXIF orientation is ignored, as in open_clip.
 
     Raises:
         BadSample: `undecodable_image`.
     """
-    if data.startswith(_JPEG_MAGIC):
-        pixels = _decode_turbo(data, reduction)
-        if pixels is not None:
-            return pixels
+    if data.startswith(_JPEG_MAGIC) and (pixels := _decode_turbo(data, reduction)) is not None:
+        return pixels
     with _open(data) as image:
         try:
             full_size = image.size
@@ -74,7 +71,7 @@ def decode(data: bytes, *, fill: tuple[int, int, int] = (0, 0, 0), reduction: in
 
 
 def to_rgb(image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-    """`image` in mode RGB, with `fill` under its transparent pixels."""
+    """`image` as RGB, with `fill` under its transparent pixels."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         ground = Image.new("RGBA", image.size, (*fill, 255))
         return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")

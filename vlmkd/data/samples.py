@@ -14,31 +14,20 @@ from vlmkd.data.decode import BadSample, decode, image_size
 from vlmkd.data.transforms import View, ViewConfig, reduction_for, render
 from vlmkd.image_spec import ImageSpec
 
-REASONS = (
-    "broken_tar",
-    "duplicate_key",
-    "missing_image",
-    "missing_caption",
-    "oversized_image",
-    "undecodable_image",
-    "missing_teacher_embedding",
-)
-"""Why an image with its caption or label may be dropped; nothing is dropped without a reason."""
-
 
 @dataclass(slots=True)
 class RawSample:
     """One undecoded sample, or one thing that went wrong in its place."""
 
     shard: str
-    """Short name of its shard; empty for items that have none."""
+    """Short name of its shard; empty for items."""
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     reason: str = ""
     """Empty, or why this is no sample: `broken_tar`, `duplicate_key`."""
     detail: str = ""
     position: tuple[int, int, int] = (0, 0, 0)
-    """Epoch, ordinal of the shard in the worker's share of it, and index in the shard."""
+    """See `vlmkd.data.shards`."""
     source: int = 0
     """Index of the source or stream that it was drawn from."""
     seed: str = ""
@@ -46,7 +35,7 @@ class RawSample:
     turn: int | None = None
     """Number of its view, where the source decides on that; None: drawn by `seed`."""
     item: Any = None
-    """What an indexed source knows of it beside its bytes."""
+    """The item itself."""
 
     @property
     def name(self) -> str:
@@ -67,12 +56,10 @@ def members(cfg: DataConfig) -> frozenset[str]:
 
 
 def unpack(raw: RawSample, image_keys: Sequence[str], text_key: str) -> tuple[bytes, str]:
-    """Image bytes and caption of a raw sample; a caption of white space only is missing.
-
-    With an empty `text_key` no caption is asked for.
+    """Image bytes and caption of a raw sample; with an empty `text_key` no caption is asked for.
 
     Raises:
-        BadSample: it has none, or is a marker of what went wrong.
+        BadSample: it lacks one, or is a marker of what went wrong.
     """
     if raw.reason:
         raise BadSample(raw.reason, raw.detail)
@@ -100,7 +87,7 @@ def checked_size(image: bytes, max_pixels: int) -> tuple[int, int]:
 def views_of(
     image: bytes, size: tuple[int, int], views: Sequence[View], specs: list[ImageSpec]
 ) -> list[list[Tensor]]:
-    """uint8 [h,w,3] for each view and each spec, from one decoding; transparency lies on the first spec's fill.
+    """uint8 [h,w,3] of each view for each spec, from one decoding; transparency lies on the first spec's fill.
 
     Raises:
         BadSample: `undecodable_image`.
@@ -109,9 +96,8 @@ def views_of(
     pixels = decode(image, fill=specs[0].fill, reduction=reduction)
     width, height = size
     if pixels.shape[:2] != (-(-height // reduction), -(-width // reduction)):
-        raise BadSample(
-            "undecodable_image", f"header says {width}x{height}, pixels are {tuple(pixels.shape)}"
-        )
+        told = f"header says {width}x{height}, pixels are {tuple(pixels.shape)}"
+        raise BadSample("undecodable_image", told)
     return [[render(pixels, view, spec, reduction) for spec in specs] for view in views]
 
 

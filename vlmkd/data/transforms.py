@@ -1,15 +1,14 @@
-"""Image transforms from a model's own statistics: training views (replayable) and open_clip's evaluation transform.
+"""Image transforms from a model's own statistics: training views and open_clip's evaluation transform.
 
-A *view* is all that is random about a training image: crop box, flip, colour factors. Student and teachers see the
-same view, each resized to its own input size and normalised by its own statistics; a stored view can be replayed.
-H, W: pixels of a decoded image; h, w: pixels of a model's input.
+A *view* is all that is random about a training image. Student and teachers see the same view, each at its own input size
+and by its own statistics; a stored view can be replayed. H, W: pixels of a decoded image; h, w: of a model's input.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +22,8 @@ from vlmkd.config import LabelledDataConfig, fitted
 from vlmkd.data.decode import REDUCTIONS, to_rgb
 from vlmkd.image_spec import ImageSpec
 
-_GRID_SHARE = 128  # a crop at least this many grid steps long may be snapped to the grid
-_SHARPNESS = 2  # a crop is decoded smaller only while it stays this many times the model's input
+_GRID_SHARE = 128  # a crop of at least so many grid steps may be snapped to the grid
+_SHARPNESS = 2  # a crop is decoded smaller only while it stays so many times the model's input
 
 NO_JITTER = (1.0, 1.0, 1.0)
 
@@ -34,20 +33,19 @@ class View:
     """One random view of an image."""
 
     box: tuple[int, int, int, int]
-    """Left, top, width and height in pixels of the undecoded image."""
+    """Left, top, width and height in pixels of the whole image."""
     flip: bool = False
-    """Mirror left and right."""
     jitter: tuple[float, ...] = NO_JITTER
     """Factors of brightness, contrast and saturation, applied in this order after resizing."""
     hue: float = 0.0
-    """Shift along the colour circle, as a share of its length; after the factors."""
+    """Shift along the colour circle, as a share of it; after the factors."""
     grey: bool = False
-    """Colours taken out, last of all."""
+    """Last of all."""
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """Distribution of views; the fields of DataConfig with the same names."""
+    """Distribution of views; the fields of `LabelledDataConfig` with the same names."""
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -61,14 +59,14 @@ class ViewConfig:
         fitted(LabelledDataConfig, plain, "data")
 
     def draw(self, width: int, height: int, rng: random.Random) -> View:
-        """A random view of a W x H image: torchvision's RandomResizedCrop box on a grid that suits fast decoding."""
+        """A view of a W x H image: torchvision's RandomResizedCrop box on a grid that suits fast decoding."""
         box = _snap(self._box(width, height, rng))
         flip = rng.random() < self.flip
         jitter: tuple[float, ...] = NO_JITTER
         if spread := self.color_jitter:
             low, high = 1 - spread, 1 + spread
             jitter = tuple(_float32(rng.uniform(low, high)) for _ in NO_JITTER)
-        # Drawn last and only when asked for, so that views of configs without them stay what they were.
+        # Last and only when asked for, so that views without them stay what they were.
         hue = _float32(rng.uniform(-self.hue, self.hue)) if self.hue else 0.0
         grey = rng.random() < self.grayscale if self.grayscale else False
         return View(box, flip, jitter, hue, grey)
@@ -105,7 +103,7 @@ def _snap(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
 
 
 def reduction_for(view: View, specs: list[ImageSpec]) -> int:
-    """The coarsest JPEG decoding scale that keeps the crop on whole pixels and twice as large as every input."""
+    """The coarsest decoding that keeps the crop on whole pixels and twice as large as every input."""
     height, width = (max(spec.size[side] for spec in specs) for side in (0, 1))
     for reduction in REDUCTIONS[:-1]:
         exact = all(edge % reduction == 0 for edge in view.box)
@@ -118,7 +116,7 @@ def reduction_for(view: View, specs: list[ImageSpec]) -> int:
 def render(pixels: Tensor, view: View, spec: ImageSpec, reduction: int = 1) -> Tensor:
     """The view of uint8 [H,W,3] pixels, decoded at 1/reduction, as uint8 [h,w,3].
 
-    Resizing is torch's antialiased uint8 kernel: within one grey level of Pillow's and about five times as fast.
+    torch's antialiased uint8 resizing is within one grey level of Pillow's and about five times as fast.
     """
     left, top, width, height = (edge // reduction for edge in view.box)
     crop = pixels[top : top + height, left : left + width].permute(2, 0, 1).unsqueeze(0)
@@ -131,10 +129,7 @@ def render(pixels: Tensor, view: View, spec: ImageSpec, reduction: int = 1) -> T
 
 
 def _recolour(images: Tensor, view: View) -> Tensor:
-    """The view's colour changes on uint8 [1,3,h,w], computed in float and rounded once at the end.
-
-    torchvision's ColorJitter draws the order of the four changes as well; here it is fixed.
-    """
+    """The view's colour changes on uint8 [1,3,h,w], in float, in a fixed order (torchvision's ColorJitter draws it)."""
     from torchvision.transforms import functional as tv
 
     x = images.float() / 255
@@ -149,8 +144,8 @@ def _recolour(images: Tensor, view: View) -> Tensor:
     return (x * 255).round().to(torch.uint8)
 
 
-def normalise(images: list[Tensor], spec: ImageSpec) -> Tensor:
-    """uint8 [h,w,3] images as one float32 [B,3,h,w] in the statistics of `spec`."""
+def normalise(images: Sequence[Tensor], spec: ImageSpec) -> Tensor:
+    """uint8 [h,w,3] images as float32 [B,3,h,w] in the statistics of `spec`."""
     height, width = images[0].shape[:2]
     batch = torch.empty(len(images), 3, height, width)
     mean, std = torch.tensor(spec.mean).view(3, 1, 1), torch.tensor(spec.std).view(3, 1, 1)
@@ -160,11 +155,7 @@ def normalise(images: list[Tensor], spec: ImageSpec) -> Tensor:
 
 
 def eval_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:
-    """Pillow image -> float32 [3,h,w]: open_clip's evaluation transform for the same size, mode and statistics.
-
-    It differs from open_clip's in two things only: transparency is laid on `spec.fill` instead of being dropped,
-    and palette images are resized in RGB.
-    """
+    """Pillow image -> float32 [3,h,w] as in open_clip, but transparency lies on `fill`, and palettes are resized in RGB."""
     from open_clip import image_transform
     from torchvision.transforms import Compose
 
