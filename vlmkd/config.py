@@ -127,7 +127,7 @@ class DataConfig(ImageDataConfig):
     """The training stream."""
 
     kind: Literal["webdataset", "synthetic"] = "webdataset"
-    """`webdataset` reads `sources`; `synthetic` makes noise images, for dry runs only."""
+    """`webdataset` reads `sources`; `synthetic` draws coloured squares, for dry runs only."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Where the samples come from."""
     shuffle_buffer: Count = 2000

@@ -183,7 +183,7 @@ def _loader(
     asked, ranks = needs_images(cfg.method, cfg.loss), distributed.world_size()
     return build_labelled_loader(
         cfg.data if asked else replace(cfg.data, teacher_outputs="", teacher_view="same"),
-        {name: Stream(items, share, sampling="replacement") for name, items in pools.items()},
+        {name: Stream(items, share, replacement=True) for name, items in pools.items()},
         seed=cfg.seed,
         rank=distributed.rank(),
         world_size=ranks,

@@ -17,13 +17,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "the house's way of reading options",
         {"RatioRange", "SourceConfig", "has_field", "help_text"},
     ),
-    "data/labelled": ("halves of a class list are a protocol of the data sets", {"only_classes"}),
-    "data/samples": ("the reasons that a log and a page may name, listed for the tests", {"REASONS"}),
     "data/chat_outputs": (
         "what data_tools/embed_chats.py names a chat by, as the reader does",
         {"chat_bytes", "chat_key"},
     ),
-    "data/sources": ("the type of what a source gives", {"Rows"}),
     "data/teacher_outputs": (
         "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
         {
@@ -63,10 +60,10 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"check_alike", "is_shards", "open_chat"},
     ),
     "data/chats": (
-        "as in data/samples, the templates for the tools' options, and what a record is, for the tools of shards",
+        "the reasons for dropping one, for the tests; the templates for the tools' options, and what a record is, for the "
+        "tools of shards",
         {"Chat", "REASONS", "TEMPLATES", "parts_of"},
     ),
-    "data/synthetic": ("a fact of the drawn pictures", {"PLACES"}),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
         {"load_backbone_weights", "package_folder", "prompted_config"},

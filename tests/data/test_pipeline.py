@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmkd.config import DataConfig
 from vlmkd.data.pipelines import ImagePipeline, Sample
-from vlmkd.data.samples import REASONS, BadSample, RawSample, unpack, view_config
+from vlmkd.data.samples import BadSample, RawSample, unpack, view_config
 from vlmkd.data.transforms import ViewConfig, normalise, render
 from vlmkd.image_spec import ImageSpec
 
@@ -70,7 +70,6 @@ def test_each_defect_has_its_reason(spec, tokenizer, encoded_image):
     for members, reason in cases:
         bad = process(pipeline, members)
         assert isinstance(bad, BadSample) and bad.reason == reason, (reason, bad)
-        assert reason in REASONS
     assert process(pipeline, {}, reason="broken_tar", detail="why").args == ("broken_tar", "why")
     sample = process(pipeline, {"jpg": good, "txt": b"  caf\xc3\xa9 \xff\n"})
     assert isinstance(sample, Sample) and sample.text == "café \ufffd"
@@ -125,7 +124,7 @@ def test_teacher_sees_the_same_view_in_its_own_size_and_statistics(spec, tokeniz
 def test_no_teacher_keys_without_teachers(spec, tokenizer, encoded_image):
     pipeline = make(CFG, spec, tokenizer)
     batch = pipeline.collate([process(pipeline, {"jpg": encoded_image(1), "txt": b"a"})])
-    assert set(batch) == {"images", "tokens", "texts", "keys"}
+    assert set(batch) == {"images", "tokens", "keys"}
     assert batch["keys"] == ["shard/key"]
 
 

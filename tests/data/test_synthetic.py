@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 
 from vlmkd.config import DataConfig
 from vlmkd.data.loader import build_loader
-from vlmkd.data.synthetic import COLORS, PLACES, draw
+from vlmkd.data.synthetic import DrawnPair
 from vlmkd.image_spec import ImageSpec
 
 
@@ -23,14 +25,15 @@ def build(spec, tokenizer, **fields):
 def test_the_caption_says_what_is_drawn():
     captions = set()
     for index in range(60):
-        image, text = draw(0, index)
+        members = DrawnPair(0, index, "png", "txt").members()
+        image, text = Image.open(io.BytesIO(members["png"])), members["txt"].decode()
         captions.add(text)
-        color = next(name for name in COLORS if f" {name} " in text)
-        place = next(name for name in PLACES if text.endswith(name))
-        mask = (np.asarray(image) == np.array(COLORS[color])).all(-1)
+        color, place = text.removeprefix("a ").split(" square at the ")
+        mask = (np.asarray(image) == np.array(ImageColor.getrgb(color))).all(-1)
         rows, columns = np.nonzero(mask)
-        assert (round(columns.mean() // 32), round(rows.mean() // 32)) == PLACES[place]
-    assert len(captions) > 30
+        half = ("left", "right")[round(columns.mean() // 32)]
+        assert f"{('top', 'bottom')[round(rows.mean() // 32)]} {half}" == place
+    assert len(captions) > 25
 
 
 def test_stream_is_deterministic_resumable_and_every_epoch_is_whole(spec, tokenizer):

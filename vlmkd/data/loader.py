@@ -1,8 +1,8 @@
 """The loader: endless, deterministic, exactly resumable batches for one rank, from any source by any pipeline.
 
-Every rank has `max(workers, 1)` logical workers. Each makes complete batches from its own stream, and the rank takes one
-from each in turn. A batch travels with the state that its worker had after the batch's last raw sample; the loader's
-state is the newest such state of each worker, so batches that were only prefetched do not count.
+Every rank has `max(workers, 1)` logical workers. Each makes complete batches from a stream of its own, and the rank takes
+one from each in turn. A batch travels with the state that its worker had after it; the loader's state is the newest such
+state of each worker, so batches that were only prefetched do not count.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ _MIN_READ = 1000  # samples before the share of bad ones is judged, if neither a
 _LOG_EVERY = 100  # bad samples of one reason per log line, after the first
 _NAMES_KEPT = 5
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: ([\w ]+)|exited)")
-
-Batch = dict[str, Any]
 
 
 class _Deliveries(IterableDataset[dict[str, Any]]):
@@ -107,19 +105,10 @@ class Loader:
         self._names: list[str] = []
         self.skipped: dict[str, int] = {}
         """Bad samples so far on this rank, by reason."""
+        self.samples_per_epoch = source.samples_per_epoch
 
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples of one pass over the data, of all ranks together; 0: not known."""
-        return self.source.samples_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches after the last one that was handed out.
-
-        Raises:
-            UserError: too many bad samples, an empty or unreadable source, teacher outputs of other samples.
-            RuntimeError: a loader process died.
-        """
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches after the last one that was handed out. A process that dies is an error of torch: see `worker_deaths`."""
         deliveries = DataLoader(
             _Deliveries(self.source, self.pipeline, list(self._states), self._delivered),
             batch_size=None,
@@ -133,7 +122,7 @@ class Loader:
                 raise UserError(delivery["error"])
             self._account(delivery)
             if not number:
-                self.pipeline.check(delivery["batch"], len(delivery["batch"]["keys"]))
+                self.pipeline.check(delivery["batch"], self.source.batch_size)
             yield delivery["batch"]
 
     def _account(self, delivery: dict[str, Any]) -> None:
@@ -156,7 +145,7 @@ class Loader:
             self._judge(sum(bad for _, bad in firsts), sum(read for read, _ in firsts))
 
     def check_bad_share(self) -> None:
-        """Called at the end of a run: judge what was read, however little."""
+        """Judge what was read, however little, as at the end of a run."""
         self._judge(sum(self.skipped.values()), self._read)
 
     def _judge(self, bad: int, read: int) -> None:
@@ -168,7 +157,7 @@ class Loader:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data from which `load_state_dict` continues after the last batch that was handed out."""
+        """Plain data."""
         return {
             "source": self.source.state_dict(),
             "delivered": self._delivered,
@@ -179,13 +168,13 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, as far as the source can; call it before iterating."""
+        """Continue after the last batch that was handed out, as far as the source can; call it before iterating."""
         self._read, self._names, self.skipped = state["read"], list(state["names"]), dict(state["skipped"])
         self._delivered, hold = self.source.resume(state["source"], state["delivered"])
         self._states = list(state["workers"]) if hold else [None] * len(self._states)
 
     def describe(self) -> dict[str, Any]:
-        """What went into the run, for data.json."""
+        """What has gone into the run, for data.json."""
         return {
             **self.source.describe(),
             **self.pipeline.describe(),
@@ -228,7 +217,7 @@ def build_loader(
     teacher_views: Sequence[tuple[ImageSpec | None, Tokenizer | None]] = (),
     teacher_digests: Sequence[str] | None = None,
 ) -> Loader:
-    """The loader of image-text pairs that `cfg` describes.
+    """The loader of image-text pairs.
 
     Args:
         teacher_views: input and tokenizer of each teacher that runs beside the student; None where the student's do.
@@ -266,10 +255,7 @@ def build_labelled_loader(
     teacher_specs: Sequence[ImageSpec] = (),
     teacher_digest: str | None = None,
 ) -> Loader:
-    """The loader of a labelled set that `cfg` describes; `data.interpolation` overrules the specs'.
-
-    `teacher_digest`: sha256 of the teacher, which stored outputs must be of; None: unchecked.
-    """
+    """The loader of a labelled set; `teacher_digest`: as in `build_loader`."""
     views, view_count = view_config(cfg), cfg.view_count
     stored = TeacherOutputs(cfg.teacher_outputs, cfg.teacher_view) if cfg.teacher_outputs else None
     if stored is not None:

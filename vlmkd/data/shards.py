@@ -1,12 +1,11 @@
 """Shard lists, the samples of one shard in a fixed order, and an endless, resumable stream of them.
 
-Vocabulary: a *shard* is one tar in webdataset layout; a *raw sample* is one group of members with the same key, or
-one marker for a shard that could not be read to its end. A *position* is (epoch, ordinal of the shard in this
-worker's share of the epoch, index of the raw sample in the shard). Every raw sample has one, good or bad, so
-positions never depend on what later steps drop.
+A *shard* is a tar in webdataset layout; a *raw sample* is a group of members with one key, or a marker for a shard that
+could not be read to its end. Its *position* is (epoch, ordinal of the shard in the worker's share of it, index in the
+shard). Bad samples have one too, so positions do not depend on what later steps drop.
 
-The tar reading is our own and not webdataset's, because Python's tarfile takes a header that is missing, torn or
-garbage for the end of the archive: a truncated download would then look like a short shard.
+The tar reading is not webdataset's, because Python's tarfile takes a header that is missing, torn or garbage for the
+end of the archive: a truncated download would look like a short shard.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from types import SimpleNamespace
+from typing import IO, Any
 
 import httpx
 
@@ -52,12 +52,8 @@ class Unreachable(Exception):
     """A server gives no further bytes of a file."""
 
 
-READ_ERRORS = (OSError, tarfile.TarError, EOFError, zlib.error, Unreachable)
-"""What a shard that cannot be read to its end may raise."""
-
-
 def expand(shards: list[str], where: str) -> list[str]:
-    """Every shard that `shards` names, in order: brace ranges, globs and `emoji:` names are written out."""
+    """Every shard that these brace ranges, globs and `emoji:` names stand for, in order."""
     found = [name for entry in shards for name in _expand_one(entry, where)]
     if not found:
         raise UserError(
@@ -70,7 +66,7 @@ def _expand_one(entry: str, where: str) -> list[str]:
     if entry.startswith("emoji:"):
         from vlmkd.datasets.emoji import resolve
 
-        return list(resolve(entry))
+        return resolve(entry)
     found = []
     if entry.startswith("pipe:") and distributed.is_main():
         log.warning("%s: a shell will run `%s`; do so only with configs that you trust", where, entry[5:])
@@ -87,7 +83,6 @@ def _expand_one(entry: str, where: str) -> list[str]:
 
 
 def _brace_range(entry: str, where: str) -> list[str]:
-    """Every name that the braces of `entry` stand for."""
     from braceexpand import braceexpand
 
     sizes = [abs(int(last) - int(first)) for first, last in _NUMBERS.findall(entry)]
@@ -108,7 +103,7 @@ def is_remote(name: str) -> bool:
 
 
 def shard_name(url: str) -> str:
-    """Short name of a shard: its file name without `.tar` and what follows; for pipes, of the last word with one."""
+    """The file name without `.tar` and what follows; of a pipe that of the last word with one."""
     if url.startswith("pipe:"):
         words = [word.strip("'\"") for word in url[5:].split() if ".tar" in word]
         if not words:
@@ -119,7 +114,7 @@ def shard_name(url: str) -> str:
 
 
 def check_count(num_shards: int, world_size: int, workers: int, where: str) -> None:
-    """Refuse fewer shards than loading streams (`world_size` ranks times `workers`, at least one each)."""
+    """Refuse fewer shards than there are logical workers on all ranks."""
     workers = max(workers, 1)
     streams, fitting = world_size * workers, num_shards // world_size
     if num_shards < streams:
@@ -135,28 +130,27 @@ def check_count(num_shards: int, world_size: int, workers: int, where: str) -> N
 
 
 @contextmanager
-def open_shard(url: str, shard_cache: str = "") -> Iterator[BinaryIO]:
-    """The bytes of a shard as a file; a `shard_cache` folder keeps http(s) shards after their first download."""
+def _open_shard(url: str, shard_cache: str) -> Iterator[Any]:
+    """The bytes of a shard as tarfile takes them; the folder `shard_cache`, where named, keeps http(s) shards."""
     if url.startswith(_BY_COMMAND):
         with _open_by_command(url) as stream:
             yield stream
     elif is_remote(url) and not shard_cache:
         # Not webdataset's opener: its curl cannot go on in the middle of a file when a connection breaks.
         with closing(_blocks(url)) as blocks:
-            yield cast(BinaryIO, _Blocks(blocks))
+            yield SimpleNamespace(read=lambda size: next(blocks, b""))  # tarfile takes blocks of any length
     else:
         with open(download(url, Path(shard_cache)) if is_remote(url) else url, "rb") as file:
             yield file
 
 
 @contextmanager
-def _open_by_command(url: str) -> Iterator[BinaryIO]:
-    """Output of a command; a failing one is an OSError once its output was read to the end, not before."""
+def _open_by_command(url: str) -> Iterator[Any]:
+    """Output of a command; a failing one is an OSError once its output was read to the end."""
     from webdataset.gopen import gopen
 
     pipe = gopen(url, "rb")  # closes its stream when it goes
-    process = pipe.proc
-    stream = cast(BinaryIO, process.stdout)
+    process, stream = pipe.proc, pipe.proc.stdout
     try:
         yield stream
         while stream.read(_CHUNK):  # a tar is padded behind its end mark; closing early would fail the writer
@@ -170,18 +164,8 @@ def _open_by_command(url: str) -> Iterator[BinaryIO]:
         process.wait()
 
 
-class _Blocks:
-    """A remote file for tarfile, which takes blocks of any length."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-
-    def read(self, size: int) -> bytes:
-        return next(self._blocks, b"")
-
-
 def _blocks(url: str) -> Generator[bytes, None, None]:
-    """The bytes of an http(s) file; where a connection breaks, another one goes on at that byte.
+    """The bytes of an http(s) file; where a connection breaks, another one goes on there.
 
     Raises:
         Unreachable: the server refuses, or gives nothing six times in a row.
@@ -211,8 +195,7 @@ def download(url: str, folder: Path) -> Path:
     """`url` as a file in `folder`, fetched when it is not there yet.
 
     Raises:
-        UserError: the folder cannot be written or its disk is full.
-        Unreachable: the server cannot be reached or hangs up.
+        Unreachable: see `_blocks`.
     """
     name = os.path.basename(urllib.parse.urlparse(url).path)
     final = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
@@ -227,7 +210,7 @@ def download(url: str, folder: Path) -> Path:
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A header reader that accepts nothing but the end mark as the end of an archive."""
+    """A header reader for which nothing but the end mark ends an archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:  # type: ignore[override]
@@ -244,8 +227,8 @@ def read_shard(
 ) -> Iterator[RawSample]:
     """The raw samples of a shard after the first `skip`, with the named members only (None: all).
 
-    Neighbouring members of one key make a sample. A key that comes again is a `duplicate_key`. Whatever ends the
-    reading early gives one `broken_tar` in place of the sample that was being read.
+    Neighbouring members of one key make a sample; a key that comes again is a `duplicate_key`. What ends the reading
+    early gives one `broken_tar` in place of the sample that was being read.
     """
     name = shard_name(url)
     seen: set[str] = set()
@@ -266,10 +249,9 @@ def read_shard(
             extensions.add(extension)
             if file is not None:
                 sample.members[extension] = file.read()
-    except READ_ERRORS as error:
-        sample = RawSample(
-            name, "", reason="broken_tar", detail=f"{url}: {type(error).__name__}: {one_line(error)}"
-        )
+    except (OSError, tarfile.TarError, EOFError, zlib.error, Unreachable) as error:
+        detail = f"{url}: {type(error).__name__}: {one_line(error)}"
+        sample = RawSample(name, "", reason="broken_tar", detail=detail)
     if sample is not None and index >= skip:
         yield sample
 
@@ -277,19 +259,18 @@ def read_shard(
 def _open_members(
     url: str, wanted: frozenset[str] | None, shard_cache: str
 ) -> Iterator[tuple[str, str, IO[bytes] | None]]:
-    """(key, lower-case extension, content or None when not wanted) of each regular file.
-
-    The caller reads the content before it asks for the next file: the key alone says that the sample before is complete.
-    """
-    with open_shard(url, shard_cache) as stream:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
-            for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                match = _MEMBER.match(info.name)
-                if not info.isreg() or match is None or info.name.startswith("__"):
-                    continue
-                key, extension = match.group(1), match.group(2).lower()
-                yield key, extension, tar.extractfile(info) if wanted is None or extension in wanted else None
+    """(key, lower-case extension, content to be read before the next one, or None when not wanted) of each regular file."""
+    with (
+        _open_shard(url, shard_cache) as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar,
+    ):
+        for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+            match = _MEMBER.match(info.name)
+            if not info.isreg() or match is None or info.name.startswith("__"):
+                continue
+            key, extension = match[1], match[2].lower()
+            yield key, extension, tar.extractfile(info) if wanted is None or extension in wanted else None
 
 
 # ----------------------------------------------------------------------------------------------- endless stream
@@ -298,9 +279,9 @@ def _open_members(
 class ShardStream:
     """Endless raw samples of one source for one of `workers` logical workers, shuffled in blocks, resumable.
 
-    Each epoch orders all shards by (salt, epoch) and deals them to the workers in turn. Within a worker, each block of
-    `shuffle` neighbouring raw samples (fewer at the end of an epoch) is given out in an order of its own, while the next
-    one is read, sample for sample. The state is where a block starts and how many of its samples were given out; a
+    Each epoch orders all shards by (salt, epoch) and deals them to the workers in turn. Each block of `shuffle`
+    neighbouring raw samples of a worker (fewer at the end of an epoch) is given out in an order of its own, while the
+    next one is read, sample for sample. The state is where a block starts and how many of its samples were given out; a
     resumed stream reads the block again, without decoding.
     """
 
@@ -319,7 +300,7 @@ class ShardStream:
         self._shards, self._read, self._salt = shards, read, salt
         self._worker, self._workers, self._size = worker, workers, max(shuffle, 1)
         state = state or {"start": [0, 0, 0], "block": 0, "given": 0}
-        self._block, self._given = int(state["block"]), int(state["given"])
+        self._block, self._given = state["block"], state["given"]
         self._reader = self._raw(*state["start"])
         self._ahead: list[RawSample] = []
         self._ahead_full = False
@@ -342,10 +323,9 @@ class ShardStream:
     @property
     def passes(self) -> int:
         """How many times this worker has gone through its share of the shards."""
-        return int(self._start[0])
+        return self._start[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the current block starts, its number, and how many of its samples were given out."""
         return {"start": list(self._start), "block": self._block, "given": self._given}
 
     def _next_block(self) -> None:
@@ -382,9 +362,8 @@ class ShardStream:
                 index = 0
             if count == 0 and fresh:
                 names = ", ".join(self._shards[number] for number in share[:3])
-                raise UserError(
-                    f"data.sources: {len(share)} shards hold no samples at all ({names} ...); check them"
-                )
+                told = f"{len(share)} shards hold no samples at all ({names} ...); check them"
+                raise UserError(f"data.sources: {told}")
             yield None
             epoch, ordinal, fresh = epoch + 1, 0, True
 
@@ -397,14 +376,11 @@ class ShardStream:
 
 def known_samples(shards: list[str]) -> int | None:
     """Samples in local `shards` by the sizes.json beside them (data_tools/index_shards.py); None unless all are there."""
-    sizes: dict[str, dict[str, Any]] = {}
-    total = 0
-    for url in shards:
-        folder, name = os.path.split(url)
-        if folder not in sizes:
-            path = Path(folder) / "sizes.json"
-            sizes[folder] = read_object(path, "shard sizes") if not is_remote(url) and path.is_file() else {}
-        if not isinstance(sizes[folder].get(name), int):
-            return None
-        total += sizes[folder][name]
-    return total
+    if any(map(is_remote, shards)):
+        return None
+    paths, sizes = list(map(Path, shards)), {}
+    for folder in {path.parent for path in paths}:
+        file = folder / "sizes.json"
+        sizes[folder] = read_object(file, "shard sizes") if file.is_file() else {}
+    found: list[Any] = [sizes[path.parent].get(path.name) for path in paths]
+    return sum(found) if all(isinstance(count, int) for count in found) else None

@@ -1,7 +1,6 @@
 """Where the loader's raw samples come from: streamed shards, or items by position.
 
-A rank has `max(data.workers, 1)` logical workers, each with a stream of its own. What they draw is a function of the
-seed and of what was drawn before, so a source goes on from a few numbers.
+What a logical worker draws is a function of the seed and of what was drawn before, so a source goes on from a few numbers.
 """
 
 from __future__ import annotations
@@ -13,22 +12,20 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from vlmkd.config import DataConfig
 from vlmkd.data import shards as sharding
-from vlmkd.data.batch import Positions
 from vlmkd.data.labelled import UNLABELLED, Item
 from vlmkd.data.samples import RawSample, members
 from vlmkd.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MOST_BAD = 1000
-"""Bad samples in a row after which no good one is looked for."""
+_MOST_BAD = 1000  # in a row, after which no good sample is looked for
 _ORDERS_KEPT = 2  # passes of a stream that one batch may span without ordering anew
 
-Rows = Iterator[tuple[str, Iterator[RawSample]]]
+_Rows = Iterator[tuple[str, Iterator[RawSample]]]
 """A batch: for each row what it is of, and candidates, the first good one of which is taken."""
 
 
@@ -38,8 +35,8 @@ Rows = Iterator[tuple[str, Iterator[RawSample]]]
 class ShardSource:
     """Shards of several sources, drawn by weight; every logical worker has its share of the shards.
 
-    With other ranks, workers, shuffling or sources than before, a resumed run goes on with a fresh stream, drawn from the
-    seed and the number of batches so far, the same on every rank.
+    With other ranks, workers, shuffling or sources than before, a resumed run goes on with a fresh stream, which the seed
+    and the number of batches so far settle on every rank.
     """
 
     hint = "mend the shards (`python data_tools/check_shards.py SHARDS` lists them)"
@@ -56,20 +53,20 @@ class ShardSource:
         field: str = "data.sources",
         whole: bool = False,
     ) -> None:
-        """`field`: what the run's config calls its sources. `whole`: read all members of a sample, not those of `cfg`."""
+        """`field`: what the run's config calls its sources. `whole`: read all members of a sample, not only those of `cfg`."""
         if not cfg.sources:
             raise UserError(
                 "config field data.sources is empty; add one, e.g. data.sources.0.shards=['emoji:train']"
             )
+        self.cfg, self.rank, self.world_size, self.batch_size = cfg, rank, world_size, micro_batch_size
+        self.field, self.members, self.salt = field, None if whole else members(cfg), f"{seed}"
+        self.samples_per_epoch = cfg.samples_per_epoch
+        """Samples of one pass over the data, of all ranks together; 0: not known."""
         self.shards: list[list[str]] = []
-        self.field, self.members = field, None if whole else members(cfg)
         for number, source in enumerate(cfg.sources):
             where = f"config field {field}" + (f".{number}.shards" if field == "data.sources" else "")
-            self.shards.append(sharding.expand(list(source.shards), where))
+            self.shards.append(sharding.expand(source.shards, where))
             sharding.check_count(len(self.shards[-1]), world_size, cfg.workers, where)
-        self.cfg, self.rank, self.world_size, self.batch_size = cfg, rank, world_size, micro_batch_size
-        self.samples_per_epoch, self.salt = cfg.samples_per_epoch, f"{seed}"
-        """Samples of one pass over the data, of all ranks together; 0: not known."""
         weighted = [[source.weight, urls] for source, urls in zip(cfg.sources, self.shards, strict=True)]
         self._layout = {
             "seed": seed,
@@ -122,9 +119,8 @@ class _Mixture:
     """Endless raw samples of one logical worker."""
 
     def __init__(self, source: ShardSource, worker: int, workers: int, state: Any) -> None:
-        cfg, self._salt, self._worker = source.cfg, source.salt, worker
+        cfg, self._source, self._worker = source.cfg, source, worker
         self._weights = [part.weight for part in cfg.sources]
-        self._batch_size, self._field = source.batch_size, source.field
         self._given: int = state["given"] if state else 0
         self._streams = [
             sharding.ShardStream(
@@ -138,31 +134,33 @@ class _Mixture:
             )
             for number, urls in enumerate(source.shards)
         ]
-        self.passes = min(stream.passes for stream in self._streams)
-        """Complete passes over the source that is the furthest behind."""
-        self.positions: Positions = {"worker": worker, "raw": self._given}
-        """Where it stands after the batch that was drawn last."""
 
-    def rows(self) -> Rows:
+    @property
+    def passes(self) -> int:
+        """Complete passes over the source that is the furthest behind."""
+        return min(stream.passes for stream in self._streams)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Where it stands: see `Pipeline.collate`."""
+        return {"worker": self._worker, "raw": self._given}
+
+    def rows(self) -> _Rows:
         """The next batch."""
-        for _ in range(self._batch_size):
-            yield self._field, self._candidates()
-        self.positions = {"worker": self._worker, "raw": self._given}
+        for _ in range(self._source.batch_size):
+            yield self._source.field, self._candidates()
 
     def _candidates(self) -> Iterator[RawSample]:
         """Raw samples until a thousand, or a whole pass, were bad."""
-        start = self.passes
-        for _ in range(MOST_BAD):
+        start, salt = self.passes, self._source.salt
+        for _ in range(_MOST_BAD):
             if self.passes - start >= 2:
                 return
-            number = 0
-            if len(self._streams) > 1:
-                rng = random.Random(f"{self._salt}/mix/{self._worker}/{self._given}")
-                number = rng.choices(range(len(self._streams)), self._weights)[0]
+            rng = random.Random(f"{salt}/mix/{self._worker}/{self._given}")
+            number = rng.choices(range(len(self._streams)), self._weights)[0]
             self._given += 1
             raw = next(self._streams[number])
-            self.passes = min(stream.passes for stream in self._streams)
-            raw.source, raw.seed = number, f"{self._salt}/{number}/{raw.position[0]}/{raw.name}"
+            raw.source, raw.seed = number, f"{salt}/{number}/{raw.position[0]}/{raw.name}"
             yield raw
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,18 +178,16 @@ class Stream:
     """As `vlmkd.data.labelled.Item`: a `key` that no other item has, and `members()`, what the pipeline is given of it."""
     batch: int
     """Items of every global batch, over all ranks and accumulation steps."""
-    sampling: Literal["shuffle", "replacement"] = "shuffle"
-    """`shuffle`: every item once a pass, each pass in an order of its own, batches running over the border; or
-    `replacement`: each draw uniform over all items."""
+    replacement: bool = False
+    """Each draw is uniform over all items; else each pass has every item once, and batches run over its border."""
 
 
 class ItemSource:
     """Named streams (labelled and unlabelled images, one per domain, chats), with a share each of every global batch.
 
-    Position p of a stream is its item number p since the start of the run; which item that is and which view of it is
-    shown are pure functions of (seed, stream name, p). So global batch number b is the same whatever came before it, who
-    loads it and how many ranks share it, and a run resumes from the batch number alone. A bad item gives its place to
-    the next position's, which is then drawn twice.
+    Which item is drawn at position p of a stream since the start of the run, and which view of it, are functions of
+    (seed, stream name, p). So global batch number b is the same whoever loads it and however many ranks share it, and a
+    run resumes from the batch number alone. A bad item gives its place to the next position's, which is then drawn twice.
     """
 
     hint = "mend the data set"
@@ -206,11 +202,9 @@ class ItemSource:
         accumulation: int = 1,
         view_count: int = 0,
     ) -> None:
-        """Check that every stream has items, and a share that the ranks can divide.
+        """Rows of a batch are the rank's equal share of each stream, in their order.
 
         Args:
-            streams: by name; rows of a batch are the rank's equal share of each, in this order.
-            seed: of order and views, the same on every rank.
             accumulation: batches per rank that make up one global batch.
             view_count: views 0 to `view_count` - 1 of each item, one a pass, then again; 0: a new view each pass.
         """
@@ -225,10 +219,6 @@ class ItemSource:
                     f"stream {name} has {stream.batch} images of every global batch, which {world_size} rank(s) x "
                     f"{accumulation} accumulation step(s) cannot share equally; give a multiple of {shares}"
                 )
-            if stream.sampling not in ("shuffle", "replacement"):
-                raise UserError(
-                    f"stream {name} has sampling {stream.sampling!r}; choose shuffle or replacement"
-                )
         self.streams, self.rank, self.world_size = dict(streams), rank, world_size
         self.seed, self.accumulation, self.view_count = seed, accumulation, view_count
         self.samples_per_epoch = sum(len(stream.items) for stream in streams.values())
@@ -237,7 +227,7 @@ class ItemSource:
         self._orders: dict[str, dict[int, list[int]]] = {name: {} for name in streams}
 
     def stream(self, worker: int, workers: int, delivered: int, state: Any) -> _Positions:
-        """As a ShardSource's; the number of batches says it all, and no state is kept."""
+        """As a ShardSource's; the number of batches says it all."""
         return _Positions(self, delivered + (worker - delivered) % workers, workers)
 
     def labelled(self) -> list[Item]:
@@ -245,9 +235,9 @@ class ItemSource:
         return [item for one in self.streams.values() for item in one.items if item.label != UNLABELLED]
 
     def draw(self, name: str, position: int) -> tuple[int, int]:
-        """Index of the item at a stream's position, and the number of its view: of the pass, or drawn as the item."""
+        """Index of the item at a stream's position, and the number of its view."""
         stream, salt = self.streams[name], f"{self.seed}/{name}"
-        if stream.sampling == "replacement":
+        if stream.replacement:
             rng = random.Random(f"{salt}/draw/{position}")
             index = rng.randrange(len(stream.items))
             return index, rng.randrange(self.view_count) if self.view_count else position
@@ -269,11 +259,8 @@ class ItemSource:
         whole, rest = divmod(delivered, state["accumulation"])
         assert rest == 0, "a state is saved after whole optimiser steps"
         if changed := [name for name, own in self._digests.items() if state["items"].get(name) != own]:
-            log.warning(
-                "items of the stream %s changed since the state was saved: from global batch %d on the order is another one",
-                ", ".join(changed),
-                whole,
-            )
+            told = "items of the stream %s changed: from global batch %d on the order is another one"
+            log.warning(told, ", ".join(changed), whole)
         return whole * self.accumulation, False
 
     def describe(self) -> dict[str, Any]:
@@ -283,7 +270,7 @@ class ItemSource:
                 "labelled": sum(getattr(item, "label", UNLABELLED) != UNLABELLED for item in stream.items),
                 "digest": self._digests[name],
                 "batch": stream.batch,
-                "sampling": stream.sampling,
+                "replacement": stream.replacement,
             }
             for name, stream in self.streams.items()
         }
@@ -296,9 +283,13 @@ class _Positions:
     def __init__(self, source: ItemSource, number: int, workers: int) -> None:
         self._source, self._number, self._workers = source, number, workers
         self.passes = 0
-        self.positions: Positions = {"worker": source.rank, "raw": number * source.batch_size}
 
-    def rows(self) -> Rows:
+    @property
+    def positions(self) -> dict[str, int]:
+        done = self._number - self._workers + 1
+        return {"worker": self._source.rank, "raw": done * self._source.batch_size}
+
+    def rows(self) -> _Rows:
         source = self._source
         step, part = divmod(self._number, source.accumulation)
         for index, (name, stream) in enumerate(source.streams.items()):
@@ -306,13 +297,12 @@ class _Positions:
             start = step * stream.batch + (part * source.world_size + source.rank) * share
             for position in range(start, start + share):
                 yield f"stream {name}", self._candidates(index, name, position)
-        self.positions = {"worker": source.rank, "raw": (self._number + 1) * source.batch_size}
         self.passes = min(step * stream.batch // len(stream.items) for stream in source.streams.values())
         self._number += self._workers
 
     def _candidates(self, index: int, name: str, position: int) -> Iterator[RawSample]:
         source, items = self._source, self._source.streams[name].items
-        for candidate in range(position, position + min(len(items), MOST_BAD)):
+        for candidate in range(position, position + min(len(items), _MOST_BAD)):
             number, turn = source.draw(name, candidate)
             item = items[number]
             yield RawSample(
