@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ from vlmkd.export.mllm import (
 from vlmkd.files import read_json, read_object
 from vlmkd.image_spec import ImageSpec
 from vlmkd.losses.tokens import TopK
-from vlmkd.models.mllm import Mllm
+from vlmkd.models.mllm import Mllm, see_alike
+from vlmkd.models.towers import compute_dtype
 from vlmkd.train.engine import Engine, batch_triple
 from vlmkd.train.task import Batch, Task
 from vlmkd.train.timing import Stopwatch
@@ -199,10 +200,25 @@ class ChatTask(Task):
         self.student: nn.Module = self.core
         self.teachers: list[nn.Module] = [] if teacher is None else [teacher.module]
         self.watch = Stopwatch()
+        self.one_tower = teacher is not None and see_alike(parts.module.tower, teacher.module.tower)
 
     def teacher_head(self) -> AbstractContextManager[None]:
         """Inside, the teacher's head is whole, also where the ranks share the teacher; a collective."""
         return Engine.whole_weights([] if self.teacher is None else [self.teacher.module.head])
+
+    @contextmanager
+    def looks(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, the teacher's pass leaves what its tower saw, for the student's batch where that one's tower is the same."""
+        found: dict[str, Tensor] = {}
+        tower: Any = self.teacher.module.tower if self.teacher else None
+        if not (self.one_tower and compute_dtype(tower) == compute_dtype(self.core.tower)):
+            yield found
+            return
+        handle = tower.register_forward_hook(lambda module, args, output: found.update(seen=output))
+        try:
+            yield found
+        finally:
+            handle.remove()
 
     def items(self, batch: Batch) -> dict[str, float]:
         """Chats, and tokens of all kinds."""

@@ -62,7 +62,7 @@ class LlavaModTask(ChatTask):
         valid = batch["segments"] > 0
         mark_valid(self.core, valid)
         share = 1.0 if self.taid is None else self.taid.at(step)
-        with self.watch.span("teacher"):
+        with self.watch.span("teacher"), self.looks() as looks:
             seen = self._teacher_hidden(batch)
 
         def losses(hidden: Tensor) -> Losses:
@@ -73,7 +73,7 @@ class LlavaModTask(ChatTask):
                     weights["balance"] = self.cfg.moe.aux
             return terms, weights, metrics
 
-        terms, weights, metrics = self.student(batch, then=losses)
+        terms, weights, metrics = self.student({**batch, **looks}, then=losses)
         output = combine(terms, weights)
         output.metrics = metrics | {"cut": batch["cut"]}
         return output

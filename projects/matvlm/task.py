@@ -47,8 +47,9 @@ class MatvlmTask(ChatTask):
         masks = mixer_masks(batch["segments"])
         counted = None if loss.padding else batch["segments"] > 0
         teacher = None if self.teacher is None else self.teacher.module
+        looks: dict[str, Tensor] = {}
         if teacher is not None:
-            with self.watch.span("teacher"), torch.no_grad():
+            with self.watch.span("teacher"), torch.no_grad(), self.looks() as looks:
                 with layers_seen(teacher.decoder.model, self.mamba if loss.layer else []) as seen:
                     states = teacher(batch)
 
@@ -78,7 +79,7 @@ class MatvlmTask(ChatTask):
                     metrics["layer_error"] = layer_loss(pairs, "rel_mse", counted) / len(pairs)
             return terms, weights, metrics
 
-        terms, weights, metrics = self.student(batch, then=losses, **masks)
+        terms, weights, metrics = self.student({**batch, **looks}, then=losses, **masks)
         output = combine(terms, weights)
         output.metrics = metrics | {"cut": batch["cut"]}
         return output

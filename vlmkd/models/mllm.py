@@ -68,6 +68,17 @@ class VisionTower(nn.Module):
         return F.layer_norm(features, features.shape[-1:]) if self.norm else features
 
 
+def see_alike(student: Any, teacher: Any) -> bool:
+    """Whether two `VisionTower`s give the same features, once the student's weights are of the teacher's precision."""
+
+    def taken(tower: Any) -> tuple[Any, ...]:
+        return tower.layers, tower.grid, tower.drop_first, tower.norm, tower.image_spec
+
+    own, other = student.state_dict(), teacher.state_dict()
+    same = taken(student) == taken(teacher) and own.keys() == other.keys()
+    return same and all(torch.equal(own[name].to(value.dtype), value) for name, value in other.items())
+
+
 class Projector(nn.Sequential):
     """`mlp2x_gelu` of LLaVA."""
 
@@ -105,17 +116,22 @@ class Mllm(nn.Module):
         head: nn.Linear = self.decoder.get_output_embeddings()  # type: ignore[operator]
         return head
 
-    def embed(self, input_ids: Tensor, images: Tensor, image_rows: Tensor) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, images: Tensor, image_rows: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """Input embeddings [R, T, D], features of the images in their places; each image goes through the tower once.
 
+        `seen`: what the tower gives for the images, in the place of its pass.
         Without any image the tower's parameters take part all the same, times zero: ZeRO waits for them on all ranks.
         """
         places = input_ids == IMAGE_ID
-        dtype = compute_dtype(self.tower)
-        self.tower.to(dtype)  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
-        shown = images if len(images) else images.new_zeros(1, *images.shape[1:])
-        features = self.projector(self.tower(shown.to(dtype)).to(compute_dtype(self.projector)))
+        if seen is None:
+            dtype = compute_dtype(self.tower)
+            self.tower.to(dtype)  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
+            shown = images if len(images) else images.new_zeros(1, *images.shape[1:])
+            seen = self.tower(shown.to(dtype))
+        features = self.projector(seen.to(compute_dtype(self.projector)))
         if not len(images):
             return embeds + 0 * features.sum().to(embeds.dtype)
         features = rearrange(features[image_rows], "p n d -> (p n) d").to(embeds.dtype)
@@ -134,7 +150,7 @@ class Mllm(nn.Module):
         `then`: what is made of them is returned instead; in here ZeRO 3 gathers the head that it reads.
         `decode=False`: what the decoder would read, in their place.
         """
-        found = self.embed(batch["input_ids"], batch["images"], batch["image_rows"])
+        found = self.embed(batch["input_ids"], batch["images"], batch["image_rows"], batch.get("seen"))
         if decode:
             out = self.decoder.model(  # type: ignore[operator]
                 inputs_embeds=found, use_cache=False, **masks(batch["segments"]), **options

@@ -49,6 +49,42 @@ def test_a_step_moves_what_the_stage_trains_and_twenty_learn_the_batch(stage: St
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("shown", [3, 0], ids=["images", "text"])
+def test_a_tower_that_is_the_teachers_too_runs_once_and_gives_the_same_loss(shown: int) -> None:
+    cfg = config.load(
+        LlavaModConfig,
+        ["stage=d2d", "student.init_from=x", "teacher.init_from=y", "data.chats=[x]", "run_dir=r"],
+    )
+    student, teacher = parts(0, sparse=False), parts(1)
+    teacher.module.eval().requires_grad_(False)
+    tokens = ChatTokens(student.tokenizer, "plain", student.module.tower.tokens)  # type: ignore[arg-type]
+    pipeline = ChatPipeline(tokens, student.image_spec, max_length=400)
+    batch = pipeline.collate([record(pipeline, number, False) for number in range(3)])
+    if not shown:
+        batch |= {"images": batch["images"][:0], "image_rows": batch["image_rows"][:0]}
+        batch["input_ids"] = batch["input_ids"].clamp_min(0)
+    passes: list[int] = []
+    student.module.tower.register_forward_hook(lambda *_: passes.append(1))
+
+    def loss(task: LlavaModTask) -> torch.Tensor:
+        passes.clear()
+        return task.step(batch, 0).loss
+
+    shared = loss(LlavaModTask(cfg, student, tokens, teacher))
+    assert not passes
+    own = LlavaModTask(cfg, student, tokens, teacher)
+    own.one_tower = False
+    assert torch.equal(shared, loss(own))
+    assert passes
+    student.module.tower.double()
+    loss(LlavaModTask(cfg, student, tokens, teacher))
+    assert passes  # the same weights at another precision
+    student.module.tower.float()
+    next(teacher.module.tower.parameters()).data.mul_(1.1)
+    loss(LlavaModTask(cfg, student, tokens, teacher))
+    assert passes  # other weights
+
+
 def record(pipeline: ChatPipeline, number: int, pair: bool) -> Chat:
     """A question about a picture, with its answer or with two of them."""
     asked = {"from": "human", "value": "<image>there?"}
