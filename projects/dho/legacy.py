@@ -17,21 +17,26 @@ from torch import Tensor
 
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.backbones import Backbone, build_backbone, load_backbone, load_backbone_weights
+from vlmkd.models.backbones import (
+    Backbone,
+    build_backbone,
+    image_tower_config,
+    load_backbone,
+    load_backbone_weights,
+)
 from vlmkd.models.checkpoints import differences
 from vlmkd.models.classifier import Classifier, ClassifierConfig, ClassifierPredictor
 from vlmkd.models.convert import OPENAI_MEAN, OPENAI_STD
 from vlmkd.models.heads import DualHead
 from vlmkd.tensor_files import read_torch
 
-_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 _HEADS = ("ce_head.weight", "ce_head.bias", "kd_head.weight", "kd_head.bias")
 
 
 def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """A torch file of tensors, plain data and NumPy scalars, which come back as Python numbers; all else is a UserError.
+    """A torch file of tensors, plain data and NumPy scalars, which come back as Python numbers.
 
-    The fine-grained checkpoints hold alpha and beta so, which torch's own restricted reader refuses.
+    The fine-grained checkpoints hold alpha and beta so.
     """
     scalar = np.float64(0.0).__reduce__()[0]
     dtypes = {type(np.dtype(kind)) for kind in "efdbhilqBHILQ?"}
@@ -46,7 +51,7 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
 
 
 def number_of(content: Mapping[str, Any], name: str, path: Path, default: float = math.nan) -> float:
-    """The number under `name`; one that is missing without a default, or not finite, is a UserError."""
+    """The finite number under `name`."""
     value = content.get(name, default)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UserError(f"weights file {path}: {name} is {value!r}, not a number; fetch it again")
@@ -129,8 +134,7 @@ def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
         )
     if read.family == "clip":
         vision = read.vision_config
-        model = {"embed_dim": width, "vision_cfg": vision, "quick_gelu": True, "text_cfg": dict(_NO_TEXT)}
-        config = {"kind": "clip", "model": model}
+        config = image_tower_config({"embed_dim": width, "vision_cfg": vision, "quick_gelu": True})
         spec = ImageSpec(size=(vision["image_size"],) * 2, mean=OPENAI_MEAN, std=OPENAI_STD)
         backbone = Backbone(build_backbone(config), width, spec, config)
     else:

@@ -29,16 +29,16 @@ USES_FEATURES = ("kd_feature", "ce_kd_feature")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """L_CE: cross entropy of logits [b, C] with labels int64 [b], mean over rows."""
+    """L_CE of logits [b, C] with labels int64 [b], mean over rows."""
     return F.cross_entropy(wide(logits), labels)
 
 
 def distillation(
     student_logits: Tensor, teacher_logits: Tensor, labelled: int, temperature: float = 2.0
 ) -> Tensor:
-    """L_KD: temperature^2 KL(teacher || student) of the first `labelled` rows plus that of the others; [B, C] both.
+    """L_KD of logits [B, C]: temperature^2 KL(teacher || student), mean over the labelled rows plus mean over the others.
 
-    Each part is a mean over its own rows, whatever their number; one without rows is left out.
+    A part without rows is left out.
     """
     return _per_part(
         lambda rows: kl_divergence(student_logits[rows], teacher_logits[rows], temperature),
@@ -48,7 +48,7 @@ def distillation(
 
 
 def feature_distillation(student_embeds: Tensor, teacher_embeds: Tensor, labelled: int) -> Tensor:
-    """Squared distance of unit vectors [B, D], summed over D, mean over the labelled plus mean over the other rows."""
+    """Squared distance of unit vectors [B, D], mean over the labelled plus mean over the other rows."""
     distances = (wide(student_embeds) - wide(teacher_embeds).detach()).square().sum(-1)
     return _per_part(lambda rows: distances[rows].mean(), labelled, len(distances))
 
@@ -74,8 +74,7 @@ def term_weights(method: Method, ce_share: float, balance: Balance) -> dict[str,
 def surgery_weights(dot: Tensor, first_square: Tensor, second_square: Tensor) -> tuple[Tensor, Tensor]:
     """Factors (a, b) with which a g1 + b g2 is PCGrad's sum of two gradients (Yu et al. 2020).
 
-    Where g1.g2 < 0 each gradient loses its part along the other: g1 - (g1.g2 / |g2|^2) g2, and likewise g2. Their sum
-    is g1 (1 - g1.g2 / |g1|^2) + g2 (1 - g1.g2 / |g2|^2); else both factors are 1.
+    Where g1.g2 < 0 each gradient loses its part along the other; the sum is g1 (1 - g1.g2 / |g1|^2) + g2 (1 - g1.g2 / |g2|^2).
     """
     conflict = dot.clamp_max(0.0)
 

@@ -16,8 +16,6 @@ from vlmkd.models.towers import evaluating
 
 
 class StudentOutput(NamedTuple):
-    """What one forward pass gives."""
-
     ce_logits: Tensor
     """[B, C] of the head that labels train."""
     kd_logits: Tensor
@@ -37,7 +35,7 @@ class Student(nn.Module):
         *,
         separate_statistics: bool = False,
     ) -> None:
-        """`head` is a DualHead or a linear head on the features, or a TextClassifier on what the projector makes of them."""
+        """`head`: a DualHead or linear head on the features, or a TextClassifier on what the projector makes of them."""
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -45,7 +43,7 @@ class Student(nn.Module):
         self._separate = separate_statistics
 
     def forward(self, images: Tensor, labelled: int = 0) -> StudentOutput:
-        """images [B, 3, h, w]; the first `labelled` are a batch of their own for BatchNorm with separate statistics."""
+        """images [B, 3, h, w]; with separate statistics the first `labelled` are a batch of their own for BatchNorm."""
         # A third faster on CPUs, no slower elsewhere.
         images = images.contiguous(memory_format=torch.channels_last)
         apart = self._separate and self.training and 0 < labelled < len(images)
@@ -68,7 +66,7 @@ class Student(nn.Module):
         return DualLogits(ce.float(), kd.float())
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters of the backbone (`backbone`) and of head and projector (`heads`)."""
+        """Trained parameters: `backbone`, and `heads` with the projector."""
         groups: dict[str, list[nn.Parameter]] = {"backbone": [], "heads": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

@@ -16,7 +16,7 @@ from projects.promptkd.objective import cosine_logits
 from projects.promptkd.precision import autocast, encode
 from vlmkd import distributed
 from vlmkd.image_spec import ImageSpec
-from vlmkd.models.backbones import prompted_config
+from vlmkd.models.backbones import image_tower_config
 from vlmkd.models.class_vectors import ClassVectors
 from vlmkd.models.classifier import ClassifierConfig, ClassifierPredictor
 from vlmkd.models.clip import ClipModel
@@ -98,8 +98,9 @@ def as_classifier(
 ) -> tuple[ClassifierConfig, dict[str, Tensor]]:
     """Config and weights of the core's Classifier that answers as `student`, made of `clip`, does with `state`."""
     head = TextClassifier(vectors.vectors, float(state["logit_scale"].double().exp()))
+    prompts = {"kind": "prompted_clip", "depth": student.image.depth, "length": student.image.length}
     config = ClassifierConfig(
-        backbone=prompted_config(clip.config, student.image),
+        backbone=image_tower_config(clip.config) | prompts,
         head=head.config,
         projector=student.projector.config,
         class_names=vectors.class_names,

@@ -66,7 +66,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "models/backbones": (
         "what is done to a backbone that `load_backbone` gave, beside it",
-        {"load_backbone_weights", "package_folder", "prompted_config"},
+        {"load_backbone_weights", "package_folder"},
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
     "models/heads": ("a head that exports and `load_classifier` know", {"DualHead", "KdHead"}),

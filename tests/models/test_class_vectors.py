@@ -112,7 +112,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         ClassVectors.load(path, expect_class_names=["a", "d", "ü c"])
     with pytest.raises(UserError, match="has 3 classes, but 1 are asked for"):
         ClassVectors.load(path, expect_class_names=["a"])
-    with pytest.raises(UserError, match="do not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         ClassVectors.load(tmp_path / "none")
 
 

@@ -159,7 +159,7 @@ def verify(module: str, probes: Mapping[Path, Probe]) -> None:
 
 
 def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Sequence[str]) -> int:
-    """Tells the first folder whose `outputs` are not its probe's, and returns 1."""
+    """Print the first folder whose `outputs` are not its probe's, and return 1."""
     folders = [Path(folder) for folder in argv[::2]]
     for folder, file in zip(folders, argv[1::2], strict=True):
         try:
@@ -176,7 +176,7 @@ def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Seq
 def compare(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = _TOLERANCE
 ) -> str:
-    """What differs between two models' outputs, relative to each one's largest number above 1; empty: nothing."""
+    """What differs between two models' outputs, relative to each one's largest number above 1; else empty."""
     if found.keys() != expected.keys():
         return f"outputs {sorted(found)} instead of {sorted(expected)}"
     for name, value in found.items():

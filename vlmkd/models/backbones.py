@@ -95,12 +95,6 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
     return tower if kind == "clip" else PromptedImageTower(tower, config["depth"], config["length"])
 
 
-def prompted_config(clip_config: Mapping[str, Any], tower: PromptedImageTower) -> Config:
-    """What `build_backbone` takes for a CLIP's image tower with visual prompts (PromptKD's student)."""
-    sizes = {"depth": tower.depth, "length": tower.length}
-    return {"kind": "prompted_clip", "model": _image_config(clip_config), **sizes}
-
-
 def package_folder(distribution: str) -> Path:
     spec = importlib.util.find_spec(distribution.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -190,21 +184,20 @@ def _clip(text: str, download: bool, image_size: int | None, seed: int | None) -
     if image_size and clip.image_spec.size != (image_size, image_size):
         told = f"sees {clip.image_spec.size[0]} px, not {image_size}"
         raise UserError(f"backbone clip:{text} {told}: a CLIP has its own size only; leave image_size out")
-    config = _image_config(clip.config)
+    config = image_tower_config(clip.config)
     # Folders and zoo entries bring their weights, so that a random start builds the tower anew.
-    module = build_clip(config, seed=seed) if whole and not download else clip.module
-    described = {"kind": "clip", "model": config}
-    return Backbone(_image_tower(module), clip.config["embed_dim"], clip.image_spec, described)
+    module = build_clip(config["model"], seed=seed) if whole and not download else clip.module
+    return Backbone(_image_tower(module), clip.config["embed_dim"], clip.image_spec, config)
 
 
-def _image_config(config: Mapping[str, Any]) -> Config:
-    """A CLIP config with the same image tower and next to no text tower."""
+def image_tower_config(config: Mapping[str, Any]) -> Config:
+    """What `build_backbone` takes for the image tower of a CLIP config: it with next to no text tower."""
     parts = ("embed_dim", "vision_cfg", "quick_gelu", "pruned", "activation")
     kept = {name: copy.deepcopy(config[name]) for name in parts if name in config}
     text: Config = {"context_length": 1, "vocab_size": 1, "width": 8}
     pruned = config.get("pruned")
     text |= {"heads": [], "mlp": [], "head_width": 8} if pruned else {"heads": 1, "layers": 1}
-    return kept | {"text_cfg": text}
+    return {"kind": "clip", "model": kept | {"text_cfg": text}}
 
 
 def _image_tower(clip: nn.Module) -> nn.Module:

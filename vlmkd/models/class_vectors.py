@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,7 @@ class ClassVectors:
         """Read a file of `save`; one that was edited, or of other classes than expected, is refused."""
         from safetensors import safe_open
 
-        if not path.is_file():
-            raise UserError(f"class vectors {path} do not exist; make them first")
-        tensors = read_safetensors(path)
+        tensors = read_safetensors(path, what="class vectors")
         with safe_open(path, "pt") as stream:
             written = (stream.metadata() or {}).get("class_vectors")
         if written is None or "vectors" not in tensors:
@@ -118,7 +116,6 @@ def encode_classes(
     The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
     vectors. With `shared` each rank encodes some of the classes; `watch` may show the batches' progress.
     """
-    assert normalise in get_args(Normalise), normalise
     check_templates(templates)
     raw = normalise in ("mean", "none")
     encode = getattr(encoder, "text_features", None) if raw else encoder.encode_text

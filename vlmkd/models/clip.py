@@ -142,10 +142,9 @@ def downloading(what: str, hint: str = "") -> Iterator[None]:
         with zoo.hub_or_cache() as trouble:
             yield
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{what} is neither in the local cache nor downloadable ({trouble or one_line(error)}); go online (unset "
-            f"HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror{hint}"
-        ) from None
+        told = f"is neither in the local cache nor downloadable ({trouble or one_line(error)})"
+        mend = f"go online (unset HF_HUB_OFFLINE), set HF_ENDPOINT to a mirror{hint}"
+        raise UserError(f"{what} {told}; {mend}") from None
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -165,12 +164,11 @@ def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
     for field in ("embed_dim", "vision_cfg", "text_cfg"):
         if field not in config:
             raise UserError(f"model config: field {field} is missing")
-    kinds: dict[str, Any] = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
-    known = {section: [item.name for item in dataclasses.fields(kind)] for section, kind in kinds.items()}
-    for section, names in ({"": _CONFIG_FIELDS} | known).items():
+    towers = {"vision_cfg": CLIPVisionCfg.__dataclass_fields__, "text_cfg": CLIPTextCfg.__dataclass_fields__}
+    for section, known in {"": dict.fromkeys(_CONFIG_FIELDS), **towers}.items():
         for field in config[section] if section else config:
-            if field not in names:
-                hint = did_you_mean(field, names, "remove it")
+            if field not in known:
+                hint = did_you_mean(field, known, "remove it")
                 raise UserError(f"model config: unknown field {f'{section}.{field}'.lstrip('.')}; {hint}")
     foreign = config["text_cfg"].get("hf_model_name")
     custom = config.pop("custom_text", False) or foreign
@@ -277,17 +275,16 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         ids = self.encode(texts)
         if ids.numel() and int(ids.max()) >= self.vocab_size:
-            raise UserError(
-                f"model {self.source}: its tokenizer gives id {int(ids.max())}, but the token table has "
-                f"{self.vocab_size} rows; put its tokenizer.json beside the config and set text_cfg.hf_tokenizer_name"
-            )
+            told = f"gives id {int(ids.max())}, but the token table has {self.vocab_size} rows"
+            mend = "put its tokenizer.json beside the config and set text_cfg.hf_tokenizer_name"
+            raise UserError(f"model {self.source}: its tokenizer {told}; {mend}")
         return ids
 
 
 def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> tuple[Tokenizer, Path | None]:
-    """The tokenizer of a model, and the folder of its files when it is not open_clip's own.
+    """The tokenizer of a model, and the folder of its files where it is not open_clip's own.
 
-    A `hf_tokenizer_name` is a folder beside the config, that folder itself, or a hub repository.
+    `hf_tokenizer_name` is a folder beside the config, that folder itself, or a hub repository.
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 

@@ -81,10 +81,7 @@ class DualHead(nn.Module):
 
 
 def mix_heads(logits: DualLogits, alpha: float, beta: float) -> Tensor:
-    """log(alpha softmax(ce) + (1 - alpha) softmax(kd / beta)), [B, C] fp32: docs/papers/dho.md, eq. 13.
-
-    Its softmax is the mixture itself.
-    """
+    """log(alpha softmax(ce) + (1 - alpha) softmax(kd / beta)), [B, C] fp32 (docs/papers/dho.md, eq. 13)."""
     ce, kd = logits.ce.float().log_softmax(dim=-1), (logits.kd.float() / beta).log_softmax(dim=-1)
     if alpha in (0.0, 1.0):
         return ce if alpha else kd

@@ -25,10 +25,6 @@ Config = dict[str, Any]
 State = dict[str, Tensor]
 
 _TEXT_NAMES = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-_READ = (
-    *("visual.conv1.weight", "visual.proj", "visual.positional_embedding"),
-    *("text.token_embedding.weight", "text.positional_embedding"),
-)
 _LAYERS = ("width", "heads", "mlp", "head_width")
 _FIELDS = {
     "": ("embed_dim", "vision_cfg", "text_cfg", "activation"),
@@ -268,17 +264,19 @@ def config_from_state_dict(
     differs) and activation are not in a file and must be told.
     """
     named = own_names(state)
-    for name in _READ:
-        if name not in named:
-            raise UserError(f"weights: {name.removeprefix('text.')} is missing, so this is no ViT CLIP")
-    conv, tokens = named["visual.conv1.weight"], named["text.token_embedding.weight"]
-    patches = len(named["visual.positional_embedding"]) - 1
+    try:
+        conv, proj = named["visual.conv1.weight"], named["visual.proj"]
+        tokens, positions = named["text.token_embedding.weight"], named["text.positional_embedding"]
+        patches = len(named["visual.positional_embedding"]) - 1
+    except KeyError as error:
+        name = error.args[0].removeprefix("text.")
+        raise UserError(f"weights: {name} is missing, so this is no ViT CLIP") from None
     grid = math.isqrt(patches)
     if conv.ndim != 4 or conv.shape[1] != 3 or grid * grid != patches:
         told = f"visual.conv1.weight {[*conv.shape]} with {patches} patches"
         raise UserError(f"weights: {told} is no ViT on a square grid")
     config: Config = {
-        "embed_dim": named["visual.proj"].shape[1],
+        "embed_dim": proj.shape[1],
         "pruned": True,
         "activation": activation,
         "vision_cfg": {
@@ -288,7 +286,7 @@ def config_from_state_dict(
             **_layers(named, "visual.", head_width),
         },
         "text_cfg": {
-            "context_length": len(named["text.positional_embedding"]),
+            "context_length": len(positions),
             "vocab_size": len(tokens),
             "width": tokens.shape[1],
             **_layers(named, "text.", text_head_width or head_width),

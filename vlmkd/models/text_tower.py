@@ -1,7 +1,6 @@
 """Text towers without the padding behind a text's end: only positions that can reach the feature are computed.
 
-Behind a causal mask no position sees what follows it; a Hugging Face tower masks its padding. The features are those
-of the whole context, to rounding.
+Behind a causal mask none sees what follows it; a Hugging Face tower masks its padding. Features stay the same, to rounding.
 
 Letters: N texts, T token positions, L of them needed, w width, D embedding width.
 """
@@ -89,7 +88,7 @@ def encode_causal(
 ) -> Tensor:
     """The feature [N,D] at the positions `ends` [N] of tokens [N,T], by the parts of an open_clip text transformer.
 
-    `blocks` takes the embedded tokens [N,T,w] and the attention mask [T,T] through the blocks.
+    `blocks` takes the embedded tokens [N,T,w] and the attention mask [T,T].
     """
     length, dtype = tokens.shape[1], text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)

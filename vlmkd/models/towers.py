@@ -52,7 +52,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 class ClipTeacher(ClipTowers):
-    """A frozen CLIP that accepts images in `student_spec`'s statistics, in eval mode whatever `train` says.
+    """A frozen CLIP that accepts images in `student_spec`'s statistics, always in eval mode.
 
     Not in inference mode, because losses keep its outputs for their backward pass.
     """
@@ -70,7 +70,7 @@ class ClipTeacher(ClipTowers):
     ) -> ClipOutput:
         """As ClipTowers'; `own_statistics`: the images are a view of the teacher's own.
 
-        Everything goes through this call, because ZeRO 3 gathers a sharded teacher's weights in it.
+        The only way in, because ZeRO 3 gathers a sharded teacher's weights around this call.
         """
         if images is not None and not own_statistics:
             images = convert_images(images, self.student_spec, self.clip.image_spec)
