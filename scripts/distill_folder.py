@@ -25,7 +25,8 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -483,12 +484,19 @@ def _give_overrides(stages: list[Stage], arguments: list[str]) -> None:
         if path in FROM_OPTIONS:
             raise UserError(f"{argument}: {path} is decided by {FROM_OPTIONS[path]}")
         chosen = (
-            [by_name[prefix]]
-            if colon
-            else [stage for stage in stages if config.has_field(stage.config_class, path)]
+            [by_name[prefix]] if colon else [stage for stage in stages if has_field(stage.config_class, path)]
         )
         for stage in chosen or stages[-1:]:  # where no stage has it, the last one's error names what is near
             stage.overrides.append(argument.partition(":")[2] if colon else argument)
+
+
+def has_field(cls: type[Any], path: str) -> bool:
+    """Whether `cls` has the field `path`, such as `optim.lr`; not looked at below a list or a plain value."""
+    name, _, rest = path.partition(".")
+    hint = typing.get_type_hints(cls).get(name)
+    if rest and isinstance(hint, type) and is_dataclass(hint):
+        return has_field(hint, rest)
+    return hint is not None
 
 
 def _launch(stage: Stage) -> int:

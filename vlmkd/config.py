@@ -349,7 +349,7 @@ def require(condition: bool, path: str, message: str) -> None:
 
 def load(cls: type[C], argv: list[str]) -> C:
     """Build a `cls` from YAML files (arguments without `=`) and dotted `key=value` overrides, left to right."""
-    values: Any = defaults(cls)
+    values: Any = plain(cls)
     for arg in argv:
         if arg.startswith("--local_rank"):
             continue
@@ -446,18 +446,9 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
     raise UserError(f"config field {path} is {str(value)[:80]!r}; it must be {wanted}")
 
 
-def defaults(cls: type[Any]) -> dict[str, Any]:
-    """The fields of `cls` before any file or override, as plain data."""
-    return typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(cls)))
-
-
-def has_field(cls: type[Any], path: str) -> bool:
-    """Whether `cls` has the field `path`, such as `optim.lr`; not looked at below a list or a plain value."""
-    name, _, rest = path.partition(".")
-    hint = typing.get_type_hints(cls).get(name)
-    if rest and isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return has_field(hint, rest)
-    return hint is not None
+def plain(cfg: Any) -> dict[str, Any]:
+    """The fields of a config, or of its class before any file or override, as plain data."""
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(cfg)))
 
 
 def to_yaml(cfg: Any) -> str:
@@ -468,7 +459,7 @@ def to_yaml(cfg: Any) -> str:
 def help_text(cls: type[Any], prefix: str = "") -> str:
     """Every field of `cls` with its type, default and docstring, one block a field."""
     lines = []
-    docs, hints, values = _field_docs(cls), typing.get_type_hints(cls), defaults(cls)
+    docs, hints, values = _field_docs(cls), typing.get_type_hints(cls), plain(cls)
     for item in dataclasses.fields(cls):
         path, doc, nested = f"{prefix}{item.name}", docs[item.name], _dataclass_of(hints[item.name])
         if nested is not None and nested is hints[item.name]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from typing import Any
 
@@ -46,12 +47,9 @@ def device() -> torch.device:
 
 def device_named(name: str) -> torch.device:
     """The device of a `--device` option; empty: this rank's."""
-    try:
-        found = torch.device(name) if name else device()
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device; write cpu, cuda or cuda:N") from None
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not supported; write cpu, cuda or cuda:N")
+    if not re.fullmatch(r"((cpu|mps|cuda)(:\d{1,2})?)?", name):
+        raise UserError(f"--device {name} is no device; write cpu, cuda or cuda:N")
+    found = torch.device(name) if name else device()
     if found.type == "cuda" and (found.index or 0) >= (gpus := torch.cuda.device_count()):
         raise UserError(f"--device {name}: torch sees {gpus} GPUs; write cpu or another index")
     return found
@@ -77,10 +75,6 @@ def gather(x: Tensor) -> Tensor:
     has exactly the gradient of the global loss.
     """
     return x if world_size() == 1 else torch.cat(all_gather(x, None))
-
-
-def row_offset(local_rows: int) -> int:
-    return rank() * local_rows
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:

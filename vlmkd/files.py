@@ -61,9 +61,7 @@ def read_json(path: str | Path, what: str, hint: str = "") -> Any:
         content = json.loads(text)
         if "\\u" in text:  # half of a surrogate pair would fail only where the string is written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise UserError(_with(f"{what} {path} is not usable: its JSON is nested too deeply", hint)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(_with(f"{what} {path} is not valid JSON: {one_line(error)}", hint)) from None
     return content
 

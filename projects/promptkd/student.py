@@ -64,7 +64,7 @@ class PromptedStudent(nn.Module):
         features = encode(self.image, images, self.autocast_dtype)
         with autocast(images.device, None):
             if self.projector.training:
-                first, own = distributed.row_offset(len(features)), len(features)
+                first, own = distributed.rank() * len(features), len(features)
                 projected = self.projector(distributed.gather(features))[first : first + own]
             else:
                 projected = self.projector(features)

@@ -99,7 +99,7 @@ class TinyCLIPTask(Task):
                 projected=projected,
                 interactive_scale=interactive_scale,
             )
-            offset = distributed.row_offset(len(output.image_embeds))
+            offset = distributed.rank() * len(output.image_embeds)
             terms, weights, metrics = objective(student, teachers, self.cfg.loss, offset)
             own_terms, own_metrics = self._own_terms(output)
             combined = combine(terms | own_terms, weights | dict.fromkeys(own_terms, 1.0))

@@ -134,12 +134,6 @@ def test_a_run_goes_on_after_a_field_with_a_default_was_added(tmp_path: Path) ->
         run._check_same_run(tmp_path / "config.yaml", other)
 
 
-def test_has_field() -> None:
-    known = ["steps", "optim.lr", "data.sources.1.weight", "deepspeed.extra.prescale"]
-    assert all(config.has_field(StreamRunConfig, path) for path in known)
-    assert not any(config.has_field(StreamRunConfig, path) for path in ["step", "optim.lrr", "data.x.y"])
-
-
 @pytest.mark.parametrize(
     ("batch", "micro", "ranks", "triple"),
     [(32, 0, 2, (16, 1)), (32, 4, 2, (4, 4)), (6, 0, 1, (6, 1)), (6, 6, 1, (6, 1))],

@@ -20,12 +20,19 @@ from torch import nn
 from scripts.to_onnx import missing_for_onnx
 from tests.projects.vl2v_adip.tiny import CLASSES, domain_tree, export_teacher
 from tests.projects.zygote import Zygote
+from vlmkd.config import RunConfig
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier
 from vlmkd.train.durations import in_steps
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts/distill_folder.py"))
+
+
+def test_has_field() -> None:
+    known = ["steps", "optim.lr", "optim.groups.1.lr", "deepspeed.extra.prescale"]
+    assert all(SCRIPT["has_field"](RunConfig, path) for path in known)
+    assert not any(SCRIPT["has_field"](RunConfig, path) for path in ["step", "optim.lrr", "log.x.y"])
 
 
 def touch(root: Path, *names: str) -> None:

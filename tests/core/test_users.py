@@ -15,7 +15,7 @@ USERS = ("calico", "dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_a
 ALONE: dict[str, tuple[str, set[str]]] = {
     "config": (
         "the house's way of reading options",
-        {"RatioRange", "SourceConfig", "has_field", "help_text"},
+        {"RatioRange", "SourceConfig", "help_text"},
     ),
     "data/chat_outputs": (
         "what data_tools/embed_chats.py names a chat by, as the reader does",

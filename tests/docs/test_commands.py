@@ -58,9 +58,7 @@ def check(words: list[str]) -> None:
         if cls is None:
             options_of(module_of(script), arguments)
         elif "--help" not in arguments:
-            has_run_dir = config.has_field(cls, "run_dir") and not any(
-                "run_dir=" in word for word in arguments
-            )
+            has_run_dir = hasattr(cls, "run_dir") and not any("run_dir=" in word for word in arguments)
             config.load(cls, [*arguments, *(["run_dir=runs/x"] if has_run_dir else [])])
     else:  # a script of its own, whose runs are checked where it is
         assert (ROOT / rest[0]).is_file(), f"{rest[0]} does not exist"

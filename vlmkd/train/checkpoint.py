@@ -17,7 +17,7 @@ import torch
 
 from vlmkd import distributed
 from vlmkd.errors import UserError
-from vlmkd.files import one_line
+from vlmkd.files import one_line, read_object
 from vlmkd.tensor_files import read_torch
 from vlmkd.train.engine import Engine
 from vlmkd.zoo import sha256_of
@@ -104,12 +104,10 @@ def latest(state_dir: Path) -> Path | None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder; None: every file has its recorded sha256."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return f"no {_MANIFEST}"
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{_MANIFEST} cannot be read: {error}"
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest_of(manifest):
+        manifest = read_object(folder / _MANIFEST, "manifest")
+    except UserError as error:
+        return str(error)
+    if manifest.pop("sha256", None) != _digest_of(manifest):
         return f"{_MANIFEST} does not match its own sha256"
     files = manifest.get("files")
     if not isinstance(files, dict) or _SHARED not in files:
@@ -125,7 +123,7 @@ def damage(folder: Path) -> str | None:
 
 def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run."""
-    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_object(folder / _MANIFEST, "manifest")
     if manifest.get("format") != _FORMAT:
         told = "another version of vlmkd; end the run with that one, or choose another run_dir"
         raise UserError(f"checkpoint {folder} was written by {told}")

@@ -73,7 +73,7 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def check_machine(cfg: RunConfig) -> None:
-    """Before anything is loaded."""
+    """Refuse what this machine cannot do."""
     precision, gpu = cfg.deepspeed.precision, torch.cuda.is_available()
     field, lacks = "deepspeed.precision", precision == "bf16" and gpu and not torch.cuda.is_bf16_supported()
     require(precision != "fp16" or gpu, field, "is fp16, which needs a GPU; use bf16 or fp32")
@@ -101,11 +101,9 @@ class Engine:
 
         if cfg.deepspeed.extra or cfg.deepspeed.file:
             _check_json(self.config)
+        optimizer = _optimizer(groups, cfg)
         engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=task.student,
-            optimizer=_optimizer(groups, cfg),
-            config=self.config,
-            dist_init_required=False,
+            model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
         )
         self.zero_stage = int(engine.zero_optimization_stage())
         self._norm = math.nan
@@ -215,7 +213,8 @@ class Engine:
         for parameter in self.module.parameters():
             if not _is_expert(parameter):
                 value = whole(parameter)
-                full |= {id(parameter): value.cpu().clone()} if distributed.is_main() else {}
+                if distributed.is_main():
+                    full[id(parameter)] = value.cpu().clone()
         weights: dict[str, Tensor] = {}
         for name, layer in self.module.named_modules():
             if hasattr(layer, "deepspeed_moe"):

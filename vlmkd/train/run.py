@@ -33,7 +33,7 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, OfItems, OfQuestions, Result
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.export.folder import git
-from vlmkd.files import parse_yaml, read_yaml
+from vlmkd.files import read_yaml
 from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, write_gallery, write_mistakes, write_pictures
 from vlmkd.page.report import build_report
 from vlmkd.page.runs import DETAILS, MODELS
@@ -279,12 +279,11 @@ def _check_same_run(path: Path, cfg: RunConfig) -> None:
     if not isinstance(loaded, dict) or not whole <= loaded.keys():
         raise UserError(f"config.yaml of {folder} is no whole config of a run; {mend}")
     # A field that did not exist when the run was started had its default.
-    old = _flatten(config.defaults(type(cfg))) | _flatten(loaded)
-    new = _flatten(parse_yaml(config.to_yaml(cfg), "config"))
-    names = _flatten(loaded).keys() | new.keys()
-    changed = sorted({name for name in names if old.get(name) != new.get(name)} - _CHANGEABLE)
+    then, new = _flatten(loaded), _flatten(config.plain(cfg))
+    old = _flatten(config.plain(type(cfg))) | then
+    changed = {name for name in then | new if old.get(name) != new.get(name)} - _CHANGEABLE
     if changed:
-        first, more = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        first, more = min(changed), f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         told = f"{first}={old.get(first)!r}, now {new.get(first)!r}{more}"
         mend = "choose another run_dir or give the same config to go on"
         raise UserError(f"{folder} belongs to a run with {told}; {mend}")

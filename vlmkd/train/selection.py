@@ -113,7 +113,7 @@ class Best(Selection):
 
 
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
-    """The trained parameters of `module`, master weights where `Task.masters` lists them; `buffers`: and those with fractions."""
+    """The trained parameters of `module` by name (master weights of `Task.masters`), and with `buffers` its floating-point ones."""
     weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:
         weights |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}

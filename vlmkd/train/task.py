@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlmkd.train.optim import decay_groups, lr_factor
 from vlmkd.train.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -84,14 +85,10 @@ class Task:
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """Optimiser groups; the default splits decayed from undecayed parameters."""
-        from vlmkd.train.optim import decay_groups
-
         return decay_groups(self.student, optim)
 
     def lr_factor(self, step: int, cfg: RunConfig) -> float:
         """Of the peak, at optimiser step `step`."""
-        from vlmkd.train.optim import lr_factor
-
         return lr_factor(step, cfg.steps, cfg.optim)
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
@@ -102,7 +99,7 @@ class Task:
         return [one for one in (self.average, *self.selections) if one is not None]
 
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that `master_value` reads in fp32 whatever the precision: all, if any are kept."""
+        """Parameters that `master_value` reads in fp32 whatever the precision: by default all, where a selection keeps any."""
         return [p for p in self.student.parameters() if p.requires_grad] if self.kept() else []
 
     def after_evaluation(self, results: list[Result], step: int) -> None:

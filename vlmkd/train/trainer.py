@@ -192,7 +192,10 @@ def stream_seed(*parts: int | str) -> int:
 
 
 def loss_factors(weights: list[float], device: torch.device) -> list[torch.Tensor]:
-    """Times which the engine's mean over micro-batches and ranks is the mean over all that they weigh; a collective."""
+    """What micro-batches' mean losses are multiplied by, so that a step trains on the mean over all they weigh; a collective.
+
+    The engine divides by micro-batches and ranks.
+    """
     total = distributed.total(torch.tensor(sum(weights), dtype=torch.float64, device=device))
     return [weight * len(weights) * distributed.world_size() / total for weight in weights]
 
@@ -295,8 +298,8 @@ def _warn_of_memory(cfg: RunConfig) -> None:
     if taken > _NEAR * there:
         micro, _ = batch_triple(cfg, distributed.world_size())
         log.warning(
-            "the first step took %.1f of the %.1f GB that this process can have; with micro_batch_size=%d (now %d) in "
-            "another run_dir it takes less, and still trains on batch_size samples",
+            "the first step took %.1f of the %.1f GB that this process can have; micro_batch_size=%d (now %d) in another "
+            "run_dir takes less",
             taken / 1e9, there / 1e9, max(1, micro // 2), micro,
         )  # fmt: skip
 
