@@ -112,8 +112,8 @@ def start_from_vectors(head: nn.Module, vectors: Tensor) -> None:
         assert isinstance(one, LinearHead)
         if vectors.shape != (wanted := one.weight.shape):
             raise UserError(
-                f"text initialisation: class vectors are {[*vectors.shape]}, but the heads need {[*wanted]}; take the text "
-                "tower that belongs to this backbone, or head_init=default"
+                f"text initialisation: class vectors are {[*vectors.shape]}, but the heads need {[*wanted]}; take this "
+                "backbone's own text tower, or head_init=default"
             )
         one.weight.copy_(vectors)
         if one.bias is not None:

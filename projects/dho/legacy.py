@@ -99,9 +99,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if isinstance(value, Tensor)
     }
     if missing := [name for name in _HEADS if name not in named]:
-        raise UserError(
-            f"weights file {path} is no DHO student: it has no {missing[0]}; it needs backbone.*, ce_head and kd_head"
-        )
+        raise UserError(f"weights file {path} is no DHO student: it has no {missing[0]}")
     heads = {name: named.pop(name) for name in _HEADS}
     backbone = {name.removeprefix("backbone."): value for name, value in named.items()}
     alpha, beta = (number_of(numbers, name, path, 0.5) for name in ("alpha", "beta"))
@@ -119,7 +117,7 @@ def _family(backbone: Mapping[str, Tensor], path: Path) -> str:
 
 
 def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
-    """A released student as an ImageClassifier on the CPU; sizes come from the shapes in the file.
+    """A released student as an ImageClassifier on the CPU.
 
     Its KD head is `scaled_linear` for CLIP towers, which were trained so, and plain for CNNs.
     """

@@ -54,7 +54,7 @@ def read_tensors(path: str | Path) -> State:
 
 
 def normalise_names(state: Mapping[str, Tensor]) -> State:
-    """`state` of any known layout as fp32 under open_clip.CLIP's names (a foreign text tower keeps its own)."""
+    """`state` of any known layout as fp32 under open_clip.CLIP's names; a foreign text tower keeps its own."""
     named = dict(state)
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in named):

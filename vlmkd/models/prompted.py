@@ -49,7 +49,7 @@ class PromptedImageTower(nn.Module):
             self.prompts = nn.Parameter(torch.randn(shape, generator=generator) * INIT_STD)
 
     def train(self, mode: bool = True) -> PromptedImageTower:
-        """Stay in eval mode: what is trained has none, and the frozen tower must not drop patches."""
+        """Stay in eval mode: the frozen tower must not drop patches."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
