@@ -59,6 +59,22 @@ def test_equals_loops_and_torch(temperature: float, shape: tuple[int, ...]) -> N
     assert found.item() == pytest.approx(per_element.item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["batch", "element"])
+def test_mask_counts_only_true_positions(reduction: str) -> None:
+    student, teacher = logits(0, 2, 4, 5).requires_grad_(), logits(1, 2, 4, 5)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    options = {"reduction": reduction}
+    loss = kl_divergence(student, teacher, 2.0, mask=mask, **options)
+    kept = [(b, t) for b in range(2) for t in range(4) if mask[b, t]]
+    each = [kl_divergence(student[b, t], teacher[b, t], 2.0, **options).item() for b, t in kept]
+    assert loss.item() == pytest.approx(sum(each) / 3, abs=1e-12)
+    loss.backward()
+    assert torch.equal(student.grad.abs().sum(-1) > 0, mask)
+    nothing = kl_divergence(student, teacher, mask=torch.zeros_like(mask), **options)
+    nothing.backward()
+    assert nothing.item() == 0
+
+
 def test_gradcheck_zero_when_equal_and_no_teacher_gradient() -> None:
     student, teacher = logits(0, 3, 4).requires_grad_(), logits(1, 3, 4).requires_grad_()
     fixed = teacher.detach()

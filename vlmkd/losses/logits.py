@@ -18,6 +18,7 @@ def kl_divergence(
     temperature: float = 1.0,
     *,
     reduction: Literal["batch", "element"] = "batch",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """KL(teacher || student) of tempered softmax distributions [..., C], times temperature^2 (Hinton et al. 2015).
 
@@ -26,6 +27,7 @@ def kl_divergence(
 
     Args:
         reduction: `batch` sums over classes and averages over positions; `element` also divides by C (PromptKD).
+        mask: bool [...]; only True positions count, in the mean too. No True position gives 0.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -35,8 +37,11 @@ def kl_divergence(
         raise ValueError(f"temperature is {temperature}; it must be positive")
     if reduction not in ("batch", "element"):
         raise ValueError(f"reduction is {reduction!r}; choose batch or element")
+    if mask is not None:
+        # Selecting first spares the softmax of the other positions, and their memory.
+        student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
     student = (wide(student_logits) / temperature).log_softmax(-1)
     teacher = (wide(teacher_logits.detach()) / temperature).log_softmax(-1)
     divergence = (teacher.exp() * (teacher - student)).sum()
     count = student.numel() if reduction == "element" else student[..., 0].numel()
-    return divergence * temperature**2 / count
+    return divergence * temperature**2 / max(count, 1)
