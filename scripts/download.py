@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -42,11 +43,13 @@ def main(argv: list[str]) -> int:
         return 0
     if not args.names:
         parser.error("name at least one model, or give --list")
+    if args.offline:
+        os.environ["VLMKD_OFFLINE"] = "1"
     try:
         for name in args.names:
             zoo.entry(name)
         for name in args.names:
-            print(zoo.fetch(name, offline=True if args.offline else None))
+            print(zoo.fetch(name))
     except UserError as error:
         print(f"download.py: {error}", file=sys.stderr)
         return 2

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 from vlmkd.errors import UserError
 from vlmkd.files import read_text
 
 
 def prompt_name(class_name: str) -> str:
-    """A class name as prompts have it: underscores and runs of white space are one space."""
+    """As prompts have it: underscores and runs of white space are one space."""
     return " ".join(class_name.replace("_", " ").split())
 
 
 def class_key(class_name: str) -> str:
-    """Equal for names that are the same class: underscores, white space and case do not count."""
+    """Equal for names of the same class: underscores, white space and case do not count."""
     return prompt_name(class_name).casefold()
 
 
@@ -32,9 +33,8 @@ def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = Fa
             raise UserError(f"class {index} has the name {name!r}; give it a word")
         other = first.setdefault(class_key(name), index)
         if other != index and not allow_duplicates:
-            raise UserError(
-                f"classes {other} ({class_names[other]!r}) and {index} ({name!r}) have the same prompt; rename one"
-            )
+            pair = f"{other} ({class_names[other]!r}) and {index} ({name!r})"
+            raise UserError(f"classes {pair} have the same prompt; rename one")
 
 
 def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
@@ -72,7 +72,7 @@ def read_folder_names(source: str) -> list[tuple[str, str]]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) > 2 or not all(parts):
             raise UserError(
-                f"class names {source}: {line!r} is not NAME or FOLDER<tab>NAME; write one class a line"
+                f"class names {source}: {line!r} is not NAME or FOLDER<tab>NAME; write one a line"
             )
         pairs.append((parts[0], parts[-1]))
     return pairs
@@ -104,7 +104,7 @@ def fill(template: str, class_name: str) -> str:
     return class_name.join(template.replace("{c}", "{}").split("{}"))
 
 
-def read_lines(path: str, what: str, hint: str = "") -> list[str]:
+def read_lines(path: str | Path, what: str, hint: str = "") -> list[str]:
     """Lines of a text file without the empty ones."""
     lines = [line.strip() for line in read_text(path, what, hint).splitlines() if line.strip()]
     if not lines:

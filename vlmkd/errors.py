@@ -19,8 +19,10 @@ class UserError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The end of an error about an unknown `name`: the nearest `known` ones, or `otherwise`."""
-    near = difflib.get_close_matches(name, list(known), n=2)
-    return f"did you mean {' or '.join(near)}?" if near else otherwise
+    lowered, name = {one.lower(): one for one in known}, name.lower()
+    near = [one for one in lowered if name and one.startswith(name)][:2]
+    near = near or difflib.get_close_matches(name, lowered, n=2)
+    return f"did you mean {' or '.join(lowered[one] for one in near)}?" if near else otherwise
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:

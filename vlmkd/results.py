@@ -135,11 +135,7 @@ def write_results(
 
 
 def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each line of a file; a last line that a kill has torn off is left out.
-
-    Raises:
-        UserError: no such file, or another line that is no JSON object.
-    """
+    """Number and object of each line of a file; a last line that a kill has torn off is left out."""
     text = read_text(path, what).rstrip("\n").split("\n")  # a text in JSON may hold other ends of lines
     for number, line in enumerate(text, start=1):
         try:
@@ -153,7 +149,6 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_results(path: Path) -> list[Number]:
-    """The lines of a results file; errors as `json_lines`, and a hint where the run is of an earlier version."""
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
         told = "was written by an earlier version; read it with that one, or run it again"
         raise UserError(f"{path.parent} {told}")
@@ -174,7 +169,7 @@ def read_results(path: Path) -> list[Number]:
 
 
 def latest(numbers: Iterable[Number]) -> list[Number]:
-    """The numbers of each model's last step, and those that need no data; of one written twice the second."""
+    """Those of each model's last step, and those that need no data; of one written twice the second."""
     numbers = list(numbers)
     last = {one.model: one.step for one in sorted(numbers, key=lambda one: one.step)}
     found = {
@@ -208,7 +203,7 @@ def short(value: float) -> str:
 
 
 def title_of(number: Number) -> str:
-    """A column's title: the metric's label, with its unit where the numbers do not show it."""
+    """The metric's label, with its unit where the numbers do not show it."""
     return number.label + (f" ({number.unit})" if number.unit not in ("", "share", "count", "nats") else "")
 
 

@@ -6,21 +6,20 @@ file. This module needs no torch, so that listing and downloading start at once.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
 import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, did_you_mean
 from vlmkd.files import cache_root, one_line, read_object, write_json
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HUB = "https://huggingface.co"
 ATTEMPTS = 4  # each continues where the last one broke off
 BACKOFF_S = 0.5  # before the second try; doubled each time
-_PINS = "list of pinned digests"
+_PINS, _OFFLINE = "list of pinned digests", "offline mode is on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +84,12 @@ def entry(name: str) -> Entry:
     name = name.removeprefix("zoo:")
     if name in entries():
         return entries()[name]
-    lowered = {known.lower(): known for known in entries()}
-    near = [lowered[item] for item in difflib.get_close_matches(name.lower(), lowered, n=2, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "see scripts/download.py --list"
+    hint = did_you_mean(name, entries(), "see scripts/download.py --list")
     raise UserError(f"zoo has no model {name}; {hint}")
 
 
 def cache_folder() -> Path:
-    """Where downloads and their pins live: VLMKD_CACHE/zoo, else ~/.cache/vlmkd/zoo."""
+    """Where downloads and their pins live."""
     return cache_root() / "zoo"
 
 
@@ -108,13 +105,11 @@ def _weights(path: Path) -> Path:
     for name in ("open_clip_model.safetensors", "model.safetensors"):
         if (path / name).is_file():
             return path / name
-    raise UserError(
-        f"{path} holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
-    )
+    told = "holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
+    raise UserError(f"{path} {told}")
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of the file at `path`."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -122,23 +117,22 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(name: str, *, offline: bool | None = None) -> Path:
+def fetch(name: str) -> Path:
     """A verified local copy of `name`: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
 
-    Hub repositories lie in the cache of huggingface_hub, everything else in `cache_folder()`. The environment variables
-    that it heeds are those of scripts/download.py --help.
+    Hub repositories lie in the cache of huggingface_hub, everything else in `cache_folder()`. Environment variables:
+    scripts/download.py --help.
     """
     item = entry(name)
     if item.kind == "local":
         path = REPOSITORY / item.source
         if not path.exists():
             raise UserError(
-                f"zoo:{item.name} is {item.source} of the repository, and {path} is missing; use a full clone"
+                f"zoo:{item.name} lies in the repository, and {path} is missing; use a full clone"
             )
         if (digest := sha256_of(_weights(path))) != item.sha256:
-            raise UserError(
-                f"{path} has sha256 {digest}, zoo.yaml says {item.sha256}; restore it with git checkout"
-            )
+            told = f"has sha256 {digest}, zoo.yaml says {item.sha256}; restore it with git checkout"
+            raise UserError(f"{path} {told}")
         return path
     from filelock import FileLock  # several ranks may ask for the same file at the same time
 
@@ -146,30 +140,27 @@ def fetch(name: str, *, offline: bool | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{item.name}.lock"):
-            return _cached(item, folder, _is_offline() if offline is None else offline)
+            return _cached(item, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         raise UserError(f"cannot write {folder}: {error.strerror}; free space or set VLMKD_CACHE") from None
 
 
-def _cached(item: Entry, folder: Path, offline: bool) -> Path:
+def _cached(item: Entry, folder: Path) -> Path:
     # A file's name in the cache, and on a mirror, is the entry's with the published ending.
     target = folder / (item.name + ("" if item.kind == "hub" else "".join(Path(item.source).suffixes)))
     if target.exists():
         _verify(item, target, target.name)
         return target
     if item.kind == "manual":
-        raise UserError(
-            f"zoo:{item.name} has no address of its own: get {item.source} from {item.link} and put it at {target}"
-        )
+        told = f"get {item.source} from {item.link} and put it at {target}"
+        raise UserError(f"zoo:{item.name} has no address of its own: {told}")
     if item.kind == "hub":
-        return _from_hub(item, offline, f"put the files of {item.link} at {target} by hand")
+        return _from_hub(item, f"put the files of {item.link} at {target} by hand")
     by_hand = f"put {item.source} at {target} by hand"
-    if offline:
-        raise UserError(
-            f"zoo:{item.name} is not at {target} and offline mode is on; turn it off, or {by_hand}"
-        )
+    if _is_offline():
+        raise UserError(f"zoo:{item.name} is not at {target} and {_OFFLINE}; turn it off, or {by_hand}")
     url = item.source
     if mirror := os.environ.get("VLMKD_MIRROR", ""):
         url = f"{mirror.rstrip('/')}/{target.name}"
@@ -283,23 +274,23 @@ def _transfer(client: httpx.Client, url: str, part: Path) -> None:
     note.unlink(missing_ok=True)
 
 
-def _from_hub(item: Entry, offline: bool, by_hand: str) -> Path:
+def _from_hub(item: Entry, by_hand: str) -> Path:
     """The folder of a hub repository at its pinned commit in huggingface_hub's cache, completed by download."""
     from huggingface_hub import snapshot_download
 
     revision = item.revision or _read_pins().get(item.name, {}).get("revision", "")
     trouble = ""
     try:
-        with nullcontext("offline mode is on") if offline else hub_or_cache() as trouble:
+        with hub_or_cache() as trouble:
             folder = snapshot_download(
-                item.source, revision=revision or None, endpoint=_hub_host(), local_files_only=offline,
+                item.source, revision=revision or None, endpoint=_hub_host(), local_files_only=bool(trouble),
                 allow_patterns=["*.json", "*.safetensors", "merges.txt"], ignore_patterns=["*/*"],
             )  # fmt: skip
     except (OSError, ValueError) as error:
+        told = f"{item.source} at {revision or 'main'} cannot be fetched from {_hub_host()}"
         raise UserError(
-            f"zoo:{item.name} is not in the cache of the Hugging Face hub, and {item.source} at {revision or 'main'} cannot be "
-            f"fetched from {_hub_host()} ({trouble or one_line(error)}); check network and proxy, set HF_ENDPOINT to a mirror "
-            f"of the hub, or {by_hand}"
+            f"zoo:{item.name} is not in the hub's cache, and {told} ({trouble or one_line(error)}); check network and proxy, "
+            f"set HF_ENDPOINT to a mirror of the hub, or {by_hand}"
         ) from None
     _verify(item, Path(folder), revision="" if revision else Path(folder).name)
     return Path(folder)
@@ -315,14 +306,14 @@ def _is_offline() -> bool:
 
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
-    """What huggingface_hub (and open_clip, timm, transformers by it) fetches within; gives what is wrong with the connection.
+    """What huggingface_hub (and open_clip, timm, transformers by it) fetches within; gives why only its cache is looked at.
 
-    Where the hub cannot be reached only its cache is looked at: it would ask six times for each file, with pauses.
-    Errors of its HTTP library come out as OSError.
+    A hub that cannot be reached would be asked six times for each file, with pauses. Errors of its HTTP library come out
+    as OSError.
     """
     from huggingface_hub import constants
 
-    trouble = "" if _is_offline() else _trouble_with(_hub_host())
+    trouble = _OFFLINE if _is_offline() else _trouble_with(_hub_host())
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or bool(trouble)
     try:

@@ -302,18 +302,16 @@ def test_errors_of_the_hubs_http_library_are_errors_of_the_system() -> None:
         raise library("broke off")
 
 
-@pytest.mark.parametrize("variable", ["VLMKD_OFFLINE", "HF_HUB_OFFLINE", ""])
+@pytest.mark.parametrize("variable", ["VLMKD_OFFLINE", "HF_HUB_OFFLINE"])
 def test_offline_uses_the_cache_only(
     mirror: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    if variable:
-        monkeypatch.setenv(variable, "1")
-    offline = None if variable else True
+    monkeypatch.setenv(variable, "1")
     with pytest.raises(UserError, match=f"{FILE} and offline mode is on; .*{FILE} by hand"):
-        zoo.fetch(NAME, offline=offline)
+        zoo.fetch(NAME)
     cache.mkdir(parents=True, exist_ok=True)
     (cache / FILE).write_bytes(CONTENT)  # by hand
-    assert zoo.fetch(NAME, offline=offline) == cache / FILE
+    assert zoo.fetch(NAME) == cache / FILE
     assert mirror.requests == 0
 
 
@@ -355,12 +353,15 @@ def test_hub_entry_at_its_pinned_revision(
     assert zoo.weights_file(f"zoo:{name}") == folder / "model.safetensors"
 
     server.files.clear()
-    assert zoo.fetch(name, offline=True) == folder
+    with monkeypatch.context() as offline:
+        offline.setenv("VLMKD_OFFLINE", "1")
+        assert zoo.fetch(name) == folder
     shutil.rmtree(tmp_path / "hub")
     with pytest.raises(UserError, match=f"at {revision} cannot be fetched from {server.url} .*HF_ENDPOINT"):
         zoo.fetch(name)  # asks for the pinned commit, not for main
+    monkeypatch.setenv("VLMKD_OFFLINE", "1")
     with pytest.raises(UserError, match="cannot be fetched .*offline mode is on.* by hand"):
-        zoo.fetch(name, offline=True)
+        zoo.fetch(name)
 
 
 def test_a_hub_entry_that_is_not_the_pinned_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +422,7 @@ def test_local_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         name="nano", project="p", kind="local", source="zoo/nano", licence="MIT", link="zoo/nano", sha256=SHA
     )
     monkeypatch.setitem(zoo.entries(), "nano", item)
-    with pytest.raises(UserError, match="zoo/nano of the repository.* is missing"):
+    with pytest.raises(UserError, match="in the repository.*zoo/nano is missing"):
         zoo.fetch("nano")
     (tmp_path / "zoo/nano").mkdir(parents=True)
     with pytest.raises(UserError, match="neither"):
@@ -558,6 +559,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert len(listing.stdout.splitlines()) == len(zoo.entries())
     wrong = subprocess.run([sys.executable, script, NAME + "x"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and f"did you mean {NAME}" in wrong.stderr
+    command = [sys.executable, script, "--offline", NAME]
+    lacking = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert lacking.returncode == 2 and "offline mode is on" in lacking.stderr
 
 
 def test_every_clip_that_a_recipe_names_has_an_entry() -> None:

@@ -528,7 +528,7 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
 
     for text, message in [
         ("owl\nant\n", "class folder 'red fox' of mine has no line"),
-        ("owl\nant\nred fix\n", "no class folder 'red fix'; did you mean 'red fox'"),
+        ("owl\nant\nred fix\n", "no class folder 'red fix'; did you mean red fox"),
         (
             "owl\nant\nred fox\nzebra crossing\n",
             "no class folder 'zebra crossing'; write NAME or FOLDER<tab>NAME",

@@ -123,7 +123,7 @@ def test_an_unknown_name_is_refused_with_its_field() -> None:
     ]
     given = ["run_dir=r", "steps=9", "evaluation.every_steps=1"]
     for wrong, message in (
-        ("data.set=fgvc", "config field data.set: unknown data set 'fgvc' .did you mean fgvc_aircraft"),
+        ("data.set=fgvc", "config field data.set: unknown data set 'fgvc'; did you mean fgvc_aircraft"),
         ("teacher.model=RN51", "model RN51 is no open_clip architecture"),
         ("teacher.pretrained=openia", "pretrained openia is no tag of RN50"),
         ("student.backbone=torchvision:resnet19", "torchvision has no model resnet19"),

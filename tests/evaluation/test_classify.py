@@ -184,7 +184,7 @@ def test_splits_names_and_refusals(tmp_path: Path) -> None:
     assert (val.dataset, len(val.items)) == ("pets_val", 2)
     (result,) = val.run(FixedClassifier(6), Context(progress=False))
     assert result.metrics.keys() == {"top1", "top5", "mean_per_class"}  # one domain is no comparison
-    with pytest.raises(UserError, match="no split train; it has test, val"):
+    with pytest.raises(UserError, match="no split 'train'; it has test, val"):
         Classification.of(labelled, "train")
     with pytest.raises(UserError, match="k0 has label -1"):
         Classification([data[0].unlabelled()], NAMES, dataset="set")

@@ -59,7 +59,7 @@ def test_named_folders(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("a cat\n\na dog\n")
     assert zero_shot_set(str(tmp_path)).class_names == ["a cat", "a dog"]
     (tmp_path / "classnames.txt").write_text("a cat\n")
-    with pytest.raises(UserError, match="has 1 class names, but .* has 2 class folders"):
+    with pytest.raises(UserError, match="has 1 class names for the 2 class folders"):
         zero_shot_set(str(tmp_path))
 
 
@@ -91,7 +91,7 @@ def test_a_file_of_wnids_and_names(tmp_path: Path) -> None:
         (["val/a.JPEG", "val/b.JPEG"], "val holds 2 images but no class folders"),
         (["train/n01/a.JPEG"], "no val folder: .*/val is missing.*image-net.org"),
         (["val/n01/a.JPEG", "val/n02/readme.txt"], "class folder .*/val/n02 holds no image"),
-        ([f"{letter}/x.txt" for letter in "abcde"], "/a, .*/b, .*/c and 2 more holds no image"),
+        ([f"{letter}/x.txt" for letter in "abcde"], r"/a holds no image \(5 of 5 hold none\)"),
     ],
 )
 def test_errors_name_the_place(tmp_path: Path, files: list[str], message: str) -> None:

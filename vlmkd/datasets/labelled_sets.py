@@ -5,7 +5,6 @@ docs/datasets.md lists every name with its size, licence, layout on disk and sou
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import logging
@@ -28,7 +27,7 @@ from vlmkd.datasets.folders import (
     root_folder,
 )
 from vlmkd.datasets.published_sets import SPLITS
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -46,24 +45,16 @@ _TEMPLATES = ["a photo of a {}."]
 
 
 def known_sets() -> list[str]:
-    """All names that `load_set` takes; `folder:PATH` and `domains:PATH` stand for the user's own folders."""
+    """All names that `load_set` takes."""
     return [*_NAMES, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
 
 
 def require_known(name: str) -> None:
-    """Refuse a name that `load_set` does not take, with the nearest known name; nothing is read."""
+    """Refuse a name that `load_set` does not take; nothing is read."""
     if name in _NAMES or name.startswith((FOLDER, DOMAINS)):
         return
-    plain = {_plain(known): known for known in _NAMES}
-    given = _plain(name)
-    starts = [key for key in plain if given and (key.startswith(given) or given.startswith(key))]
-    near = starts[:1] or difflib.get_close_matches(given, plain, n=1, cutoff=0.5)
-    meant = f" (did you mean {plain[near[0]]}?)" if near else ""
-    raise UserError(f"unknown data set {name!r}{meant}; it is one of {', '.join(known_sets())}")
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+    hint = did_you_mean(name, _NAMES, f"it is one of {', '.join(known_sets())}")
+    raise UserError(f"unknown data set {name!r}; {hint}")
 
 
 def configured_set(data: LabelledDataConfig) -> LabelledSet:
@@ -81,10 +72,8 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
     require_known(name)
     own = name.startswith((FOLDER, DOMAINS))
     if (class_names or templates) and not own:
-        raise UserError(
-            f"data set {name} has its own class names and prompts; data.class_names and data.templates go with {FOLDER} and "
-            f"{DOMAINS} sets"
-        )
+        told = f"data.class_names and data.templates go with {FOLDER} and {DOMAINS} sets"
+        raise UserError(f"data set {name} has its own class names and prompts; {told}")
     if name in published_sets.SETS:
         found = published_sets.load(name, root)
         check_class_names(found.class_names, allow_duplicates=name.startswith("imagenet"))
@@ -108,18 +97,13 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
 def items_of(labelled: LabelledSet, split: str) -> list[Item]:
     """The items of one split; refuses one that the set does not have."""
     if split not in labelled.splits:
-        raise UserError(
-            f"data set {labelled.name} has no split {split!r}; it has {', '.join(labelled.splits)}"
-        )
+        told = f"has no split {split!r}; it has {', '.join(labelled.splits)}"
+        raise UserError(f"data set {labelled.name} {told}")
     return labelled.splits[split]
 
 
 def load_folder(path: str, class_names: str = "") -> LabelledSet:
-    """A user's own images: `PATH/<class>/*`, or `PATH/train/<class>/*` with `val` and `test` beside it.
-
-    What is missing of val and test is held out by `_hashed`, and images in PATH/unlabelled are the split `unlabelled`
-    (docs/datasets.md#your-own-images). `class_names` is a file for `with_class_names`.
-    """
+    """A user's own images (docs/datasets.md#your-own-images); `class_names` is a file for `with_class_names`."""
     root = root_folder(path, f"{FOLDER}{path}", "name a folder with one folder per class")
     given = [split for split in SPLITS if (root / split).is_dir()]
     base = root / given[0] if given else root
@@ -130,9 +114,8 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
     if not classes and unlabelled and class_names:
         return _without_labels(root.name, unlabelled, class_names)
     if len(classes) < 2:
-        raise UserError(
-            f"{base} holds {len(classes)} class folders; sort the images into one folder per class, at least two"
-        )
+        told = f"{len(classes)} class folders; sort the images into one folder per class, at least two"
+        raise UserError(f"{base} holds {told}")
     if loose := sum(map(is_image, os.listdir(base))):
         log.warning("%s: %d images lie in no class folder and are left out", base, loose)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
@@ -142,9 +125,7 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
         for label, paths in enumerate(images_of_classes(base, classes).values()):
             for name, split in _hashed(paths, shares).items():
                 splits[split].append(Item(f"{prefix}{name}", ImageRef(str(base / name)), label))
-    for split in given:
-        if split == "train":
-            continue
+    for split in (one for one in given if one != "train"):
         there = class_folder_names(root / split)
         if extra := sorted(set(there) - set(classes)):
             raise UserError(f"class {extra[0]} of {root / split} is not in {base}; add or remove it")
@@ -155,10 +136,8 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
     if not class_names and (listed := root / "classnames.txt").is_file():
         names = read_class_names(str(listed))
         if len(names) != len(classes):
-            raise UserError(
-                f"{listed} has {len(names)} names for {len(classes)} class folders; write one a line, in the folders' "
-                "ASCII order"
-            )
+            told = f"{len(names)} names for {len(classes)} class folders"
+            raise UserError(f"{listed} has {told}; write one a line, in the folders' ASCII order")
     labelled = LabelledSet(
         root.name, names, _TEMPLATES, {name: items for name, items in splits.items() if items}
     )
@@ -177,17 +156,15 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
     for folder, name in read_folder_names(path):
         old = place.get(class_key(folder))
         if old is None:
-            near = difflib.get_close_matches(class_key(folder), place, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "write NAME or FOLDER<tab>NAME a line"
+            hint = did_you_mean(class_key(folder), place, "write NAME or FOLDER<tab>NAME a line")
             raise UserError(f"class names {path}: {labelled.name} has no class folder {folder!r}; {hint}")
         if old in numbers:
             raise UserError(f"class names {path}: {folder!r} comes twice; write one line a class")
         numbers[old] = len(names)
         names.append(prompt_name(name))
     if missing := [name for index, name in enumerate(labelled.class_names) if index not in numbers]:
-        raise UserError(
-            f"class names {path}: class folder {missing[0]!r} of {labelled.name} has no line; add it, or remove the folder"
-        )
+        told = f"class folder {missing[0]!r} of {labelled.name} has no line; add it, or remove the folder"
+        raise UserError(f"class names {path}: {told}")
     splits = {
         split: [replace(item, label=numbers[item.label]) for item in items]
         for split, items in labelled.splits.items()
@@ -208,7 +185,8 @@ def _without_labels(name: str, items: list[Item], class_names: str) -> LabelledS
 def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
     """The split of each image of one class, by a hash of its path: those of `shares`, in their order, or train.
 
-    In a small class the hash may leave a split empty: one image trains all the same, and `_FEWEST` of them test, validate.
+    Where the hash leaves a split of a small class empty, one image trains all the same, and tests and validates from
+    `_FEWEST` images on.
     """
     digests = {path: hashlib.sha256(path.encode()).digest() for path in paths}
     place = {path: int.from_bytes(digest[:8], "big") / 2**64 for path, digest in digests.items()}

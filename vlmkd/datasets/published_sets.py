@@ -101,7 +101,7 @@ def load(key: str, root: str) -> LabelledSet:
 
 
 def set_folder(key: str, root: str) -> Path:
-    """The folder of a set below the data root, or `root` itself when it looks like the set's own; refuses another."""
+    """The folder of a set below the data root, or `root` itself when it looks like the set's own."""
     described = SETS[key]
     where = root_folder(root, key, f"it is the folder that holds {described.folders[0]}/")
     if there := [where / name for name in described.folders if (where / name).is_dir()]:
@@ -142,7 +142,7 @@ def _read_split(described: PublishedSet, folder: Path) -> Found:
     """CoOp's split file: `[relative path, label, class name]` of every image of a split."""
     path = folder / described.split_file
     if not path.is_file():
-        raise UserError(f"data set {described.key}: split file {path} does not exist; {described.split_hint}")
+        raise UserError(f"split file {path} does not exist; {described.split_hint}")
     content = read_object(path, "split file", "fetch it again")
     if content.get("note"):
         log.warning("%s: %s", path, content["note"])
@@ -154,26 +154,23 @@ def _read_split(described: PublishedSet, folder: Path) -> Found:
             raise UserError(f"split file {path} has no list {split!r}; {described.split_hint}")
         splits[split] = [_split_item(path, described, entry, names) for entry in entries]
     if gaps := sorted(set(range(len(names))) - set(names)):
-        raise UserError(
-            f"split file {path} has labels up to {max(names)} but no class {gaps[0]}; {described.split_hint}"
-        )
+        told = f"has labels up to {max(names)} but no class {gaps[0]}"
+        raise UserError(f"split file {path} {told}; {described.split_hint}")
     return _checked(described, folder, [names[label] for label in range(len(names))], splits)
 
 
 def _split_item(path: Path, described: PublishedSet, entry: Any, names: dict[int, str]) -> Item:
     """The item of an entry, whose class name goes into `names`."""
     if not (isinstance(entry, list) and list(map(type, entry)) == [str, int, str] and entry[1] >= 0):
-        raise UserError(
-            f"split file {path}: {str(entry)[:80]} is not [path, label, class name]; fetch it again"
-        )
+        told = f"{str(entry)[:80]} is not [path, label, class name]; fetch it again"
+        raise UserError(f"split file {path}: {told}")
     relative, label, name = entry
     relative = relative.lstrip("/")
     if ".." in PurePosixPath(relative).parts:
         raise UserError(f"split file {path}: {relative} leaves the image folder; fetch the file again")
     if names.setdefault(label, name) != name:
-        raise UserError(
-            f"split file {path} calls class {label} both {names[label]!r} and {name!r}; fetch it again"
-        )
+        told = f"calls class {label} both {names[label]!r} and {name!r}; fetch it again"
+        raise UserError(f"split file {path} {told}")
     return _item(described, path.parent, relative, label)
 
 
@@ -185,12 +182,12 @@ def _item(described: PublishedSet, folder: Path, relative: str, label: int) -> I
 def _read_variants(described: PublishedSet, folder: Path) -> Found:
     """FGVC's lists: `variants.txt` names the classes, `images_variant_<split>.txt` has `id variant` a line."""
     where, what = folder / "variants.txt", f"data set {described.key}:"
-    names = read_lines(str(where), what, described.hint)
+    names = read_lines(where, what, described.hint)
     labels = numbered(names)
     splits: dict[str, list[Item]] = {}
     for split in SPLITS:
         path = folder / f"images_variant_{split}.txt"
-        pairs = [line.partition(" ")[::2] for line in read_lines(str(path), what, described.hint)]
+        pairs = [line.partition(" ")[::2] for line in read_lines(path, what, described.hint)]
         if unknown := [variant for _, variant in pairs if variant not in labels]:
             raise UserError(f"{path}: variant {unknown[0]!r} is not in {where}; {described.hint}")
         splits[split] = [_item(described, folder, f"{number}.jpg", labels[name]) for number, name in pairs]
@@ -267,9 +264,8 @@ def _wnids(folder: Path) -> list[str]:
     """Sorted wnid folders; loose files (README.txt of A and R) are no classes, other folders a mistake."""
     found = class_folder_names(folder)
     if wrong := [name for name in found if not WNID.fullmatch(name)]:
-        raise UserError(
-            f"class folder {folder / wrong[0]} is not a wnid such as n01440764; move it out of {folder}"
-        )
+        told = f"is not a wnid such as n01440764; move it out of {folder}"
+        raise UserError(f"class folder {folder / wrong[0]} {told}")
     return found
 
 
@@ -278,16 +274,15 @@ def _read_domains(described: PublishedSet, folder: Path) -> Found:
     found = read_domains(folder, described.key)
     own = f"load it as domains:{folder} if it is your own set"
     if found.domains != described.domains:
+        told = f"{', '.join(described.domains)}: complete it, or move other folders away; {own}"
         raise UserError(
-            f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has "
-            f"{', '.join(described.domains)}: complete it, or move other folders away; {own}"
+            f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has {told}"
         )
     classes = [name.replace("_", " ") for name in described.classes]
     if classes and found.class_names != classes:
         other = sorted(set(found.class_names) ^ set(classes))
-        raise UserError(
-            f"{folder} has not the classes of {described.title}, see {', '.join(other[:3])}; {own}"
-        )
+        told = f"has not the classes of {described.title}, see {', '.join(other[:3])}; {own}"
+        raise UserError(f"{folder} {told}")
     return found.class_names, found.splits
 
 

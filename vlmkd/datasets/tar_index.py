@@ -23,30 +23,25 @@ class TarSample:
     """By lower-case extension."""
 
     def image(self) -> ImageRef:
-        """The sample's picture; refuses a sample without one."""
         for extension, member in self.members.items():
             if f".{extension}" in IMAGE_SUFFIXES:
                 return member
-        raise UserError(
-            f"{self.shard}: sample {self.key} has no image member; remove it or write the shard again"
-        )
+        raise UserError(f"{self.shard}: sample {self.key} has no image; remove it or write the shard again")
 
     def text(self, extension: str) -> str:
-        """Content of a text member; refuses a sample without it, and what is not UTF-8."""
         if extension not in self.members:
             raise UserError(
-                f"{self.shard}: sample {self.key} has no {extension} member; write the shard again with it"
+                f"{self.shard}: sample {self.key} has no {extension} member; write the shard again"
             )
         try:
             return self.members[extension].read().decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(
-                f"{self.shard}: {self.key}.{extension} is not UTF-8 text; write the shard again"
-            ) from None
+            told = f"{self.key}.{extension} is not UTF-8 text; write the shard again"
+            raise UserError(f"{self.shard}: {told}") from None
 
 
 def index_tar(shard: str) -> list[TarSample]:
-    """The samples of a tar from its headers: neighbouring members with the same key, key = name up to its first dot."""
+    """The samples of a tar; a member's key is its name up to the first dot."""
     samples: list[TarSample] = []
     try:
         with (
@@ -64,9 +59,8 @@ def index_tar(shard: str) -> list[TarSample]:
                 member = ImageRef(shard, info.offset_data, info.size, f"{key}.{extension}")
                 samples[-1].members[extension] = member
     except (tarfile.TarError, OSError) as error:
-        raise UserError(
-            f"shard {shard} is not a whole, uncompressed tar ({error}); fetch or write it again"
-        ) from None
+        told = f"is not a whole, uncompressed tar ({error}); fetch or write it again"
+        raise UserError(f"shard {shard} {told}") from None
     if not samples:
         raise UserError(f"shard {shard} holds no samples; remove it from the list")
     return samples

@@ -26,7 +26,7 @@ class Context:
     workers: int = 0
     """Loader processes per rank; 0 decodes in the calling process."""
     progress: bool = True
-    """Progress line with the time left, on rank 0."""
+    """Show a progress line, on rank 0."""
     max_unreadable_share: float = 0.01
     """A larger share of unreadable images is an error."""
     embedded: dict[Any, Any] | None = None
@@ -79,22 +79,19 @@ class OfQuestions(Protocol):
 
 
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:
-    """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):
         return
     bases = (vars(base) for base in protocol.__mro__)
     members = {name for own in bases for name in (*own, *own.get("__annotations__", ()))}
     lacking = sorted(name for name in members if not name.startswith("_") and not hasattr(predictor, name))
-    raise UserError(
-        f"evaluator {evaluator} needs a {protocol.__name__}, but {type(predictor).__name__} has no {', '.join(lacking)}; "
-        "leave the evaluator out for this model"
-    )
+    told = f"{type(predictor).__name__} has no {', '.join(lacking)}; leave the evaluator out for this model"
+    raise UserError(f"evaluator {evaluator} needs a {protocol.__name__}, but {told}")
 
 
 def spread(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of the items, drawn from all over them, always the same, in their order; 0: all.
+    """At most so many of the items, always the same, in their order; 0: all.
 
-    Drawn, because every so many-th would leave out whole kinds of a file whose kinds take turns.
+    They are drawn: every so many-th would leave out whole kinds of a file whose kinds take turns.
     """
     if not 0 < most < len(items):
         return items
@@ -102,7 +99,6 @@ def spread(items: Sequence[T], most: int) -> Sequence[T]:
 
 
 def progress(items: Iterable[T], total: int, title: str, context: Context) -> Iterator[T]:
-    """`items` with a progress line that shows the time left (rank 0 only)."""
     from tqdm import tqdm
 
     hidden = not (context.progress and distributed.is_main())

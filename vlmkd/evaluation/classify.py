@@ -5,6 +5,7 @@ N images, B batch, C classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, Literal
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmkd.class_names import require_same_classes
-from vlmkd.data.labelled import UNLABELLED, Item, LabelledSet
+from vlmkd.data.labelled import Item, LabelledSet
+from vlmkd.datasets.labelled_sets import items_of
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result, require_protocol
 from vlmkd.evaluation.images import class_vectors, embeddings, image_outputs
@@ -27,7 +29,7 @@ WORST = 24
 
 
 class ZeroShotClassifier:
-    """A DualEncoder with class vectors as an ImageClassifier: the teacher beside its student."""
+    """A DualEncoder with class vectors as an ImageClassifier."""
 
     def __init__(self, encoder: DualEncoder, vectors: ClassVectors) -> None:
         self.name, self.image_spec, self.class_names = encoder.name, encoder.image_spec, vectors.class_names
@@ -38,10 +40,7 @@ class ZeroShotClassifier:
 
 
 class Classification:
-    """Top-1, top-5, mean over classes; with domains top-1 of each and their mean; base, novel and harmonic mean.
-
-    An ImageClassifier answers by its logits; a DualEncoder, where `templates` are given, by its scaled cosines with the
-    mean embedding of each class's prompts (zero-shot).
+    """An ImageClassifier answers by its logits; a DualEncoder, where `templates` are given, zero-shot.
 
     Metrics: `top1`, `top5` (where C > 5), `mean_per_class` (over the classes that occur); with several domains
     `<domain>_top1` and `mean_domain_top1`; with `base` and `novel` classes `base_top1`, `novel_top1` and `harmonic_mean`.
@@ -49,8 +48,8 @@ class Classification:
     open set of VL2V-ADiP).
 
     Details: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion matrix that
-    are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest probability, as {key,
-    label, predicted, probability}; the unreadable files.
+    are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest probability; the
+    unreadable files.
     """
 
     name = "classification"
@@ -71,11 +70,9 @@ class Classification:
         if not items:
             raise UserError(f"{told} has no images; choose another split")
         for item in items:
-            if item.label == UNLABELLED or item.label >= len(class_names):
-                raise UserError(
-                    f"{told}: {item.key} has label {item.label}, but there are {len(class_names)} classes; evaluate on "
-                    "labelled images"
-                )
+            if not 0 <= item.label < len(class_names):
+                label = f"has label {item.label}, but there are {len(class_names)} classes"
+                raise UserError(f"{told}: {item.key} {label}; evaluate on labelled images")
         if bool(base) != bool(novel) or set(base) & set(novel):
             raise UserError(f"{told}: base and novel must be two class groups without a common class")
         self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
@@ -86,12 +83,11 @@ class Classification:
     def of(
         cls, data: LabelledSet, split: str = "test", *, base: Sequence[int] = (), novel: Sequence[int] = ()
     ) -> Classification:
-        """The evaluator of one split of a labelled set, which is called `<set>_<split>`, or `<set>` for the test split."""
-        if split not in data.splits:
-            raise UserError(f"data set {data.name} has no split {split}; it has {', '.join(data.splits)}")
+        """Of one split of a labelled set; its name is `<set>_<split>`, or `<set>` for the test split."""
+        name = data.name if split == "test" else f"{data.name}_{split}"
         return cls(
-            data.splits[split], data.class_names, dataset=data.name if split == "test" else f"{data.name}_{split}",
-            templates=data.templates, domains=data.domains, base=base, novel=novel,
+            items_of(data, split), data.class_names, dataset=name, templates=data.templates, domains=data.domains,
+            base=base, novel=novel,
         )  # fmt: skip
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
@@ -149,8 +145,7 @@ class Classification:
             inside = torch.isin(labels, torch.tensor(classes))
             hits, seen = per_group[name] = [int(first_in_group[inside].sum()), int(inside.sum())]
             if not seen:
-                told = f"has no readable image of a {name} class; choose another split"
-                raise UserError(f"classification set {self.dataset} {told}")
+                raise UserError(f"classification set {self.dataset} has no readable image of a {name} class")
             metrics[f"{name}_top1"] = hits / seen
         if self.groups:
             metrics["harmonic_mean"] = harmonic_mean(metrics["base_top1"], metrics["novel_top1"])
@@ -172,20 +167,14 @@ class Classification:
         }  # fmt: skip
         if unreadable:
             metrics["unreadable"], details["unreadable"] = float(len(unreadable)), unreadable
-        meanings = {name: share(_label(name), main=name == "top1") for name in metrics}
+        labels_of = {name: re.sub(r"top(\d)$", r"top-\1", name).replace("_", " ") for name in metrics}
+        meanings = {name: share(label, main=name == "top1") for name, label in labels_of.items()}
         meanings |= {"unreadable": UNREADABLE}
         return Result(self.name, self.dataset, metrics, len(items), details, meanings=meanings)
 
 
 def harmonic_mean(base: float, novel: float) -> float:
-    """2bn / (b + n); 0 when both are 0."""
     return 2 * base * novel / (base + novel) if base + novel else 0.0
-
-
-def _label(metric: str) -> str:
-    """`photo_top1` as `photo top-1`."""
-    before, _, k = metric.rpartition("top")
-    return (f"{before}top-{k}" if k.isdigit() else metric).replace("_", " ")
 
 
 def _by_group(right: Tensor, group: Tensor, count: int) -> list[list[int]]:

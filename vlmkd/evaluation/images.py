@@ -58,9 +58,9 @@ def image_outputs(
     *,
     encoder: DualEncoder | None = None,
 ) -> Outputs:
-    """`run` on batches of images after the evaluation transform of `spec`; too many unreadable images are an error.
+    """`run` on batches of images after the evaluation transform of `spec`; too many unreadable images are refused.
 
-    A context that remembers embeddings has those of an `encoder` and these images once.
+    A context that remembers embeddings makes those of an `encoder` and these images once.
     """
     batches: Iterable[_Batch] = _batches(run, spec, images, title, context)
     if encoder is not None and context.embedded is not None:
@@ -71,11 +71,9 @@ def image_outputs(
         parts.append((indices, rows if reduce is None else reduce(indices, rows)))
         own += unreadable
     found = sorted(name for part in distributed.gather_objects(own) for name in part)
-    share = len(found) / len(images)
-    if share > context.max_unreadable_share or share == 1:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    if len(found) > context.max_unreadable_share * len(images) or len(found) == len(images):
         told = f"{len(found)} of {len(images)} images cannot be read, more than {context.max_unreadable_share:.1%}"
-        raise UserError(f"{title}: {told}: {', '.join(found[:3])}{more}; restore these files")
+        raise UserError(f"{title}: {told}: {', '.join(found[:3])}; restore these files")
     ids, kept = (torch.cat(part) for part in zip(*parts, strict=True))
     return (*distributed.gather_rows(ids, kept), found)
 

@@ -73,10 +73,7 @@ class Retrieval:
 
 
 def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:
-    """Place (0 = first) of the first positive of each of queries [Q,D] among candidates [N,D], in any order.
-
-    The ranks share the queries, and all have all places.
-    """
+    """As `first_positive` of queries [Q,D] and candidates [N,D], in any order; the ranks share the queries."""
     share = distributed.rank_share(len(queries))
     own = queries[share.start :: share.step]
     found = first_positive(own, candidates, [positives[index] for index in share])
@@ -84,10 +81,7 @@ def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) 
 
 
 def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> Tensor:
-    """Place (0 = first) of each query's best positive among all candidates, int64 [Q] on the CPU.
-
-    At most BLOCK_ELEMENTS scores exist at a time.
-    """
+    """Place (0 = first) of each query's best positive among all candidates, int64 [Q] on the CPU."""
     count = len(candidates)
     rows_per_block = max(1, BLOCK_ELEMENTS // max(count, 1))
     order = torch.arange(count, device=candidates.device)

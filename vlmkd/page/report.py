@@ -68,7 +68,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[Number]:
-    """One number of each column, data sets together, in the order in which they were written."""
+    """A number of each column, data sets together, in the order in which they were written."""
     first: dict[Key, Number] = {}
     for row in rows:
         for key, number in row.scores.items():
@@ -90,10 +90,7 @@ def best(rows: Iterable[Row], column: Number) -> Row | None:
 
 
 def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
-    """Write one HTML page about `run_dirs` to `out`, which it returns; it loads nothing from outside.
-
-    `samples` is a gallery file instead of the runs' own `eval/gallery.json`.
-    """
+    """Write the page to `out`, which it returns; `samples` is a gallery file instead of the runs' own."""
     import jinja2  # here, because a run imports this module at its start
 
     if not run_dirs:
@@ -134,7 +131,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
 
 
 def size_plots(rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str, Any]]:
-    """Main metrics of two models or more over their sizes, with captions."""
+    """Captions and plots: main metrics of two models or more over their sizes."""
     found = []
     for one in columns:
         points = [
@@ -149,7 +146,7 @@ def size_plots(rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str
 
 
 def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str, Any]]:
-    """Training loss, and main metrics that were seen more than once, with captions."""
+    """Captions and plots: training loss, and main metrics that were seen more than once."""
     found, lines = [], []
     for run in runs:
         logged = [line for line in run.train if line.get("loss") is not None]
