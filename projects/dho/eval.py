@@ -116,9 +116,8 @@ def _load(args: argparse.Namespace, class_names: list[str]) -> ClassifierPredict
     model = weights_file(args.model)
     if model.is_dir():
         return load_classifier(model)
-    return load_released(
-        model, load_set(args.classes, args.root).class_names if args.classes else class_names
-    )
+    named = load_set(args.classes, args.root).class_names if args.classes else class_names
+    return load_released(model, named)
 
 
 def _classifier(inner: ClassifierPredictor, answer: Callable[[DualLogits], Tensor]) -> HeadClassifier:

@@ -20,7 +20,7 @@ log = logging.getLogger("vlmkd.dho")
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one run by role, of which each has one; but unlabelled ones may include labelled ones."""
+    """The images of one run by role; unlabelled ones may include labelled ones."""
 
     dataset: LabelledSet
     labelled: list[Item]
@@ -38,10 +38,8 @@ def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
     unlabelled = rest_of(train, held if split.unlabelled_includes_labelled else [*labelled, *held])
     unlabelled += dataset.splits.get("unlabelled", [])
     if not unlabelled:
-        raise UserError(
-            f"{dataset.name}: no training image is left without a label; ask for fewer labels (split.shots, "
-            "split.percent), or set split.unlabelled_includes_labelled=true"
-        )
+        told = "ask for fewer (split.shots, split.percent), or set split.unlabelled_includes_labelled=true"
+        raise UserError(f"{dataset.name}: no training image is left without a label; {told}")
     validation = dataset.splits.get("val", []) if split.validation == "val" else held
     if split.validation != "none" and not validation:
         lacking, other = (
@@ -92,7 +90,7 @@ def rest_of(items: list[Item], picked: list[Item]) -> list[Item]:
 
 
 def _held_out(train: list[Item], labelled: list[Item], split: SplitConfig) -> list[Item]:
-    """At most `validation_per_class` of every class's other images, and at most half of them."""
+    """At most `validation_per_class` of every class's other images, and half of them."""
     taken = {item.key for item in labelled}
     rng = random.Random(f"{split.seed}/validation")
     held: list[Item] = []

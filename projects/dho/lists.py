@@ -14,7 +14,7 @@ from vlmkd.errors import UserError
 from vlmkd.files import read_text
 
 ListKind = Literal["cascade", "simclr"]
-"""`cascade` is DHO's rule and names item keys; `simclr` names files without their folder."""
+"""Of item keys by DHO's rule, and of files without their folder."""
 LIST_MARK = "# vlmkd image list, kind cascade"
 """How the first line of a `cascade` list begins."""
 _SEED = 13

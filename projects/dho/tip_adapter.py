@@ -112,7 +112,7 @@ def accuracy(adapter: TipAdapter, embeds: Tensor, labels: Tensor) -> float:
 
 
 def search_grid(beta_end: float, alpha_end: float) -> tuple[list[float], list[float]]:
-    """The values of beta and alpha that are tried: from 0.1 in 200 and 20 equal steps, up to but without the end."""
+    """The values of beta and alpha that are tried: from 0.1 in 200 and 20 equal steps, without the end."""
     ends = ((beta_end, 200), (alpha_end, 20))
     betas, alphas = (np.linspace(0.1, end, steps, endpoint=False).tolist() for end, steps in ends)
     return betas, alphas
