@@ -56,7 +56,7 @@ def device_named(name: str) -> torch.device:
 
 
 def environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun, DeepSpeed or SLURM gave them, or of one process."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of torchrun, DeepSpeed, SLURM or one process."""
     env, found = os.environ, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if "RANK" in env and "WORLD_SIZE" in env:
         found |= {name: env[name] for name in found if name in env}

@@ -26,7 +26,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:
-    """Exit with the code of a tool's `main`; a UserError, or what the system refuses about a file, is one line and code 2."""
+    """Exit with the code of a tool's `main`, or 2 and one line: a UserError, or what the system refuses about a file."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Lengths of a run and its parts, in whatever unit their paper gives them (`Range.refusal` lists them), as optimiser steps."""
+"""Optimiser steps of `5000`, `20ep` (epochs), `1e6ex` (examples), `10%` of the run, `max(500, 12ep)` and `min(100, 20%)`."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _steps_of(value: int | str, path: str, units: dict[str, float]) -> int:
     number, unit = float(found["number"]), found["unit"]
     told = f"is {value}, a share of itself; give steps, epochs (ep) or examples (ex)"
     require(unit in units, path, told)
-    told = f"is {value}, but how many whole batches these data are is not known, or none; give steps or examples (1e6ex),"
-    more = "a smaller batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
+    told = f"is {value}, but the whole batches of these data are not known, or none; give steps, examples (1e6ex), a smaller"
+    more = "batch_size, or for shards data.samples_per_epoch (of chats: run index_shards.py)"
     require(units[unit] > 0, path, f"{told} {more}")
     steps = number * units[unit]
     return max(int(number > 0), int(steps + 1e-6) if unit == "ex" else round(steps))

@@ -44,7 +44,7 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": given.zero_stage if given.zero_stage >= 0 else int(not alone)}
     if given.offload != "none":
         place: dict[str, Any] = {"device": given.offload, "pin_memory": torch.cuda.is_available()}
-        place |= {"nvme_path": given.nvme_path} if given.offload == "nvme" else {}
+        place |= {"nvme_path": given.nvme_path} if given.nvme_path else {}
         zero |= {"offload_optimizer": place} | ({"offload_param": place} if zero["stage"] == 3 else {})
     config: dict[str, Any] = {
         "train_batch_size": cfg.batch_size,
@@ -67,17 +67,17 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     sections = (config.get(name) for name in ("bf16", "fp16", "zero_optimization"))
     bf16, fp16, zero = (section if isinstance(section, dict) else {} for section in sections)
     plain = not (bf16.get("enabled") or fp16.get("enabled") or "offload_optimizer" in zero)
-    fits = zero.get("stage", 0) != 0 or plain
-    require(fits, "deepspeed.zero_stage", "is 0, which works in fp32 and without offload only; use 1")
+    told = "is 0, which works in fp32 and without offload only; use 1"
+    require(plain or zero.get("stage", 0) != 0, "deepspeed.zero_stage", told)
     return config
 
 
 def check_machine(cfg: RunConfig) -> None:
     """Refuse what this machine cannot do."""
-    precision, gpu = cfg.deepspeed.precision, torch.cuda.is_available()
-    field, lacks = "deepspeed.precision", precision == "bf16" and gpu and not torch.cuda.is_bf16_supported()
+    precision, gpu, field = cfg.deepspeed.precision, torch.cuda.is_available(), "deepspeed.precision"
     require(precision != "fp16" or gpu, field, "is fp16, which needs a GPU; use bf16 or fp32")
-    require(not lacks, field, "is bf16, which this GPU lacks; use fp16 or fp32")
+    fits = precision != "bf16" or not gpu or torch.cuda.is_bf16_supported()
+    require(fits, field, "is bf16, which this GPU lacks; use fp16 or fp32")
 
 
 class Engine:

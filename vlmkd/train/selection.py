@@ -113,7 +113,7 @@ class Best(Selection):
 
 
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
-    """The trained parameters of `module` by name (master weights of `Task.masters`), and with `buffers` its floating-point ones."""
+    """Trained parameters of `module`, or their masters (`Task.masters`); `buffers`: and its floating-point buffers."""
     weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:
         weights |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}

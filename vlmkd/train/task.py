@@ -99,7 +99,7 @@ class Task:
         return [one for one in (self.average, *self.selections) if one is not None]
 
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that `master_value` reads in fp32 whatever the precision: by default all, where a selection keeps any."""
+        """Parameters that `master_value` reads in fp32 whatever the precision; by default all, if weights are kept."""
         return [p for p in self.student.parameters() if p.requires_grad] if self.kept() else []
 
     def after_evaluation(self, results: list[Result], step: int) -> None:

@@ -192,9 +192,9 @@ def stream_seed(*parts: int | str) -> int:
 
 
 def loss_factors(weights: list[float], device: torch.device) -> list[torch.Tensor]:
-    """What micro-batches' mean losses are multiplied by, so that a step trains on the mean over all they weigh; a collective.
+    """What mean losses of micro-batches are multiplied by, so that a step trains on the mean over all they weigh.
 
-    The engine divides by micro-batches and ranks.
+    The engine divides by micro-batches and ranks. A collective.
     """
     total = distributed.total(torch.tensor(sum(weights), dtype=torch.float64, device=device))
     return [weight * len(weights) * distributed.world_size() / total for weight in weights]
