@@ -92,7 +92,7 @@ def _count_text(counts: Mapping[str, int]) -> str:
 
 
 class Loader:
-    """Endless batches of one rank; the loop counts steps, not epochs."""
+    """Endless batches of one rank."""
 
     def __init__(
         self, source: Source, pipeline: Pipeline[Any], *, workers: int = 2, max_bad_share: float = 0.05
@@ -187,7 +187,7 @@ class Loader:
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Turn torch's error about a loader process that died, which may come at any line of the body, into a UserError."""
+    """Make torch's error about a loader process that died, which may come at any line of the body, a UserError."""
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as error:
@@ -289,15 +289,15 @@ def _open_caches(
     if numbers == {0}:
         return []
     if len(numbers) > 1 or (digests is not None and numbers != {len(digests)}):
+        of_teachers = f" for {len(digests)} teachers" if digests is not None else ""
         raise UserError(
-            f"config field data.sources.N.teacher_caches: sources name {sorted(numbers)} caches"
-            + (f" for {len(digests)} teachers" if digests is not None else "")
-            + "; every source needs one per teacher, or all none"
+            f"config field data.sources.N.teacher_caches: sources name {sorted(numbers)} caches{of_teachers}; every source "
+            "needs one per teacher, or all none"
         )
     caches = []
+    wanted: Sequence[str | None] = digests or [None] * max(numbers)
     for source, urls in zip(cfg.sources, shard_lists, strict=True):
         caches.append([TeacherOutputs(folder) for folder in source.teacher_caches])
-        for number, cache in enumerate(caches[-1]):
-            digest = digests[number] if digests is not None else None
+        for cache, digest in zip(caches[-1], wanted, strict=True):
             cache.check(view_config(cfg), spec.fill, shards=urls, digest=digest)
     return caches

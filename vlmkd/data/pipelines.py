@@ -29,7 +29,6 @@ class Pipeline(Protocol[S]):
 
     def process(self, raw: RawSample) -> S:
         """A sample ready to be collated; one that raises BadSample is dropped."""
-        ...
 
     def collate(self, samples: list[S]) -> dict[str, Any]:
         """One batch, with the `keys` of its samples.
@@ -37,15 +36,12 @@ class Pipeline(Protocol[S]):
         The loader adds `positions`: `worker`, the logical worker over all ranks, or the rank, and `raw`, how many raw
         samples it had given out after this batch, bad ones included.
         """
-        ...
 
     def check(self, batch: dict[str, Any], size: int) -> None:
         """Look at the first batch of a run; an AssertionError is a defect of the pipeline."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What it brings into a run beside the source's data, for data.json."""
-        ...
 
 
 _TENSORS = {

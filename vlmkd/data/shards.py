@@ -56,9 +56,7 @@ def expand(shards: list[str], where: str) -> list[str]:
     """Every shard that these brace ranges, globs and `emoji:` names stand for, in order."""
     found = [name for entry in shards for name in _expand_one(entry, where)]
     if not found:
-        raise UserError(
-            f"{where} is empty; name at least one shard, e.g. {where}=['data/{{00000..00099}}.tar']"
-        )
+        raise UserError(f"{where} is empty; name shards, e.g. data/{{00000..00099}}.tar")
     return found
 
 
@@ -98,7 +96,6 @@ def _brace_range(entry: str, where: str) -> list[str]:
 
 
 def is_remote(name: str) -> bool:
-    """True for shards that are not local files."""
     return name.startswith(("http://", "https://", *_BY_COMMAND))
 
 
@@ -118,11 +115,10 @@ def check_count(num_shards: int, world_size: int, workers: int, where: str) -> N
     workers = max(workers, 1)
     streams, fitting = world_size * workers, num_shards // world_size
     if num_shards < streams:
+        mend = f"set data.workers={fitting}" if fitting else f"use at most {num_shards} ranks"
         raise UserError(
-            f"{where} has {num_shards} shards, but {world_size} ranks x {workers} workers need {streams}; "
-            + (f"set data.workers={fitting}" if fitting else f"use at most {num_shards} ranks")
-            + " or re-shard with `python data_tools/images_to_shards.py --reshard SHARDS --out FOLDER --num-shards "
-            f"{streams}`"
+            f"{where} has {num_shards} shards, but {world_size} ranks x {workers} workers need {streams}; {mend} or re-shard "
+            f"with `python data_tools/images_to_shards.py --reshard SHARDS --out FOLDER --num-shards {streams}`"
         )
 
 
@@ -322,7 +318,7 @@ class ShardStream:
 
     @property
     def passes(self) -> int:
-        """How many times this worker has gone through its share of the shards."""
+        """How often this worker has gone through its shards."""
         return self._start[0]
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,7 +333,7 @@ class ShardStream:
         self._current = block[::-1]  # taken from its end
 
     def _extend(self) -> None:
-        """Read one raw sample into the next block unless that block is complete."""
+        """Read one raw sample into the next block, unless that is complete."""
         if self._ahead_full:
             return
         sample = next(self._reader)
@@ -348,7 +344,7 @@ class ShardStream:
         self._ahead_full = len(self._ahead) == self._size
 
     def _raw(self, epoch: int, ordinal: int, index: int) -> Iterator[RawSample | None]:
-        """Raw samples from a position on; None after each epoch."""
+        """From a position on; None after each epoch."""
         fresh = (ordinal, index) == (0, 0)
         while True:
             count = 0
@@ -368,7 +364,7 @@ class ShardStream:
             epoch, ordinal, fresh = epoch + 1, 0, True
 
     def epoch_order(self, epoch: int) -> list[int]:
-        """Indices of all shards in the order of `epoch`, before they are dealt to workers."""
+        """Indices of all shards, before they are dealt to workers."""
         order = list(range(len(self._shards)))
         random.Random(f"{self._salt}/order/{epoch}").shuffle(order)
         return order

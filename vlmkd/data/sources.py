@@ -35,12 +35,11 @@ _Rows = Iterator[tuple[str, Iterator[RawSample]]]
 class ShardSource:
     """Shards of several sources, drawn by weight; every logical worker has its share of the shards.
 
-    With other ranks, workers, shuffling or sources than before, a resumed run goes on with a fresh stream, which the seed
-    and the number of batches so far settle on every rank.
+    A run resumed with other ranks, workers, shuffling or sources goes on with a fresh stream, which the seed and the number
+    of batches so far settle.
     """
 
     hint = "mend the shards (`python data_tools/check_shards.py SHARDS` lists them)"
-    """What a user does about bad samples."""
 
     def __init__(
         self,
@@ -53,11 +52,10 @@ class ShardSource:
         field: str = "data.sources",
         whole: bool = False,
     ) -> None:
-        """`field`: what the run's config calls its sources. `whole`: read all members of a sample, not only those of `cfg`."""
+        """`field`: what the run's config calls its sources. `whole`: read all members of a sample."""
         if not cfg.sources:
-            raise UserError(
-                "config field data.sources is empty; add one, e.g. data.sources.0.shards=['emoji:train']"
-            )
+            told = "is empty; add one, e.g. data.sources.0.shards=['emoji:train']"
+            raise UserError(f"config field data.sources {told}")
         self.cfg, self.rank, self.world_size, self.batch_size = cfg, rank, world_size, micro_batch_size
         self.field, self.members, self.salt = field, None if whole else members(cfg), f"{seed}"
         self.samples_per_epoch = cfg.samples_per_epoch
@@ -81,7 +79,6 @@ class ShardSource:
         return _Mixture(self, self.rank * workers + worker, self.world_size * workers, state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `resume` compares."""
         return {"layout": dict(self._layout), "salt": self.salt}
 
     def resume(self, state: dict[str, Any], delivered: int) -> tuple[int, bool]:
@@ -101,7 +98,6 @@ class ShardSource:
         return delivered, False
 
     def describe(self) -> dict[str, Any]:
-        """What went into the run, for data.json."""
         sources = [
             {
                 "shards": len(urls),
@@ -137,7 +133,7 @@ class _Mixture:
 
     @property
     def passes(self) -> int:
-        """Complete passes over the source that is the furthest behind."""
+        """Over the source that is the furthest behind."""
         return min(stream.passes for stream in self._streams)
 
     @property
@@ -183,7 +179,7 @@ class Stream:
 
 
 class ItemSource:
-    """Named streams (labelled and unlabelled images, one per domain, chats), with a share each of every global batch.
+    """Named streams (such as labelled and unlabelled images), with a share each of every global batch.
 
     Which item is drawn at position p of a stream since the start of the run, and which view of it, are functions of
     (seed, stream name, p). So global batch number b is the same whoever loads it and however many ranks share it, and a
@@ -231,7 +227,6 @@ class ItemSource:
         return _Positions(self, delivered + (worker - delivered) % workers, workers)
 
     def labelled(self) -> list[Item]:
-        """The items with a label, each once a stream."""
         return [item for one in self.streams.values() for item in one.items if item.label != UNLABELLED]
 
     def draw(self, name: str, position: int) -> tuple[int, int]:
@@ -324,7 +319,6 @@ def _digest_of_items(items: Sequence[Any]) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """sha256 over plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -96,14 +96,13 @@ class OutputsInfo(StoreInfo):
     crops: int
     """Views per image, K."""
     seed: int
-    """Seed of the views."""
     views: ViewConfig
-    """Distribution that the views were drawn from."""
+    """Distribution that the views were drawn from, with the seed."""
 
 
 @dataclass(slots=True)
 class Stored:
-    """What is stored of one sample."""
+    """Of one sample."""
 
     digest: bytes
     views: list[View]
@@ -161,7 +160,7 @@ class Store:
         if differences:
             raise UserError(
                 f"teacher outputs {self.folder} do not fit this run: {'; '.join(differences)}; change the config, or run "
-                f"{self.info.tools}, which adds what is missing to a folder of the same settings"
+                f"{self.info.tools} to add what is missing"
             )
 
 
@@ -176,11 +175,10 @@ class TeacherOutputs(Store):
         super().__init__(folder)
         self.teacher_view = teacher_view
         self.replays = teacher_view == "same"
-        """Whether the student sees the stored views."""
         if not self.replays and (self.info.views != CLEAN or self.info.crops != 1):
             raise UserError(
                 f"config field data.teacher_view=clean, but {folder} holds {self.info.crops} drawn view(s) an image; "
-                f"write another folder with data_tools/embed_labelled.py --clean, or set data.teacher_view=same"
+                "write one with data_tools/embed_labelled.py --clean, or set data.teacher_view=same"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -224,7 +222,7 @@ class TeacherOutputs(Store):
 
 
 class _Part:
-    """One file, memory-mapped: its tensors take no memory until they are read."""
+    """One file, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -251,13 +249,8 @@ class _Part:
         return Stored(bytes(self._digests[row].tolist()), self._views_of(row), columns)
 
     def _views_of(self, row: int) -> list[View]:
-        parts = {name: values[row].tolist() for name, values in self._views.items()}
-        count = len(parts.get("flips", ()))
-        parts = {name: [0] * count for name in _VIEWS} | parts
-        return [
-            View(tuple(box), bool(flip), tuple(jitter), float(hue), bool(grey))
-            for box, flip, jitter, hue, grey in zip(*(parts[name] for name in _VIEWS), strict=True)
-        ]
+        columns = zip(*(values[row].tolist() for values in self._views.values()), strict=True)
+        return [View(tuple(box), bool(flip), tuple(jitter), *more) for box, flip, jitter, *more in columns]
 
 
 def read_info(folder: Path, kind: type[StoreInfo]) -> Any:
@@ -274,7 +267,7 @@ def read_info(folder: Path, kind: type[StoreInfo]) -> Any:
         if info.keys() - {one.name for one in fields(kind)}:
             raise UserError(f"teacher outputs {folder} are of another kind of data; {hint}")
         for name, part in (("image_spec", ImageSpec), ("views", ViewConfig)):
-            if name in info or name == "image_spec":
+            if name in info:
                 tuples: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in info[name].items()}
                 info = info | {name: part(**tuples)}
         return kind(**info)
@@ -450,7 +443,7 @@ class Writer:
 
 
 def missing_items(items: Sequence[Any], folder: Path) -> list[Any]:
-    """The items that no part of `folder` holds."""
+    """Those that no part of `folder` holds."""
     done = {key for path in _part_paths(folder) for key in _Part(path).rows}
     return [item for item in items if item.key not in done]
 
@@ -493,14 +486,13 @@ def _save(
 
 
 def item_views(item: Item, info: OutputsInfo, max_pixels: int) -> Prepared:
-    """The views that `info` asks for of an item."""
     return drawn_views(item.key, item.key, item.read(), info, max_pixels)
 
 
 def drawn_views(
     key: str, name: str, image: bytes, info: OutputsInfo, max_pixels: int, text: str = ""
 ) -> Prepared:
-    """The views of an image, drawn from its `name`."""
+    """The views of an image that `info` asks for, drawn from its `name`."""
     size = checked_size(image, max_pixels)
     rngs = (random.Random(f"{info.seed}/{name}/{number}") for number in range(info.crops))
     views = [info.views.draw(*size, rng) for rng in rngs]
