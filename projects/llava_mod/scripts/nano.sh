@@ -8,8 +8,8 @@
 # set; further field=value arguments go to every student. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export runs="${RUNS:-runs/llava_mod_nano}" steps="${STEPS:-320}" teacher_steps="${TEACHER_STEPS:-800}"
-export caption_steps="${CAPTION_STEPS:-500}" prefer_steps="${PREFER_STEPS:-60}"
+export runs="${RUNS:-runs/llava_mod_nano}" steps="${STEPS:-360}" teacher_steps="${TEACHER_STEPS:-900}"
+export caption_steps="${CAPTION_STEPS:-600}" prefer_steps="${PREFER_STEPS:-60}"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 launch() { bash scripts/launch.sh "$@"; }
 

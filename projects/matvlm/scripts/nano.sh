@@ -9,7 +9,7 @@
 # the table. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-42}"
+export runs="${RUNS:-runs/matvlm_nano}" steps="${STEPS:-48}"
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2
 
 # Pictures and chats, a decoder of eight layers, and the teacher made of it: its projector's features become words to
@@ -19,8 +19,8 @@ bash scripts/launch.sh data_tools/build_small_decoder.py "$runs/decoder" --chats
     --layers 8 --width 128
 captions="data.chats=[$runs/scenes/names.json,$runs/scenes/places.json]"
 export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/places.json,$runs/scenes/exists.json]"
-asked="{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json, \
-most: 200}, {data: $runs/scenes/pope_random.json, most: 200}"
+asked="{data: $runs/scenes/test.json}, {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}, \
+{data: $runs/scenes/pope_random.json}"
 export asked="evaluation.questions=[$asked]"
 teacher() { # NAME STAGE STEPS [field=value ...]
     bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml threads=2 \
@@ -29,8 +29,8 @@ teacher() { # NAME STAGE STEPS [field=value ...]
 teacher words words 400 "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
     student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
     student.decoder="hf:$runs/decoder"
-teacher captions sft "${CAPTION_STEPS:-500}" "$captions" batch_size=32 student.init_from="$runs/words/export"
-teacher teacher sft "${TEACHER_STEPS:-600}" "$chats" student.init_from="$runs/captions/export" "$asked"
+teacher captions sft "${CAPTION_STEPS:-600}" "$captions" batch_size=32 student.init_from="$runs/words/export"
+teacher teacher sft "${TEACHER_STEPS:-900}" "$chats" student.init_from="$runs/captions/export" "$asked"
 
 # One hybrid: its name says the share of layers, what they start from or what is left out of the loss, and the steps.
 export OMP_NUM_THREADS=1
@@ -48,11 +48,11 @@ hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, published, r
     name="${preset}_${kind}_${steps}_s$seed"
     bash scripts/launch.sh projects/matvlm/train_distill.py projects/matvlm/configs/nano/base.yaml \
         run_dir="$runs/$name" seed="$seed" steps="$steps" "$chats" student.init_from="$runs/teacher/export" \
-        hybrid.preset="$preset" evaluation.every_steps=$((steps / 3)) "$asked" \
+        hybrid.preset="$preset" evaluation.every_steps=$((steps / 2)) "$asked" \
         ${given[@]+"${given[@]}"} "${@:2}" 2>&1 | sed -u "s/^/[$name] /"
 }
 export -f hybrid
-hybrids="${HYBRIDS:-12.5_attention 25_attention 50_attention 50_published 50_random 50_no_layer 50_no_logits}"
+hybrids="${HYBRIDS:-12.5_attention 25_attention 50_attention 50_published 50_random 50_no_layer 50_no_logits 50_with_ce}"
 for seed in ${SEEDS:-0 1 2}; do printf "%s $seed\n" $hybrids; done |
     xargs -P 2 -I RUN bash -euo pipefail -c 'hybrid "$@"' hybrid RUN "$@"
 
