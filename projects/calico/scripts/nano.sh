@@ -5,11 +5,11 @@
 #   bash projects/calico/scripts/nano.sh [field=value ...]
 #
 # RUNS (default runs/calico_nano), SEEDS, FRACTIONS (per cent of the scenes : steps of fine-tuning), SCENES, TEST_SCENES, PRC_STEPS,
-# RAD_STEPS and ARMS (of the comparison, at the first fraction alone: pointcontrast, untrained) may be set; further field=value go
-# to every run. Finished runs are kept. DRY_RUN=1 prints the commands.
+# RAD_STEPS and ARMS ("prc pointcontrast untrained", more to compare with) may be set; further field=value go to every run.
+# Finished runs are kept, and a call with other seeds or arms adds to the tables. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export runs="${RUNS:-runs/calico_nano}" fractions="${FRACTIONS:-5:300 20:600}" arms="${ARMS-pointcontrast untrained}"
+export runs="${RUNS:-runs/calico_nano}" fractions="${FRACTIONS:-5:300 20:600}" arms="${ARMS:-}"
 export prc_steps="${PRC_STEPS:-400}" rad_steps="${RAD_STEPS:-300}"
 scenes="${SCENES:-320}"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
@@ -48,19 +48,21 @@ student() { # SEED [field=value ...]: everything of a seed
     finetune random camera - - "$s" "$@"
     finetune calico camera - rad "$s" "$@"
     finetune random fusion - - "$s" "$@"
-    finetune prc fusion prc - "$s" "$@"
     finetune calico fusion prc rad "$s" "$@"
-    # Controls: points in the place of regions, and a teacher that knows nothing.
-    fractions="${fractions%% *}"
+    # To compare with: both sensors without RAD; at the first share alone, points in the place of regions, and a teacher
+    # that knows nothing.
     for arm in $arms; do
         case "$arm" in
+            prc)
+                finetune prc fusion prc - "$s" "$@"
+                ;;
             untrained)
                 train "rad_untrained_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt=untrained "$@"
-                finetune untrained camera - rad_untrained "$s" "$@"
+                fractions="${fractions%% *}" finetune untrained camera - rad_untrained "$s" "$@"
                 ;;
             *)
                 train "${arm}_s$s" prc steps="$prc_steps" seed="$s" prc.arm="$arm" "$@"
-                finetune "$arm" lidar "$arm" - "$s" "$@"
+                fractions="${fractions%% *}" finetune "$arm" lidar "$arm" - "$s" "$@"
                 ;;
         esac
     done
