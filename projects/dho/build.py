@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from projects.dho.config import DhoConfig
 from projects.dho.labels import Images, choose
 from projects.dho.mixing import Mixture
+from projects.dho.objective import TERMS
 from projects.dho.selection import HeadSearch, Shifted
 from projects.dho.student import Student
 from projects.dho.task import DhoTask
@@ -53,7 +54,14 @@ def student_job(cfg: DhoConfig) -> Job:
         student = build_student(cfg, backbone, teacher, dataset)
     task = DhoTask(cfg, student, backbone, teacher, names)
     loader = _loader(cfg, images, backbone, teacher)
-    return Job(cfg, task, loader, _validation(cfg, images), _tests(cfg, images))
+    validation: list[Evaluator] = []
+    if images.validation:
+        fixed = Mixture(cfg.mixing.alpha, cfg.mixing.beta) if cfg.mixing.mode == "fixed" else None
+        title = f"{dataset.name} validation"
+        validation.append(HeadSearch(title, images.validation, two_heads=cfg.two_heads, fixed=fixed))
+    more = [(load_set(extra.set, extra.root), extra.split) for extra in cfg.test_sets]
+    tests = [Shifted(Classification.of(one, split)) for one, split in [(dataset, "test"), *more]]
+    return Job(cfg, task, loader, validation, tests)
 
 
 def _epoch(cfg: DhoConfig, images: Images) -> int:
@@ -71,7 +79,7 @@ def build_student(
     """The student around a loaded backbone; heads and projector are drawn from torch's random state."""
     classes = len(dataset.class_names)
     projector = None
-    if cfg.uses_features:
+    if "feature" in TERMS[cfg.loss.method]:
         assert teacher is not None
         projector = Projector(backbone.dim, teacher.dim)
     head: nn.Module
@@ -94,15 +102,10 @@ def _start_from_text(head: nn.Module, cfg: DhoConfig, dataset: LabelledSet) -> N
     whole = name.startswith(("zoo:", "local-dir:", "hf:"))
     model, _, pretrained = (name, "", "") if whole else name.partition("@")
     clip = load_clip(model, pretrained)
-    prompts = prompts_of(cfg.teacher, dataset.templates)
-    vectors = encode_classes(
-        ClipPredictor.of(clip),
-        dataset.class_names,
-        prompts,
-        cfg.student.text_init,
-        teacher_digest=clip.digest,
-    ).vectors
-    start_from_vectors(head, vectors)
+    prompts, encoder = prompts_of(cfg.teacher, dataset.templates), ClipPredictor.of(clip)
+    how = cfg.student.text_init
+    made = encode_classes(encoder, dataset.class_names, prompts, how, teacher_digest=clip.digest)
+    start_from_vectors(head, made.vectors)
 
 
 @torch.no_grad()
@@ -139,18 +142,3 @@ def _loader(cfg: DhoConfig, images: Images, backbone: Backbone, teacher: Teacher
         teacher_specs=[] if clip is None else [clip.image_spec],
         teacher_digest=None if teacher is None else teacher.digest,
     )
-
-
-def _validation(cfg: DhoConfig, images: Images) -> list[Evaluator]:
-    if not images.validation:
-        return []
-    fixed = Mixture(cfg.mixing.alpha, cfg.mixing.beta) if cfg.mixing.mode == "fixed" else None
-    name = f"{images.dataset.name} validation"
-    return [HeadSearch(name, images.validation, two_heads=cfg.two_heads, fixed=fixed)]
-
-
-def _tests(cfg: DhoConfig, images: Images) -> list[Evaluator]:
-    more = [(load_set(extra.set, extra.root), extra.split) for extra in cfg.test_sets]
-    return [
-        Shifted(Classification.of(dataset, split)) for dataset, split in [(images.dataset, "test"), *more]
-    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from projects.dho.lists import ListKind
-from projects.dho.objective import USES_FEATURES, USES_LABELS, USES_LOGITS, Balance, Method, term_weights
+from projects.dho.objective import TERMS, Balance, Method
 from vlmkd.config import (
     AboveZero,
     Amount,
@@ -232,7 +232,7 @@ class DhoConfig(RunConfig):
     def _check_loss(self) -> None:
         loss, split, share = self.loss, self.split, self.labelled_images
         require(
-            not self.grad_cosine_every or len(term_weights(loss.method, loss.ce_share, loss.balance)) == 2,
+            not self.grad_cosine_every or len(TERMS[loss.method]) == 2,
             "grad_cosine_every",
             f"needs two losses; loss.method={loss.method} has one",
         )
@@ -273,7 +273,7 @@ class DhoConfig(RunConfig):
         )
         require(
             not teacher.adapter
-            or (self.loss.method in USES_LOGITS and not teacher.class_vectors and teacher.scale == 100.0),
+            or ("kd" in TERMS[self.loss.method] and not teacher.class_vectors and teacher.scale == 100.0),
             "teacher.adapter",
             "has its own class vectors and scale, for methods that imitate logits; leave it, or those, out",
         )
@@ -290,14 +290,9 @@ class DhoConfig(RunConfig):
         return self.labelled_batch or usual * self.uses_labels
 
     @property
-    def uses_features(self) -> bool:
-        """Whether the student imitates the teacher's image embedding."""
-        return self.loss.method in USES_FEATURES
-
-    @property
     def uses_labels(self) -> bool:
         """Whether labels reach the student."""
-        return self.loss.method in USES_LABELS
+        return "ce" in TERMS[self.loss.method]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,15 @@
   python -m projects.dho.eval --model vit_b_1.pt --classes imagenet --set imagenet-a --root /data --beta 1
   python -m projects.dho.eval --model runs/NAME/export --set caltech101 --root /data --search val
 
-Without --alpha and --beta the model's own mixture is used. --search chooses both on another split of the first set than
-the one that is reported. The CE head and the KD head are reported too.
+Without --alpha and --beta the model's own mixture is used; --search chooses both on another split of the first set.
+Each head is reported too.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.classify import Classification
 from vlmkd.export.classifier import load_classifier
 from vlmkd.files import check_writable
-from vlmkd.models.classifier import ClassifierPredictor
 from vlmkd.models.heads import DualLogits
 from vlmkd.models.towers import evaluating
 from vlmkd.results import Number, numbers_of, write_results
@@ -75,16 +75,29 @@ def main(argv: list[str]) -> int:
 def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
     """Results of the mixture and each head on every set."""
     sets = [load_set(name, args.root) for name in args.sets]
-    inner = _load(args, sets[0].class_names)
+    model = weights_file(args.model)
+    if model.is_dir():
+        inner = load_classifier(model)
+    else:
+        named = load_set(args.classes, args.root) if args.classes else sets[0]
+        inner = load_released(model, named.class_names)
     if inner.mix is None:
         raise UserError(f"model {inner.name} has one head; evaluate it with a run's final test")
     given = (args.alpha, args.beta)
     alpha, beta = (own if value is None else value for value, own in zip(given, inner.mix, strict=True))
     context = Context(device=distributed.device(), batch_size=args.batch_size)
     inner.module.to(context.device)
+
+    @torch.no_grad()
+    def heads(images: Tensor) -> DualLogits:
+        with evaluating(inner.module):
+            output: DualLogits = inner.module(images.to(context.device))
+        return output
+
+    classifier = partial(HeadClassifier, inner.name, inner.image_spec, inner.class_names, heads)
     if args.search:
         items, title = items_of(sets[0], args.search), f"{sets[0].name} {args.search}"
-        logits, labels, _ = head_logits(_classifier(inner, lambda logits: logits.ce), items, title, context)
+        logits, labels, _ = head_logits(classifier(lambda logits: logits.ce), items, title, context)
         found = search(*logits, labels)
         alpha, beta = found.alpha, found.beta
         print(f"alpha {alpha:g}  beta {beta:g}  {title} {found.accuracy:.4f}")
@@ -103,33 +116,13 @@ def evaluate(args: argparse.Namespace) -> tuple[list[Number], dict[str, Any]]:
     for dataset in sets:
         evaluator = Shifted(Classification.of(dataset, args.split))
         for answer, of in answers.items():
-            (result,) = evaluator.run(_classifier(inner, of), context)
+            (result,) = evaluator.run(classifier(of), context)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
             print(f"{result.dataset}  {answer}  {shown}")
             tags = {"answer": answer} | ({"alpha": alpha, "beta": beta} if answer == "mixed" else {})
             numbers += numbers_of([result], run=args.model, model=args.model, tags=tags)
             details.setdefault(dataset.name, {})[answer] = result.details
     return numbers, details
-
-
-def _load(args: argparse.Namespace, class_names: list[str]) -> ClassifierPredictor:
-    model = weights_file(args.model)
-    if model.is_dir():
-        return load_classifier(model)
-    named = load_set(args.classes, args.root).class_names if args.classes else class_names
-    return load_released(model, named)
-
-
-def _classifier(inner: ClassifierPredictor, answer: Callable[[DualLogits], Tensor]) -> HeadClassifier:
-    device = next(inner.module.parameters()).device
-
-    @torch.no_grad()
-    def heads(images: Tensor) -> DualLogits:
-        with evaluating(inner.module):
-            output: DualLogits = inner.module(images.to(device))
-        return output
-
-    return HeadClassifier(inner.name, inner.image_spec, inner.class_names, heads, answer)
 
 
 if __name__ == "__main__":

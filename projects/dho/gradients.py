@@ -34,10 +34,9 @@ class Agreement(NamedTuple):
 def agreements(
     first: Tensor, second: Tensor, groups: Mapping[str, Sequence[nn.Parameter]]
 ) -> dict[str, Agreement]:
-    """How the gradients of two scalar losses relate on each named group of parameters.
+    """How this rank's gradients of two scalar losses relate on each named group of parameters.
 
-    A parameter that a loss does not reach has gradient 0. The graph is kept, no `.grad` is written; gradients are this
-    rank's own.
+    A loss gives 0 where it does not reach. The graph is kept, no `.grad` is written.
     """
     parameters = [parameter for group in groups.values() for parameter in group]
     gradients = [

@@ -38,8 +38,10 @@ def choose(data: LabelledDataConfig, split: SplitConfig) -> Images:
     unlabelled = rest_of(train, held if split.unlabelled_includes_labelled else [*labelled, *held])
     unlabelled += dataset.splits.get("unlabelled", [])
     if not unlabelled:
-        told = "ask for fewer (split.shots, split.percent), or set split.unlabelled_includes_labelled=true"
-        raise UserError(f"{dataset.name}: no training image is left without a label; {told}")
+        raise UserError(
+            f"{dataset.name}: no training image is left without a label; ask for fewer labels, or set "
+            "split.unlabelled_includes_labelled=true"
+        )
     validation = dataset.splits.get("val", []) if split.validation == "val" else held
     if split.validation != "none" and not validation:
         lacking, other = (

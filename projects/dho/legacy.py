@@ -1,7 +1,4 @@
-"""Files of the released DHO code: student checkpoints, and a reader that takes their NumPy scalars for numbers.
-
-Layouts: docs/papers/dho.md#checkpoints.
-"""
+"""Files of the released DHO code (docs/papers/dho.md#checkpoints): student checkpoints, and a reader for NumPy scalars."""
 
 from __future__ import annotations
 
@@ -34,10 +31,7 @@ _HEADS = ("ce_head.weight", "ce_head.bias", "kd_head.weight", "kd_head.bias")
 
 
 def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """A torch file of tensors, plain data and NumPy scalars, which come back as Python numbers.
-
-    The fine-grained checkpoints hold alpha and beta so.
-    """
+    """A torch file of tensors, plain data and NumPy scalars (alpha and beta of some), which become Python numbers."""
     scalar = np.float64(0.0).__reduce__()[0]
     dtypes = {type(np.dtype(kind)) for kind in "efdbhilqBHILQ?"}
     # Files name NumPy's private module as it was called when they were written.
@@ -117,19 +111,14 @@ def _family(backbone: Mapping[str, Tensor], path: Path) -> str:
 
 
 def load_released(path: Path, class_names: list[str]) -> ClassifierPredictor:
-    """A released student as an ImageClassifier on the CPU.
-
-    Its KD head is `scaled_linear` for CLIP towers, which were trained so, and plain for CNNs.
-    """
+    """A released student on the CPU; CLIP towers were trained with a `scaled_linear` KD head, CNNs with a plain one."""
     read = read_checkpoint(path)
     weight = read.heads["ce_head.weight"]
     if weight.ndim != 2:
         raise UserError(f"weights file {path}: ce_head.weight has {weight.ndim} axes, not 2")
     classes, width = weight.shape
     if classes != len(class_names):
-        raise UserError(
-            f"{path} has {classes} classes, the data set {len(class_names)}; name its own data set"
-        )
+        raise UserError(f"{path} has {classes} classes, the data set {len(class_names)}; name its own set")
     if read.family == "clip":
         vision = read.vision_config
         config = image_tower_config({"embed_dim": width, "vision_cfg": vision, "quick_gelu": True})

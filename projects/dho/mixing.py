@@ -52,8 +52,7 @@ def entropy_alpha(ce_logits: Tensor, kd_logits: Tensor) -> Tensor:
 def search(ce_logits: Tensor, kd_logits: Tensor, labels: Tensor) -> Mixture:
     """The mixture with the most right answers on logits [N, C] with labels [N].
 
-    As a loop over BETAS, inside it over ALPHAS, that keeps strictly better accuracies: of equal ones the first stays,
-    and without any right answer alpha 0 and beta 1.
+    Of equal ones the first stays, BETAS outside and ALPHAS inside; without any right answer alpha 0 and beta 1.
     """
     right = right_counts(ce_logits, kd_logits, labels, ALPHAS, BETAS).flatten()
     best = int(right.max())

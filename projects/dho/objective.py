@@ -20,12 +20,16 @@ from vlmkd.losses.precision import wide
 Method = Literal["dho", "ce", "kd", "ce_kd", "pcgrad", "kd_feature", "ce_kd_feature"]
 Balance = Literal["convex", "sum"]
 
-USES_LABELS = ("dho", "ce", "ce_kd", "pcgrad", "ce_kd_feature")
-"""Methods with a cross-entropy term."""
-USES_LOGITS = ("dho", "kd", "ce_kd", "pcgrad")
-"""Methods that imitate the teacher's class probabilities."""
-USES_FEATURES = ("kd_feature", "ce_kd_feature")
-"""Methods that imitate the teacher's image embedding."""
+TERMS: dict[Method, tuple[str, ...]] = {
+    "dho": ("ce", "kd"),
+    "ce": ("ce",),
+    "kd": ("kd",),
+    "ce_kd": ("ce", "kd"),
+    "pcgrad": ("ce", "kd"),
+    "kd_feature": ("feature",),
+    "ce_kd_feature": ("ce", "feature"),
+}
+"""What a method learns from: labels, the teacher's class probabilities, its image embeddings."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,10 +40,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def distillation(
     student_logits: Tensor, teacher_logits: Tensor, labelled: int, temperature: float = 2.0
 ) -> Tensor:
-    """L_KD of logits [B, C]: temperature^2 KL(teacher || student), mean over the labelled rows plus mean over the others.
-
-    A part without rows is left out.
-    """
+    """L_KD of logits [B, C]: temperature^2 KL(teacher || student), mean over the labelled plus mean over the other rows."""
     return _per_part(
         lambda rows: kl_divergence(student_logits[rows], teacher_logits[rows], temperature),
         labelled,
@@ -54,18 +55,14 @@ def feature_distillation(student_embeds: Tensor, teacher_embeds: Tensor, labelle
 
 
 def _per_part(loss: Callable[[slice], Tensor], labelled: int, rows: int) -> Tensor:
+    """The sum over the parts that have rows, of which the caller gives some."""
     parts = [part for part in (slice(0, labelled), slice(labelled, rows)) if part.start < part.stop]
-    return torch.stack([loss(part) for part in parts]).sum()  # at least one row is the caller's promise
+    return torch.stack([loss(part) for part in parts]).sum()
 
 
 def term_weights(method: Method, ce_share: float, balance: Balance) -> dict[str, float]:
-    """The weight of each term of `method`: `ce`, `kd`, `feature`.
-
-    `convex`: ce_share L_CE + (1 - ce_share) L_KD (paper, few-shot scripts); `sum`: L_CE + L_KD (low-shot script). A method
-    with one term gives it weight 1.
-    """
-    terms = {"ce": USES_LABELS, "kd": USES_LOGITS, "feature": USES_FEATURES}
-    names = [name for name, methods in terms.items() if method in methods]
+    """The weight of each term: ce_share and 1 - ce_share (paper, few-shot scripts), or 1 with `sum` or one term alone."""
+    names = TERMS[method]
     if len(names) == 1 or balance == "sum":
         return dict.fromkeys(names, 1.0)
     return {name: ce_share if name == "ce" else 1.0 - ce_share for name in names}

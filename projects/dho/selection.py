@@ -1,19 +1,18 @@
 """What a student is judged by: both heads and their mixture on the validation images, and test sets of fewer classes.
 
-Letters: N images, C classes.
+Letters: B images of a batch, N of a set, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from projects.dho.mixing import Mixture, mix, search
-from projects.dho.teacher import Teacher
 from vlmkd.data.labelled import Item
 from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, Result
@@ -40,20 +39,6 @@ class HeadClassifier:
 
     def classify(self, images: Tensor) -> Tensor:
         return self.answer(self.heads(images))
-
-
-def teacher_classifier(teacher: Teacher, tower: nn.Module, class_names: list[str]) -> HeadClassifier:
-    """A loaded teacher, whose one answer stands for both heads, so that it can be put beside the student."""
-    assert teacher.clip is not None
-
-    @torch.no_grad()
-    def heads(images: Tensor) -> DualLogits:
-        embeds = tower(images, own_statistics=True).image_embeds
-        logits = teacher.logits.to(embeds.device)(embeds)
-        return DualLogits(logits, logits)
-
-    name, spec = f"teacher {teacher.source}", teacher.clip.image_spec
-    return HeadClassifier(name, spec, class_names, heads, lambda logits: logits.ce)
 
 
 class HeadSearch:
@@ -93,11 +78,13 @@ def head_logits(
 ) -> tuple[DualLogits, Tensor, list[str]]:
     """Logits [N,C] of both heads and labels [N] of the readable items, and the unreadable ones; the same on every rank."""
 
-    def side_by_side(images: Tensor) -> Tensor:
-        return torch.cat(predictor.heads(images), dim=1)
-
-    images = [item.image for item in items]
-    ids, rows, unreadable = image_outputs(side_by_side, predictor.image_spec, images, title, context)
+    ids, rows, unreadable = image_outputs(
+        lambda images: torch.cat(predictor.heads(images), dim=1),
+        predictor.image_spec,
+        [item.image for item in items],
+        title,
+        context,
+    )
     return DualLogits(*rows.chunk(2, dim=1)), torch.tensor([item.label for item in items])[ids], unreadable
 
 
@@ -112,12 +99,9 @@ class Shifted:
         self.dataset, self.items = inner.dataset, inner.items
 
     def run(self, predictor: HeadClassifier, context: Context) -> list[Result]:
-        if predictor.class_names != self.inner.class_names:
-            predictor = self._among_its_classes(predictor)
-        return self.inner.run(predictor, context)
-
-    def _among_its_classes(self, predictor: HeadClassifier) -> HeadClassifier:
         names, wanted = predictor.class_names, self.inner.class_names
+        if names == wanted:
+            return self.inner.run(predictor, context)
         if missing := [name for name in wanted if name not in names]:
             raise UserError(
                 f"test set {self.dataset}: {len(missing)} of its classes are not the student's (first: {missing[0]}); "
@@ -130,4 +114,4 @@ class Shifted:
             scores = predictor.answer(logits)
             return torch.maximum(scores[:, first], scores[:, last])
 
-        return HeadClassifier(predictor.name, predictor.image_spec, wanted, predictor.heads, answer)
+        return self.inner.run(replace(predictor, class_names=wanted, answer=answer), context)

@@ -35,7 +35,7 @@ class Student(nn.Module):
         *,
         separate_statistics: bool = False,
     ) -> None:
-        """`head`: a DualHead or linear head on the features, or a TextClassifier on what the projector makes of them."""
+        """`head`: on the features, or a TextClassifier on what the projector makes of them."""
         super().__init__()
         self.backbone = backbone
         self.head = head

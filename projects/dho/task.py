@@ -1,16 +1,14 @@
-"""One step of DHO: student on labelled and unlabelled images, frozen teacher, losses; and which weights count.
-
-Letters: B images of a batch (labelled first), C classes, D width of the teacher's embeddings.
-"""
+"""One step of DHO: student on labelled and unlabelled images, frozen teacher, losses; and which weights count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from projects.dho.config import DhoConfig
@@ -25,7 +23,7 @@ from projects.dho.objective import (
 )
 from projects.dho.schedules import linear, warmup_times_cosine
 from projects.dho.selection import NAME as HEADS
-from projects.dho.selection import HeadClassifier, teacher_classifier
+from projects.dho.selection import HeadClassifier
 from projects.dho.student import Student, StudentOutput
 from projects.dho.teacher import Teacher
 from vlmkd.config import RunConfig
@@ -143,11 +141,7 @@ class DhoTask(Task):
                 self.mixture = replace(self.mixture, accuracy=result.metrics["top1"], **result.chosen)
 
     def state(self) -> dict[str, Any]:
-        mixture = self.mixture
-        return {
-            "mixture": [mixture.alpha, mixture.beta, mixture.accuracy],
-            "cosines": dict(self._cosines),
-        }
+        return {"mixture": list(astuple(self.mixture)), "cosines": dict(self._cosines)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.mixture = Mixture(*state["mixture"])
@@ -162,10 +156,19 @@ class DhoTask(Task):
         return HeadClassifier("student", self.backbone.image_spec, self.class_names, self.core.heads, answer)
 
     def teacher_predictors(self) -> dict[str, Any]:
-        if self.teacher is None or self.teacher.clip is None:
+        """A loaded teacher, whose one answer stands for both heads, so that it can be put beside the student."""
+        teacher = self.teacher
+        if teacher is None or teacher.clip is None:
             return {}
-        predictor = teacher_classifier(self.teacher, self.teachers[0], self.class_names)
-        return {predictor.name: predictor}
+
+        @torch.no_grad()
+        def heads(images: Tensor) -> DualLogits:
+            embeds = self.teachers[0](images, own_statistics=True).image_embeds
+            logits = teacher.logits.to(embeds.device)(embeds)
+            return DualLogits(logits, logits)
+
+        name, spec = f"teacher {teacher.source}", teacher.clip.image_spec
+        return {name: HeadClassifier(name, spec, self.class_names, heads, lambda logits: logits.ce)}
 
     def teacher_logits(self, embeds: Tensor) -> Tensor | None:
         return None if self.teacher is None else self.teacher.logits(embeds)
@@ -186,15 +189,15 @@ class DhoTask(Task):
         """Write the student as a classifier folder."""
         weights = self._exported(weights)
         mixture = self.mixture
-        config = ClassifierConfig.of(
-            self.backbone,
-            self.core.head,
-            self.core.projector if isinstance(self.core.head, TextClassifier) else None,
-            class_names=self.class_names,
-            mix=(mixture.alpha, mixture.beta) if self.cfg.two_heads else None,
-        )
-        facts = {"method": self.cfg.loss.method, "validation_top1": mixture.accuracy}
-        facts |= {"selected_step": self.cfg.steps}
+        head = self.core.head
+        projector = self.core.projector if isinstance(head, TextClassifier) else None
+        mix = (mixture.alpha, mixture.beta) if self.cfg.two_heads else None
+        config = ClassifierConfig.of(self.backbone, head, projector, class_names=self.class_names, mix=mix)
+        facts = {
+            "method": self.cfg.loss.method,
+            "validation_top1": mixture.accuracy,
+            "selected_step": self.cfg.steps,
+        }
         for best in self.selections:
             assert isinstance(best, Best)
             facts |= {"selected_step": best.step, "validation_top1": best.score}

@@ -47,7 +47,7 @@ def load_teacher(
     clip = load_clip(cfg.model, cfg.pretrained) if cfg.model else None
     if clip is not None and stored is not None and clip.digest != stored.digest:
         raise UserError(
-            f"teacher {clip.source} has other weights than {stored.source}, whose outputs lie in {outputs}; name that model"
+            f"teacher {clip.source} has other weights than {stored.source}, of which {outputs} is; name that model"
         )
     origin = stored or clip
     assert origin is not None, "the config names a model or stored outputs"
@@ -58,8 +58,8 @@ def load_teacher(
         vectors = class_vectors(cfg, clip, class_names, templates)
         if vectors.teacher_digest != origin.digest:
             raise UserError(
-                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, image embeddings of {origin.source}, which has "
-                "other weights; make both with one model"
+                f"class vectors {cfg.class_vectors} are of {vectors.teacher}, image embeddings of other weights, "
+                f"{origin.source}; make both with one model"
             )
         logits = TextClassifier(vectors.vectors, vectors.logit_scale)
     dim = int((logits.keys if vectors is None else vectors.vectors).shape[1])  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ def load_teacher(
 
 
 def prompts_of(cfg: TeacherConfig, own: list[str]) -> list[str]:
-    """The templates that a teacher is asked with; `own` are the data set's."""
+    """The templates to ask with; `own` are the data set's."""
     return cfg.templates or (read_templates("simple") if cfg.prompts == "ensemble" else own)
 
 
@@ -98,6 +98,6 @@ def load_adapter(path: str, class_names: list[str], digest: str) -> tip_adapter.
         require_same_classes(facts["class_names"], class_names, f"Tip-Adapter {path}")
         if facts["teacher_digest"] != digest:
             raise UserError(
-                f"Tip-Adapter {path} was trained on {facts['teacher']}, this run's teacher has other weights; name that one"
+                f"Tip-Adapter {path} is of {facts['teacher']}, the teacher has other weights; name that one"
             )
     return adapter.eval().requires_grad_(False)

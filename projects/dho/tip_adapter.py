@@ -9,9 +9,8 @@ Letters: N cached images, C classes, D embedding width, B rows, V views.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from projects.dho.legacy import number_of, read_plain_pickle
 from vlmkd.errors import UserError
-from vlmkd.files import new_file, write_json
+from vlmkd.files import new_file
 
 SCALE = 100.0
 """Factor of the cosines, for which the file has no place."""
@@ -75,11 +74,10 @@ def fit(
     seed: int = 1,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, float]:
-    """Train the keys by cross entropy and leave those of the best validation epoch; returns (epoch, accuracy).
+    """Train the keys by cross entropy and leave those of the best validation epoch, the first of equals: (epoch, accuracy).
 
     AdamW, cosine to zero over all steps. Epoch e sees view e modulo V of the unit embeddings [V, N, D] with labels [N], in
-    an order drawn from `seed`; the last batch may be smaller. `validation` are unit embeddings [M, D] of clean images and
-    their labels [M]; among equal accuracies the first epoch stays.
+    an order drawn from `seed`. `validation` are unit embeddings [M, D] of clean images and their labels [M].
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([adapter.keys], lr=lr, eps=1e-4, weight_decay=0.01)
@@ -135,21 +133,19 @@ def search(
     return betas[beta], alphas[alpha], int(right.max()) / len(labels)
 
 
-def save(adapter: TipAdapter, path: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write the file that the released code reads, and `facts` into a JSON file beside it."""
+def save(adapter: TipAdapter, path: Path) -> None:
+    """Write the file that the released code reads."""
     keys = adapter.keys.detach().cpu()
     content = {
-        "adapter_weight": keys.clone(),
+        "adapter_weight": keys,
         "cache_keys": keys.T.contiguous(),
-        "cache_values": adapter.values.cpu().clone(),
+        "cache_values": adapter.values.cpu(),
         "clip_weights": adapter.class_vectors.cpu().T.contiguous(),
         "best_alpha": float(adapter.alpha),
         "best_beta": float(adapter.beta),
     }
     with new_file(path, "Tip-Adapter") as partial:
         torch.save(content, partial)
-    if facts is not None:
-        write_json(path.with_suffix(".json"), facts, "Tip-Adapter facts")
 
 
 def load(path: Path) -> TipAdapter:

@@ -30,7 +30,7 @@ from vlmkd.data.transforms import normalise
 from vlmkd.errors import UserError, run_tool
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.images import embeddings
-from vlmkd.files import new_folder, read_text, write_text
+from vlmkd.files import new_folder, read_text, write_json, write_text
 from vlmkd.models.clip import ClipModel, load_clip
 from vlmkd.models.towers import ClipPredictor, compute_dtype
 from vlmkd.train.lookup import check_names
@@ -89,7 +89,8 @@ def train(cfg: TipAdapterConfig) -> Path:
         "alpha": adapter.alpha,
         "beta": adapter.beta,
     }
-    tip_adapter.save(adapter, file, facts)
+    tip_adapter.save(adapter, file)
+    write_json(file.with_suffix(".json"), facts, "Tip-Adapter facts")
     print(json.dumps({name: value for name, value in facts.items() if name != "class_names"}, indent=1))
     return file
 
@@ -115,8 +116,7 @@ def embed_views(
         ready = made(items, make, cfg.data.workers)
         for item, prepared in zip(items, ready, strict=True):
             if isinstance(prepared, BadSample):
-                reason = f"{prepared.reason} {prepared.detail}"
-                raise UserError(f"labelled image {item.key} cannot be used ({reason}); mend it")
+                raise UserError(f"labelled image {item.key}: {prepared.reason} {prepared.detail}; mend it")
             yield from prepared.pixels
 
     rows, stream = [], pixels()
