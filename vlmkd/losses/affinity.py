@@ -17,14 +17,15 @@ from vlmkd.losses.precision import wide
 
 
 class AffinityLoss(NamedTuple):
-    """Two scalars with the same gradient: the paper trains on `ce`; `kl` reaches 0 and is easier to read."""
+    """Two scalars with the same gradient; `ce` is trained on by the paper, `kl` reaches 0 and is easier to read.
+
+    `ce` is the cross entropy of the student's affinities under the teachers', `kl` that minus the entropy of
+    the teachers', and `directions` [2] the `kl` of image-to-text and of text-to-image, unweighed and detached.
+    """
 
     ce: Tensor
-    """Cross entropy of the student's affinities under the teachers'."""
     kl: Tensor
-    """`ce` minus the entropy of the teachers'."""
     directions: Tensor
-    """`kl` of image-to-text and of text-to-image [2], unweighed and detached."""
 
 
 class PairEmbeds(NamedTuple):
@@ -50,42 +51,50 @@ def affinity_loss(
 ) -> AffinityLoss:
     """Cross entropy between teacher and student affinities, image-to-text and text-to-image, mean over local rows.
 
-    With several teachers the target is the mean of their softmax matrices (MobileCLIP). Inputs, and what the mean over
-    ranks is, as in vlmkd/losses/contrastive.py; no gradient reaches the teachers.
+    With several teachers the target is the mean of their softmax matrices (MobileCLIP). The mean over ranks
+    of the loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
 
     Args:
+        image_embeds, text_embeds: unit vectors [b, D] of the student; the columns too unless gathered ones follow.
+        logit_scale: of the student, already exponentiated, as the teachers'; may need a gradient.
+        teachers: at least one; no gradient reaches them.
+        all_image_embeds, all_text_embeds: [B, D] of all ranks, both or neither.
         reduction: `half` weighs each direction by 1/2 (the released code), `sum` by 1 (the paper's equation).
-        chunk: 0 for whole matrices; else tiles whose memory is at most 2 * chunk * B numbers in all.
+        chunk: 0 for the dense form; else tiles whose memory is at most 2 * chunk * B numbers in all.
     """
     if not teachers:
         raise ValueError("teachers is empty; affinity mimicking needs at least one")
     if chunk < 0:
-        raise ValueError(f"chunk is {chunk}; use 0 or a positive number of rows")
+        raise ValueError(f"chunk is {chunk}; use 0 for the dense form or a positive number of rows")
     if reduction not in ("half", "sum"):
         raise ValueError(f"reduction is {reduction!r}; choose half or sum")
     student = PairEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds)
     models = [student, *teachers]
-    rows = [x for m in models for x in (m.image_embeds, m.text_embeds)]
     given = [x for m in models for x in (m.all_image_embeds, m.all_text_embeds) if x is not None]
-    if len(given) not in (0, len(rows)):
+    if len(given) not in (0, 2 * len(models)):
         raise ValueError(
             "gathered embeddings must be given for images and texts of student and every teacher"
         )
-    for group in (rows, given):
+    for group in ([x for m in models for x in (m.image_embeds, m.text_embeds)], given):
         if len({len(x) for x in group}) > 1:  # they would broadcast into a wrong but finite number
             raise ValueError(f"row counts differ between student and teachers: {[len(x) for x in group]}")
-    scales, columns = [m.logit_scale for m in models], given or rows
-    blocks = [zip(rows[::2], columns[1::2], scales, strict=True)]
-    if given:  # else one block serves both directions: its columns are the rows of the other
+    if given:
         check_gathered(image_embeds, given[0], "all_image_embeds")
         check_gathered(text_embeds, given[1], "all_text_embeds")
-        blocks.append(zip(rows[1::2], columns[::2], scales, strict=True))
+        images, texts = given[::2], given[1::2]
+        blocks = [[(m.image_embeds, all_, m.logit_scale) for m, all_ in zip(models, texts, strict=True)]]
+        blocks += [[(m.text_embeds, all_, m.logit_scale) for m, all_ in zip(models, images, strict=True)]]
+    else:  # one block serves both directions: its columns are the rows of the other
+        blocks = [[(m.image_embeds, m.text_embeds, m.logit_scale) for m in models]]
     terms = []
     with torch.autocast(image_embeds.device.type, enabled=False):
         for block in blocks:
-            own, *frozen = [_widened(*model) for model in block]
-            packed = [x.detach() for model in frozen for x in model]
-            terms.append(_Affinity.apply(*own, not given, chunk, torch.is_grad_enabled(), *packed))
+            own, *frozen = [_widened(*triple) for triple in block]
+            packed = [x.detach() for triple in frozen for x in triple]
+            if chunk:
+                terms.append(_Chunked.apply(*own, not given, chunk, torch.is_grad_enabled(), *packed))
+            else:
+                terms.append(_dense([own, *_triples(packed)], (1,) if given else (1, 0)))
     ces, entropies, directions = zip(*terms, strict=True)
     weight = 0.5 if reduction == "half" else 1.0
     ce, entropy = torch.stack(ces).sum(), torch.stack(entropies).sum()
@@ -97,12 +106,35 @@ def _widened(rows: Tensor, columns: Tensor, scale: Tensor | float) -> tuple[Tens
     return rows, wide(columns), torch.as_tensor(scale, dtype=rows.dtype, device=rows.device).reshape(())
 
 
-class _Affinity(torch.autograd.Function):
-    """Cross entropy, the teachers' entropy and the difference of each direction, divided by b, over tiles of rows.
+Triple = tuple[Tensor, Tensor, Tensor]
+"""Rows, columns and scale of one model's logits."""
 
-    A tile sees all columns, so its row softmax is final and its gradient too, which is taken in the forward pass while
-    the logits are at hand: [b, D] and [B, D] gradients are all that is kept. With `both`, the softmax over rows needs
-    the normaliser of each column beforehand, unless one tile has all rows.
+
+def _triples(packed: Sequence[Tensor]) -> list[Triple]:
+    return list(zip(packed[::3], packed[1::3], packed[2::3], strict=True))
+
+
+def _dense(models: list[Triple], dims: tuple[int, ...]) -> Triple:
+    """Cross entropy, the teachers' entropy and the difference of each direction, divided by b."""
+    (rows, columns, scale), *teachers = models
+    logits = (scale * rows) @ columns.T
+    ces, entropies = [], []
+    with torch.no_grad():
+        teacher_logits = [(s * r) @ c.T for r, c, s in teachers]
+    for dim in dims:
+        with torch.no_grad():
+            target, entropy = _target(teacher_logits, dim, [None] * len(teachers))
+        ces.append(-(target * logits.log_softmax(dim)).sum())
+        entropies.append(entropy)
+    ce, entropy = torch.stack(ces), torch.stack(entropies)
+    return ce.sum() / len(rows), entropy.sum() / len(rows), (ce.detach() - entropy) / len(rows)
+
+
+class _Chunked(torch.autograd.Function):
+    """`_dense` over tiles of rows: a tile sees all columns, so its row softmax is final and its gradient too.
+
+    That gradient is taken in the forward pass while the logits are at hand; [b, D] and [B, D] gradients are all that
+    is kept. With `both`, the softmax over rows needs the normaliser of each column beforehand.
     """
 
     @staticmethod
@@ -116,10 +148,10 @@ class _Affinity(torch.autograd.Function):
         grad: bool,
         *packed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        models = [(rows, columns, scale), *zip(packed[::3], packed[1::3], packed[2::3], strict=True)]
+        models = [(rows, columns, scale), *_triples(packed)]
         count, num_tiles = len(rows), len(models) + 4  # see _tile_terms
-        step = min(count, max(1, 2 * chunk // num_tiles)) if chunk else count
-        sums = [_column_sums(*model, step) if both and step < count else None for model in models]
+        step = min(count, max(1, 2 * chunk // num_tiles))
+        sums = [_column_sums(*model, step) if both else None for model in models]
         needs = [grad and need for need in ctx.needs_input_grad[:3]]
         grad_rows = torch.empty_like(rows) if needs[0] or needs[2] else None
         grad_columns = torch.zeros_like(columns) if needs[1] else None
