@@ -11,20 +11,17 @@ from vlmkd.files import read_text
 
 
 def prompt_name(class_name: str) -> str:
-    """As prompts have it: underscores and runs of white space are one space."""
+    """Underscores and runs of white space are one space."""
     return " ".join(class_name.replace("_", " ").split())
 
 
 def class_key(class_name: str) -> str:
-    """Equal for names of the same class: underscores, white space and case do not count."""
+    """Equal for names of the same class: `prompt_name` without case."""
     return prompt_name(class_name).casefold()
 
 
 def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = False) -> None:
-    """Refuse an empty list, an empty name, and classes whose prompts are equal but for case.
-
-    `allow_duplicates` is for ImageNet, whose published names have `missile` and `sunglasses` twice.
-    """
+    """Refuse no names, an empty one, and, but in ImageNet (`missile` is there twice), two with one `class_key`."""
     if not class_names:
         raise UserError("the list of class names is empty; name at least one class")
     first: dict[str, int] = {}
@@ -38,7 +35,7 @@ def check_class_names(class_names: Sequence[str], *, allow_duplicates: bool = Fa
 
 
 def require_same_classes(found: Sequence[str], wanted: Sequence[str], what: str) -> None:
-    """Refuse class lists that differ in a name, the order or the number; `what` has the classes `found`."""
+    """Refuse lists that differ in a name, the order or the number; `what` has the classes `found`."""
     hint = "use the class list it was made with"
     if len(found) != len(wanted):
         raise UserError(f"{what} has {len(found)} classes, but {len(wanted)} are asked for; {hint}")
@@ -71,9 +68,7 @@ def read_folder_names(source: str) -> list[tuple[str, str]]:
     for line in read_lines(source, "class names", "name a text file with NAME or FOLDER<tab>NAME a line"):
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) > 2 or not all(parts):
-            raise UserError(
-                f"class names {source}: {line!r} is not NAME or FOLDER<tab>NAME; write one a line"
-            )
+            raise UserError(f"class names {source}: {line!r} is not NAME or FOLDER<tab>NAME; write that")
         pairs.append((parts[0], parts[-1]))
     return pairs
 
@@ -91,7 +86,6 @@ def read_templates(source: str) -> list[str]:
 
 
 def check_templates(templates: Sequence[str], where: str = "prompt template ") -> None:
-    """Refuse an empty list, and a template without a place for the class name."""
     if not templates:
         raise UserError("the list of prompt templates is empty; give at least `a photo of a {}.`")
     for template in templates:
@@ -100,7 +94,7 @@ def check_templates(templates: Sequence[str], where: str = "prompt template ") -
 
 
 def fill(template: str, class_name: str) -> str:
-    """The prompt of one class; braces in the class name stay as they are."""
+    """The prompt of a class, whose name may hold braces."""
     return class_name.join(template.replace("{c}", "{}").split("{}"))
 
 

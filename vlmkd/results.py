@@ -1,7 +1,7 @@
 """Results are data: one line a number in `results.jsonl`, from runs and from every evaluation command alike.
 
-Tables (`scripts/table.py`) and the page read these lines and nothing else. What is too long for a line (per class,
-confusion, mistakes) lies beside it as JSON.
+Tables (`scripts/table.py`) and the page read these lines. What is too long for a line (per class, confusion, mistakes)
+lies beside them as JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Tags = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a metric is: told where it is computed, and taken along to every table and plot."""
+    """What a metric is, told where it is computed."""
 
     label: str = ""
     """How tables call it; empty: its name, with spaces."""
@@ -55,7 +55,7 @@ class Number:
     run: str
     """The run folder, or what an evaluation command evaluated."""
     model: str
-    """`student`, other weights of it by name, `teacher NAME`; or the model that a command was given."""
+    """`student`, other weights of it by name, `teacher NAME`; or the model of a command."""
     metric: str
     value: float
     tags: Tags = field(default_factory=dict)
@@ -90,7 +90,7 @@ _KINDS: dict[str, Any] = {
 def numbers_of(
     results: Iterable[Result], *, run: str, model: str, tags: Mapping[str, Any] | None = None, step: int = 0
 ) -> list[Number]:
-    """Metrics, then what was fitted, of evaluations of one model; a value that is not finite is left out."""
+    """Metrics, then what was fitted, of one model; a value that is not finite is left out."""
     found = []
     for result in results:
         for fitted, values in ((False, result.metrics), (True, result.chosen)):
@@ -128,14 +128,14 @@ def lines(numbers: Iterable[Number]) -> str:
 def write_results(
     path: Path, numbers: Iterable[Number], details: Any = None, what: str = "results file"
 ) -> None:
-    """Write results as a whole, and `details` beside them (`NAME.details.json`)."""
+    """With `details` beside them (`NAME.details.json`)."""
     write_text(path, lines(numbers), what)
     if details is not None:
         write_json(path.with_suffix(".details.json"), details, what)
 
 
 def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each line of a file; a last line that a kill has torn off is left out."""
+    """Number and object of each line; a last one that a kill has torn off is left out."""
     text = read_text(path, what).rstrip("\n").split("\n")  # a text in JSON may hold other ends of lines
     for number, line in enumerate(text, start=1):
         try:
@@ -150,8 +150,7 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_results(path: Path) -> list[Number]:
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
-        told = "was written by an earlier version; read it with that one, or run it again"
-        raise UserError(f"{path.parent} {told}")
+        raise UserError(f"{path.parent} is of an earlier version; read it with that one, or run it again")
     found = []
     for line, content in json_lines(path, "results file"):
         try:
@@ -162,14 +161,13 @@ def read_results(path: Path) -> list[Number]:
         except (TypeError, OverflowError):
             fits = False
         if not fits:
-            told = "is no result of this version; write the file again, or remove the line"
-            raise UserError(f"{path} line {line} {told}")
+            raise UserError(f"{path} line {line} is no result of this version; remove it")
         found.append(number)
     return found
 
 
 def latest(numbers: Iterable[Number]) -> list[Number]:
-    """Those of each model's last step, and those that need no data; of one written twice the second."""
+    """Those of each model's last step, and without data; of one written twice the second."""
     numbers = list(numbers)
     last = {one.model: one.step for one in sorted(numbers, key=lambda one: one.step)}
     found = {
@@ -189,26 +187,25 @@ def last_of(numbers: Iterable[Number]) -> dict[str, dict[tuple[str, str], Number
 
 
 def show(value: float, unit: str, digits: int | None = None) -> str:
-    """A value in its unit: shares in per cent with one decimal, counts whole, others with four digits; or as `digits`."""
+    """Shares in per cent with one decimal, counts whole, others with four digits; or `digits` decimals."""
     digits = {"share": 1, "count": 0, "M": 2}.get(unit) if digits is None else digits
     value = 100 * value if unit == "share" else value
     return short(value) if digits is None else f"{value:.{digits}f}"
 
 
 def short(value: float) -> str:
-    """A value of no known unit, in a few digits."""
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4g}"
 
 
 def title_of(number: Number) -> str:
-    """The metric's label, with its unit where the numbers do not show it."""
+    """With its unit where the numbers do not show it."""
     return number.label + (f" ({number.unit})" if number.unit not in ("", "share", "count", "nats") else "")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first `left` columns are text and whose others are numbers."""
+    """A table whose first `left` columns are text, the others numbers."""
     written = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
     ruler = "|" + "---|" * left + "---:|" * (len(head) - left)
     return "\n".join([written[0], ruler, *written[1:]]) + "\n"

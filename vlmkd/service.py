@@ -1,9 +1,9 @@
 """Services over HTTP that take JSON and may charge for it.
 
-A call is a POST to the address as it is given, with `Authorization: Bearer <token>` where a token is given. Status 200
-alone is a served call; 400, 413, 415 and 422 refuse this content; 429, 500 and 503 (with `Retry-After` in seconds) let
-the call be repeated. No message holds the token, what stands behind `?` in the address, or words of the server, which may
-repeat them. The token travels encrypted or to this machine, and through a proxy only inside TLS.
+A call is a POST, with `Authorization: Bearer <token>` where a token is given. Status 200 alone is a served call; 400, 413,
+415 and 422 refuse this content; 429, 500 and 503 (with `Retry-After` in seconds) let the call be repeated. No message holds
+the token, what stands behind `?` in the address, or words of the server, which may repeat them. The token travels
+encrypted or to this machine, and through a proxy only inside TLS.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ class Service:
 
 
 class HttpService:
-    """Calls of one address."""
-
     def __init__(self, cfg: Service) -> None:
         self._url, self._shown = _checked_address(cfg.url)
         local = re.fullmatch(r"localhost|127(\.\d+){3}|::1", self._url.host) is not None
@@ -61,11 +59,10 @@ class HttpService:
         if cfg.token_env:
             token = os.environ.get(cfg.token_env, "")
             if not token or not all("!" <= character <= "~" for character in token):
-                told = "is empty or has spaces, line ends or what else no header carries; put the token alone into it"
+                told = "is empty or holds what no header carries, such as spaces; put the token alone into it"
                 raise UserError(f"environment variable {cfg.token_env} {told}")
             if self._url.scheme == "http" and not local:
-                told = "is not encrypted and would reveal the token; use https://"
-                raise UserError(f"service address {self._shown} {told}")
+                raise UserError(f"service address {self._shown} would reveal the token; use https://")
             headers["Authorization"] = f"Bearer {token}"
         try:
             # Within this machine a proxy would get the token in clear, by a redirection any address would. A kept
@@ -113,8 +110,8 @@ class HttpService:
             if sent:  # the service may have served the call
                 raise AnswerLost(f"{self._shown}: {told}") from None
             if "CERTIFICATE_VERIFY_FAILED" in told:
-                told = f"certificate that is not valid ({told}); check the address, or set SSL_CERT_FILE"
-                raise UserError(f"service {self._shown} shows a {told}") from None
+                mend = "check the address, or set SSL_CERT_FILE"
+                raise UserError(f"service {self._shown}: invalid certificate ({told}); {mend}") from None
             raise NotServed(f"{self._shown} cannot be reached ({told})") from None
         return bytes(answer)
 

@@ -58,9 +58,8 @@ def read_torch(
     with reading(path, what):
         members = zip_members(path, what=what)
         if sum(member.file_size for member in members or []) > path.stat().st_size:
-            raise UserError(  # a small file could fill the memory
-                f"{what} {path} is a compressed archive, which torch.save never writes; {_SAVE_AGAIN}"
-            )
+            # a small file could fill the memory
+            raise UserError(f"{what} {path} is compressed, which torch.save never does; {_SAVE_AGAIN}")
         if inert and members is not None:
             with torch.serialization.safe_globals(allowed):
                 unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -81,7 +80,7 @@ def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[st
 
 
 def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipInfo] | None:
-    """The members of a file that begins like a zip archive, which is how torch tells its two formats apart; else None."""
+    """Of a file that begins like a zip archive, which is how torch tells its two formats apart; else None."""
     with reading(path, what), path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:
             return None
@@ -91,7 +90,7 @@ def zip_members(path: Path, *, what: str = "weights file") -> list[zipfile.ZipIn
 
 @contextmanager
 def reading(path: Path, what: str = "weights file") -> Iterator[None]:
-    """Whatever a library's reader of an untrusted file raises within is a UserError."""
+    """What a library's reader of an untrusted file raises becomes a UserError."""
     try:
         yield
     except UserError:
@@ -103,7 +102,7 @@ def reading(path: Path, what: str = "weights file") -> Iterator[None]:
 
 
 class _Inert:
-    """Stands for any class or function of a file: whatever it is called with, an ordered dictionary comes of it."""
+    """Stands for any class or function of a file."""
 
     def __new__(cls, *_: Any) -> Any:
         # The one container that torch's restricted reader fills both with items and with attributes.
@@ -120,14 +119,14 @@ def _what_is_wrong(error: BaseException) -> str:
 
 
 def _short(error: BaseException) -> str:
-    """The first sentence of an error's text without control characters and torch's line numbers, else its class."""
+    """The first sentence without control characters and torch's line numbers, else the class."""
     lines = "".join(c if c.isprintable() or c == "\n" else " " for c in str(error)).strip().splitlines()
     told = re.sub(r"^\[enforce fail at .*?\] \. ", "", lines[0]) if lines else type(error).__name__
     return told.split(". ")[0][:200]
 
 
 def _check(content: Any, path: Path, what: str) -> None:
-    """Refuse what only looks like weights: tensors without values, or larger than the file, and names no line can hold."""
+    """Refuse tensors without values, or larger than the file, and names no line can hold."""
     size, waiting, seen = path.stat().st_size, [content], set()
     while waiting:
         value = waiting.pop()

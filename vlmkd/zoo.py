@@ -1,7 +1,7 @@
 """Named models: what they are, where they come from, and a verified local copy of each.
 
-They are listed in `projects/<paper>/zoo.yaml`, those that the recipes start from in `zoo.yaml` beside this
-file. This module needs no torch, so that listing and downloading start at once.
+They are listed in `projects/<paper>/zoo.yaml`, those that recipes start from in `zoo.yaml` beside this file. No torch is
+needed, so that listing and downloading start at once.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Entry:
 
 @functools.cache
 def lists() -> dict[str, dict[str, Any]]:
-    """The content of each list by project (title, introduction, models), the models that recipes start from last."""
+    """Each project's title, introduction and models; those that recipes start from are last."""
     files = {path.parent.name: path for path in sorted(REPOSITORY.glob("projects/*/zoo.yaml"))}
     files["foundation"] = Path(__file__).with_name("zoo.yaml")
     return {project: yaml.safe_load(path.read_text(encoding="utf-8")) for project, path in files.items()}
@@ -70,7 +70,7 @@ def lists() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def entries() -> dict[str, Entry]:
-    """All entries by name, in the order of the lists."""
+    """By name, in the order of the lists."""
     found: dict[str, Entry] = {}
     for project, content in lists().items():
         for row in content["models"]:
@@ -80,7 +80,7 @@ def entries() -> dict[str, Entry]:
 
 
 def entry(name: str) -> Entry:
-    """The entry called `name` or `zoo:name`; an error suggests the nearest names."""
+    """The entry called `name` or `zoo:name`."""
     name = name.removeprefix("zoo:")
     if name in entries():
         return entries()[name]
@@ -89,24 +89,21 @@ def entry(name: str) -> Entry:
 
 
 def cache_folder() -> Path:
-    """Where downloads and their pins live."""
     return cache_root() / "zoo"
 
 
 def weights_file(name: str) -> Path:
-    """The file that the name of a checkpoint means: of `zoo:NAME` the verified local copy, else the path itself."""
+    """Of `zoo:NAME` the verified local copy, else the path itself."""
     return _weights(fetch(name)) if name.startswith("zoo:") else Path(name).expanduser()
 
 
 def _weights(path: Path) -> Path:
-    """`path`, or the weights file in this model folder."""
     if not path.is_dir():
         return path
     for name in ("open_clip_model.safetensors", "model.safetensors"):
         if (path / name).is_file():
             return path / name
-    told = "holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
-    raise UserError(f"{path} {told}")
+    raise UserError(f"{path} holds no open_clip_model.safetensors or model.safetensors; fetch it again")
 
 
 def sha256_of(path: Path) -> str:
@@ -118,23 +115,21 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(name: str) -> Path:
-    """A verified local copy of `name`: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
+    """A verified local copy: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
 
-    Hub repositories lie in the cache of huggingface_hub, everything else in `cache_folder()`. Environment variables:
+    Hub repositories lie in huggingface_hub's cache, the rest in `cache_folder()`. Environment variables:
     scripts/download.py --help.
     """
     item = entry(name)
     if item.kind == "local":
         path = REPOSITORY / item.source
         if not path.exists():
-            raise UserError(
-                f"zoo:{item.name} lies in the repository, and {path} is missing; use a full clone"
-            )
+            raise UserError(f"zoo:{item.name}: {path} of the repository is missing; use a full clone")
         if (digest := sha256_of(_weights(path))) != item.sha256:
             told = f"has sha256 {digest}, zoo.yaml says {item.sha256}; restore it with git checkout"
             raise UserError(f"{path} {told}")
         return path
-    from filelock import FileLock  # several ranks may ask for the same file at the same time
+    from filelock import FileLock  # several ranks may ask at the same time
 
     folder = cache_folder()
     try:
@@ -154,8 +149,7 @@ def _cached(item: Entry, folder: Path) -> Path:
         _verify(item, target, target.name)
         return target
     if item.kind == "manual":
-        told = f"get {item.source} from {item.link} and put it at {target}"
-        raise UserError(f"zoo:{item.name} has no address of its own: {told}")
+        raise UserError(f"zoo:{item.name}: get {item.source} from {item.link} and put it at {target}")
     if item.kind == "hub":
         return _from_hub(item, f"put the files of {item.link} at {target} by hand")
     by_hand = f"put {item.source} at {target} by hand"
@@ -174,10 +168,7 @@ def _cached(item: Entry, folder: Path) -> Path:
 
 
 def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None:
-    """Compare the digest of `path` with the known one; pin it, and `revision`, where there is none.
-
-    A file that differs is set aside as a rejected `name`, if there is one.
-    """
+    """Compare the digest with the known one, or pin it, and `revision`; a file with a `name` that differs is set aside."""
     digest, pins_file = sha256_of(_weights(path)), cache_folder() / "pins.json"
     pins = _read_pins()
     pin = pins.get(item.name, {})
@@ -188,9 +179,9 @@ def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None
         if not aside.exists():
             os.replace(path, aside)
         origin = "of zoo.yaml" if stated else "pinned at the first download"
+        told = f"zoo:{item.name} has sha256 {digest}, not the {expected} {origin}; kept as {aside}"
         raise UserError(
-            f"zoo:{item.name} has sha256 {digest}, not the {expected} {origin}; kept as {aside}: delete it and fetch "
-            f"again, from another mirror if it happens twice, or, if you trust it, delete its line in {pins_file}"
+            f"{told}: delete it and fetch again, or, if you trust it, delete its line in {pins_file}"
         )
     new = pin | ({} if stated else {"sha256": digest}) | ({"revision": revision} if revision else {})
     if new != pin:
@@ -216,10 +207,8 @@ def _download(url: str, part: Path, by_hand: str) -> None:
         if isinstance(error, httpx.HTTPStatusError):
             return error.response.status_code >= 500 or error.response.status_code in (408, 416, 429)
         # A first connection that fails is no matter of waiting.
-        hopeless = (
-            isinstance(error, (httpx.ConnectError, httpx.UnsupportedProtocol)) and state.attempt_number == 1
-        )
-        return isinstance(error, httpx.TransportError) and not hopeless
+        unconnected = isinstance(error, (httpx.ConnectError, httpx.UnsupportedProtocol))
+        return isinstance(error, httpx.TransportError) and not (unconnected and state.attempt_number == 1)
 
     tries = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS), wait=tenacity.wait_exponential(BACKOFF_S),
@@ -235,10 +224,8 @@ def _download(url: str, part: Path, by_hand: str) -> None:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:  # the last two of a proxy
         reason = one_line(error)
     kept = f" ({part.stat().st_size} bytes kept; the next call continues)" if part.exists() else ""
-    raise UserError(
-        f"cannot download {url}: {reason}{kept}; check network and proxy, set VLMKD_MIRROR to a base URL that has the "
-        f"file, or {by_hand}"
-    )
+    mend = f"check network and proxy, set VLMKD_MIRROR to a base URL that has the file, or {by_hand}"
+    raise UserError(f"cannot download {url}: {reason}{kept}; {mend}")
 
 
 def _transfer(client: httpx.Client, url: str, part: Path) -> None:
@@ -275,7 +262,7 @@ def _transfer(client: httpx.Client, url: str, part: Path) -> None:
 
 
 def _from_hub(item: Entry, by_hand: str) -> Path:
-    """The folder of a hub repository at its pinned commit in huggingface_hub's cache, completed by download."""
+    """The folder of a repository at its pinned commit in huggingface_hub's cache."""
     from huggingface_hub import snapshot_download
 
     revision = item.revision or _read_pins().get(item.name, {}).get("revision", "")
@@ -287,11 +274,9 @@ def _from_hub(item: Entry, by_hand: str) -> Path:
                 allow_patterns=["*.json", "*.safetensors", "merges.txt"], ignore_patterns=["*/*"],
             )  # fmt: skip
     except (OSError, ValueError) as error:
-        told = f"{item.source} at {revision or 'main'} cannot be fetched from {_hub_host()}"
-        raise UserError(
-            f"zoo:{item.name} is not in the hub's cache, and {told} ({trouble or one_line(error)}); check network and proxy, "
-            f"set HF_ENDPOINT to a mirror of the hub, or {by_hand}"
-        ) from None
+        told = f"{item.source} at {revision or 'main'} is neither in the hub's cache nor at {_hub_host()}"
+        mend = f"check network and proxy, set HF_ENDPOINT to a mirror of the hub, or {by_hand}"
+        raise UserError(f"zoo:{item.name}: {told} ({trouble or one_line(error)}); {mend}") from None
     _verify(item, Path(folder), revision="" if revision else Path(folder).name)
     return Path(folder)
 
@@ -306,10 +291,9 @@ def _is_offline() -> bool:
 
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
-    """What huggingface_hub (and open_clip, timm, transformers by it) fetches within; gives why only its cache is looked at.
+    """For what huggingface_hub (and open_clip, timm, transformers by it) fetches; gives why only its cache is looked at.
 
-    A hub that cannot be reached would be asked six times for each file, with pauses. Errors of its HTTP library come out
-    as OSError.
+    It would ask an unreachable hub six times for each file. Errors of its HTTP library come out as OSError.
     """
     from huggingface_hub import constants
 

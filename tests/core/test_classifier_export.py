@@ -148,7 +148,7 @@ def test_no_timm_weights_where_a_linear_layer_is_not_enough(kind: str, backbone:
 
 def test_refusals(tmp_path: Path) -> None:
     module, config = make("linear")
-    with pytest.raises(UserError, match="head has 4 classes, but there are 1"):
+    with pytest.raises(UserError, match="head of 4 classes, but 1 class names"):
         dataclasses.replace(config, class_names=["a"])
     with pytest.raises(UserError, match="mix is"):
         dataclasses.replace(config, mix=(0.5, 0.5))

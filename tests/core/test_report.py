@@ -284,7 +284,7 @@ def test_runs_of_earlier_versions_are_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", {"top1": 0.1})
     (folder / FILE).unlink()
     (folder / "eval/results.json").write_text("{}")
-    with pytest.raises(UserError, match="run was written by an earlier version"):
+    with pytest.raises(UserError, match="run is of an earlier version"):
         report.read_run(folder)
 
 

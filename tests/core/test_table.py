@@ -214,7 +214,7 @@ def test_mistakes_of_a_specification_and_old_runs_are_told(tmp_path: Path) -> No
     (tmp_path / "old/eval").mkdir(parents=True)
     (tmp_path / "old/done.json").write_text("{}")
     (tmp_path / "old/eval/results.json").write_text("{}")
-    with pytest.raises(UserError, match="written by an earlier version"):
+    with pytest.raises(UserError, match="is of an earlier version"):
         sources_in(tmp_path)
     spec.write_text(
         yaml.safe_dump(

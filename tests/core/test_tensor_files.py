@@ -247,7 +247,7 @@ def hostile(trap: Path) -> dict[str, tuple[bytes, str]]:
         "a name of two lines": (saved({"a\n\x1b[1mb": torch.zeros(3)}), "tensor name"),
         "a zip bomb": (
             rezipped(zeros, lambda name, old: (name, old), compression=zipfile.ZIP_DEFLATED),
-            "compressed archive",
+            "is compressed",
         ),
         "tar of old torch": (old.getvalue(), "archive of old torch|is damaged"),
         "TorchScript": (

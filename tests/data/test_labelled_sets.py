@@ -145,9 +145,7 @@ def test_the_split_file_of_another_set_is_recognised(tmp_path: Path) -> None:
         load_set("food101", str(tmp_path))
     entries = [["banded/banded_1.jpg", 0, "tacos"], ["dotted/dotted_1.jpg", 1, "waffles"]]
     write_split_set(tmp_path, "dtd", {"train": entries, "val": [], "test": entries})
-    with pytest.raises(
-        UserError, match="class names of another data set: 2 of 2.*'tacos' where .* has 'banded'"
-    ):
+    with pytest.raises(UserError, match="2 class names of another data set.*'tacos' where .* has 'banded'"):
         load_set("dtd", str(tmp_path))
 
 
@@ -156,9 +154,9 @@ def test_the_split_file_of_another_set_is_recognised(tmp_path: Path) -> None:
     [
         ([["banded/banded_1.jpg", 0, "banded"]], "no training image to class 'dotted'"),
         ([["banded/banded_1.jpg", 0, "a"], ["banded/banded_1.jpg", 0, "b"]], "class 0 both 'a' and 'b'"),
-        ([["banded/banded_1.jpg", 3, "a"]], "no class 0"),
+        ([["banded/banded_1.jpg", 3, "a"]], "no image of class 0"),
         ([["../x.jpg", 0, "a"]], "leaves the image folder"),
-        ([["x.jpg", "0", "a"]], r"is not \[path, label, class name\]"),
+        ([["x.jpg", "0", "a"]], r"is not \[path, label, name\]"),
         ("nothing", "has no list 'train'"),
     ],
 )
@@ -424,7 +422,7 @@ def test_domain_errors(tmp_path: Path) -> None:
     ):
         load_set("pacs", str(tmp_path))
     touch(folder, *(f"zoo/{name}/1.jpg" for name in SETS["pacs"].classes))
-    with pytest.raises(UserError, match="PACS has art_painting, cartoon, photo, sketch: .*domains:"):
+    with pytest.raises(UserError, match="PACS has art_painting, cartoon, photo, sketch; .*domains:"):
         load_set("pacs", str(tmp_path))
     touch(
         tmp_path / "VLCS",
@@ -436,7 +434,7 @@ def test_domain_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 domain folders"):
         load_set(f"domains:{tmp_path / 'one'}")
     touch(tmp_path / "two", "A/x/1.jpg", "A/y/1.jpg", "B/x/1.jpg", "B/y/note.txt")
-    with pytest.raises(UserError, match="B/y holds no image"):
+    with pytest.raises(UserError, match="B/y .*holds no image"):
         load_set(f"domains:{tmp_path / 'two'}")
 
 
@@ -527,7 +525,7 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
         assert all(item.key.startswith(f"{folders[item.label]}/") for item in found.splits[split])
 
     for text, message in [
-        ("owl\nant\n", "class folder 'red fox' of mine has no line"),
+        ("owl\nant\n", "class folder 'red fox' has no line"),
         ("owl\nant\nred fix\n", "no class folder 'red fix'; did you mean red fox"),
         (
             "owl\nant\nred fox\nzebra crossing\n",

@@ -58,7 +58,7 @@ def test_tip_adapter_repeats_in_a_small_class() -> None:
 
 
 def test_more_shots_than_images_are_refused_with_class_and_counts() -> None:
-    with pytest.raises(UserError, match=r"shots is 4, more than .*class 1 \(dog\) has 3; ask for at most 3"):
+    with pytest.raises(UserError, match=r"shots is 4: .*class 1 \(dog\) has 3; ask for at most 3"):
         splits.coop_few_shot(items(9, 3), [], 4, seed=1, class_names=["cat", "dog"])
     with pytest.raises(UserError, match="class 0 has 2"):
         splits.coop_few_shot(items(2, 5), [], 3, seed=1)

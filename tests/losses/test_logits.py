@@ -95,7 +95,7 @@ def test_large_and_half_precision_logits() -> None:
 
 def test_bad_arguments_are_named() -> None:
     student, teacher = logits(0, 3, 4), logits(1, 3, 4)
-    with pytest.raises(ValueError, match="teacher logits"):
+    with pytest.raises(ValueError, match="logits: student .*teacher"):
         kl_divergence(student, teacher[:1])
     with pytest.raises(ValueError, match="temperature is 0"):
         kl_divergence(student, teacher, 0)

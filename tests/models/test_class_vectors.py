@@ -136,7 +136,7 @@ def test_refusals(predictor: ClipPredictor) -> None:
         def encode_text(self, texts: list[str]) -> Tensor:
             return torch.ones(len(texts), 1)
 
-    with pytest.raises(UserError, match="which unit does not give"):
+    with pytest.raises(UserError, match="which unit is not"):
         encode_classes(Unit(), NAMES, TEMPLATES, "none", teacher_digest="")
     with pytest.raises(UserError, match="not finite"):
         dataclasses.replace(make(), vectors=torch.full((3, 4), torch.nan))

@@ -212,7 +212,7 @@ def test_tokenizer_json_beside_the_config(tmp_path: Path) -> None:
 
 def test_token_ids_beyond_the_table_are_refused(tmp_path: Path) -> None:
     loaded = load_clip(write_json(tmp_path, tiny()))
-    with pytest.raises(UserError, match="gives id 49407, but the token table has 64 rows"):
+    with pytest.raises(UserError, match="gives id 49407 for a table of 64 rows"):
         loaded.tokenizer(["a cat"])
 
 

@@ -1,6 +1,6 @@
-"""The embedded data in the user's cache: shards (`emoji:train`, ...), `emoji` of 100 classes, `emoji-domains` of four.
+"""Embedded data in the user's cache (docs/datasets.md): shards (`emoji:train`, ...), `emoji`, `emoji-domains`.
 
-`data_tools/emoji` draws them from installed packages, once, in a process of its own; docs/datasets.md describes them.
+`data_tools/emoji` draws them from installed packages, once, in a process of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TOOL = Path(__file__).parents[2] / "data_tools" / "emoji" / "build.py"
 
 
 def split_of(name: str) -> str:
-    """The split that `emoji:train` and the like name; refuses another name, and builds nothing."""
+    """The split that `emoji:train` and the like name; builds nothing."""
     split = name.removeprefix("emoji:")
     if not name.startswith("emoji:") or split not in SPLITS.values():
         allowed = ", ".join(f"emoji:{known}" for known in SPLITS.values())
@@ -52,7 +52,7 @@ def split_of(name: str) -> str:
 
 
 def resolve(name: str) -> list[str]:
-    """Paths of the shards of `emoji:train` or another split."""
+    """Paths of the shards of `emoji:train` and the like."""
     split = split_of(name)
     folder = emoji_folder()
     paths = [folder / shard["path"] for shard in _manifest(folder)["shards"] if shard["split"] == split]
@@ -80,7 +80,7 @@ def load_emoji() -> LabelledSet:
 
 
 def load_emoji_domains() -> LabelledSet:
-    """`emoji-domains`: all 1,889 concepts in each of four styles; classes in the order of the folders' names."""
+    """`emoji-domains`: 1,889 concepts in each of four styles."""
     folder = _built("emoji-domains", DOMAINS_VERSION)
     found = read_domains(folder, "emoji-domains")
     manifest, pictures = _manifest(folder), len(found.splits[ALL])
@@ -91,7 +91,7 @@ def load_emoji_domains() -> LabelledSet:
 
 
 def emoji_folder() -> Path:
-    """The folder of the shards, built when absent."""
+    """Of the shards, built when absent."""
     return _built("emoji", VERSION)
 
 
@@ -100,15 +100,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def require_packages() -> dict[str, str]:
-    """The versions of the packages that carry the drawings, all of which must be there."""
+    """The versions of PACKAGES; refuses that one is missing."""
     if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        told = f"packages that are missing; run: pip install {' '.join(missing)}"
-        raise UserError(f"the emoji data set is drawn from {told}")
+        raise UserError(f"the emoji data set needs packages; run: pip install {' '.join(missing)}")
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _built(name: str, version: int) -> Path:
-    """The set's folder in the cache, built when absent by one process while others wait; under its name it is whole."""
+    """The set's folder, built when absent by one process while others wait; under its name it is whole."""
     folder = cache_root() / f"{name}-v{version}"
     if (folder / "manifest.json").is_file():
         return folder
@@ -131,10 +130,8 @@ def _built(name: str, version: int) -> Path:
 
 
 def _build(name: str, folder: Path) -> None:
-    """Let the tool write a set into an empty folder, with its progress and errors on standard error."""
     if not _TOOL.is_file():
-        told = "which is not there; run from a clone of the repository"
-        raise UserError(f"data set {name} is drawn by {_TOOL}, {told}")
+        raise UserError(f"data set {name} is drawn by {_TOOL}; run from a clone of the repository")
     done = subprocess.run([sys.executable, str(_TOOL), name, str(folder)], check=False)
     if done.returncode:
         raise UserError(f"building the {name} data set failed (exit code {done.returncode}); see above")
@@ -143,7 +140,7 @@ def _build(name: str, folder: Path) -> None:
 def _index(folder: Path) -> dict[str, list[list[Any]]]:
     """[shard number, member, offset, size, class] of every picture with one class, by shard split.
 
-    Kept beside the data set's folder: reading the headers of 30,000 samples takes seconds.
+    Kept beside the folder: reading the headers of 30,000 samples takes seconds.
     """
     manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     path = folder.parent / f"{folder.name}-classes-v{_INDEX_VERSION}.json"

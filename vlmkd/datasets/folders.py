@@ -1,4 +1,4 @@
-"""Image folders with one subfolder per class, `<class>/*`, with domains or without; and where a data set lies."""
+"""Image folders with one subfolder per class, `<class>/*`, with domains or without."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from vlmkd.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Lower-case endings of files that count as images."""
 DOMAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Those of sets with domains, torchvision's list: another one would move the splits."""
+"""Of sets with domains, torchvision's list: another one would move the splits."""
 ALL = "all"
 """The split of a set with domains, which holds every image."""
 WNID = re.compile(r"n\d{8}")
 
 
 def root_folder(root: str, data_set: str, meaning: str) -> Path:
-    """`root` as a path; refuses what is no folder."""
     if not root:
         raise UserError(f"data set {data_set} is read from disk: give its root; {meaning}")
     where = Path(root).expanduser()
@@ -36,7 +35,7 @@ def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
 
 
 def class_folder_names(folder: Path) -> list[str]:
-    """Names of the folders in `folder`, in ASCII order (`TV` before `Table`); hidden ones are left out."""
+    """In ASCII order (`TV` before `Table`), without hidden ones."""
     return sorted(
         entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
     )
@@ -55,8 +54,9 @@ def images_of_classes(
             paths += [os.path.join(current, file) for file in files if is_image(file, suffixes)]
         found[name] = [path[start:].replace(os.sep, "/") for path in sorted(paths)]
     if empty := [str(folder / name) for name, images in found.items() if not images]:
-        told = f"holds no image ({len(empty)} of {len(found)} hold none); fill or remove it"
-        raise UserError(f"class folder {empty[0]} {told}")
+        raise UserError(
+            f"class folder {empty[0]} ({len(empty)} of {len(found)}) holds no image; fill or remove it"
+        )
     return found
 
 
@@ -68,7 +68,7 @@ def class_items(
     domain: int = 0,
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
 ) -> list[Item]:
-    """As `images_of_classes`, of the class folders that have `labels`, with `prefix` before the keys."""
+    """Of the class folders that have `labels`, with `prefix` before the keys."""
     return [
         Item(prefix + path, ImageRef(str(folder / path)), labels[name], domain)
         for name, images in images_of_classes(folder, labels, suffixes).items()
@@ -81,7 +81,7 @@ def numbered(names: Sequence[str]) -> dict[str, int]:
 
 
 def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[str]]:
-    """Label of each class folder, and class names by label: folders are wnids, numbers of classes, or class names.
+    """Label of each folder, and class names by label: folders are wnids, numbers of classes, or class names.
 
     `source` is `imagenet`, or a file with one name a line, or with `wnid name`; without it wnids have OpenAI's names.
     """
@@ -91,8 +91,7 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
     if wnids and of_wnid:
         if unknown := [wnid for wnid in found if wnid not in of_wnid]:
             owner = "ImageNet-1K" if source in ("", "imagenet") else source
-            told = f"is not a wnid of {owner}; add its name, or move the folder away"
-            raise UserError(f"class folder {folder / unknown[0]} {told}")
+            raise UserError(f"class folder {folder / unknown[0]} is not a wnid of {owner}; move it away")
         return numbered(found), [of_wnid[wnid] for wnid in found]
     numbers = bool(found) and all(name.isdecimal() for name in found)
     if not source:
@@ -107,12 +106,12 @@ def named_classes(folder: Path, source: str = "") -> tuple[dict[str, int], list[
         return {name: int(name) for name in found}, names
     if len(names) != len(found):
         told = f"has {len(names)} class names for the {len(found)} class folders of {folder}"
-        raise UserError(f"{source} {told}; write one name per folder, in the folders' sorted order")
+        raise UserError(f"{source} {told}; write one a folder, in sorted order")
     return numbered(found), names
 
 
 def first_file(folders: Sequence[Path], *names: str) -> str:
-    """The first file of these names in these folders; empty without one."""
+    """Empty without one."""
     paths = (folder / name for folder in folders for name in names)
     return next((str(path) for path in paths if path.is_file()), "")
 
@@ -133,27 +132,27 @@ def _names_of_wnids(source: str) -> dict[str, str]:
 def read_domains(folder: Path, name: str) -> LabelledSet:
     """Any tree `<domain>/<class>/*` as the one split `all`; class names are the folders' with spaces for underscores.
 
-    `splits.split_domains` cuts it by the order of the images, which is therefore part of the format: domains, classes and
-    the paths inside a class in ASCII order (docs/papers/vl2v_adip.md).
+    The order of the images, by which splits are cut, is part of the format: domains, classes and paths inside a class in
+    ASCII order (docs/papers/vl2v_adip.md).
     """
     domains = class_folder_names(folder)
     if len(domains) < 2:
-        told = "domain folders; it needs two or more, each with one folder per class"
-        raise UserError(f"{folder} has {len(domains)} {told}")
+        raise UserError(
+            f"{folder} has {len(domains)} domain folders; it needs two, with one folder per class each"
+        )
     classes = class_folder_names(folder / domains[0])
     if len(classes) < 2:
-        told = f"{len(classes)} class folders; a domain needs at least two"
-        raise UserError(f"{folder / domains[0]} holds {told}")
+        raise UserError(
+            f"{folder / domains[0]} holds {len(classes)} class folders; a domain needs at least two"
+        )
     items: list[Item] = []
     for index, domain in enumerate(domains):
         place = folder / domain
         if differing := sorted(set(classes) ^ set(class_folder_names(place))):
-            told = (
-                f"have different classes, such as {differing[0]!r}; every domain needs the same class folders"
-            )
+            told = f"have different classes, such as {differing[0]!r}; every domain needs the same folders"
             raise UserError(f"domains {domains[0]} and {domain} of {folder} {told}")
-        labels = numbered(classes)
-        items += class_items(place, labels, prefix=f"{domain}/", domain=index, suffixes=DOMAIN_SUFFIXES)
+        labels, prefix = numbered(classes), f"{domain}/"
+        items += class_items(place, labels, prefix=prefix, domain=index, suffixes=DOMAIN_SUFFIXES)
     names = [label.replace("_", " ") for label in classes]
     # VL2V-ADiP's prompt has no full stop.
     return LabelledSet(name, names, ["a photo of a {}"], {ALL: items}, domains)

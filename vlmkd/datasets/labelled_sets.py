@@ -45,12 +45,11 @@ _TEMPLATES = ["a photo of a {}."]
 
 
 def known_sets() -> list[str]:
-    """All names that `load_set` takes."""
     return [*_NAMES, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
 
 
 def require_known(name: str) -> None:
-    """Refuse a name that `load_set` does not take; nothing is read."""
+    """Refuse a name that `load_set` does not take."""
     if name in _NAMES or name.startswith((FOLDER, DOMAINS)):
         return
     hint = did_you_mean(name, _NAMES, f"it is one of {', '.join(known_sets())}")
@@ -58,16 +57,14 @@ def require_known(name: str) -> None:
 
 
 def configured_set(data: LabelledDataConfig) -> LabelledSet:
-    """The labelled set that a run's config names."""
     return load_set(data.set, data.root, data.class_names, data.templates)
 
 
 def load_set(name: str, root: str = "", class_names: str = "", templates: Sequence[str] = ()) -> LabelledSet:
-    """The labelled set of this name, its files checked.
+    """The labelled set of this name.
 
-    `root` is the folder that holds the data sets, each in its own folder, or the set's own; embedded sets (`emoji`,
-    `emoji-domains`) and paths take none. `class_names`, a file for `with_class_names`, and `templates` are for a user's own
-    folders.
+    `root` is the folder that holds the sets' folders, or the set's own; embedded sets (`emoji`, `emoji-domains`) and paths
+    take none. `class_names`, a file for `with_class_names`, and `templates` are for a user's own folders.
     """
     require_known(name)
     own = name.startswith((FOLDER, DOMAINS))
@@ -80,7 +77,7 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
         return found
     if root:
         why = "the path says where it is" if own else "it is built into the cache"
-        raise UserError(f"data set {name} takes no root ({root}): {why}; leave it out")
+        raise UserError(f"data set {name} takes no root ({root}): {why}")
     if name in _EMBEDDED:
         return _EMBEDDED[name]()
     if name.startswith(FOLDER):
@@ -95,10 +92,9 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
 
 
 def items_of(labelled: LabelledSet, split: str) -> list[Item]:
-    """The items of one split; refuses one that the set does not have."""
     if split not in labelled.splits:
-        told = f"has no split {split!r}; it has {', '.join(labelled.splits)}"
-        raise UserError(f"data set {labelled.name} {told}")
+        known = ", ".join(labelled.splits)
+        raise UserError(f"data set {labelled.name} has no split {split!r}; it has {known}")
     return labelled.splits[split]
 
 
@@ -107,15 +103,13 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
     root = root_folder(path, f"{FOLDER}{path}", "name a folder with one folder per class")
     given = [split for split in SPLITS if (root / split).is_dir()]
     base = root / given[0] if given else root
-    unlabelled = class_items(
-        root, {name: UNLABELLED for name in _UNLABELLED_FOLDERS if (root / name).is_dir()}
-    )
+    unlabelled_folders = [name for name in _UNLABELLED_FOLDERS if (root / name).is_dir()]
+    unlabelled = class_items(root, dict.fromkeys(unlabelled_folders, UNLABELLED))
     classes = [name for name in class_folder_names(base) if given or name not in _UNLABELLED_FOLDERS]
     if not classes and unlabelled and class_names:
         return _without_labels(root.name, unlabelled, class_names)
     if len(classes) < 2:
-        told = f"{len(classes)} class folders; sort the images into one folder per class, at least two"
-        raise UserError(f"{base} holds {told}")
+        raise UserError(f"{base} holds {len(classes)} class folders; sort the images into two or more")
     if loose := sum(map(is_image, os.listdir(base))):
         log.warning("%s: %d images lie in no class folder and are left out", base, loose)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
@@ -137,7 +131,7 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
         names = read_class_names(str(listed))
         if len(names) != len(classes):
             told = f"{len(names)} names for {len(classes)} class folders"
-            raise UserError(f"{listed} has {told}; write one a line, in the folders' ASCII order")
+            raise UserError(f"{listed} has {told}; write one a line, in ASCII order")
     labelled = LabelledSet(
         root.name, names, _TEMPLATES, {name: items for name, items in splits.items() if items}
     )
@@ -145,10 +139,7 @@ def load_folder(path: str, class_names: str = "") -> LabelledSet:
 
 
 def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
-    """The set with the class names of a file, and numbered in the order of its lines: `NAME` or `FOLDER<tab>NAME`.
-
-    `NAME` is the class that reads the same, by `class_key`.
-    """
+    """The set with the class names, and in the order, of a file's lines: `NAME` or `FOLDER<tab>NAME`."""
     check_class_names(labelled.class_names)
     place = {class_key(name): index for index, name in enumerate(labelled.class_names)}
     numbers = {UNLABELLED: UNLABELLED}
@@ -163,8 +154,9 @@ def with_class_names(labelled: LabelledSet, path: str) -> LabelledSet:
         numbers[old] = len(names)
         names.append(prompt_name(name))
     if missing := [name for index, name in enumerate(labelled.class_names) if index not in numbers]:
-        told = f"class folder {missing[0]!r} of {labelled.name} has no line; add it, or remove the folder"
-        raise UserError(f"class names {path}: {told}")
+        raise UserError(
+            f"class names {path}: class folder {missing[0]!r} has no line; add it, or remove the folder"
+        )
     splits = {
         split: [replace(item, label=numbers[item.label]) for item in items]
         for split, items in labelled.splits.items()
@@ -185,8 +177,7 @@ def _without_labels(name: str, items: list[Item], class_names: str) -> LabelledS
 def _hashed(paths: Sequence[str], shares: Mapping[str, float]) -> dict[str, str]:
     """The split of each image of one class, by a hash of its path: those of `shares`, in their order, or train.
 
-    Where the hash leaves a split of a small class empty, one image trains all the same, and tests and validates from
-    `_FEWEST` images on.
+    Where the hash leaves a split empty, one image trains all the same, and tests and validates from `_FEWEST` on.
     """
     digests = {path: hashlib.sha256(path.encode()).digest() for path in paths}
     place = {path: int.from_bytes(digest[:8], "big") / 2**64 for path, digest in digests.items()}

@@ -1,7 +1,7 @@
 """The published sets of `sets.yaml`: CoOp's eleven few-shot sets, ImageNet's variants, and DomainBed's five.
 
-A set whose split file is missing is refused, because a split drawn anew gives numbers that compare with nobody's. Other
-counts than the published ones are logged.
+A set without its split file is refused: numbers of a split drawn anew compare with nobody's. Other counts than the
+published ones are logged.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ SETS = {key: PublishedSet(key, **facts) for section in _TABLE.values() for key, 
 
 
 def load(key: str, root: str) -> LabelledSet:
-    """One of `SETS` with the splits `train`, `val` and `test` as far as it has them, or `all` where it has domains.
+    """One of `SETS` with `train`, `val` and `test` as far as it has them, or `all` where it has domains.
 
-    `root` is the folder that holds the sets' folders, or the set's own. Item keys are paths inside the set's folder.
+    `root` is the folder that holds the sets' folders, or the set's own; keys are paths inside that.
     """
     described = SETS[key]
     names, splits = _READERS[described.layout](described, set_folder(key, root))
@@ -101,7 +101,7 @@ def load(key: str, root: str) -> LabelledSet:
 
 
 def set_folder(key: str, root: str) -> Path:
-    """The folder of a set below the data root, or `root` itself when it looks like the set's own."""
+    """Below the data root, or `root` itself when it looks like the set's own."""
     described = SETS[key]
     where = root_folder(root, key, f"it is the folder that holds {described.folders[0]}/")
     if there := [where / name for name in described.folders if (where / name).is_dir()]:
@@ -113,7 +113,7 @@ def set_folder(key: str, root: str) -> Path:
 
 
 def _compare_counts(described: PublishedSet, found: LabelledSet) -> None:
-    """Log where a set has other numbers than the published ones, and which of several builds it is."""
+    """Log other numbers than the published ones, and which of several builds it is."""
     counts = [len(found.splits.get(split, [])) for split in SPLITS]
     if found.domains:
         images = Counter(item.domain for item in found.splits[ALL])
@@ -154,23 +154,20 @@ def _read_split(described: PublishedSet, folder: Path) -> Found:
             raise UserError(f"split file {path} has no list {split!r}; {described.split_hint}")
         splits[split] = [_split_item(path, described, entry, names) for entry in entries]
     if gaps := sorted(set(range(len(names))) - set(names)):
-        told = f"has labels up to {max(names)} but no class {gaps[0]}"
-        raise UserError(f"split file {path} {told}; {described.split_hint}")
+        raise UserError(f"split file {path} has no image of class {gaps[0]}; {described.split_hint}")
     return _checked(described, folder, [names[label] for label in range(len(names))], splits)
 
 
 def _split_item(path: Path, described: PublishedSet, entry: Any, names: dict[int, str]) -> Item:
     """The item of an entry, whose class name goes into `names`."""
     if not (isinstance(entry, list) and list(map(type, entry)) == [str, int, str] and entry[1] >= 0):
-        told = f"{str(entry)[:80]} is not [path, label, class name]; fetch it again"
-        raise UserError(f"split file {path}: {told}")
+        raise UserError(f"split file {path}: {str(entry)[:80]} is not [path, label, name]; fetch it again")
     relative, label, name = entry
     relative = relative.lstrip("/")
     if ".." in PurePosixPath(relative).parts:
-        raise UserError(f"split file {path}: {relative} leaves the image folder; fetch the file again")
-    if names.setdefault(label, name) != name:
-        told = f"calls class {label} both {names[label]!r} and {name!r}; fetch it again"
-        raise UserError(f"split file {path} {told}")
+        raise UserError(f"split file {path}: {relative} leaves the image folder; fetch it again")
+    if (other := names.setdefault(label, name)) != name:
+        raise UserError(f"split file {path} calls class {label} both {other!r} and {name!r}; fetch it again")
     return _item(described, path.parent, relative, label)
 
 
@@ -195,18 +192,17 @@ def _read_variants(described: PublishedSet, folder: Path) -> Found:
 
 
 def _checked(described: PublishedSet, folder: Path, names: list[str], splits: dict[str, list[Item]]) -> Found:
-    """Names in words and the splits, if all images are there, every class is trained on, and the names are the set's."""
+    """Names in words, and the splits; refuses missing images, untrained classes and names of another set."""
     listed = folder / (described.split_file or "images_variant_*.txt")
     keys = [item.key for items in splits.values() for item in items]
     missing = missing_files(folder, keys)
     if 2 * len(missing) > len(keys):
-        raise UserError(
-            f"{listed} seems to be of another data set: {len(missing)} of its {len(keys)} images are not below {folder}, "
-            f"first {missing[0]}; put the list of {described.title} there, or unpack the images ({described.hint})"
-        )
+        told = f"{len(missing)} of its {len(keys)} images are not below {folder}, first {missing[0]}"
+        mend = f"put the list of {described.title} there, or unpack the images ({described.hint})"
+        raise UserError(f"{listed} seems to be of another data set: {told}; {mend}")
     if missing:
         told = f"{len(missing)} of {len(keys)} images are missing, first {folder / missing[0]}"
-        raise UserError(f"data set {described.key}: {told}; unpack them again ({described.hint})")
+        raise UserError(f"data set {described.key}: {told}; {described.hint}")
     names = [name.replace("_", " ") for name in names]
     path_of = {item.label: item.key.removeprefix(f"{described.images}/") for item in splits["train"]}
     if absent := [name for label, name in enumerate(names) if label not in path_of]:
@@ -214,15 +210,13 @@ def _checked(described: PublishedSet, folder: Path, names: list[str], splits: di
     wanted = {label: described.class_of(path).replace("_", " ") for label, path in path_of.items()}
     wrong = [label for label, name in wanted.items() if name.lower() != names[label].lower()]
     if described.class_from and 2 * len(wrong) > len(names):
-        raise UserError(
-            f"{listed} has the class names of another data set: {len(wrong)} of {len(names)} do not fit, such as "
-            f"{names[wrong[0]]!r} where {described.title} has {wanted[wrong[0]]!r}; {described.split_hint}"
-        )
+        told = f"{names[wrong[0]]!r} where {described.title} has {wanted[wrong[0]]!r}; {described.split_hint}"
+        raise UserError(f"{listed} has {len(wrong)} class names of another data set, such as {told}")
     return names, splits
 
 
 def missing_files(folder: Path, keys: Sequence[str]) -> list[str]:
-    """Those of the paths that do not exist; every folder is listed once, which is much faster than asking per file."""
+    """Those that do not exist; each folder is listed once, much faster than asking per file."""
     present: set[str] = set()
     for parent in {os.path.dirname(key) for key in keys}:
         if (folder / parent).is_dir():
@@ -233,7 +227,7 @@ def missing_files(folder: Path, keys: Sequence[str]) -> list[str]:
 
 
 def _read_train_val(described: PublishedSet, folder: Path) -> Found:
-    """ImageNet: `train` and `val`, or `images/train` and `images/val`; val is `test`, and only one may be there."""
+    """ImageNet: `train` and `val`, maybe in `images`; val is `test`, and one may be missing."""
     base = folder / "images" if (folder / "images").is_dir() else folder
     both = {"train": base / "train", "test": base / "val"}
     places = {split: place for split, place in both.items() if place.is_dir()}
@@ -251,7 +245,7 @@ def _read_train_val(described: PublishedSet, folder: Path) -> Found:
 
 
 def _read_test(described: PublishedSet, folder: Path) -> Found:
-    """Test images in folders that are wnids (A and R number their own 200 from 0) or, V2's, numbers of classes."""
+    """Folders that are wnids (A and R number their own 200 from 0) or, V2's, numbers of classes."""
     if described.layout == "wnids":
         _wnids(folder)
     labels, names = named_classes(folder, first_file([folder, folder.parent], "classnames.txt") or "imagenet")
@@ -261,11 +255,10 @@ def _read_test(described: PublishedSet, folder: Path) -> Found:
 
 
 def _wnids(folder: Path) -> list[str]:
-    """Sorted wnid folders; loose files (README.txt of A and R) are no classes, other folders a mistake."""
+    """Loose files (README.txt of A and R) are no classes, folders that are no wnids a mistake."""
     found = class_folder_names(folder)
     if wrong := [name for name in found if not WNID.fullmatch(name)]:
-        told = f"is not a wnid such as n01440764; move it out of {folder}"
-        raise UserError(f"class folder {folder / wrong[0]} {told}")
+        raise UserError(f"class folder {folder / wrong[0]} is not a wnid such as n01440764; move it away")
     return found
 
 
@@ -274,9 +267,9 @@ def _read_domains(described: PublishedSet, folder: Path) -> Found:
     found = read_domains(folder, described.key)
     own = f"load it as domains:{folder} if it is your own set"
     if found.domains != described.domains:
-        told = f"{', '.join(described.domains)}: complete it, or move other folders away; {own}"
+        has, wants = ", ".join(found.domains), ", ".join(described.domains)
         raise UserError(
-            f"{folder} has the domains {', '.join(found.domains)}, but {described.title} has {told}"
+            f"{folder} has the domains {has}, but {described.title} has {wants}; complete it, or {own}"
         )
     classes = [name.replace("_", " ") for name in described.classes]
     if classes and found.class_names != classes:

@@ -27,16 +27,16 @@ def coop_few_shot(
     fewer: Fewer = "refuse",
     class_names: Sequence[str] = (),
 ) -> tuple[list[Item], list[Item]]:
-    """Few-shot train and val items by CoOp's rule, which PromptSRC, PromptKD, Tip-Adapter and DHO use; 0 shots are all.
+    """Train and val items by CoOp's rule, which PromptSRC, PromptKD, Tip-Adapter and DHO use; 0 shots are all.
 
-    Classes come in the order of first appearance and one generator serves train and then val, which gets at most four
-    a class. Give all classes: the base and novel halves are taken from the result.
+    Classes come in the order of first appearance; one generator serves train and then val, which gets at most four
+    a class. Give all classes: base and novel halves are taken from the result.
     """
     if shots == 0:
         return list(train), list(val)
     rng = random.Random(seed)
     picked = _pick(train, shots, rng, fewer, class_names)
-    # The val split may have no image of a rare class whatever the shots are, so that nothing is refused there.
+    # The val split may have no image of a rare class, whatever the shots.
     val_fewer: Fewer = "keep" if fewer == "refuse" else fewer
     return picked, _pick(val, min(shots, _MAX_VAL_SHOTS), rng, val_fewer, class_names)
 
@@ -45,7 +45,7 @@ def _pick(
     items: Sequence[Item], shots: int, rng: random.Random, fewer: Fewer, class_names: Sequence[str]
 ) -> list[Item]:
     if shots < 1:
-        raise UserError(f"shots is {shots}; give a number of images a class from 1 on")
+        raise UserError(f"shots is {shots}; give 1 or more images a class")
     groups = by_class(items)
     if UNLABELLED in groups:
         raise UserError("few shots are picked from labelled images; one here has no label")
@@ -54,10 +54,8 @@ def _pick(
         name = f" ({class_names[label]})" if label < len(class_names) else ""
         told = f"{len(small)} classes have fewer images, class {label}{name} has {fewest}"
         if fewer == "refuse":
-            raise UserError(
-                f"shots is {shots}, more than there are: {told}; ask for at most {fewest} shots, or set the field fewer "
-                "beside shots to keep or repeat"
-            )
+            mend = f"ask for at most {fewest}, or set the field fewer beside it to keep or repeat"
+            raise UserError(f"shots is {shots}: {told}; {mend}")
         log.warning("shots is %d: %s; fewer is %s", shots, told, fewer)
     picked: list[Item] = []
     for group in groups.values():
@@ -69,10 +67,7 @@ def _pick(
 
 
 def base_and_novel(train: Sequence[Item]) -> tuple[list[int], list[int]]:
-    """Labels of the base classes and of the novel ones: halves of the sorted labels of the *whole* train split.
-
-    The base half is the larger one (PromptKD e.3).
-    """
+    """Base and novel classes: halves of the sorted labels of the *whole* train split, base the larger (PromptKD e.3)."""
     labels = sorted({item.label for item in train} - {UNLABELLED})
     half = math.ceil(len(labels) / 2)
     return labels[:half], labels[half:]

@@ -30,14 +30,12 @@ class TarSample:
 
     def text(self, extension: str) -> str:
         if extension not in self.members:
-            raise UserError(
-                f"{self.shard}: sample {self.key} has no {extension} member; write the shard again"
-            )
+            raise UserError(f"{self.shard}: sample {self.key} has no {extension} member; write it again")
         try:
             return self.members[extension].read().decode("utf-8")
         except UnicodeDecodeError:
-            told = f"{self.key}.{extension} is not UTF-8 text; write the shard again"
-            raise UserError(f"{self.shard}: {told}") from None
+            told = f"{self.shard}: {self.key}.{extension} is not UTF-8 text; write the shard again"
+            raise UserError(told) from None
 
 
 def index_tar(shard: str) -> list[TarSample]:

@@ -30,7 +30,7 @@ class Context:
     max_unreadable_share: float = 0.01
     """A larger share of unreadable images is an error."""
     embedded: dict[Any, Any] | None = None
-    """Image embeddings of this context's evaluations, shared by sets with the same images; None: not kept."""
+    """Image embeddings, shared by evaluations of the same images; None: not kept."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Evaluator(Protocol):
     name: str
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """Evaluate on all ranks together; every rank gets the same results, and a predictor without the protocol is refused."""
+        """All ranks together, each with the same results; a predictor without the protocol is refused."""
 
 
 @runtime_checkable
 class OfItems(Protocol):
-    """An evaluator of labelled images, whose mistakes can be shown."""
+    """Of labelled images, whose mistakes can be shown."""
 
     dataset: str
     items: list[Item]
@@ -69,7 +69,7 @@ class OfItems(Protocol):
 
 @runtime_checkable
 class OfQuestions(Protocol):
-    """An evaluator of questions about images, whose answers can be shown."""
+    """Of questions about images, whose answers can be shown."""
 
     dataset: str
     attributions: list[str]
@@ -84,14 +84,14 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
     bases = (vars(base) for base in protocol.__mro__)
     members = {name for own in bases for name in (*own, *own.get("__annotations__", ()))}
     lacking = sorted(name for name in members if not name.startswith("_") and not hasattr(predictor, name))
-    told = f"{type(predictor).__name__} has no {', '.join(lacking)}; leave the evaluator out for this model"
+    told = f"{type(predictor).__name__} has no {', '.join(lacking)}; leave it out for this model"
     raise UserError(f"evaluator {evaluator} needs a {protocol.__name__}, but {told}")
 
 
 def spread(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most so many of the items, always the same, in their order; 0: all.
+    """At most so many, always the same, in their order; 0: all.
 
-    They are drawn: every so many-th would leave out whole kinds of a file whose kinds take turns.
+    They are drawn: every n-th would leave out whole kinds of a file whose kinds take turns.
     """
     if not 0 < most < len(items):
         return items

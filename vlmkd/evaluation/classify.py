@@ -29,8 +29,6 @@ WORST = 24
 
 
 class ZeroShotClassifier:
-    """A DualEncoder with class vectors as an ImageClassifier."""
-
     def __init__(self, encoder: DualEncoder, vectors: ClassVectors) -> None:
         self.name, self.image_spec, self.class_names = encoder.name, encoder.image_spec, vectors.class_names
         self._encoder, self._vectors = encoder, vectors
@@ -47,9 +45,8 @@ class Classification:
     The classes of a group compete only with each other (as in PromptKD), or, with `rivals="all"`, with every class (the
     open set of VL2V-ADiP).
 
-    Details: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries of the confusion matrix that
-    are not 0, as (class, predicted class, images); `mistakes`, the wrong answers with the highest probability; the
-    unreadable files.
+    Details: `classes`; `per_class` and `per_group`, as (right, seen); `confusion`, the entries that are not 0, as (class,
+    predicted class, images); `mistakes`, the wrong answers with the highest probability; the unreadable files.
     """
 
     name = "classification"
@@ -71,8 +68,8 @@ class Classification:
             raise UserError(f"{told} has no images; choose another split")
         for item in items:
             if not 0 <= item.label < len(class_names):
-                label = f"has label {item.label}, but there are {len(class_names)} classes"
-                raise UserError(f"{told}: {item.key} {label}; evaluate on labelled images")
+                label = f"label {item.label} of {len(class_names)} classes; evaluate on labelled images"
+                raise UserError(f"{told}: {item.key} has {label}")
         if bool(base) != bool(novel) or set(base) & set(novel):
             raise UserError(f"{told}: base and novel must be two class groups without a common class")
         self.items, self.class_names, self.dataset = list(items), list(class_names), dataset
@@ -83,7 +80,7 @@ class Classification:
     def of(
         cls, data: LabelledSet, split: str = "test", *, base: Sequence[int] = (), novel: Sequence[int] = ()
     ) -> Classification:
-        """Of one split of a labelled set; its name is `<set>_<split>`, or `<set>` for the test split."""
+        """Of one split; its name is `<set>_<split>`, or `<set>` for the test split."""
         name = data.name if split == "test" else f"{data.name}_{split}"
         return cls(
             items_of(data, split), data.class_names, dataset=name, templates=data.templates, domains=data.domains,
@@ -178,6 +175,6 @@ def harmonic_mean(base: float, novel: float) -> float:
 
 
 def _by_group(right: Tensor, group: Tensor, count: int) -> list[list[int]]:
-    """(right, seen) of every group number below `count`."""
+    """(right, seen) of each group below `count`."""
     pairs = [torch.bincount(own, minlength=count) for own in (group[right], group)]
     return torch.stack(pairs, dim=1).tolist()

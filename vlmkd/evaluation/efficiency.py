@@ -12,10 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def macs_of(module: nn.Module, encode: Callable[[Tensor], Any], inputs: Tensor) -> int:
-    """Multiply-adds of `encode(inputs)`, which runs `module`: matrix products and convolutions.
-
-    Attention runs unfused while counting, because fused kernels hide their products from the counter.
-    """
+    """Multiply-adds of `encode(inputs)`, which runs `module`, with attention unfused: the counter sees no fused products."""
     was_training, fast_path = module.training, torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -73,7 +73,7 @@ def image_outputs(
     found = sorted(name for part in distributed.gather_objects(own) for name in part)
     if len(found) > context.max_unreadable_share * len(images) or len(found) == len(images):
         told = f"{len(found)} of {len(images)} images cannot be read, more than {context.max_unreadable_share:.1%}"
-        raise UserError(f"{title}: {told}: {', '.join(found[:3])}; restore these files")
+        raise UserError(f"{title}: {told}: {', '.join(found[:3])}; restore them")
     ids, kept = (torch.cat(part) for part in zip(*parts, strict=True))
     return (*distributed.gather_rows(ids, kept), found)
 

@@ -1,9 +1,7 @@
 """Image-text retrieval: recall at 1, 5 and 10, and mean and median rank, in both directions.
 
-Q queries, N candidates, D embedding width. An image-to-text query is a hit when any of its captions is among the
-first k texts; a text-to-image query is one caption, and a hit when its image (any of its images) is among the first k.
-
-Tie rule: candidates are ranked by falling score, equal scores by rising index, as a stable sort does.
+Q queries, N candidates, D embedding width. A query, an image or a caption, is a hit when any of its captions or images is
+among the first k candidates, by falling score, equal ones by rising index.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 class Retrieval:
-    """`image_to_text_r<k>` and `text_to_image_r<k>` for k = 1, 5, 10 (k >= number of candidates is left out).
+    """`image_to_text_r<k>` and `text_to_image_r<k>` for k = 1, 5, 10 below the number of candidates.
 
     `details` has the mean and median rank of the first positive, where 1 is best.
     """
@@ -38,7 +36,7 @@ class Retrieval:
         self.dataset = dataset
 
     def run(self, predictor: Any, context: Context) -> list[Result]:
-        """An unreadable image leaves the set, with the captions that are only its own."""
+        """An unreadable image leaves the set with the captions of its own."""
         require_protocol(self.name, predictor, DualEncoder)
         data = self.dataset
         ids, images, unreadable = embeddings(predictor, data.images, f"{data.name}: images", context)
@@ -73,7 +71,7 @@ class Retrieval:
 
 
 def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:
-    """As `first_positive` of queries [Q,D] and candidates [N,D], in any order; the ranks share the queries."""
+    """As `first_positive` of queries [Q,D] and candidates [N,D], which the ranks share, in any order."""
     share = distributed.rank_share(len(queries))
     own = queries[share.start :: share.step]
     found = first_positive(own, candidates, [positives[index] for index in share])

@@ -56,7 +56,7 @@ def export_classifier(
 
 
 def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
-    """The ImageClassifier in an export folder, in eval mode on the CPU; its name is the folder's without a `name`."""
+    """In eval mode on the CPU."""
     config = read_config(folder)
     module = _filled(config, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return ClassifierPredictor.of(name or str(folder), module, config)
@@ -65,7 +65,7 @@ def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
 def read_config(folder: Path) -> ClassifierConfig:
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} has no {CONFIG}; name the folder of an exported classifier")
+        raise UserError(f"{folder} has no {CONFIG}; name an exported classifier")
     content = read_object(path, "classifier config")
     if content.pop("format", None) != _FORMAT:
         raise UserError(f"{path} is of another format than {_FORMAT}; update vlmkd or export again")
@@ -88,8 +88,8 @@ def _filled(config: ClassifierConfig, weights: Mapping[str, Tensor], origin: str
 def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> None:
     """Weights that timm.create_model(NAME, num_classes=C) loads strictly, where a linear layer is enough.
 
-    Class vectors, behind a one-layer projector too, are folded into a layer whose logits have the same order, but in each
-    image another scale, because the length of the embedding is left out.
+    Class vectors, behind a one-layer projector too, are folded into one whose logits have the same order, but another scale
+    in each image: the length of the embedding is left out.
     """
     head: Any = module.head
     layers: Any = () if module.projector is None else module.projector.layers
@@ -117,7 +117,7 @@ def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> Non
 
 
 def verify_classifiers(exports: Mapping[Path, nn.Module]) -> None:
-    """Reload folders in one fresh process and compare with their modules: Classifiers, or any with its forward."""
+    """Compare folders, reloaded in one fresh process, with their modules: Classifiers, or any with its forward."""
     probes = {folder: probe_of(module, read_config(folder)) for folder, module in exports.items()}
     verify("vlmkd.export.classifier", probes)
 

@@ -43,13 +43,7 @@ _LONG = "two red circles, and a much longer line of words that some models have 
 _PROBE_TEXTS = ["a photo of a cat", _LONG, ""]
 
 
-def export_clip(
-    folder: Path,
-    clip: ClipModel,
-    *,
-    layout: Layout = "open_clip",
-    half: bool = False,
-) -> None:
+def export_clip(folder: Path, clip: ClipModel, *, layout: Layout = "open_clip", half: bool = False) -> None:
     """Write `clip` into `folder` by `replacing`.
 
     Layout `open_clip` is what open_clip's `local-dir:` reads (of a PrunedCLIP, our load_clip only), `hf` what transformers'
@@ -123,7 +117,7 @@ def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
 
 
 def verify_export(folder: Path, clip: ClipModel) -> None:
-    """Reload `folder` by its library in a fresh process and compare embeddings, logit scale, token ids, statistics."""
+    """Compare embeddings, logit scale, token ids and statistics with those of `folder`, reloaded in a fresh process."""
     if read_object(folder / PROVENANCE, "provenance")["half"]:
         clip = clip.with_weights({k: stored(v, half=True) for k, v in clip.module.state_dict().items()})
     verify("vlmkd.export.clip", {folder: probe_of(clip)})
@@ -149,7 +143,7 @@ def _outputs(module: Any, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """What the model in `folder`, read by the library that it is for, makes of a probe's pixels and of its texts."""
+    """What the model, read by the library that it is for, makes of a probe's pixels and texts."""
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         return _transformers_outputs(folder, probe)
     wanted = probe.facts["image_spec"]
@@ -170,9 +164,9 @@ def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
 
 
 def _transformers_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
-    """Outputs on the probe's texts through the folder's tokenizer, after those on its token ids were compared.
+    """Outputs through the folder's tokenizer, after those on the probe's token ids were compared.
 
-    Token ids are not: transformers pads with the end-of-text id, behind the pooled position.
+    Ids are not: transformers pads with the end-of-text id, behind the pooled position.
     """
     from transformers import AutoTokenizer, CLIPModel
 

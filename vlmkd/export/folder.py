@@ -1,7 +1,7 @@
 """An exported model's folder: written whole or not at all, described, and checked in a fresh process.
 
-The module of a format (clip.py, classifier.py, a project's own) makes a Probe of its model, and, run as
-`python -m MODULE FOLDER PROBE ...`, is the process that compares what a reloaded folder makes of it (`check_main`).
+The module of a format (clip.py, classifier.py, a project's own) makes a Probe of its model, and, as
+`python -m MODULE FOLDER PROBE ...`, compares what a reloaded folder makes of it (`check_main`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def stored(tensor: Tensor, *, half: bool = False) -> Tensor:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None, *, half: bool = False
 ) -> None:
-    """Write tensors, as `stored`, into a safetensors file with `facts` as its metadata."""
+    """As `stored`, into a safetensors file with `facts` as its metadata."""
     held = {name: stored(tensor, half=half) for name, tensor in tensors.items()}
     try:
         save_file(held, path, {"format": "pt", **(facts or {})})
@@ -102,14 +102,12 @@ def write_provenance(
 
 def git(*args: str) -> str:
     """What a git command says in the source tree; empty for an installed copy without one."""
-    command = ["git", "-C", str(REPOSITORY), *args]
-    if not (REPOSITORY / ".git").exists() or not shutil.which("git"):
+    if not (REPOSITORY / ".git").exists():  # not that of a folder around it
         return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(REPOSITORY), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return ""
 
 
 @dataclass
@@ -137,7 +135,7 @@ def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
 def verify(module: str, probes: Mapping[Path, Probe]) -> None:
     """Run `python -m MODULE FOLDER PROBE ...` on the CPU, without the network; a UserError has its last line.
 
-    One process for all the exports of a run: most of its seconds are those of its imports.
+    One process for all exports of a run: its seconds are those of its imports.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "HF_HUB_OFFLINE": "1",
@@ -155,7 +153,7 @@ def verify(module: str, probes: Mapping[Path, Probe]) -> None:
     if child.returncode:
         told = child.stderr.strip() or child.stdout.strip() or f"exit code {child.returncode}"
         what = f"export {' or '.join(map(str, probes))} does not reproduce the model"
-        raise UserError(f"{what}: {told.splitlines()[-1]}; keep the run's checkpoint and report this")
+        raise UserError(f"{what}: {told.splitlines()[-1]}; keep the checkpoint and report this")
 
 
 def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Sequence[str]) -> int:

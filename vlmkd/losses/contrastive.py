@@ -65,8 +65,7 @@ def sigmoid_loss(
 def check_gathered(rows: Tensor, columns: Tensor, name: str) -> None:
     """Refuse gathered student columns that hold `rows` but not their gradient: part of it would be lost."""
     if torch.is_grad_enabled() and rows.requires_grad and not columns.requires_grad:
-        told = "carries no gradient, but its local rows do; gather with vlmkd.distributed.gather"
-        raise ValueError(f"{name} {told}")
+        raise ValueError(f"{name} carries no gradient; gather with vlmkd.distributed.gather")
 
 
 def pair_loss(

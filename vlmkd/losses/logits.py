@@ -22,17 +22,15 @@ def kl_divergence(
 ) -> Tensor:
     """KL(teacher || student) of tempered softmax distributions [..., C], times temperature^2 (Hinton et al. 2015).
 
-    The factor keeps the size of the gradient independent of the temperature. No gradient reaches the teacher. Other
-    divergences, and vocabularies whose logits do not fit, are in `vlmkd/losses/tokens.py`.
+    The factor keeps the gradient's size independent of the temperature. No gradient reaches the teacher. Other
+    divergences, and logits that do not fit, are in `vlmkd/losses/tokens.py`.
 
     Args:
         reduction: `batch` sums over classes and averages over positions; `element` also divides by C (PromptKD).
         mask: bool [...]; only True positions count, in the mean too. No True position gives 0.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {[*student_logits.shape]}, teacher logits {[*teacher_logits.shape]}"
-        )
+        raise ValueError(f"logits: student {[*student_logits.shape]}, teacher {[*teacher_logits.shape]}")
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
     if reduction not in ("batch", "element"):

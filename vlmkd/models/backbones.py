@@ -120,7 +120,7 @@ def _timm(name: str, download: bool, image_size: int | None, seed: int | None) -
 
 
 def _create_timm(name: str, download: bool, image_size: int | None) -> nn.Module:
-    """Without its classifier; ViTs are built for `image_size`, others take any size."""
+    """Without its classifier; ViTs are built for `image_size`, others take any."""
     import timm
 
     architecture = name.partition(".")[0]
@@ -149,14 +149,9 @@ def _torchvision(text: str, download: bool, image_size: int | None, seed: int | 
         raise UserError(f"torchvision:{name} has no weights {tag}; choose one of {', '.join(tags)}")
     with drawn_from(seed):
         module = _create_torchvision(name, tag if download else None)
-    preset = published[tag].transforms()
-    size = image_size or preset.crop_size[0]
-    pixels = {
-        "mean": tuple(preset.mean),
-        "std": tuple(preset.std),
-        "interpolation": preset.interpolation.value,
-    }
-    spec = ImageSpec(size=(size, size), **pixels)
+    preset: Any = published[tag].transforms()
+    size, mean, std = image_size or preset.crop_size[0], tuple(preset.mean), tuple(preset.std)
+    spec = ImageSpec(size=(size, size), mean=mean, std=std, interpolation=preset.interpolation.value)
     *_, last = module.parameters()  # of a BatchNorm, in a ResNet and in MobileNetV2
     return Backbone(module, len(last), spec, {"kind": "torchvision", "name": name})
 
@@ -182,8 +177,8 @@ def _clip(text: str, download: bool, image_size: int | None, seed: int | None) -
         raise UserError(f"backbone {text} names no weights; write clip:{text}@TAG, or use pretrained=false")
     clip = load_clip(model, pretrained if download else "", seed=seed)
     if image_size and clip.image_spec.size != (image_size, image_size):
-        told = f"sees {clip.image_spec.size[0]} px, not {image_size}"
-        raise UserError(f"backbone clip:{text} {told}: a CLIP has its own size only; leave image_size out")
+        told = f"sees {clip.image_spec.size[0]} px, not {image_size}; leave image_size out"
+        raise UserError(f"backbone clip:{text} {told}")
     config = image_tower_config(clip.config)
     # Folders and zoo entries bring their weights, so that a random start builds the tower anew.
     module = build_clip(config["model"], seed=seed) if whole and not download else clip.module
@@ -194,9 +189,8 @@ def image_tower_config(config: Mapping[str, Any]) -> Config:
     """What `build_backbone` takes for the image tower of a CLIP config: it with next to no text tower."""
     parts = ("embed_dim", "vision_cfg", "quick_gelu", "pruned", "activation")
     kept = {name: copy.deepcopy(config[name]) for name in parts if name in config}
-    text: Config = {"context_length": 1, "vocab_size": 1, "width": 8}
-    pruned = config.get("pruned")
-    text |= {"heads": [], "mlp": [], "head_width": 8} if pruned else {"heads": 1, "layers": 1}
+    layers = {"heads": [], "mlp": [], "head_width": 8} if config.get("pruned") else {"heads": 1, "layers": 1}
+    text: Config = {"context_length": 1, "vocab_size": 1, "width": 8, **layers}
     return {"kind": "clip", "model": kept | {"text_cfg": text}}
 
 
@@ -210,8 +204,7 @@ def _image_tower(clip: nn.Module) -> nn.Module:
 def load_backbone_weights(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
     """Fill `backbone` strictly from `state`: its own names, or a training checkpoint around them.
 
-    Prefixes are taken off, layers of a head left out, and torchvision's children by number (`0.weight`, DHO's CNN files)
-    get their names.
+    Prefixes and layers of a head are left out, children by number (`0.weight`, DHO's CNN files) get their names.
     """
     module: Any = backbone.module
     named = {name.removeprefix("module."): tensor for name, tensor in state.items()}

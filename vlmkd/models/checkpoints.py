@@ -1,7 +1,5 @@
-"""Weights files of CLIPs, read without running anything that a file carries.
-
-TinyCLIP's two training layouts, automatic (fused) files, plain open_clip, transformers' CLIPModel, OpenAI's archives;
-half or single precision.
+"""Weights files of CLIPs, read as data: TinyCLIP's two training layouts and automatic (fused) files, plain open_clip,
+transformers' CLIPModel, OpenAI's archives; half or single precision.
 """
 
 from __future__ import annotations
@@ -37,14 +35,12 @@ def read_state_dict(path: str | Path) -> State:
 
 
 def read_tensors(path: str | Path) -> State:
-    """The weights in `path` as they are, under the file's own names; damaged files, and code, are refused."""
+    """The weights in `path` as they are, under the file's own names."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"weights file {path} is a folder; name it local-dir:PATH (open_clip) or hf:PATH")
-    if is_torchscript(path):
-        content: Any = _read_openai_archive(path)
-    else:
-        content = read_torch(path, plain=[argparse.Namespace])  # the `args` of training checkpoints
+    plain = [argparse.Namespace]  # the `args` of training checkpoints
+    content: Any = _read_openai_archive(path) if is_torchscript(path) else read_torch(path, plain=plain)
     held = content if isinstance(content, Mapping) else {}
     held = next((held[key] for key in _NESTED if isinstance(held.get(key), Mapping)), held)
     state = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
@@ -76,7 +72,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def _read_openai_archive(path: Path) -> State:
-    """The tensors of one of OpenAI's archives; any other TorchScript program is refused unread."""
+    """Any other TorchScript program is refused unread."""
     from open_clip.pretrained import get_pretrained_url, list_pretrained_models_by_tag
 
     digest = sha256_of(path)
@@ -106,7 +102,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], origin: str) ->
 
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first missing, unexpected and resized tensors in words; empty when there are all of `wanted` and no other."""
+    """The first missing, unexpected and resized tensors in words; empty: there are none."""
     want, have = ({name: list(tensor.shape) for name, tensor in held.items()} for held in (wanted, given))
     resized = {name: shape for name, shape in want.items() if have.get(name, shape) != shape}
     groups = {
@@ -130,16 +126,14 @@ def _suggestion(named: State) -> str:
     if config.get("pruned"):
         return "; they are a pruned CLIP with ragged layers: write identify()'s config as JSON and name that file"
     image, text = config["vision_cfg"], config["text_cfg"]
-    return (
-        f"; their shapes are vision {image['layers']} layers x {image['width']}, patch {image['patch_size']}, "
-        f"text {text['layers']} layers x {text['width']}, embedding {config['embed_dim']}"
-    )
+    vision = f"vision {image['layers']} layers x {image['width']}, patch {image['patch_size']}"
+    return f"; they are {vision}, text {text['layers']} layers x {text['width']}, embedding {config['embed_dim']}"
 
 
 def identify(state: Mapping[str, Tensor], *, head_width: int = 64) -> Config:
-    """The model config, open_clip's or the pruned one, of the ViT CLIP in `state` (any layout), read from its shapes.
+    """The config, open_clip's or the pruned one, of the ViT CLIP in `state` (any layout), read from its shapes.
 
-    The activation is not in a file: GELU is assumed, as of every TinyCLIP; set `quick_gelu` for OpenAI's.
+    The activation is assumed to be GELU, as of every TinyCLIP; set `quick_gelu` for OpenAI's.
     """
     pruned = config_from_state_dict(normalise_names(state), head_width=head_width)
     image, text = pruned["vision_cfg"], pruned["text_cfg"]

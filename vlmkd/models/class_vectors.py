@@ -1,6 +1,6 @@
-"""Class vectors: what a text tower says about the classes, computed once and stored.
+"""What a text tower says about the classes, computed once and stored.
 
-PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits and its text initialisation.
+PromptKD's class bank, VL2V-ADiP's text classifier, DHO's teacher logits and text initialisation.
 
 Letters: C classes, P prompts per class, D embedding width, B batch.
 """
@@ -35,8 +35,6 @@ Normalise = Literal["each_and_mean", "each", "mean", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassVectors:
-    """One vector per class, and where they come from."""
-
     vectors: Tensor
     """[C, D] fp32 on the CPU."""
     class_names: list[str]
@@ -50,9 +48,9 @@ class ClassVectors:
     normalise: Normalise = "each_and_mean"
 
     def __post_init__(self) -> None:
-        shape, dtype, count = tuple(self.vectors.shape), self.vectors.dtype, len(self.class_names)
-        if len(shape) != 2 or shape[0] != count or dtype != torch.float32:
-            raise ValueError(f"{shape} {dtype} vectors for {count} classes; need fp32 [C, D]")
+        shape, count = tuple(self.vectors.shape), len(self.class_names)
+        if len(shape) != 2 or shape[0] != count or self.vectors.dtype != torch.float32:
+            raise ValueError(f"{shape} {self.vectors.dtype} vectors for {count} classes; need fp32 [C, D]")
         if not self.vectors.isfinite().all():
             raise UserError(f"class vectors of {self.teacher} are not finite; check its weights")
 
@@ -67,7 +65,7 @@ class ClassVectors:
         return self.logit_scale * image_embeds.float() @ self.vectors.to(image_embeds.device).T
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file whose metadata are the other fields."""
+        """Into a safetensors file whose metadata are the other fields."""
         from safetensors.torch import save_file
 
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "vectors"}
@@ -77,7 +75,7 @@ class ClassVectors:
 
     @classmethod
     def load(cls, path: Path, *, expect_class_names: Sequence[str] | None = None) -> ClassVectors:
-        """Read a file of `save`; one that was edited, or of other classes than expected, is refused."""
+        """From a file of `save`; one that was edited, or of other classes than expected, is refused."""
         from safetensors import safe_open
 
         tensors = read_safetensors(path, what="class vectors")
@@ -96,7 +94,7 @@ class ClassVectors:
 
 
 def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """The C x P texts that an encoder is given, those of a class side by side."""
+    """C x P texts, those of a class side by side."""
     return [fill(template, prompt_name(name)) for name in class_names for template in templates]
 
 
@@ -113,15 +111,15 @@ def encode_classes(
 ) -> ClassVectors:
     """Mean prompt vector of every class; underscores in class names become spaces.
 
-    The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor), since `encode_text` gives unit
-    vectors. With `shared` each rank encodes some of the classes; `watch` may show the batches' progress.
+    The modes `mean` and `none` need an encoder with `text_features` (ClipPredictor). With `shared` each rank encodes some
+    of the classes; `watch` may show the batches' progress.
     """
     check_templates(templates)
     raw = normalise in ("mean", "none")
     encode = getattr(encoder, "text_features", None) if raw else encoder.encode_text
     if encode is None:
-        told = f"text features that are no unit vectors, which {encoder.name} does not give"
-        raise UserError(f"normalise={normalise} needs {told}; use a CLIP, or normalise=each_and_mean")
+        told = f"needs a CLIP, which {encoder.name} is not; use normalise=each_and_mean"
+        raise UserError(f"normalise={normalise} {told}")
     share = distributed.rank_share(len(class_names)) if shared else range(len(class_names))
     texts = class_prompts([class_names[index] for index in share], templates)
     starts = range(0, len(texts), batch_size)

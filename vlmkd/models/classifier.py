@@ -1,4 +1,4 @@
-"""An image classifier made of parts: backbone, projector where there is one, head; and the predictor around it.
+"""An image classifier of backbone, maybe a projector, and head; and the predictor around it.
 
 Letters: B batch, C classes.
 """
@@ -33,7 +33,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """All that a classifier is, but for its weights; plain data."""
+    """All but the weights; plain data."""
 
     backbone: dict[str, Any]
     head: dict[str, Any]
@@ -50,9 +50,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         classes, kind, names = self.head["classes"], self.head["kind"], len(self.class_names)
         if classes != names:
-            raise UserError(
-                f"classifier config: the head has {classes} classes, but there are {names} class names"
-            )
+            raise UserError(f"classifier config: a head of {classes} classes, but {names} class names")
         if (kind == "dual") != (self.mix is not None):
             raise UserError(f"classifier config: mix is {self.mix} with a {kind} head; a dual head needs one")
 

@@ -73,8 +73,8 @@ def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> C
 
     `model` is an open_clip architecture, a JSON model config, `local-dir:PATH` (open_clip's or our export), `hf:PATH`
     (transformers' CLIPModel) or `zoo:NAME`. `pretrained`, for the first two, is an open_clip tag, a weights file of any
-    layout, or empty for a random initialisation, drawn from `seed` where it is given. Activation and pixel statistics
-    are those of the weights: of the tag, or of the config beside the file.
+    layout, or empty: random, drawn from `seed` where it is given. Activation and pixel statistics are those of the tag, or
+    of the config beside the file.
     """
     scheme, _, rest = model.partition(":")
     if scheme in ("zoo", *_FOLDERS) and rest:
@@ -88,8 +88,8 @@ def load_clip(model: str, pretrained: str = "", *, seed: int | None = None) -> C
         config, folder = read_object(Path(model), "model config"), Path(model).parent
         config = config.get("model_cfg", config)
     elif (config := open_clip.get_model_config(architecture)) is None:
-        otherwise = "give a name, a .json file, local-dir:, hf: or zoo:"
-        hint = did_you_mean(model, open_clip.list_models(), otherwise)
+        forms = "give a name, a .json file, local-dir:, hf: or zoo:"
+        hint = did_you_mean(model, open_clip.list_models(), forms)
         raise UserError(f"model {model} is no open_clip architecture; {hint}")
     if not pretrained:
         return _loaded(build_clip(config, seed=seed), config, {}, model, folder, trained=False)
@@ -127,7 +127,7 @@ def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Modu
 
 @contextlib.contextmanager
 def drawn_from(seed: int | None) -> Iterator[None]:
-    """Random numbers from `seed`, the global state left as it was; without a seed from that state."""
+    """From `seed`, the global state left as it was; without one from that state."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def downloading(what: str, hint: str = "") -> Iterator[None]:
-    """Whatever keeps a library from fetching `what` is a UserError, which ends with `hint`."""
+    """What keeps a library from fetching `what` is a UserError, which ends with `hint`."""
     trouble = ""
     try:
         with zoo.hub_or_cache() as trouble:
@@ -161,9 +161,8 @@ def _build_open_clip(given: Mapping[str, Any]) -> nn.Module:
     from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, CoCa, CustomTextCLIP
 
     config = copy.deepcopy(dict(given))
-    for field in ("embed_dim", "vision_cfg", "text_cfg"):
-        if field not in config:
-            raise UserError(f"model config: field {field} is missing")
+    if missing := {"embed_dim", "vision_cfg", "text_cfg"} - config.keys():
+        raise UserError(f"model config: field {min(missing)} is missing")
     towers = {"vision_cfg": CLIPVisionCfg.__dataclass_fields__, "text_cfg": CLIPTextCfg.__dataclass_fields__}
     for section, known in {"": dict.fromkeys(_CONFIG_FIELDS), **towers}.items():
         for field in config[section] if section else config:
@@ -187,12 +186,12 @@ def _folder(scheme: str, path: str) -> Path:
         raise UserError(f"model {scheme}:{path}: no such folder")
     if not (folder / _FOLDERS[scheme]).is_file():
         others = [f"; name it {other}:PATH" for other, file in _FOLDERS.items() if (folder / file).is_file()]
-        raise UserError(f"model {scheme}:{path}: the folder has no {_FOLDERS[scheme]}{''.join(others)}")
+        raise UserError(f"model {scheme}:{path} has no {_FOLDERS[scheme]}{''.join(others)}")
     return folder
 
 
 def _described(folder: Path) -> tuple[Config, Config]:
-    """open_clip's model config and preprocess config of a model folder."""
+    """The model config and preprocess config of a folder, as open_clip's."""
     if (folder / OPEN_CLIP_CONFIG).is_file():
         content = read_object(folder / OPEN_CLIP_CONFIG, "model config")
         return content.get("model_cfg", content), content.get("preprocess_cfg", {})
@@ -208,7 +207,7 @@ def _described(folder: Path) -> tuple[Config, Config]:
 
 
 def _beside(weights: Path) -> Config:
-    """Pixel statistics and activation from the config beside a weights file; empty without one."""
+    """Pixel statistics and activation from the config beside a weights file, if there is one."""
     folder, hf = weights.parent, weights.parent / "config.json"
     is_clip = hf.is_file() and read_object(hf, "model config").get("model_type") == "clip"
     if not (folder / OPEN_CLIP_CONFIG).is_file() and not is_clip:
@@ -231,7 +230,7 @@ def _load_zoo(name: str) -> ClipModel:
     item = zoo.entry(name)
     source = f"zoo:{item.name}"
     if item.format != "clip":
-        raise UserError(f"{source} is no CLIP; MODEL_ZOO.md says at its table where it is used")
+        raise UserError(f"{source} is no CLIP; MODEL_ZOO.md says where it is used")
     path = zoo.fetch(name)
     if path.is_dir():
         return _load_folder(path, source)
@@ -275,17 +274,14 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         ids = self.encode(texts)
         if ids.numel() and int(ids.max()) >= self.vocab_size:
-            told = f"gives id {int(ids.max())}, but the token table has {self.vocab_size} rows"
+            told = f"its tokenizer gives id {int(ids.max())} for a table of {self.vocab_size} rows"
             mend = "put its tokenizer.json beside the config and set text_cfg.hf_tokenizer_name"
-            raise UserError(f"model {self.source}: its tokenizer {told}; {mend}")
+            raise UserError(f"model {self.source}: {told}; {mend}")
         return ids
 
 
 def _tokenizer(config: Mapping[str, Any], source: str, folder: Path | None) -> tuple[Tokenizer, Path | None]:
-    """The tokenizer of a model, and the folder of its files where it is not open_clip's own.
-
-    `hf_tokenizer_name` is a folder beside the config, that folder itself, or a hub repository.
-    """
+    """With the folder of its files; `hf_tokenizer_name` is one beside the config, the config's own, or a hub repository."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text = config["text_cfg"]

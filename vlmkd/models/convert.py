@@ -91,9 +91,8 @@ def from_hf_state(state: Mapping[str, Tensor]) -> State:
     for name, theirs in _names(state).items():
         parts = [theirs.replace("*", letter) for letter in ("qkv" if "*" in theirs else "*")]
         if given := [left.pop(part) for part in parts if part in left]:
-            result[name] = (
-                given[0].T if name in _TRANSPOSED else torch.cat(given) if given[1:] else given[0]
-            ).contiguous()
+            tensor = torch.cat(given) if given[1:] else given[0]
+            result[name] = (tensor.T if name in _TRANSPOSED else tensor).contiguous()
     if left:
         raise UserError(f"weights: open_clip's CLIP has no place for {next(iter(left))}")
     return result
@@ -181,8 +180,7 @@ def from_hf_config(hf: Mapping[str, Any], origin: str) -> Config:
     towers: dict[str, Any] = {"vision_cfg": full.vision_config, "text_cfg": full.text_config}
     acts = {tower.hidden_act for tower in towers.values()}
     if acts not in ({"gelu"}, {"quick_gelu"}):
-        told = "both towers need the same one, gelu or quick_gelu"
-        raise UserError(f"{origin}: hidden_act {sorted(acts)}; {told}")
+        raise UserError(f"{origin}: hidden_act {sorted(acts)}; both towers need gelu, or both quick_gelu")
     config: Config = {"embed_dim": full.projection_dim, "quick_gelu": acts == {"quick_gelu"}}
     for section, tower in towers.items():
         config[section] = {ours: getattr(tower, theirs) for ours, (_, theirs) in _SIZES[section].items()}

@@ -1,6 +1,6 @@
 """What turns features into logits: linear, dual (DHO) and text-vector heads; the projector before them.
 
-Logits are fp32 in every precision: the features and the head's weights are converted, and autocast is off inside.
+Logits are fp32 in every precision: features and weights are converted, autocast is off.
 
 Letters: B batch, C classes, d feature width, D embedding width.
 """
@@ -99,15 +99,14 @@ class Projector(nn.Module):
         for _ in range(layers - 1):
             parts += [nn.BatchNorm1d(embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim)]
         self.layers = nn.Sequential(*parts)
-        self.config = {"width": width, "embed_dim": embed_dim, "layers": layers}
-        """Keyword arguments that make the same projector."""
+        self.config = {"width": width, "embed_dim": embed_dim, "layers": layers}  # what makes the same
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
 
 
 class TextClassifier(nn.Module):
-    """Unit features [B, D] times class vectors [C, D], as these are given, times logit_scale; nothing to train."""
+    """Unit features [B, D] times class vectors [C, D] times logit_scale; nothing to train."""
 
     vectors: Tensor
 
@@ -140,4 +139,4 @@ def build_head(config: dict[str, Any]) -> nn.Module:
         return DualHead(width, classes, kd=config["kd"])
     if config["kind"] == "text":
         return TextClassifier(torch.zeros(classes, width), config["logit_scale"])
-    raise UserError(f"classifier config: unknown head {config['kind']!r}; it is linear, dual or text")
+    raise UserError(f"classifier config: unknown head {config['kind']!r}, not linear, dual or text")

@@ -1,7 +1,6 @@
 """Deep visual prompts in the image tower of an open_clip CLIP, run through open_clip's own blocks.
 
-Before each of the blocks 0 to J - 1 the prompt positions are written with that block's own vectors; from block J on they
-flow. The tower itself is frozen and is not changed.
+Before each of the blocks 0 to J - 1 the prompt positions get that block's own vectors; from block J on they flow.
 
 Letters: B images, J prompted blocks (the depth), n prompts a block, w width of the tower, D embedding width.
 """
@@ -23,7 +22,7 @@ INIT_STD = 0.02
 
 
 class PromptedImageTower(nn.Module):
-    """An open_clip VisionTransformer, frozen, with prompts behind its patches."""
+    """A frozen VisionTransformer with prompts behind its patches."""
 
     def __init__(
         self, tower: Any, depth: int, length: int, *, generator: torch.Generator | None = None
@@ -32,12 +31,11 @@ class PromptedImageTower(nn.Module):
 
         super().__init__()
         if not isinstance(tower, VisionTransformer):
-            told = f"not {type(tower).__name__}; choose a CLIP such as ViT-B-16"
-            raise UserError(f"prompts need open_clip's ViT image tower, {told}")
+            raise UserError(f"prompts need open_clip's ViT, such as ViT-B-16, not {type(tower).__name__}")
         # A mean over patches would include the prompts.
         if tower.attn_pool is not None or tower.pool_type != "tok":
             raise UserError(
-                f"prompts need a tower that reads its class token; this one's pool_type is {tower.pool_type}"
+                f"prompts need a tower that reads its class token, not pool_type={tower.pool_type}"
             )
         self.tower: Any = tower.eval().requires_grad_(False)
         check_depth("image", depth, length, len(self.tower.transformer.resblocks), lowest=0)

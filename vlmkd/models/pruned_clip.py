@@ -1,7 +1,6 @@
 """CLIP with ragged layers, as automatic TinyCLIP inheritance leaves it and the published `auto` checkpoints hold it.
 
 Every layer has its own number of heads and FFN channels, maybe none; the bias that its output projection added stays.
-Every tower has its own width. The head width does not shrink.
 
 Letters: B batch, T tokens, D width of the tower, H heads of the layer, F FFN channels of the layer, E embedding.
 """
@@ -177,7 +176,7 @@ class PrunedTextTower(nn.Module):
 
 
 class PrunedCLIP(nn.Module):
-    """A CLIP of a pruned config (see `check_config`), with open_clip's interface and its names inside the towers."""
+    """Of a pruned config (see `check_config`), with open_clip's interface and its names inside the towers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -232,9 +231,9 @@ def own_names(state: Mapping[str, Tensor]) -> State:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a pruned config that lacks a field of `_FIELDS` or contradicts itself.
+    """Refuse a config that lacks a field of `_FIELDS` or contradicts itself.
 
-    `heads` and `mlp` (FFN channels) have one number a layer; besides, there may be `pruned` and `logit_bias`, both bools.
+    `heads` and `mlp` (FFN channels) have one number a layer; there may be `pruned` and `logit_bias` too, both bools.
     """
     told = "pruned model config:"
     for section, fields in _FIELDS.items():
@@ -260,8 +259,8 @@ def config_from_state_dict(
 ) -> Config:
     """The ragged config of `state` (open_clip.CLIP's names, or PrunedCLIP's), read from its shapes.
 
-    Parts whose keys are absent or empty have 0 heads or channels. Head width (`text_head_width` where the text tower's
-    differs) and activation are not in a file and must be told.
+    Parts that are absent or empty have 0 heads or channels. Head width (`text_head_width` of a text tower that differs)
+    and activation are not in a file.
     """
     named = own_names(state)
     try:
@@ -303,7 +302,7 @@ def _layers(named: State, tower: str, head_width: int) -> Config:
     for layer in range(max(layers, default=-1) + 1):
         in_proj = len(named.get(f"{prefix}{layer}.attn.in_proj_weight", ()))
         if in_proj % rows:
-            told = f"has {in_proj} rows, no multiple of 3 x head width {head_width}; tell this model's head width"
+            told = f"has {in_proj} rows, no multiple of 3 x head width {head_width}; tell its head width"
             raise UserError(f"weights: {prefix}{layer}.attn.in_proj_weight {told}")
         heads.append(in_proj // rows)
         mlp.append(len(named.get(f"{prefix}{layer}.mlp.c_fc.weight", ())))

@@ -1,6 +1,6 @@
 """Text towers without the padding behind a text's end: only positions that can reach the feature are computed.
 
-Behind a causal mask none sees what follows it; a Hugging Face tower masks its padding. Features stay the same, to rounding.
+A causal mask, or a Hugging Face tower's of its padding, hides the others. Features stay the same, to rounding.
 
 Letters: N texts, T token positions, L of them needed, w width, D embedding width.
 """
@@ -17,7 +17,7 @@ from vlmkd.models.pruned_clip import PrunedTextTower
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """`model.encode_text(tokens)` of an open_clip model or PrunedCLIP: tokens int64 [N,T] -> [N,D], not normalised.
+    """As `model.encode_text`: tokens int64 [N,T] -> [N,D], not normalised.
 
     Tokens on a CPU are cut by `needed`; on a GPU that would make the host wait.
     """

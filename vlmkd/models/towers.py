@@ -52,10 +52,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 class ClipTeacher(ClipTowers):
-    """A frozen CLIP that accepts images in `student_spec`'s statistics, always in eval mode.
-
-    Not in inference mode, because losses keep its outputs for their backward pass.
-    """
+    """A frozen CLIP that accepts images in `student_spec`'s statistics, always in eval mode."""
 
     def __init__(self, clip: ClipModel, student_spec: ImageSpec) -> None:
         super().__init__(clip.module.eval().requires_grad_(False))
@@ -68,10 +65,7 @@ class ClipTeacher(ClipTowers):
     def forward(
         self, images: Tensor | None = None, tokens: Tensor | None = None, own_statistics: bool = False
     ) -> ClipOutput:
-        """As ClipTowers'; `own_statistics`: the images are a view of the teacher's own.
-
-        The only way in, because ZeRO 3 gathers a sharded teacher's weights around this call.
-        """
+        """As ClipTowers', around which ZeRO 3 gathers the weights; `own_statistics`: the images are a view of the teacher's."""
         if images is not None and not own_statistics:
             images = convert_images(images, self.student_spec, self.clip.image_spec)
         return super().forward(images, tokens)
@@ -80,8 +74,8 @@ class ClipTeacher(ClipTowers):
 def convert_images(images: Tensor, source: ImageSpec, target: ImageSpec) -> Tensor:
     """images [B, 3, h, w] from `source`'s statistics and size to `target`'s.
 
-    The change of statistics is exact. Another size is interpolated, which is not what the teacher would see of the
-    original: where sizes differ, the loader makes a view of its own, and this is the fallback.
+    The change of statistics is exact. An interpolated size is not what the teacher would see of the original, of which the
+    loader can make a view.
     """
     if source.mean != target.mean or source.std != target.std:
         # (x * std + mean - mean') / std', as one multiplication and one addition; in fp32
@@ -127,7 +121,7 @@ class ClipPredictor:
         return float(self._run().logit_scale)
 
     def _tokens(self, texts: list[str]) -> Tensor:
-        """On the device, without padding that does not count, which is found before they are moved."""
+        """Without padding that does not count, which is found before they move to the device."""
         model, parameter = getattr(self._encoder, "model", self._encoder), next(self._encoder.parameters())
         return needed(model, self._tokenizer(texts)).to(parameter.device)
 

@@ -1,4 +1,4 @@
-"""Pictures of the page, written while models and images are at hand: the affinity gallery and the worst mistakes."""
+"""Pictures of the page, written while models and images are at hand."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_gallery(
     texts: Sequence[str],
     device: torch.device | None = None,
 ) -> None:
-    """Write how each model (teachers first) relates `texts` to `images`, of which text i belongs to image i.
+    """Write how each model (teachers first) relates `texts` to `images`; text i belongs to image i.
 
-    The affinity of text i to image j is softmax over j of logit_scale * cosine: TinyCLIP's text-to-image affinity.
+    Affinity is TinyCLIP's text-to-image one: softmax over images of logit_scale * cosine.
     """
     import torch  # here, because pages are made without it
 
@@ -56,7 +56,7 @@ def write_gallery(
 
 
 def write_mistakes(path: Path, results: Sequence[Result], items: Mapping[str, Sequence[Item]]) -> None:
-    """Write the worst mistakes of classification results with their pictures, of data sets that `items` has."""
+    """Write the worst mistakes with their pictures, of data sets that `items` has."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         if "mistakes" in result.details and result.dataset in items:
@@ -85,7 +85,7 @@ def write_pictures(
 
 
 def _data_uri(image: Image.Image | bytes, side: int = _SIDE) -> str:
-    """An image, or a file of one, as an inline PNG that fits the square of `side`; a larger one than _SIDE as a JPEG."""
+    """An inline PNG that fits the square of `side`; a JPEG where that is not _SIDE."""
     from PIL import Image  # here, because pages are made without it
 
     if isinstance(image, bytes):

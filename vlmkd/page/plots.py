@@ -1,7 +1,7 @@
 """The page's plots, by matplotlib, as inline SVG: lines over steps, points over parameters.
 
-Colours are drawn as marks that `svg` turns into the page's CSS variables, so that a plot follows the light or dark
-theme. matplotlib is imported where something is drawn: it would cost every run's start half a second.
+`svg` turns marks into the page's CSS variables, so that a plot follows the light or dark theme. matplotlib is imported
+where something is drawn: it would cost every run's start half a second.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ def color_of(number: int) -> str:
 def line_plot(
     lines: Sequence[tuple[str, Sequence[Point]]], levels: Sequence[tuple[str, float]] = (), *, y_label: str
 ) -> Figure:
-    """Names and points over the steps, coloured by their order; few points are marked.
-
-    `levels`, names and heights, are dashed lines across the plot: a teacher's score.
-    """
+    """Names and points over the steps; `levels`, names and heights, are dashed lines: a teacher's score."""
     figure, axes = _axes("step", y_label)
     for name, y in levels:
         axes.axhline(y, color=_SOFT, linestyle=(0, (2, 3)), label=name)
@@ -52,7 +49,7 @@ def line_plot(
 
 
 def scatter_plot(points: Sequence[tuple[str, int, Point]], *, x_label: str, y_label: str) -> Figure:
-    """Points with names and colour numbers over a logarithmic x axis."""
+    """Names, colour numbers and points over a logarithmic x axis."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = _axes(x_label, y_label)
@@ -78,7 +75,7 @@ def scatter_plot(points: Sequence[tuple[str, int, Point]], *, x_label: str, y_la
 
 
 def svg(figure: Figure, label: str) -> str:
-    """`figure` as an SVG element in the page's colours, with `label` for screen readers; the same for equal figures."""
+    """An element in the page's colours, with `label` for screen readers; the same for equal figures."""
     import matplotlib as mpl
 
     buffer = io.StringIO()

@@ -1,7 +1,4 @@
-"""Run folders -> one self-contained HTML page, from files alone: no model is loaded.
-
-The page is the template `report.html` beside this file.
-"""
+"""Run folders -> one self-contained HTML page (`report.html`), from files alone: no model is loaded."""
 
 from __future__ import annotations
 
@@ -38,10 +35,9 @@ class Row:
 
 def read_run(folder: Path) -> Run:
     if not (folder / "metrics.jsonl").is_file():
-        told = "has no metrics.jsonl; give the folder of a run (run_dir=...) that has logged a step"
-        raise UserError(f"{folder} {told}")
+        raise UserError(f"{folder} has no metrics.jsonl; give the folder of a run that has logged a step")
     run = Run(folder)
-    assert isinstance(run.train, list)  # read now: a mistake in it is told before anything is made of the run
+    assert isinstance(run.train, list)  # read now, so that a mistake in it is told first
     return run
 
 
@@ -68,7 +64,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 
 
 def columns_of(rows: Sequence[Row]) -> list[Number]:
-    """A number of each column, data sets together, in the order in which they were written."""
+    """A number of each column, data sets together, in the order of writing."""
     first: dict[Key, Number] = {}
     for row in rows:
         for key, number in row.scores.items():
@@ -90,7 +86,7 @@ def best(rows: Iterable[Row], column: Number) -> Row | None:
 
 
 def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Path | None = None) -> Path:
-    """Write the page to `out`, which it returns; `samples` is a gallery file instead of the runs' own."""
+    """Write the page to `out`, which is returned; `samples` is a gallery instead of the runs' own."""
     import jinja2  # here, because a run imports this module at its start
 
     if not run_dirs:
@@ -166,7 +162,7 @@ def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Numb
 
 
 def merge_galleries(runs: Sequence[Run], samples: Path | None) -> list[dict[str, Any]]:
-    """One gallery for each set of texts and images, with the models of all runs (by name) that share it, teachers first.
+    """One gallery for each set of texts and images, with the models of all runs that share it, teachers first.
 
     `right` is the share of a text's affinity that its own image has.
     """
@@ -192,7 +188,7 @@ def merge_galleries(runs: Sequence[Run], samples: Path | None) -> list[dict[str,
 
 
 def confusion(details: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
-    """Shares of each shown class's images by answer, and the classes' names: all, or those with most wrong images."""
+    """Shares of each shown class's images by answer, and the classes: all, or those with most wrong images."""
     wrong = [seen - right for right, seen in details["per_class"]]
     shown = sorted(sorted(range(len(wrong)), key=lambda index: -wrong[index])[:_CONFUSED])
     place = {label: row for row, label in enumerate(shown)}
@@ -209,8 +205,9 @@ def millions(parameters: float | None) -> str:
 
 def _inline(uri: str, file: str) -> str:
     if not uri.startswith("data:image/"):
-        told = "is not a data:image/ URI; the page would load it from outside"
-        raise UserError(f"{file}: image {uri[:40]!r} {told}")
+        raise UserError(
+            f"{file}: image {uri[:40]!r} is not a data:image/ URI: nothing is loaded from outside"
+        )
     return uri
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says about its run: the one reader of tables and page."""
+"""What a run folder says, for tables and page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Key = tuple[str, str]
 
 
 class Run:
-    """A run folder, or a results file of an evaluation command; what it does not have is empty, of another version refused."""
+    """A run folder, or a results file of an evaluation command; what it lacks is empty."""
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path, self.name = path, name or path.resolve().name
@@ -35,9 +35,9 @@ class Run:
         self.latest = latest(self.numbers)
         models = self.json(f"eval/{MODELS}")
         self.exported: str = models.get("exported", STUDENT)
-        """Which weights of the student are in the run's export: the last ones, or those of a selection."""
+        """Weights of the student in the run's export: the last ones, or a selection's."""
         self.selections: list[str] = models.get("selections", [])
-        """Names of other weights of the student than the last ones."""
+        """Names of other weights than the last ones."""
 
     def json(self, name: str) -> dict[str, Any]:
         return read_object(self.path / name, "result file") if (self.path / name).is_file() else {}
