@@ -1,6 +1,7 @@
 """What the axes of a CLIP's tensors mean: which units lie along them, and how to score and cut those units.
 
-Names are open_clip.CLIP's. Every axis belongs to a group of units; tensors that share a group must be cut alike.
+Names are open_clip.CLIP's. Every axis belongs to a group of units (hidden channels, heads of a layer, FFN channels of a
+layer, ...); tensors that share a group must be cut alike.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _job(cfg: TinyCLIPConfig, task_class: type[Any], encoder: Any, source: ClipM
 
 
 def _same_tokens(one: ClipModel, other: ClipModel) -> bool:
-    """Whether two tokenizers give the same ids, by a probe of ordinary and odd texts."""
+    """By a probe of ordinary and odd texts."""
     probe = ["a photo of a cat", "", "Ünïcode & <html> 12:30", "very long " * 100]
     return torch.equal(one.tokenizer(probe), other.tokenizer(probe))
 

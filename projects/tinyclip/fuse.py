@@ -1,8 +1,7 @@
 """From masks to a dense ragged CLIP, and back into full size for the next stage.
 
-Fusing is exact: the dense model computes what the masked model computed under its deterministic masks, soft factors
-and biases included. Factors go into the embeddings and the output projections; LayerNorms and the projection to the
-shared embedding are only sliced.
+Fusing is exact: the dense model computes what the masked one did under its deterministic masks, soft factors and biases
+included. Factors go into the embeddings and the output projections; LayerNorms and the final projection are only sliced.
 """
 
 from __future__ import annotations
@@ -83,16 +82,11 @@ def fuse(
         legacy_projection_scale: fuse as the released code does, whose dense model is not the masked one: the rows of
             the output projections are scaled by the hidden mask too, and an attention without heads goes with its
             output bias. Only for replaying it.
-
-    Raises:
-        UserError: no hidden channel of a tower is left.
     """
     masked = MaskedCLIP(config)
     masked.load_state_dict(weights)
-    pruned: Config = config | {
-        "pruned": True,
-        "unpruned": {key: config[key] for key in ("vision_cfg", "text_cfg")},
-    }
+    unpruned = {key: config[key] for key in ("vision_cfg", "text_cfg")}
+    pruned: Config = config | {"pruned": True, "unpruned": unpruned}
     state = {
         name: weights[name].reshape(()).clone() for name in ("logit_scale", "logit_bias") if name in weights
     }
@@ -159,9 +153,6 @@ def reenter(
     learn to be useful. `freeze_pruned` keeps them out for good instead.
 
     The sizes are those of `full_config`, by default those that fusing noted in the pruned config.
-
-    Raises:
-        UserError: no full-size config is known, or the pruned model cannot have come from it.
     """
     masked = MaskedCLIP(_full_config(pruned.config, full_config), joint=joint, sides=sides)
     source = pruned.state_dict()

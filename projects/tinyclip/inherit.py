@@ -1,8 +1,7 @@
 """Manual weight inheritance: a smaller CLIP's weights cut out of a larger one's state dict.
 
-Pure functions on open_clip.CLIP state dicts; ViT and ResNet image towers and the text transformer. Every axis of every
-tensor belongs to a group of units (hidden channels, heads of a layer, FFN channels of a layer, ...). A student unit is
-one teacher unit, the same in all tensors that share the group, so the cut stays a network. The logit scale is not
+Pure functions on open_clip.CLIP state dicts; ViT and ResNet image towers and the text transformer. A student unit is one
+teacher unit, the same in all tensors that share its group (axes.py), so the cut stays a network. The logit scale is not
 inherited.
 """
 
@@ -85,9 +84,6 @@ def inherit(
             `heads` and `mlp` stand for the group of every layer); what it does not name is cut in front.
         tower: which tower, or both. Call once a tower and `merge` for two sources.
         positions: what happens to the image positional table when the grids differ; a text table is cut in front.
-
-    Raises:
-        UserError: the student does not fit into the teacher; names both sides and the mend.
     """
     result = Inheritance()
     for name in ("image", "text") if tower == "both" else (tower,):
@@ -278,11 +274,8 @@ class _Cut:
             if small < big:
                 units[group] = scores[group].argsort(descending=True, stable=True)[:small].sort().values
         for key, given in select.items() if isinstance(select, dict) else ():
-            groups = [
-                group
-                for group in sizes
-                if group == key or (key in ("heads", "mlp") and group.endswith(f".{key}"))
-            ]
+            every = key in ("heads", "mlp")  # of all layers
+            groups = [group for group in sizes if group == key or (every and group.endswith(f".{key}"))]
             cuttable = ", ".join(group for group in sizes if group not in ("vocabulary", "positions"))
             self._refuse(not groups, f"width_select: there is no group {key}; groups here: {cuttable}")
             for group in groups:

@@ -208,10 +208,8 @@ class MaskedCLIP(nn.Module):
         joint = expected_sparsity(*sizes)
         penalty = None
         if target is not None and self.joint:
-            mean = Multipliers(
-                *((a + b) / 2 for a, b in zip(image_multipliers, text_multipliers, strict=True))
-            )
-            penalty = lagrangian(joint, target, mean, self.sides)
+            pairs = zip(image_multipliers, text_multipliers, strict=True)
+            penalty = lagrangian(joint, target, Multipliers(*((a + b) / 2 for a, b in pairs)), self.sides)
         elif target is not None:
             penalty = lagrangian(image, target, image_multipliers, self.sides)
             penalty = penalty + lagrangian(text, target, text_multipliers, self.sides)
@@ -257,12 +255,7 @@ class MaskedCLIP(nn.Module):
 
 
 def _tower_masks(tower: Config, name: str, sides: Sides) -> TowerMasks:
-    if (
-        len({*tower["heads"]}) != 1
-        or len({*tower["mlp"]}) != 1
-        or not tower["heads"][0]
-        or not tower["mlp"][0]
-    ):
+    if any(len({*sizes}) != 1 or not sizes[0] for sizes in (tower["heads"], tower["mlp"])):
         raise UserError(
             f"model: the layers of the {name} tower differ in heads or FFN channels, so it was pruned before; "
             "enter it through fuse.reenter with the full-size config"
@@ -271,11 +264,7 @@ def _tower_masks(tower: Config, name: str, sides: Sides) -> TowerMasks:
 
 
 def config_from_clip(model: nn.Module) -> Config:
-    """The pruned config of an unpruned open_clip.CLIP (ViT and causal text transformer), or of a PrunedCLIP.
-
-    Raises:
-        UserError: names the part that PrunedCLIP does not have.
-    """
+    """The pruned config of an unpruned open_clip.CLIP (ViT and causal text transformer), or of a PrunedCLIP."""
     if isinstance(model, PrunedCLIP):
         return model.config
     visual: Any = getattr(model, "visual", None)

@@ -65,10 +65,9 @@ def soft_mask(log_alpha: Tensor) -> Tensor:
 
 
 class TowerMasks(nn.Module):
-    """The log alphas and multipliers of one tower.
+    """The log alphas, `hidden` [D], `heads` [L, H] and `intermediate` [L, F], and the multipliers of one tower.
 
-    Log alphas are `hidden` [D], shared by all layers, `heads` [L, H] and `intermediate` [L, F]. The `*_present`
-    buffers are False at units that an earlier stage removed for good: their masks are always zero.
+    The `*_present` buffers are False at units that an earlier stage removed for good: their masks are always zero.
     """
 
     def __init__(self, width: int, layers: int, heads: int, channels: int, sides: Sides = "one") -> None:

@@ -36,10 +36,7 @@ def objective(
     """Terms, their weights, and metrics; terms whose weight is 0 are not computed.
 
     L = affinity * L_aff + contrastive * L_clip + feature * FD + interactive * ICL, docs/papers/tinyclip.md,
-    eq. 5, 8, 11 and 12; FD and ICL are means over the teachers.
-
-    Args:
-        offset: position of the first local row among the gathered rows.
+    eq. 5, 8, 11 and 12; FD and ICL are means over the teachers. `offset`: place of the first local row among the gathered.
     """
     terms: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
@@ -84,7 +81,7 @@ def objective(
 
 
 def feature_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """FD: squared error of unit vectors [b, D'], mean over both axes; it is 2 (1 - cosine) / D', so its weight is large."""
+    """FD: squared error of unit vectors [b, D'], mean over both axes: 2 (1 - cosine) / D', so its weight is large."""
     # Not mse_loss, which saves the teacher's features; autograd refuses to when they come from inference mode.
     return (wide(student) - wide(teacher).detach()).square().mean()
 

@@ -167,11 +167,9 @@ class TinyCLIPTask(Task):
         return state
 
     def predictor(self) -> ClipPredictor:
-        """The student as evaluators see it."""
         return ClipPredictor("student", self.core.encoder, self.source.image_spec, self.source.tokenizer)
 
     def teacher_predictors(self) -> dict[str, ClipPredictor]:
-        """The loaded teachers by name."""
         return {f"teacher {teacher.clip.source}": ClipPredictor.of(teacher.clip) for teacher in self.teachers}
 
     def parameter_counts(self) -> dict[str, int]:
@@ -188,7 +186,6 @@ class TinyCLIPTask(Task):
         return model
 
     def check_exports(self, written: dict[Path, ClipModel]) -> None:
-        """Compare the reloaded export with the weights that were written, in a fresh process."""
         for folder, model in written.items():
             verify_export(folder, model)
 
@@ -210,7 +207,6 @@ class MaskTask(TinyCLIPTask):
 
     @property
     def masked(self) -> MaskedCLIP:
-        """The masked student."""
         assert isinstance(self.core.encoder, MaskedCLIP)
         return self.core.encoder
 
