@@ -32,21 +32,17 @@ class MambaLayer(LinearAttentionLayer):
         self.has_previous_state[0] = True
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
         if self.is_conv_states_initialized[0]:
             rows = torch.arange(len(self.conv_states[0]), device=self.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone."""
         self.reorder_cache(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state cannot forget its last tokens: decode with a copy of the cache where they may have to go."""
         if tokens_to_remove:
-            raise NotImplementedError(
-                "a Mamba-2 state cannot be cropped to fewer tokens; keep a copy of the cache"
-            )
+            raise NotImplementedError("a Mamba-2 state cannot be cropped; keep a copy of the cache")
 
 
 def mamba_layer(cache: Cache, layer_idx: int) -> MambaLayer:

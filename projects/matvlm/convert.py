@@ -4,10 +4,9 @@
     python -m projects.matvlm.convert --back EXPORT PUBLISHED
     python -m projects.matvlm.convert --transformers EXPORT FOLDER
 
-Tower and decoder are what the published model was made of; the export holds the tensors that differ from theirs. Every
-tensor of the file has a place, the output head too, and every place a tensor, or nothing is written. Which layers are
-Mamba-2 is told by the tensors, and by `attn_layers` of mamba_config.json, and both have to agree. A file of text alone
-(MambaInLlama) has no such export; `from_published` and `to_hybrid` load it.
+Tower and decoder are what the published model was made of; the export holds the tensors that differ from theirs. Which
+layers are Mamba-2 is told by the tensors, and by `attn_layers` of mamba_config.json, and both have to agree. A file of
+text alone (MambaInLlama) has no such export; `from_published` and `to_hybrid` load it.
 
 The third is the language model alone: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) loads it where
 this code is not installed. Features of images go in as `inputs_embeds`.
@@ -36,6 +35,7 @@ from vlmkd.errors import UserError, run_tool
 from vlmkd.export.folder import replacing, write_tensors
 from vlmkd.export.mllm import ChatParts, build_mllm, export_mllm, load_mllm
 from vlmkd.files import read_object, read_text, write_json, write_text
+from vlmkd.models.checkpoints import differences
 from vlmkd.tensor_files import read_safetensors
 
 CONFIG, MAMBA_CONFIG, WEIGHTS, INDEX = (
@@ -95,8 +95,7 @@ def to_published(state: Mapping[str, Tensor], mamba: list[int]) -> State:
         elif part == "projector":
             found[_CONNECTOR + rest] = value
         else:
-            layer = _LAYER.search(rest)
-            if layer and int(layer[1]) in mamba:
+            if (layer := _LAYER.search(rest)) and int(layer[1]) in mamba:
                 rest = rest.replace(".self_attn.", ".mamba.")
             found[_DECODER + rest] = value
     return found | {f"{_TOWER}vision_model.{name}": value for name, value in _from_timm(tower).items()}
@@ -142,11 +141,7 @@ def _from_timm(state: Mapping[str, Tensor]) -> State:
 
 
 def read_published(folder: Path) -> tuple[State, list[int], bool]:
-    """The weights of a published folder, its Mamba-2 layers, and whether their projections have biases.
-
-    Raises:
-        UserError: files that are missing, or layers that mamba_config.json and the weights do not agree on.
-    """
+    """The weights of a published folder, its Mamba-2 layers, and whether their projections have biases."""
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
         content = read_object(folder / INDEX, "index of the weights").get("weight_map")
@@ -158,19 +153,15 @@ def read_published(folder: Path) -> tuple[State, list[int], bool]:
         state |= read_safetensors(folder / name)
     kinds: dict[int, set[str]] = {}
     for name in state:
-        found = _LAYER.search(name)
-        if found and not name.startswith(_TOWER):
+        if (found := _LAYER.search(name)) and not name.startswith(_TOWER):
             kinds.setdefault(int(found[1]), set()).add(found[2])
-    both = sorted(layer for layer, kind in kinds.items() if len(kind) > 1)
-    if both:
+    if both := sorted(layer for layer, kind in kinds.items() if len(kind) > 1):
         raise UserError(f"{folder}: layers {both} have attention and a mixer; download the folder again")
     mamba = sorted(layer for layer, kind in kinds.items() if kind == {"mamba"})
     for name, value in state.items():  # the convolution runs over x, B and C; z and dt are beside them
         if name.endswith(".mamba.conv1d.weight"):
-            mixer = name.removesuffix("conv1d.weight")
-            rows, inner, heads = (
-                len(state[mixer + part]) for part in ("in_proj.weight", "norm.weight", "A_log")
-            )
+            mixer, parts = name.removesuffix("conv1d.weight"), ("in_proj.weight", "norm.weight", "A_log")
+            rows, inner, heads = (len(state[mixer + part]) for part in parts)
             if len(value) != rows - inner - heads:
                 raise UserError(
                     f"{folder}: {name} has {len(value)} channels, not {rows - inner - heads}: keys and values are repeated "
@@ -197,11 +188,7 @@ def read_published(folder: Path) -> tuple[State, list[int], bool]:
 
 
 def fill(parts: ChatParts, folder: Path) -> None:
-    """Make `parts`, of stock tower and decoder, the model of a published folder.
-
-    Raises:
-        UserError: tensors without a place, places without a tensor, or of another shape.
-    """
+    """Make `parts`, of stock tower and decoder, the model of a published folder."""
     published, mamba, biased = read_published(folder)
     stock = parts.module.state_dict()
     if mamba:
@@ -209,33 +196,17 @@ def fill(parts: ChatParts, folder: Path) -> None:
         decoder: Any = to_hybrid(parts.module.decoder, options)  # type: ignore[arg-type]
         parts.facts = parts.facts | {HYBRID_FACTS: decoder.config.matvlm}
     state, own = from_published(published), parts.module.state_dict()
-    wrong = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
-    for names, what in (
-        (state.keys() - own.keys(), "tensors that the model has no place for"),
-        (own.keys() - state.keys(), "no tensors for places of the model"),
-        (wrong, "tensors of another shape"),
-    ):
-        if names:
-            raise UserError(
-                f"{folder} has {len(names)} {what} (first: {min(names)}); name its own --tower and --decoder"
-            )
+    if problems := differences(own, state):
+        raise UserError(f"{folder} does not fit ({problems}); name its own --tower and --decoder")
     # What was drawn here, mixers and projector, is no stock, whatever it equals.
-    parts.trained = {
-        name
-        for name, value in state.items()
-        if name not in stock
-        or name.startswith("projector.")
-        or not torch.equal(value.to(own[name].dtype), stock[name])
-    }
+    drawn = {name for name in state if name not in stock or name.startswith("projector.")}
+    changed = {n for n in state.keys() - drawn if not torch.equal(state[n].to(own[n].dtype), stock[n])}
+    parts.trained = drawn | changed
     parts.module.load_state_dict(state)
 
 
 def write_published(folder: Path, parts: ChatParts) -> None:
-    """Write a model as the published code lays it out: weights, both configs, the tokenizer.
-
-    Raises:
-        UserError: a tower that the layout has no place for.
-    """
+    """Write a model as the published code lays it out: weights, both configs, the tokenizer."""
     decoder: Any = parts.module.decoder
     tower: Any = parts.module.tower
     cfg = parts.config
@@ -254,11 +225,11 @@ def write_published(folder: Path, parts: ChatParts) -> None:
         write_json(
             partial / CONFIG,
             {
-                "model_type": "tinyllava", "llm_model_name_or_path": parts.config.decoder.removeprefix("hf:"),
-                "vision_model_name_or_path": parts.config.tower, "connector_type": "mlp2x_gelu",
-                "vision_feature_layer": parts.config.tower_layers[0],
-                "vision_feature_select_strategy": "patch" if parts.config.drop_first else "cls_patch",
-                "image_aspect_ratio": {"squash": "square", "longest": "pad"}.get(parts.config.resize, parts.config.resize),
+                "model_type": "tinyllava", "llm_model_name_or_path": cfg.decoder.removeprefix("hf:"),
+                "vision_model_name_or_path": cfg.tower, "connector_type": "mlp2x_gelu",
+                "vision_feature_layer": cfg.tower_layers[0],
+                "vision_feature_select_strategy": "patch" if cfg.drop_first else "cls_patch",
+                "image_aspect_ratio": {"squash": "square", "longest": "pad"}.get(cfg.resize, cfg.resize),
                 "text_config": {name: value for name, value in text.items() if name not in ("matvlm", "layer_types")},
             },
         )  # fmt: skip
@@ -268,7 +239,6 @@ def write_published(folder: Path, parts: ChatParts) -> None:
 
 
 def mamba_config(decoder: Any, mixers: Mapping[int, Mamba2Mixer]) -> dict[str, Any]:
-    """mamba_config.json of a hybrid."""
     config, shape = decoder.config, next(iter(mixers.values())).shape
     eps = "layer_norm_eps" if hasattr(config, "layer_norm_eps") else "rms_norm_eps"
     return {
@@ -281,7 +251,7 @@ def mamba_config(decoder: Any, mixers: Mapping[int, Mamba2Mixer]) -> dict[str, A
         "intermediate_size": config.intermediate_size,
         "hidden_act": config.hidden_act,
         "n_layer": len(decoder.model.layers),
-        "attn_layers": [index for index in range(len(decoder.model.layers)) if index not in mixers],
+        "attn_layers": sorted({*range(len(decoder.model.layers))} - mixers.keys()),
         "resid_pdrop": getattr(config, "resid_pdrop", 0.0),
         "bidirectional": False,
         "is_bias": shape.bias,
@@ -289,11 +259,7 @@ def mamba_config(decoder: Any, mixers: Mapping[int, Mamba2Mixer]) -> dict[str, A
 
 
 def write_transformers(folder: Path, decoder: Any, tokenizer: Any) -> None:
-    """Write a hybrid as a folder that transformers loads by the code in it.
-
-    Raises:
-        UserError: a model without mixers, which needs no code.
-    """
+    """Write a hybrid as a folder that transformers loads by the code in it."""
     if not mixers_of(decoder):
         raise UserError("the model has no Mamba-2 layers; transformers loads its decoder as it is")
     kind = type(decoder).__name__.removesuffix("ForCausalLM")
@@ -325,32 +291,26 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    ways = parser.add_mutually_exclusive_group()
+    add, ways = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("source", type=Path)
+    add("target", type=Path)
     ways.add_argument("--back", action="store_true", help="from an export to the published layout")
-    ways.add_argument(
-        "--transformers", action="store_true", help="from an export to a folder for transformers"
-    )
-    parser.add_argument("--tower", help=f"stock tower ({TOWER})")
-    parser.add_argument("--decoder", help=f"stock decoder ({DECODER})")
-    parser.add_argument("--keep-first", action="store_true", help="729 features an image; published: 728")
+    ways.add_argument("--transformers", action="store_true", help="from an export, for transformers")
+    add("--tower", help=f"stock tower ({TOWER})")
+    add("--decoder", help=f"stock decoder ({DECODER})")
+    add("--keep-first", action="store_true", help="729 features an image; published: 728")
     args = parser.parse_args(argv)
     if (args.back or args.transformers) and (args.tower or args.decoder or args.keep_first):
         parser.error("--tower, --decoder and --keep-first are for a published model; an export names its own")
-    if args.back:
-        write_published(args.target, load_mllm(args.source, surgery=surgery))
-        return 0
-    if args.transformers:
+    if args.back or args.transformers:
         parts = load_mllm(args.source, surgery=surgery)
-        write_transformers(args.target, parts.module.decoder, parts.tokenizer)
+        if args.back:
+            write_published(args.target, parts)
+        else:
+            write_transformers(args.target, parts.module.decoder, parts.tokenizer)
         return 0
-    cfg = MllmConfig(
-        tower=args.tower or TOWER,
-        decoder=args.decoder or DECODER,
-        resize="squash",
-        drop_first=not args.keep_first,
-    )
+    tower, decoder = args.tower or TOWER, args.decoder or DECODER
+    cfg = MllmConfig(tower=tower, decoder=decoder, resize="squash", drop_first=not args.keep_first)
     parts = replace(build_mllm(cfg), project="matvlm")
     fill(parts, args.source)
     export_mllm(args.target, parts, parts.module.state_dict())

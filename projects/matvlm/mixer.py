@@ -31,7 +31,7 @@ FLOAT32 = ("A_log", "dt_bias", "D")
 
 @dataclass(frozen=True, kw_only=True)
 class MixerShape:
-    """Sizes of a mixer, those of an attention: h heads on g key/value heads, p wide, in a model d wide."""
+    """Those of an attention: h heads on g key/value heads, p wide, in a model d wide."""
 
     width: int
     heads: int
@@ -103,11 +103,8 @@ class Mamba2Mixer(nn.Module):
         def uniform(low: float, high: float, shape: torch.Size) -> Tensor:
             return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
 
-        fans = [
-            (self.in_proj, self.shape.width),
-            (self.conv1d, self.shape.taps),
-            (self.out_proj, self.shape.inner),
-        ]
+        shape = self.shape
+        fans = ((self.in_proj, shape.width), (self.conv1d, shape.taps), (self.out_proj, shape.inner))
         for module, fan in fans:
             for parameter in module.parameters():
                 parameter.copy_(uniform(-(fan**-0.5), fan**-0.5, parameter.shape))
@@ -228,9 +225,8 @@ class Mamba2Mixer(nn.Module):
         x, B = (repeat(t, "b g p -> b (g r) p", r=self.shape.heads // self.shape.kv_heads) for t in (x, B))
         dt = repeat(dt, "b h -> b h p", p=size)
         A = repeat(A, "h -> h p n", p=size, n=size)
-        D, zero = (
-            repeat(t, "h -> h p", p=size) for t in (D, torch.zeros_like(D))
-        )  # it reads dt_bias's strides
+        # It reads dt_bias's strides.
+        D, zero = (repeat(t, "h -> h p", p=size) for t in (D, torch.zeros_like(D)))
         return kernel(state, x, dt, A, B, C, D=D, dt_bias=zero)
 
 
@@ -242,9 +238,7 @@ def _exact(x: Tensor) -> torch.dtype:
 def kernels() -> tuple[dict[str, Callable[..., Any]], str]:
     """mamba-ssm's Triton scan and one-step kernels; or none, and why."""
     error = ""
-    for _ in range(
-        2
-    ):  # its __init__ wants the Mamba-1 extension; without it the Triton modules come at the second try
+    for _ in range(2):  # its __init__ wants the Mamba-1 extension; without it modules come at the second try
         try:
             scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
             step = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")

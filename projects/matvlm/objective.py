@@ -83,7 +83,6 @@ def logit_loss(
         teacher: its hidden states [R, T, D'], head and bias; or stored, at the answers' tokens alone.
         targets: int [R, T], the tokens that are predicted, IGNORED outside answers.
         counted: bool [R, T], the positions of the first two; None: all, padding too.
-        chunk: positions whose logits are held at a time.
     """
     learned = targets != IGNORED
     rows = learned if reduction == "answer_mean" else counted

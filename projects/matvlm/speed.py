@@ -3,17 +3,17 @@
     python -m projects.matvlm.speed TEACHER [--hybrids EXPORT ...] [--presets 12.5 25 50] [--lengths 256 1024 4096]
         [--results speed.jsonl]
 
-TEACHER is smollm2, hf:FOLDER_OR_NAME, or an export. Presets are made of it without training, since speed does not
-depend on values. The language models alone, through one engine: transformers' forward with its growing cache, a prefill
-of the whole context that keeps the last token's logits, then tokens one by one, the likeliest each; no compilation, no
-CUDA graphs, nothing but new tokens counted. Runs where it is started: a GPU, or a CPU where none is visible.
+TEACHER is smollm2, hf:FOLDER_OR_NAME, or an export; presets are made of it without training, since speed does not
+depend on values. The language models alone, by transformers' forward with its growing cache: a prefill of the whole
+context that keeps the last token's logits, then tokens one by one, the likeliest each, without compilation or CUDA
+graphs; on a GPU, or a CPU where none is visible.
 
 Models take turns, and medians of the rounds are shown. On a CPU every measurement is a process of its own, so that its
 peak memory is its own; seconds are those of the CPU with one thread, of the clock with more. Memory is that of the
 weights, plus the most that was added to them.
 
-Beside the numbers stands what they can be (docs/papers/matvlm.md#speed): a prefill bound by its products, decoding
-bound by the bytes of weights and cache, both relative to the teacher.
+Beside the numbers stands what they can be (docs/papers/matvlm.md#speed), relative to the teacher: a prefill bound by its
+products, decoding by the bytes of weights and cache.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,14 +63,11 @@ MEANINGS = {
 
 
 class Speed(NamedTuple):
-    """What was measured; tokens are those of all rows."""
+    """What was measured: tokens of all rows a second, and bytes."""
 
     prefill: float
-    """Tokens a second."""
     decode: float
-    """Tokens a second."""
     memory: float
-    """Bytes."""
 
 
 class Floor(NamedTuple):
@@ -113,17 +111,18 @@ def crossover(teacher: PreTrainedModel, hybrid: PreTrainedModel) -> float:
     return (short[1] - short[0]) / ((long[0] - short[0]) - (long[1] - short[1]))
 
 
-# ---------------------------------------------------------------------------------------------------- measurements
-
-
 @torch.no_grad()
 def measure(model: PreTrainedModel, length: int, batch: int, new: int, threads: int) -> Speed:
     """One prefill and `new` tokens after it, in this process."""
     torch.set_num_threads(threads)
-    device = model.device
+    cuda = model.device.type == "cuda"
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(device)
-    clock = _clock(device, threads)
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+
+    def clock() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.process_time() if threads == 1 and not cuda else time.perf_counter()
 
     def step(tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         out = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
@@ -139,8 +138,8 @@ def measure(model: PreTrainedModel, length: int, batch: int, new: int, threads: 
         return read - start, clock() - read
 
     # On a GPU as long as what is timed: kernels are chosen by sizes.
-    pass_over(ids if device.type == "cuda" else ids[:, :WARM_UP], 2)
-    if device.type == "cuda":
+    pass_over(ids if cuda else ids[:, :WARM_UP], 2)
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
@@ -149,18 +148,6 @@ def measure(model: PreTrainedModel, length: int, batch: int, new: int, threads: 
     added = max(0, memory.peak() - before)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Speed(batch * length / prefill, batch * new / decode, float(weights + added))
-
-
-def _clock(device: torch.device, threads: int) -> Callable[[], float]:
-    """Seconds, after what was asked of a GPU."""
-    if device.type != "cuda":
-        return time.process_time if threads == 1 else time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
 
 
 def apart(work: Callable[[], Speed]) -> Speed | None:
@@ -197,15 +184,12 @@ def apart(work: Callable[[], Speed]) -> Speed | None:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- models
-
-
-def load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load(name: str, precision: str) -> PreTrainedModel:
     """A language model by its name, or that of an export or a run."""
     if ((folder := export_folder(name)) / CONFIG).is_file():
-        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
         parts = load_mllm(folder, surgery=surgery, precision=precision)
         return parts.module.decoder.eval()  # type: ignore[return-value]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return load_decoder(name, dtype=dtype)[0].eval()
 
 
@@ -215,36 +199,25 @@ def _by_kernels() -> bool:
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the modules on the same tensors."""
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, kept)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def models_of(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """Teacher and hybrids by their names in tables, on the device.
-
-    Raises:
-        UserError: a teacher that is a hybrid, or a hybrid that is none.
-    """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    """Teacher and hybrids by their names in tables, on the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load(args.teacher, dtype).to(device)
+    teacher = load(args.teacher, args.dtype).to(device)
     if mixers_of(teacher):
-        raise UserError(
-            f"{args.teacher} is a hybrid; name the model before surgery, and this one by --hybrids"
-        )
+        raise UserError(f"{args.teacher} is a hybrid; name the model before surgery, this one by --hybrids")
     found = {TEACHER: teacher}
     for preset in args.presets:
         options = HybridConfig(preset=preset, chunk=256 if _by_kernels() else CHUNK)
         found[f"{preset:g} % Mamba-2"] = to_hybrid(twin(teacher), options)
     for name in args.hybrids:
-        hybrid = load(name, dtype).to(device)
+        hybrid = load(name, args.dtype).to(device)
         if not mixers_of(hybrid):
             raise UserError(f"{name} has no Mamba-2 layers; name the export of a hybrid")
         found[name] = hybrid
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- report
 
 
 def table(length: int, measured: Mapping[str, Speed | None], floors: Mapping[str, Floor]) -> list[list[str]]:
@@ -252,20 +225,16 @@ def table(length: int, measured: Mapping[str, Speed | None], floors: Mapping[str
     first, floor = measured[TEACHER], floors[TEACHER]
     rows = []
     for name, own in floors.items():
-        found = measured[name]
-        by_work, by_bytes = floor.work / own.work, floor.traffic / own.traffic
-        cells = ["out of memory", *[""] * 4]
-        if found is not None:
-            ratios = [
-                "" if first is None else f"{a / b:.2f}"
-                for a, b in zip(found[:2], first or found, strict=False)
-            ]
-            cells = [
-                f"{found.prefill:,.0f}", ratios[0], f"{found.decode:,.1f}", ratios[1], f"{found.memory / MIB:,.0f}",
-            ]  # fmt: skip
-        cells.insert(2, f"{by_work:.2f}")
-        cells.insert(5, f"{by_bytes:.2f}")
-        rows.append([f"{length:,}", name, *cells, f"{own.cache / MIB:,.1f}"])
+        read = wrote = over_read = over_wrote = peak = ""
+        if (found := measured[name]) is None:
+            read = "out of memory"
+        else:
+            read, wrote, peak = f"{found.prefill:,.0f}", f"{found.decode:,.1f}", f"{found.memory / MIB:,.0f}"
+            if first is not None:
+                over_read, over_wrote = (f"{a / b:.2f}" for a, b in zip(found[:2], first[:2], strict=True))
+        by_work, by_bytes = f"{floor.work / own.work:.2f}", f"{floor.traffic / own.traffic:.2f}"
+        cells = [read, over_read, by_work, wrote, over_wrote, by_bytes, peak, f"{own.cache / MIB:,.1f}"]
+        rows.append([f"{length:,}", name, *cells])
     return rows
 
 
@@ -276,12 +245,8 @@ HEAD = [
 
 
 def numbers(
-    run: str,
-    length: int,
-    measured: Mapping[str, Speed | None],
-    floors: Mapping[str, Floor],
-    tags: dict[str, Any],
-) -> list[Number]:
+    run: str, length: int, measured: Mapping[str, Speed | None], floors: Mapping[str, Floor], tags: dict[str, Any]
+) -> list[Number]:  # fmt: skip
     """The lines of a results file."""
     lines = []
     for name, floor in floors.items():
@@ -302,23 +267,18 @@ def plot(path: Path, lines: list[Number], title: str) -> None:
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=9)
     panels = figure.subplots(1, 3)
-    for panel, metric, floor in zip(
-        panels, ("prefill", "decode", "memory"), ("work", "traffic", ""), strict=True
-    ):
+    shown = (("prefill", "work"), ("decode", "traffic"), ("memory", ""))
+    for panel, (metric, floor) in zip(panels, shown, strict=True):
         meaning = MEANINGS[metric]
         for number, model in enumerate(dict.fromkeys(one.model for one in lines)):
             seen = [n for n in lengths if (model, metric, n) in values]
-            style = {"color": f"C{number}"}
-            panel.plot(
-                seen, [values[model, metric, n] for n in seen], "o-", markersize=4, label=model, **style
-            )
+            color, own = f"C{number}", [values[model, metric, n] for n in seen]
+            panel.plot(seen, own, "o-", markersize=4, label=model, color=color)
             if floor and model != TEACHER:
                 known = [n for n in lengths if (TEACHER, metric, n) in values]
-                bound = [
-                    values[TEACHER, metric, n] * values[TEACHER, floor, n] / values[model, floor, n]
-                    for n in known
-                ]
-                panel.plot(known, bound, ":", linewidth=1, **style)
+                factors = [values[TEACHER, floor, n] / values[model, floor, n] for n in known]
+                bound = [values[TEACHER, metric, n] * one for n, one in zip(known, factors, strict=True)]
+                panel.plot(known, bound, ":", linewidth=1, color=color)
         panel.set_xscale("log", base=2)
         panel.set_xticks(lengths, [f"{n:,}" for n in lengths])
         panel.set_ylim(bottom=0)
@@ -335,29 +295,24 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("teacher")
-    parser.add_argument(
-        "--hybrids", nargs="*", default=[], metavar="EXPORT", help="hybrids that runs have made"
-    )
-    parser.add_argument("--presets", nargs="*", type=float, default=[12.5, 25, 50], help="hybrids made here")
-    parser.add_argument("--lengths", nargs="+", type=at_least(1), default=[256, 1024, 4096])
-    parser.add_argument("--new", type=at_least(1), default=32, help="tokens that are decoded")
-    parser.add_argument("--batch", type=at_least(1), default=1)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="of a CPU")
-    parser.add_argument("--rounds", type=at_least(1), default=3)
-    parser.add_argument("--results", type=Path, help="results file; the plot stands beside it as .png")
+    add = parser.add_argument
+    add("teacher")
+    add("--hybrids", nargs="*", default=[], metavar="EXPORT", help="hybrids that runs have made")
+    add("--presets", nargs="*", type=float, default=[12.5, 25, 50], help="hybrids made here")
+    add("--lengths", nargs="+", type=at_least(1), default=[256, 1024, 4096])
+    add("--new", type=at_least(1), default=32, help="tokens that are decoded")
+    add("--batch", type=at_least(1), default=1)
+    add("--dtype", choices=["fp32", "bf16"], default="fp32")
+    add("--threads", type=at_least(1), default=1, help="of a CPU")
+    add("--rounds", type=at_least(1), default=3)
+    add("--results", type=Path, help="results file; the plot stands beside it as .png")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # a process that had more could not be forked
     models = models_of(args)
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "CPU"
-    tags = {
-        "device": device,
-        "dtype": args.dtype,
-        "batch": args.batch,
-        "threads": 0 if cuda else args.threads,
-    }
+    threads = 0 if cuda else args.threads
+    tags = {"device": device, "dtype": args.dtype, "batch": args.batch, "threads": threads}
     path = "mamba-ssm's kernels" if _by_kernels() else "PyTorch"
     title = ", ".join(
         [
@@ -374,9 +329,8 @@ def main(argv: list[str]) -> int:
         found: dict[str, list[Speed | None]] = {name: [] for name in models}
         for _ in range(args.rounds):
             for name, model in models.items():
-                found[name].append(
-                    apart(lambda one=model, n=length: measure(one, n, args.batch, args.new, args.threads))
-                )
+                work = partial(measure, model, length, args.batch, args.new, args.threads)
+                found[name].append(apart(work))
         measured = {name: median(own) for name, own in found.items()}
         rows += table(length, measured, floors)
         run = args.results.stem if args.results else "speed"
@@ -395,9 +349,7 @@ def main(argv: list[str]) -> int:
 def median(found: list[Speed | None]) -> Speed | None:
     """Of each number; None where a round ran out of memory."""
     rounds = [one for one in found if one is not None]
-    if len(rounds) < len(found):
-        return None
-    return Speed(*(statistics.median(column) for column in zip(*rounds, strict=True)))
+    return None if len(rounds) < len(found) else Speed(*map(statistics.median, zip(*rounds, strict=True)))
 
 
 if __name__ == "__main__":

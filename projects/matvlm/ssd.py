@@ -21,7 +21,7 @@ Backend = Literal["auto", "torch", "mamba_ssm"]
 CHUNK = 64
 """Tokens a chunk. The result does not depend on it; on a CPU 64 was the fastest of 32 to 256 (benchmarks/ssd.py)."""
 _BLOCK = {"cpu": 2**19}
-"""Elements of the [q, q] tables of the chunks that are computed together: what stays in a core's cache."""
+"""Elements of the [q, q] tables of chunks computed together: what stays in a core's cache."""
 _BLOCK_ELSEWHERE = 2**26
 
 
@@ -61,9 +61,8 @@ def ssd(
         outputs = []
         start = 0
         while start < length:
-            chunks = (
-                min(at_once, (length - start) // chunk) or 1
-            )  # what is left at the end is one short chunk
+            # What is left at the end is one short chunk.
+            chunks = min(at_once, (length - start) // chunk) or 1
             end = min(start + chunks * chunk, length)
             part = [t[:, start:end].to(exact) for t in (x, dt, B, C)]
             ids = None if seq_idx is None else seq_idx[:, start:end]
@@ -80,9 +79,8 @@ def _block(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs of `chunks` chunks of equal length, and the state behind them; `before` is the state's document."""
     groups = B.shape[2]
-    x, B, C = (
-        rearrange(t, "b (c q) (g r) n -> b c g r q n", c=chunks, g=groups).contiguous() for t in (x, B, C)
-    )
+    by_group = "b (c q) (g r) n -> b c g r q n"
+    x, B, C = (rearrange(t, by_group, c=chunks, g=groups).contiguous() for t in (x, B, C))
     dt = rearrange(dt, "b (c q) (g r) -> b c g r q", c=chunks, g=groups)
     # Differences of float64 sums are as exact in float32 as masked cumulative sums of [q, q] tables (4e-8 in the
     # exponentials; differences of float32 sums: 3e-6) at a third of their time. Apple's GPUs have no float64.

@@ -33,11 +33,7 @@ def surgery(decoder: Any, facts: Mapping[str, Any]) -> None:
 
 
 def build_teacher(cfg: MatvlmConfig) -> ChatParts:
-    """The frozen model before surgery: `teacher`, or what `student` names.
-
-    Raises:
-        UserError: that is a hybrid.
-    """
+    """The frozen model before surgery: `teacher`, or what `student` names."""
     name = "teacher" if cfg.teacher.named else "student"
     parts = build_mllm(getattr(cfg, name), seed=cfg.seed, surgery=surgery)
     advice = "is a hybrid; set teacher.init_from to the model before surgery"
@@ -47,11 +43,7 @@ def build_teacher(cfg: MatvlmConfig) -> ChatParts:
 
 
 def build_student(cfg: MatvlmConfig, teacher: ChatParts | None) -> ChatParts:
-    """The hybrid of a run; `teacher` None: stored. From a hybrid it takes the mixers of the layers that are Mamba-2 in both.
-
-    Raises:
-        UserError: layers that do not fit, a hybrid with other biases, or a teacher of another shape.
-    """
+    """The hybrid of a run; `teacher` None: stored. From a hybrid it takes the mixers of the layers that are Mamba-2 in both."""
     parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery, keep_lora=True)
     decoder: Any = parts.module.decoder
     original: Any = decoder if teacher is None else teacher.module.decoder
@@ -113,7 +105,7 @@ def drop_nothing(decoder: nn.Module) -> None:
 
 
 def train_parts(module: nn.Module, cfg: MatvlmConfig) -> None:
-    """Freeze all but the mixers, found by module, and the projector (docs/papers/matvlm.md#from-attention-to-mamba-2)."""
+    """Freeze all but mixers and projector (docs/papers/matvlm.md#from-attention-to-mamba-2)."""
     module.requires_grad_(False)
     for mixer in mixers_of(module).values():
         mixer.requires_grad_(True)

@@ -2,7 +2,6 @@
 
 The decoder stays transformers' own class (Phi, Llama, Qwen2, and what has their layers); the mixer takes the place of
 `self_attn` in the chosen layers, and the config's `layer_types` say which, so that `generate` makes the right cache.
-Positions count all tokens, and every other layer is left as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ OTHER_ATTENTION = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
 def chosen_layers(options: HybridConfig, num_layers: int) -> tuple[int, ...]:
-    """The layers that become Mamba-2, in order; a UserError where the list does not fit the decoder."""
+    """The layers that become Mamba-2, in order."""
     if bool(options.preset) == bool(options.layers) or options.preset not in (0, *PRESETS):
         raise UserError("give either preset (12.5, 25 or 50) or layers")
     if options.preset:
@@ -37,8 +36,7 @@ def chosen_layers(options: HybridConfig, num_layers: int) -> tuple[int, ...]:
         layers: Sequence[int] = range(0, num_layers, every)[: max(1, round(num_layers / share))]
     else:
         layers = options.layers
-    outside = [layer for layer in layers if not 0 <= layer < num_layers]
-    if outside:
+    if outside := [layer for layer in layers if not 0 <= layer < num_layers]:
         raise UserError(f"layers {outside} are not among the decoder's, 0 to {num_layers - 1}")
     if len(set(layers)) < len(layers):
         raise UserError(f"layers {list(layers)} name a layer twice")
@@ -98,8 +96,7 @@ def mixer_from_attention(
         raise UserError(
             f"layer {index} has no attention with q, k, v and o projections: {type(attention).__name__}"
         )
-    extra = [name for name in OTHER_ATTENTION if hasattr(attention, name)]
-    if extra:
+    if extra := [name for name in OTHER_ATTENTION if hasattr(attention, name)]:
         raise UserError(
             f"layer {index}: the attention has {', '.join(extra)}, which a mixer has no place for"
         )

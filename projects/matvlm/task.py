@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,6 @@ class MatvlmTask(ChatTask):
                     states = teacher(batch)
 
         def losses(hidden: Tensor) -> Losses:
-            terms, weights, metrics = {}, {}, {}
             head = self.core.head
             with self.watch.span("loss"), self.teacher_head():
                 wanted: TeacherStates | TopK | None = stored_teacher(batch)
@@ -67,14 +67,12 @@ class MatvlmTask(ChatTask):
                     divergence=loss.divergence, temperature=loss.temperature, weight=loss.logits, ce_weight=loss.ce,
                     bias=head.bias, chunk=loss.chunk,
                 )  # fmt: skip
-            terms["token"], weights["token"] = found.total, 1.0
-            metrics |= {"kl": found.divergence, "next_token": found.ce, "agreement": found.agreement}
+            terms, weights = {"token": found.total}, {"token": 1.0}
+            metrics = {"kl": found.divergence, "next_token": found.ce, "agreement": found.agreement}
             if loss.layer and teacher is not None:
                 pairs = teacher_forced(self.body, teacher.decoder.model, seen, masks)
-                terms["layer"], weights["layer"] = (
-                    layer_loss(pairs, loss.layer_reduction, counted),
-                    loss.layer,
-                )
+                terms["layer"] = layer_loss(pairs, loss.layer_reduction, counted)
+                weights["layer"] = loss.layer
                 with torch.no_grad():
                     metrics["layer_error"] = layer_loss(pairs, "rel_mse", counted) / len(pairs)
             return terms, weights, metrics
@@ -127,13 +125,12 @@ def layers_seen(body: Any, layers: Sequence[int]) -> Iterator[dict[int, tuple[Te
     """Inside, a forward pass of `body` leaves input and output [R, T, D] of each of these layers."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen[index] = (args[0] if args else kwargs["hidden_states"], _states(output))
+    def keep(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen[index] = (args[0] if args else kwargs["hidden_states"], _states(output))
 
-        return hook
-
-    handles = [body.layers[index].register_forward_hook(keep(index), with_kwargs=True) for index in layers]
+    handles = [
+        body.layers[index].register_forward_hook(partial(keep, index), with_kwargs=True) for index in layers
+    ]
     try:
         yield seen
     finally:
@@ -149,7 +146,8 @@ def teacher_forced(
     for index, (given, wanted) in sorted(seen.items()):
         found = _states(student.layers[index](given, **masks))
         if index == len(student.layers) - 1:
-            found, wanted = _norm(student)(found), _norm(teacher)(wanted)
+            norms = [getattr(body, "final_layernorm", None) or body.norm for body in (student, teacher)]
+            found, wanted = norms[0](found), norms[1](wanted)
         pairs.append((found, wanted))
     return pairs
 
@@ -157,9 +155,3 @@ def teacher_forced(
 def _states(output: Any) -> Tensor:
     states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states
-
-
-def _norm(body: Any) -> nn.Module:
-    """The final norm, which Phi calls otherwise."""
-    norm: nn.Module = body.final_layernorm if hasattr(body, "final_layernorm") else body.norm
-    return norm
