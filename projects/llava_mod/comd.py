@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from projects.llava_mod.speakers import Answerer, Endpoint, Local, Replayed, Request, collect
+from projects.llava_mod.speakers import Answerer, Endpoint, Local, Replayed, Request, collect, plain
 from vlmkd import config
 from vlmkd.config import Amount, Positive, Seed, Share, require
 from vlmkd.data.chats import IMAGE, ChatItem, read_chats, turns_of
@@ -94,6 +94,10 @@ def speaker_of(cfg: ComdConfig) -> Answerer:
     return Local(Path(cfg.by), most_tokens=cfg.most_tokens, device=cfg.device, precision=cfg.precision)
 
 
+def _asked(cfg: ComdConfig, requests: Sequence[Request], out: Path) -> dict[str, str]:
+    return collect(lambda: speaker_of(cfg), requests, out, cfg.batch_size)
+
+
 @dataclass(frozen=True)
 class Instruction:
     """A record's last question."""
@@ -105,25 +109,22 @@ class Instruction:
     @property
     def words(self) -> str:
         """The question without its picture."""
-        return self.text.replace(IMAGE, "").strip()
+        return plain(self.text)
+
+    @property
+    def pictures(self) -> str:
+        """`<image>` as often as it stands in all turns."""
+        return f"{IMAGE}\n" * sum(said.count(IMAGE) for turn in [*self.before, (self.text,)] for said in turn)
 
     def answered(self, said: str) -> dict[str, Any]:
         """The record with this answer."""
-        spoken = [*self.before, (self.text, said)]
-        talk = [
-            {"from": who, "value": text}
-            for turn in spoken
-            for who, text in zip(("human", "gpt"), turn, strict=True)
-        ]
+        turns = [zip(("human", "gpt"), turn, strict=True) for turn in [*self.before, (self.text, said)]]
+        talk = [{"from": who, "value": text} for turn in turns for who, text in turn]
         return {**self.item.record, "conversations": talk}
 
 
 def read_pool(path: str, images: str) -> list[Instruction]:
-    """The instructions of a LLaVA file, with answers or without.
-
-    Raises:
-        UserError: a record whose turns do not alternate, an id that comes twice.
-    """
+    """The instructions of a LLaVA file, with answers or without."""
     found: dict[str, Instruction] = {}
     for item in read_chats(path, images or str(Path(path).parent)):
         talk = list(item.record.get("conversations") or [])
@@ -143,7 +144,7 @@ def answer(cfg: ComdConfig) -> str:
     """Tune and assess begin with this (docs/papers/llava_mod.md, eq. 8)."""
     pool = read_pool(cfg.pool, cfg.images)
     requests = [Request(one.item.key, one.text, one.before, one.item) for one in pool]
-    said = collect(lambda: speaker_of(cfg), requests, Path(cfg.out), cfg.batch_size)
+    said = _asked(cfg, requests, Path(cfg.out))
     mute = sum(not text for text in said.values())
     if cfg.chats and mute == len(pool):
         raise UserError(f"{cfg.out} has no answer that says anything; look at who answers (by, url)")
@@ -160,17 +161,16 @@ def assess(cfg: ComdConfig) -> str:
     pool = [one for one in pool if teacher[one.item.key]]
     requests = []
     for one in pool:
-        said, key = (teacher[one.item.key], student[one.item.key]), one.item.key
-        requests += [_shown(cfg, f"{key}/12", one, _assessment(one.words, *said))]
-        requests += [_shown(cfg, f"{key}/21", one, _assessment(one.words, *said[::-1]))]
-    verdicts = collect(lambda: speaker_of(cfg), requests, folder / "verdicts.jsonl", cfg.batch_size)
+        key = one.item.key
+        for order, said in (("12", (teacher[key], student[key])), ("21", (student[key], teacher[key]))):
+            requests.append(_shown(cfg, f"{key}/{order}", one, _assessment(one.words, *said)))
+    verdicts = _asked(cfg, requests, folder / "verdicts.jsonl")
     leads: dict[str, float] = {}
     for one in pool:
         first, second = (parse_scores(verdicts[f"{one.item.key}/{order}"]) for order in ("12", "21"))
         if first is not None and second is not None:
             leads[one.item.key] = difference(first, second)
-    scored = [{"id": key, "difference": lead} for key, lead in leads.items()]
-    _write(folder / "scores.jsonl", scored)
+    _write(folder / "scores.jsonl", ({"id": key, "difference": lead} for key, lead in leads.items()))
     difficult, easy = split_difficult(leads, cfg.threshold)
     for name, part in (("difficult", difficult), ("easy", easy)):
         _write(folder / f"{name}.jsonl", (one.item.record for one in pool if one.item.key in part))
@@ -194,14 +194,12 @@ def augment(cfg: ComdConfig) -> str:
             key = f"{folder.name}-{one.item.key}"
             seeds[key] = one
             requests.append(_shown(cfg, key, one, f"{wish}\n\n{one.words}"))
-    said = collect(lambda: speaker_of(cfg), requests, folder / "proposals.jsonl", cfg.batch_size)
-    texts = {key: text.replace(IMAGE, "").strip() for key, text in said.items()}
+    said = _asked(cfg, requests, folder / "proposals.jsonl")
+    texts = {key: plain(text) for key, text in said.items()}
     there = {one.item.key: one.words for one in [*train, *cache]}.values()
     kept = dedup({key: text for key, text in texts.items() if text}, there, cfg.most_alike)
     if not kept:
-        raise UserError(
-            f"{folder / 'proposals.jsonl'} has no new instruction; ask for more (new=), or end here"
-        )
+        raise UserError(f"{folder / 'proposals.jsonl'} has no new instruction; ask for more (new=), or end")
     new = [_record(key, seeds[key], texts[key]) for key in kept]
     _write(folder / "new.jsonl", new)
     following = new_folder(cfg.next, "next")
@@ -277,10 +275,7 @@ def mix(
 
 def _shown(cfg: ComdConfig, key: str, one: Instruction, text: str) -> Request:
     """A question to assessor or augmentor, with the instruction's pictures where they are to be shown."""
-    if not cfg.show_images:
-        return Request(key, text)
-    count = sum(said.count(IMAGE) for turn in [*one.before, (one.text, "")] for said in turn)
-    return Request(key, f"{IMAGE}\n" * count + text, item=one.item)
+    return Request(key, one.pictures + text, item=one.item) if cfg.show_images else Request(key, text)
 
 
 def _assessment(question: str, first: str, second: str) -> str:
@@ -303,9 +298,8 @@ _WISHES = {
 
 def _record(key: str, seed: Instruction, text: str) -> dict[str, Any]:
     """A new instruction about the picture of the one that it was written from."""
-    count = sum(said.count(IMAGE) for turn in [*seed.before, (seed.text, "")] for said in turn)
-    shown = {"image": seed.item.record["image"]} if count else {}
-    return {"id": key, **shown, "conversations": [{"from": "human", "value": f"{IMAGE}\n" * count + text}]}
+    shown = {"image": seed.item.record["image"]} if seed.pictures else {}
+    return {"id": key, **shown, "conversations": [{"from": "human", "value": seed.pictures + text}]}
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -80,11 +80,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         skewed = self.skew == 0 or self.divergence in ("forward", "reverse")
-        require(
-            skewed and self.skew < 1,
-            "loss.skew",
-            "is below 1, and of the forward and the reverse divergence only",
-        )
+        told = "is below 1, and of the forward and the reverse divergence only"
+        require(skewed and self.skew < 1, "loss.skew", told)
         kinds = typing.get_args(PreferenceKind)
         for kind in self.mixture:
             require(kind in kinds, f"loss.mixture.{kind}", f"is no kind; choose from {', '.join(kinds)}")
@@ -129,52 +126,25 @@ class LlavaModConfig(ChatRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.student.named, "student", "is empty; name tower and decoder, or the export of the run before"
-        )
-        require(
-            not (self.stage == "words" and self.data.pack),
-            "data.pack",
-            "does not go with stage words, which compares the words of rows",
-        )
+        told = "is empty; name tower and decoder, or the export of the run before"
+        require(self.student.named, "student", told)
+        told = "does not go with stage words, which compares the words of rows"
+        require(self.stage != "words" or not self.data.pack, "data.pack", told)
         needs, stored = self.stage in FROM_TEACHER, bool(self.data.teacher_outputs)
         told = f"goes with {', '.join(FROM_TEACHER)}, and only with them"
         require(needs == (self.teacher.named or stored), "teacher", f"{told} (or data.teacher_outputs)")
-        require(
-            not (stored and self.parity.unshifted_mask),
-            "parity.unshifted_mask",
-            "needs the teacher at other positions than data.teacher_outputs has",
-        )
-        require(
-            self.loss.taid == 1 or (self.stage in ("d2d", "d2s") and not stored),
-            "loss.taid",
-            "goes with d2d and d2s only, and needs the teacher itself; leave data.teacher_outputs empty",
-        )
-        require(
-            not (stored and self.loss.on_policy),
-            "loss.on_policy",
-            "needs the teacher itself; leave data.teacher_outputs empty",
-        )
-        require(
-            self.moe.mode == "none" or self.stage in ("sft", *SPARSE),
-            "moe.mode",
-            "goes with sft, d2s and prefer only",
-        )
-        require(
-            not self.loss.on_policy or self.stage in ("d2d", "d2s"),
-            "loss.on_policy",
-            "goes with d2d and d2s only",
-        )
+        told = "needs the teacher at other positions than data.teacher_outputs has"
+        require(not (stored and self.parity.unshifted_mask), "parity.unshifted_mask", told)
+        live = self.stage in ("d2d", "d2s") and not stored
+        told = "goes with d2d and d2s only, and needs the teacher itself; leave data.teacher_outputs empty"
+        require(live or self.loss.taid == 1, "loss.taid", told)
+        require(live or not self.loss.on_policy, "loss.on_policy", told)
+        grows = self.moe.mode == "none" or self.stage in ("sft", *SPARSE)
+        require(grows, "moe.mode", "goes with sft, d2s and prefer only")
         spread = self.moe.backend == "deepspeed"
         require(spread or self.moe.expert_parallel == 1, "moe.expert_parallel", "needs moe.backend=deepspeed")
-        require(
-            not spread or self.deepspeed.zero_stage in (1, 2),
-            "moe.backend",
-            "is deepspeed, which needs deepspeed.zero_stage 1 or 2",
-        )
-        require(
-            not (spread and self.loss.on_policy),
-            "loss.on_policy",
-            "does not go with moe.backend=deepspeed: ranks whose answers differ in length would wait for each other",
-        )
+        told = "is deepspeed, which needs deepspeed.zero_stage 1 or 2"
+        require(not spread or self.deepspeed.zero_stage in (1, 2), "moe.backend", told)
+        told = "does not go with moe.backend=deepspeed: ranks whose answers differ in length would wait for each other"
+        require(not (spread and self.loss.on_policy), "loss.on_policy", told)
         require(bool(self.data.chats), "data.chats", "is empty; name a file of conversations")

@@ -57,9 +57,8 @@ def read_folder(folder: Path) -> tuple[Whole, Callable[[Path], object]]:
     state: State = {}
     for file in [*files, *sorted(folder.glob("mm_projector.*"))]:
         state |= read_torch(file)
-    words = [
-        file for file in folder.iterdir() if re.match("tokenizer|vocab|merges|special_|added_", file.name)
-    ]
+    names = "tokenizer|vocab|merges|special_|added_"
+    words = [file for file in folder.iterdir() if re.match(names, file.name)]
     return from_layout(state, config), lambda out: [shutil.copy(file, out) for file in words]
 
 
@@ -91,11 +90,7 @@ def write_folder(folder: Path, whole: Whole, layout: str, tokenizer: Callable[[P
 
 
 def write_ours(folder: Path, whole: Whole, tower: str, decoder: str) -> None:
-    """An export: the tensors that differ from the stock weights of `tower` and `decoder`.
-
-    Raises:
-        UserError: stock parts of another architecture.
-    """
+    """An export: the tensors that differ from the stock weights of `tower` and `decoder`."""
     cfg = MllmConfig(tower=tower or whole.tower, decoder=decoder, tower_layers=[whole.tower_layer])
     parts = build_mllm(cfg)
     module: Any = parts.module
@@ -123,11 +118,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--to", choices=["ours", *LAYOUTS], required=True)
-    parser.add_argument("--decoder", default="", help="stock decoder of `ours`, as hf:FOLDER_OR_NAME")
-    parser.add_argument("--tower", default="", help="stock tower of `ours`; else what config.json names")
+    add = parser.add_argument
+    add("source", type=Path)
+    add("out", type=Path)
+    add("--to", choices=["ours", *LAYOUTS], required=True)
+    add("--decoder", default="", help="stock decoder of `ours`, as hf:FOLDER_OR_NAME")
+    add("--tower", default="", help="stock tower of `ours`; else what config.json names")
     args = parser.parse_args(argv)
     if args.to == "ours" and not args.decoder:
         raise UserError("--to ours needs --decoder, e.g. --decoder hf:Qwen/Qwen2-0.5B")

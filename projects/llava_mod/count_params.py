@@ -65,8 +65,8 @@ def count(name: str, *, mode: str = "sparse", experts: int = 4, top_k: int = 2) 
         upcycle(decoder, moe_layers(mode, len(decoder.model.layers)), experts, top_k=top_k)
         projector = Projector(TOWER_WIDTH, decoder.config.hidden_size)
     whole = nn.ModuleDict({"projector": projector, "decoder": decoder})
-    given = ("run_dir=x", "stage=d2s", "student.init_from=x", "teacher.init_from=x", "data.chats=[x]")
-    cfg = load(LlavaModConfig, list(given))
+    given = "run_dir=x stage=d2s student.init_from=x teacher.init_from=x data.chats=[x]"
+    cfg = load(LlavaModConfig, given.split())
     trained = sum(p.numel() for name, p in whole.named_parameters() if is_trained(name, cfg))
     idle = sum(_size(layer.experts) * (experts - top_k) // experts for layer in sparse_layers(decoder))
     sparse = _size(decoder)
@@ -82,10 +82,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *SIZES], default=[])
-    parser.add_argument("--mode", choices=["sparse", "dense", "first_half", "second_half"], default="sparse")
-    parser.add_argument("--experts", type=at_least(1), default=4)
-    parser.add_argument("--top-k", type=at_least(1), default=2)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", choices=[[], *SIZES], default=[])
+    add("--mode", choices=["sparse", "dense", "first_half", "second_half"], default="sparse")
+    add("--experts", type=at_least(1), default=4)
+    add("--top-k", type=at_least(1), default=2)
     args = parser.parse_args(argv)
     if args.top_k > args.experts:
         parser.error(f"--top-k {args.top_k} of --experts {args.experts}")

@@ -233,11 +233,8 @@ def mark_valid(model: nn.Module, valid: Tensor) -> None:
 
 def balance(model: nn.Module, valid: Tensor, counts: AuxCounts = "first") -> Tensor:
     """Sum of the balance losses of all sparse layers in their last forward pass; a scalar in float32."""
-    losses = [
-        balance_loss(layer.routing, valid.flatten(), counts)
-        for layer in sparse_layers(model)
-        if layer.routing is not None
-    ]
+    routings = [layer.routing for layer in sparse_layers(model) if layer.routing is not None]
+    losses = [balance_loss(routing, valid.flatten(), counts) for routing in routings]
     return torch.stack(losses).sum() if losses else torch.zeros((), device=valid.device)
 
 
@@ -264,9 +261,6 @@ def upcycle(decoder: nn.Module, layers: Sequence[int], experts: int = 4, **optio
     """Make the feed-forward networks of these layers sparse; every expert is a copy, so the outputs stay what they were.
 
     The router is drawn from torch's random state as any Linear layer. `options` go to `SparseFfn`.
-
-    Raises:
-        UserError: a decoder whose feed-forward network has no gate.
     """
     for index in layers:
         layer: Any = decoder.model.layers[index]  # type: ignore[union-attr, index]

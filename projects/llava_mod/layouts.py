@@ -1,7 +1,4 @@
-"""Models in other code's layouts and back: LLaVA-MoD's, LLaVA's, MoE-LLaVA's, and transformers' Qwen2-MoE.
-
-Functions of tensors and config.json, see docs/papers/llava_mod.md#checkpoints; convert.py reads and writes the folders.
-"""
+"""Tensors and config.json of other code's layouts (docs/papers/llava_mod.md#checkpoints); convert.py has the folders."""
 
 from __future__ import annotations
 
@@ -35,8 +32,6 @@ MOD = (
     "model.mm_projector.image_spatial_proj.", "model.image_tower.image_tower.", "mm_image_tower", "image_projector_type"
 )  # fmt: skip
 """Projector, tower, and the config's fields of both."""
-_ROUTER = {"qwen2_moe": "mlp.gate.weight", "llava_mod": "mlp.deepspeed_moe.gate.wg.weight"}
-_EXPERTS = {"qwen2_moe": "mlp.experts.", "llava_mod": "mlp.deepspeed_moe.experts.deepspeed_experts."}
 _QWEN2 = ("qwen", "qwen1_5", "qwen2_moe")
 
 
@@ -70,11 +65,7 @@ def layout_of(config: Mapping[str, Any]) -> str:
 
 
 def to_layout(whole: Whole, layout: str) -> tuple[State, Config]:
-    """Tensors and config.json of a layout.
-
-    Raises:
-        UserError: a model that the layout cannot hold.
-    """
+    """Tensors and config.json of a layout."""
     sparse, kind, names = whole.sparse, whole.decoder["model_type"], _LLAVA if layout == "llava" else MOD
     state, config = _part(whole.weights, DECODER), _flat(whole.decoder)
     if sparse:
@@ -111,11 +102,7 @@ def to_layout(whole: Whole, layout: str) -> tuple[State, Config]:
 
 
 def from_layout(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Whole:
-    """A model out of tensors and config.json of any layout.
-
-    Raises:
-        UserError: an unknown layout or option; missing, unexpected or resized tensors.
-    """
+    """A model out of tensors and config.json of any layout."""
     layout, rest, given = layout_of(config), dict(state), dict(config)
     names, kind = _LLAVA if layout == "llava" else MOD, re.sub(r"^(moe_)?llava_", "", given["model_type"])
     for name, only in ((names[3], "mlp2x_gelu"), ("mm_vision_select_feature", "patch")):
@@ -123,9 +110,10 @@ def from_layout(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Whole
     try:
         if layout == "moe_llava" and kind == "qwen":
             rest, given = from_qwen1(rest, given)
-        sparse = (
-            _from_qwen2_moe(rest, given) if layout == "qwen2_moe" else _sparse(layout, given.get("moe") or {})
-        )
+        if layout == "qwen2_moe":
+            sparse = _from_qwen2_moe(rest, given)
+        else:
+            sparse = _sparse(layout, given.get("moe") or {})
     except KeyError as error:
         raise UserError(f"config.json lacks {error} of layout {layout}") from None
     _stack(rest, sparse, layout)
@@ -136,9 +124,8 @@ def from_layout(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Whole
     weights |= {DECODER + name: value for name, value in lm.items()}
     source = str(given.get(names[2], ""))
     decoder = _decoder_config("qwen2" if kind in _QWEN2 else kind, given)
-    whole = Whole(
-        weights, decoder, sparse, _TOWERS.get(source, source), given.get("mm_vision_select_layer", -2)
-    )
+    layer = given.get("mm_vision_select_layer", -2)
+    whole = Whole(weights, decoder, sparse, _TOWERS.get(source, source), layer)
     if decoder["tie_word_embeddings"] and (head := weights.pop(HEAD, None)) is not None:
         same = torch.equal(head, weights.get(f"{DECODER}model.embed_tokens.weight", head))
         allow(same, layout, "says tie_word_embeddings, but head and embeddings differ")
@@ -160,7 +147,9 @@ def _part(state: Mapping[str, Tensor], old: str, new: str = "") -> State:
 
 def _places(layout: str) -> tuple[str, str]:
     """Router and experts in a layer."""
-    return _ROUTER.get(layout, _ROUTER["llava_mod"]), _EXPERTS.get(layout, _EXPERTS["llava_mod"])
+    if layout == "qwen2_moe":
+        return "mlp.gate.weight", "mlp.experts."
+    return "mlp.deepspeed_moe.gate.wg.weight", "mlp.deepspeed_moe.experts.deepspeed_experts."
 
 
 def _apart(state: State, sparse: Config, layout: str) -> None:
@@ -180,10 +169,8 @@ def _stack(state: State, sparse: Config, layout: str) -> None:
     for layer in (f"model.layers.{index}." for index in sparse.get("layers", ())):
         if f"{layer}mlp.experts.gate_up_proj" in state:
             continue
-        each = [
-            [f"{layer}{experts}{e}.{name}_proj.weight" for e in range(sparse["experts"])]
-            for name in ("gate", "up", "down")
-        ]
+        numbers, parts = range(sparse["experts"]), ("gate", "up", "down")
+        each = [[f"{layer}{experts}{e}.{name}_proj.weight" for e in numbers] for name in parts]
         if absent := [name for name in (layer + router, *sum(each, [])) if name not in state]:
             raise UserError(
                 f"config.json says that {layer[:-1]} is sparse, but {len(absent)} tensors are missing, {absent[0]} first"
@@ -211,10 +198,8 @@ def _shared(whole: Whole) -> State:
     for index in whole.sparse.get("layers", ()):
         name = f"model.layers.{index}.mlp.shared_expert"
         found |= {f"{name}.{part}_proj.weight": torch.zeros(_SHARED, dim) for part in ("gate", "up")}
-        found |= {
-            f"{name}.down_proj.weight": torch.zeros(dim, _SHARED),
-            f"{name}_gate.weight": torch.zeros(1, dim),
-        }
+        found[f"{name}.down_proj.weight"] = torch.zeros(dim, _SHARED)
+        found[f"{name}_gate.weight"] = torch.zeros(1, dim)
     return found
 
 
@@ -248,9 +233,7 @@ def _decoder_config(kind: str, config: Config) -> Config:
     from transformers import CONFIG_MAPPING
 
     if kind not in CONFIG_MAPPING:
-        raise UserError(
-            f"config.json: transformers has no decoder {kind}, of model_type {config['model_type']}"
-        )
+        raise UserError(f"config.json: transformers has no decoder {kind}, of type {config['model_type']}")
     known = CONFIG_MAPPING[kind]().to_dict().keys() | {"rope_theta", "rope_scaling"}
     kept = {name: value for name, value in config.items() if name in known - {"model_type"}}
     return plain_config(CONFIG_MAPPING[kind](**kept))

@@ -28,11 +28,7 @@ FOLDER = "rlaif_v"
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, some at a time.
-
-    Raises:
-        UserError: no pyarrow, no such file, or one without the columns.
-    """
+    """The rows of a parquet file, some at a time."""
     try:
         pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
     except ImportError:
@@ -48,11 +44,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def convert(files: Sequence[Path], images: Path) -> list[dict[str, Any]]:
-    """The records of all files, numbered in their order; writes their pictures below `images`.
-
-    Raises:
-        UserError: a row without a text or a picture.
-    """
+    """The records of all files, numbered in their order; writes their pictures below `images`."""
     new_folder(images / FOLDER, "--images")
     records: list[dict[str, Any]] = []
     for path in files:
@@ -88,11 +80,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", type=Path, nargs="+", help="parquet files, in the order of the records")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the records")
-    parser.add_argument(
-        "--images", type=Path, required=True, help="folder of the pictures, `data.images` of the run"
-    )
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", help="parquet files, in the order of the records")
+    add("--out", type=Path, required=True, help="JSON file of the records")
+    add("--images", type=Path, required=True, help="folder of the pictures, `data.images` of the run")
     args = parser.parse_args(argv)
     records = convert(args.files, args.images)
     write_json(args.out, records, "--out")

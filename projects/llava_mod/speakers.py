@@ -96,13 +96,10 @@ class Endpoint(HttpService):
 
     def _one(self, request: Request) -> str:
         """The answer; empty where the service does not accept the question."""
-        said = [
-            {"role": role, "content": _plain(text)}
-            for turn in request.before
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
+        turns = [zip(("user", "assistant"), turn, strict=True) for turn in request.before]
+        said = [{"role": role, "content": plain(text)} for turn in turns for role, text in turn]
         pictures = [{"type": "image_url", "image_url": {"url": _url(data)}} for data in request.images()]
-        words = _plain(request.text)
+        words = plain(request.text)
         content: Any = [*pictures, {"type": "text", "text": words}] if pictures else words
         messages = [*said, {"role": "user", "content": content}]
         try:
@@ -124,7 +121,8 @@ class Endpoint(HttpService):
         return str(answer or "").strip()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Without the places of pictures."""
     return text.replace(IMAGE, "").strip()
 
 
@@ -142,9 +140,6 @@ def collect(
     """Key -> answer of all requests; those in the file `out` are not asked, the others are added to it as they come.
 
     `speaker` makes the one who answers, and is called only where somebody has to.
-
-    Raises:
-        UserError: a key that was another question before.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_file():
@@ -182,8 +177,7 @@ def _lines(path: Path) -> dict[str, dict[str, str]]:
             content = json.loads(line)
             key, said = str(content["id"]), str(content["said"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(
-                f'answers {path}: line {number} is no {{"id": ..., "said": ...}}; correct it'
-            ) from None
+            told = f'line {number} is no {{"id": ..., "said": ...}}; correct it'
+            raise UserError(f"answers {path}: {told}") from None
         found[key] = {"said": said} | ({"asked": str(content["asked"])} if "asked" in content else {})
     return found

@@ -13,7 +13,6 @@ from projects.llava_mod.config import SPARSE, LlavaModConfig
 from projects.llava_mod.experts import moe_layers, sparse_layers, upcycle
 from vlmkd import distributed
 from vlmkd.config import require
-from vlmkd.errors import UserError
 from vlmkd.export.mllm import ChatParts, build_mllm, reloaded
 
 SPARSE_FACTS = "sparse"
@@ -26,11 +25,7 @@ def surgery(decoder: nn.Module, facts: Mapping[str, Any]) -> None:
 
 
 def build_student(cfg: LlavaModConfig) -> ChatParts:
-    """The student of a run, up-cycled where the config says so; the export before may be sparse already.
-
-    Raises:
-        UserError: a sparse export where a dense one is asked for, or the reverse.
-    """
+    """The student of a run, up-cycled where the config says so; the export before may be sparse already."""
     dense = cfg.moe.mode == "none"  # experts are copies of whole weights
     parts = build_mllm(cfg.student, seed=cfg.seed, surgery=surgery, keep_lora=dense)
     decoder: Any = parts.module.decoder
@@ -38,23 +33,20 @@ def build_student(cfg: LlavaModConfig) -> ChatParts:
     if cfg.stage == "prefer" and cfg.moe.mode != "none":
         require(sparse, "student.init_from", "is a dense export, but moe.mode says sparse; set moe.mode=none")
     elif cfg.moe.mode != "none":
-        require(
-            not sparse, "student.init_from", "is a sparse export already; set moe.mode=none to go on from it"
-        )
+        told = "is a sparse export already; set moe.mode=none to go on from it"
+        require(not sparse, "student.init_from", told)
         layers = moe_layers(cfg.moe.mode, len(decoder.model.layers), cfg.moe.layers)
         facts = {"layers": layers, "experts": cfg.moe.experts, "top_k": cfg.moe.top_k}
         with torch.random.fork_rng(devices=[]):  # the routers depend on the run's seed alone
             torch.manual_seed(cfg.seed)
             upcycle(decoder, **facts)
         parts.facts = parts.facts | {SPARSE_FACTS: facts}
-        made = tuple(
-            f"decoder.model.layers.{layer}.mlp." for layer in layers
-        )  # no longer stock, trained or not
+        # No longer stock, trained or not.
+        made = tuple(f"decoder.model.layers.{layer}.mlp." for layer in layers)
         parts.trained = parts.trained | {n for n, _ in parts.module.named_parameters() if n.startswith(made)}
-    elif sparse and cfg.stage not in ("sft", *SPARSE):
-        raise UserError(
-            f"config field student.init_from is a sparse export; stage {cfg.stage} trains dense students"
-        )
+    else:
+        fits = not sparse or cfg.stage in ("sft", *SPARSE)
+        require(fits, "student.init_from", f"is a sparse export; stage {cfg.stage} trains dense students")
     for layer in sparse_layers(decoder):
         layer.second, layer.capacity = cfg.parity.second_expert, cfg.parity.capacity
     train_parts(parts.module.train(), cfg)
@@ -91,15 +83,10 @@ def is_trained(name: str, cfg: LlavaModConfig) -> bool:
     part = name.partition(".")[0]
     if part == "projector":
         return True
-    if (
-        part == "tower"
-        or cfg.train == "projector"
-        or (cfg.train == "stage" and cfg.stage in ("words", "adapt"))
-    ):
+    early = cfg.train == "stage" and cfg.stage in ("words", "adapt")
+    if part == "tower" or cfg.train == "projector" or early:
         return False
-    if cfg.train == "all" or cfg.stage in ("sft", "d2d"):
-        return True
-    return ".mlp." in name
+    return cfg.train == "all" or cfg.stage in ("sft", "d2d") or ".mlp." in name
 
 
 if __name__ == "__main__":

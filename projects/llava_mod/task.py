@@ -47,13 +47,8 @@ class LlavaModTask(ChatTask):
         assert self.teacher is not None
         with self.watch.span("sample"), Engine.whole_weights([self.core]), self.teacher_head():
             shared = min(len(self.core.head.weight), len(self.teacher.module.head.weight))
-            return own_answers(
-                self.predictor(),
-                batch,
-                shared,
-                most_tokens=loss.sample_tokens,
-                temperature=loss.sample_temperature,
-            )
+            most, heat = loss.sample_tokens, loss.sample_temperature
+            return own_answers(self.predictor(), batch, shared, most_tokens=most, temperature=heat)
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """docs/papers/llava_mod.md, eq. 3 (adapt, sft), 4, 5 and 7 (d2d, d2s), 6 (prefer), 11 (words)."""
@@ -62,8 +57,8 @@ class LlavaModTask(ChatTask):
         valid = batch["segments"] > 0
         mark_valid(self.core, valid)
         share = 1.0 if self.taid is None else self.taid.at(step)
-        with self.watch.span("teacher"), self.looks() as looks:
-            seen = self._teacher_hidden(batch)
+        with self.watch.span("teacher"), torch.no_grad(), self.looks() as looks:
+            seen = None if self.teacher is None else self.teacher.module(batch)
 
         def losses(hidden: Tensor) -> Losses:
             with self.watch.span("loss"), self.teacher_head():
@@ -85,13 +80,6 @@ class LlavaModTask(ChatTask):
             return balance(self.core, valid, counts)
         preferred = (torch.arange(len(valid), device=valid.device) < len(valid) // 2)[:, None]
         return balance(self.core, valid & preferred, counts) + balance(self.core, valid & ~preferred, counts)
-
-    def _teacher_hidden(self, batch: Batch) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        with torch.no_grad():
-            hidden: Tensor = self.teacher.module(batch)
-        return hidden
 
     def _terms(self, batch: Batch, hidden: Tensor, seen: Tensor | None, share: float) -> Losses:
         """`share`: the teacher's in the target, 1 without TAID."""
@@ -180,7 +168,6 @@ class LlavaModTask(ChatTask):
         return answer_log_probs(hidden, head.weight, batch["targets"], bias=head.bias, chunk=chunk)
 
     def _words(self, batch: Batch) -> StepOutput:
-
         def losses(embeds: Tensor) -> dict[str, Tensor]:
             table: Tensor = self.core.decoder.get_input_embeddings().weight.detach()  # type: ignore[operator]
             words = said(batch["targets"], len(table))
