@@ -59,7 +59,7 @@ class HttpService:
         if cfg.token_env:
             token = os.environ.get(cfg.token_env, "")
             if not token or not all("!" <= character <= "~" for character in token):
-                told = "is empty or holds what no header carries, such as spaces; put the token alone into it"
+                told = "is empty or holds spaces, line ends or the like; put the token alone into it"
                 raise UserError(f"environment variable {cfg.token_env} {told}")
             if self._url.scheme == "http" and not local:
                 raise UserError(f"service address {self._shown} would reveal the token; use https://")

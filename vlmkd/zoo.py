@@ -103,7 +103,7 @@ def _weights(path: Path) -> Path:
     for name in ("open_clip_model.safetensors", "model.safetensors"):
         if (path / name).is_file():
             return path / name
-    raise UserError(f"{path} holds no open_clip_model.safetensors or model.safetensors; fetch it again")
+    raise UserError(f"{path} holds neither open_clip_model.safetensors nor model.safetensors; delete it")
 
 
 def sha256_of(path: Path) -> str:
