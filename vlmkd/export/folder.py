@@ -102,12 +102,14 @@ def write_provenance(
 
 def git(*args: str) -> str:
     """What a git command says in the source tree; empty for an installed copy without one."""
-    if not (REPOSITORY / ".git").exists():  # not that of a folder around it
+    if not (REPOSITORY / ".git").exists() or not shutil.which("git"):  # not that of a folder around it
         return ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(REPOSITORY), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    return ""
+    command = ["git", "-C", str(REPOSITORY), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @dataclass
