@@ -59,7 +59,7 @@ class HttpService:
         if cfg.token_env:
             token = os.environ.get(cfg.token_env, "")
             if not token or not all("!" <= character <= "~" for character in token):
-                told = "is empty or holds spaces, line ends or the like; put the token alone into it"
+                told = "is empty or has spaces, line ends or what else no header carries; put the token alone into it"
                 raise UserError(f"environment variable {cfg.token_env} {told}")
             if self._url.scheme == "http" and not local:
                 raise UserError(f"service address {self._shown} would reveal the token; use https://")
@@ -110,8 +110,8 @@ class HttpService:
             if sent:  # the service may have served the call
                 raise AnswerLost(f"{self._shown}: {told}") from None
             if "CERTIFICATE_VERIFY_FAILED" in told:
-                mend = "check the address, or set SSL_CERT_FILE"
-                raise UserError(f"service {self._shown}: invalid certificate ({told}); {mend}") from None
+                told = f"certificate that is not valid ({told}); check the address, or set SSL_CERT_FILE"
+                raise UserError(f"service {self._shown} shows a {told}") from None
             raise NotServed(f"{self._shown} cannot be reached ({told})") from None
         return bytes(answer)
 

@@ -112,7 +112,7 @@ class _Inert:
 def _what_is_wrong(error: BaseException) -> str:
     told = str(error)
     if code := re.search(r"GLOBAL ([\w.]+)", told):
-        return f"names {code[1]}, which is code and no data; {_SAVE_AGAIN}"
+        return f"names {code[1]}, which is code and no data; it is not read: {_SAVE_AGAIN}"
     if "legacy .tar format" in told or "TorchScript" in told:
         return f"is an archive of old torch or a TorchScript program; {_SAVE_AGAIN}"
     return f"is damaged or of another kind ({_short(error)}); fetch it again"

@@ -103,7 +103,8 @@ def _weights(path: Path) -> Path:
     for name in ("open_clip_model.safetensors", "model.safetensors"):
         if (path / name).is_file():
             return path / name
-    raise UserError(f"{path} holds neither open_clip_model.safetensors nor model.safetensors; delete it")
+    told = "holds neither open_clip_model.safetensors nor model.safetensors; delete it and fetch again"
+    raise UserError(f"{path} {told}")
 
 
 def sha256_of(path: Path) -> str:

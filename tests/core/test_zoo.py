@@ -360,7 +360,7 @@ def test_hub_entry_at_its_pinned_revision(
     with pytest.raises(UserError, match=f"at {revision} .*nor at {server.url} .*HF_ENDPOINT"):
         zoo.fetch(name)  # asks for the pinned commit, not for main
     monkeypatch.setenv("VLMKD_OFFLINE", "1")
-    with pytest.raises(UserError, match="neither .*offline mode is on.* by hand"):
+    with pytest.raises(UserError, match="neither in the hub's cache .*offline mode is on.* by hand"):
         zoo.fetch(name)
 
 

@@ -354,7 +354,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(
-        UserError, match="timm:resnet18: its weights .*no net.*set model.camera.pretrained=false"
+        UserError, match="timm:resnet18: its weights .*offline mode is on.*set model.camera.pretrained=false"
     ):
         BevModel(cfg)
 
