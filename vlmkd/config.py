@@ -399,7 +399,8 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
         value = fitted(arguments[0], value, path)
         for limits in arguments[1:]:
             if isinstance(limits, Range) and (told := limits.refusal(value)):
-                meaning = " ".join(_field_docs(owner)[path.rpartition(".")[2]].split())
+                name = next(part for part in reversed(path.split(".")) if not part.isdigit())
+                meaning = " ".join(_field_docs(owner)[name].split())
                 raise UserError(f"config field {path} is {value}; {told}: {meaning}")
         return value
     if kind in (typing.Union, types.UnionType):
@@ -423,7 +424,7 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
         return {fitted(str, key, path): fitted(inner, part, f"{path}.{key}") for key, part in value.items()}
     if isinstance(value, list) and kind in (list, Any):
         (inner,) = arguments or (Any,)
-        return [fitted(inner, part, f"{path}.{index}") for index, part in enumerate(value)]
+        return [fitted(inner, part, f"{path}.{index}", owner) for index, part in enumerate(value)]
     if isinstance(value, str) and kind in (str, Any, Literal):
         # OmegaConf takes the first and the last for something else.
         require("${" not in value, path, "holds ${, which fills nothing in; write the value itself")

@@ -292,7 +292,7 @@ def _is_offline() -> bool:
 
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
-    """For what huggingface_hub (and open_clip, timm, transformers by it) fetches; gives why only its cache is looked at.
+    """Inside, huggingface_hub (and open_clip, timm, transformers by it) fetches, or reads only its cache: yields why.
 
     It would ask an unreachable hub six times for each file. Errors of its HTTP library come out as OSError.
     """

@@ -76,7 +76,7 @@ class LossConfig:
     affinity_reduction: Literal["half", "sum"] = "half"
     """`half` averages the two directions (released code), `sum` adds them (paper)."""
     affinity_chunk: Count = 0
-    """Column tile of the memory-saving affinity loss; 0: dense."""
+    """Memory of the tiled affinity loss: at most 2 * chunk * B numbers at once; 0: dense."""
     contrastive: Amount = 0.0
     """Hard-label image-text loss (1 - alpha of the released code)."""
     contrastive_kind: Literal["softmax", "sigmoid"] = "softmax"

@@ -158,7 +158,7 @@ def test_any_value_makes_a_config_that_loads_back_equal_or_one_line(name: str, t
     cls, folder = class_of(name), tmp_path_factory.mktemp("values")
     fields = leaves(cls)
     written, again = folder / "values.yaml", folder / "again.yaml"
-    accepted = 0
+    accepted, said = 0, ""
 
     @given(st.data())
     @settings(
@@ -166,7 +166,7 @@ def test_any_value_makes_a_config_that_loads_back_equal_or_one_line(name: str, t
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     def check(data: st.DataObject) -> None:
-        nonlocal accepted
+        nonlocal accepted, said
         tree = BASES[name]
         for path, hint, _ in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=2)):
             right = data.draw(st.integers(0, 4)) > 0
@@ -175,7 +175,8 @@ def test_any_value_makes_a_config_that_loads_back_equal_or_one_line(name: str, t
         try:
             cfg = config.load(cls, [str(written)])
         except UserError as error:
-            assert "\n" not in str(error)
+            said = str(error)
+            assert "\n" not in said
             return
         again.write_text(config.to_yaml(cfg), encoding="utf-8")
         assert config.load(cls, [str(again)]) == cfg
@@ -183,7 +184,7 @@ def test_any_value_makes_a_config_that_loads_back_equal_or_one_line(name: str, t
 
     assert config.load(cls, _dotted(BASES[name]))
     check()
-    assert accepted
+    assert accepted, said
 
 
 def _dotted(tree: dict[str, Any]) -> list[str]:

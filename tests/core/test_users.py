@@ -10,63 +10,39 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-USERS = ("calico", "dho", "llava_mod", "matvlm", "promptkd", "tinyclip", "vl2v_adip")
+USERS = sorted(path.parent.name for path in ROOT.glob("projects/*/config.py"))
 
 ALONE: dict[str, tuple[str, set[str]]] = {
-    "config": (
-        "the house's way of reading options",
-        {"RatioRange", "SourceConfig", "help_text"},
-    ),
-    "data/chat_outputs": (
-        "what data_tools/embed_chats.py names a chat by, as the reader does",
-        {"chat_bytes", "chat_key"},
-    ),
+    "config": ("the house's way of reading options", {"RatioRange"}),
     "data/teacher_outputs": (
         "what the tools that embed call, and the writer for a teacher that is no module; VL2V-ADiP's paid one is the first",
-        {
-            "Prepared",
-            "Progress",
-            "Samples",
-            "drawn_views",
-            "image_embeds",
-            "item_views",
-            "missing_items",
-        },
+        {"Progress", "Samples", "drawn_views", "missing_items"},
     ),
     "datasets/emoji": (
         "what data_tools/emoji draws and data_tools/build_emoji.py asks for",
         {"PACKAGES", "emoji_folder", "require_packages"},
     ),
-    "datasets/published_sets": ("what data_tools/make_split.py calls", {"missing_files", "set_folder"}),
-    "datasets/labelled_sets": ("forms of a data set's name, which the tools look for", {"DOMAINS", "FOLDER"}),
+    "datasets/published_sets": ("what data_tools/make_split.py calls", {"set_folder"}),
     "evaluation/answers": (
         "one record as a question, and rules of scoring, which scripts/eval_chat.py takes too",
-        {"Question", "ask", "plain", "pope"},
+        {"Question", "pope"},
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
     "export/clip": ("type of an option that tools pass as text", {"Layout"}),
-    "losses/contrastive": (
-        "losses are offered to every project",
-        {"pair_loss", "sigmoid_loss"},
-    ),
+    "losses/contrastive": ("losses are offered to every project", {"sigmoid_loss"}),
     "losses/preference": (
         "preference losses are offered to every project on chats",
-        {"AnswerLogProbs", "answer_log_probs", "kto_loss", "pair_loss", "preference_loss", "PreferenceKind"},
+        {"AnswerLogProbs", "PreferenceKind", "kto_loss", "preference_loss"},
     ),
     "losses/tokens": ("token losses are offered to every project on chats", {"Taid", "TokenLoss"}),
     "chat_runs": (
         "which files of chats are shards, for data_tools/embed_chats.py too; what tools open and compare exports with",
-        {"check_alike", "is_shards", "open_chat"},
+        {"check_alike", "is_shards"},
     ),
     "data/chats": (
-        "the reasons for dropping one, for the tests; the templates for the tools' options, and what a record is, for the "
-        "tools of shards",
+        "the reasons for dropping one, for the tests; the templates for the tools' options, and what a record is, for the tools of shards",
         {"Chat", "REASONS", "TEMPLATES", "parts_of"},
-    ),
-    "models/backbones": (
-        "what is done to a backbone that `load_backbone` gave, beside it",
-        {"load_backbone_weights", "package_folder"},
     ),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
     "models/heads": ("a head that exports and `load_classifier` know", {"DualHead", "KdHead"}),
@@ -88,7 +64,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "page/report": (
         "what scripts/report.py and scripts/distill_folder.py call",
-        {*("Row", "columns_of", "main_set", "millions", "read_run", "rows_of")},
+        {"columns_of", "main_set", "millions", "read_run"},
     ),
     "results": ("how a number is written in every table", {"show"}),
     "train/engine": (
@@ -97,11 +73,8 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
     "train/teacher_check": ("a limit that a tool keeps too", {"FEWEST_IMAGES"}),
-    "train/trainer": ("parts of the loop", {"stream_seed", "to_device"}),
-    "zoo": (
-        "what scripts/check_zoo.py writes the page from",
-        {"Entry", "PIN_AT_FIRST_DOWNLOAD", "REPOSITORY", "lists"},
-    ),
+    "train/trainer": ("parts of the loop", {"stream_seed"}),
+    "zoo": ("what scripts/check_zoo.py writes the page from", {"PIN_AT_FIRST_DOWNLOAD", "lists"}),
 }
 """Module -> why the names stay, and the names."""
 
@@ -152,10 +125,9 @@ def names_with_few_users() -> dict[str, set[str]]:
 
 def test_each_name_of_the_core_has_two_users_or_a_reason() -> None:
     """Move the name to the project that uses it, delete it, or say here why the core keeps it."""
-    unlisted = {
-        module: sorted(names - ALONE.get(module, ("", set()))[1])
-        for module, names in names_with_few_users().items()
-    }
+    few = names_with_few_users()
+    unlisted = {module: sorted(names - ALONE.get(module, ("", set()))[1]) for module, names in few.items()}
     assert not {module: names for module, names in unlisted.items() if names}
+    stale = {module: sorted(names - few.get(module, set())) for module, (_, names) in ALONE.items()}
+    assert not {module: names for module, names in stale.items() if names}, "take them off the list"
     assert all(reason for reason, _ in ALONE.values())
-    assert not [module for module in ALONE if not (ROOT / "vlmkd" / f"{module}.py").is_file()]

@@ -65,7 +65,7 @@ def affinity_loss(
     if not teachers:
         raise ValueError("teachers is empty; affinity mimicking needs at least one")
     if chunk < 0:
-        raise ValueError(f"chunk is {chunk}; use 0 for the dense form or a positive number of rows")
+        raise ValueError(f"chunk is {chunk}; use 0 for the dense form or a positive number")
     if reduction not in ("half", "sum"):
         raise ValueError(f"reduction is {reduction!r}; choose half or sum")
     student = PairEmbeds(image_embeds, text_embeds, logit_scale, all_image_embeds, all_text_embeds)

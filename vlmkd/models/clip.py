@@ -127,7 +127,7 @@ def build_clip(config: Mapping[str, Any], *, seed: int | None = None) -> nn.Modu
 
 @contextlib.contextmanager
 def drawn_from(seed: int | None) -> Iterator[None]:
-    """From `seed`, the global state left as it was; without one from that state."""
+    """Draw from `seed` and leave the global state as it was; without a seed, draw from that state."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def drawn_from(seed: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def downloading(what: str, hint: str = "") -> Iterator[None]:
-    """What keeps a library from fetching `what` is a UserError, which ends with `hint`."""
+    """Turn a failed download of `what` into a UserError that ends with `hint`."""
     trouble = ""
     try:
         with zoo.hub_or_cache() as trouble:
@@ -265,7 +265,7 @@ def _loaded(
 
 @dataclass
 class Tokenizer:
-    """N texts -> ids int64 [N, T], which the model's token table has."""
+    """N texts -> ids int64 [N, T] below `vocab_size`."""
 
     encode: Callable[[list[str]], Tensor]
     vocab_size: int

@@ -1,4 +1,4 @@
-"""The only training loop."""
+"""The only loop of runs."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def test_a_folder_for_transformers_is_the_hybrid_where_this_code_is_not(
 
 def test_speed_is_measured_of_exports_and_of_no_hybrid_as_teacher(first: Path) -> None:
     for name in (first, first / "export"):
-        model = load(str(name), torch.bfloat16)
+        model = load(str(name), "bf16")
         (mixer, *_) = mixers_of(model).values()
         assert len(mixers_of(model)) == 2 and mixer.A_log.dtype == torch.float32
         assert model.get_input_embeddings().weight.dtype == torch.bfloat16
