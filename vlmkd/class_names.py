@@ -86,6 +86,7 @@ def read_templates(source: str) -> list[str]:
 
 
 def check_templates(templates: Sequence[str], where: str = "prompt template ") -> None:
+    """Refuse an empty list, and a template without a place for the class name."""
     if not templates:
         raise UserError("the list of prompt templates is empty; give at least `a photo of a {}.`")
     for template in templates:

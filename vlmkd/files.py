@@ -56,6 +56,7 @@ def unreadable(error: OSError | ValueError, path: str | Path, what: str, hint: s
 
 
 def read_json(path: str | Path, what: str, hint: str = "") -> Any:
+    """The content of a JSON file."""
     text = read_text(path, what, hint)
     try:
         content = json.loads(text)
@@ -67,6 +68,7 @@ def read_json(path: str | Path, what: str, hint: str = "") -> Any:
 
 
 def read_object(path: str | Path, what: str, hint: str = "") -> dict[str, Any]:
+    """As `read_json`, for a file that must hold a JSON object."""
     content = read_json(path, what, hint)
     if not isinstance(content, dict):
         told = f"{what} {path} must hold a JSON object; it holds a {type(content).__name__}"
@@ -152,6 +154,7 @@ def write_text(path: str | Path, text: str, what: str = "file") -> None:
 
 
 def write_json(path: str | Path, content: Any, what: str = "file") -> None:
+    """Write `content` as JSON by `new_file`."""
     write_text(path, json.dumps(content, indent=1) + "\n", what)
 
 

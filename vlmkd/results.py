@@ -149,6 +149,7 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_results(path: Path) -> list[Number]:
+    """The lines of a results file; errors as `json_lines`, and a hint where the run is of an earlier version."""
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
         raise UserError(f"{path.parent} is of an earlier version; read it with that one, or run it again")
     found = []
@@ -194,6 +195,7 @@ def show(value: float, unit: str, digits: int | None = None) -> str:
 
 
 def short(value: float) -> str:
+    """A value of no known unit, in a few digits."""
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4g}"

@@ -52,6 +52,8 @@ class Service:
 
 
 class HttpService:
+    """Calls of one address."""
+
     def __init__(self, cfg: Service) -> None:
         self._url, self._shown = _checked_address(cfg.url)
         local = re.fullmatch(r"localhost|127(\.\d+){3}|::1", self._url.host) is not None

@@ -72,6 +72,7 @@ def read_torch(
 
 
 def read_safetensors(path: str | Path, *, what: str = "weights file") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; errors as `read_torch`."""
     path = Path(path)
     with reading(path, what):
         state: dict[str, Tensor] = load_file(path)

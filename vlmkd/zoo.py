@@ -89,6 +89,7 @@ def entry(name: str) -> Entry:
 
 
 def cache_folder() -> Path:
+    """Where downloads and their pins live: VLMKD_CACHE/zoo, else ~/.cache/vlmkd/zoo."""
     return cache_root() / "zoo"
 
 
@@ -108,6 +109,7 @@ def _weights(path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of the file at `path`."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -16,6 +16,8 @@ from vlmkd.models.towers import evaluating
 
 
 class StudentOutput(NamedTuple):
+    """What one forward pass gives."""
+
     ce_logits: Tensor
     """[B, C] of the head that labels train."""
     kd_logits: Tensor

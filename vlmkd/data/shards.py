@@ -96,6 +96,7 @@ def _brace_range(entry: str, where: str) -> list[str]:
 
 
 def is_remote(name: str) -> bool:
+    """True for shards that are not local files."""
     return name.startswith(("http://", "https://", *_BY_COMMAND))
 
 

@@ -319,6 +319,7 @@ def _digest_of_items(items: Sequence[Any]) -> str:
 
 
 def digest_of(value: Any) -> str:
+    """sha256 over plain data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -254,6 +254,7 @@ class _Part:
 
 
 def read_info(folder: Path, kind: type[StoreInfo]) -> Any:
+    """What cache.json says."""
     path, hint = folder / "cache.json", f"write one with {kind.tools}"
     if not path.is_file():
         raise UserError(f"teacher outputs {folder} have no cache.json; {hint}")
@@ -486,6 +487,7 @@ def _save(
 
 
 def item_views(item: Item, info: OutputsInfo, max_pixels: int) -> Prepared:
+    """The views that `info` asks for of an item."""
     return drawn_views(item.key, item.key, item.read(), info, max_pixels)
 
 

@@ -22,6 +22,7 @@ WNID = re.compile(r"n\d{8}")
 
 
 def root_folder(root: str, data_set: str, meaning: str) -> Path:
+    """`root` as a path; refuses an empty one and what is no folder."""
     if not root:
         raise UserError(f"data set {data_set} is read from disk: give its root; {meaning}")
     where = Path(root).expanduser()
@@ -31,6 +32,7 @@ def root_folder(root: str, data_set: str, meaning: str) -> Path:
 
 
 def is_image(name: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> bool:
+    """Whether a file of this name counts as an image."""
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
@@ -77,6 +79,7 @@ def class_items(
 
 
 def numbered(names: Sequence[str]) -> dict[str, int]:
+    """0, 1, ... as the labels of `names`."""
     return {name: label for label, name in enumerate(names)}
 
 

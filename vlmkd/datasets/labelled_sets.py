@@ -45,6 +45,7 @@ _TEMPLATES = ["a photo of a {}."]
 
 
 def known_sets() -> list[str]:
+    """All names that `load_set` takes; `folder:PATH` and `domains:PATH` stand for the user's own folders."""
     return [*_NAMES, f"{FOLDER}PATH", f"{DOMAINS}PATH"]
 
 
@@ -57,6 +58,7 @@ def require_known(name: str) -> None:
 
 
 def configured_set(data: LabelledDataConfig) -> LabelledSet:
+    """The labelled set that a run's config names."""
     return load_set(data.set, data.root, data.class_names, data.templates)
 
 
@@ -92,6 +94,7 @@ def load_set(name: str, root: str = "", class_names: str = "", templates: Sequen
 
 
 def items_of(labelled: LabelledSet, split: str) -> list[Item]:
+    """The items of one split; refuses one that the set does not have."""
     if split not in labelled.splits:
         known = ", ".join(labelled.splits)
         raise UserError(f"data set {labelled.name} has no split {split!r}; it has {known}")

@@ -79,6 +79,7 @@ class OfQuestions(Protocol):
 
 
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:
+    """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):
         return
     bases = (vars(base) for base in protocol.__mro__)
@@ -99,6 +100,7 @@ def spread(items: Sequence[T], most: int) -> Sequence[T]:
 
 
 def progress(items: Iterable[T], total: int, title: str, context: Context) -> Iterator[T]:
+    """`items` with a progress line that shows the time left (rank 0 only)."""
     from tqdm import tqdm
 
     hidden = not (context.progress and distributed.is_main())

@@ -29,6 +29,8 @@ WORST = 24
 
 
 class ZeroShotClassifier:
+    """A DualEncoder with class vectors as an ImageClassifier: the teacher beside its student."""
+
     def __init__(self, encoder: DualEncoder, vectors: ClassVectors) -> None:
         self.name, self.image_spec, self.class_names = encoder.name, encoder.image_spec, vectors.class_names
         self._encoder, self._vectors = encoder, vectors
@@ -171,6 +173,7 @@ class Classification:
 
 
 def harmonic_mean(base: float, novel: float) -> float:
+    """2bn / (b + n); 0 when both are 0."""
     return 2 * base * novel / (base + novel) if base + novel else 0.0
 
 

@@ -35,6 +35,8 @@ Normalise = Literal["each_and_mean", "each", "mean", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassVectors:
+    """One vector per class, and where they come from."""
+
     vectors: Tensor
     """[C, D] fp32 on the CPU."""
     class_names: list[str]

@@ -34,6 +34,7 @@ class Row:
 
 
 def read_run(folder: Path) -> Run:
+    """The run in a folder."""
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} has no metrics.jsonl; give the folder of a run that has logged a step")
     run = Run(folder)
