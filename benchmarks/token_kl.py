@@ -29,9 +29,6 @@ from vlmkd import memory  # noqa: E402
 from vlmkd.losses.logits import kl_divergence  # noqa: E402
 from vlmkd.losses.tokens import TeacherStates, TokenObjective, token_loss  # noqa: E402
 
-States = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Hidden states and head of the student, then of the teacher."""
-
 
 def dense(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
     with torch.no_grad():

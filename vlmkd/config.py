@@ -37,7 +37,7 @@ class Range:
     below: bool = False
     """`high` itself is too high."""
     length: int = 0
-    """Of the list; 0: any."""
+    """Length of the list; 0: any."""
     ascending: bool = False
 
     def refusal(self, value: Any) -> str:
@@ -298,7 +298,7 @@ class RunConfig:
     run_dir: str = ""
     """Folder of this run, e.g. runs/tinyclip_nano."""
     seed: Seed = 0
-    """Of initialisation, data order, views and masks."""
+    """Seed of initialisation, data order, views and masks."""
     steps: Length = 1000
     """Optimiser steps, or `20ep` (epochs), `1e6ex` (examples); parts of a run may also be shares of it: `10%`."""
     batch_size: Positive = 1024

@@ -102,7 +102,7 @@ class OutputsInfo(StoreInfo):
 
 @dataclass(slots=True)
 class Stored:
-    """Of one sample."""
+    """What is stored of one sample."""
 
     digest: bytes
     views: list[View]

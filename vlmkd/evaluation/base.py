@@ -61,7 +61,7 @@ class Evaluator(Protocol):
 
 @runtime_checkable
 class OfItems(Protocol):
-    """Of labelled images, whose mistakes can be shown."""
+    """An evaluator of labelled images, whose mistakes can be shown."""
 
     dataset: str
     items: list[Item]
@@ -69,7 +69,7 @@ class OfItems(Protocol):
 
 @runtime_checkable
 class OfQuestions(Protocol):
-    """Of questions about images, whose answers can be shown."""
+    """An evaluator of questions about images, whose answers can be shown."""
 
     dataset: str
     attributions: list[str]

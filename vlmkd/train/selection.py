@@ -26,7 +26,7 @@ class Selection:
     name = ""
     """How results call the student with these weights."""
     folder = ""
-    """Of the run, for their export where they are not the last selection; empty: none."""
+    """Folder of the run for their export, where they are not the last selection; empty: none."""
 
     def after_update(self, student: nn.Module, step: int) -> None:
         """Called after optimiser step `step` (from 0)."""

@@ -80,7 +80,7 @@ class Task:
         return {"samples": len(batch["keys"])}
 
     def flops(self, batch: Batch) -> float:
-        """Of the models for a micro-batch, forward and backward; 0: not known."""
+        """FLOPs of the models for a micro-batch, forward and backward; 0: not known."""
         return 0.0
 
     def param_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ class Task:
         return decay_groups(self.student, optim)
 
     def lr_factor(self, step: int, cfg: RunConfig) -> float:
-        """Of the peak, at optimiser step `step`."""
+        """Learning rate at optimiser step `step`, as a share of the peak."""
         return lr_factor(step, cfg.steps, cfg.optim)
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
@@ -128,7 +128,7 @@ class Task:
         return {}
 
     def parameter_counts(self) -> dict[str, int]:
-        """Of the exported student (`student`) and the loaded teachers, under their predictors' names."""
+        """Parameters of the exported student (`student`) and the loaded teachers, under their predictors' names."""
         return {}
 
     def export(self, folder: Path, weights: dict[str, Tensor], name: str) -> Any:
