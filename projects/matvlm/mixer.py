@@ -137,7 +137,7 @@ class Mamba2Mixer(nn.Module):
         """[b, l, d] -> [b, l, d], and none for attention's weights.
 
         `token_mask` [b, l] is false at padding, wherever it stands; outputs there mean nothing. `seq_idx` [b, l] names
-        each token's document in packed rows. `attention_mask`, which is attention's, is not read. With a cache the
+        each token's document in packed rows. `attention_mask` is not read. With a cache the
         rows go on where they were, and leave there what comes after their last true token.
         """
         cache = past_key_values if cache is None else cache
@@ -169,8 +169,8 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """eq. 8, SiLU of the convolution [b, l, channels]; and the last w - 1 inputs [b, w - 1, channels].
 
-        Written as w products: on a CPU it takes no longer than conv1d between two transpositions, and a tap that
-        reaches another document is one comparison. Padding is skipped over: a row's tokens are moved together first.
+        Written as w products: no slower on a CPU than conv1d between two transpositions, and a tap that reaches
+        another document is one comparison. Padding is skipped: a row's tokens are moved together first.
         """
         taps, length = self.shape.taps, xBC.shape[1]
         if window is None:
@@ -178,7 +178,7 @@ class Mamba2Mixer(nn.Module):
         if token_mask is not None:
             token_mask = token_mask.bool()
             order = torch.argsort(~token_mask, dim=1, stable=True)
-            xBC = torch.take_along_dim(xBC, rearrange(order, "b l -> b l 1"), 1)
+            xBC = _tokens(xBC, order)
             seq_idx = None if seq_idx is None else torch.take_along_dim(seq_idx, order, 1)
         inputs = torch.cat([window.to(xBC.dtype), xBC], 1)
         if seq_idx is not None:
@@ -194,8 +194,7 @@ class Mamba2Mixer(nn.Module):
             return F.silu(out), inputs[:, length:]
         place = (token_mask.cumsum(1) - 1).clamp(min=0)
         last = rearrange(token_mask.sum(1), "b -> b 1") + torch.arange(taps - 1, device=xBC.device)
-        out = torch.take_along_dim(out, rearrange(place, "b l -> b l 1"), 1)
-        return F.silu(out), torch.take_along_dim(inputs, rearrange(last, "b w -> b w 1"), 1)
+        return F.silu(_tokens(out, place)), _tokens(inputs, last)
 
     def _scan(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -207,11 +206,10 @@ class Mamba2Mixer(nn.Module):
         x, B = (
             repeat(t, "b l g p -> b l (g r) p", r=self.shape.heads // self.shape.kv_heads) for t in (x, B)
         )
-        y, state = kernel(
+        return kernel(
             x, dt, A, B, C, self.chunk, D=D, initial_states=state,
             seq_idx=None if seq_idx is None else seq_idx.int(), return_final_states=True,
         )  # fmt: skip
-        return y, state
 
     def _step(
         self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
@@ -228,6 +226,12 @@ class Mamba2Mixer(nn.Module):
         # It reads dt_bias's strides.
         D, zero = (repeat(t, "h -> h p", p=size) for t in (D, torch.zeros_like(D)))
         return kernel(state, x, dt, A, B, C, D=D, dt_bias=zero)
+
+
+def _tokens(x: Tensor, at: Tensor) -> Tensor:
+    """x [b, l, c] at places [b, k] -> [b, k, c]; copies rows, where `take_along_dim` copies numbers."""
+    rows = at + x.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, at.shape)
 
 
 def _exact(x: Tensor) -> torch.dtype:

@@ -37,38 +37,41 @@ finetune() { # NAME MODALITY LIDAR CAMERA SEED [field=value ...]: with every sha
     done
 }
 
-student() { # SEED [field=value ...]: everything of a seed
-    local s="$1"
-    shift
-    # Regions are contrasted in two views of each sweep; then the camera branch learns from the LiDAR's map.
-    train "prc_s$s" prc steps="$prc_steps" seed="$s" "$@"
-    train "rad_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt="$runs/prc_s$s/export" "$@"
-    finetune random lidar - - "$s" "$@"
-    finetune calico lidar prc - "$s" "$@"
-    finetune random camera - - "$s" "$@"
-    finetune calico camera - rad "$s" "$@"
-    finetune random fusion - - "$s" "$@"
-    finetune calico fusion prc rad "$s" "$@"
-    # To compare with: both sensors without RAD; at the first share alone, points in the place of regions, and a teacher
-    # that knows nothing.
-    for arm in $arms; do
-        case "$arm" in
-            prc)
-                finetune prc fusion prc - "$s" "$@"
-                ;;
-            untrained)
-                train "rad_untrained_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt=untrained "$@"
-                fractions="${fractions%% *}" finetune untrained camera - rad_untrained "$s" "$@"
-                ;;
-            *)
-                train "${arm}_s$s" prc steps="$prc_steps" seed="$s" prc.arm="$arm" "$@"
-                fractions="${fractions%% *}" finetune "$arm" lidar "$arm" - "$s" "$@"
-                ;;
-        esac
-    done
+# One line of work of a seed.
+work() { # KIND SEED [field=value ...]
+    local kind="$1" s="$2"
+    shift 2
+    case "$kind" in
+        random)
+            finetune random lidar - - "$s" "$@"
+            finetune random camera - - "$s" "$@"
+            finetune random fusion - - "$s" "$@"
+            ;;
+        calico) # regions are contrasted in two views of each sweep; then the camera branch learns from the LiDAR's map
+            train "prc_s$s" prc steps="$prc_steps" seed="$s" "$@"
+            train "rad_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt="$runs/prc_s$s/export" "$@"
+            finetune calico lidar prc - "$s" "$@"
+            finetune calico camera - rad "$s" "$@"
+            finetune calico fusion prc rad "$s" "$@"
+            ;;
+        prc) # to compare with: both sensors without RAD;
+            finetune prc fusion prc - "$s" "$@"
+            ;;
+        untrained) # at the first share alone, a teacher that knows nothing,
+            train "rad_untrained_s$s" rad steps="$rad_steps" seed="$s" rad.teacher_ckpt=untrained "$@"
+            fractions="${fractions%% *}" finetune untrained camera - rad_untrained "$s" "$@"
+            ;;
+        *) # and other views of what is to be contrasted, such as points in the place of regions
+            train "${kind}_s$s" prc steps="$prc_steps" seed="$s" prc.arm="$kind" "$@"
+            fractions="${fractions%% *}" finetune "$kind" lidar "$kind" - "$s" "$@"
+            ;;
+    esac
 }
-export -f train finetune student
-printf '%s\n' ${SEEDS:-0 1 2} | xargs -P 2 -I SEED bash -euo pipefail -c 'student "$@"' student SEED "$@"
+export -f train finetune work
+each() { for kind in $1; do printf "$kind %s\n" ${SEEDS:-0 1 2}; done; }
+parallel() { xargs -P 2 -I WORK bash -euo pipefail -c 'read -ra work <<< "$1"; work "${work[@]}" "${@:2}"' work WORK "$@"; }
+each "calico random" | parallel "$@"
+each "$arms" | parallel "$@"
 
 bash scripts/launch.sh scripts/table.py "$runs" --spec projects/calico/table.yaml --markdown "$runs/table.md" --json "$runs/table.json"
 # The first seed's runs on a page, and what its model of both sensors finds in a frame.
