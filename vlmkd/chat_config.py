@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from vlmkd.config import Count, EvaluationConfig, Positive, Processes, RunConfig, Share, require
+from vlmkd.config import (
+    Count,
+    EvaluationConfig,
+    LayerList,
+    Positive,
+    Processes,
+    Range,
+    RunConfig,
+    Share,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,7 @@ class MllmConfig:
     """A run, its `export` folder or `zoo:NAME`; the other fields are then its own and stay empty."""
     tower: str = ""
     """Vision tower, as load_backbone takes it: `clip:ViT-L-14-336@openai`, `timm:NAME`, `efficientnet-lite0`."""
-    tower_layers: list[int] = field(default_factory=lambda: [-2])
+    tower_layers: Annotated[list[int], Range(-1000, 1000)] = field(default_factory=lambda: [-2])
     """Blocks or stages whose outputs, side by side, are the features."""
     grid: Count = 0
     """Pool the features to so many places each way; 0: as the last of the layers has."""
@@ -54,8 +64,8 @@ class MllmConfig:
     """How an image becomes square: cropped, padded with the mean colour (LLaVA's `pad`), or not kept in ratio."""
     decoder: str = ""
     """Language model: `hf:FOLDER_OR_NAME`, or `smollm2`, which a package carries."""
-    decoder_layers: list[int] = field(default_factory=list)
-    """Layers of it that are kept; empty: all."""
+    decoder_layers: LayerList = field(default_factory=list)
+    """LayerList of it that are kept; empty: all."""
     lora_rank: Count = 0
     """Rank of updates that the decoder's linear layers get and that are trained in their place; 0: none."""
     precision: Literal["fp32", "bf16"] = "fp32"

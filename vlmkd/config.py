@@ -87,6 +87,7 @@ Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, below=True)]
 AreaRange = Annotated[list[float], Range(0, 1, above=True, length=2, ascending=True)]
 Betas = Annotated[list[float], Range(0, 1, below=True, length=2)]
+LayerList = Annotated[list[int], Range()]
 RatioRange = Annotated[list[float], Range(above=True, length=2, ascending=True)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlmkd.chat_config import ChatRunConfig
-from vlmkd.config import AboveZero, Amount, Count, Positive, Share, require
+from vlmkd.config import AboveZero, Amount, Count, LayerList, Positive, Share, require
 from vlmkd.losses.preference import PreferenceKind
 
 Stage = Literal["words", "adapt", "sft", "d2d", "d2s", "prefer"]
@@ -21,7 +21,7 @@ class MoeConfig:
 
     mode: Literal["none", "sparse", "dense", "first_half", "second_half", "list"] = "none"
     """Which layers: even ones (published), all, a half, or `layers`; none: the student stays dense."""
-    layers: list[int] = field(default_factory=list)
+    layers: LayerList = field(default_factory=list)
     """The layers of mode=list."""
     experts: Positive = 4
     """Experts of a layer."""

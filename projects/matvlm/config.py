@@ -8,7 +8,7 @@ from typing import Literal
 from projects.matvlm.objective import Divergence, LayerReduction, LogitReduction
 from projects.matvlm.ssd import CHUNK, Backend
 from vlmkd.chat_config import ChatRunConfig
-from vlmkd.config import AboveZero, Amount, Positive, require
+from vlmkd.config import AboveZero, Amount, LayerList, Positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class HybridConfig:
 
     preset: Amount = 0.0
     """The paper's share of replaced layers, 12.5, 25 or 50 %: its lists for 32 layers, for others the same rule."""
-    layers: list[int] = field(default_factory=list)
+    layers: LayerList = field(default_factory=list)
     """The replaced layers themselves, in place of a preset."""
     start: Literal["attention", "random"] = "attention"
     """Projections from the attention that is replaced (paper), or random ones, for comparison."""
@@ -77,7 +77,7 @@ class MatvlmConfig(ChatRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         preset, layers = self.hybrid.preset, self.hybrid.layers
-        told = f"is {preset:g}; write 12.5, 25 or 50, or give hybrid.layers instead"
+        told = f"is {preset:g}; write 12.5, 25 or 50, or give hybrid.layers"
         require(preset in (0, 12.5, 25, 50) and not (preset and layers), "hybrid.preset", told)
         require(self.student.named, "student", "is empty; name tower and decoder, or the export of a run")
         require(

@@ -13,6 +13,7 @@ from vlmkd.config import (
     DataConfig,
     Duration,
     EvaluationConfig,
+    LayerList,
     Range,
     RunConfig,
     require,
@@ -39,9 +40,9 @@ class InheritConfig:
     """Source of the text tower; empty: not inherited."""
     layers: Literal["interval_front", "uniform", "list"] = "interval_front"
     """Which layers: every floor(D/K)-th from the front (the released code), evenly spread, or a list."""
-    image_layers: Annotated[list[int], Range()] = field(default_factory=list)
+    image_layers: LayerList = field(default_factory=list)
     """Source layers of the image tower, with layers=list."""
-    text_layers: Annotated[list[int], Range()] = field(default_factory=list)
+    text_layers: LayerList = field(default_factory=list)
     """Source layers of the text tower, with layers=list."""
     width: Literal["front", "magnitude", "list"] = "front"
     """Which channels and heads: the leading ones (the released code), those of the largest weights, or lists."""
