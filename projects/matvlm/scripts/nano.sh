@@ -19,7 +19,7 @@ bash scripts/launch.sh data_tools/build_small_decoder.py "$runs/decoder" --chats
     --layers 8 --width 128
 captions="data.chats=[$runs/scenes/names.json,$runs/scenes/places.json]"
 export chats="data.chats=[$runs/scenes/train.json,$runs/scenes/places.json,$runs/scenes/exists.json]"
-export asked="evaluation.questions=[{data: $runs/scenes/test.json}, {data: $runs/scenes/pope_random.json}]"
+export asked="evaluation.questions=[{data: $runs/scenes/test.json}]"
 teacher() { # NAME STAGE STEPS [field=value ...]; on two cores two processes are faster than two threads
     NPROC=2 bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml \
         run_dir="$runs/$1" stage="$2" steps="$3" "${@:4}"
@@ -27,8 +27,8 @@ teacher() { # NAME STAGE STEPS [field=value ...]; on two cores two processes are
 teacher words words 400 "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
     student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
     student.decoder="hf:$runs/decoder"
-teacher captions sft "${CAPTION_STEPS:-600}" "$captions" batch_size=32 student.init_from="$runs/words/export"
-teacher teacher sft "${TEACHER_STEPS:-900}" "$chats" student.init_from="$runs/captions/export" "$asked"
+teacher captions sft "${CAPTION_STEPS:-500}" "$captions" batch_size=32 student.init_from="$runs/words/export"
+teacher teacher sft "${TEACHER_STEPS:-800}" "$chats" student.init_from="$runs/captions/export" "$asked"
 
 # One hybrid: its name says the share of layers, what they start from or what is left out of the loss, and the steps.
 hybrid() { # "PRESET_KIND SEED" [field=value ...]; KIND: attention, published, random, no_layer, no_logits or with_ce
