@@ -94,7 +94,7 @@ class Place:
         path, run_dir = self.folder / f"{name}.yaml", self.folder / "runs" / name
         path.write_text(yaml.safe_dump(values))
         if not (run_dir / "done.json").is_file():
-            without = UNCHECKED[script.split(".")[1]]
+            without = UNCHECKED.get(script.split(".")[1], [])
             self.command(script, path, f"run_dir={run_dir}", without=without)
         return run_dir
 
