@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from projects.tinyclip.encoder import CLIPEncoder
+from scripts import export_hf as hf
 from vlmkd.errors import UserError
 from vlmkd.export import clip as export
-from vlmkd.export.clip import export_clip, probe_of, reloaded_outputs, verify_export
-from vlmkd.export.folder import Probe, compare, replacing
+from vlmkd.export.clip import export_clip, probe_of, verify_export
+from vlmkd.export.folder import Probe, compare, replacing, stored
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import ClipModel, load_clip, weights_digest
 
@@ -66,11 +67,11 @@ def siglip_like(folder: Path) -> ClipModel:
     return make(folder, custom_text=True, init_logit_bias=-10.0, text_cfg=text)
 
 
-def difference(folder: Path, clip: ClipModel, tmp_path: Path) -> str:
+def difference(folder: Path, clip: ClipModel, tmp_path: Path, layout: Any = export) -> str:
     """What the checking process would say, without starting one."""
     probe_of(clip).save(tmp_path / "probe.pt")
     probe = Probe.load(tmp_path / "probe.pt")
-    return compare(reloaded_outputs(folder, probe), probe.outputs)
+    return compare(layout.reloaded_outputs(folder, probe), probe.outputs)
 
 
 @pytest.mark.parametrize("kind", [make, small_vocabulary, resnet, siglip_like, pruned])
@@ -89,8 +90,8 @@ def test_open_clip_layout(kind: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [make, small_vocabulary])
 def test_transformers_layout(kind: Any, tmp_path: Path) -> None:
     clip = kind(tmp_path)
-    export_clip(tmp_path / "out", clip, layout="hf")
-    assert difference(tmp_path / "out", clip, tmp_path) == ""
+    hf.export_hf(tmp_path / "out", clip)
+    assert difference(tmp_path / "out", clip, tmp_path, hf) == ""
     again = load_clip(f"hf:{tmp_path / 'out'}")
     assert again.digest == weights_digest(clip.module.state_dict())
     assert again.image_spec == clip.image_spec
@@ -101,7 +102,7 @@ def test_transformers_pipeline_pieces_load(tmp_path: Path) -> None:
     from PIL import Image
     from transformers import CLIPModel, CLIPProcessor
 
-    export_clip(tmp_path / "out", make(tmp_path), layout="hf")
+    hf.export_hf(tmp_path / "out", make(tmp_path))
     processor = CLIPProcessor.from_pretrained(tmp_path / "out")
     picture = Image.new("RGB", (50, 40), (0, 128, 255))
     inputs = processor(text=["It's a CAT", "dogs"], images=picture, return_tensors="pt", padding=True)
@@ -140,7 +141,7 @@ def test_an_older_export_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path)
     clip = make(tmp_path)
     export_clip(tmp_path / "out", clip)
     (tmp_path / "out" / "left_over.txt").write_text("x")
-    export_clip(tmp_path / "out", clip, layout="hf")
+    hf.export_hf(tmp_path / "out", clip)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "config.json" in names and not names & {"left_over.txt", "open_clip_config.json"}
     foreign = tmp_path / "foreign"
@@ -176,7 +177,7 @@ def test_what_transformers_cannot_hold_is_refused_before_anything_is_written(tmp
         (siglip_like, "init_logit_bias"),
     ):
         with pytest.raises(UserError, match=message):
-            export_clip(tmp_path / "out", kind(tmp_path), layout="hf")
+            hf.export_hf(tmp_path / "out", kind(tmp_path))
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -216,6 +217,7 @@ def test_the_check_sees_wrong_statistics(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fresh_process_accepts_a_good_export_and_refuses_a_bad_one(tmp_path: Path) -> None:
     clip = make(tmp_path)
+    clip = clip.with_weights({k: stored(v, half=True) for k, v in clip.module.state_dict().items()})
     export_clip(tmp_path / "out", clip, half=True)
     verify_export(tmp_path / "out", clip)
     tamper(tmp_path / "out", "weights")
@@ -238,7 +240,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="has no weights; give --pretrained"):
         command_line()(arguments)
     verified = []
-    monkeypatch.setattr(export, "verify_export", lambda *of: verified.append(of))
+    monkeypatch.setattr(hf, "verify_hf", lambda *of: verified.append(of))
     assert command_line()([*arguments, "--pretrained", str(tmp_path / "w.pt"), "--layout", "hf"]) == 0
     assert load_clip(f"hf:{tmp_path / 'out'}").digest == weights_digest(clip.module.state_dict())
     assert [folder for folder, _ in verified] == [tmp_path / "out"]

@@ -29,7 +29,11 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "evaluation/classify": ("the field's figure for base and novel classes", {"harmonic_mean"}),
     "export/classifier": ("name of a file of the folder", {"TIMM_WEIGHTS"}),
-    "export/clip": ("type of an option that tools pass as text", {"Layout"}),
+    "export/clip": (
+        "parts of a CLIP's folder that scripts/export_hf.py writes and checks too",
+        {"MARKS", "PROBE_TEXTS", "write_tokenizer"},
+    ),
+    "export/folder": ("parts of every export's check and folder", {"PROVENANCE", "compare"}),
     "losses/contrastive": ("losses are offered to every project", {"sigmoid_loss"}),
     "losses/preference": (
         "preference losses are offered to every project on chats",
@@ -44,7 +48,9 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "the reasons for dropping one, for the tests; the templates for the tools' options, and what a record is, for the tools of shards",
         {"Chat", "REASONS", "TEMPLATES", "parts_of"},
     ),
+    "models/checkpoints": ("the one spelling of weights, for scripts/export_hf.py", {"normalise_names"}),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
+    "models/convert": ("both directions of one conversion lie together", {"to_hf_config", "to_hf_processor"}),
     "models/heads": ("a head that exports and `load_classifier` know", {"DualHead", "KdHead"}),
     "models/prompted": (
         "parts of the prompted image tower, which backbones load",
