@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from omegaconf import MissingMandatoryValue, OmegaConf
 
-from vlmkd.errors import UserError
+from vlmkd.errors import UserError, did_you_mean
 from vlmkd.files import parse_yaml, read_yaml
 
 C = TypeVar("C")
@@ -53,8 +52,8 @@ class Range:
             high = number < self.high if self.below else number <= self.high
             if not (low and high and math.isfinite(number)):
                 if self.high < _MOST:
-                    ends = "(" if self.above else "[", ")" if self.below else "]"
-                    return f"it must be in {ends[0]}{self.low}, {self.high}{ends[1]}"
+                    first, last = "(" if self.above else "[", ")" if self.below else "]"
+                    return f"it must be in {first}{self.low}, {self.high}{last}"
                 if low:
                     return f"it must be at most {self.high}"
                 return f"it must be {'above' if self.above else 'at least'} {self.low}"
@@ -62,10 +61,10 @@ class Range:
         return "the first number must not be above the second" if falls else ""
 
 
-_ONE = r"(?:\d+(?:\.\d+)?(?:e\d+)?(?:ep|ex|%))"
+_NUMBER = r"\d+(?:\.\d+)?(?:e\d+)?"
+_PART = rf"\d+|{_NUMBER}(?:ep|ex|%)"
 DURATION = re.compile(
-    rf"(?P<bound>max|min)\((?P<a>\d+|{_ONE}), *(?P<b>\d+|{_ONE})\)"
-    r"|(?P<number>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>ep|ex|%)"
+    rf"(?P<bound>max|min)\((?P<a>{_PART}), *(?P<b>{_PART})\)|(?P<number>{_NUMBER})(?P<unit>ep|ex|%)"
 )
 """A length that is not given in steps; see vlmkd.train.durations."""
 
@@ -328,9 +327,9 @@ class RunConfig:
         require(fits, "deepspeed.nvme_path", "goes with offload=nvme, and only with it")
         fits = not optim.decay_steps or optim.schedule == "wsd"
         require(fits, "optim.decay_steps", "has no effect unless optim.schedule=wsd")
-        fits = not optim.momentum or optim.name == "sgd"
-        require(fits, "optim.momentum", "has no effect unless optim.name=sgd")
-        fits = offload == "none" or optim.name != "sgd"
+        sgd = optim.name == "sgd"
+        require(sgd or not optim.momentum, "optim.momentum", "has no effect unless optim.name=sgd")
+        fits = offload == "none" or not sgd
         require(fits, "deepspeed.offload", "works with adamw and adam; use offload=none with optim.name=sgd")
         every, phase = self.evaluation.every_steps, self.evaluation.phase
         fits = phase == 0 or not in_steps_already(every) or phase < every
@@ -355,16 +354,17 @@ def load(cls: type[C], argv: list[str]) -> C:
         if arg.startswith("--local_rank"):
             continue
         key, is_override, text = arg.partition("=")
-        origin, path = f"override {arg}" if is_override else arg, key.split(".")
+        origin, depth = arg, math.inf
         if is_override:
+            origin, path = f"override {arg}", key.split(".")
             layer: Any = parse_yaml(text, origin) if text else ""  # `field=` sets the empty string
-            layer = functools.reduce(lambda inner, part: {part: inner}, reversed(path), layer)
+            layer, depth = functools.reduce(lambda inner, part: {part: inner}, path[::-1], layer), len(path)
         else:
             layer = read_yaml(arg, "config file", "overrides are written key=value") or {}
             if not isinstance(layer, dict):
                 raise UserError(f"config file {arg} must hold `field: value` lines at its top level")
         try:
-            values = fitted(cls, merged(values, layer, len(path) if is_override else math.inf), "")
+            values = fitted(cls, merged(values, layer, depth), "")
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
     try:
@@ -397,12 +397,12 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
     """Plain data as a field of type `hint` has it, or a refusal; `owner`: the field's dataclass."""
     kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Annotated:
-        value = fitted(arguments[0], value, path)
-        for limits in arguments[1:]:
-            if isinstance(limits, Range) and (told := limits.refusal(value)):
-                name = next(part for part in reversed(path.split(".")) if not part.isdigit())
-                meaning = " ".join(_field_docs(owner)[name].split())
-                raise UserError(f"config field {path} is {value}; {told}: {meaning}")
+        inner, limits = arguments
+        value = fitted(inner, value, path)
+        if told := limits.refusal(value):
+            name = next(part for part in reversed(path.split(".")) if not part.isdigit())
+            meaning = " ".join(_field_docs(owner)[name].split())
+            raise UserError(f"config field {path} is {value}; {told}: {meaning}")
         return value
     if kind in (typing.Union, types.UnionType):
         refusals = []
@@ -416,8 +416,7 @@ def fitted(hint: Any, value: Any, path: str, owner: Any = None) -> Any:
         hints = typing.get_type_hints(kind, include_extras=True)
         prefix = f"{path}." if path else ""
         for key in value.keys() - hints.keys():
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"fields here: {', '.join(sorted(hints))}"
+            hint = did_you_mean(str(key), hints, f"fields here: {', '.join(sorted(hints))}", prefix)
             raise UserError(f"unknown config field {prefix}{key}; {hint}")
         return {key: fitted(hints[key], part, prefix + key, kind) for key, part in value.items()}
     if isinstance(value, dict) and kind in (dict, Any):
@@ -464,7 +463,7 @@ def help_text(cls: type[Any], prefix: str = "") -> str:
     docs, hints, values = _field_docs(cls), typing.get_type_hints(cls), plain(cls)
     for item in dataclasses.fields(cls):
         path, doc, nested = f"{prefix}{item.name}", docs[item.name], _dataclass_of(hints[item.name])
-        if nested is not None and nested is hints[item.name]:
+        if nested is hints[item.name]:
             lines += [f"{path}: {doc}", help_text(nested, f"{path}.")]
             continue
         lines.append(f"{path} = {values[item.name]!r}\n    {doc}")
@@ -480,10 +479,8 @@ def print_help(cls: type[Any]) -> None:
 
 def _dataclass_of(hint: Any) -> type[Any] | None:
     """The dataclass in `hint` (itself, or the element of a list), or None."""
-    for part in (hint, *typing.get_args(hint)):
-        if dataclasses.is_dataclass(part):
-            return typing.cast(type[Any], part)
-    return None
+    parts: Any = (hint, *typing.get_args(hint))
+    return next(filter(dataclasses.is_dataclass, parts), None)
 
 
 def _field_docs(cls: type[Any]) -> dict[str, str]:

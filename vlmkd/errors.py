@@ -17,12 +17,12 @@ class UserError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error about an unknown `name`: the nearest `known` ones, or `otherwise`."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, prefix: str = "") -> str:
+    """The end of an error about an unknown `name`: the nearest `known` ones after `prefix`, or `otherwise`."""
     lowered, name = {one.lower(): one for one in known}, name.lower()
     near = [one for one in lowered if name and one.startswith(name)][:2]
     near = near or difflib.get_close_matches(name, lowered, n=2)
-    return f"did you mean {' or '.join(lowered[one] for one in near)}?" if near else otherwise
+    return f"did you mean {' or '.join(prefix + lowered[one] for one in near)}?" if near else otherwise
 
 
 def run_tool(main: Callable[[list[str]], int]) -> NoReturn:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from projects.vl2v_adip.config import SwadConfig
 from vlmkd.evaluation.base import Result
-from vlmkd.train.selection import Selection, Weights, kept_copy, trainable
+from vlmkd.export.folder import stored
+from vlmkd.train.selection import Selection, Weights, trainable
 
 _FACTS, _MEANS = ("converge_step", "threshold", "dead_step", "_above"), ("_open", "_final", "_pending")
 """What a LossValley's state holds beside its recent segments."""
@@ -103,7 +104,7 @@ class LossValley(Selection):
         if self.dead:
             return
         assert self._open.count, "no step since the last evaluation"
-        mean = {name: kept_copy(value) for name, value in self._open.mean.items()}
+        mean = {name: stored(value) for name, value in self._open.mean.items()}
         segment = _Segment(mean, self._open.count, float(loss), step)
         if self.swad.segment_reset == "every_eval" or (step > 2500 and step % 1000 == 0):
             self._open = RunningMean()

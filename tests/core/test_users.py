@@ -77,8 +77,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         "a list of choices, for the tools; experts over ranks, because DeepSpeed is known here alone",
         {"PRECISIONS", "all_experts", "spread_experts"},
     ),
-    "train/selection": ("which weights count is decided in one place", {"MovingAverage", "kept_copy"}),
-    "train/teacher_check": ("a limit that a tool keeps too", {"FEWEST_IMAGES"}),
+    "train/selection": ("which weights count is decided in one place", {"MovingAverage"}),
     "train/trainer": ("parts of the loop", {"stream_seed"}),
     "zoo": ("what scripts/check_zoo.py writes the page from", {"PIN_AT_FIRST_DOWNLOAD", "lists"}),
 }

@@ -11,7 +11,7 @@ import pytest
 from projects.tinyclip.config import DistillConfig
 from vlmkd import config
 from vlmkd.errors import UserError
-from vlmkd.train import run
+from vlmkd.train import lookup, run
 
 FIELDS = [
     "student.model=ViT-B-32",
@@ -76,7 +76,7 @@ def test_what_changes_weights_may_not(started: Path, field: str, said: str) -> N
 
 def test_every_changeable_name_is_a_field() -> None:
     for name in run._CHANGEABLE - {"evaluation.workers"}:
-        assert name in run._flatten(config.plain(DistillConfig)), name
+        assert name in lookup.leaves(config.plain(DistillConfig)), name
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlmkd.models.towers import evaluating
 
+
+@torch.no_grad()
 def macs_of(module: nn.Module, encode: Callable[[Tensor], Any], inputs: Tensor) -> int:
     """Multiply-adds of `encode(inputs)`, which runs `module`, with attention unfused: the counter sees no fused products."""
-    was_training, fast_path = module.training, torch.backends.mha.get_fastpath_enabled()
-    module.eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with evaluating(module), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             encode(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        module.train(was_training)
     return int(counter.get_total_flops()) // 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlmkd import zoo
@@ -10,15 +9,15 @@ from vlmkd.datasets import emoji, labelled_sets
 from vlmkd.errors import UserError
 
 
-def check_names(config: Mapping[str, Any]) -> None:
+def check_names(config: dict[str, Any]) -> None:
     """Refuse names in a config's plain tree that its run would refuse.
 
     `set` is a labelled data set; `zoo:` and `emoji:` begin names wherever they stand. Not files, which an earlier run may
     have to write first, and not architectures, whose libraries a dry run does not import.
     """
-    for field, key, value in _fields(config, ""):
+    for field, value in leaves(config, elements=True).items():
         try:
-            if key == "set" and value:
+            if value and field.rpartition(".")[2] == "set":
                 labelled_sets.require_known(value)
             elif str(value).startswith("zoo:"):
                 zoo.entry(value)
@@ -28,12 +27,10 @@ def check_names(config: Mapping[str, Any]) -> None:
             raise UserError(f"config field {field}: {error}") from None
 
 
-def _fields(node: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Of every leaf: its name with dots, its key and its value."""
-    pairs = node.items() if isinstance(node, Mapping) else enumerate(node)
-    for key, value in pairs:
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping | list | tuple):
-            yield from _fields(value, name)
-        else:
-            yield name, key, value
+def leaves(tree: Any, path: str = "", *, elements: bool = False) -> dict[str, Any]:
+    """Values of a config's plain tree by their names with dots; `elements`: of lists each one."""
+    inner = dict(enumerate(tree)) if elements and isinstance(tree, list | tuple) else tree
+    if not isinstance(inner, dict) or not inner:
+        return {path: tree}
+    parts = (leaves(part, f"{path}.{key}".lstrip("."), elements=elements) for key, part in inner.items())
+    return {name: value for part in parts for name, value in part.items()}

@@ -33,7 +33,7 @@ from vlmkd.errors import UserError
 from vlmkd.evaluation.base import Context, OfItems, OfQuestions, Result
 from vlmkd.evaluation.retrieval import Retrieval
 from vlmkd.export.folder import git
-from vlmkd.files import read_yaml
+from vlmkd.files import new_folder, read_yaml
 from vlmkd.page.gallery import GALLERY, MISTAKES, PICTURES, write_gallery, write_mistakes, write_pictures
 from vlmkd.page.report import build_report
 from vlmkd.page.runs import DETAILS, MODELS
@@ -49,15 +49,15 @@ log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RunConfig)
 
-# What may differ when a run goes on: none of it changes the weights, except that other workers re-start the stream. Not
-# the evaluations, by which weights are selected.
+# What may differ when a run goes on, as no weights depend on it, except that other workers re-start the stream. Not the
+# evaluations, by which weights are selected.
 _CHANGEABLE = {
     "run_dir", "threads", "data.workers", "data.shard_cache", "data.max_bad_share",
     "evaluation.batch_size", "evaluation.workers", "evaluation.teacher",
     *(f"log.{item.name}" for item in dataclasses.fields(LogConfig)),
     *(f"checkpoint.{item.name}" for item in dataclasses.fields(CheckpointConfig)),
 }  # fmt: skip
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _GALLERY_IMAGES = 24
 _PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "webdataset", "deepspeed", "numpy", "pillow")
 
@@ -67,15 +67,14 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
 
     Exits with 0 when the run is complete, 2 and one line on a UserError, 143 after a SIGTERM and a save.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         config.print_help(config_class)
         return
     try:
         cfg = config.load(config_class, [arg for arg in argv if arg != "--dry-run"])
-        world_size = int(distributed.environment()["WORLD_SIZE"])
         check_machine(cfg)
-        generated = deepspeed_json(cfg, world_size)
+        generated = deepspeed_json(cfg, int(distributed.environment()["WORLD_SIZE"]))
         if "--dry-run" in argv:
             lookup.check_names(asdict(cfg))
             print(config.to_yaml(cfg) + "# DeepSpeed: " + json.dumps(generated))
@@ -134,8 +133,8 @@ def _run(given: C, build: Callable[[C], Job], generated: dict[str, Any]) -> None
         facts = {"ds_config": generated, "env": _environment(), "data": job.loader.describe()}
         for name, content in facts.items():
             _write(run_dir / f"{name}.json", content)
-    sizes = [(p.numel() / 1e6, p.requires_grad) for p in job.task.student.parameters()]
-    whole, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in job.task.student.parameters()]
+    whole, trained = (sum(column) / 1e6 for column in zip(*sizes, strict=True))
     told = "student: %.2f M parameters, %.2f M of them trained; %d teacher(s) loaded"
     log.info(told, whole, trained, len(job.task.teachers))
     engine = Engine(job.task, cfg)  # from here on `job.task.student` is its wrapper
@@ -176,8 +175,8 @@ def _finish(job: Job, engine: Engine, metrics: Metrics, run_dir: Path, step: int
     written = {}
     with engine.whole_weights([engine.module]):  # an export may ask the student itself
         if weights is not None:
-            others = [one for one in task.selections if one.folder and one.name in chosen.keys() - {exported}]
-            for place, name in [("export", exported), *((one.folder, one.name) for one in others)]:
+            places = {one.name: one.folder for one in task.selections if one.folder and one.name in chosen}
+            for name, place in (places | {exported: "export"}).items():
                 whole = completed(weights, chosen[name])
                 written[run_dir / place] = task.export(run_dir / place, whole, name)
     if weights is not None:
@@ -200,7 +199,7 @@ def _final_results(
 ) -> dict[str, list[Result]]:
     """Results by model: the student, its selections, whose weights are added to `chosen`, and the teachers.
 
-    The final evaluators look at the selections, or the student where there are none.
+    Final evaluators look at the selections, or else the student.
     """
     cfg, task = job.cfg, job.task
     # Where an evaluation ended the run, the selections have seen these weights.
@@ -222,7 +221,7 @@ def _final_results(
 
 
 def _draw_page(run_dir: Path) -> None:
-    """A page that cannot be drawn costs a finished run nothing but a line."""
+    """A page that cannot be drawn costs a finished run but a line."""
     try:
         build_report([run_dir], run_dir / "report.html", title=f"vlmkd run {run_dir.name}")
     except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
@@ -248,21 +247,15 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
     if distributed.environment()["RANK"] != "0":
         yield
         return
-    run_dir = Path(cfg.run_dir)
-    field, config_file = f"config field run_dir: {run_dir}", run_dir / "config.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{field} is a file; name a folder")
+    field = "config field run_dir:"
+    run_dir = new_folder(cfg.run_dir, field)
+    config_file = run_dir / "config.yaml"
     if config_file.is_file():
         _check_same_run(config_file, cfg)
     # A run may have been stopped before it had written its config.
     elif {one.name for one in run_dir.glob("*") if one.suffix != ".partial"} - {".lock", "log.txt"}:
-        raise UserError(f"{field} holds files of something else; choose an empty or new folder")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{field} cannot be written ({error.strerror}); choose another folder") from None
-    with lock:
+        raise UserError(f"{field} {run_dir} holds files of something else; choose an empty or new folder")
+    with (run_dir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -272,27 +265,21 @@ def _run_folder(cfg: RunConfig) -> Iterator[None]:
 
 
 def _check_same_run(path: Path, cfg: RunConfig) -> None:
-    """Refuse a folder whose config is damaged, or differs in what changes the weights."""
+    """Refuse a folder whose config is damaged, or differs in what the weights depend on."""
     folder, mend = f"run folder {path.parent}", "delete the folder or choose another run_dir"
     loaded = read_yaml(path, f"{folder}:", mend)
     whole = {item.name for item in dataclasses.fields(RunConfig)}
     if not isinstance(loaded, dict) or not whole <= loaded.keys():
         raise UserError(f"config.yaml of {folder} is no whole config of a run; {mend}")
     # A field that did not exist when the run was started had its default.
-    then, new = _flatten(loaded), _flatten(config.plain(cfg))
-    old = _flatten(config.plain(type(cfg))) | then
+    then, new = lookup.leaves(loaded), lookup.leaves(config.plain(cfg))
+    old = lookup.leaves(config.plain(type(cfg))) | then
     changed = {name for name in then | new if old.get(name) != new.get(name)} - _CHANGEABLE
     if changed:
         first, more = min(changed), f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         told = f"{first}={old.get(first)!r}, now {new.get(first)!r}{more}"
         mend = "choose another run_dir or give the same config to go on"
         raise UserError(f"{folder} belongs to a run with {told}; {mend}")
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): tree}
 
 
 def _environment() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkd.evaluation.base import Result
+from vlmkd.export.folder import stored
 from vlmkd.train.task import master_value
 
 Weights = dict[str, Tensor]
@@ -21,7 +22,7 @@ Weights = dict[str, Tensor]
 
 
 class Selection:
-    """A rule that keeps weights; after `load_state` of what `state` returned, all goes on bit for bit."""
+    """A rule that keeps weights; after `load_state` of its `state` all goes on bit for bit."""
 
     name = ""
     """How results call the student with these weights."""
@@ -32,11 +33,11 @@ class Selection:
         """Called after optimiser step `step` (from 0)."""
 
     def after_evaluation(self, student: nn.Module, results: list[Result], step: int) -> bool:
-        """Called after `step` steps and an evaluation, whose weights `student` still has; True ends the run."""
+        """Called after an evaluation at `step`, whose weights `student` still has; True ends the run."""
         return False
 
     def weights(self) -> Weights:
-        """What was kept; empty as long as there is nothing."""
+        """What was kept; empty: nothing yet."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
@@ -69,14 +70,14 @@ class MovingAverage(Selection):
         return self._average
 
     def state(self) -> dict[str, Any]:
-        return dict(self._average)
+        return self._average
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._average = dict(state)
+        self._average = state
 
 
 class Best(Selection):
-    """Weights and buffers of the evaluation with the highest score, on the CPU in float32."""
+    """Weights and buffers of the evaluation with the highest score, as `stored`."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class Best(Selection):
         tie: Literal["earlier", "later"],
         after_step: int = 0,
     ) -> None:
-        """`tie`: which of two equal scores counts; evaluations up to step `after_step` do not count."""
+        """`tie`: which of two equal scores counts; evaluations up to step `after_step` do not."""
         self.name, self._rule, self._earlier, self._after = name, score, tie == "earlier", after_step
         self._weights: Weights = {}
         self.score = -math.inf
@@ -97,7 +98,7 @@ class Best(Selection):
         if score > self.score or (score == self.score > -math.inf and not self._earlier):
             kept = set(student.state_dict())
             buffers = {name: value for name, value in student.named_buffers() if name in kept}
-            self._weights = {name: kept_copy(value) for name, value in (trainable(student) | buffers).items()}
+            self._weights = {name: stored(value) for name, value in (trainable(student) | buffers).items()}
             self.score, self.step = score, step
         return False
 
@@ -108,28 +109,21 @@ class Best(Selection):
         return {"weights": self._weights, "score": self.score, "step": self.step}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._weights = dict(state["weights"])
-        self.score, self.step = float(state["score"]), int(state["step"])
+        self._weights, self.score, self.step = state["weights"], state["score"], state["step"]
 
 
 def trainable(module: nn.Module, *, buffers: bool = False) -> Weights:
-    """Trained parameters of `module`, or their masters (`Task.masters`); `buffers`: and its floating-point buffers."""
+    """Trained parameters of `module`, or their masters (`Task.masters`); `buffers`: and floating-point buffers."""
     weights = {name: master_value(p).detach() for name, p in module.named_parameters() if p.requires_grad}
     if buffers:
         weights |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}
     return weights
 
 
-def kept_copy(value: Tensor) -> Tensor:
-    """On the CPU, numbers with a fraction in float32."""
-    dtype = torch.float32 if value.is_floating_point() else value.dtype
-    return value.detach().to(device="cpu", dtype=dtype, copy=True)
-
-
 @contextmanager
 def using(student: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, `student` has these weights, in its own types."""
-    held: dict[str, Any] = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    held: dict[str, Any] = dict([*student.named_parameters(), *student.named_buffers()])
     before = [(held[name], held[name].data, getattr(held[name], "master", None)) for name in weights]
     try:
         for (own, data, master), value in zip(before, weights.values(), strict=True):
@@ -145,7 +139,7 @@ def using(student: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def completed(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
-    """`weights`, with those of `own` in their places, types and shapes (the engine makes vectors of scalars)."""
+    """`weights` with those of `own` in their places, types and shapes (the engine makes vectors of scalars)."""
     return {
         name: own[name].detach().cpu().to(value.dtype).reshape(value.shape) if name in own else value
         for name, value in weights.items()
