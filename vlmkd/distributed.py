@@ -71,8 +71,8 @@ def environment() -> dict[str, str]:
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks in their order, [B/W, ...] -> [B, ...]; every rank brings the same shape.
 
-    The backward pass sums what all ranks ask of this rank's rows, so that the mean over ranks of a loss of local rows
-    has exactly the gradient of the global loss.
+    The backward pass sums what all ranks ask of this one's rows, so that the mean over ranks of a loss of local rows has
+    exactly the gradient of the global loss.
     """
     return x if world_size() == 1 else torch.cat(all_gather(x, None))
 
@@ -117,8 +117,8 @@ def barrier() -> None:
 def leave(*, together: bool = True) -> None:
     """Leave the process group; `together`: once all ranks have come here, and rank 0, which may hold the store, last.
 
-    Ranks are counted in the store, for who leaves a collective of gloo's may close what another still reads. RuntimeError:
-    another rank left over a mistake, or did not come.
+    The store counts them, for who leaves a collective of gloo's may close what another still reads. RuntimeError: another
+    rank left over a mistake, or did not come.
     """
     if not dist.is_initialized():
         return
@@ -163,7 +163,7 @@ def mistake_told() -> bool:
 
 
 def _counted(store: dist.Store, key: str, ranks: int, seconds: float) -> bool:
-    """Wait for so many ranks to count themselves in; False: the time is over, or a mistake was told first."""
+    """Wait for so many ranks to count themselves in; False: too long, or a mistake was told first."""
     end = time.monotonic() + seconds
     while True:
         time.sleep(0.05)  # at least once: threads that still drop a finished collective get the processor

@@ -12,7 +12,7 @@ import torch
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-_FILES = {"v2": ("memory.max", "memory.current"), "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+_OLD, _NEW = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
 
 
 def available() -> int:
@@ -44,7 +44,7 @@ def _group_limits() -> Iterator[tuple[int, int]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         root = _GROUPS / "memory" if controllers else _GROUPS
-        most, used = _FILES["v1" if controllers else "v2"]
+        most, used = _OLD if controllers else _NEW
         folder = root / path.strip("/")
         for group in (folder, *folder.parents):
             if (group / most).is_file() and (text := (group / most).read_text().strip()) != "max":

@@ -1,7 +1,6 @@
 """Results are data: one line a number in `results.jsonl`, from runs and from every evaluation command alike.
 
-Tables (`scripts/table.py`) and the page read these lines. What is too long for a line (per class, confusion, mistakes)
-lies beside them as JSON.
+Tables (`scripts/table.py`) and the page read them. What is too long for a line (confusion, mistakes) lies beside as JSON.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vlmkd.errors import UserError
 from vlmkd.files import read_text, write_json, write_text
@@ -82,9 +81,7 @@ class Number:
         return show(self.value, self.unit, digits)
 
 
-_KINDS: dict[str, Any] = {
-    "str": str, "float": (int, float), "int": int, "bool": bool, "bool | None": (bool, type(None)), "Tags": dict,
-}  # fmt: skip
+_KINDS: dict[str, Any] = get_type_hints(Number) | {"value": (int, float), "tags": dict}
 
 
 def numbers_of(
@@ -149,14 +146,14 @@ def json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_results(path: Path) -> list[Number]:
-    """The lines of a results file; errors as `json_lines`, and a hint where the run is of an earlier version."""
+    """The lines of a results file, as `json_lines`; a run of an earlier version is refused."""
     if not path.is_file() and (path.parent / "eval" / "results.json").is_file():
         raise UserError(f"{path.parent} is of an earlier version; read it with that one, or run it again")
     found = []
     for line, content in json_lines(path, "results file"):
         try:
             number = Number(**content)
-            fits = all(isinstance(getattr(number, one.name), _KINDS[str(one.type)]) for one in fields(Number))
+            fits = all(isinstance(getattr(number, name), kind) for name, kind in _KINDS.items())
             fits = fits and all(isinstance(value, (str, int, float)) for value in number.tags.values())
             fits = fits and math.isfinite(number.value)
         except (TypeError, OverflowError):
@@ -168,7 +165,7 @@ def read_results(path: Path) -> list[Number]:
 
 
 def latest(numbers: Iterable[Number]) -> list[Number]:
-    """Those of each model's last step, and without data; of one written twice the second."""
+    """Those of each model's last step, or without data; of one written twice the second."""
     numbers = list(numbers)
     last = {one.model: one.step for one in sorted(numbers, key=lambda one: one.step)}
     found = {

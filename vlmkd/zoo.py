@@ -1,7 +1,7 @@
 """Named models: what they are, where they come from, and a verified local copy of each.
 
-They are listed in `projects/<paper>/zoo.yaml`, those that recipes start from in `zoo.yaml` beside this file. No torch is
-needed, so that listing and downloading start at once.
+They are listed in `projects/<paper>/zoo.yaml`, those that recipes start from in `zoo.yaml` beside this file; no torch is
+imported for them.
 """
 
 from __future__ import annotations
@@ -120,8 +120,7 @@ def sha256_of(path: Path) -> str:
 def fetch(name: str) -> Path:
     """A verified local copy: a weights file (`release`, `manual`, `local`) or a model folder (`hub`, `local`).
 
-    Hub repositories lie in huggingface_hub's cache, the rest in `cache_folder()`. Environment variables:
-    scripts/download.py --help.
+    Hub repositories lie in huggingface_hub's cache. Environment variables: scripts/download.py --help.
     """
     item = entry(name)
     if item.kind == "local":
@@ -171,7 +170,7 @@ def _cached(item: Entry, folder: Path) -> Path:
 
 
 def _verify(item: Entry, path: Path, name: str = "", revision: str = "") -> None:
-    """Compare the digest with the known one, or pin it, and `revision`; a file with a `name` that differs is set aside."""
+    """Compare the digest with the known one, or pin it, and `revision`; what differs is set aside under its `name`."""
     digest, pins_file = sha256_of(_weights(path)), cache_folder() / "pins.json"
     pins = _read_pins()
     pin = pins.get(item.name, {})
@@ -232,7 +231,7 @@ def _download(url: str, part: Path, by_hand: str) -> None:
 
 
 def _transfer(client: httpx.Client, url: str, part: Path) -> None:
-    """One request, appended to `part` where the server still has the version of it that a note beside it names."""
+    """One request, appended to `part` where the server still has the version that a note beside it names."""
     import httpx
     from tqdm import tqdm
 
@@ -296,7 +295,7 @@ def _is_offline() -> bool:
 def hub_or_cache() -> Iterator[str]:
     """Inside, huggingface_hub (and open_clip, timm, transformers by it) fetches, or reads only its cache: yields why.
 
-    It would ask an unreachable hub six times for each file. Errors of its HTTP library come out as OSError.
+    It would ask an unreachable hub six times a file. Errors of its HTTP library come out as OSError.
     """
     from huggingface_hub import constants
 
@@ -322,7 +321,7 @@ def _hub_error() -> type[Exception]:
 
 @functools.cache
 def _trouble_with(address: str) -> str:
-    """Why nobody answers at `address`, or at the proxy before it; empty: somebody does."""
+    """Why nobody answers at `address`, or at its proxy; empty: somebody does."""
     from huggingface_hub.utils import get_session
 
     try:

@@ -43,15 +43,15 @@ class Result:
     count: int
     """Images that were evaluated."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Whatever is too long for a table (per-class counts, unreadable files); plain data."""
+    """What is too long for a table (per-class counts, unreadable files); plain data."""
     chosen: dict[str, float] = field(default_factory=dict)
-    """What was fitted on these images and scores nothing, such as the weight of a mixture."""
+    """What was fitted on these images, such as the weight of a mixture."""
     meanings: dict[str, Meaning] = field(default_factory=dict)
     """One without a meaning is shown as a bare number that nobody wins."""
 
 
 class Evaluator(Protocol):
-    """One evaluation of any predictor that has the protocol it needs."""
+    """One evaluation of any predictor with the protocol it needs."""
 
     name: str
 
@@ -79,7 +79,7 @@ class OfQuestions(Protocol):
 
 
 def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> None:
-    """Refuse, by a UserError that says what it lacks, a predictor without the members of `protocol`."""
+    """Refuse a predictor without the members of `protocol`."""
     if isinstance(predictor, protocol):
         return
     bases = (vars(base) for base in protocol.__mro__)
@@ -92,7 +92,7 @@ def require_protocol(evaluator: str, predictor: Any, protocol: type[Any]) -> Non
 def spread(items: Sequence[T], most: int) -> Sequence[T]:
     """At most so many, always the same, in their order; 0: all.
 
-    They are drawn: every n-th would leave out whole kinds of a file whose kinds take turns.
+    Drawn, because every n-th would leave out kinds that take turns.
     """
     if not 0 < most < len(items):
         return items

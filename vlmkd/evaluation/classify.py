@@ -94,11 +94,9 @@ class Classification:
         if self.templates and not isinstance(predictor, ImageClassifier):
             require_protocol(self.name, predictor, DualEncoder)
             vectors = class_vectors(predictor, self.class_names, self.templates, self.dataset, context)
-
-            def judge(indices: Tensor, rows: Tensor) -> Tensor:
-                return self.judge(indices, vectors.logits(rows))
-
-            outputs = embeddings(predictor, images, title, context, judge)
+            outputs = embeddings(
+                predictor, images, title, context, lambda ids, rows: self.judge(ids, vectors.logits(rows))
+            )
         else:
             require_protocol(self.name, predictor, ImageClassifier)
             require_same_classes(predictor.class_names, self.class_names, f"model {predictor.name}")
@@ -110,7 +108,7 @@ class Classification:
     def judge(self, indices: Tensor, logits: Tensor) -> Tensor:
         """Per image the predicted class, its probability, whether the label is in the top 5 and first in its group.
 
-        [B,4] in fp32, which holds class numbers exactly.
+        [B,4] in fp32, exact for class numbers.
         """
         labels = torch.tensor([self.items[index].label for index in indices.tolist()], dtype=torch.long)
         order = logits.topk(min(_TOP_K, logits.shape[1]), dim=1).indices

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,11 +20,10 @@ from vlmkd.image_spec import ImageSpec
 from vlmkd.models.class_vectors import ClassVectors, encode_classes
 from vlmkd.predictors import DualEncoder
 
-UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no usable image (a torn PNG gives SyntaxError)."""
-_Batch = tuple[Tensor, Tensor, list[str]]
 Outputs = tuple[Tensor, Tensor, list[str]]
-"""Indices [n] of the readable images of all ranks, sorted; their rows [n,...] on the CPU; names of the unreadable ones."""
+"""Indices [n] of all ranks' readable images, sorted; their rows [n,...] on the CPU; names of the unreadable ones."""
 Reduce = Callable[[Tensor, Tensor], Tensor]
 """What is kept of a batch [b,...], from its indices [b] and rows [b,...] on the CPU."""
 
@@ -58,11 +57,11 @@ def image_outputs(
     *,
     encoder: DualEncoder | None = None,
 ) -> Outputs:
-    """`run` on batches of images after the evaluation transform of `spec`; too many unreadable images are refused.
+    """`run` on batches of images after the evaluation transform of `spec`; too many unreadable ones are refused.
 
-    A context that remembers embeddings makes those of an `encoder` and these images once.
+    A context that remembers embeddings makes those of an `encoder` once.
     """
-    batches: Iterable[_Batch] = _batches(run, spec, images, title, context)
+    batches: Iterable[Outputs] = _batches(run, spec, images, title, context)
     if encoder is not None and context.embedded is not None:
         key = (id(encoder), tuple(images))
         batches = context.embedded[key] = context.embedded.get(key) or list(batches)
@@ -92,7 +91,7 @@ def embeddings(
 
 def _batches(
     run: Callable[[Tensor], Tensor], spec: ImageSpec, images: Sequence[ImageRef], title: str, context: Context
-) -> Iterator[_Batch]:
+) -> Iterator[Outputs]:
     loader: Any = DataLoader(_Decoded(images, spec), context.batch_size, num_workers=context.workers)
     for indices, pixels, readable in progress(loader, len(loader), title, context):
         with torch.no_grad():

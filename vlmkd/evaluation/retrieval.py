@@ -58,7 +58,10 @@ class Retrieval:
         meanings = {"unreadable": UNREADABLE}
         details: dict[str, Any] = {"texts": len(kept)}
         for name, (queries, candidates, positives) in directions.items():
-            places = all_places(queries, candidates, positives)
+            mine = distributed.rank_share(len(queries))
+            own_positives = [positives[index] for index in mine]
+            found = first_positive(queries[mine.start :: mine.step], candidates, own_positives)
+            places = [place for part in distributed.gather_objects(found.tolist()) for place in part]
             for k in RECALL_AT:
                 if k == 1 or k < len(candidates):
                     metrics[f"{name}_r{k}"] = sum(place < k for place in places) / len(places)
@@ -70,16 +73,8 @@ class Retrieval:
         return [Result(self.name, data.name, metrics, len(ids), details, meanings=meanings)]
 
 
-def all_places(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> list[int]:
-    """As `first_positive` of queries [Q,D] and candidates [N,D], which the ranks share, in any order."""
-    share = distributed.rank_share(len(queries))
-    own = queries[share.start :: share.step]
-    found = first_positive(own, candidates, [positives[index] for index in share])
-    return [place for part in distributed.gather_objects(found.tolist()) for place in part]
-
-
 def first_positive(queries: Tensor, candidates: Tensor, positives: list[list[int]]) -> Tensor:
-    """Place (0 = first) of each query's best positive among all candidates, int64 [Q] on the CPU."""
+    """Place (0 = first) of each query's best positive, of queries [Q,D] in candidates [N,D]: int64 [Q] on the CPU."""
     count = len(candidates)
     rows_per_block = max(1, BLOCK_ELEMENTS // max(count, 1))
     order = torch.arange(count, device=candidates.device)

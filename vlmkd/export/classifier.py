@@ -44,7 +44,7 @@ def export_classifier(
     config: ClassifierConfig,
     weights: Mapping[str, Tensor],
     *,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] = {},
 ) -> None:
     """Write a classifier into `folder` by `replacing`; `weights`, in any precision, are those of `config.build()`."""
     module = _filled(config, weights, str(folder))
@@ -52,7 +52,7 @@ def export_classifier(
         write_tensors(partial / WEIGHTS, module.state_dict())
         write_json(partial / CONFIG, {"format": _FORMAT, **dataclasses.asdict(config)})
         _write_timm(partial / TIMM_WEIGHTS, config, module)
-        write_provenance(partial / WEIGHTS, config.source, module.parameters(), provenance or {})
+        write_provenance(partial / WEIGHTS, config.source, module.parameters(), provenance)
 
 
 def load_classifier(folder: Path, name: str = "") -> ClassifierPredictor:
@@ -88,8 +88,8 @@ def _filled(config: ClassifierConfig, weights: Mapping[str, Tensor], origin: str
 def _write_timm(path: Path, config: ClassifierConfig, module: Classifier) -> None:
     """Weights that timm.create_model(NAME, num_classes=C) loads strictly, where a linear layer is enough.
 
-    Class vectors, behind a one-layer projector too, are folded into one whose logits have the same order, but another scale
-    in each image: the length of the embedding is left out.
+    Class vectors, behind a one-layer projector too, are folded into one whose logits have the same order, but, without the
+    embedding's length, another scale in each image.
     """
     head: Any = module.head
     layers: Any = () if module.projector is None else module.projector.layers

@@ -66,15 +66,14 @@ def write_tokenizer(folder: Path, clip: ClipModel) -> bool:
     """Write the model's own tokenizer files; False when it has open_clip's."""
     from open_clip.tokenizer import HFTokenizer
 
-    if clip.tokenizer_folder is not None:
-        for name in _TOKENIZER_FILES:
-            if (clip.tokenizer_folder / name).is_file():
-                shutil.copyfile(clip.tokenizer_folder / name, folder / name)
-        return True
     inner = getattr(clip.tokenizer, "encode", clip.tokenizer)
-    if isinstance(inner, HFTokenizer):
+    if (own := clip.tokenizer_folder) is not None:
+        for name in _TOKENIZER_FILES:
+            if (own / name).is_file():
+                shutil.copyfile(own / name, folder / name)
+    elif isinstance(inner, HFTokenizer):
         inner.save_pretrained(folder)
-    return isinstance(inner, HFTokenizer)
+    return own is not None or isinstance(inner, HFTokenizer)
 
 
 def verify_export(folder: Path, clip: ClipModel) -> None:
@@ -101,11 +100,11 @@ def _outputs(module: Any, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
 
 def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
     """What the model, read by open_clip (or load_clip, if pruned), makes of a probe's pixels and texts."""
-    wanted = probe.facts["image_spec"]
+    wanted = ImageSpec(**probe.facts["image_spec"])
     if read_object(folder / OPEN_CLIP_CONFIG, "model config")["model_cfg"].get("pruned"):
         clip = load_clip(f"local-dir:{folder}")
-        if dataclasses.asdict(clip.image_spec) != wanted:
-            raise UserError(f"load_clip reads {clip.image_spec} instead of {ImageSpec(**wanted)}")
+        if clip.image_spec != wanted:
+            raise UserError(f"load_clip reads {clip.image_spec} instead of {wanted}")
         return _outputs(clip.module, probe.inputs["images"], clip.tokenizer(PROBE_TEXTS))
     import open_clip  # plain open_clip, which knows nothing of this package
 
@@ -113,8 +112,8 @@ def reloaded_outputs(folder: Path, probe: Probe) -> dict[str, Tensor]:
     model = open_clip.create_model_from_pretrained(name, return_transform=False).eval()
     used = model.visual.preprocess_cfg
     for field in ("mean", "std", "interpolation", "resize_mode"):
-        if list(used[field]) != list(wanted[field]):
-            raise UserError(f"open_clip reads {field} {used[field]} instead of {wanted[field]}")
+        if list(used[field]) != list(right := getattr(wanted, field)):
+            raise UserError(f"open_clip reads {field} {used[field]} instead of {right}")
     return _outputs(model, probe.inputs["images"], open_clip.get_tokenizer(name)(PROBE_TEXTS))
 
 

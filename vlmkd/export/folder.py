@@ -38,9 +38,9 @@ _TOLERANCE = 1e-4
 
 @contextlib.contextmanager
 def replacing(folder: Path, marks: Sequence[str]) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` when the block ends without an error.
+    """A folder to write into, which replaces `folder` when the block ends without an error.
 
-    An older one there must hold one of the files `marks`, or nothing.
+    An older one must hold one of the files `marks`, or nothing.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
@@ -73,12 +73,12 @@ def stored(tensor: Tensor, *, half: bool = False) -> Tensor:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None, *, half: bool = False
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] = {}, *, half: bool = False
 ) -> None:
     """As `stored`, into a safetensors file with `facts` as its metadata."""
     held = {name: stored(tensor, half=half) for name, tensor in tensors.items()}
     try:
-        save_file(held, path, {"format": "pt", **(facts or {})})
+        save_file(held, path, {"format": "pt", **facts})
     except SafetensorError as error:  # its form of every failure of the disk
         raise UserError(f"cannot write {path}: {error}; free space or choose another") from None
 
@@ -101,7 +101,7 @@ def write_provenance(
 
 
 def git(*args: str) -> str:
-    """What a git command says in the source tree; empty for an installed copy without one."""
+    """What a git command says in the source tree; empty without one."""
     if not (REPOSITORY / ".git").exists() or not shutil.which("git"):  # not that of a folder around it
         return ""
     command = ["git", "-C", str(REPOSITORY), *args]
@@ -137,7 +137,7 @@ def probe_images(spec: ImageSpec, count: int = 2) -> Tensor:
 def verify(module: str, probes: Mapping[Path, Probe]) -> None:
     """Run `python -m MODULE FOLDER PROBE ...` on the CPU, without the network; a UserError has its last line.
 
-    One process for all exports of a run: its seconds are those of its imports.
+    One process for all, because its seconds are those of its imports.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "HF_HUB_OFFLINE": "1",
@@ -176,7 +176,7 @@ def check_main(outputs: Callable[[Path, Probe], Mapping[str, Tensor]], argv: Seq
 def compare(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = _TOLERANCE
 ) -> str:
-    """What differs between two models' outputs, relative to each one's largest number above 1; else empty."""
+    """What differs between outputs, relative to each one's largest number above 1; else empty."""
     if found.keys() != expected.keys():
         return f"outputs {sorted(found)} instead of {sorted(expected)}"
     for name, value in found.items():

@@ -17,7 +17,7 @@ from vlmkd.losses.precision import wide
 
 
 class AffinityLoss(NamedTuple):
-    """Two scalars with the same gradient; `ce` is trained on by the paper, `kl` reaches 0 and is easier to read.
+    """Two scalars with the same gradient: `ce`, which the paper trains on, and `kl`, which reaches 0.
 
     `ce` is the cross entropy of the student's affinities under the teachers', `kl` that minus the entropy of
     the teachers', and `directions` [2] the `kl` of image-to-text and of text-to-image, unweighed and detached.
@@ -56,7 +56,7 @@ def affinity_loss(
 
     Args:
         image_embeds, text_embeds: unit vectors [b, D] of the student; the columns too unless gathered ones follow.
-        logit_scale: of the student, already exponentiated, as the teachers'; may need a gradient.
+        logit_scale: of the student, exponentiated as the teachers'; may need a gradient.
         teachers: at least one; no gradient reaches them.
         all_image_embeds, all_text_embeds: [B, D] of all ranks, both or neither.
         reduction: `half` weighs each direction by 1/2 (the released code), `sum` by 1 (the paper's equation).
@@ -81,40 +81,35 @@ def affinity_loss(
     if given:
         check_gathered(image_embeds, given[0], "all_image_embeds")
         check_gathered(text_embeds, given[1], "all_text_embeds")
-        images, texts = given[::2], given[1::2]
-        blocks = [[(m.image_embeds, all_, m.logit_scale) for m, all_ in zip(models, texts, strict=True)]]
-        blocks += [[(m.text_embeds, all_, m.logit_scale) for m, all_ in zip(models, images, strict=True)]]
+        blocks: Any = [[(m.image_embeds, m.all_text_embeds, m.logit_scale) for m in models]]
+        blocks += [[(m.text_embeds, m.all_image_embeds, m.logit_scale) for m in models]]
     else:  # one block serves both directions: its columns are the rows of the other
         blocks = [[(m.image_embeds, m.text_embeds, m.logit_scale) for m in models]]
     terms = []
     with torch.autocast(image_embeds.device.type, enabled=False):
         for block in blocks:
             own, *frozen = [_widened(*triple) for triple in block]
-            packed = [x.detach() for triple in frozen for x in triple]
             if chunk:
+                packed = (x.detach() for triple in frozen for x in triple)
                 terms.append(_Chunked.apply(*own, not given, chunk, torch.is_grad_enabled(), *packed))
             else:
-                terms.append(_dense([own, *_triples(packed)], (1,) if given else (1, 0)))
+                terms.append(_dense([own, *frozen], (1,) if given else (1, 0)))
     ces, entropies, directions = zip(*terms, strict=True)
     weight = 0.5 if reduction == "half" else 1.0
     ce, entropy = torch.stack(ces).sum(), torch.stack(entropies).sum()
     return AffinityLoss(ce=weight * ce, kl=weight * (ce - entropy), directions=torch.cat(directions))
 
 
-def _widened(rows: Tensor, columns: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    rows = wide(rows)
-    return rows, wide(columns), torch.as_tensor(scale, dtype=rows.dtype, device=rows.device).reshape(())
-
-
 Triple = tuple[Tensor, Tensor, Tensor]
 """Rows, columns and scale of one model's logits."""
 
 
-def _triples(packed: Sequence[Tensor]) -> list[Triple]:
-    return list(zip(packed[::3], packed[1::3], packed[2::3], strict=True))
+def _widened(rows: Tensor, columns: Tensor, scale: Tensor | float) -> Triple:
+    rows = wide(rows)
+    return rows, wide(columns), torch.as_tensor(scale, dtype=rows.dtype, device=rows.device).reshape(())
 
 
-def _dense(models: list[Triple], dims: tuple[int, ...]) -> Triple:
+def _dense(models: list[Triple], dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy, the teachers' entropy and the difference of each direction, divided by b."""
     (rows, columns, scale), *teachers = models
     logits = (scale * rows) @ columns.T
@@ -133,8 +128,8 @@ def _dense(models: list[Triple], dims: tuple[int, ...]) -> Triple:
 class _Chunked(torch.autograd.Function):
     """`_dense` over tiles of rows: a tile sees all columns, so its row softmax is final and its gradient too.
 
-    That gradient is taken in the forward pass while the logits are at hand; [b, D] and [B, D] gradients are all that
-    is kept. With `both`, the softmax over rows needs the normaliser of each column beforehand.
+    That is taken in the forward pass, and only the [b, D] and [B, D] gradients are kept. With `both`, the softmax over rows
+    needs the normaliser of each column beforehand.
     """
 
     @staticmethod
@@ -148,7 +143,7 @@ class _Chunked(torch.autograd.Function):
         grad: bool,
         *packed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        models = [(rows, columns, scale), *_triples(packed)]
+        models = [(rows, columns, scale), *zip(packed[::3], packed[1::3], packed[2::3], strict=True)]
         count, num_tiles = len(rows), len(models) + 4  # see _tile_terms
         step = min(count, max(1, 2 * chunk // num_tiles))
         sums = [_column_sums(*model, step) if both else None for model in models]
@@ -210,12 +205,12 @@ def _target(logits: list[Tensor], dim: int, sums: Sequence[Tensor | None]) -> tu
     for other, other_sums in zip(logits[1:], sums[1:], strict=True):
         mean += _log_softmax(other, dim, other_sums).exp_()
     mean /= len(logits)
-    # The logarithm is finite at 0, where the product with the probability is 0 anyway.
+    # The logarithm is finite at 0, where the product is 0 anyway.
     return mean, -mean.clamp_min(torch.finfo(mean.dtype).tiny).log_().mul_(mean).sum()
 
 
 def _log_softmax(logits: Tensor, dim: int, column_sums: Tensor | None) -> Tensor:
-    """Log-softmax along `dim`; along the rows of a tile by `column_sums`, which know the other tiles."""
+    """Log-softmax along `dim`; of a tile's columns by `column_sums`, which know the other tiles."""
     if dim == 1 or column_sums is None:
         return logits.log_softmax(dim)
     top, log_total = column_sums  # their sum would be rounded at the size of the logits
@@ -223,7 +218,7 @@ def _log_softmax(logits: Tensor, dim: int, column_sums: Tensor | None) -> Tensor
 
 
 def _column_sums(rows: Tensor, columns: Tensor, scale: Tensor, step: int) -> Tensor:
-    """Maximum, and logarithm of the sum of exponentials relative to it, over rows of scale * rows @ columns.T, [2, B]."""
+    """Maximum, and logarithm of the sum of exponentials relative to it, of scale * rows @ columns.T's columns, [2, B]."""
     top = rows.new_full((len(columns),), -torch.inf)
     total = torch.zeros_like(top)
     for part in rows.split(step):

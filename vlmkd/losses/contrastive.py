@@ -1,8 +1,8 @@
 """Contrastive losses over unit embeddings: CLIP's and SigLIP's.
 
 Letters: b local rows, B gathered columns (B = b without gathering), D width. Row i of images belongs to row i
-of texts; `logit_scale` is already exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the
-local rows are the batch), and `offset` is the position of the first local row among them.
+of texts; `logit_scale` is exponentiated; `all_...` [B, D] are the embeddings of all ranks (None: the local
+rows are the batch), `offset` the position of the first local row among them.
 
 Logits and softmax are in float32 (float64 stays), also under autocast. With gathered columns the mean over ranks of a
 loss is the loss of the global batch; its gradient is right only when gathering carries gradients.
@@ -32,7 +32,7 @@ def clip_loss(
     if all_image_embeds is None or all_text_embeds is None:
         _check_offset(image_embeds, text_embeds, offset)
         logits = _logits(image_embeds, text_embeds, logit_scale)
-        # One block read along both dimensions: a transposed copy of it would cost more than the softmax.
+        # One block read both ways: a transposed copy would cost more than the softmax.
         return -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()).mean() / 2
     check_gathered(image_embeds, all_image_embeds, "all_image_embeds")
     check_gathered(text_embeds, all_text_embeds, "all_text_embeds")

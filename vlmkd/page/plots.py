@@ -1,7 +1,7 @@
 """The page's plots, by matplotlib, as inline SVG: lines over steps, points over parameters.
 
 `svg` turns marks into the page's CSS variables, so that a plot follows the light or dark theme. matplotlib is imported
-where something is drawn: it would cost every run's start half a second.
+where something is drawn: it takes half a second.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def color_of(number: int) -> str:
 def line_plot(
     lines: Sequence[tuple[str, Sequence[Point]]], levels: Sequence[tuple[str, float]] = (), *, y_label: str
 ) -> Figure:
-    """Names and points over the steps; `levels`, names and heights, are dashed lines: a teacher's score."""
+    """Names and points over the steps; `levels` are names and heights of dashed lines: a teacher's score."""
     figure, axes = _axes("step", y_label)
     for name, y in levels:
         axes.axhline(y, color=_SOFT, linestyle=(0, (2, 3)), label=name)
@@ -48,11 +48,11 @@ def line_plot(
     return figure
 
 
-def scatter_plot(points: Sequence[tuple[str, int, Point]], *, x_label: str, y_label: str) -> Figure:
-    """Names, colour numbers and points over a logarithmic x axis."""
+def scatter_plot(points: Sequence[tuple[str, int, Point]], *, y_label: str) -> Figure:
+    """Names, colour numbers and points over millions of parameters, by their logarithm."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure, axes = _axes(x_label, y_label)
+    figure, axes = _axes("million parameters", y_label)
     axes.set_xscale("log")
     xs = [x for _, _, (x, _) in points]
     for name, color, (x, y) in points:

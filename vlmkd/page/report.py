@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def read_run(folder: Path) -> Run:
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """Teachers first, each once; then the student of every run, in the order of `runs`."""
+    """Teachers first, each once; then the student of every run."""
     teachers: list[Row] = []
     students: list[Row] = []
     for index, run in enumerate(runs):
@@ -75,7 +76,7 @@ def columns_of(rows: Sequence[Row]) -> list[Number]:
 
 
 def main_set(runs: Sequence[Run]) -> str:
-    """The first data set with a confusion matrix, a validation split only if there is no other; empty: none."""
+    """The first data set with a confusion matrix, rather no validation split; empty: none."""
     names = [name for run in runs for name in run.classified]
     return min(names, key=lambda name: name.endswith("_val"), default="")
 
@@ -98,7 +99,6 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
     galleries = merge_galleries(runs, samples)
     speakers = chats.speakers(runs, [run.json(f"eval/{PICTURES}").get("pictures", {}) for run in runs])
     main = [one for one in columns if one.main]
-    preferred = [one for one in main if one.dataset == main_set(runs)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -109,7 +109,7 @@ def build_report(run_dirs: Sequence[Path], out: Path, *, title: str, samples: Pa
     }  # fmt: skip
     page = environment.get_template("report.html").render(
         title=title,
-        main=next(iter(preferred + main), None),
+        main=min(main, key=lambda one: one.dataset != main_set(runs), default=None),
         rows=rows,
         columns=columns,
         best=best,
@@ -137,17 +137,18 @@ def size_plots(rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str
             if one.main and row.parameters and one.key in row.scores
         ]
         if len(points) > 1:
-            plot = plots.scatter_plot(points, x_label="million parameters", y_label=_axis(one))
+            plot = plots.scatter_plot(points, y_label=_axis(one))
             found.append((f"{one.dataset}: {_axis(one)}", plot))
     return found
 
 
 def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Number]) -> list[tuple[str, Any]]:
-    """Captions and plots: training loss, and main metrics that were seen more than once."""
-    found, lines = [], []
-    for run in runs:
-        logged = [line for line in run.train if line.get("loss") is not None]
-        lines.append((run.name, [(line["step"], line["loss"]) for line in logged]))
+    """Captions and plots: training loss, and main metrics seen more than once."""
+    found: list[tuple[str, Any]] = []
+    lines = [
+        (run.name, [(line["step"], line["loss"]) for line in run.train if line.get("loss") is not None])
+        for run in runs
+    ]
     if any(points for _, points in lines):
         found.append(("Training loss", plots.line_plot(lines, y_label="loss")))
     for one in (column for column in columns if column.main):
@@ -163,7 +164,7 @@ def curve_plots(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Numb
 
 
 def merge_galleries(runs: Sequence[Run], samples: Path | None) -> list[dict[str, Any]]:
-    """One gallery for each set of texts and images, with the models of all runs that share it, teachers first.
+    """One gallery for each set of texts and images, with the models of all its runs, teachers first.
 
     `right` is the share of a text's affinity that its own image has.
     """
@@ -171,25 +172,22 @@ def merge_galleries(runs: Sequence[Run], samples: Path | None) -> list[dict[str,
         galleries = [(runs[0].name, read_object(samples, "gallery"))]
     else:
         galleries = [(run.name, own) for run in runs if (own := run.json(f"eval/{GALLERY}"))]
-    merged: list[dict[str, Any]] = []
+    merged: dict[str, dict[str, Any]] = {}
     for name, own in galleries:
         if not {"texts", "images", "models"} <= own.keys():
             raise UserError(f"{samples or name} is not a gallery; name a run's eval/{GALLERY}")
-        same = [one for one in merged if (one["texts"], one["images"]) == (own["texts"], own["images"])]
-        if not same:
-            same = [own | {"models": {}}]
-            merged += same
+        one = merged.setdefault(json.dumps([own["texts"], own["images"]]), own | {"models": {}})
         for model, entry in own["models"].items():
             right = statistics.fmean(line[index] for index, line in enumerate(entry["affinity"]))
-            same[0]["models"].setdefault(name if model == STUDENT else model, entry | {"right": right})
+            one["models"].setdefault(name if model == STUDENT else model, entry | {"right": right})
     students = {name for name, _ in galleries}
-    for one in merged:
+    for one in merged.values():
         one["models"] = dict(sorted(one["models"].items(), key=lambda item: item[0] in students))
-    return merged
+    return [*merged.values()]
 
 
 def confusion(details: dict[str, Any]) -> tuple[list[list[float]], list[str]]:
-    """Shares of each shown class's images by answer, and the classes: all, or those with most wrong images."""
+    """Shares of each class's images by answer, and the classes: all, or those with most wrong images."""
     wrong = [seen - right for right, seen in details["per_class"]]
     shown = sorted(sorted(range(len(wrong)), key=lambda index: -wrong[index])[:_CONFUSED])
     place = {label: row for row, label in enumerate(shown)}

@@ -25,7 +25,7 @@ Key = tuple[str, str]
 
 
 class Run:
-    """A run folder, or a results file of an evaluation command; what it lacks is empty."""
+    """A run folder, or an evaluation command's results file; what it lacks is empty."""
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path, self.name = path, name or path.resolve().name
@@ -50,7 +50,7 @@ class Run:
         return [by_step[step] for step in sorted(by_step)]
 
     def parameters(self, model: str) -> float | None:
-        """Millions of parameters, where known; other weights of the student have its size."""
+        """In millions, where known; other weights of the student have its size."""
         sizes = {one.model: one.value for one in self.latest if one.metric == PARAMETERS}
         return sizes.get(model, None if model.startswith(TEACHER) else sizes.get(STUDENT))
 
@@ -70,7 +70,7 @@ class Run:
 
     @cached_property
     def classified(self) -> dict[str, dict[str, Any]]:
-        """Data set -> details of the exported weights' classification of it."""
+        """Data set -> details of its classification by the exported weights."""
         details = self.json(f"eval/{DETAILS}").get(self.exported, {})
         return {name: one for name, one in details.items() if "confusion" in one}
 

@@ -83,11 +83,10 @@ def _together(final: Path, partial: Path) -> Iterator[None]:
 
 
 def latest(state_dir: Path) -> Path | None:
-    """The newest whole checkpoint, the same on all ranks; damaged ones are told and renamed `damaged_step_N`."""
+    """The newest whole checkpoint, the same on all ranks; damaged ones are renamed `damaged_step_N`."""
     found = None
     for folder in _steps(state_dir) if distributed.is_main() else ():
-        reason = damage(folder)
-        if reason is None:
+        if (reason := damage(folder)) is None:
             found = folder
             break
         log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, reason)
@@ -125,8 +124,8 @@ def load(folder: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore the engine; returns the shared state and this rank's own. Nothing that a file says is run."""
     manifest = read_object(folder / _MANIFEST, "manifest")
     if manifest.get("format") != _FORMAT:
-        told = "another version of vlmkd; end the run with that one, or choose another run_dir"
-        raise UserError(f"checkpoint {folder} was written by {told}")
+        told = "by another version of vlmkd; end the run with that one, or choose another run_dir"
+        raise UserError(f"checkpoint {folder} was written {told}")
     for name, now in _shape(engine).items():
         if (then := manifest.get(name)) != now:
             told = f"{name}={then} and this run has {now}; start it with {then} or choose another run_dir"
@@ -148,15 +147,14 @@ def _shape(engine: Engine) -> dict[str, int]:
 
 def _steps(state_dir: Path) -> list[Path]:
     """Newest first."""
-    if not state_dir.is_dir():
-        return []
-    named = [(int(match[1]), path) for path in state_dir.iterdir() if (match := _NAME.match(path.name))]
+    found = state_dir.iterdir() if state_dir.is_dir() else ()
+    named = [(int(match[1]), path) for path in found if (match := _NAME.match(path.name))]
     return [path for _, path in sorted(named, reverse=True)]
 
 
 def _is_own(name: str) -> bool:
     """Whether this rank writes a file: by `rank_R` in its name; rank 0 those without."""
-    match = None if name.startswith("mp_rank") else re.search(r"rank_(\d+)", name)
+    match = re.search(r"(?<!^mp_)rank_(\d+)", name)
     return int(match[1] if match else 0) == distributed.rank()
 
 

@@ -12,7 +12,7 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def in_steps(cfg: C, steps_per_epoch: int) -> C:
-    """`cfg` with every `Duration` and `Length` in steps; `steps_per_epoch` is 0 where nobody knows, and epochs are refused.
+    """`cfg` with every `Duration` and `Length` in steps; with `steps_per_epoch` 0 (not known) epochs are refused.
 
     Examples that fill no batch are dropped, shares rounded; what is longer than nothing has a step at least.
     """

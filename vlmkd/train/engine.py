@@ -37,7 +37,7 @@ def batch_triple(cfg: RunConfig, world_size: int) -> tuple[int, int]:
 
 
 def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: generated, or the user's file with its "auto" values filled in."""
+    """DeepSpeed's configuration: generated, or the user's file, its "auto" values filled in."""
     micro, accumulation = batch_triple(cfg, world_size)
     given = cfg.deepspeed
     alone = world_size == 1 and given.precision == "fp32" and given.offload == "none"
@@ -52,8 +52,7 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": cfg.optim.clip_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": given.precision == "bf16"},
-        "fp16": {"enabled": given.precision == "fp16"},
+        **_half(PRECISIONS[given.precision]),
         "steps_per_print": 2**31 - 1,  # the run's own log speaks
     }
     if cfg.optim.name == "sgd":
@@ -72,6 +71,10 @@ def deepspeed_json(cfg: RunConfig, world_size: int) -> dict[str, Any]:
     return config
 
 
+def _half(dtype: torch.dtype) -> dict[str, Any]:
+    return {name: {"enabled": dtype is PRECISIONS[name]} for name in ("bf16", "fp16")}
+
+
 def check_machine(cfg: RunConfig) -> None:
     """Refuse what this machine cannot do."""
     precision, gpu, field = cfg.deepspeed.precision, torch.cuda.is_available(), "deepspeed.precision"
@@ -81,12 +84,12 @@ def check_machine(cfg: RunConfig) -> None:
 
 
 class Engine:
-    """Trains `task.student`, and puts DeepSpeed's wrapper in its place."""
+    """Trains `task.student`, in whose place it puts DeepSpeed's wrapper."""
 
     def __init__(self, task: Task, cfg: RunConfig) -> None:
         self.task = task
         self.dtype = PRECISIONS[cfg.deepspeed.precision]
-        self.config = deepspeed_json(cfg, distributed.world_size())
+        config = deepspeed_json(cfg, distributed.world_size())
         self._scalars = {name for name, p in task.student.named_parameters() if p.ndim == 0}
         _give_dimensions(task.student)
         groups = [
@@ -100,10 +103,10 @@ class Engine:
         import deepspeed
 
         if cfg.deepspeed.extra or cfg.deepspeed.file:
-            _check_json(self.config)
+            _check_json(config)
         optimizer = _optimizer(groups, cfg)
         engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=task.student, optimizer=optimizer, config=self.config, dist_init_required=False
+            model=task.student, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.zero_stage = int(engine.zero_optimization_stage())
         self._norm = math.nan
@@ -142,7 +145,7 @@ class Engine:
         return math.nan if norm is None else float(norm)
 
     def _clip(self) -> float:
-        """The gradients' norm, then clipped as by ZeRO, where what no loss has touched has gradient 0."""
+        """The gradients' norm; they are clipped as by ZeRO, where what no loss has touched has gradient 0."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:
@@ -182,7 +185,7 @@ class Engine:
     def whole_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
         """Inside, each rank has the complete parameters of `modules` and may call what it likes of them; a collective.
 
-        Also under ZeRO 3, and with experts spread over ranks.
+        Also under ZeRO 3 and with spread experts.
         """
         parts: list[Any] = [part for module in modules for part in module.modules()]
         with ExitStack() as stack:
@@ -239,26 +242,21 @@ class Engine:
         self._read_masters()
 
     def place_teacher(self, teacher: nn.Module, shard: bool) -> None:
-        """Bring a frozen teacher to compute precision on this rank, or shard it over the ranks by ZeRO stage 3."""
+        """Bring a frozen teacher to compute precision on this rank, or shard it by ZeRO stage 3."""
         teacher.to(self.dtype)
         if not shard:
             teacher.to(self.device)
             return
         _give_dimensions(teacher)
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 3},
-            "bf16": {"enabled": self.dtype is torch.bfloat16},
-            "fp16": {"enabled": self.dtype is torch.float16},
-        }
         import deepspeed
 
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **_half(self.dtype)}
         deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
 
 
 @contextmanager
 def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, DeepSpeed does nothing around a call: it would free weights and want the same call from the other ranks."""
+    """Inside, DeepSpeed does nothing around a call: it would free weights and want the call from all ranks."""
     kinds = ("_forward_pre_hooks", "_forward_hooks")
     before = [(part, kind, getattr(part, kind)) for part in parts for kind in kinds]
     for part, kind, hooks in before:
@@ -272,10 +270,10 @@ def _unhooked(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def spread_experts(experts: Sequence[nn.Module], ranks: int, dim: int) -> nn.Module:
-    """DeepSpeed-MoE with these experts, of which each of `ranks` ranks keeps its share, without its router.
+    """DeepSpeed-MoE without its router, with these experts, of which each of `ranks` ranks keeps its share.
 
-    It takes tokens [S, D] and (experts [S, K], weights [S, K]), where a token of weight 0 is not sent, and returns their
-    weighted sums [S, D] as the first of a tuple. A call is a collective.
+    From tokens [S, D] and (experts [S, K], weights [S, K]) it makes their weighted sums [S, D], the first of a tuple; a token
+    of weight 0 is not sent. A call is a collective.
     """
     from deepspeed.moe.layer import MoE
 
@@ -289,7 +287,7 @@ def spread_experts(experts: Sequence[nn.Module], ranks: int, dim: int) -> nn.Mod
 
 
 class _Slots(nn.Module):
-    """In place of DeepSpeed's gate: where each token, routed already, lies among those of its expert."""
+    """In place of DeepSpeed's gate: where each routed token lies among those of its expert."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -310,7 +308,7 @@ class _Slots(nn.Module):
 
 @torch.no_grad()
 def all_experts(layer: Any, value: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """`value` of the parameters of all experts in a layer of `spread_experts`, each [E, ...], by name; a collective."""
+    """`value` of all experts' parameters in a layer of `spread_experts`, each [E, ...], by name; a collective."""
     inner, found = layer.deepspeed_moe, {}
     own = inner.experts.deepspeed_experts
     for name, _ in own[0].named_parameters():
@@ -322,7 +320,7 @@ def all_experts(layer: Any, value: Callable[[Tensor], Tensor] = Tensor.detach) -
 
 
 def _is_expert(parameter: Any) -> bool:
-    """Whether other ranks have other experts in its place (DeepSpeed's mark)."""
+    """Whether other ranks have others in its place (DeepSpeed's mark)."""
     return not getattr(parameter, "allreduce", True)
 
 

@@ -45,7 +45,7 @@ class _RunLog(logging.FileHandler):
 
 
 class Metrics:
-    """`tags` go with every result; lines of steps from `resume_step` on, lost with a killed process, are dropped."""
+    """`tags` go with every result; lines from `resume_step` on, lost with a killed process, are dropped."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Metrics:
             self._trackers.append(_TensorBoard(run_dir))
         for name, project in (("wandb", cfg.wandb), ("trackio", cfg.trackio)):
             if project:
-                tracker = _package(name, f"log.{name}")
+                tracker = _package(name)
                 tracker.init(project=project, name=run_dir.name, config=config)
                 self._trackers.append(tracker)
 
@@ -94,8 +94,8 @@ class Metrics:
         self.write("eval", step, {"model": model} | values)
 
     def write_sizes(self, counts: Mapping[str, int]) -> None:
-        facts: dict[str, Any] = {"run": self._run, "tags": self._tags}
-        self._append([parameters(count, model=model, **facts) for model, count in counts.items()])
+        run, tags = self._run, self._tags
+        self._append([parameters(counts[name], run=run, model=name, tags=tags) for name in counts])
 
     def _append(self, numbers: list[Number]) -> None:
         if self._active:
@@ -111,7 +111,7 @@ class _TensorBoard:
     """With the calls of wandb, which trackio has too."""
 
     def __init__(self, run_dir: Path) -> None:
-        _package("tensorboard", "log.tensorboard")
+        _package("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
@@ -122,11 +122,11 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
 
-def _package(name: str, field: str) -> Any:
+def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"config field {field} needs the package: pip install {name}") from None
+        raise UserError(f"config field log.{name} needs the package: pip install {name}") from None
 
 
 def _step_of(line: str) -> float:

@@ -18,8 +18,8 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
 
     Decay goes to tensors of two or more dimensions whose name holds none of `NO_DECAY_NAMES` (as in the TinyCLIP
     reference), or to all with `optim.decay_all`. Rate and decay are those of the first of `optim.groups` whose pattern is
-    in the name, else the run's; a pattern that counts for nothing is refused. A group may have an `lr` of its own, and
-    `schedule: False` (constant).
+    in the name, else the run's; one that counts for nothing is refused. A group may have its own `lr`, and `schedule: False`
+    (constant).
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     rules = [*optim.groups, ParamGroupConfig()]
@@ -36,11 +36,11 @@ def decay_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
         told = f"is {rule.match!r}, which counts for no trained parameter; names are like {example}"
         require(any(kinds) or not rule.match, f"optim.groups.{index}.match", told)
         decay = optim.weight_decay if rule.weight_decay is None else rule.weight_decay
-        common = {"lr": optim.lr if rule.lr is None else rule.lr}
+        lr = optim.lr if rule.lr is None else rule.lr
         for kind, params, weight_decay in zip(("decay", "no_decay"), kinds, (decay, 0.0), strict=True):
             if params:
                 name = f"{rule.match}/{kind}" if rule.match else kind
-                groups.append({"name": name, "params": params, "weight_decay": weight_decay, **common})
+                groups.append({"name": name, "params": params, "weight_decay": weight_decay, "lr": lr})
     return groups
 
 

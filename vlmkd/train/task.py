@@ -35,8 +35,8 @@ class StepOutput:
 class Task:
     """A student, its frozen teachers, and the order in which they are called.
 
-    Not an nn.Module: so the teacher cannot leak into the optimiser, the ZeRO partition or a checkpoint. After
-    start-up `student` is DeepSpeed's wrapper, and calling it goes through the engine.
+    Not an nn.Module, so that the teacher cannot leak into the optimiser, the ZeRO partition or a checkpoint. After
+    start-up `student` is DeepSpeed's wrapper.
     """
 
     student: nn.Module
@@ -92,14 +92,14 @@ class Task:
         return lr_factor(step, cfg.steps, cfg.optim)
 
     def bounds(self) -> list[tuple[nn.Parameter, float, float]]:
-        """Parameters, and their master weights, that are clamped to [low, high] after each optimiser step."""
+        """Parameters that are clamped, with their master weights, to [low, high] after each step."""
         return []
 
     def kept(self) -> list[Selection]:
         return [one for one in (self.average, *self.selections) if one is not None]
 
     def masters(self) -> list[nn.Parameter]:
-        """Parameters that `master_value` reads in fp32 whatever the precision; by default all, if weights are kept."""
+        """Parameters that `master_value` reads in fp32 at any precision; by default all, if weights are kept."""
         return [p for p in self.student.parameters() if p.requires_grad] if self.kept() else []
 
     def after_evaluation(self, results: list[Result], step: int) -> None:
@@ -124,7 +124,7 @@ class Task:
         return None
 
     def tags(self) -> dict[str, str | int | float]:
-        """What tables may pivot results by beside seed and run, e.g. method and held-out domain."""
+        """What tables may pivot by beside seed and run, e.g. method and held-out domain."""
         return {}
 
     def parameter_counts(self) -> dict[str, int]:
@@ -139,7 +139,7 @@ class Task:
         raise NotImplementedError
 
     def check_exports(self, written: dict[Path, Any]) -> None:
-        """Reload the folders with an outside library in a fresh process; compare with what `export` returned."""
+        """Compare the folders, reloaded by an outside library in a fresh process, with what `export` returned."""
         raise NotImplementedError
 
 
@@ -147,7 +147,7 @@ class Task:
 def teacher_image_embeds(batch: Batch, teacher: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Unit vectors [B, D] of a labelled batch's images by its teacher, and which rows [B] it has answered (None: all).
 
-    Stored with the batch, or by `teacher`, which returns them or a `ClipOutput`, from its own view or the student's pixels.
+    Stored ones, or those that `teacher` returns (or its `ClipOutput`) from its own view or the student's pixels.
     """
     if "teacher_image_embeds" in batch:
         return batch["teacher_image_embeds"][0], batch["teacher_valid"][0]

@@ -19,27 +19,23 @@ from vlmkd.train.task import Task
 
 log = logging.getLogger(__name__)
 
-MOST_IMAGES = 256
-"""Labelled images that the teacher is asked about."""
-FEWEST_IMAGES = 20
-"""With fewer, or fewer than half an image a class, nothing is said."""
+_MOST_IMAGES = 256  # that the teacher is asked about
+_FEWEST_IMAGES = 20  # with fewer, or fewer than half an image a class, nothing is said
 
 
 def look_at_teachers(task: Task, evaluators: list[Evaluator], loader: Loader, context: Context) -> None:
-    """Say how many labelled validation images each teacher knows, stored or loaded, and warn of one that guesses.
+    """Say how many labelled validation images each teacher, stored or loaded, knows; warn of one that guesses.
 
     A collective.
     """
     items = [item for one in evaluators if isinstance(one, OfItems) for item in one.items]
-    stored = _stored(loader, items)
-    if stored is not None:
+    if stored := _stored(loader, items):
         embeds, labels, name = stored
-        logits = task.teacher_logits(embeds)
-        if logits is not None:
+        if (logits := task.teacher_logits(embeds)) is not None:
             right = int((logits.cpu().argmax(1) == labels).sum())
             _tell(name, right, len(labels), logits.shape[1], task.without_teacher)
         return
-    items = [*spread([item for item in items if item.label != UNLABELLED], MOST_IMAGES)]
+    items = [*spread([item for item in items if item.label != UNLABELLED], _MOST_IMAGES)]
     for name, predictor in task.teacher_predictors().items() if items else ():
         if isinstance(predictor, ImageClassifier):
             judged = Classification(items, predictor.class_names, dataset="validation images")
@@ -51,7 +47,7 @@ def look_at_teachers(task: Task, evaluators: list[Evaluator], loader: Loader, co
 def hardly_knows(right: int, count: int, classes: int) -> bool:
     """Whether `right` of `count` is less than twice chance, or a tenth of the way from chance to all."""
     chance = 1 / classes
-    enough = count >= min(MOST_IMAGES, max(FEWEST_IMAGES, classes // 2))
+    enough = count >= min(_MOST_IMAGES, max(_FEWEST_IMAGES, classes // 2))
     return enough and right / count < min(2 * chance, chance + 0.1 * (1 - chance))
 
 
@@ -62,7 +58,7 @@ def _stored(loader: Loader, items: list[Item]) -> tuple[Tensor, Tensor, str] | N
         return None
     (stored,) = pipeline.stored[0]
     held = [item for item in items if item.key in stored] or source.labelled()
-    entries = [(stored.get(item.key), item.label) for item in spread(held, MOST_IMAGES) if item.key in stored]
+    entries = [(stored.get(item.key), item.label) for item in spread(held, _MOST_IMAGES)]
     rows = [(entry.columns["image_embeds"][0].float(), label) for entry, label in entries if entry]
     rows = [(row, label) for row, label in rows if row.any()]  # a masked answer is stored as zeros
     if not rows:

@@ -49,7 +49,6 @@ class Stopwatch:
             torch.cuda.synchronize()
             for name, begin, end in self._events:
                 self._seconds[name] += begin.elapsed_time(end) / 1000.0
-        seconds = dict(self._seconds)
-        self._seconds.clear()
+        seconds, self._seconds = self._seconds, defaultdict(float)
         self._events.clear()
         return seconds

@@ -64,13 +64,14 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
     _, accumulation = batch_triple(cfg, distributed.world_size())
     batches = iter(job.loader)
     window = _Window(engine, job)
-    last_save = time.monotonic()
+    last_save, done, every = time.monotonic(), start, cfg.evaluation.every_steps
     with _sigterm() as terminated, worker_deaths():
         for step in range(start, cfg.steps):
             lr = engine.set_lr(job.task.lr_factor(step, cfg))
             torch.manual_seed(stream_seed(cfg.seed, distributed.rank(), step, "step"))
-            with window.data_wait():
-                parts = [next(batches) for _ in range(accumulation)]
+            asked = time.monotonic()
+            parts = [next(batches) for _ in range(accumulation)]
+            window.wait += time.monotonic() - asked
             parts = [job.task.prepare(part, step) for part in parts]
             factors = loss_factors([job.task.weight(part) for part in parts], engine.device)
             outputs = []
@@ -93,14 +94,14 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
                 _warn_of_memory(cfg)
             if done % _log_every(cfg) == 0 or done == cfg.steps:
                 window.write(metrics, done)
-            if _evaluation_due(cfg, done):
+            # After the last step the closing evaluation follows.
+            if every and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps:
                 with window.evaluation():
                     _, ends = evaluate_student(job, engine, metrics, done)
                 if ends:
                     log.info("step %d: the evaluation ends the run", done)
                     save_state(job, engine, state_dir, done, ended=True)
-                    job.loader.check_bad_share()
-                    return done
+                    break
             # With several processes the check is a collective, so not at each step.
             check = distributed.world_size() == 1 or done % min(10, _log_every(cfg)) == 0
             stop = check and distributed.any_rank(terminated())
@@ -113,13 +114,13 @@ def fit(job: Job, engine: Engine, metrics: Metrics, state_dir: Path, *, start: i
             if stop and done < cfg.steps:
                 raise Stopped(f"stopped by SIGTERM after step {done}; start the same command again to go on")
     job.loader.check_bad_share()
-    return cfg.steps
+    return done
 
 
 def evaluate_student(
     job: Job, engine: Engine, metrics: Metrics, step: int, *, judge: bool = True
 ) -> tuple[list[Result], bool]:
-    """Results of the student with `present_weights`, and whether they end the run; `judge`: selections see them."""
+    """Results of the `present_weights`, and whether they end the run; `judge`: selections see them."""
     with using(engine.module, present_weights(job.task)):
         results = evaluate(job.cfg, job.evaluators, job.task.predictor(), engine, metrics, step)
         kept = job.task.kept() if judge else []
@@ -129,7 +130,7 @@ def evaluate_student(
 
 
 def present_weights(task: Task) -> Weights:
-    """What stands for the student's where no selection is asked for: the average's, or (empty) its own."""
+    """The student's where no selection is asked for: the average's, or (empty) its own."""
     return {} if task.average is None else task.average.weights()
 
 
@@ -192,16 +193,16 @@ def stream_seed(*parts: int | str) -> int:
 
 
 def loss_factors(weights: list[float], device: torch.device) -> list[torch.Tensor]:
-    """What mean losses of micro-batches are multiplied by, so that a step trains on the mean over all they weigh.
+    """Factors of micro-batches' mean losses with which a step trains on the mean over all they weigh; a collective.
 
-    The engine divides by micro-batches and ranks. A collective.
+    The engine divides by micro-batches and ranks.
     """
     total = distributed.total(torch.tensor(sum(weights), dtype=torch.float64, device=device))
     return [weight * len(weights) * distributed.world_size() / total for weight in weights]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with the tensors in its dictionaries, lists and tuples, at any depth, on `device`."""
+    """`value` with the tensors in it, at any depth, on `device`."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
@@ -216,7 +217,7 @@ class _Window:
         self._sums: dict[str, Any] = defaultdict(int)
         self._steps: Counter[str] = Counter()  # that have the value
         self._items: Counter[str] = Counter()
-        self._count, self._flops, self._wait, self._lr = 0, 0.0, 0.0, 0.0
+        self._count, self._flops, self.wait, self._lr = 0, 0.0, 0.0, 0.0  # wait: seconds, for data
         self._start = time.monotonic()
 
     @contextmanager
@@ -226,12 +227,6 @@ class _Window:
         yield
         self._evaluation_s = time.monotonic() - start
         self._start += self._evaluation_s
-
-    @contextmanager
-    def data_wait(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._wait += time.monotonic() - start
 
     def add(
         self, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch], lr: float
@@ -256,8 +251,8 @@ class _Window:
         elapsed, count = max(time.monotonic() - self._start, 1e-9), self._count
         values = {name: float(total) / self._steps[name] for name, total in self._sums.items()}
         values |= {f"{name}_s": spent / count for name, spent in self._job.task.watch.read().items()}
-        values |= {"data_wait_s": self._wait / count, "step_s": elapsed / count}
-        values["tflops"] = self._flops / elapsed / 1e12
+        tflops = self._flops / elapsed / 1e12
+        values |= {"data_wait_s": self.wait / count, "step_s": elapsed / count, "tflops": tflops}
         rates = {f"{kind}_per_s": items / elapsed for kind, items in self._items.items()}
         values = distributed.mean(values | rates)
         values |= {name: values[name] * distributed.world_size() for name in rates}
@@ -265,11 +260,10 @@ class _Window:
             del values["tflops"]
         elif peak := peak_tflops():
             values["mfu"] = values["tflops"] / peak
-        values |= {"lr": self._lr, "grad_norm": self._engine.grad_norm()}
-        values["peak_memory_mb"] = memory.peak() / 1e6
-        skipped: Counter[str] = Counter()
-        for counts in distributed.gather_objects(dict(self._job.loader.skipped)):
-            skipped.update(counts)
+        norm, peak_mb = self._engine.grad_norm(), memory.peak() / 1e6
+        values |= {"lr": self._lr, "grad_norm": norm, "peak_memory_mb": peak_mb}
+        counts = distributed.gather_objects(Counter(self._job.loader.skipped))
+        skipped = sum(counts, Counter[str]())
         values |= {f"skipped/{reason}": float(number) for reason, number in skipped.items()}
         metrics.write("train", done, values)
         self._recent.append((elapsed, count))
@@ -278,14 +272,14 @@ class _Window:
             "step %d/%d  loss %.4f  %s  lr %.2e  grad %.2f  %s  data wait %.0f%%  %.0f MB  skipped %d  ETA %s",
             done, self._cfg.steps, values["loss"],
             "  ".join(f"{name.removeprefix('loss/')} {values[name]:.4f}" for name in terms),
-            self._lr, values["grad_norm"],
+            self._lr, norm,
             "  ".join(f"{values[name]:.0f} {name.removesuffix('_per_s')}/s" for name in rates),
-            100 * self._wait / elapsed, values["peak_memory_mb"], skipped.total(), duration(self._left(done)),
+            100 * self.wait / elapsed, peak_mb, skipped.total(), duration(self._left(done)),
         )  # fmt: skip
         self._restart()
 
     def _left(self, done: int) -> float:
-        """Seconds to the end: steps at the rate of the last lines, and evaluations, the closing one too."""
+        """Seconds to the end: of steps at the last lines' rate, and of evaluations, the closing one too."""
         seconds, steps = (sum(column) for column in zip(*self._recent, strict=True))
         every, phase = self._cfg.evaluation.every_steps, self._cfg.evaluation.phase
         evaluations = (self._cfg.steps - 1 - phase) // every - (done - 1 - phase) // every if every else 0
@@ -293,7 +287,7 @@ class _Window:
 
 
 def _warn_of_memory(cfg: RunConfig) -> None:
-    """Where the first step came near the memory there is, of which evaluations and others want some too."""
+    """Where the first step came near the memory there is, of which evaluations want some too."""
     taken, there = memory.peak(), memory.held() + memory.available()
     if taken > _NEAR * there:
         micro, _ = batch_triple(cfg, distributed.world_size())
@@ -308,16 +302,10 @@ def _log_every(cfg: RunConfig) -> int:
     return max(1, min(cfg.log.every_steps, cfg.steps // _FEWEST_LINES))
 
 
-def _evaluation_due(cfg: RunConfig, done: int) -> bool:
-    """Not after the last step, where the closing evaluation follows."""
-    every = cfg.evaluation.every_steps
-    return bool(every) and (done - cfg.evaluation.phase) % every == 0 and done < cfg.steps
-
-
 def _non_finite(
     run_dir: Path, step: int, outputs: list[StepOutput], factors: list[torch.Tensor], parts: list[Batch]
 ) -> UserError:
-    """What was not finite; the samples of this rank's batch are written down."""
+    """What was not finite; this rank's samples are written down."""
     path = run_dir / f"nonfinite_step_{step:06d}_rank_{distributed.rank()}.json"
     keys = [key for part in parts for key in part["keys"]]
     terms = [{name: float(value) for name, value in output.terms.items()} for output in outputs]
