@@ -479,8 +479,8 @@ def print_help(cls: type[Any]) -> None:
 
 def _dataclass_of(hint: Any) -> type[Any] | None:
     """The dataclass in `hint` (itself, or the element of a list), or None."""
-    parts: Any = (hint, *typing.get_args(hint))
-    return next(filter(dataclasses.is_dataclass, parts), None)
+    parts = (hint, *typing.get_args(hint))
+    return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def _field_docs(cls: type[Any]) -> dict[str, str]:
