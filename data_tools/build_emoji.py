@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare the shards with the manifest")
     options = parser.parse_args(argv)
-    folder = emoji_folder()
+    folder = emoji_folder("emoji")
     manifest = read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
     for shard in manifest["shards"] if options.check else []:
         path = folder / shard["path"]

@@ -1,6 +1,6 @@
-"""Write the embedded data: the shards of `emoji`, or the pictures of `emoji-domains`, into an empty folder.
+"""Build the embedded data into the cache: the shards of `emoji`, or the pictures of `emoji-domains`.
 
-    python data_tools/emoji/build.py emoji FOLDER
+    python data_tools/emoji/build.py emoji
 
 vlmkd starts this when a set is not in its cache; `build_emoji.py` asks for that. Shards hold the same bytes on every build
 with the same packages.
@@ -9,14 +9,17 @@ with the same packages.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
 import random
+import shutil
 import sys
 import tarfile
+import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ from data_tools.emoji.catalog import (
     caption,
     class_names,
     concepts,
+    require_packages,
     training_styles,
     unit_hash,
 )
@@ -50,8 +54,9 @@ from data_tools.emoji.draw import (
     on_white,
 )
 from vlmkd.datasets import emoji
-from vlmkd.datasets.emoji import DOMAINS_VERSION, LICENCES, VERSION, require_packages
+from vlmkd.datasets.emoji import LICENCES, VERSIONS, cache_folder
 from vlmkd.errors import run_tool
+from vlmkd.files import new_folder
 
 SPLITS = tuple(emoji.SPLITS.values())
 SCENES = {1: 16_000, 2: 5_000, 3: 1_500}
@@ -234,7 +239,7 @@ def finish(folder: Path) -> None:
     kinds = Counter(f"{plan.kind}-{plan.objects}" if plan.objects else plan.kind for plan in plans("train"))
     manifest = {
         "name": "emoji",
-        "version": VERSION,
+        "version": VERSIONS["emoji"],
         "concepts": {**Counter(concept.split for concept in concepts()), "all": len(concepts())},
         "samples": {split: len(plans(split)) for split in SPLITS},
         "train_kinds": dict(sorted(kinds.items())),
@@ -281,7 +286,7 @@ def build_domains(folder: Path) -> None:
                 bar.update()
     facts = {
         "name": "emoji-domains",
-        "version": DOMAINS_VERSION,
+        "version": VERSIONS["emoji-domains"],
         "styles": STYLES,
         "concepts": len(concepts()),
     }
@@ -296,15 +301,33 @@ def class_folder(concept: Concept) -> str:
 BUILDERS = {"emoji": build, "emoji-domains": build_domains}
 
 
+def build_once(name: str) -> None:
+    """Build a set when it is absent, by one process while others wait; under its name it is whole."""
+    folder = cache_folder(name)
+    require_packages()
+    new_folder(folder.parent, "the cache (set VLMKD_CACHE)")
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "manifest.json").is_file():
+            return
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        try:
+            BUILDERS[name](temporary)
+            temporary.chmod(0o755)
+            # A folder without a manifest was not made by this code's rename: someone deleted files in it.
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def main(argv: list[str]) -> int:
     """Run the tool; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("set", choices=BUILDERS)
-    parser.add_argument("folder", type=Path, help="where the set goes")
-    options = parser.parse_args(argv)
-    BUILDERS[options.set](options.folder)
+    build_once(parser.parse_args(argv).set)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmkd.datasets.emoji import PACKAGES, require_packages
+from vlmkd.errors import UserError
 from vlmkd.files import read_yaml
 
 DRAWN_STYLES = ("twemoji", "openmoji", "noto")
@@ -24,6 +25,8 @@ STYLES = (*DRAWN_STYLES, "pixel")
 """All domains; `pixel` is twemoji reduced to 16x16 pixels and 16 colours, so it shares twemoji's split."""
 
 TABLES: dict[str, Any] = read_yaml(Path(__file__).with_name("catalog.yaml"), "emoji tables")
+PACKAGES: dict[str, str] = TABLES["packages"]
+"""Distributions that carry the drawings, and their import names."""
 TEST_TEMPLATES = tuple(TABLES["test_templates"])
 """Prompts of the zero-shot tests."""
 UNSEEN_CONCEPT_SHARE, DEV_SHARE = 0.20, 0.05
@@ -67,6 +70,13 @@ class Concept:
 def unit_hash(purpose: str, key: str) -> float:
     """Hash a key to a number in [0, 1), uniformly and independently for each purpose."""
     return int.from_bytes(hashlib.sha256(f"emoji-v1/{purpose}/{key}".encode()).digest()[:8], "big") / 2.0**64
+
+
+def require_packages() -> dict[str, str]:
+    """The versions of PACKAGES; refuses that one is missing."""
+    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise UserError(f"the emoji data set needs packages; run: pip install {' '.join(missing)}")
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def package_folder(distribution: str) -> Path:

@@ -19,8 +19,8 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"Progress", "Samples", "drawn_views", "missing_items"},
     ),
     "datasets/emoji": (
-        "what data_tools/emoji draws and data_tools/build_emoji.py asks for",
-        {"PACKAGES", "emoji_folder", "require_packages"},
+        "what data_tools/build_emoji.py asks for",
+        {"emoji_folder"},
     ),
     "datasets/published_sets": ("what data_tools/make_split.py calls", {"set_folder"}),
     "evaluation/answers": (

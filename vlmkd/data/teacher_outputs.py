@@ -45,7 +45,7 @@ from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.predictors import ImageEncoder
 
-VERSION = 2
+_VERSION = 2
 CLEAN = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 """The one view that nothing random is in: resized and centre-cropped."""
 
@@ -81,7 +81,7 @@ class StoreInfo:
     """What the samples are of; empty for shards."""
     dtype: str = "float16"
     """Type of the columns."""
-    version: int = VERSION
+    version: int = _VERSION
     """Layout of the files; changed whenever old files would be misread."""
 
 
@@ -261,9 +261,9 @@ def read_info(folder: Path, kind: type[StoreInfo]) -> Any:
     data = files.read_object(path, "teacher outputs", hint)
     try:
         info = data["info"]
-        if info["version"] != VERSION:
+        if info["version"] != _VERSION:
             raise UserError(
-                f"teacher outputs {folder} have version {info['version']}, this code reads {VERSION}; {hint}"
+                f"teacher outputs {folder} have version {info['version']}, this code reads {_VERSION}; {hint}"
             )
         if info.keys() - {one.name for one in fields(kind)}:
             raise UserError(f"teacher outputs {folder} are of another kind of data; {hint}")

@@ -1,21 +1,15 @@
 """Embedded data in the user's cache (docs/datasets.md): shards (`emoji:train`, ...), `emoji`, `emoji-domains`.
 
-`data_tools/emoji` draws them from installed packages, once, in a process of its own.
+`data_tools/emoji` draws them, once, in a process of its own.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,18 +20,16 @@ from vlmkd.data.labelled import Item, LabelledSet
 from vlmkd.datasets.folders import ALL, read_domains
 from vlmkd.datasets.tar_index import index_tar
 from vlmkd.errors import UserError
-from vlmkd.files import cache_root, new_folder, read_object, read_yaml, write_text
+from vlmkd.files import cache_root, read_object, read_yaml, write_text
 
 log = logging.getLogger(__name__)
 
-VERSION, DOMAINS_VERSION, _INDEX_VERSION = 2, 1, 1
+VERSIONS = {"emoji": 2, "emoji-domains": 1}
+_INDEX_VERSION = 1
 SPLITS = {"train": "train", "val": "dev", "test": "unseen_drawing", "test_unseen_concept": "unseen_concept"}
 """Split of the labelled set -> split of the shards."""
-_FACTS: dict[str, dict[str, str]] = read_yaml(Path(__file__).with_name("emoji.yaml"), "emoji facts")
-LICENCES = _FACTS["licences"]
+LICENCES: dict[str, str] = read_yaml(Path(__file__).with_name("emoji.yaml"), "emoji licences")
 """Terms of what the data are made of, by part."""
-PACKAGES = _FACTS["packages"]
-"""Distributions that carry the drawings, and their import names."""
 _TRAINING_TEMPLATE = "an emoji of {c}"
 _TOOL = Path(__file__).parents[2] / "data_tools" / "emoji" / "build.py"
 
@@ -54,7 +46,7 @@ def split_of(name: str) -> str:
 def resolve(name: str) -> list[str]:
     """Paths of the shards of `emoji:train` and the like."""
     split = split_of(name)
-    folder = emoji_folder()
+    folder = emoji_folder("emoji")
     paths = [folder / shard["path"] for shard in _manifest(folder)["shards"] if shard["split"] == split]
     if gone := [path for path in paths if not path.is_file()]:
         raise UserError(f"{gone[0]} is missing from the cached emoji data set; delete {folder} and run again")
@@ -63,7 +55,7 @@ def resolve(name: str) -> list[str]:
 
 def load_emoji() -> LabelledSet:
     """`emoji`: the pictures of one emoji in the shards; keys are `<shard split>/<key in the tar>`."""
-    folder = emoji_folder()
+    folder = emoji_folder("emoji")
     entries = _index(folder)
     splits = {}
     for split, stored in SPLITS.items():
@@ -81,7 +73,7 @@ def load_emoji() -> LabelledSet:
 
 def load_emoji_domains() -> LabelledSet:
     """`emoji-domains`: 1,889 concepts in each of four styles."""
-    folder = _built("emoji-domains", DOMAINS_VERSION)
+    folder = emoji_folder("emoji-domains")
     found = read_domains(folder, "emoji-domains")
     manifest, pictures = _manifest(folder), len(found.splits[ALL])
     expected = manifest["concepts"] * len(manifest["styles"])
@@ -90,49 +82,27 @@ def load_emoji_domains() -> LabelledSet:
     return replace(found, templates=[_TRAINING_TEMPLATE])
 
 
-def emoji_folder() -> Path:
-    """Of the shards, built when absent."""
-    return _built("emoji", VERSION)
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     return read_object(folder / "manifest.json", "emoji manifest", f"delete {folder} and run again")
 
 
-def require_packages() -> dict[str, str]:
-    """The versions of PACKAGES; refuses that one is missing."""
-    if missing := [name for name, module in PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        raise UserError(f"the emoji data set needs packages; run: pip install {' '.join(missing)}")
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def cache_folder(name: str) -> Path:
+    """Where a set is, whole, or is to be."""
+    return cache_root() / f"{name}-v{VERSIONS[name]}"
 
 
-def _built(name: str, version: int) -> Path:
-    """The set's folder, built when absent by one process while others wait; under its name it is whole."""
-    folder = cache_root() / f"{name}-v{version}"
-    if (folder / "manifest.json").is_file():
-        return folder
-    require_packages()
-    new_folder(folder.parent, "the cache (set VLMKD_CACHE)")
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "manifest.json").is_file():
-            return folder
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
-        try:
-            _build(name, temporary)
-            temporary.chmod(0o755)
-            # A folder without a manifest was not made by this code's rename: someone deleted files in it.
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+def emoji_folder(name: str) -> Path:
+    """The set's folder, built when absent."""
+    folder = cache_folder(name)
+    if not (folder / "manifest.json").is_file():
+        _build(name)
     return folder
 
 
-def _build(name: str, folder: Path) -> None:
+def _build(name: str) -> None:
     if not _TOOL.is_file():
         raise UserError(f"data set {name} is drawn by {_TOOL}; run from a clone of the repository")
-    done = subprocess.run([sys.executable, str(_TOOL), name, str(folder)], check=False)
+    done = subprocess.run([sys.executable, str(_TOOL), name], check=False)
     if done.returncode:
         raise UserError(f"building the {name} data set failed (exit code {done.returncode}); see above")
 
