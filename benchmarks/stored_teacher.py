@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from data_tools.embed_labelled import embed_items
 from data_tools.emoji.catalog import STYLES, concepts
 from data_tools.emoji.draw import concept_picture
 from projects.dho.build import student_job as dho_job
@@ -53,7 +54,6 @@ from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
 from vlmkd.data.samples import view_config
-from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.export.clip import export_clip

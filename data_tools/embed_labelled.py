@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,11 +24,12 @@ from data_tools import teacher_options
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
-from vlmkd.data.teacher_outputs import CLEAN, embed_items
+from vlmkd.data.teacher_outputs import CLEAN, OutputsInfo, Progress, Writer, image_embeds, item_views
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import items_of, load_set
 from vlmkd.errors import UserError, at_least, run_tool
 from vlmkd.files import read_text
+from vlmkd.predictors import ImageEncoder
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +56,41 @@ def main(argv: list[str]) -> int:
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
     return 0
+
+
+def embed_items(
+    encoder: ImageEncoder,
+    items: Sequence[Item],
+    folder: str | Path,
+    *,
+    name: str,
+    source: str,
+    digest: str,
+    views: ViewConfig,
+    view_count: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+    batch_size: int = 64,
+    part_size: int = 2000,
+    max_pixels: int = 89_478_485,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda line: None,
+) -> Counter[str]:
+    """Embed `view_count` views of every item of the labelled set `name` into `folder`; see `Writer` and `OutputsInfo`.
+
+    CLEAN `views` with `view_count` 1 store the whole picture.
+    """
+    width = encoder.encode_image(torch.zeros(1, 3, *encoder.image_spec.size, device=device)).shape[-1]
+    info = OutputsInfo(
+        source=source, digest=digest, logit_scale=float(encoder.logit_scale), dim=int(width), crops=view_count,
+        seed=seed, image_spec=encoder.image_spec, views=views, set_name=name, dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    writer = Writer(
+        Path(folder), info, image_embeds(encoder, info, batch_size, device), max(batch_size // view_count, 1),
+        partial(item_views, info=info, max_pixels=max_pixels), progress,
+    )  # fmt: skip
+    return writer.items(items, part_size, workers)
 
 
 def chosen_items(name: str, root: str, splits: list[str], keys: str) -> list[Item]:

@@ -9,6 +9,7 @@ image; a student run that names both never loads the teacher. Interrupted, it go
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from projects.promptkd.teacher import load_teacher
 from vlmkd import config, distributed
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.data.samples import view_config
-from vlmkd.data.teacher_outputs import embed_items
+from vlmkd.data.teacher_outputs import OutputsInfo, Writer, image_embeds, item_views
 from vlmkd.datasets.labelled_sets import configured_set, items_of
 from vlmkd.errors import run_tool
 
@@ -36,22 +37,18 @@ def build_bank(cfg: BankConfig) -> None:
     items = items_of(dataset, cfg.split)
     if cfg.split == "train":
         items = items + dataset.splits.get("unlabelled", [])
-    skipped = embed_items(
-        teacher.encoder(),
-        items,
-        cfg.data.teacher_outputs,
-        name=cfg.data.set,
-        source=teacher.source,
-        digest=teacher.digest,
-        views=view_config(cfg.data),
-        view_count=cfg.image_views,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        max_pixels=cfg.data.max_pixels,
-        workers=cfg.data.workers,
-        device=device,
-        progress=lambda line: print(line, flush=True),
-    )
+    encoder = teacher.encoder()
+    info = OutputsInfo(
+        source=teacher.source, digest=teacher.digest, logit_scale=encoder.logit_scale, dim=vectors.vectors.shape[1],
+        crops=cfg.image_views, seed=cfg.seed, image_spec=encoder.image_spec, views=view_config(cfg.data),
+        set_name=cfg.data.set,
+    )  # fmt: skip
+    writer = Writer(
+        Path(cfg.data.teacher_outputs), info, image_embeds(encoder, info, cfg.batch_size, device),
+        max(cfg.batch_size // cfg.image_views, 1), partial(item_views, info=info, max_pixels=cfg.data.max_pixels),
+        lambda line: print(line, flush=True),
+    )  # fmt: skip
+    skipped = writer.items(items, workers=cfg.data.workers)
     told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
     print(f"{cfg.data.teacher_outputs} is complete" + (f"; left out: {told}" if told else ""))
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data_tools import eval_stored_teacher
-from vlmkd.data.teacher_outputs import embed_items
+from data_tools.embed_labelled import embed_items
 from vlmkd.data.transforms import ViewConfig
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.image_spec import ImageSpec

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_tools.embed_labelled import embed_items
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.decode import decode
 from vlmkd.data.images import ImageRef
@@ -18,7 +19,7 @@ from vlmkd.data.labelled import Item
 from vlmkd.data.loader import build_labelled_loader
 from vlmkd.data.samples import sample_digest
 from vlmkd.data.sources import Stream
-from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
+from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs
 from vlmkd.data.transforms import ViewConfig, normalise, render
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec

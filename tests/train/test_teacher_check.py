@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools.embed_labelled import embed_items
 from vlmkd.data.images import ImageRef
 from vlmkd.data.labelled import Item
 from vlmkd.data.loader import Loader
 from vlmkd.data.pipelines import ImagePipeline
 from vlmkd.data.sources import ItemSource, Stream
-from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs, embed_items
+from vlmkd.data.teacher_outputs import CLEAN, TeacherOutputs
 from vlmkd.evaluation.base import Context
 from vlmkd.evaluation.classify import Classification
 from vlmkd.image_spec import ImageSpec

@@ -155,8 +155,7 @@ def _open_by_command(url: str) -> Iterator[Any]:
         if process.wait() != 0:
             raise OSError(f"`{url.removeprefix('pipe:')}` ended with exit code {process.returncode}")
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         stream.close()
         process.wait()
 

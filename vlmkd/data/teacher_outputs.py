@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -226,8 +226,7 @@ class _Part:
 
     def __init__(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = load_file(path)
             text = bytes(tensors.pop("keys").numpy()).decode("utf-8")
             self._digests = tensors.pop("digests")
         except (OSError, SafetensorError, KeyError, UnicodeDecodeError) as error:
@@ -246,11 +245,9 @@ class _Part:
             return None
         here = row if self._ends is None else slice(self._ends[row], self._ends[row + 1])
         columns = {name: values[here] for name, values in self._columns.items()}
-        return Stored(bytes(self._digests[row].tolist()), self._views_of(row), columns)
-
-    def _views_of(self, row: int) -> list[View]:
-        columns = zip(*(values[row].tolist() for values in self._views.values()), strict=True)
-        return [View(tuple(box), bool(flip), tuple(jitter), *more) for box, flip, jitter, *more in columns]
+        parts = zip(*(values[row].tolist() for values in self._views.values()), strict=True)
+        views = [View(tuple(box), bool(flip), tuple(jitter), *more) for box, flip, jitter, *more in parts]
+        return Stored(bytes(self._digests[row].tolist()), views, columns)
 
 
 def read_info(folder: Path, kind: type[StoreInfo]) -> Any:
@@ -307,10 +304,6 @@ Embed = Callable[[list[Prepared]], dict[str, Tensor]]
 Progress = Callable[[str], object]
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 def image_embeds(
     encoder: ImageEncoder, info: OutputsInfo, batch_size: int, device: torch.device | str
 ) -> Embed:
@@ -324,41 +317,6 @@ def image_embeds(
         return {"image_embeds": torch.cat(rows).view(len(batch), info.crops, -1)}
 
     return embed
-
-
-def embed_items(
-    encoder: ImageEncoder,
-    items: Sequence[Item],
-    folder: str | Path,
-    *,
-    name: str,
-    source: str,
-    digest: str,
-    views: ViewConfig,
-    view_count: int,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float16,
-    batch_size: int = 64,
-    part_size: int = 2000,
-    max_pixels: int = 89_478_485,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress = _silent,
-) -> Counter[str]:
-    """Embed `view_count` views of every item of the labelled set `name` into `folder`; see `Writer` and `OutputsInfo`.
-
-    CLEAN `views` with `view_count` 1 store the whole picture.
-    """
-    width = encoder.encode_image(torch.zeros(1, 3, *encoder.image_spec.size, device=device)).shape[-1]
-    info = OutputsInfo(
-        source=source, digest=digest, logit_scale=float(encoder.logit_scale), dim=int(width), crops=view_count,
-        seed=seed, image_spec=encoder.image_spec, views=views, set_name=name, dtype=str(dtype).removeprefix("torch."),
-    )  # fmt: skip
-    writer = Writer(
-        Path(folder), info, image_embeds(encoder, info, batch_size, device), max(batch_size // view_count, 1),
-        partial(item_views, info=info, max_pixels=max_pixels), progress,
-    )  # fmt: skip
-    return writer.items(items, part_size, workers)
 
 
 @dataclass
@@ -376,7 +334,7 @@ class Writer:
     """Most samples that `embed` is given at a time."""
     make: Callable[[Any], Prepared]
     """Raises BadSample for one that cannot be used."""
-    progress: Progress = _silent
+    progress: Progress
 
     def items(self, items: Sequence[Any], part_size: int = 2000, workers: int = 0) -> Counter[str]:
         """Items with a `key` that no other one has, as `vlmkd.data.labelled.Item`; a file per `part_size` of them."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.embed_labelled import embed_items
 from projects.dho import eval as evaluation
 from projects.dho.config import DhoConfig, SplitConfig, TeacherConfig, TipAdapterConfig
 from projects.dho.teacher import load_teacher
@@ -18,7 +19,6 @@ from tests.projects.zygote import Zygote
 from vlmkd.config import LabelledDataConfig
 from vlmkd.config import load as load_config
 from vlmkd.data.samples import view_config
-from vlmkd.data.teacher_outputs import embed_items
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.export.classifier import load_classifier

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.embed_labelled import embed_items
 from projects.vl2v_adip.config import FROZEN_BACKBONE, WITHOUT_TEACHER, DistillConfig
 from projects.vl2v_adip.folds import FACTS
 from projects.vl2v_adip.task import BEST, BEST_EXPORT, SWAD
 from scripts.table import Pivot, read_spec, scores_of, sources_in
 from tests.projects.vl2v_adip.tiny import config, domain_tree, export_teacher
 from tests.projects.zygote import Zygote
-from vlmkd.data.teacher_outputs import CLEAN, embed_items
+from vlmkd.data.teacher_outputs import CLEAN
 from vlmkd.datasets.labelled_sets import load_set
 from vlmkd.errors import UserError
 from vlmkd.models.class_vectors import encode_classes
