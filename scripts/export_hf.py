@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlmkd.errors import UserError
 from vlmkd.export.clip import MARKS, PROBE_TEXTS, probe_of, write_tokenizer
 from vlmkd.export.folder import Probe, check_main, compare, replacing, verify, write_provenance, write_tensors
 from vlmkd.files import write_json
+from vlmkd.image_spec import ImageSpec
 from vlmkd.models.checkpoints import normalise_names
 from vlmkd.models.clip import ClipModel
-from vlmkd.models.convert import to_hf_config, to_hf_processor, to_hf_state
+from vlmkd.models.convert import ARGMAX_EOS, CLIP_VOCABULARY, SIZES, to_hf_state
+from vlmkd.models.pruned_clip import Config
+
+_SAID_OTHERWISE = {
+    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "head_width", "mlp_ratio",
+    "norm_kwargs", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id",
+}  # fmt: skip
+"""Fields that CLIPModel has in another form, or that do not change what is computed."""
 
 
 def export_hf(folder: Path, clip: ClipModel, *, half: bool = False) -> None:
@@ -54,6 +65,85 @@ def _write_clip_tokenizer(folder: Path, context_length: int) -> None:
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True}
     write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def to_hf_config(config: Mapping[str, Any]) -> Config:
+    """The config.json of a CLIPModel that computes what open_clip's `config` computes."""
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
+
+    _refuse_foreign_parts(config)
+    defaults: Any = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+    towers: list[Config] = []
+    for section, sizes in SIZES.items():
+        given, default = config[section], defaults[section]
+        tower: Config = {theirs: given.get(ours, getattr(default, ours)) for ours, theirs in sizes.items()}
+        towers += [tower]
+        tower |= {
+            "model_type": f"clip_{section.removesuffix('_cfg')}_model",
+            "intermediate_size": int(tower["hidden_size"] * given.get("mlp_ratio", 4.0)),
+            "layer_norm_eps": (given.get("norm_kwargs") or {}).get("eps", 1e-5),
+            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+            "projection_dim": config["embed_dim"],
+        }
+    image, text = towers
+    image["num_attention_heads"] = image["hidden_size"] // config["vision_cfg"].get("head_width", 64)
+    given, vocabulary = config["text_cfg"], text["vocab_size"]
+    eos = vocabulary - 1 if vocabulary == CLIP_VOCABULARY else ARGMAX_EOS
+    if given.get("pool_type") == "eos":
+        eos = given.get("eos_id", ARGMAX_EOS)
+    ids = {"bos": max(vocabulary - 2, 0), "eos": eos, "pad": given.get("pad_id", 0)}
+    text |= {f"{name}_token_id": number for name, number in ids.items()}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config["embed_dim"],
+        "vision_config": image,
+        "text_config": text,
+    }
+
+
+def _refuse_foreign_parts(config: Mapping[str, Any]) -> None:
+    """Refuse what differs from open_clip's defaults in a field that CLIPModel has no place for."""
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
+
+    told, image = "model config: transformers' CLIPModel", config["vision_cfg"]
+    if isinstance(image.get("layers"), (list, tuple)):
+        raise UserError(f"{told} has no ResNet tower; export to open_clip")
+    if not isinstance(image.get("image_size", 224), int):
+        raise UserError(f"{told} needs a square image_size; export to open_clip")
+    kinds: Any = {"": None, "vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+    defaults: Config = {"block_type": "default"}
+    for section, kind in kinds.items():
+        given = config[section] if section else config
+        defaults |= {item.name: item.default for item in dataclasses.fields(kind)} if kind else {}
+        known = _SAID_OTHERWISE | SIZES.get(section, {}).keys()
+        for field, value in given.items():
+            allowed = (False, None, defaults.get(field))
+            if field not in known and value not in allowed and (field, value) != ("pool_type", "eos"):
+                name = f"{section}.{field}".lstrip(".")
+                raise UserError(f"{told} cannot have {name}={value!r}; export to open_clip")
+
+
+def to_hf_processor(spec: ImageSpec) -> Config:
+    """The preprocessor_config.json of a CLIPImageProcessor."""
+    height, width = spec.size
+    if spec.resize_mode == "longest":
+        raise UserError("image spec: transformers cannot pad (resize_mode longest); export to open_clip")
+    squash = spec.resize_mode == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
+        "resample": Image.Resampling[spec.interpolation.upper()].value,
+        "do_center_crop": not squash,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
 
 
 def verify_hf(folder: Path, clip: ClipModel) -> None:

@@ -50,7 +50,7 @@ ALONE: dict[str, tuple[str, set[str]]] = {
     ),
     "models/checkpoints": ("the one spelling of weights, for scripts/export_hf.py", {"normalise_names"}),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),
-    "models/convert": ("both directions of one conversion lie together", {"to_hf_config", "to_hf_processor"}),
+    "models/convert": ("what both directions of one conversion share", {"ARGMAX_EOS"}),
     "models/heads": ("a head that exports and `load_classifier` know", {"DualHead", "KdHead"}),
     "models/prompted": (
         "parts of the prompted image tower, which backbones load",

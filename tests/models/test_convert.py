@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
+from scripts.export_hf import to_hf_config, to_hf_processor
 from vlmkd.errors import UserError
 from vlmkd.image_spec import ImageSpec
 from vlmkd.models.clip import build_clip, load_clip
@@ -22,8 +23,6 @@ from vlmkd.models.convert import (
     from_hf_state,
     is_hf_state,
     mlp_ratio,
-    to_hf_config,
-    to_hf_processor,
     to_hf_state,
 )
 

@@ -1,8 +1,10 @@
-"""open_clip's CLIP to transformers' CLIPModel and back: names, sizes, activation, pooled token, pixel statistics."""
+"""transformers' CLIPModel as open_clip's CLIP: names, to and fro, sizes, activation, pooled token, pixel statistics.
+
+scripts/export_hf.py has the other direction of configs.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,6 @@ from einops import rearrange
 from torch import Tensor
 
 from vlmkd.errors import UserError
-from vlmkd.image_spec import ImageSpec
 from vlmkd.models.pruned_clip import Config, State
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,7 +22,7 @@ CLIP_VOCABULARY = 49408
 """Its last two ids are start and end of text."""
 ARGMAX_EOS = 2
 """The end-of-text id with which transformers pools at the highest id, as open_clip does."""
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers
+_INTERPOLATIONS = {3: "bicubic", 2: "bilinear"}  # PIL's numbers
 
 _TOP = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -98,76 +99,16 @@ def from_hf_state(state: Mapping[str, Tensor]) -> State:
     return result
 
 
-_SIZES: dict[str, dict[str, tuple[int, str]]] = {
+SIZES: dict[str, dict[str, str]] = {
     "vision_cfg": {
-        "image_size": (224, "image_size"), "layers": (12, "num_hidden_layers"), "width": (768, "hidden_size"),
-        "patch_size": (16, "patch_size"),
+        "image_size": "image_size", "layers": "num_hidden_layers", "width": "hidden_size", "patch_size": "patch_size",
     },
     "text_cfg": {
-        "context_length": (77, "max_position_embeddings"), "vocab_size": (CLIP_VOCABULARY, "vocab_size"),
-        "width": (512, "hidden_size"), "heads": (8, "num_attention_heads"), "layers": (12, "num_hidden_layers"),
+        "context_length": "max_position_embeddings", "vocab_size": "vocab_size", "width": "hidden_size",
+        "heads": "num_attention_heads", "layers": "num_hidden_layers",
     },
 }  # fmt: skip
-"""Sizes of both towers: open_clip's name and default, transformers' name."""
-_SAID_OTHERWISE = {
-    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "head_width", "mlp_ratio",
-    "norm_kwargs", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pad_id", "eos_id",
-}  # fmt: skip
-"""Fields that CLIPModel has in another form, or that do not change what is computed."""
-
-
-def to_hf_config(config: Mapping[str, Any]) -> Config:
-    """The config.json of a CLIPModel that computes what open_clip's `config` computes."""
-    _refuse_foreign_parts(config)
-    towers: list[Config] = []
-    for section, sizes in _SIZES.items():
-        given = config[section]
-        tower: Config = {theirs: given.get(ours, default) for ours, (default, theirs) in sizes.items()}
-        towers += [tower]
-        tower |= {
-            "model_type": f"clip_{section.removesuffix('_cfg')}_model",
-            "intermediate_size": int(tower["hidden_size"] * given.get("mlp_ratio", 4.0)),
-            "layer_norm_eps": (given.get("norm_kwargs") or {}).get("eps", 1e-5),
-            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
-            "projection_dim": config["embed_dim"],
-        }
-    image, text = towers
-    image["num_attention_heads"] = image["hidden_size"] // config["vision_cfg"].get("head_width", 64)
-    given, vocabulary = config["text_cfg"], text["vocab_size"]
-    eos = vocabulary - 1 if vocabulary == CLIP_VOCABULARY else ARGMAX_EOS
-    if given.get("pool_type") == "eos":
-        eos = given.get("eos_id", ARGMAX_EOS)
-    ids = {"bos": max(vocabulary - 2, 0), "eos": eos, "pad": given.get("pad_id", 0)}
-    text |= {f"{name}_token_id": number for name, number in ids.items()}
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config["embed_dim"],
-        "vision_config": image,
-        "text_config": text,
-    }
-
-
-def _refuse_foreign_parts(config: Mapping[str, Any]) -> None:
-    """Refuse what differs from open_clip's defaults in a field that CLIPModel has no place for."""
-    from open_clip import CLIPTextCfg, CLIPVisionCfg
-
-    told, image = "model config: transformers' CLIPModel", config["vision_cfg"]
-    if isinstance(image.get("layers"), (list, tuple)):
-        raise UserError(f"{told} has no ResNet tower; export to open_clip")
-    if not isinstance(image.get("image_size", 224), int):
-        raise UserError(f"{told} needs a square image_size; export to open_clip")
-    kinds: Any = {"": None, "vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
-    defaults: Config = {"block_type": "default"}
-    for section, kind in kinds.items():
-        given = config[section] if section else config
-        defaults |= {item.name: item.default for item in dataclasses.fields(kind)} if kind else {}
-        known = _SAID_OTHERWISE | _SIZES.get(section, {}).keys()
-        for field, value in given.items():
-            allowed = (False, None, defaults.get(field))
-            if field not in known and value not in allowed and (field, value) != ("pool_type", "eos"):
-                name = f"{section}.{field}".lstrip(".")
-                raise UserError(f"{told} cannot have {name}={value!r}; export to open_clip")
+"""Sizes of both towers: open_clip's name -> transformers'."""
 
 
 def from_hf_config(hf: Mapping[str, Any], origin: str) -> Config:
@@ -183,7 +124,7 @@ def from_hf_config(hf: Mapping[str, Any], origin: str) -> Config:
         raise UserError(f"{origin}: hidden_act {sorted(acts)}; both towers need gelu, or both quick_gelu")
     config: Config = {"embed_dim": full.projection_dim, "quick_gelu": acts == {"quick_gelu"}}
     for section, tower in towers.items():
-        config[section] = {ours: getattr(tower, theirs) for ours, (_, theirs) in _SIZES[section].items()}
+        config[section] = {ours: getattr(tower, theirs) for ours, theirs in SIZES[section].items()}
         if tower.intermediate_size != 4 * tower.hidden_size:
             config[section]["mlp_ratio"] = mlp_ratio(tower.intermediate_size, tower.hidden_size)
         if tower.layer_norm_eps != 1e-5:
@@ -202,33 +143,11 @@ def mlp_ratio(channels: int, width: int) -> float:
     return ratio if int(width * ratio) == channels else (channels + 0.5) / width
 
 
-def to_hf_processor(spec: ImageSpec) -> Config:
-    height, width = spec.size
-    if spec.resize_mode == "longest":
-        raise UserError("image spec: transformers cannot pad (resize_mode longest); export to open_clip")
-    squash = spec.resize_mode == "squash"
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
-        "resample": _RESAMPLE[spec.interpolation],
-        "do_center_crop": not squash,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-    }
-
-
 def from_hf_processor(processor: Mapping[str, Any]) -> Config:
     """open_clip's preprocess config; absent fields have the values of OpenAI's CLIP."""
-    interpolations = {number: name for name, number in _RESAMPLE.items()}
     return {
         "mean": processor.get("image_mean", OPENAI_MEAN),
         "std": processor.get("image_std", OPENAI_STD),
-        "interpolation": interpolations.get(processor.get("resample", 3), "bicubic"),
+        "interpolation": _INTERPOLATIONS.get(processor.get("resample", 3), "bicubic"),
         "resize_mode": "shortest" if processor.get("do_center_crop", True) else "squash",
     }
