@@ -88,7 +88,8 @@ def main(config_class: type[C], build: Callable[[C], Job], argv: list[str] | Non
         if error.errno not in _FULL:
             raise
         file = error.filename or f"a file of {cfg.run_dir}"
-        told = f"{file} could not be written ({error.strerror}); free disk space and start the same command again"
+        mend = "allow it" if error.errno == errno.EACCES else "free disk space"
+        told = f"{file} could not be written ({error.strerror}); {mend} and start the same command again"
         _exit_with(f"{told}, to go on from the newest checkpoint")
     except RuntimeError:
         if not distributed.mistake_told():
