@@ -1,7 +1,7 @@
 """The page's plots, by matplotlib, as inline SVG: lines over steps, points over parameters.
 
 `svg` turns marks into the page's CSS variables, so that a plot follows the light or dark theme. matplotlib is imported
-where something is drawn: it takes half a second.
+where something is drawn: it takes half a second of every start.
 """
 
 from __future__ import annotations
