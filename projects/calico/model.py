@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -89,6 +90,7 @@ class CameraBranch(nn.Module):
     def forward(self, cameras: CameraInput, lidar: LidarInput | None = None) -> Tensor:
         """`lidar` is read by `view=depth_lss` alone."""
         images = cameras.images.flatten(0, 1).to(next(self.parameters()).dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
         return self.view(self.neck(self.backbone(images)), cameras, lidar)
 
 

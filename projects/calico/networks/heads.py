@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from projects.calico.geometry import Grid, bev_sample
+from projects.calico.geometry import Grid
 from projects.calico.model_config import HeadConfig
 from projects.calico.networks import boxes as coding
 from projects.calico.networks.boxes import CODE, Detections
@@ -275,17 +275,19 @@ class SegHead(nn.Module):
 
     def __init__(self, inputs: int, grid: Grid, classes: int, labels: Grid, width: int = 0) -> None:
         super().__init__()
-        self.grid, self.labels, width = grid, labels, width or inputs
+        width = width or inputs
+        # Bilinear between cell centres, zero beyond the map; not buffers, which a run in half precision would round.
+        self.shares = [_shares(labels, grid, axis) for axis in range(2)]
         self.convs = nn.Sequential(
             conv_block(inputs, width), conv_block(width, width), nn.Conv2d(width, classes, 1)
         )
 
     def forward(self, bev: Tensor) -> Tensor:
-        x, y, _ = self.labels.shape
-        index = torch.cartesian_prod(torch.arange(x, device=bev.device), torch.arange(y, device=bev.device))
-        places = self.labels.centre(index).expand(len(bev), -1, -1)
-        sampled = bev_sample(bev, places, self.grid).mT.reshape(len(bev), -1, x, y)
-        return self.convs(sampled.to(bev.dtype))
+        given = bev.to(torch.promote_types(bev.dtype, torch.float32))
+        x, y = (shares.to(given) for shares in self.shares)
+        rows = y @ given.permute(0, 2, 3, 1)
+        sampled = (x @ rows.flatten(2)).unflatten(2, (len(y), -1))
+        return self.convs(sampled.permute(0, 3, 1, 2).to(bev.dtype))
 
     def loss(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """`map`: focal loss, gamma 2 without alpha, mean over all logits. `masks` [B, M, X, Y] of 0 and 1."""
@@ -295,3 +297,10 @@ class SegHead(nn.Module):
     def decode(self, logits: Tensor) -> Tensor:
         """Probabilities [B, M, X, Y]."""
         return logits.float().sigmoid()
+
+
+def _shares(labels: Grid, grid: Grid, axis: int) -> Tensor:
+    """What each cell of `grid` has in a value at each cell's centre of `labels` [X, X'], along one axis."""
+    centre = labels.min[axis] + (torch.arange(labels.shape[axis]) + 0.5).double() * labels.cell[axis]
+    place = (centre - grid.min[axis]) / grid.cell[axis] - 0.5
+    return (1 - (place[:, None] - torch.arange(grid.shape[axis])).abs()).clamp(min=0)

@@ -201,7 +201,7 @@ class LSSTransform(nn.Module):
         cell = self.cells(cameras).permute(0, 1, 3, 4, 2).flatten(0, 3)
         rows = (part.float().permute(0, 2, 3, 1).flatten(0, 2) for part in (depth, context))
         bev = bev_pool(*rows, cell, frames * x * y, self.cfg.deterministic)
-        return bev.reshape(frames, x, y, -1).permute(0, 3, 1, 2).contiguous()
+        return bev.reshape(frames, x, y, -1).permute(0, 3, 1, 2)
 
     def forward(self, features: Tensor, cameras: CameraInput, lidar: LidarInput | None = None) -> Tensor:
         if self.depth_in is not None:
