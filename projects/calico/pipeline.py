@@ -344,7 +344,7 @@ class LabelledPipeline(ScenePipeline):
         """bool [M, X, Y] of the model's layers in the cells of the label, under the whole augmentation."""
         drawn = {} if frame.labels is None else frame.labels.masks
         if set(self.layers) <= drawn.keys():
-            return np.stack([moved_mask(drawn[name], lidar_aug, self.map_grid) for name in self.layers])
+            return moved_masks(np.stack([drawn[name] for name in self.layers]), lidar_aug, self.map_grid)
         if isinstance(self.frames, NuScenesFrames) and set(self.layers) <= set(LAYERS):
             world = _cached_map(self.frames.root, self.frames.entries[index].location)
             layers = of_frame(world, frame, self.map_grid, lidar_aug.numpy())
@@ -358,17 +358,17 @@ class LabelledPipeline(ScenePipeline):
 _cached_map = cache(read_map)
 
 
-def moved_mask(mask: np.ndarray, lidar_aug: Tensor, grid: Grid) -> np.ndarray:
-    """bool [X, Y]: a layer drawn around the sweep (`Labels.masks`) in the cells of the augmented frame."""
+def moved_masks(masks: np.ndarray, lidar_aug: Tensor, grid: Grid) -> np.ndarray:
+    """bool [M, X, Y]: layers drawn around the sweep (`Labels.masks`) in the cells of the augmented frame."""
     half = HALF_RANGE
     drawn = Grid((-half, -half, -1.0), (half, half, 1.0), (MAP_CELL, MAP_CELL, 2.0))
-    assert mask.shape == drawn.shape[:2], "of synthdrive"
+    assert masks.shape[1:] == drawn.shape[:2], "of synthdrive"
     x, y, _ = grid.shape
     centres = grid.centre(torch.cartesian_prod(torch.arange(x), torch.arange(y)), torch.float64)
     centres = torch.nn.functional.pad(centres, (0, 1))
     index, there = drawn.index(transform(centres, torch.linalg.inv(lidar_aug))[:, :2])
-    found = torch.from_numpy(mask)[index[:, 0], index[:, 1]] & there
-    return found.reshape(x, y).numpy()
+    found = torch.from_numpy(masks)[:, index[:, 0], index[:, 1]] & there
+    return found.reshape(-1, x, y).numpy()
 
 
 def evaluation_pipeline(cfg: CalicoConfig, frames: Frames) -> LabelledPipeline:

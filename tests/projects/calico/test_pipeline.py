@@ -26,7 +26,7 @@ from projects.calico.pipeline import (
     SceneSample,
     camera_input,
     generator,
-    moved_mask,
+    moved_masks,
 )
 from projects.calico.readers.nuscenes import NuScenesFrames
 from projects.calico.region_cache import RegionCache
@@ -215,10 +215,10 @@ def test_boxes_and_maps_move_with_the_points(data: Path) -> None:
 
 def test_a_map_that_is_turned_a_quarter_is_the_turned_picture() -> None:
     grid = Grid((-19.2, -19.2, -10), (19.2, 19.2, 10), (0.4, 0.4, 20.0))
-    mask = np.random.default_rng(0).random((96, 96)) < 0.5
-    turned = moved_mask(mask, lidar_augmentation(yaw=torch.pi / 2), grid)
-    assert np.array_equal(turned, np.rot90(mask, 1, (0, 1)))  # x goes to y
-    assert np.array_equal(moved_mask(mask, lidar_augmentation(flip_x=True), grid), mask[::-1])
+    masks = np.random.default_rng(0).random((3, 96, 96)) < 0.5
+    turned = moved_masks(masks, lidar_augmentation(yaw=torch.pi / 2), grid)
+    assert np.array_equal(turned, np.rot90(masks, 1, (1, 2)))  # x goes to y
+    assert np.array_equal(moved_masks(masks, lidar_augmentation(flip_x=True), grid), masks[:, ::-1])
 
 
 def test_pasting_ends_with_its_epochs(data: Path) -> None:
