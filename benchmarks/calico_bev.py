@@ -1,11 +1,12 @@
 """CALICO's way to the bird's-eye map: pillar maxima, camera pooling, and a training step by part, as Markdown tables.
 
-    python benchmarks/calico_bev.py [--threads 1] [--rounds 3] [--parts pillars pooling step] [--largest]
+    python benchmarks/calico_bev.py [--threads 1] [--rounds 3] [--parts pillars pooling maps step] [--largest]
 
 `pillars` sets the maximum of each pillar against torch's `scatter_reduce` with autograd's own backward pass, and against one
 over the pillars that there are, whose numbers are found by sorting (mmdetection3d's dynamic scatter). `pooling` sets the sum
 of depth times context without their products against `index_add` of all products, and against the original code's sort and
-cumulative sum (Philion and Fidler 2020). All forms must agree; each is a forward and a backward pass. `step` is what a step
+cumulative sum (Philion and Fidler 2020). `maps` sets how the map head reads its cells against `grid_sample`, and a backbone's
+convolutions over rows of channels against planes. All forms must agree; each is a forward and a backward pass. `step` is what a step
 of each stage in the toy world takes by part, from scenes that it writes to a temporary folder. Seconds of CPU time on a CPU,
 medians, the forms in turns. `--largest` adds six cameras of 256 x 704 pixels with 118 depth bins.
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,11 @@ from benchmarks.timing import clock  # noqa: E402
 from projects.calico import synthdrive  # noqa: E402
 from projects.calico.build import job  # noqa: E402
 from projects.calico.config import CalicoConfig  # noqa: E402
+from projects.calico.geometry import Grid, bev_sample  # noqa: E402
+from projects.calico.networks.heads import SegHead  # noqa: E402
 from projects.calico.networks.lidar import scatter_max  # noqa: E402
 from projects.calico.networks.lss import bev_pool  # noqa: E402
+from projects.calico.networks.parts import SecondWithFpn  # noqa: E402
 from vlmkd import config  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,6 +164,40 @@ def pooling(rounds: int, largest: bool) -> None:
         )
 
 
+def maps(rounds: int) -> None:
+    print("| part | map | channels | form | s | ratio to ours |\n|---|---:|---:|---|---:|---:|")
+    for frames, channels, (side, cell), (labels, label_cell) in (
+        (4, 64, (48, 0.8), (96, 0.4)),
+        (1, 256, (180, 0.6), (200, 0.5)),
+    ):
+        torch.manual_seed(0)
+        given, wanted = square(side, cell), square(labels, label_cell)
+        head = SegHead(channels, given, 1, wanted).to(DEVICE)
+        bev = torch.randn(frames, side, side, channels, device=DEVICE).permute(0, 3, 1, 2).requires_grad_()
+        forms: dict[str, Form] = {
+            "ours": head.sampled,
+            "grid_sample": partial(by_grid_sample, given=given, wanted=wanted),
+        }
+        show(["reading", f"{side}² to {labels}²", str(channels)], in_turns(forms, (bev,), rounds))
+    cfg = config.load(CalicoConfig, [str(CONFIGS / name) for name in ("base.yaml", "prc.yaml")]).model.lidar
+    width = cfg.channels[-1]
+    backbone = SecondWithFpn(width, cfg).to(DEVICE)
+    bev = torch.randn(4, 96, 96, width, device=DEVICE).permute(0, 3, 1, 2).requires_grad_()
+    forms = {"ours": backbone, "planes": lambda bev: backbone(bev.contiguous())}
+    show(["convolutions", "96²", str(width)], in_turns(forms, (bev,), rounds))
+
+
+def by_grid_sample(bev: Tensor, given: Grid, wanted: Grid) -> Tensor:
+    x, y, _ = wanted.shape
+    index = torch.cartesian_prod(torch.arange(x, device=DEVICE), torch.arange(y, device=DEVICE))
+    return bev_sample(bev, wanted.centre(index).expand(len(bev), -1, -1), given).mT.unflatten(2, (x, y))
+
+
+def square(side: int, cell: float) -> Grid:
+    reach = side * cell / 2
+    return Grid((-reach, -reach, -5.0), (reach, reach, 3.0), (cell, cell, 8.0))
+
+
 def show(cells: list[str], found: dict[str, float]) -> None:
     for name, seconds in found.items():
         told = [*cells, name, f"{seconds:.4f}", f"{seconds / found['ours']:.2f}"]
@@ -246,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ["pillars", "pooling", "step"]
+    kinds = ["pillars", "pooling", "maps", "step"]
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=kinds, default=kinds)
@@ -260,6 +299,8 @@ def main() -> None:
             pillars(args.rounds)
         elif kind == "pooling":
             pooling(args.rounds, args.largest)
+        elif kind == "maps":
+            maps(args.rounds)
         else:
             steps(args.rounds)
 

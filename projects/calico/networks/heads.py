@@ -283,11 +283,15 @@ class SegHead(nn.Module):
         )
 
     def forward(self, bev: Tensor) -> Tensor:
+        return self.convs(self.sampled(bev))
+
+    def sampled(self, bev: Tensor) -> Tensor:
+        """[B, C, X, Y]; the grids' axes are parallel, so that two matrix products do it."""
         given = bev.to(torch.promote_types(bev.dtype, torch.float32))
         x, y = (shares.to(given) for shares in self.shares)
         rows = y @ given.permute(0, 2, 3, 1)
-        sampled = (x @ rows.flatten(2)).unflatten(2, (len(y), -1))
-        return self.convs(sampled.permute(0, 3, 1, 2).to(bev.dtype))
+        found = (x @ rows.flatten(2)).unflatten(2, (len(y), -1))
+        return found.permute(0, 3, 1, 2).to(bev.dtype)
 
     def loss(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """`map`: focal loss, gamma 2 without alpha, mean over all logits. `masks` [B, M, X, Y] of 0 and 1."""

@@ -8,7 +8,7 @@
 # set; further field=value arguments go to every student. Finished runs are kept. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-export runs="${RUNS:-runs/llava_mod_nano}" steps="${STEPS:-360}" teacher_steps="${TEACHER_STEPS:-900}"
+export runs="${RUNS:-runs/llava_mod_nano}" steps="${STEPS:-360}" teacher_steps="${TEACHER_STEPS:-800}"
 export caption_steps="${CAPTION_STEPS:-600}" prefer_steps="${PREFER_STEPS:-60}"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 launch() { bash scripts/launch.sh "$@"; }
@@ -36,8 +36,8 @@ from() { echo "student.init_from=$runs/$1/export"; }
 # A model that sees: its projector's features become words to the decoder, then captions and what is where alone. With all
 # questions from the start a small decoder does not look at the picture.
 seeing() { # large or small
-    train "$1_words words 400" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
-        student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=96 \
+    train "$1_words words 300" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
+        student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=80 \
         student.decoder="hf:$runs/$1"
     train "$1_captions sft $caption_steps" "$captions" batch_size=32 "$(from "$1_words")"
 }
@@ -60,6 +60,8 @@ work() { # KIND SEED [field=value ...]
         sparse)
             taught "half_s$s d2d $half" "$s" "$(from small_captions)" "${@:3}"
             taught "d2s_s$s d2s $half" $((s + 100)) "$(from "half_s$s")" "$asked" moe.mode=sparse "${@:3}"  # other chats
+            ;;
+        prefer)
             taught "prefer_s$s prefer $prefer_steps" "$s" "$(from "d2s_s$s")" "$asked" \
                 "data.chats=[$runs/scenes/preferences.json]" optim.lr=2e-5 "${@:3}"
             ;;
@@ -70,6 +72,7 @@ parallel() { xargs -P 2 -I WORK bash -euo pipefail -c 'read -ra work <<< "$1"; w
 each() { printf "$1 %s\n" ${SEEDS:-0 1 2}; }
 printf '%s 0\n' teacher small | parallel "$@"
 { each sparse && each dense; } | parallel "$@"
+each prefer | parallel "$@"
 
 launch scripts/table.py "$runs" --spec projects/llava_mod/table.yaml --markdown "$runs/table.md"
 [ -n "${DRY_RUN:-}" ] || cat "$runs/table.md"
