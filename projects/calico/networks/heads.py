@@ -288,7 +288,8 @@ class SegHead(nn.Module):
     def sampled(self, bev: Tensor) -> Tensor:
         """[B, C, X, Y]; the grids' axes are parallel, so that two matrix products do it."""
         given = bev.to(torch.promote_types(bev.dtype, torch.float32))
-        x, y = (shares.to(given) for shares in self.shares)
+        self.shares = [shares.to(given.device) for shares in self.shares]  # once
+        x, y = (shares.to(given.dtype) for shares in self.shares)
         rows = y @ given.permute(0, 2, 3, 1)
         found = (x @ rows.flatten(2)).unflatten(2, (len(y), -1))
         return found.permute(0, 3, 1, 2).to(bev.dtype)

@@ -120,11 +120,12 @@ def test_two_processes_train_as_one(runs: Runs, stage: str) -> None:
     assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-3)
     for one, two in zip(lines(whole), lines(both), strict=True):
         # A number that rounding takes over a ReLU's edge changes a gradient, and Adam what follows; torch's own BatchNorm
-        # of one rank sums rows of channels in float32.
+        # of one rank sums rows of channels in float32, which the last step shows most.
+        apart = 1e-2 if one["step"] == 4 else 2e-3
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.05)
         for name in one:
             if name == "loss" or name.startswith("loss/"):
-                assert two[name] == pytest.approx(one[name], rel=1e-2), (one["step"], name)
+                assert two[name] == pytest.approx(one[name], rel=apart), (one["step"], name)
     if stage == "finetune":
         scores = [next(iter(last_of(read_results(run / FILE)).values())) for run in (whole, both)]
         assert scores[0].keys() == scores[1].keys()
