@@ -40,6 +40,8 @@ class ChatDataConfig:
     """The run stops when more than this share of the chats cannot be used; 0: at the first."""
     teacher_outputs: str = ""
     """Folder written by data_tools/embed_chats.py; the teacher is then not loaded, and where it is named, compared by digest."""
+    features: str = ""
+    """Folder written by data_tools/embed_pictures.py with the student's tower, which pictures that it has do not go through."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlmkd import distributed
 from vlmkd.chat_config import ChatRunConfig, QuestionsConfig
 from vlmkd.config import DataConfig, SourceConfig, require
-from vlmkd.data.chat_outputs import ChatOutputs, record_key
+from vlmkd.data.chat_outputs import ChatOutputs, Features, record_key
 from vlmkd.data.chats import ATTRIBUTIONS, ChatPipeline, ChatTokens, read_chats
 from vlmkd.data.loader import Loader
 from vlmkd.data.shards import is_remote, known_samples
@@ -33,6 +33,7 @@ from vlmkd.export.mllm import (
     export_folder,
     export_mllm,
     load_mllm,
+    tower_digest,
 )
 from vlmkd.files import read_json, read_object
 from vlmkd.image_spec import ImageSpec
@@ -52,6 +53,22 @@ def check_pair(student: ChatParts, teacher: ChatParts) -> None:
         (f"student {student.config.decoder}", student.tokenizer, student.module, student.image_spec),
         (f"teacher {teacher.config.decoder}", teacher.tokenizer, teacher.module, teacher.image_spec),
     )
+
+
+def use_features(cfg: ChatRunConfig, student: ChatParts, teacher: ChatParts | None) -> None:
+    """Let both take their pictures from `data.features`; refuses those of another tower than the student's, or two towers."""
+    if not cfg.data.features:
+        return
+    stored = Features(cfg.data.features)
+    if stored.info.digest != tower_digest(student.module.tower):
+        told = f"is of the tower of {stored.info.source}, which is not the student's; run {stored.info.tools} with that one"
+        raise UserError(f"config field data.features: {cfg.data.features} {told}")
+    if teacher is not None and not see_alike(student.module.tower, teacher.module.tower):
+        told = "serves one tower, and the teacher's is another than the student's; leave it out"
+        raise UserError(f"config field data.features: {cfg.data.features} {told}")
+    for parts in (student, teacher):
+        if parts is not None:
+            parts.features = stored
 
 
 Reader = tuple[str, Any, Any, ImageSpec]
@@ -116,7 +133,7 @@ def chat_loader(
         keys = [record_key(item.content()) for item in items] if data.teacher_outputs else []
     pipeline = ChatPipeline(
         tokens, student.image_spec, max_length=data.max_length, pack=data.pack, max_pixels=data.max_pixels,
-        stored=ChatOutputs(data.teacher_outputs) if data.teacher_outputs else None,
+        stored=ChatOutputs(data.teacher_outputs) if data.teacher_outputs else None, features=student.features,
     )  # fmt: skip
     if pipeline.stored is not None:
         teacher = teacher or cfg.teacher.init_from
@@ -226,13 +243,14 @@ class ChatTask(Task):
 
     def predictor(self) -> ChatModel:
         """The student as it answers."""
-        return ChatModel("student", self.core, self.tokens, self.parts.image_spec)
+        return ChatModel("student", self.core, self.tokens, self.parts.image_spec, self.parts.features)
 
     def teacher_predictors(self) -> dict[str, ChatModel]:
         """The teacher as it answers."""
         if self.teacher is None:
             return {}
-        return {"teacher": ChatModel("teacher", self.teacher.module, self.tokens, self.teacher.image_spec)}
+        spec, features = self.teacher.image_spec, self.teacher.features
+        return {"teacher": ChatModel("teacher", self.teacher.module, self.tokens, spec, features)}
 
     def parameter_counts(self) -> dict[str, int]:
         """Of student and teacher."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from projects.llava_mod.config import LlavaModConfig
 from projects.llava_mod.student import build_student, surgery
 from projects.llava_mod.task import LlavaModTask
-from vlmkd.chat_runs import chat_loader, chat_tokens, check_pair, questions
+from vlmkd.chat_runs import chat_loader, chat_tokens, check_pair, questions, use_features
 from vlmkd.export.mllm import build_mllm
 from vlmkd.train.durations import in_steps
 from vlmkd.train.task import frozen
@@ -20,6 +20,7 @@ def job(cfg: LlavaModConfig) -> Job:
         teacher = build_mllm(cfg.teacher, surgery=surgery)
         frozen(teacher.module)
         check_pair(student, teacher)
+    use_features(cfg, student, teacher)
     tokens = chat_tokens(cfg, student)
     loader = chat_loader(
         cfg, student, tokens, pairs=cfg.stage == "prefer", temperature=cfg.loss.temperature,

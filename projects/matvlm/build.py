@@ -5,7 +5,7 @@ from __future__ import annotations
 from projects.matvlm.config import MatvlmConfig
 from projects.matvlm.student import build_student, build_teacher
 from projects.matvlm.task import MatvlmTask
-from vlmkd.chat_runs import chat_loader, chat_tokens, check_pair, questions
+from vlmkd.chat_runs import chat_loader, chat_tokens, check_pair, questions, use_features
 from vlmkd.train.durations import in_steps
 from vlmkd.train.trainer import Job
 
@@ -16,6 +16,7 @@ def job(cfg: MatvlmConfig) -> Job:
     student = build_student(cfg, teacher)
     if teacher is not None:
         check_pair(student, teacher)
+    use_features(cfg, student, teacher)
     tokens = chat_tokens(cfg, student)
     before = cfg.teacher.init_from or cfg.student.init_from
     loader = chat_loader(cfg, student, tokens, temperature=cfg.loss.temperature, teacher=before)

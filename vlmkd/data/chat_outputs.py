@@ -10,6 +10,9 @@ or, of N preference pairs, `sums` [N,2]: log-probabilities of the whole answers,
 
 A chat of a file is stored under the sha256 of its record, one of a shard under its key. The digest beside it is that of the
 tokens, of what is learned, and of the image files, so that another template, tokenizer, length or image is noticed.
+
+And what a frozen vision tower gives for pictures, stored by data_tools/embed_pictures.py: `features` [N,F,C] of N pictures,
+F places of width C, under the sha256 of the image file.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from vlmkd.data.samples import RawSample
 from vlmkd.data.teacher_outputs import Store, StoreInfo
@@ -81,6 +86,35 @@ class ChatOutputs(Store):
             if ours != theirs and (name != "digest" or ours):
                 differences.append(f"{told}: {_short(ours)}, in the outputs {_short(theirs)}")
         self.refuse(differences, shards, keys, max_missing_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesInfo(StoreInfo):
+    """What `cache.json` says about a folder of features; its `digest` is of the tower, as `tower_digest` has it."""
+
+    unit: ClassVar[str] = "pictures"
+    content: ClassVar[str] = "another picture"
+    tools: ClassVar[str] = "data_tools/embed_pictures.py"
+    places: int
+    """F."""
+    width: int
+    """C."""
+
+
+class Features(Store):
+    """Reader of a folder."""
+
+    kind = FeaturesInfo
+
+    def of(self, picture: bytes) -> Tensor | None:
+        """float32 [F,C] of an image file, or None."""
+        entry = self.get(picture_key(picture))
+        return None if entry is None else entry.columns["features"].float()
+
+
+def picture_key(picture: bytes) -> str:
+    """The name that an image file is stored by."""
+    return hashlib.sha256(picture).hexdigest()
 
 
 def _short(value: Any) -> str:

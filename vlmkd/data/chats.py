@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmkd.chat_ids import IGNORED, IMAGE_ID
-from vlmkd.data.chat_outputs import ChatOutputs, ChatOutputsInfo, chat_bytes, chat_key
+from vlmkd.data.chat_outputs import ChatOutputs, ChatOutputsInfo, Features, chat_bytes, chat_key
 from vlmkd.data.samples import BadSample, RawSample, checked_size
 from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError
@@ -85,11 +85,15 @@ class ChatItem:
         """The record as JSON."""
         return json.dumps(self.record).encode()
 
+    def pictures(self) -> list[Path]:
+        """Files of its images."""
+        image = self.record.get("image") or []
+        return [Path(self.folder, name) for name in ([image] if isinstance(image, str) else image)]
+
     def members(self) -> dict[str, bytes]:
         """The record, and its images as `0`, `1`, ..."""
         files = {"json": self.content()}
-        for number, name in enumerate(_paths(self.record)):
-            path = Path(self.folder, name)
+        for number, path in enumerate(self.pictures()):
             try:
                 files[f"{number}.png"] = path.read_bytes()
             except OSError as error:
@@ -119,11 +123,6 @@ def _lines(path: str) -> list[Any]:
                 f"chats {path}: line {number} is no JSON ({one_line(error)}); correct it"
             ) from None
     return found
-
-
-def _paths(record: dict[str, Any]) -> list[str]:
-    image = record.get("image") or []
-    return [image] if isinstance(image, str) else list(image)
 
 
 def turns_of(conversation: Any) -> list[tuple[str, str]]:
@@ -240,7 +239,7 @@ class Chat:
     rows: list[tuple[list[int], list[int]]]
     """Ids and targets of each conversation."""
     images: list[Tensor]
-    """float32 [3,h,w]."""
+    """float32 [3,h,w], or [F,C] where features are stored."""
     cut: int = 0
     """Rows that were longer than the limit."""
     said: dict[str, Tensor] = field(default_factory=dict)
@@ -259,15 +258,16 @@ class ChatPipeline:
         pack: bool = False,
         max_pixels: int = 89_478_485,
         stored: ChatOutputs | None = None,
+        features: Features | None = None,
     ) -> None:
         """A longer conversation loses its end; one that would lose an image or all that is learned is dropped.
 
         `pack`: several chats share a row of at most `max_length` tokens; see `Batch` in `collate`. `stored`: a teacher that
-        does not run.
+        does not run; `features`: what a tower that does not run gives for the pictures.
         """
         self.tokens, self._spec, self._length, self._pack = tokens, image_spec, max_length, pack
         self._max_pixels, self._transform = max_pixels, eval_transform(image_spec)
-        self.stored = stored
+        self.stored, self._features = stored, features
 
     def process(self, raw: RawSample) -> Chat:
         """A chat's ids, targets and images."""
@@ -281,7 +281,7 @@ class ChatPipeline:
         except ValueError as error:
             raise BadSample("bad_record", str(error)) from None
         cut = sum(was_cut for _, _, was_cut in rows)
-        pictures = [self._picture(data) for data in images]
+        pictures = [self._features_of(data) if self._features else self.picture(data) for data in images]
         chat = Chat(raw.name, [(ids, targets) for ids, targets, _ in rows], pictures, cut)
         if self.stored is not None:
             digest = hashlib.sha256(chat_bytes(chat.rows, images)).digest()
@@ -306,7 +306,19 @@ class ChatPipeline:
             raise BadSample("too_long" if cut else "nothing_to_learn", f"has nothing to learn {where}")
         return ids, [*targets, IGNORED], cut
 
-    def _picture(self, data: bytes) -> Tensor:
+    def _features_of(self, data: bytes) -> Tensor:
+        assert self._features is not None
+        found = self._features.of(data)
+        if found is None:
+            raise BadSample("missing_features", f"has a picture that is not in {self._features.folder}")
+        return found
+
+    def picture(self, data: bytes) -> Tensor:
+        """float32 [3,h,w] of an image file.
+
+        Raises:
+            BadSample: it has too many pixels, or cannot be decoded.
+        """
         checked_size(data, self._max_pixels)
         try:
             return self._transform(Image.open(io.BytesIO(data)))
@@ -316,7 +328,7 @@ class ChatPipeline:
     def collate(self, samples: list[Chat]) -> dict[str, Any]:
         """`input_ids`, `targets` int64 [R,T]; `segments` int64 [R,T]: 1, 2, ... for the chats of a row, 0 for padding.
 
-        `images` float32 [I,3,h,w], and `image_rows` int64: which of them stands at each place of an image, in the order
+        `images` float32 [I,3,h,w], or [I,F,C] where features are stored, and `image_rows` int64: which of them stands at each place of an image, in the order
         of the places. Rows of pairs: all that are preferred, then all that are rejected. Of a stored teacher
         `teacher_log_probs`, `teacher_ids` [P,k], `teacher_log_tail` [P] at the P targets in their order, or of pairs
         `teacher_sums` [R].
@@ -344,11 +356,15 @@ class ChatPipeline:
                 name: pad_sequence([torch.tensor(row) for row in values], True, filler)
                 for name, (values, filler) in columns.items()
             },
-            "images": torch.stack(images) if images else torch.zeros(0, 3, *self._spec.size),
+            "images": torch.stack(images) if images else torch.zeros(0, *self._shape()),
             "image_rows": torch.tensor([index for n in order for index in image_rows[n]], dtype=torch.int64),
             "cut": torch.tensor(float(sum(sample.cut for sample in samples))),
             **_said([sample.said for sample in samples], order),
         }
+
+    def _shape(self) -> tuple[int, ...]:
+        info = self._features and self._features.info
+        return (info.places, info.width) if info else (3, *self._spec.size)
 
     def check(self, batch: dict[str, Any], size: int) -> None:
         """See `Pipeline`; shows the first row with what is learned marked."""

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmkd import distributed
+from vlmkd.data.chat_outputs import Features
 from vlmkd.data.chats import IMAGE, ChatItem, ChatTokens, turns_of
 from vlmkd.data.samples import BadSample
 from vlmkd.data.transforms import eval_transform
@@ -38,8 +39,17 @@ SHOWN = 24
 
 
 class ChatModel:
-    def __init__(self, name: str, model: Mllm, tokens: ChatTokens, image_spec: ImageSpec) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Mllm,
+        tokens: ChatTokens,
+        image_spec: ImageSpec,
+        features: Features | None = None,
+    ) -> None:
+        """`features`: what the tower gives for pictures, where that is stored."""
         self.name, self.model, self.tokens, self.image_spec = name, model, tokens, image_spec
+        self._features = features
         self._transform = eval_transform(image_spec)
 
     @torch.no_grad()
@@ -97,7 +107,11 @@ class ChatModel:
         return [row[: row.index(end) + 1] if end in row else row for row in said.tolist()]
 
     def pictures_of(self, files: Sequence[bytes]) -> torch.Tensor:
-        """[I, 3, h, w]; also of no image."""
+        """[I, 3, h, w], also of no image; features [I, N, C] where those of all are stored."""
+        found = [self._features.of(data) for data in files] if self._features else []
+        stored = [one for one in found if one is not None]
+        if files and len(stored) == len(files):
+            return torch.stack(stored)
         try:
             pictures = [self._transform(Image.open(io.BytesIO(data))) for data in files]
         except UNREADABLE as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vlmkd.chat_config import MllmConfig
 from vlmkd.chat_ids import IMAGE_ID
+from vlmkd.data.chat_outputs import Features
 from vlmkd.errors import UserError
 from vlmkd.export.folder import (
     Probe,
@@ -60,6 +61,8 @@ class ChatParts:
     """What a project says of it, e.g. which layers are sparse."""
     base_digest: str
     """sha256 over the weights as they came from tower and decoder."""
+    features: Features | None = None
+    """What the tower gives for pictures, where that is stored."""
     rounded: bool = False
     """Stock weights, too, are what a run in bfloat16 made of them."""
     trained: set[str] = field(default_factory=set)
@@ -113,6 +116,11 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         state.update(tensor.detach().float().contiguous().numpy().tobytes())
     return state.hexdigest()
+
+
+def tower_digest(tower: Any) -> str:
+    """sha256 over a `VisionTower`'s weights and what it makes of an image."""
+    return hashlib.sha256(f"{tower.taken()} {_digest(tower.state_dict().values())}".encode()).hexdigest()
 
 
 def load_mllm(

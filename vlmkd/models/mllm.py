@@ -51,6 +51,10 @@ class VisionTower(nn.Module):
             probe = self(torch.zeros(1, 3, *self.image_spec.size))
         self.tokens, self.dim = probe.shape[1:]
 
+    def taken(self) -> tuple[Any, ...]:
+        """What is made of an image, beside the weights."""
+        return self.layers, self.grid, self.drop_first, self.norm, self.image_spec
+
     def forward(self, images: Tensor) -> Tensor:
         """images [I, 3, h, w] -> [I, N, C]."""
         # Convolutions take a fifth less time on CPUs.
@@ -70,12 +74,8 @@ class VisionTower(nn.Module):
 
 def see_alike(student: Any, teacher: Any) -> bool:
     """Whether two `VisionTower`s give the same features, once the student's weights are of the teacher's precision."""
-
-    def taken(tower: Any) -> tuple[Any, ...]:
-        return tower.layers, tower.grid, tower.drop_first, tower.norm, tower.image_spec
-
     own, other = student.state_dict(), teacher.state_dict()
-    same = taken(student) == taken(teacher) and own.keys() == other.keys()
+    same = student.taken() == teacher.taken() and own.keys() == other.keys()
     return same and all(torch.equal(own[name].to(value.dtype), value) for name, value in other.items())
 
 
@@ -121,16 +121,17 @@ class Mllm(nn.Module):
     ) -> Tensor:
         """Input embeddings [R, T, D], features of the images in their places; each image goes through the tower once.
 
-        `seen`: what the tower gives for the images, in the place of its pass.
+        `images` [I, 3, h, w], or stored features [I, N, C] of them, which need no tower. `seen`: features from another pass.
         Without any image the tower's parameters take part all the same, times zero: ZeRO waits for them on all ranks.
         """
         places = input_ids == IMAGE_ID
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
         if seen is None:
-            dtype = compute_dtype(self.tower)
-            self.tower.to(dtype)  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
-            shown = images if len(images) else images.new_zeros(1, *images.shape[1:])
-            seen = self.tower(shown.to(dtype))
+            seen = images if len(images) else images.new_zeros(1, *images.shape[1:])
+            if seen.dim() == 4:
+                dtype = compute_dtype(self.tower)
+                self.tower.to(dtype)  # DeepSpeed casts parameters, and leaves statistics of BatchNorm
+                seen = self.tower(seen.to(dtype))
         features = self.projector(seen.to(compute_dtype(self.projector)))
         if not len(images):
             return embeds + 0 * features.sum().to(embeds.dtype)

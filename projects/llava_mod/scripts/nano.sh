@@ -29,30 +29,30 @@ train() { # "NAME STAGE STEPS" [field=value ...]
     local name stage count
     read -r name stage count <<< "$1"
     bash scripts/launch.sh projects/llava_mod/train_stage.py projects/llava_mod/configs/nano/base.yaml \
-        run_dir="$runs/$name" stage="$stage" steps="$count" "$chats" "${@:2}" \
+        run_dir="$runs/$name" stage="$stage" steps="$count" data.features="$runs/features" "$chats" "${@:2}" \
         2>&1 | sed -u "s/^/[$name] /"
 }
 from() { echo "student.init_from=$runs/$1/export"; }
-# A model that sees: its projector's features become words to the decoder, then captions and what is where alone. With all
-# questions from the start a small decoder does not look at the picture.
-seeing() { # large or small
-    train "$1_words words 300" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
-        student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=80 \
-        student.decoder="hf:$runs/$1"
-    train "$1_captions sft $caption_steps" "$captions" batch_size=32 "$(from "$1_words")"
-}
 taught() { train "$1" seed="$2" teacher.init_from="$runs/teacher/export" "${@:3}"; }
 
 # One line of work; a student's steps are all dense, or half of them dense and half sparse.
-work() { # KIND SEED [field=value ...]
+work() { # KIND SEED-OR-DECODER [field=value ...]
     local s="$2" half=$((steps / 2))
     case "$1" in
+        # A model that sees: its projector's features become words to the decoder, then captions and what is where alone.
+        # With all questions from the start a small decoder does not look at the picture.
+        words)
+            train "$2_words words 300" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
+                student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=80 \
+                student.decoder="hf:$runs/$2" data.features=
+            ;;
+        captions) train "$2_captions sft $caption_steps" "$captions" batch_size=32 "$(from "$2_words")" ;;
         teacher)
-            seeing large
+            work captions large
             train "teacher sft $teacher_steps" "$(from large_captions)" "$asked"
             ;;
         small)  # and what needs no teacher
-            seeing small
+            work captions small
             for s in ${SEEDS:-0 1 2}; do work sft "$s" "${@:3}"; done
             ;;
         sft) train "sft_s$s sft $steps" seed="$s" "$(from small_captions)" "$asked" "${@:3}" ;;
@@ -67,9 +67,13 @@ work() { # KIND SEED [field=value ...]
             ;;
     esac
 }
-export -f train from seeing taught work
+export -f train from taught work
 parallel() { xargs -P 2 -I WORK bash -euo pipefail -c 'read -ra work <<< "$1"; work "${work[@]}" "${@:2}"' work WORK "$@"; }
 each() { printf "$1 %s\n" ${SEEDS:-0 1 2}; }
+printf 'words %s\n' large small | parallel
+# One frozen tower in all that follow: what it gives for the pictures is stored once.
+NPROC=2 launch data_tools/embed_pictures.py --model "$runs/large_words" --chats "$runs"/scenes/{train,test}.json \
+    --out "$runs/features" --fp32 --part-size 1000
 printf '%s 0\n' teacher small | parallel "$@"
 { each sparse && each dense; } | parallel "$@"
 each prefer | parallel "$@"
