@@ -1,9 +1,10 @@
 r"""Store what a multimodal model's frozen vision tower gives for the pictures of chats, so that they go through it once.
 
-    python data_tools/embed_pictures.py --model runs/chat/adapt --chats chats.json --out runs/chat/features
-    NPROC=8 bash scripts/launch.sh data_tools/embed_pictures.py --model runs/chat/adapt --chats chats.json --out features
+    python data_tools/embed_pictures.py init_from=runs/chat/adapt --chats chats.json --out runs/chat/features
+    NPROC=8 bash scripts/launch.sh data_tools/embed_pictures.py tower=clip:ViT-L-14-336@openai decoder=hf:Qwen/Qwen1.5-1.8B \
+        --chats chats.json --out features
 
-Name the folder in `data.features` of every run with the same tower: pictures that it has are neither decoded nor seen
+The tower is told by fields of a run's `student`: an export that has it, or what the run makes it of. Name the folder in `data.features` of every run with the same tower: pictures that it has are neither decoded nor seen
 again, in questions neither. It pays where the same pictures come often, and takes 2 bytes a number (4 with --fp32), 1.2 MB a
 picture of CLIP ViT-L/14 at 336 px. Ranks share the work; an interrupted call continues where it stopped, and another list of
 chats adds to the folder.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,17 +23,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import projects
 from scripts import evaluation_command as command
-from vlmkd import distributed
+from vlmkd import config, distributed
+from vlmkd.chat_config import MllmConfig
 from vlmkd.chat_runs import is_shards, open_chat
+from vlmkd.config import require
 from vlmkd.data.chat_outputs import FeaturesInfo, picture_key
-from vlmkd.data.chats import ChatPipeline, read_chats
+from vlmkd.data.chats import decoded, read_chats
 from vlmkd.data.teacher_outputs import Prepared, Writer
+from vlmkd.data.transforms import eval_transform
 from vlmkd.errors import UserError, at_least, run_tool
-from vlmkd.export.mllm import tower_digest
+from vlmkd.export.mllm import build_tower, tower_digest
 from vlmkd.files import unreadable
 
 
@@ -49,8 +55,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, count = parser.add_argument, at_least(0)
-    add("--model", required=True, metavar="EXPORT", help="a run, its `export` folder or zoo:NAME")
-    add("--project", default="", help="whose model it is (default: as the export says)")
+    add("fields", nargs="+", metavar="FIELD=VALUE", help="of a run's student: init_from, or tower and others")
     add("--device", default="", help="cpu, cuda, cuda:1 (default: a GPU when there is one)")
     add("--chats", nargs="+", required=True, help="JSON files, of questions too")
     add("--images", default="", help="as data.images")
@@ -71,16 +76,21 @@ def main(argv: list[str]) -> int:
 
 
 def _embed(args: argparse.Namespace) -> None:
+    cfg = config.load(MllmConfig, args.fields)
+    require(cfg.named, "init_from", "or tower and decoder must be given")
     device = command.start(args).device
     found = pictures(args.chats, args.images)
-    model = open_chat(args.model, projects.surgery_of, project=args.project, device=args.device)
-    tower: Any = model.model.tower
+    tower: Any = (
+        open_chat(cfg.init_from, projects.surgery_of, device="cpu").model.tower
+        if cfg.init_from
+        else build_tower(cfg)
+    )
     info = FeaturesInfo(
-        source=args.model, digest=tower_digest(tower.cpu()), image_spec=model.image_spec, set_name="pictures",
+        source=cfg.init_from or cfg.tower, digest=tower_digest(tower), image_spec=tower.image_spec, set_name="pictures",
         places=tower.tokens, width=tower.dim, dtype="float32" if args.fp32 else "float16",
     )  # fmt: skip
     tower.to(device)
-    pipeline = ChatPipeline(model.tokens, model.image_spec, max_pixels=args.max_pixels)
+    make = partial(_prepared, transform=eval_transform(tower.image_spec), max_pixels=args.max_pixels)
 
     @torch.inference_mode()
     def features(batch: list[Prepared]) -> dict[str, Tensor]:
@@ -91,9 +101,7 @@ def _embed(args: argparse.Namespace) -> None:
         if distributed.is_main():
             print(line, flush=True)
 
-    writer = Writer(
-        args.out, info, features, args.batch_size, partial(_prepared, pipeline=pipeline), progress
-    )
+    writer = Writer(args.out, info, features, args.batch_size, make, progress)
     skipped = writer.items(found, args.part_size, args.workers)
     told = ", ".join(f"{reason} {number}" for reason, number in sorted(skipped.items()))
     progress(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
@@ -109,9 +117,9 @@ def pictures(chats: list[str], images: str) -> list[Picture]:
     return [Picture(key, path) for key, path in found.items()]
 
 
-def _prepared(one: Picture, pipeline: ChatPipeline) -> Prepared:
+def _prepared(one: Picture, transform: Callable[[Image.Image], Tensor], max_pixels: int) -> Prepared:
     data = _read(one.path)
-    return Prepared(one.key, data, [], [], chat=pipeline.picture(data))
+    return Prepared(one.key, data, [], [], chat=decoded(data, transform, max_pixels))
 
 
 def _read(path: Path) -> bytes:

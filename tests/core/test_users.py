@@ -34,19 +34,25 @@ ALONE: dict[str, tuple[str, set[str]]] = {
         {"MARKS", "PROBE_TEXTS", "write_tokenizer"},
     ),
     "export/folder": ("parts of every export's check and folder", {"PROVENANCE", "compare"}),
+    "export/mllm": ("a part of building a model, for the tool that embeds pictures", {"build_tower"}),
     "losses/contrastive": ("losses are offered to every project", {"sigmoid_loss"}),
     "losses/preference": (
         "preference losses are offered to every project on chats",
         {"AnswerLogProbs", "PreferenceKind", "kto_loss", "preference_loss"},
     ),
     "losses/tokens": ("token losses are offered to every project on chats", {"Taid", "TokenLoss"}),
+    "data/chat_outputs": (
+        "what the tools that embed chats and pictures write",
+        {"FeaturesInfo", "picture_key"},
+    ),
     "chat_runs": (
         "which files of chats are shards, for data_tools/embed_chats.py too; what tools open and compare exports with",
         {"check_alike", "is_shards"},
     ),
     "data/chats": (
-        "the reasons for dropping one, for the tests; the templates for the tools' options, and what a record is, for the tools of shards",
-        {"Chat", "REASONS", "TEMPLATES", "parts_of"},
+        "the reasons for dropping one, for the tests; the templates for the tools' options, what a record is, for the tools of shards, "
+        "and a picture, for the one that embeds them",
+        {"Chat", "REASONS", "TEMPLATES", "decoded", "parts_of"},
     ),
     "models/checkpoints": ("the one spelling of weights, for scripts/export_hf.py", {"normalise_names"}),
     "models/class_vectors": ("types and parts of the one builder", {"Normalise", "class_prompts"}),

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 from pathlib import Path
@@ -281,7 +281,7 @@ class ChatPipeline:
         except ValueError as error:
             raise BadSample("bad_record", str(error)) from None
         cut = sum(was_cut for _, _, was_cut in rows)
-        pictures = [self._features_of(data) if self._features else self.picture(data) for data in images]
+        pictures = [self._picture(data) for data in images]
         chat = Chat(raw.name, [(ids, targets) for ids, targets, _ in rows], pictures, cut)
         if self.stored is not None:
             digest = hashlib.sha256(chat_bytes(chat.rows, images)).digest()
@@ -306,24 +306,13 @@ class ChatPipeline:
             raise BadSample("too_long" if cut else "nothing_to_learn", f"has nothing to learn {where}")
         return ids, [*targets, IGNORED], cut
 
-    def _features_of(self, data: bytes) -> Tensor:
-        assert self._features is not None
+    def _picture(self, data: bytes) -> Tensor:
+        if self._features is None:
+            return decoded(data, self._transform, self._max_pixels)
         found = self._features.of(data)
         if found is None:
             raise BadSample("missing_features", f"has a picture that is not in {self._features.folder}")
         return found
-
-    def picture(self, data: bytes) -> Tensor:
-        """float32 [3,h,w] of an image file.
-
-        Raises:
-            BadSample: it has too many pixels, or cannot be decoded.
-        """
-        checked_size(data, self._max_pixels)
-        try:
-            return self._transform(Image.open(io.BytesIO(data)))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from None
 
     def collate(self, samples: list[Chat]) -> dict[str, Any]:
         """`input_ids`, `targets` int64 [R,T]; `segments` int64 [R,T]: 1, 2, ... for the chats of a row, 0 for padding.
@@ -390,7 +379,12 @@ class ChatPipeline:
 
     def describe(self) -> dict[str, Any]:
         """See `Pipeline`."""
-        facts = {"max_length": self._length, "pack": self._pack, "image_tokens": self.tokens.image_tokens}
+        facts = {
+            "max_length": self._length,
+            "pack": self._pack,
+            "image_tokens": self.tokens.image_tokens,
+            "features": str(self._features.folder) if self._features else None,
+        }
         if self.stored is None:
             return {**facts, "teacher_outputs": None}
         info = self.stored.info
@@ -399,6 +393,19 @@ class ChatPipeline:
 
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+
+def decoded(picture: bytes, transform: Callable[[Image.Image], Tensor], max_pixels: int) -> Tensor:
+    """What `transform` makes of an image file.
+
+    Raises:
+        BadSample: it has more than `max_pixels`, or cannot be decoded.
+    """
+    checked_size(picture, max_pixels)
+    try:
+        return transform(Image.open(io.BytesIO(picture)))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from None
 
 
 def _said(said: Sequence[dict[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:

@@ -84,14 +84,19 @@ def build_mllm(
     return parts if keep_lora else _merged(parts)
 
 
-def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
+def build_tower(cfg: MllmConfig, seed: int = 0) -> VisionTower:
+    """The tower that a config names by `tower`."""
     backbone = load_backbone(cfg.tower, image_size=cfg.image_size or None, seed=seed)
     spec = backbone.image_spec
     fill = tuple(int(255 * mean) for mean in spec.mean)
     backbone.image_spec = replace(spec, resize_mode=cfg.resize, fill=fill)  # type: ignore[arg-type]
-    tower = VisionTower(
+    return VisionTower(
         backbone, layers=cfg.tower_layers, grid=cfg.grid, drop_first=cfg.drop_first, norm=cfg.tower_norm
     )
+
+
+def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
+    tower = build_tower(cfg, seed)
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     decoder, tokenizer = load_decoder(cfg.decoder, dtype=dtype, layers=cfg.decoder_layers)
     digest = _digest([*tower.state_dict().values(), *decoder.state_dict().values()])
@@ -100,7 +105,7 @@ def _assemble(cfg: MllmConfig, seed: int) -> ChatParts:
         if cfg.lora_rank:
             add_lora(decoder.model, cfg.lora_rank)
     module = Mllm(tower.to(dtype), projector, decoder)
-    return ChatParts(module, tokenizer, backbone.image_spec, cfg, {}, digest)
+    return ChatParts(module, tokenizer, tower.image_spec, cfg, {}, digest)
 
 
 def _merged(parts: ChatParts) -> ChatParts:

@@ -18,6 +18,11 @@ launch data_tools/build_scenes.py "$runs/scenes" --concepts 20 --scenes 8000 --t
 launch data_tools/build_small_decoder.py "$runs/large" --chats "$runs/scenes/train.json" --layers 4 --width 160
 launch data_tools/build_small_decoder.py "$runs/small" --chats "$runs/scenes/train.json" --layers 3 --width 128
 
+# One frozen tower: what it gives for the pictures is stored once, and all runs read that.
+export tower="tower=efficientnet-lite0 tower_layers=[-3,-2,-1] tower_norm=true grid=4 image_size=160 decoder=hf:"
+NPROC=2 launch data_tools/embed_pictures.py ${tower}$runs/large --chats "$runs"/scenes/{train,test}.json \
+    --out "$runs/features" --part-size 1000
+
 asked="evaluation.questions=[{data: $runs/scenes/test.json}, \
 {data: $runs/scenes/captions.json, vocabulary: $runs/scenes/concepts.json}"
 for kind in random popular adversarial; do asked+=", {data: $runs/scenes/pope_$kind.json}"; done
@@ -42,9 +47,8 @@ work() { # KIND SEED-OR-DECODER [field=value ...]
         # A model that sees: its projector's features become words to the decoder, then captions and what is where alone.
         # With all questions from the start a small decoder does not look at the picture.
         words)
-            train "$2_words words 300" "data.chats=[$runs/scenes/names.json]" data.pack=false optim.lr=1e-3 batch_size=32 \
-                student.tower=efficientnet-lite0 "student.tower_layers=[-3,-2,-1]" student.tower_norm=true student.grid=4 student.image_size=80 \
-                student.decoder="hf:$runs/$2" data.features=
+            train "$2_words words 300" student.${tower// / student.}$runs/$2 "data.chats=[$runs/scenes/names.json]" \
+                data.pack=false optim.lr=1e-3 batch_size=32
             ;;
         captions) train "$2_captions sft $caption_steps" "$captions" batch_size=32 "$(from "$2_words")" ;;
         teacher)
@@ -71,9 +75,6 @@ export -f train from taught work
 parallel() { xargs -P 2 -I WORK bash -euo pipefail -c 'read -ra work <<< "$1"; work "${work[@]}" "${@:2}"' work WORK "$@"; }
 each() { printf "$1 %s\n" ${SEEDS:-0 1 2}; }
 printf 'words %s\n' large small | parallel
-# One frozen tower in all that follow: what it gives for the pictures is stored once.
-NPROC=2 launch data_tools/embed_pictures.py --model "$runs/large_words" --chats "$runs"/scenes/{train,test}.json \
-    --out "$runs/features" --fp32 --part-size 1000
 printf '%s 0\n' teacher small | parallel "$@"
 { each sparse && each dense; } | parallel "$@"
 each prefer | parallel "$@"

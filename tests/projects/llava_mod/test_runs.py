@@ -191,12 +191,30 @@ def test_a_stored_teacher_trains_what_the_live_one_does(
         "optim.name=sgd",
         "optim.lr=0.05",
     ]
+    features = place / f"{stage}_features"
+    given = [
+        f"init_from={teacher}",
+        "--chats",
+        str(chats),
+        "--out",
+        str(features),
+        "--fp32",
+        "--part-size",
+        "3",
+    ]
+    code, said = zygote.run(
+        str(ROOT / "data_tools" / "embed_pictures.py"), given, place / "pictures.out", ranks=2
+    )
+    assert code == 0 and f"{features} is complete" in said, said
     named = f"teacher.init_from={teacher}"
-    for name, arguments in (("live", [named]), ("stored", [named, f"data.teacher_outputs={outputs}"])):
+    seen = [named, f"data.features={features}"]
+    ways = {"live": [named], "stored": [named, f"data.teacher_outputs={outputs}"], "seen": seen}
+    for name, arguments in ways.items():
         code, said = run(zygote, place, f"{stage}_{name}", *shared, *arguments)
         assert code == 0, said
     live, other = place / f"{stage}_live", place / f"{stage}_stored"
     assert losses(other) == pytest.approx(losses(live), rel=1e-4) and losses(live)[0] != losses(live)[-1]
+    assert losses(place / f"{stage}_seen") == pytest.approx(losses(live), rel=1e-4)
     models = [
         {json.loads(line)["model"] for line in (folder / "results.jsonl").read_text().splitlines()}
         for folder in (live, other)
