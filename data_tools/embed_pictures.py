@@ -4,10 +4,11 @@ r"""Store what a multimodal model's frozen vision tower gives for the pictures o
     NPROC=8 bash scripts/launch.sh data_tools/embed_pictures.py tower=clip:ViT-L-14-336@openai decoder=hf:Qwen/Qwen1.5-1.8B \
         --chats chats.json --out features
 
-The tower is told by fields of a run's `student`: an export that has it, or what the run makes it of. Name the folder in `data.features` of every run with the same tower: pictures that it has are neither decoded nor seen
-again, in questions neither. It pays where the same pictures come often, and takes 2 bytes a number (4 with --fp32), 1.2 MB a
-picture of CLIP ViT-L/14 at 336 px. Ranks share the work; an interrupted call continues where it stopped, and another list of
-chats adds to the folder.
+The tower is told by fields of a run's `student`: an export that has it, or what the run makes it of. Name the folder in
+`data.features` of every run with the same tower: pictures that it has are neither decoded nor seen again, in questions
+neither. It pays where the same pictures come often, and takes 2 bytes a number (4 with --fp32), 1.2 MB a picture of CLIP
+ViT-L/14 at 336 px. Ranks share the work; an interrupted call continues where it stopped, and another list of chats adds to
+the folder.
 """
 
 from __future__ import annotations

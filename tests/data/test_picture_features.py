@@ -93,10 +93,11 @@ def logits(parts: ChatParts, batch: dict[str, Any]) -> torch.Tensor:
     return parts.module.head(parts.module(batch))
 
 
-@pytest.mark.parametrize("pack", ["true", "false"])
-def test_stored_features_give_the_logits_of_the_tower(place, stored, pack) -> None:
+@pytest.mark.parametrize(("pack", "workers"), [("true", 0), ("false", 1)])
+def test_stored_features_give_the_logits_of_the_tower(place, stored, pack, workers) -> None:
     assert len(Features(stored)) == 5  # of seven chats; equal pictures once
-    live, seen = (model_of(place, f"data.pack={pack}", *more) for more in ([], [f"data.features={stored}"]))
+    shared = [f"data.pack={pack}", f"data.workers={workers}"]
+    live, seen = (model_of(place, *shared, *more) for more in ([], [f"data.features={stored}"]))
     blind(seen[1])
     for one, other in zip(batches(*live), batches(*seen), strict=True):
         assert one["images"].shape[1:] == (3, 16, 16) and other["images"].shape[1:] == (4, 16)

@@ -317,10 +317,10 @@ class ChatPipeline:
     def collate(self, samples: list[Chat]) -> dict[str, Any]:
         """`input_ids`, `targets` int64 [R,T]; `segments` int64 [R,T]: 1, 2, ... for the chats of a row, 0 for padding.
 
-        `images` float32 [I,3,h,w], or [I,F,C] where features are stored, and `image_rows` int64: which of them stands at each place of an image, in the order
-        of the places. Rows of pairs: all that are preferred, then all that are rejected. Of a stored teacher
-        `teacher_log_probs`, `teacher_ids` [P,k], `teacher_log_tail` [P] at the P targets in their order, or of pairs
-        `teacher_sums` [R].
+        `images` float32 [I,3,h,w], or [I,F,C] where features are stored, and `image_rows` int64: which of them stands at
+        each place of an image, in the order of the places. Rows of pairs: all that are preferred, then all that are rejected.
+        Of a stored teacher `teacher_log_probs`, `teacher_ids` [P,k], `teacher_log_tail` [P] at the P targets in their order,
+        or of pairs `teacher_sums` [R].
         """
         if len({len(sample.rows) for sample in samples}) > 1:
             raise UserError("data: preference records and plain ones do not go into one run; split the file")
