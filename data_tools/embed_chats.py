@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from data_tools.shard_writer import ShardWriter
+from data_tools.told import tell, tell_complete
 from scripts import chat
 from scripts import evaluation_command as command
-from vlmkd import distributed
 from vlmkd.chat_ids import IGNORED
 from vlmkd.chat_runs import is_shards
 from vlmkd.data.chat_outputs import ChatOutputsInfo, chat_bytes, chat_key, record_key
@@ -96,18 +96,13 @@ def _embed(args: argparse.Namespace) -> None:
     embed = partial(said, model=model.model, pipeline=pipeline, info=info, device=device)
     make = partial(prepared, pipeline=pipeline)
 
-    def progress(line: str) -> None:
-        if distributed.is_main():
-            print(line, flush=True)
-
     if shards:
-        skipped = ShardWriter(args.out, info, embed, args.batch_size, make, progress).shards(shards)
+        skipped = ShardWriter(args.out, info, embed, args.batch_size, make, tell).shards(shards)
     else:
         of_item = partial(_of_item, make=make)
-        writer = Writer(args.out, info, embed, args.batch_size, of_item, progress)
+        writer = Writer(args.out, info, embed, args.batch_size, of_item, tell)
         skipped = writer.items(list(items.values()), args.part_size, args.workers)
-    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    progress(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
+    tell_complete(args.out, skipped)
 
 
 def outputs_info(

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from data_tools import teacher_options
+from data_tools.told import tell, tell_complete
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import LabelledDataConfig
 from vlmkd.data.labelled import Item
@@ -51,10 +52,9 @@ def main(argv: list[str]) -> int:
         encoder, items, args.out, name=args.set, source=encoder.name, digest=digest,
         views=views, view_count=args.views, seed=args.seed, dtype=torch.float32 if args.fp32 else torch.float16,
         batch_size=args.batch_size, max_pixels=args.max_pixels, workers=args.workers, device=args.device,
-        progress=lambda line: print(line, flush=True),
+        progress=tell,
     )  # fmt: skip
-    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
+    tell_complete(args.out, skipped)
     return 0
 
 

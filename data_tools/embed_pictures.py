@@ -28,8 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 import projects
+from data_tools.told import tell, tell_complete
 from scripts import evaluation_command as command
-from vlmkd import config, distributed
+from vlmkd import config
 from vlmkd.chat_config import MllmConfig
 from vlmkd.chat_runs import is_shards, open_chat
 from vlmkd.config import require
@@ -98,14 +99,9 @@ def _embed(args: argparse.Namespace) -> None:
         pixels = torch.stack([one.chat for one in batch])
         return {"features": tower(pixels.to(device)).cpu()}
 
-    def progress(line: str) -> None:
-        if distributed.is_main():
-            print(line, flush=True)
-
-    writer = Writer(args.out, info, features, args.batch_size, make, progress)
+    writer = Writer(args.out, info, features, args.batch_size, make, tell)
     skipped = writer.items(found, args.part_size, args.workers)
-    told = ", ".join(f"{reason} {number}" for reason, number in sorted(skipped.items()))
-    progress(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
+    tell_complete(args.out, skipped)
 
 
 def pictures(chats: list[str], images: str) -> list[Picture]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data_tools.shard_writer import ShardWriter
+from data_tools.told import tell, tell_complete
 from vlmkd.allocator import keep_freed_memory
 from vlmkd.config import DataConfig
 from vlmkd.data.samples import RawSample, members, unpack, view_config
@@ -102,10 +103,9 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
         device=device,
-        progress=lambda line: print(line, flush=True),
+        progress=tell,
     )
-    told = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    print(f"{args.out} is complete" + (f"; left out: {told}" if told else ""))
+    tell_complete(args.out, skipped)
     return 0
 
 

@@ -209,3 +209,7 @@ def test_processes_that_need_smollm2_at_once_make_it_once(tmp_path, monkeypatch)
         same = zip(decoder.state_dict().values(), whole.state_dict().values(), strict=True)
         assert all(torch.equal(one, other) for one, other in same)
     assert not list(tmp_path.rglob("left.bin"))
+    lock = tmp_path / "smollm2-135m-instruct.lock"
+    lock.unlink()
+    load_decoder("smollm2")
+    assert not lock.exists(), "a cache that is filled is only read"

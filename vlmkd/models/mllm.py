@@ -124,7 +124,8 @@ class Mllm(nn.Module):
         """Input embeddings [R, T, D], features of the images in their places; each image goes through the tower once.
 
         `images` [I, 3, h, w], or stored features [I, N, C] of them, which need no tower. `seen`: features from another pass.
-        Without any image the tower's parameters take part all the same, times zero: ZeRO waits for them on all ranks.
+        Without any image the parameters that images go through take part all the same, times zero: ZeRO waits for them
+        on all ranks.
         """
         places = input_ids == IMAGE_ID
         embeds = self.decoder.get_input_embeddings()(input_ids.masked_fill(places, 0))  # type: ignore[operator]
@@ -214,9 +215,12 @@ def keep_layers(decoder: nn.Module, layers: Sequence[int]) -> None:
 
 def _smollm2() -> Path:
     """The transformers folder of SmolLM2-135M-Instruct, made of its GGUF at first use."""
+    folder = cache_root() / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():  # perhaps in a cache that can only be read
+        return folder
     from filelock import FileLock  # several ranks may ask at the same time
 
-    folder = new_folder(cache_root(), "cache") / "smollm2-135m-instruct"
+    new_folder(cache_root(), "cache")
     with FileLock(f"{folder}.lock"):
         if not (folder / "model.safetensors").is_file():
             _unpack_smollm2(folder)
